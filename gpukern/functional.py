@@ -1,0 +1,148 @@
+"""The functions of ``torch.nn.functional`` that gpukern computes itself, with the same signatures, defaults and errors.
+
+All are differentiable and take float32, float16 and bfloat16 (on a CPU in reference mode also float64). Layouts are
+kept: channels_last in, channels_last out. They follow ``torch.autocast`` as the PyTorch functions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gpukern.ops import activation as _activation
+from gpukern.ops import conv2d as _conv2d
+from gpukern.ops import linear as _linear
+from gpukern.ops._conv2d.problem import same_padding
+from gpukern.runtime.arguments import as_pair, check_batched_or_not, check_tensors
+from gpukern.runtime.autocast import autocast
+from gpukern.runtime.tensors import check_floating
+
+__all__ = ["conv2d", "leaky_relu", "linear", "relu", "sigmoid", "tanh"]
+
+
+def conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> torch.Tensor:
+    r"""``y[n,k,p,q] = act(b[k] + Σ_{c,r,s} x[n, c, p·stride + r·dilation − padding, …] · w[k,c,r,s])``.
+
+    Parameters
+    ----------
+    input:
+        [N, C, H, W] or one image [C, H, W]; any strides.
+    weight:
+        [K, C/groups, R, S].
+    bias:
+        [K] or None.
+    stride, dilation:
+        an int or a (vertical, horizontal) pair.
+    padding:
+        zeros added on both sides of each dimension (int or pair), ``"valid"`` (none) or ``"same"`` (stride 1 only;
+        where the total is odd the bottom and the right get the larger part).
+    groups:
+        splits channels into independent convolutions; ``groups == C`` is a depthwise convolution.
+    activation:
+        gpukern's extension: ``"relu"``, ``"leaky_relu"`` (with ``negative_slope``), ``"sigmoid"`` or ``"tanh"``
+        applied before the result is stored, at no extra pass over memory.
+
+    Returns
+    -------
+    [N, K, P, Q] with P = ⌊(H + 2·padding − dilation·(R−1) − 1)/stride⌋ + 1, in channels_last if input or weight is.
+    Products are accumulated in fp32; for fp32 operands ``torch.backends.cudnn.allow_tf32`` decides about TF32.
+
+    Raises
+    ------
+    RuntimeError for sizes, dtypes or devices that do not fit; TypeError for arguments of a wrong type; ValueError for
+    an unknown activation. As ``torch.nn.functional.conv2d``, before anything is computed.
+    """
+    check_tensors("conv2d", input, weight)
+    if input.dim() != 4 and check_batched_or_not("conv2d", input):
+        return conv2d(
+            input.unsqueeze(0), weight, bias, stride, padding, dilation, groups,
+            activation=activation, negative_slope=negative_slope,
+        ).squeeze(0)  # fmt: skip
+    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
+    input, weight, bias = autocast(input, weight, bias)
+    return _conv2d.conv2d(
+        input,
+        weight,
+        bias,
+        stride,
+        _padding(padding, weight, stride, dilation),
+        dilation,
+        groups,
+        _activation.check_activation(activation, negative_slope),
+        negative_slope,
+    )
+
+
+def _padding(padding, weight, stride, dilation) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right)."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise RuntimeError(f"invalid padding string: {padding!r}, expected 'valid' or 'same'")
+        if stride != (1, 1):
+            raise RuntimeError("padding='same' is not supported for strided convolutions")
+        return same_padding(tuple(weight.shape[2:]), dilation)
+    vertical, horizontal = as_pair("padding", padding)
+    return vertical, vertical, horizontal, horizontal
+
+
+def linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> torch.Tensor:
+    r"""``y = act(x Wᵀ + b)``: input [*, in_features], weight [out_features, in_features] give [*, out_features].
+
+    ``activation`` and ``negative_slope`` as in :func:`conv2d`. Accumulates in fp32; for fp32 operands
+    ``torch.set_float32_matmul_precision`` decides about TF32. Raises RuntimeError for sizes, dtypes or devices that do
+    not fit, TypeError and ValueError as :func:`conv2d` does.
+    """
+    check_tensors("linear", input, weight)
+    input, weight, bias = autocast(input, weight, bias)
+    return _linear.apply(
+        input, weight, bias, _activation.check_activation(activation, negative_slope), negative_slope
+    )
+
+
+def relu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """``y = max(x, 0)``, of the shape and layout of ``input``. ``inplace=True`` overwrites ``input``."""
+    return _elementwise("relu", input, inplace)
+
+
+def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool = False) -> torch.Tensor:
+    """``y = x`` where x > 0, ``negative_slope · x`` elsewhere. Raises ValueError for a negative slope."""
+    return _elementwise("leaky_relu", input, inplace, negative_slope)
+
+
+def sigmoid(input: torch.Tensor) -> torch.Tensor:
+    """``y = 1 / (1 + exp(−x))``."""
+    return _elementwise("sigmoid", input, inplace=False)
+
+
+def tanh(input: torch.Tensor) -> torch.Tensor:
+    """``y = tanh(x)``."""
+    return _elementwise("tanh", input, inplace=False)
+
+
+def _elementwise(name: str, input: torch.Tensor, inplace: bool, negative_slope: float = 0.0) -> torch.Tensor:
+    check_tensors(name, input)
+    check_floating(name, input)
+    _activation.check_activation(name, negative_slope)
+    output = _activation.activation(input, name, negative_slope)
+    return input.copy_(output) if inplace else output

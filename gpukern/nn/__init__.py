@@ -1,0 +1,22 @@
+"""Layers on gpukern's kernels: subclasses of the ``torch.nn`` class of the same name.
+
+Same constructor, same parameters and ``state_dict``; only the computation differs. ``isinstance(layer,
+torch.nn.Conv2d)`` stays true, and checkpoints move both ways.
+"""
+
+from gpukern.nn.activation import LeakyReLU, ReLU, Sigmoid, Tanh
+from gpukern.nn.conv import Conv2d
+from gpukern.nn.linear import Linear
+from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+
+__all__ = [
+    "AdaptiveAvgPool2d",
+    "AvgPool2d",
+    "Conv2d",
+    "LeakyReLU",
+    "Linear",
+    "MaxPool2d",
+    "ReLU",
+    "Sigmoid",
+    "Tanh",
+]

@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+import torch
+
+from gpukern import functional as F
+
+
+class Linear(torch.nn.Linear):
+    """``torch.nn.Linear`` on gpukern's kernels. See :func:`gpukern.functional.linear`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight, self.bias)

@@ -1,0 +1,119 @@
+"""The convolution as a problem: its sizes, checked once, and what follows from them.
+
+Names: batch N, input channels C, input size H × W, output channels K, kernel size R × S, output size P × Q.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Pair = tuple[int, int]
+#: top, bottom, left, right
+Padding = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class ConvProblem:
+    """A 2-D convolution (cross-correlation) with checked sizes.
+
+    ``y[n, k, p, q] = Σ_{c,r,s} x[n, g·C/G + c, p·stride_h + r·dilation_h − top, q·stride_w + s·dilation_w − left]
+    · w[k, c, r, s]`` with ``g = k // (K/G)`` and zeros outside the image.
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    stride: Pair
+    padding: Padding
+    dilation: Pair
+    groups: int
+
+    @property
+    def group_inputs(self) -> int:
+        """Input channels a group reads."""
+        return self.C // self.groups
+
+    @property
+    def group_outputs(self) -> int:
+        """Output channels a group makes."""
+        return self.K // self.groups
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_problem(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+) -> ConvProblem:
+    """The checked problem; raises RuntimeError, as torch does, for sizes that do not fit together."""
+    P, Q = output_size(input_shape, weight_shape, bias_shape, stride, padding, dilation, groups)
+    N, C, H, W = input_shape
+    K, _, R, S = weight_shape
+    return ConvProblem(N, C, H, W, K, R, S, P, Q, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def output_size(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+) -> Pair:
+    """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never looks at the batch size."""
+    _check(len(input_shape) == 4, f"expected a 4-D input [N, C, H, W], got shape {list(input_shape)}")
+    _check(len(weight_shape) == 4, f"expected a 4-D weight [K, C/groups, R, S], got shape {list(weight_shape)}")
+    _check(groups > 0, f"non-positive groups is not supported: {groups}")
+    _check(min(stride) > 0, f"non-positive stride is not supported: {tuple(stride)}")
+    _check(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
+    _check(min(padding) >= 0, f"negative padding is not supported: {tuple(padding)}")
+    _, C, H, W = input_shape
+    K, group_inputs, R, S = weight_shape
+    _check(R > 0 and S > 0, f"kernel size should be greater than zero, got {R} x {S}")
+    _check(
+        K >= groups and K % groups == 0,
+        f"expected the {K} output channels of weight {list(weight_shape)} to be a positive multiple of groups={groups}",
+    )
+    _check(
+        C == group_inputs * groups,
+        f"given groups={groups}, weight of size {list(weight_shape)}, expected input {list(input_shape)} to have "
+        f"{group_inputs * groups} channels, but got {C} channels instead",
+    )
+    _check(
+        bias_shape is None or tuple(bias_shape) == (K,),
+        f"given weight of size {list(weight_shape)}, expected bias to have shape [{K}], "
+        f"but got {list(bias_shape or ())} instead",
+    )
+    padded = H + padding[0] + padding[1], W + padding[2] + padding[3]
+    extent = dilation[0] * (R - 1) + 1, dilation[1] * (S - 1) + 1
+    _check(
+        padded[0] >= extent[0] and padded[1] >= extent[1],
+        f"calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: "
+        f"({extent[0]} x {extent[1]}). Kernel size can't be greater than actual input size",
+    )
+    return (padded[0] - extent[0]) // stride[0] + 1, (padded[1] - extent[1]) // stride[1] + 1
+
+
+def same_padding(kernel: Pair, dilation: Pair) -> Padding:
+    """The padding of ``padding="same"`` at stride 1: what is odd goes to the bottom and the right, as in torch."""
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    top, left = total[0] // 2, total[1] // 2
+    return top, total[0] - top, left, total[1] - left
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)

@@ -1,0 +1,64 @@
+"""The convolution in plain torch: the path of CPU tensors, and the oracle of the tests when fed float64."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gpukern.ops._activation.reference import activation
+from gpukern.ops._conv2d.problem import ConvProblem
+
+
+def conv2d(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation_name: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """``act(x ∗ w + b)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
+    padded, padding = _pad(problem, input)
+    y = F.conv2d(padded, weight, bias, problem.stride, padding, problem.dilation, problem.groups)
+    return activation(y, activation_name, negative_slope)
+
+
+def conv2d_input_grad(
+    problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """``∂L/∂x`` [N, C, H, W] from ``∂L/∂y`` [N, K, P, Q]."""
+    image = grad.new_empty(problem.N, problem.C, problem.H, problem.W)
+    grad_input, _ = _backward(problem, grad, image, weight, (True, False, False))
+    return grad_input.contiguous(memory_format=memory_format)
+
+
+def conv2d_weight_grad(
+    problem: ConvProblem, grad: torch.Tensor, input: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """``∂L/∂w`` [K, C/G, R, S] from ``∂L/∂y`` [N, K, P, Q] and ``x``."""
+    weight = grad.new_empty(problem.K, problem.group_inputs, problem.R, problem.S)
+    _, grad_weight = _backward(problem, grad, input, weight, (False, True, False))
+    return grad_weight.contiguous(memory_format=memory_format)
+
+
+def channel_sum(grad: torch.Tensor) -> torch.Tensor:
+    """``∂L/∂b`` [K]: the sum of [N, K, P, Q] over all but the channels."""
+    return grad.sum((0, 2, 3))
+
+
+def _pad(problem: ConvProblem, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    top, bottom, left, right = problem.padding
+    if top == bottom and left == right:
+        return input, (top, left)
+    return F.pad(input, (left, right, top, bottom)), (0, 0)
+
+
+def _backward(problem, grad, input, weight, mask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    padded, padding = _pad(problem, input)
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, padded, weight, None, problem.stride, padding, problem.dilation, False, (0, 0), problem.groups, mask
+    )
+    if grad_input is not None and padded is not input:
+        top, _, left, _ = problem.padding
+        grad_input = grad_input[:, :, top : top + problem.H, left : left + problem.W]
+    return grad_input, grad_weight

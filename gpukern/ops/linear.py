@@ -1,0 +1,124 @@
+"""The fully-connected layer, a 1×1 convolution over images of one pixel, on the convolution's kernels.
+
+Differentiable to any order: the input gradient is again a linear layer, with the transposed weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpukern.ops.activation import activation_grad
+from gpukern.ops.conv2d import channel_sum
+from gpukern.runtime.mode import Implementations
+from gpukern.runtime.operator import Operator
+from gpukern.runtime.tensors import check_alike
+
+_implementations = Implementations("gpukern.ops._linear")
+
+
+def apply(input, weight, bias, activation: str, negative_slope: float) -> torch.Tensor:
+    """``act(x Wᵀ + b)`` for ``input`` [*, C] and ``weight`` [K, C] or [C]; flattens the leading dimensions."""
+    if input.dim() < 1 or weight.dim() not in (1, 2):
+        raise RuntimeError(
+            f"linear: expected input [*, in_features] and weight [out_features, in_features], "
+            f"got {list(input.shape)} and {list(weight.shape)}"
+        )
+    if weight.dim() == 1:
+        bias = None if bias is None else bias.reshape(1)
+        return apply(input, weight.unsqueeze(0), bias, activation, negative_slope).squeeze(-1)
+    *leading, features = input.shape
+    if input.dim() == 2:
+        return linear(input, weight, bias, activation, negative_slope)
+    rows = input.reshape(-1, features) if features else input.new_empty((torch.Size(leading).numel(), 0))
+    return linear(rows, weight, bias, activation, negative_slope).reshape(*leading, weight.shape[0])
+
+
+def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    check_alike("linear", input, weight, bias)
+    if input.shape[1] != weight.shape[1]:
+        raise RuntimeError(
+            f"linear: input and weight shapes cannot be multiplied "
+            f"({input.shape[0]}x{input.shape[1]} and {weight.shape[1]}x{weight.shape[0]})"
+        )
+    if bias is not None and tuple(bias.shape) not in ((weight.shape[0],), (1,)):
+        raise RuntimeError(f"linear: expected bias of shape [{weight.shape[0]}], got {list(bias.shape)}")
+
+
+def _linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, negative_slope: float
+) -> torch.Tensor:
+    _check(input, weight, bias)
+    return _implementations.of(input).linear(input, weight, bias, activation, negative_slope)
+
+
+def _linear_fake(input, weight, bias, activation, negative_slope) -> torch.Tensor:
+    _check(input, weight, bias)
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+def _linear_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+    input, weight, bias, activation, negative_slope = arguments
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    ctx.epilogue = None if activation == "none" else (activation, negative_slope)
+    ctx.save_for_backward(
+        input if needs_weight else None,
+        weight if needs_input else None,
+        output if ctx.epilogue is not None else None,
+    )
+
+
+def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    input, weight, output = ctx.saved_tensors
+    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    if ctx.epilogue is not None:
+        grad = activation_grad(grad, output, *ctx.epilogue)
+    return (
+        linear(grad, weight.t(), None, "none", 0.0) if needs_input else None,
+        linear_weight_grad(grad, input) if needs_weight else None,
+        channel_sum(grad[:, :, None, None]) if needs_bias else None,
+        None,
+        None,
+    )
+
+
+linear = Operator(
+    "linear",
+    "(Tensor input, Tensor weight, Tensor? bias, str activation, float negative_slope) -> Tensor",
+    forward=_linear,
+    fake=_linear_fake,
+    save=_linear_save,
+    backward=_linear_backward,
+)
+
+
+def _weight_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    return _implementations.of(grad).linear_weight_grad(grad, input)
+
+
+def _weight_grad_fake(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    return grad.new_empty((grad.shape[1], input.shape[1]))
+
+
+def _weight_grad_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+    ctx.save_for_backward(*arguments)
+
+
+def _weight_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
+    grad, input = ctx.saved_tensors
+    needs_grad, needs_input = ctx.needs_input_grad
+    return (
+        linear(input, grad_grad, None, "none", 0.0) if needs_grad else None,
+        linear(grad, grad_grad.t(), None, "none", 0.0) if needs_input else None,
+    )
+
+
+linear_weight_grad = Operator(
+    "linear_weight_grad",
+    "(Tensor grad, Tensor input) -> Tensor",
+    forward=_weight_grad,
+    fake=_weight_grad_fake,
+    save=_weight_grad_save,
+    backward=_weight_grad_backward,
+)

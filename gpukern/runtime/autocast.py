@@ -1,0 +1,17 @@
+"""``torch.autocast`` for functions that PyTorch runs in lower precision under it."""
+
+from __future__ import annotations
+
+import torch
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in autocast's dtype where autocast is on for their device (float64 is left alone, as torch does)."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64 else tensor
+        for tensor in tensors
+    )

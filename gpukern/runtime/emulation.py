@@ -1,0 +1,62 @@
+"""Makes Triton's interpreter compute bfloat16 as a GPU does. Used only when emulating.
+
+The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16``. Two of its steps are wrong:
+
+- ``tl.dot`` multiplies those bits as integers;
+- the cast fp32 → bf16 truncates, where every GPU rounds to nearest, ties to even.
+
+Both are mended here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+
+def bf16_bits_to_fp32(bits: np.ndarray) -> np.ndarray:
+    """The exact fp32 values of bfloat16 bit patterns (uint16)."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def fp32_to_bf16_bits(values: np.ndarray) -> np.ndarray:
+    """bfloat16 bit patterns (uint16) nearest to fp32 ``values``, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    # A NaN whose payload lies in the low half would round to infinity: keep its top bits and make it quiet.
+    quiet_nan = (bits >> 16) | 0x0040
+    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+
+
+@functools.cache
+def prepare() -> None:
+    """Patch the interpreter. Raises RuntimeError when Triton was imported before emulation was asked for."""
+    if not isinstance(tl.cdiv, InterpretedFunction):
+        raise RuntimeError(
+            "Triton was imported before gpukern, without TRITON_INTERPRET=1, so its interpreter is off: "
+            "set GPUKERN_EMULATE=1 and import gpukern first"
+        )
+    plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def cast_impl(self, src: TensorHandle, dst_type) -> TensorHandle:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.float32 and target == tl.bfloat16:
+            return TensorHandle(fp32_to_bf16_bits(src.data), target)
+        if source == tl.bfloat16 and target == tl.float32:
+            return TensorHandle(bf16_bits_to_fp32(src.data), target)
+        return plain_cast(self, src, dst_type)
+
+    def create_dot(self, a: TensorHandle, b: TensorHandle, *args) -> TensorHandle:
+        return plain_dot(self, _without_bf16(a), _without_bf16(b), *args)
+
+    InterpreterBuilder.cast_impl = cast_impl
+    InterpreterBuilder.create_dot = create_dot
+
+
+def _without_bf16(operand: TensorHandle) -> TensorHandle:
+    if operand.dtype.scalar != tl.bfloat16:
+        return operand
+    return TensorHandle(bf16_bits_to_fp32(operand.data), tl.float32)

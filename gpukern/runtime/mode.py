@@ -1,0 +1,96 @@
+"""Which implementation serves a tensor: the kernels, the emulated kernels, or the plain-torch reference.
+
+====================================================  =========  ==================================================
+tensors                                               mode       what runs
+====================================================  =========  ==================================================
+CUDA                                                  kernels    gpukern's Triton kernels
+CPU                                                   reference  plain torch with the same semantics
+CPU, ``GPUKERN_EMULATE=1`` set before the import      emulated   the same Triton kernels in Triton's interpreter
+====================================================  =========  ==================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+#: True when ``GPUKERN_EMULATE`` was set (to anything but 0) before gpukern was imported.
+EMULATE = os.environ.get("GPUKERN_EMULATE", "") not in ("", "0")
+if EMULATE:
+    # Triton decides when a kernel is decorated, and its own library is decorated on import: set it before either.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+class Mode(enum.Enum):
+    KERNELS = "kernels"
+    EMULATED = "emulated"
+    REFERENCE = "reference"
+
+
+_forced: Mode | None = None
+
+
+@contextlib.contextmanager
+def force_mode(mode: Mode) -> Iterator[None]:
+    """Serve every tensor by ``mode`` inside the block. For tests and tools that compare implementations."""
+    global _forced
+    before, _forced = _forced, mode
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def mode_of(tensor: torch.Tensor) -> Mode:
+    """The mode that serves operations on ``tensor``."""
+    if _forced is not None:
+        return _forced
+    if tensor.is_cuda:
+        if EMULATE:
+            raise RuntimeError("GPUKERN_EMULATE=1 runs the kernels on CPU tensors, but got a CUDA tensor; unset it")
+        return Mode.KERNELS
+    if EMULATE and tensor.device.type == "cpu":
+        return Mode.EMULATED
+    return Mode.REFERENCE
+
+
+def has_triton() -> bool:
+    """Whether Triton can be imported (without importing it)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+class Implementations:
+    """The two implementations of one operation: ``reference`` and, imported at the first need, ``launch``.
+
+    Both modules of ``package`` offer functions of the same names and signatures.
+    """
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+        self._reference = importlib.import_module(f"{package}.reference")
+        self._launch: ModuleType | None = None
+
+    def of(self, tensor: torch.Tensor) -> ModuleType:
+        if mode_of(tensor) is Mode.REFERENCE:
+            return self._reference
+        return self._launch or self._import_launch()
+
+    def _import_launch(self) -> ModuleType:
+        if not has_triton():
+            raise RuntimeError(
+                "gpukern's kernels need Triton, which is not installed: pip install triton (Linux). "
+                "Without it gpukern runs in reference mode, on CPU tensors only."
+            )
+        if EMULATE:
+            from gpukern.runtime import emulation
+
+            emulation.prepare()
+        self._launch = importlib.import_module(f"{self._package}.launch")
+        return self._launch

@@ -1,0 +1,35 @@
+"""Small questions about tensors that several operations ask."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_alike(operation: str, input: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raise RuntimeError, as torch does, unless all tensors share ``input``'s dtype and device."""
+    for other in others:
+        if other is None:
+            continue
+        if other.dtype is not input.dtype:
+            raise RuntimeError(
+                f"{operation}: expected all tensors to have the same dtype, but got {input.dtype} and {other.dtype}"
+            )
+        if other.device != input.device:
+            raise RuntimeError(
+                f"{operation}: expected all tensors to be on the same device, "
+                f"but found at least two devices, {input.device} and {other.device}"
+            )
+
+
+def check_floating(operation: str, input: torch.Tensor) -> None:
+    """Raise RuntimeError unless ``input`` is real floating point."""
+    if not input.is_floating_point():
+        raise RuntimeError(f"{operation} is not implemented for {input.dtype}: expected a floating-point tensor")
+
+
+def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
+    """channels_last if any 4-D tensor is laid out so and not also contiguous (torch's own rule for convolutions)."""
+    for tensor in tensors:
+        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
