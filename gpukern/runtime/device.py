@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-
-import torch
-
 
 @dataclass(frozen=True)
 class DeviceSpec:
@@ -26,19 +22,7 @@ class DeviceSpec:
 A100 = DeviceSpec("A100", (8, 0), sm_count=108, shared_memory=163 * 1024)
 H100 = DeviceSpec("H100", (9, 0), sm_count=132, shared_memory=227 * 1024)
 
-#: Emulated kernels run with the plan of this device.
-EMULATED = H100
+#: Emulated kernels run with the plan of this device: few multiprocessors, so that the interpreter, which takes the same
+#: time for a small tile as for a large one, gets few tiles.
+EMULATED = DeviceSpec("emulated", (9, 0), sm_count=2, shared_memory=H100.shared_memory)
 
-
-@functools.cache
-def device_spec(device: torch.device) -> DeviceSpec:
-    """The limits of ``device``; for the CPU (emulated kernels) those of :data:`EMULATED`."""
-    if device.type != "cuda":
-        return EMULATED
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceSpec(
-        name=properties.name,
-        compute_capability=(properties.major, properties.minor),
-        sm_count=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
-    )

@@ -6,6 +6,7 @@ import contextlib
 from typing import Any
 
 import torch
+import triton.language as tl
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
@@ -21,3 +22,14 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+def index_type(largest_offset: int) -> tl.dtype:
+    """The integer type for offsets up to ``largest_offset`` elements, masked lanes beyond the end included."""
+    # Blocks may reach past the end of a tensor by far less than 2²⁴ elements before their mask holds.
+    return tl.int32 if largest_offset < 2**31 - 2**24 else tl.int64
+
+
+def reach(*tensors: torch.Tensor) -> int:
+    """The largest offset, in elements, between two elements of any one of ``tensors``."""
+    return max(sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors)

@@ -1,0 +1,211 @@
+"""Convolution kernels: forward and input gradient as one implicit matrix product.
+
+Layouts are strides: channels_last is read and written in runs of channels, NCHW and any view in what runs they have.
+The weight gradient is in ``weight_kernels.py``; the arithmetic of taps in ``gather.py``.
+"""
+
+import triton
+import triton.language as tl
+
+from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._conv2d.gather import inside_image, phase_taps, split_pixel, taps_inside, tile_order
+
+
+@triton.jit
+def conv2d_gather_kernel(
+    source,  # Image [N, C, H, W]: x, or ∂L/∂y when TRANSPOSED
+    filter,  # Filter
+    bias_ptr,  # [columns of all groups] or None
+    out,  # Image: y, or ∂L/∂x when TRANSPOSED
+    sizes,  # Sizes
+    padding_h,
+    padding_w,
+    negative_slope,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    TAP_STEP_H: tl.constexpr,
+    TAP_STEP_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    VARIANT: tl.constexpr,  # "taps", "flat" or "direct": how the sum over taps and channels is walked
+    EVEN_K: tl.constexpr,  # BLOCK_K divides the channels summed over
+    SOURCE_ALIGN: tl.constexpr,  # what the start of every run of channels is a multiple of, in elements;
+    FILTER_ALIGN: tl.constexpr,  # see launch.alignment
+    OUT_ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """out[pixel, column] = act(bias[column] + Σ_{tap, c} source[pixel moved by tap, c] · filter[tap, c, column]).
+
+    Grid: (tiles, groups, phases); one phase unless TRANSPOSED with a stride. ``direct`` has all groups in one.
+    """
+    if TRANSPOSED:
+        phase_h = tl.program_id(2) // STRIDE_W
+        phase_w = tl.program_id(2) % STRIDE_W
+        rows = (sizes.out_h - phase_h + STRIDE_H - 1) // STRIDE_H
+        cols = (sizes.out_w - phase_w + STRIDE_W - 1) // STRIDE_W
+        first_r, taps_h, base_h = phase_taps(phase_h, padding_h, TAPS_H, STRIDE_H, DILATION_H, TAP_STEP_H)
+        first_s, taps_w, base_w = phase_taps(phase_w, padding_w, TAPS_W, STRIDE_W, DILATION_W, TAP_STEP_W)
+        # The largest phase has as many tiles as the grid; the others leave their last programs without a pixel.
+        num_m = tl.cdiv(sizes.batch * tl.cdiv(sizes.out_h, STRIDE_H) * tl.cdiv(sizes.out_w, STRIDE_W), BLOCK_M)
+        ROW_STRIDE: tl.constexpr = 1
+        COL_STRIDE: tl.constexpr = 1
+        TAP_STRIDE_H: tl.constexpr = -(TAP_STEP_H * DILATION_H // STRIDE_H)
+        TAP_STRIDE_W: tl.constexpr = -(TAP_STEP_W * DILATION_W // STRIDE_W)
+    else:
+        rows = sizes.out_h
+        cols = sizes.out_w
+        first_r = 0
+        first_s = 0
+        taps_h = TAPS_H
+        taps_w = TAPS_W
+        base_h = -padding_h
+        base_w = -padding_w
+        num_m = tl.cdiv(sizes.batch * rows * cols, BLOCK_M)
+        ROW_STRIDE: tl.constexpr = STRIDE_H
+        COL_STRIDE: tl.constexpr = STRIDE_W
+        TAP_STRIDE_H: tl.constexpr = DILATION_H
+        TAP_STRIDE_W: tl.constexpr = DILATION_W
+
+    columns = sizes.columns * sizes.groups if VARIANT == "direct" else sizes.columns
+    pid_m, pid_n = tile_order(tl.program_id(0), num_m, tl.cdiv(columns, BLOCK_N), GROUP_M)
+    group = tl.program_id(1)
+
+    pixels = sizes.batch * rows * cols
+    pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    n, i, j = split_pixel(pixel, rows, cols)
+    # A pixel beyond the last is given a row that no tap can bring back into the image.
+    h0 = tl.where(pixel < pixels, i * ROW_STRIDE + base_h, -(1 << 30))
+    w0 = j * COL_STRIDE + base_w
+    source_offset = (group * sizes.reduction).to(INDEX) * source.c + n.to(INDEX) * source.n
+    source_offset += h0.to(INDEX) * source.h + w0.to(INDEX) * source.w  # [BLOCK_M]
+    # The hints reach the loads only on sums: a product with a stride of 1 is folded away, and its hint with it.
+    source_row = source.ptr + tl.multiple_of(source_offset, SOURCE_ALIGN)
+
+    column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    column_ok = tl.max_constancy(column < columns, OUT_ALIGN)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if VARIANT == "direct":
+        column_group = column // sizes.columns
+        filter_offset = column_group.to(INDEX) * filter.group + (column % sizes.columns).to(INDEX) * filter.column
+        source_channel = (column_group * sizes.reduction).to(INDEX) * source.c  # [BLOCK_N]
+        for r in range(taps_h):
+            for s in range(taps_w):
+                h = h0 + r * TAP_STRIDE_H
+                w = w0 + s * TAP_STRIDE_W
+                mask = inside_image(h, w, sizes)[:, None] & column_ok[None, :]
+                moved = tl.cast(r * TAP_STRIDE_H, INDEX) * source.h + tl.cast(s * TAP_STRIDE_W, INDEX) * source.w
+                taken = (first_r + r * TAP_STEP_H) * filter.r + (first_s + s * TAP_STEP_W) * filter.s
+                for c in range(sizes.reduction):
+                    shifted = source_channel + c * source.c
+                    a = tl.load(source_row[:, None] + moved + shifted[None, :], mask=mask, other=0.0)
+                    b = tl.load(filter.ptr + filter_offset + taken + c * filter.reduction, mask=column_ok, other=0.0)
+                    acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+    else:
+        filter_offset = group.to(INDEX) * filter.group + column.to(INDEX) * filter.column
+        filter_column = filter.ptr + tl.multiple_of(filter_offset, FILTER_ALIGN)  # [BLOCK_N]
+        k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        if VARIANT == "flat":
+            # Few channels: taps and channels are one reduction, taken apart by division.
+            reduction = taps_h * taps_w * sizes.reduction
+            for step in range(tl.cdiv(reduction, BLOCK_K)):
+                flat = step * BLOCK_K + k
+                flat_ok = flat < reduction
+                tap = flat // sizes.reduction
+                c = flat % sizes.reduction
+                r = tap // taps_w
+                s = tap % taps_w
+                dh = r * TAP_STRIDE_H
+                dw = s * TAP_STRIDE_W
+                inside = inside_image(h0[:, None] + dh[None, :], w0[:, None] + dw[None, :], sizes) & flat_ok[None, :]
+                moved = c.to(INDEX) * source.c + dh.to(INDEX) * source.h + dw.to(INDEX) * source.w
+                taken = (
+                    c.to(INDEX) * filter.reduction
+                    + (first_r + r * TAP_STEP_H).to(INDEX) * filter.r
+                    + (first_s + s * TAP_STEP_W).to(INDEX) * filter.s
+                )
+                a = tl.load(source_row[:, None] + moved[None, :], mask=inside, other=0.0)
+                b_mask = flat_ok[:, None] & column_ok[None, :]
+                b = tl.load(filter_column[None, :] + taken[:, None], mask=b_mask, other=0.0)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        else:
+            # One flat loop over taps and channel blocks with counters carried along: the leanest form of the main loop.
+            # Where there are at most 32 taps, which of them lie inside the image is one bit mask a pixel.
+            TAP_BITS: tl.constexpr = TAPS_H * TAPS_W <= 32
+            if TAP_BITS:
+                bits = taps_inside(
+                    h0, w0, sizes, taps_h, taps_w,
+                    TAP_STRIDE_H, TAP_STRIDE_W, tl.cdiv(TAPS_H, TAP_STEP_H), tl.cdiv(TAPS_W, TAP_STEP_W), BLOCK_M,
+                )  # fmt: skip
+            r = tl.cast(0, INDEX)
+            s = tl.cast(0, INDEX)
+            c = tl.cast(0, INDEX)
+            for _ in range(taps_h * taps_w * tl.cdiv(sizes.reduction, BLOCK_K)):
+                if TAP_BITS:
+                    inside = (bits & 1) != 0  # [BLOCK_M, 1]
+                else:
+                    h = (h0 + r * TAP_STRIDE_H).to(tl.int32)
+                    w = (w0 + s * TAP_STRIDE_W).to(tl.int32)
+                    inside = inside_image(h, w, sizes)[:, None]
+                a_mask = inside
+                b_mask = column_ok[None, :]
+                if not EVEN_K:
+                    k_ok = tl.max_constancy(c + k < sizes.reduction, SOURCE_ALIGN)
+                    a_mask = a_mask & k_ok[None, :]
+                    b_mask = b_mask & k_ok[:, None]
+                moved = c * source.c + r * (TAP_STRIDE_H * source.h) + s * (TAP_STRIDE_W * source.w)
+                taken = c * filter.reduction + (first_r + r * TAP_STEP_H) * filter.r
+                taken += (first_s + s * TAP_STEP_W) * filter.s
+                a_offset = tl.multiple_of(moved + k * source.c, SOURCE_ALIGN)
+                b_offset = tl.multiple_of(taken + k * filter.reduction, FILTER_ALIGN)
+                a = tl.load(source_row[:, None] + a_offset[None, :], mask=a_mask, other=0.0)
+                b = tl.load(filter_column[None, :] + b_offset[:, None], mask=b_mask, other=0.0)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                c += BLOCK_K
+                if c >= sizes.reduction:
+                    c = tl.cast(0, INDEX)
+                    s += 1
+                    if TAP_BITS:
+                        bits = bits >> 1
+                    if s == taps_w:
+                        s = tl.cast(0, INDEX)
+                        r += 1
+
+    out_channel = group * sizes.columns + column
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + out_channel, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    acc = apply_activation(acc, ACTIVATION, negative_slope)
+    if TRANSPOSED:
+        i = i * STRIDE_H + phase_h
+        j = j * STRIDE_W + phase_w
+    out_offset = n.to(INDEX) * out.n + i.to(INDEX) * out.h + j.to(INDEX) * out.w
+    out_row = out.ptr + tl.multiple_of(out_offset, OUT_ALIGN)
+    tl.store(
+        out_row[:, None] + (out_channel.to(INDEX) * out.c)[None, :],
+        acc.to(out.ptr.dtype.element_ty),
+        mask=(pixel < pixels)[:, None] & column_ok[None, :],
+    )
+
+
+@triton.jit
+def to_channels_last_kernel(
+    source, out, pixels, channels, height, width, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr
+):
+    """out = source, both Image [N, C, H, W] with any strides. One tile is read along its runs and written along its."""
+    pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    n, h, w = split_pixel(pixel, height, width)
+    mask = (pixel < pixels)[:, None] & (c < channels)[None, :]
+    read = n.to(INDEX) * source.n + h.to(INDEX) * source.h + w.to(INDEX) * source.w
+    value = tl.load(source.ptr + read[:, None] + (c.to(INDEX) * source.c)[None, :], mask=mask, other=0.0)
+    write = n.to(INDEX) * out.n + h.to(INDEX) * out.h + w.to(INDEX) * out.w
+    tl.store(out.ptr + write[:, None] + (c.to(INDEX) * out.c)[None, :], value, mask=mask)

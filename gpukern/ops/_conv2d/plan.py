@@ -1,0 +1,155 @@
+"""Which launch a convolution gets: a pure function of the problem and the device, without torch or Triton."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from dataclasses import dataclass
+
+from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+
+
+class Direction(enum.Enum):
+    FORWARD = "forward"
+    INPUT_GRAD = "input gradient"
+    WEIGHT_GRAD = "weight gradient"
+
+
+class Variant(str, enum.Enum):
+    """How a kernel walks its sum; the values are the kernels' ``VARIANT``."""
+
+    TAPS = "taps"
+    FLAT = "flat"
+    DIRECT = "direct"
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """Tile M × N with steps of K along the sum; ``splits`` programs share one sum (weight gradient only)."""
+
+    variant: Variant
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    splits: int = 1
+
+
+# Flattened loops over taps and channels gave wrong results at 8 warps on real GPUs (pytorch#173068): 4 is the cap until
+# a GPU has shown each configuration right.
+MAX_WARPS = 4
+
+# Below this many channels a group, tensor-core tiles (16 at least) are mostly padding: multiply element by element.
+_DIRECT_CHANNELS = 8
+# Below this many channels one step of 16 or more along the sum would be mostly padding: join the taps to the channels.
+_FLAT_CHANNELS = 16
+
+_TILES = ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32))
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(value: int, low: int, high: int) -> int:
+    """The smallest power of two that is at least ``value``, held between ``low`` and ``high``."""
+    return min(max(1 << max(value - 1, 0).bit_length(), low), high)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: ConvProblem, direction: Direction, dtype: str, precision: str, device: DeviceSpec) -> ConvPlan:
+    """The launch for ``problem``; ``dtype`` is "float32", "float16" or "bfloat16", ``precision`` "tf32" or "ieee"."""
+    full_fp32 = dtype == "float32" and precision == "ieee"
+    if direction is Direction.WEIGHT_GRAD:
+        return _plan_weight_grad(problem, dtype, full_fp32, device)
+    return _plan_gather(problem, direction, dtype, full_fp32, device)
+
+
+def _plan_gather(p: ConvProblem, direction: Direction, dtype: str, full_fp32: bool, device: DeviceSpec) -> ConvPlan:
+    if direction is Direction.FORWARD:
+        pixels, columns, reduction = p.N * p.P * p.Q, p.group_outputs, p.group_inputs
+        phases = 1
+    else:
+        phases = p.stride[0] * p.stride[1]
+        pixels = p.N * cdiv(p.H, p.stride[0]) * cdiv(p.W, p.stride[1])
+        columns, reduction = p.group_inputs, p.group_outputs
+    if p.groups > 1 and min(columns, reduction) < _DIRECT_CHANNELS:
+        return ConvPlan(
+            Variant.DIRECT,
+            block_m=power_of_two(pixels, 1, 32),
+            block_n=power_of_two(columns * p.groups, 1, 64),
+            block_k=1,
+            num_warps=MAX_WARPS,
+            num_stages=1,
+        )
+    flat = reduction < _FLAT_CHANNELS and p.R * p.S > 1
+    block_m, block_n = _tile(pixels, columns, p.groups * phases, flat or full_fp32, device)
+    return ConvPlan(
+        Variant.FLAT if flat else Variant.TAPS,
+        block_m,
+        block_n,
+        _block_k(p.R * p.S * reduction if flat else reduction, dtype, full_fp32, flat),
+        num_warps=MAX_WARPS,
+        num_stages=3,
+    )
+
+
+def _plan_weight_grad(p: ConvProblem, dtype: str, full_fp32: bool, device: DeviceSpec) -> ConvPlan:
+    pixels, taps = p.N * p.P * p.Q, p.R * p.S
+    if p.groups > 1 and min(p.group_outputs, p.group_inputs) < _DIRECT_CHANNELS:
+        block_m = power_of_two(p.K, 1, 64)
+        programs = cdiv(p.K, block_m) * taps * p.group_inputs
+        block_k = power_of_two(pixels, 1, 32)
+        splits = _splits(pixels, block_k, programs, device)
+        return ConvPlan(Variant.DIRECT, block_m, 1, block_k, num_warps=MAX_WARPS, num_stages=1, splits=splits)
+    flat = p.group_inputs < _FLAT_CHANNELS and taps > 1
+    columns = taps * p.group_inputs if flat else p.group_inputs
+    # Both operands are read in runs of channels and one is transposed on the way: smaller tiles than the forward's.
+    block_m = power_of_two(p.group_outputs, 16, 64)
+    block_n = power_of_two(columns, 16, 32 if flat or full_fp32 else 64)
+    block_k = power_of_two(pixels, 16, 16 if full_fp32 else 32)
+    programs = cdiv(p.group_outputs, block_m) * cdiv(columns, block_n) * (1 if flat else taps) * p.groups
+    return ConvPlan(
+        Variant.FLAT if flat else Variant.TAPS,
+        block_m,
+        block_n,
+        block_k,
+        num_warps=MAX_WARPS,
+        num_stages=3,
+        splits=_splits(pixels, block_k, programs, device),
+    )
+
+
+def _tile(pixels: int, columns: int, copies: int, small: bool, device: DeviceSpec) -> tuple[int, int]:
+    """The largest tile of which there is still one for every multiprocessor; else the one that makes most tiles.
+
+    ``small`` tiles where address arithmetic (flat) or fp32 operands (full precision) fill the registers.
+    """
+    rows, cols = power_of_two(pixels, 16, 128), power_of_two(columns, 16, 128)
+    for block_m, block_n in _TILES:
+        if small and block_m * block_n > 64 * 32:
+            continue
+        block_m, block_n = min(block_m, rows), min(block_n, cols)
+        if cdiv(pixels, block_m) * cdiv(columns, block_n) * copies >= device.sm_count:
+            return block_m, block_n
+    return min(rows, 32), min(cols, 32)
+
+
+def _block_k(reduction: int, dtype: str, full_fp32: bool, flat: bool) -> int:
+    if full_fp32:
+        return power_of_two(reduction, 16, 16)
+    return power_of_two(reduction, 16, 32 if flat or dtype == "float32" else 64)
+
+
+def _splits(pixels: int, block_k: int, programs: int, device: DeviceSpec) -> int:
+    """Enough splits for two waves, each with at least four steps along the sum; the partial sums cost memory traffic."""
+    wanted = cdiv(2 * device.sm_count, max(programs, 1))
+    return max(1, min(wanted, cdiv(pixels, 4 * block_k), 64))
+
+
+def channel_sum_splits(pixels: int, channels: int, device: DeviceSpec) -> int:
+    """Splits of the bias gradient, whose programs take 64 channels each."""
+    return _splits(pixels, 64, cdiv(channels, 64), device)

@@ -1,0 +1,139 @@
+"""How pooling is cut into programs: pure Python, no torch, no Triton.
+
+Every kernel works on a tile [channels, pixels] of one tensor: the output in forward, the input in backward. Pooling
+moves much memory and computes little, so a tile is chosen for its accesses alone: many pixels of few channels where
+pixels lie side by side (NCHW), many channels of few pixels where channels do (channels_last).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
+
+_THREADS = 128
+#: Loops are unrolled, so that many loads are under way at once, up to this many elements a thread: more would spill.
+_UNROLLED_LOADS = 72
+#: CUDA's limit for a grid's second dimension.
+_GRID_Y = 65535
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on. ``pixels`` counts places of one window in the tile of a whole-window kernel."""
+
+    channels: int
+    pixels: int
+    warps: int = _THREADS // 32
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """Tiles and loop bounds.
+
+    ``window`` is the largest window (rows, columns) in taps, ``owners`` the most windows (vertically, horizontally)
+    that see one input pixel. ``divisor`` is an average's divisor where all windows share it, else 0.
+    ``whole_window`` is the tile for one program per window, or None where a thread walks through its own window.
+    """
+
+    tile: Tile
+    whole_window: Tile | None
+    window: Pair
+    owners: Pair
+    divisor: int
+    unroll_window: int
+    unroll_owners: int
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: PoolProblem | AdaptiveProblem, channels_last: bool, itemsize: int) -> PoolPlan:
+    """The plan for tensors whose channels lie side by side (``channels_last``) or not, of ``itemsize`` bytes."""
+    if isinstance(problem, AdaptiveProblem):
+        # Which windows see an input pixel is the same question as which pixels a window sees, the other way round.
+        window = _largest_share(problem.H, problem.P), _largest_share(problem.W, problem.Q)
+        owners = _largest_share(problem.P, problem.H), _largest_share(problem.Q, problem.W)
+        divisor = 0
+    else:
+        window = problem.kernel
+        extents = ((size - 1) * dilation + 1 for size, dilation in zip(problem.kernel, problem.dilation, strict=True))
+        owners = tuple(-(-extent // stride) for extent, stride in zip(extents, problem.stride, strict=True))
+        divisor = problem.divisor_override or _common_divisor(problem)
+    tile = _tile(problem.C, channels_last, itemsize)
+    elements = max(1, tile.channels * tile.pixels // _THREADS)
+    # A window of a maximum's backward costs two loads, the gradient and the tap.
+    return PoolPlan(
+        tile=tile,
+        whole_window=_whole_window(problem, window, channels_last, itemsize),
+        window=window,
+        owners=owners,
+        divisor=divisor,
+        unroll_window=_unroll(window, elements),
+        unroll_owners=_unroll(owners, 2 * elements),
+    )
+
+
+def _tile(channels: int, channels_last: bool, itemsize: int) -> Tile:
+    if not channels_last:
+        # A thread serves one pixel of four channels, which share the arithmetic of the pixel's place.
+        return Tile(_launchable(min(4, _power_of_two(channels)), channels), _THREADS)
+    block = _launchable(_channel_block(channels, itemsize), channels)
+    return Tile(block, max(1, _THREADS * 16 // itemsize // block))  # a thread moves 16 bytes at a time
+
+
+def _whole_window(
+    problem: PoolProblem | AdaptiveProblem, window: Pair, channels_last: bool, itemsize: int
+) -> Tile | None:
+    """The tile for one program per window: where windows are large and hardly overlap, as in global pooling.
+
+    There are too few outputs then to keep a GPU busy with one thread for each.
+    """
+    area = window[0] * window[1]
+    if area < 32 or problem.P * problem.Q * area > 2 * problem.H * problem.W:
+        return None
+    if channels_last:
+        block = _launchable(_channel_block(problem.C, itemsize), problem.C)
+        return Tile(block, max(1, 1024 // block))
+    places = min(1024, _power_of_two(area))
+    return Tile(_launchable(min(1024 // places, _power_of_two(problem.C)), problem.C), places)
+
+
+def _channel_block(channels: int, itemsize: int) -> int:
+    """At most 64 channels: without a ragged last block if that leaves whole 32-byte sectors, else as many as fit."""
+    even = min(64, channels & -channels)
+    return even if even * itemsize >= 32 else min(64, _power_of_two(channels))
+
+
+def _launchable(block: int, channels: int) -> int:
+    while -(-channels // block) > _GRID_Y:
+        block *= 2
+    return block
+
+
+def _common_divisor(problem: PoolProblem) -> int:
+    """R·S if no window is cut off anywhere, else 0."""
+    for size, outputs, kernel, stride, padding in zip(
+        (problem.H, problem.W), (problem.P, problem.Q), problem.kernel, problem.stride, problem.padding, strict=True
+    ):
+        counted = padding if problem.count_include_pad else 0
+        if padding > counted or (outputs - 1) * stride - padding + kernel > size + counted:
+            return 0
+    return problem.kernel[0] * problem.kernel[1]
+
+
+def _largest_share(size: int, parts: int) -> int:
+    """The most elements in one of ``parts`` overlapping shares ⌊i·size/parts⌋ … ⌈(i+1)·size/parts⌉ − 1."""
+    return max((-(-(i + 1) * size // parts) - i * size // parts for i in range(parts)), default=0)
+
+
+def _unroll(steps: Pair, loads: int) -> int:
+    """The unrolling factor of a loop over (rows, columns) with ``loads`` elements a step: all, a row, or what fits."""
+    rows, columns = steps
+    for factor in (rows * columns, columns):
+        if factor * loads <= _UNROLLED_LOADS:
+            return max(1, factor)
+    return max(1, _UNROLLED_LOADS // 2 // loads)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()

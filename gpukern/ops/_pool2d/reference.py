@@ -1,0 +1,101 @@
+"""Pooling in plain torch: the path of CPU tensors, and the oracle of the tests when fed float64.
+
+The taps of a maximum, which the kernels keep as compact codes, are torch's flat int64 indices h·W + w here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem
+
+_aten = torch.ops.aten
+
+
+def taps_dtype(kernel: tuple[int, int]) -> torch.dtype:
+    return torch.int64
+
+
+def max_pool2d(problem: PoolProblem, input: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """``y[p, q] = max_{r,s} x[window]``: [N, C, H, W] gives [N, C, P, Q]."""
+    return F.max_pool2d(input, *_geometry(problem)).contiguous(memory_format=memory_format)
+
+
+def max_pool2d_with_taps(
+    problem: PoolProblem, input: torch.Tensor, memory_format: torch.memory_format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum and where it was found, both [N, C, P, Q]."""
+    output, taps = F.max_pool2d(input, *_geometry(problem), return_indices=True)
+    return output.contiguous(memory_format=memory_format), taps.contiguous(memory_format=memory_format)
+
+
+def max_pool2d_indices(problem: PoolProblem, taps: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """torch's int64 indices h·W + w [N, C, P, Q]."""
+    return taps.clone(memory_format=memory_format)
+
+
+def max_pool2d_backward(
+    problem: PoolProblem, grad: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """``∂L/∂x[h, w] = Σ ∂L/∂y[p, q]`` over the outputs whose maximum is x[h, w]."""
+    grad_input = _aten.max_pool2d_with_indices_backward(
+        grad, _image(problem, grad, memory_format), *_geometry(problem), taps
+    )
+    return grad_input.contiguous(memory_format=memory_format)
+
+
+def max_pool2d_gather(
+    problem: PoolProblem, image: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """``y[p, q] = image[tap of (p, q)]``: [N, C, H, W] gives [N, C, P, Q]."""
+    gathered = image.flatten(2).gather(2, taps.flatten(2)).unflatten(2, (problem.P, problem.Q))
+    return gathered.contiguous(memory_format=memory_format)
+
+
+def avg_pool2d(
+    problem: PoolProblem | AdaptiveProblem, input: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """``y[p, q] = Σ_{window} x / divisor``: [N, C, H, W] gives [N, C, P, Q]."""
+    if isinstance(problem, AdaptiveProblem):
+        output = F.adaptive_avg_pool2d(input, (problem.P, problem.Q))
+    else:
+        output = F.avg_pool2d(input, *_average(problem))
+    return output.contiguous(memory_format=memory_format)
+
+
+def avg_pool2d_backward(
+    problem: PoolProblem | AdaptiveProblem, grad: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """``∂L/∂x[h, w] = Σ ∂L/∂y[p, q] / divisor`` over the windows that contain (h, w)."""
+    image = _image(problem, grad, memory_format)
+    if isinstance(problem, PoolProblem):
+        grad_input = _aten.avg_pool2d_backward(grad, image, *_average(problem))
+    elif problem.C * problem.P * problem.Q == 0:  # torch's operator refuses it
+        grad_input = image.zero_()
+    else:
+        grad_input = _aten._adaptive_avg_pool2d_backward(grad, image)
+    return grad_input.contiguous(memory_format=memory_format)
+
+
+def _geometry(problem: PoolProblem) -> tuple:
+    return problem.kernel, problem.stride, problem.padding, problem.dilation, problem.ceil_mode
+
+
+def _average(problem: PoolProblem) -> tuple:
+    return (
+        problem.kernel,
+        problem.stride,
+        problem.padding,
+        problem.ceil_mode,
+        problem.count_include_pad,
+        problem.divisor_override,
+    )
+
+
+def _image(
+    problem: PoolProblem | AdaptiveProblem, like: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """Uninitialised [N, C, H, W]: torch's backward operators ask for the input but use no more than its layout."""
+    shape = (problem.N, problem.C, problem.H, problem.W)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
