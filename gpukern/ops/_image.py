@@ -22,4 +22,9 @@ class Image(NamedTuple):
 
 def image(tensor: torch.Tensor) -> Image:
     """The kernel argument of a 4-D ``tensor``."""
-    return Image(tensor, *tensor.stride())
+    return Image(tensor, *strides_of(tensor))
+
+
+def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The strides, 0 for a dimension of one element: PyTorch leaves any number there, and none must spoil the alignment."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -97,9 +97,7 @@ activation_grad = Operator(
 )
 
 
-def _activation_grad_grad(
-    grad: torch.Tensor, grad_grad: torch.Tensor, output: torch.Tensor, name: str
-) -> torch.Tensor:
+def _activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, output: torch.Tensor, name: str) -> torch.Tensor:
     return _implementations.of(grad).activation_grad_grad(grad, grad_grad, output, name)
 
 

@@ -22,9 +22,7 @@ _GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool cei
 
 def _problem(input_shape, kernel, stride, padding, dilation, *rest):
     # Through the operator boundary tuples arrive as lists, which no cache takes.
-    return pool_problem(
-        tuple(input_shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), *rest
-    )
+    return pool_problem(tuple(input_shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), *rest)
 
 
 def _memory_format(channels_last: bool) -> torch.memory_format:

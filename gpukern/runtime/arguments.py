@@ -19,14 +19,16 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     except TypeError:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}") from None
     if len(numbers) not in (1, 2):
-        raise RuntimeError(f"expected {name} to be a single integer value or a list of 2 values, but got {list(numbers)}")
+        raise RuntimeError(
+            f"expected {name} to be a single integer value or a list of 2 values, but got {list(numbers)}"
+        )
     return numbers[0], numbers[-1]
 
 
-def check_tensors(function: str, *tensors: torch.Tensor) -> None:
-    """Raise TypeError for anything that is no tensor."""
-    for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
+def check_tensors(function: str, input: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Raise TypeError for anything that is no tensor; only ``others`` may be None."""
+    for tensor in (input, *others):
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or tensor is input):
             raise TypeError(f"{function}(): expected a Tensor, but got {type(tensor).__name__}")
 
 

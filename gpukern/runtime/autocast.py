@@ -12,6 +12,8 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64 else tensor
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
+        else tensor
         for tensor in tensors
     )

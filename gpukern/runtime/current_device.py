@@ -1,17 +1,36 @@
-"""The limits of the device a tensor is on."""
+"""The limits of the device a tensor is on, or of the one we pretend it is on."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 
 from gpukern.runtime.device import EMULATED, DeviceSpec
 
+_pretended: DeviceSpec | None = None
 
-@functools.cache
+
 def device_spec(device: torch.device) -> DeviceSpec:
     """The limits of ``device``; for the CPU (emulated kernels) those of :data:`gpukern.runtime.device.EMULATED`."""
+    return _pretended or _query(device)
+
+
+@contextlib.contextmanager
+def pretend(spec: DeviceSpec) -> Iterator[None]:
+    """Plan for ``spec`` inside the block, whatever the tensors' device: for tools that compile or explain."""
+    global _pretended
+    before, _pretended = _pretended, spec
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+@functools.cache
+def _query(device: torch.device) -> DeviceSpec:
     if device.type != "cuda":
         return EMULATED
     properties = torch.cuda.get_device_properties(device)

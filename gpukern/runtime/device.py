@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+
 @dataclass(frozen=True)
 class DeviceSpec:
     """Limits of one GPU.
@@ -25,4 +26,3 @@ H100 = DeviceSpec("H100", (9, 0), sm_count=132, shared_memory=227 * 1024)
 #: Emulated kernels run with the plan of this device: few multiprocessors, so that the interpreter, which takes the same
 #: time for a small tile as for a large one, gets few tiles.
 EMULATED = DeviceSpec("emulated", (9, 0), sm_count=2, shared_memory=H100.shared_memory)
-

@@ -8,20 +8,29 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from gpukern.runtime.mode import EMULATE
+
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
     """Run ``kernel`` over ``grid`` on ``device`` and its current stream.
 
     Every launch happens under its tensors' own device: Triton launches on the current one, whatever the tensors say.
     """
-    with _on(device):
+    with _on(device, arguments):
         kernel[grid](*arguments, **options)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
+def _on(device: torch.device, arguments: tuple[Any, ...]) -> contextlib.AbstractContextManager:
+    if device.type == "cuda":
+        return _NOTHING if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+    if EMULATE:
+        from gpukern.runtime.emulation_checks import only_memory_of
+
+        return only_memory_of(arguments)
+    return _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def index_type(largest_offset: int) -> tl.dtype:

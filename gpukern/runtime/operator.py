@@ -49,11 +49,11 @@ class Operator:
         definition = torch.library.custom_op(f"gpukern::{name}", forward, mutates_args=(), schema=schema)
         definition.register_fake(fake)
         if backward is not None:
-            definition.register_autograd(
-                backward, setup_context=lambda ctx, inputs, output: save(ctx, inputs, output)
-            )
+            definition.register_autograd(backward, setup_context=lambda ctx, inputs, output: save(ctx, inputs, output))
         self.overload = getattr(torch.ops.gpukern, name).default
-        self._tensors = sum(str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in self.overload._schema.arguments)
+        self._tensors = sum(
+            str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in self.overload._schema.arguments
+        )
         self._function = None if backward is None else _autograd_function(name, forward, save, backward)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -69,12 +69,18 @@ class Operator:
 
 def is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether a tracer, a dispatch mode or a tensor subclass is at work, so that the registered operator must be called."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return True
     return any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors)
 
 
-def _autograd_function(name: str, forward: Callable, save: Callable, backward: Callable) -> type[torch.autograd.Function]:
+def _autograd_function(
+    name: str, forward: Callable, save: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
     # forward(ctx, ...) in one piece: a separate setup_context costs another 8 microseconds a call.
     def run(ctx: Any, *arguments: Any) -> Any:
         output = forward(*arguments)

@@ -41,6 +41,4 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def check_kernel_dtype(operation: str, input: torch.Tensor) -> None:
     """Raise RuntimeError unless the kernels take ``input``'s dtype."""
     if input.dtype not in _KERNEL_DTYPES:
-        raise RuntimeError(
-            f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {input.dtype}"
-        )
+        raise RuntimeError(f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {input.dtype}")

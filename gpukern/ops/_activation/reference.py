@@ -30,9 +30,7 @@ def activation_grad(grad: torch.Tensor, y: torch.Tensor, name: str, negative_slo
     return grad * (1 - y * y)
 
 
-def activation_grad_grad(
-    grad: torch.Tensor, grad_grad: torch.Tensor, y: torch.Tensor, name: str
-) -> torch.Tensor:
+def activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
     """The derivative of :func:`activation_grad` by ``y``, times ``grad_grad``: ``grad · grad_grad · ∂act′/∂y``.
 
     Zero for the piecewise linear activations.

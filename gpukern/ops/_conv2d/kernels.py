@@ -81,7 +81,8 @@ def conv2d_gather_kernel(
 
     pixels = sizes.batch * rows * cols
     pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    n, i, j = split_pixel(pixel, rows, cols)
+    # A phase may have no row at all; no division by zero then.
+    n, i, j = split_pixel(pixel, tl.maximum(rows, 1), tl.maximum(cols, 1))
     # A pixel beyond the last is given a row that no tap can bring back into the image.
     h0 = tl.where(pixel < pixels, i * ROW_STRIDE + base_h, -(1 << 30))
     w0 = j * COL_STRIDE + base_w

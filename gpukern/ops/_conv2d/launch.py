@@ -13,7 +13,7 @@ from gpukern.ops._conv2d import kernels, weight_kernels
 from gpukern.ops._conv2d.gather import Filter, Sizes
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant, channel_sum_splits, plan
 from gpukern.ops._conv2d.problem import ConvProblem
-from gpukern.ops._image import image
+from gpukern.ops._image import image, strides_of
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.launch import index_type, launch, reach
 from gpukern.runtime.precision import conv_precision
@@ -138,7 +138,9 @@ def gather(
 
 
 @functools.lru_cache(maxsize=4096)
-def _gather_meta(problem: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _gather_meta(
+    problem: ConvProblem, direction: Direction, choice: ConvPlan
+) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Grid and compile-time arguments that follow from problem and plan alone."""
     transposed = direction is Direction.INPUT_GRAD
     stride, dilation = problem.stride, problem.dilation
@@ -170,7 +172,7 @@ def _gather_meta(problem: ConvProblem, direction: Direction, choice: ConvPlan) -
 
 
 def _filter(weight: torch.Tensor, problem: ConvProblem, transposed: bool) -> Filter:
-    k, c, r, s = weight.stride()
+    k, c, r, s = strides_of(weight)
     group = problem.group_outputs * k
     return Filter(weight, group, c, k, r, s) if transposed else Filter(weight, group, k, c, r, s)
 
@@ -193,7 +195,7 @@ def weight_grad(
         grad, input = in_channel_runs(grad), in_channel_runs(input)
     direct = choice.variant is Variant.DIRECT
     partial = _partial_sums(output, choice.splits)
-    k, c, r, s = output.stride()
+    k, c, r, s = strides_of(output)
     launch(
         weight_kernels.conv2d_weight_grad_kernel,
         _weight_grad_grid(problem, choice),
@@ -295,11 +297,7 @@ def alignment(tensor: torch.Tensor, dimension: int, run: int) -> int:
     """
     if tensor.stride(dimension) != 1:
         return 1
-    strides = (
-        stride
-        for i, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))
-        if i != dimension and size > 1
-    )
+    strides = (stride for i, stride in enumerate(strides_of(tensor)) if i != dimension)
     return math.gcd(16, run, *strides)
 
 

@@ -56,7 +56,7 @@ def conv2d_weight_grad_kernel(
     if DIRECT:
         tap = pid_n // sizes.reduction
         c = pid_n % sizes.reduction
-        column_ok = tap < taps
+        column_ok = m_ok[None, :]  # [1, BLOCK_M]
         source_channel = ((m // sizes.columns) * sizes.reduction + c)[None, :]  # [1, BLOCK_M]
     elif VARIANT == "flat":
         flat = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
@@ -87,7 +87,9 @@ def conv2d_weight_grad_kernel(
         h = (p * STRIDE_H - padding_h)[:, None] + r * DILATION_H  # [BLOCK_K, 1 or BLOCK_N]
         w = (q * STRIDE_W - padding_w)[:, None] + s * DILATION_W
         grad_row = tl.multiple_of(grad_row + grad_group, GRAD_ALIGN)
-        source_pixel = (source_group + n.to(INDEX) * source.n)[:, None] + h.to(INDEX) * source.h + w.to(INDEX) * source.w
+        source_pixel = (
+            (source_group + n.to(INDEX) * source.n)[:, None] + h.to(INDEX) * source.h + w.to(INDEX) * source.w
+        )
         if VARIANT != "flat":
             source_pixel = tl.multiple_of(source_pixel, (SOURCE_ALIGN, SOURCE_ALIGN))
         dy = tl.load(

@@ -141,7 +141,7 @@ def max_pool2d_gather_kernel(
 
 # ---- average, fixed windows and adaptive ones ----------------------------------------------------------------------
 #
-# One dimension at a time: output i of a dimension with SIZE inputs and OUTPUTS outputs.
+# One dimension at a time: one with ``size`` inputs and ``outputs`` outputs.
 
 
 @triton.jit
@@ -159,11 +159,8 @@ def _window(
         start = i * STRIDE - PADDING
         begin = tl.maximum(start, 0)
         end = tl.minimum(start + KERNEL, size)
-        if INCLUDE_PAD:
-            # In ceil mode a window can hang over even the padding: that part never counts.
-            count = tl.minimum(start + KERNEL, size + PADDING) - start
-        else:
-            count = end - begin
+        # In ceil mode a window can hang over even the padding: that part never counts.
+        count = tl.minimum(start + KERNEL, size + PADDING) - start if INCLUDE_PAD else end - begin
     return begin, end, count
 
 

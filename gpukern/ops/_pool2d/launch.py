@@ -245,4 +245,6 @@ def _inputs(problem, like: torch.Tensor, memory_format: torch.memory_format) -> 
 
 def _check_taps(problem: PoolProblem, taps: torch.Tensor) -> None:
     if taps.dtype is not taps_dtype(problem.kernel):
-        raise RuntimeError(f"taps of {taps.dtype} do not come from gpukern's kernels: was the forward run in another mode?")
+        raise RuntimeError(
+            f"taps of {taps.dtype} do not come from gpukern's kernels: was the forward run in another mode?"
+        )

@@ -78,7 +78,9 @@ def _tile(channels: int, channels_last: bool, itemsize: int) -> Tile:
         # A thread serves one pixel of four channels, which share the arithmetic of the pixel's place.
         return Tile(_launchable(min(4, _power_of_two(channels)), channels), _THREADS)
     block = _launchable(_channel_block(channels, itemsize), channels)
-    return Tile(block, max(1, _THREADS * 16 // itemsize // block))  # a thread moves 16 bytes at a time
+    # A thread moves 16 bytes at a time, or single elements where Triton cannot prove that rows are aligned.
+    elements = 16 // itemsize if channels % 16 == 0 else 4
+    return Tile(block, max(1, _THREADS * elements // block))
 
 
 def _whole_window(
