@@ -1,6 +1,8 @@
 """gpukern: convolution, pooling and linear layers for PyTorch on Triton kernels, testable without a GPU."""
 
 from gpukern import functional, nn
+from gpukern.convert import convert
+from gpukern.summary import summary
 from gpukern.version import __version__
 
-__all__ = ["__version__", "functional", "nn"]
+__all__ = ["__version__", "convert", "functional", "nn", "summary"]

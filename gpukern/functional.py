@@ -126,9 +126,7 @@ def linear(
     """
     check_tensors("linear", input, weight, bias)
     input, weight, bias = autocast(input, weight, bias)
-    return _linear.apply(
-        input, weight, bias, _activation.check_activation(activation, negative_slope), negative_slope
-    )
+    return _linear.apply(input, weight, bias, _activation.check_activation(activation, negative_slope), negative_slope)
 
 
 def max_pool2d(

@@ -7,8 +7,8 @@ A sum of products of ``terms`` pairs (a convolution, a matrix product) is right 
 - *Products.* Two 16-bit significands multiply exactly in fp32. In TF32 each operand is first rounded to 11 bits, so a
   product carries a relative error of at most 2 · 2⁻¹¹ = 2⁻¹⁰. The emulated kernels multiply in fp32: 2⁻²⁴.
 - *Sum.* Each fp32 addition errs by at most 2⁻²⁴ of the partial sum (2⁻²³ on tensor cores, which truncate), and a
-  partial sum is at most ``|x| ∗ |w|``. Rounding errors of random sign add up like a random walk: √terms steps. Six standard
-  deviations of it, taken over every element of a test, are never passed by chance: c = 6.
+  partial sum is at most ``|x| ∗ |w|``. Rounding errors of random sign add up like a random walk of
+  √terms steps. Six standard deviations of it, taken over every element of a test, are never passed by chance: c = 6.
 - *Output.* One rounding to the output's dtype: half of eps, taken whole to cover an activation's own rounding.
 - *smallest* is the dtype's smallest subnormal, for outputs that underflow.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,9 @@ class Image(NamedTuple):
 
 def image(tensor: torch.Tensor) -> Image:
     """The kernel argument of a 4-D ``tensor``."""
-    return Image(tensor, *strides_of(tensor))
+    return Image(tensor, *strides_of(tensor.shape, tensor.stride()))
 
 
-def strides_of(tensor: torch.Tensor) -> tuple[int, ...]:
-    """The strides, 0 for a dimension of one element: PyTorch leaves any number there, and none must spoil the alignment."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def strides_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """The strides, 0 for a dimension of one element: PyTorch leaves any number there, which would spoil alignments."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))

@@ -34,7 +34,7 @@ def check_activation(name: str | None, negative_slope: float) -> str:
         raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
     if name == "leaky_relu" and negative_slope < 0:
         raise ValueError(
-            f"a fused leaky_relu needs negative_slope >= 0 (its derivative is taken from the output), got {negative_slope}"
+            f"leaky_relu needs negative_slope >= 0: its derivative is taken from the output; got {negative_slope}"
         )
     return name
 

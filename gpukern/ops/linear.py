@@ -59,20 +59,20 @@ def _linear_fake(input, weight, bias, activation, negative_slope) -> torch.Tenso
 
 
 def _linear_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
-    input, weight, bias, activation, negative_slope = arguments
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    ctx.epilogue = None if activation == "none" else (activation, negative_slope)
+    input, weight, _, activation, negative_slope = arguments
+    needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
     ctx.save_for_backward(
         input if needs_weight else None,
         weight if needs_input else None,
-        output if ctx.epilogue is not None else None,
+        None if activation == "none" else output,
     )
+    ctx.epilogue = activation, negative_slope
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     input, weight, output = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    if ctx.epilogue is not None:
+    if output is not None:
         grad = activation_grad(grad, output, *ctx.epilogue)
     return (
         linear(grad, weight.t(), None, "none", 0.0) if needs_input else None,
@@ -107,7 +107,7 @@ def _weight_grad_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
 
 def _weight_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     grad, input = ctx.saved_tensors
-    needs_grad, needs_input = ctx.needs_input_grad
+    needs_grad, needs_input = ctx.needs_input_grad[:2]
     return (
         linear(input, grad_grad, None, "none", 0.0) if needs_grad else None,
         linear(grad, grad_grad.t(), None, "none", 0.0) if needs_input else None,

@@ -13,20 +13,11 @@ import torch
 from gpukern.ops._pool2d.problem import Pair, adaptive_problem, check_adaptive, output_size, pool_problem
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
-from gpukern.runtime.tensors import memory_format_of
+from gpukern.runtime.tensors import as_memory_format, memory_format_of
 
 _implementations = Implementations("gpukern.ops._pool2d")
 
 _GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
-
-
-def _problem(input_shape, kernel, stride, padding, dilation, *rest):
-    # Through the operator boundary tuples arrive as lists, which no cache takes.
-    return pool_problem(tuple(input_shape), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), *rest)
-
-
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -62,7 +53,7 @@ def max_pool(
 def _max_pool2d(
     input: torch.Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> torch.Tensor:
-    problem = _problem(input.shape, kernel, stride, padding, dilation, ceil_mode)
+    problem = pool_problem(input.shape, kernel, stride, padding, dilation, ceil_mode)
     return _implementations.of(input).max_pool2d(problem, input, memory_format_of(input))
 
 
@@ -98,7 +89,7 @@ max_pool2d = Operator(
 def _with_taps(
     input: torch.Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    problem = _problem(input.shape, kernel, stride, padding, dilation, ceil_mode)
+    problem = pool_problem(input.shape, kernel, stride, padding, dilation, ceil_mode)
     return _implementations.of(input).max_pool2d_with_taps(problem, input, memory_format_of(input))
 
 
@@ -133,7 +124,7 @@ max_pool2d_with_taps = Operator(
 
 
 def _indices(taps: torch.Tensor, input_shape, *geometry) -> torch.Tensor:
-    problem = _problem(input_shape, *geometry)
+    problem = pool_problem(input_shape, *geometry)
     return _implementations.of(taps).max_pool2d_indices(problem, taps, memory_format_of(taps))
 
 
@@ -151,12 +142,12 @@ max_pool2d_indices = Operator(
 
 
 def _scatter(grad: torch.Tensor, taps: torch.Tensor, input_shape, channels_last: bool, *geometry) -> torch.Tensor:
-    problem = _problem(input_shape, *geometry)
-    return _implementations.of(grad).max_pool2d_backward(problem, grad, taps, _memory_format(channels_last))
+    problem = pool_problem(input_shape, *geometry)
+    return _implementations.of(grad).max_pool2d_backward(problem, grad, taps, as_memory_format(channels_last))
 
 
 def _scatter_fake(grad, taps, input_shape, channels_last, *geometry) -> torch.Tensor:
-    return _empty(grad, input_shape, _memory_format(channels_last))
+    return _empty(grad, input_shape, as_memory_format(channels_last))
 
 
 def _scatter_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
@@ -180,7 +171,7 @@ max_pool2d_backward = Operator(
 
 
 def _gather(image: torch.Tensor, taps: torch.Tensor, *geometry) -> torch.Tensor:
-    problem = _problem(image.shape, *geometry)
+    problem = pool_problem(image.shape, *geometry)
     return _implementations.of(image).max_pool2d_gather(problem, image, taps, memory_format_of(taps))
 
 
@@ -216,7 +207,7 @@ _AVERAGE = f"{_GEOMETRY}, bool count_include_pad, int? divisor_override"
 
 
 def _avg_pool2d(input: torch.Tensor, *geometry) -> torch.Tensor:
-    problem = _problem(input.shape, *geometry)
+    problem = pool_problem(input.shape, *geometry)
     return _implementations.of(input).avg_pool2d(problem, input, memory_format_of(input))
 
 
@@ -245,12 +236,12 @@ avg_pool2d = Operator(
 
 
 def _avg_grad(grad: torch.Tensor, input_shape, channels_last: bool, *geometry) -> torch.Tensor:
-    problem = _problem(input_shape, *geometry)
-    return _implementations.of(grad).avg_pool2d_backward(problem, grad, _memory_format(channels_last))
+    problem = pool_problem(input_shape, *geometry)
+    return _implementations.of(grad).avg_pool2d_backward(problem, grad, as_memory_format(channels_last))
 
 
 def _grad_fake(grad, input_shape, channels_last, *geometry) -> torch.Tensor:
-    return _empty(grad, input_shape, _memory_format(channels_last))
+    return _empty(grad, input_shape, as_memory_format(channels_last))
 
 
 def _avg_grad_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
@@ -275,7 +266,7 @@ avg_pool2d_backward = Operator(
 
 
 def _adaptive(input: torch.Tensor, output_size: Pair) -> torch.Tensor:
-    problem = adaptive_problem(tuple(input.shape), tuple(output_size))
+    problem = adaptive_problem(input.shape, output_size)
     return _implementations.of(input).avg_pool2d(problem, input, memory_format_of(input))
 
 
@@ -300,8 +291,8 @@ adaptive_avg_pool2d = Operator(
 
 
 def _adaptive_grad(grad: torch.Tensor, input_shape, channels_last: bool, output_size: Pair) -> torch.Tensor:
-    problem = adaptive_problem(tuple(input_shape), tuple(output_size))
-    return _implementations.of(grad).avg_pool2d_backward(problem, grad, _memory_format(channels_last))
+    problem = adaptive_problem(input_shape, output_size)
+    return _implementations.of(grad).avg_pool2d_backward(problem, grad, as_memory_format(channels_last))
 
 
 def _adaptive_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:

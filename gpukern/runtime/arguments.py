@@ -12,6 +12,8 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) from an integer, or a sequence of one or two. TypeError or RuntimeError as torch raises them."""
     if type(value) is int:
         return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
     if isinstance(value, (bool, float, str)):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     try:

@@ -1,8 +1,8 @@
 """Compiles what an operation would launch on a named GPU, on a machine that has none.
 
-Inside :func:`record_launches` every operation takes the kernels' path with ordinary CPU tensors; each launch is compiled
-for the named device through Triton's own just-in-time path (the same specialisation of arguments as on the GPU) and
-recorded instead of run. Outputs are left unwritten.
+Inside :func:`record_launches` every operation takes the kernels' path with ordinary CPU tensors; each launch is
+recorded instead of run, and can be compiled for the named device through Triton's own just-in-time path, with the same
+specialisation of arguments as on the GPU. Outputs are left unwritten.
 """
 
 from __future__ import annotations
@@ -37,6 +37,19 @@ class Launch:
         """Equal for launches that share one compiled kernel."""
         options = tuple(sorted((name, str(value)) for name, value in self.options.items()))
         return self.kernel, _specialisation(self.arguments), options
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of the tensors, in order."""
+        return tuple(_dtypes(self.arguments))
+
+
+def _dtypes(argument: Any) -> Iterator[str]:
+    if isinstance(argument, tuple):
+        for part in argument:
+            yield from _dtypes(part)
+    elif hasattr(argument, "data_ptr"):
+        yield str(argument.dtype).removeprefix("torch.")
 
 
 def _specialisation(argument: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+# eq=False: specs are constants or made once for each device, and are looked up by on every call.
+@dataclass(frozen=True, eq=False)
 class DeviceSpec:
     """Limits of one GPU.
 

@@ -2,8 +2,8 @@
 
 - A load or store outside the memory of the tensors that were passed to the kernel raises, even where the value is not
   used: on a GPU it would read another tensor or end the program.
-- ``tl.multiple_of`` and ``tl.max_constancy`` are promises to the compiler, which reads 16 bytes at once because of them.
-  The interpreter ignores them; here a promise that does not hold raises.
+- ``tl.multiple_of`` and ``tl.max_constancy`` are promises to the compiler, which reads 16 bytes at once because of
+  them. The interpreter ignores them; here a promise that does not hold raises.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,21 +16,18 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments:
 
     Every launch happens under its tensors' own device: Triton launches on the current one, whatever the tensors say.
     """
-    with _on(device, arguments):
-        kernel[grid](*arguments, **options)
-
-
-def _on(device: torch.device, arguments: tuple[Any, ...]) -> contextlib.AbstractContextManager:
     if device.type == "cuda":
-        return _NOTHING if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-    if EMULATE:
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                kernel[grid](*arguments, **options)
+            return
+    elif EMULATE:
         from gpukern.runtime.emulation_checks import only_memory_of
 
-        return only_memory_of(arguments)
-    return _NOTHING
-
-
-_NOTHING = contextlib.nullcontext()
+        with only_memory_of(arguments):
+            kernel[grid](*arguments, **options)
+        return
+    kernel[grid](*arguments, **options)
 
 
 def index_type(largest_offset: int) -> tl.dtype:
@@ -39,6 +36,6 @@ def index_type(largest_offset: int) -> tl.dtype:
     return tl.int32 if largest_offset < 2**31 - 2**24 else tl.int64
 
 
-def reach(*tensors: torch.Tensor) -> int:
-    """The largest offset, in elements, between two elements of any one of ``tensors``."""
-    return max(sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) for t in tensors)
+def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """The largest offset, in elements, between two elements of a tensor."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 class Operator:
@@ -46,7 +46,7 @@ class Operator:
     ) -> None:
         self.name = name
         self._forward = forward
-        definition = torch.library.custom_op(f"gpukern::{name}", forward, mutates_args=(), schema=schema)
+        definition = torch.library.custom_op(f"gpukern::{name}", _with_tuples(forward), mutates_args=(), schema=schema)
         definition.register_fake(fake)
         if backward is not None:
             definition.register_autograd(backward, setup_context=lambda ctx, inputs, output: save(ctx, inputs, output))
@@ -54,37 +54,59 @@ class Operator:
         self._tensors = sum(
             str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in self.overload._schema.arguments
         )
-        self._function = None if backward is None else _autograd_function(name, forward, save, backward)
+        self._apply = None
+        if backward is not None:
+            self._apply = _autograd_function(name, self._tensors, forward, save, backward).apply
 
     def __call__(self, *arguments: Any) -> Any:
-        tensors = arguments[: self._tensors]
-        if is_traced(tensors):
+        if _tracing():
             return self.overload(*arguments)
-        if self._function is not None and torch.is_grad_enabled():
-            for tensor in tensors:
-                if tensor is not None and tensor.requires_grad:
-                    return self._function.apply(*arguments)
+        requires_grad = False
+        for tensor in arguments[: self._tensors]:
+            if tensor is not None:
+                if type(tensor) not in _PLAIN_TENSORS:
+                    return self.overload(*arguments)
+                requires_grad = requires_grad or tensor.requires_grad
+        if requires_grad and self._apply is not None and torch.is_grad_enabled():
+            return self._apply(*arguments[: self._tensors], arguments[self._tensors :])
         return self._forward(*arguments)
 
 
-def is_traced(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether a tracer, a dispatch mode or a tensor subclass is at work, so that the registered operator must be called."""
-    if (
+def _tracing() -> bool:
+    """Whether a tracer, a dispatch mode or a function transform is at work, and must see the registered operator."""
+    return (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-    ):
-        return True
-    return any(type(tensor) not in _PLAIN_TENSORS for tensor in tensors)
+    )
+
+
+def _with_tuples(forward: Callable) -> Callable:
+    """``forward`` for the operator boundary, through which tuples arrive as lists, which no cache takes as keys."""
+
+    def run(*arguments: Any) -> Any:
+        return forward(*(tuple(argument) if isinstance(argument, list) else argument for argument in arguments))
+
+    return run
 
 
 def _autograd_function(
-    name: str, forward: Callable, save: Callable, backward: Callable
+    name: str, tensors: int, forward: Callable, save: Callable, backward: Callable
 ) -> type[torch.autograd.Function]:
+    """The eager form: takes the tensors and one tuple of all other arguments, because every argument costs time."""
+
     # forward(ctx, ...) in one piece: a separate setup_context costs another 8 microseconds a call.
-    def run(ctx: Any, *arguments: Any) -> Any:
+    def run(ctx: Any, *packed: Any) -> Any:
+        arguments = packed[:-1] + packed[-1]
         output = forward(*arguments)
         save(ctx, arguments, output)
         return output
 
-    return type(name, (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(backward)})
+    def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        by_argument = backward(ctx, *grads)
+        by_tensor = by_argument[:tensors] if isinstance(by_argument, tuple) else (by_argument,)
+        return *by_tensor, None
+
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(run_backward)}
+    )

@@ -7,18 +7,18 @@ import torch
 
 def check_alike(operation: str, input: torch.Tensor, *others: torch.Tensor | None) -> None:
     """Raise RuntimeError, as torch does, unless all tensors share ``input``'s dtype and device."""
+    dtype, device = input.dtype, input.device
     for other in others:
-        if other is None:
+        if other is None or (other.dtype is dtype and other.device == device):
             continue
-        if other.dtype is not input.dtype:
+        if other.dtype is not dtype:
             raise RuntimeError(
                 f"{operation}: expected all tensors to have the same dtype, but got {input.dtype} and {other.dtype}"
             )
-        if other.device != input.device:
-            raise RuntimeError(
-                f"{operation}: expected all tensors to be on the same device, "
-                f"but found at least two devices, {input.device} and {other.device}"
-            )
+        raise RuntimeError(
+            f"{operation}: expected all tensors to be on the same device, "
+            f"but found at least two devices, {input.device} and {other.device}"
+        )
 
 
 def check_floating(operation: str, input: torch.Tensor) -> None:
@@ -35,10 +35,15 @@ def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def as_memory_format(channels_last: bool) -> torch.memory_format:
+    """The layout that operators carry as a flag."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_kernel_dtype(operation: str, input: torch.Tensor) -> None:
-    """Raise RuntimeError unless the kernels take ``input``'s dtype."""
-    if input.dtype not in _KERNEL_DTYPES:
-        raise RuntimeError(f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {input.dtype}")
+def check_kernel_dtype(operation: str, dtype: torch.dtype) -> None:
+    """Raise RuntimeError unless the kernels take ``dtype``."""
+    if dtype not in _KERNEL_DTYPES:
+        raise RuntimeError(f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {dtype}")

@@ -39,8 +39,6 @@ def activation_grad_grad_kernel(
     grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     grad_grad = tl.load(grad_grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    if NAME == "sigmoid":
-        out = grad * grad_grad * (1.0 - 2.0 * y)
-    else:
-        out = grad * grad_grad * (-2.0 * y)
+    curvature = 1.0 - 2.0 * y if NAME == "sigmoid" else -2.0 * y
+    out = grad * grad_grad * curvature
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)

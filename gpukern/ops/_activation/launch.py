@@ -29,7 +29,7 @@ def activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, y: torch.T
 
 def _run(kernel, like: torch.Tensor, operands: tuple[torch.Tensor, ...], *scalars: float, NAME: str) -> torch.Tensor:
     """Run an element-wise kernel over ``operands``, all brought into the memory order of ``like``."""
-    check_kernel_dtype(NAME, like)
+    check_kernel_dtype(NAME, like.dtype)
     out = torch.empty_like(like)
     if out.numel() == 0:
         return out

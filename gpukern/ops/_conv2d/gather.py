@@ -5,10 +5,11 @@ The forward convolution and its input gradient are one gather. For an output pix
     source row = output row · ROW_STRIDE + base + j · TAP_STRIDE,      filter row = first + j · TAP_STEP
 
 - forward: every filter row is a tap; ``ROW_STRIDE = stride, base = −top, TAP_STRIDE = dilation``;
-- input gradient (TRANSPOSED): the pixels of dx whose row is ``phase`` modulo the stride meet the same filter rows, those
-  with ``(phase + top − r · dilation) % stride == 0``. They lie ``TAP_STEP = stride / gcd(stride, dilation)`` apart, and in
-  units of rows of dy one step is ``−TAP_STEP · dilation / stride``. Each phase is a convolution of stride 1, and no tap is
-  multiplied by zeros. See Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", 2016, chapter 4.
+- input gradient (TRANSPOSED): the pixels of dx whose row is ``phase`` modulo the stride meet the same filter rows,
+  those with ``(phase + top − r · dilation) % stride == 0``. They lie ``TAP_STEP = stride / gcd(stride, dilation)``
+  apart, and in units of rows of dy one step is ``−TAP_STEP · dilation / stride``. Each phase is a convolution of
+  stride 1, and no tap is multiplied by zeros. See Dumoulin and Visin, "A guide to convolution arithmetic for deep
+  learning", 2016, chapter 4.
 
 The same holds for columns. All sizes and strides are in elements.
 """
@@ -79,8 +80,9 @@ def split_pixel(pixel, height, width):
 def inside_image(h, w, sizes):
     """Whether (h, w), int32 tiles of one shape, lies in the source image."""
     # Compared without sign, a negative coordinate is larger than any size: one comparison for both ends.
-    h_ok = h.to(tl.uint32, bitcast=True) < sizes.source_h.to(tl.uint32)
-    w_ok = w.to(tl.uint32, bitcast=True) < sizes.source_w.to(tl.uint32)
+    # A size of 1 is compiled in as a plain number: cast() takes both.
+    h_ok = h.to(tl.uint32, bitcast=True) < tl.cast(sizes.source_h, tl.uint32)
+    w_ok = w.to(tl.uint32, bitcast=True) < tl.cast(sizes.source_w, tl.uint32)
     return h_ok & w_ok
 
 

@@ -86,12 +86,14 @@ def _plan_gather(p: ConvProblem, direction: Direction, dtype: str, full_fp32: bo
             num_stages=1,
         )
     flat = reduction < _FLAT_CHANNELS and p.R * p.S > 1
-    block_m, block_n = _tile(pixels, columns, p.groups * phases, flat or full_fp32, device)
+    # Addresses of a flat sum and fp32 operands in full precision fill the registers: smaller tiles, or they spill.
+    largest = (128 * (128 if _has_wgmma(device) else 64), 64 * 32, 32 * 32)[flat + full_fp32]
+    block_m, block_n = _tile(pixels, columns, p.groups * phases, largest, device)
     return ConvPlan(
         Variant.FLAT if flat else Variant.TAPS,
         block_m,
         block_n,
-        _block_k(p.R * p.S * reduction if flat else reduction, dtype, full_fp32, flat),
+        _block_k(p.R * p.S * reduction if flat else reduction, dtype, full_fp32, flat, device),
         num_warps=MAX_WARPS,
         num_stages=3,
     )
@@ -123,14 +125,13 @@ def _plan_weight_grad(p: ConvProblem, dtype: str, full_fp32: bool, device: Devic
     )
 
 
-def _tile(pixels: int, columns: int, copies: int, small: bool, device: DeviceSpec) -> tuple[int, int]:
-    """The largest tile of which there is still one for every multiprocessor; else the one that makes most tiles.
-
-    ``small`` tiles where address arithmetic (flat) or fp32 operands (full precision) fill the registers.
+def _tile(pixels: int, columns: int, copies: int, largest: int, device: DeviceSpec) -> tuple[int, int]:
+    """The largest tile, of at most ``largest`` elements, of which there is still one for every multiprocessor; else the
+    one that makes most tiles.
     """
     rows, cols = power_of_two(pixels, 16, 128), power_of_two(columns, 16, 128)
     for block_m, block_n in _TILES:
-        if small and block_m * block_n > 64 * 32:
+        if block_m * block_n > largest:
             continue
         block_m, block_n = min(block_m, rows), min(block_n, cols)
         if cdiv(pixels, block_m) * cdiv(columns, block_n) * copies >= device.sm_count:
@@ -138,14 +139,19 @@ def _tile(pixels: int, columns: int, copies: int, small: bool, device: DeviceSpe
     return min(rows, 32), min(cols, 32)
 
 
-def _block_k(reduction: int, dtype: str, full_fp32: bool, flat: bool) -> int:
+def _block_k(reduction: int, dtype: str, full_fp32: bool, flat: bool, device: DeviceSpec) -> int:
     if full_fp32:
-        return power_of_two(reduction, 16, 16)
-    return power_of_two(reduction, 16, 32 if flat or dtype == "float32" else 64)
+        return 16
+    return power_of_two(reduction, 16, 64 if dtype != "float32" and not flat and _has_wgmma(device) else 32)
+
+
+def _has_wgmma(device: DeviceSpec) -> bool:
+    """Hopper multiplies straight from shared memory; before it, operands pass through the registers."""
+    return device.compute_capability >= (9, 0)
 
 
 def _splits(pixels: int, block_k: int, programs: int, device: DeviceSpec) -> int:
-    """Enough splits for two waves, each with at least four steps along the sum; the partial sums cost memory traffic."""
+    """Enough splits for two waves, of at least four steps along the sum each; partial sums cost memory traffic."""
     wanted = cdiv(2 * device.sm_count, max(programs, 1))
     return max(1, min(wanted, cdiv(pixels, 4 * block_k), 64))
 

@@ -14,7 +14,9 @@ Pair = tuple[int, int]
 Padding = tuple[int, int, int, int]
 
 
-@dataclass(frozen=True)
+# eq=False: a problem is made once for each set of sizes (conv_problem keeps them), so identity is equality, and hashing
+# it on every call costs nothing.
+@dataclass(frozen=True, eq=False)
 class ConvProblem:
     """A 2-D convolution (cross-correlation) with checked sizes.
 
@@ -82,13 +84,13 @@ def output_size(
     _check(min(padding) >= 0, f"negative padding is not supported: {tuple(padding)}")
     _, C, H, W = input_shape
     K, group_inputs, R, S = weight_shape
-    _check(R > 0 and S > 0, f"kernel size should be greater than zero, got {R} x {S}")
+    _check(min(R, S) > 0, f"kernel size should be greater than zero, got {R} x {S}")
     _check(
-        K >= groups and K % groups == 0,
+        groups <= K and K % groups == 0,
         f"expected the {K} output channels of weight {list(weight_shape)} to be a positive multiple of groups={groups}",
     )
     _check(
-        C == group_inputs * groups,
+        group_inputs * groups == C,
         f"given groups={groups}, weight of size {list(weight_shape)}, expected input {list(input_shape)} to have "
         f"{group_inputs * groups} channels, but got {C} channels instead",
     )

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from gpukern.ops._activation.reference import activation
 from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.runtime.tensors import as_memory_format
 
 
 def conv2d(
@@ -24,21 +25,21 @@ def conv2d(
 
 
 def conv2d_input_grad(
-    problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, memory_format: torch.memory_format
+    problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
 ) -> torch.Tensor:
     """``∂L/∂x`` [N, C, H, W] from ``∂L/∂y`` [N, K, P, Q]."""
     image = grad.new_empty(problem.N, problem.C, problem.H, problem.W)
     grad_input, _ = _backward(problem, grad, image, weight, (True, False, False))
-    return grad_input.contiguous(memory_format=memory_format)
+    return grad_input.contiguous(memory_format=as_memory_format(channels_last))
 
 
 def conv2d_weight_grad(
-    problem: ConvProblem, grad: torch.Tensor, input: torch.Tensor, memory_format: torch.memory_format
+    problem: ConvProblem, grad: torch.Tensor, input: torch.Tensor, channels_last: bool
 ) -> torch.Tensor:
     """``∂L/∂w`` [K, C/G, R, S] from ``∂L/∂y`` [N, K, P, Q] and ``x``."""
     weight = grad.new_empty(problem.K, problem.group_inputs, problem.R, problem.S)
     _, grad_weight = _backward(problem, grad, input, weight, (False, True, False))
-    return grad_weight.contiguous(memory_format=memory_format)
+    return grad_weight.contiguous(memory_format=as_memory_format(channels_last))
 
 
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:

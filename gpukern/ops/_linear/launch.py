@@ -7,40 +7,49 @@ import functools
 import torch
 
 from gpukern.ops._conv2d.launch import gather, weight_grad
-from gpukern.ops._conv2d.plan import Direction
+from gpukern.ops._conv2d.prepare import Strides, prepare_gather, prepare_weight_grad
 from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import matmul_precision
-from gpukern.runtime.tensors import check_kernel_dtype
 
 
 def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, negative_slope: float
 ) -> torch.Tensor:
-    check_kernel_dtype("linear", input)
-    problem = _as_convolution(input.shape[0], input.shape[1], weight.shape[0])
-    output = torch.empty((input.shape[0], weight.shape[0]), dtype=input.dtype, device=input.device)
-    if bias is not None and bias.shape[0] != weight.shape[0]:
-        bias = bias.expand(weight.shape[0]).contiguous()
-    gather(
-        problem,
-        Direction.FORWARD,
-        _as_image(input),
-        _as_image(weight),
-        bias,
-        _as_image(output),
-        matmul_precision(input.dtype),
+    rows, inputs = input.shape
+    outputs = weight.shape[0]
+    dtype, device = input.dtype, input.device
+    prepared = prepare_gather(
+        _as_convolution(rows, inputs, outputs),
+        False,
+        _as_image(input.stride()),
+        _as_image(weight.stride()),
+        False,
+        dtype,
+        matmul_precision(dtype),
         activation,
-        negative_slope,
+        device_spec(device),
     )
-    return output
+    if bias is not None and bias.shape[0] != outputs:
+        bias = bias.expand(outputs).contiguous()
+    output = torch.empty((rows, outputs), dtype=dtype, device=device)
+    return gather(prepared, input, weight, bias, output, negative_slope)
 
 
 def linear_weight_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-    check_kernel_dtype("linear_weight_grad", grad)
-    problem = _as_convolution(input.shape[0], input.shape[1], grad.shape[1])
-    output = torch.empty((grad.shape[1], input.shape[1]), dtype=grad.dtype, device=grad.device)
-    weight_grad(problem, _as_image(grad), _as_image(input), _as_image(output), matmul_precision(grad.dtype))
-    return output
+    rows, inputs = input.shape
+    outputs = grad.shape[1]
+    dtype, device = grad.dtype, grad.device
+    prepared = prepare_weight_grad(
+        _as_convolution(rows, inputs, outputs),
+        _as_image(grad.stride()),
+        _as_image(input.stride()),
+        False,
+        dtype,
+        matmul_precision(dtype),
+        device_spec(device),
+    )
+    return weight_grad(prepared, grad, input, torch.empty((outputs, inputs), dtype=dtype, device=device))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -50,5 +59,6 @@ def _as_convolution(rows: int, inputs: int, outputs: int) -> ConvProblem:
     )
 
 
-def _as_image(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix[:, :, None, None]
+def _as_image(strides: Strides) -> Strides:
+    """The strides of a matrix [M, C] seen as M images of one pixel."""
+    return (*strides, 0, 0)

@@ -37,7 +37,7 @@ def max_pool2d_with_taps(
 def _max_pool2d(
     problem: PoolProblem, input: torch.Tensor, output: torch.Tensor, taps: torch.Tensor, WITH_TAPS: bool
 ) -> None:
-    check_kernel_dtype("max_pool2d", input)
+    check_kernel_dtype("max_pool2d", input.dtype)
     chosen = plan(problem, input.stride(1) == 1, input.itemsize)
     _run(
         kernels.max_pool2d_kernel,
@@ -70,7 +70,7 @@ def max_pool2d_indices(problem: PoolProblem, taps: torch.Tensor, memory_format: 
 def max_pool2d_backward(
     problem: PoolProblem, grad: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
-    check_kernel_dtype("max_pool2d_backward", grad)
+    check_kernel_dtype("max_pool2d_backward", grad.dtype)
     _check_taps(problem, taps)
     grad_input = _inputs(problem, grad, memory_format)
     chosen = plan(problem, grad_input.stride(1) == 1, grad.itemsize)
@@ -91,7 +91,7 @@ def max_pool2d_backward(
 def max_pool2d_gather(
     problem: PoolProblem, image: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
-    check_kernel_dtype("max_pool2d_gather", image)
+    check_kernel_dtype("max_pool2d_gather", image.dtype)
     _check_taps(problem, taps)
     output = _outputs(problem, image.dtype, image.device, memory_format)
     _run(
@@ -109,7 +109,7 @@ def max_pool2d_gather(
 def avg_pool2d(
     problem: PoolProblem | AdaptiveProblem, input: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
-    check_kernel_dtype("avg_pool2d", input)
+    check_kernel_dtype("avg_pool2d", input.dtype)
     output = _outputs(problem, input.dtype, input.device, memory_format)
     chosen = plan(problem, input.stride(1) == 1, input.itemsize)
     sizes = (problem.C, problem.H, problem.W, problem.P, problem.Q)
@@ -135,7 +135,7 @@ def avg_pool2d(
 def avg_pool2d_backward(
     problem: PoolProblem | AdaptiveProblem, grad: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
-    check_kernel_dtype("avg_pool2d_backward", grad)
+    check_kernel_dtype("avg_pool2d_backward", grad.dtype)
     grad_input = _inputs(problem, grad, memory_format)
     if grad.numel() == 0:
         return grad_input.zero_()
@@ -202,7 +202,7 @@ def _run_whole_windows(problem, tile, input, output, sizes, **options) -> None:
 
 
 def _index(problem: PoolProblem | AdaptiveProblem, tensors: tuple[torch.Tensor, ...]):
-    largest = reach(*tensors)
+    largest = max(reach(tensor.shape, tensor.stride()) for tensor in tensors)
     if isinstance(problem, AdaptiveProblem):
         # Adaptive windows begin at p·H/P, and the product comes first.
         largest = max(largest, (problem.P + 1) * (problem.H + 1), (problem.Q + 1) * (problem.W + 1))

@@ -1,0 +1,42 @@
+# Everything runs from .venv, made on the first use with the versions of constraints.txt.
+PYTHON ?= python3
+WORKERS ?= auto
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Written last, so that an interrupted installation is repaired by the next make.
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED) ## train LeNet-5 on handwritten digits and check the kernels against the reference
+	@$(BIN)/python -m models.demo
+
+test: $(INSTALLED) ## run the tests, in WORKERS processes (default: one a core, at most 8)
+	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check style
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## rewrite the code in the project's style
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove .venv and what tools left behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "gpukern needs Python 3.10 or later, $(PYTHON) is not: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV); PyTorch is large, the first time takes a while ..."
+	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
+		$(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@

@@ -1,0 +1,244 @@
+"""``gpukern.convert``: swaps the ``torch.nn`` layers of a model for gpukern's subclasses of them.
+
+A gpukern layer has the attributes of the torch layer and another ``forward``, so a layer is converted by changing the
+class of the object. Its parameters, hooks, mode and name in the model stay what they are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.nn.utils import parametrize
+
+import gpukern.nn
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["ConversionReport", "Layer", "LeftLayer", "convert"]
+
+#: torch.nn layer → gpukern's, for every layer that gpukern.nn offers
+REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    getattr(torch.nn, name): getattr(gpukern.nn, name) for name in gpukern.nn.__all__
+}
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_STRUCTURE = (torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten)
+_CONTAINERS = (
+    torch.nn.Sequential,
+    torch.nn.ModuleList,
+    torch.nn.ModuleDict,
+    torch.nn.ParameterList,
+    torch.nn.ParameterDict,
+)
+
+_FOOTNOTE = (
+    "Calls inside forward (torch.nn.functional.relu, +, torch.cat, ...) are not layers: convert does not see them."
+)
+
+
+class Layer(NamedTuple):
+    """A layer of the model: its dotted name (empty for the model itself) and the name of its ``torch.nn`` class."""
+
+    name: str
+    type: str
+
+
+class LeftLayer(NamedTuple):
+    """A layer that torch still computes, and why."""
+
+    name: str
+    type: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What :func:`convert` did. A layer that the model has under several names is listed under the first."""
+
+    replaced: tuple[Layer, ...]
+    #: layers that were gpukern's before
+    already: tuple[Layer, ...]
+    left: tuple[LeftLayer, ...]
+
+    def __str__(self) -> str:
+        lines = [self._headline("replaced", self.replaced)]
+        if self.already:
+            lines.append(self._headline("gpukern's already", self.already))
+        lines.append(self._headline("left to torch", self.left))
+        names = [layer.name or "(the model)" for layer in self.left]
+        name_width = max(map(len, names), default=0)
+        type_width = max((len(layer.type) for layer in self.left), default=0)
+        for name, layer in zip(names, self.left, strict=True):
+            lines.append(f"  {name:{name_width}}  {layer.type:{type_width}}  {layer.reason}")
+        return "\n".join([*lines, _FOOTNOTE])
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        parts: list[RenderableType] = [Text(self._headline("replaced", self.replaced), style="green")]
+        if self.already:
+            parts.append(Text(self._headline("gpukern's already", self.already)))
+        parts.append(Text(self._headline("left to torch", self.left), style="yellow" if self.left else "green"))
+        if self.left:
+            table = Table("layer", "type", "why torch computes it")
+            for name, kind, reason in self.left:
+                table.add_row(Text(name or "(the model)"), kind, Text(reason))
+            parts.append(table)
+        return Group(*parts, Text(_FOOTNOTE, style="dim"))
+
+    @staticmethod
+    def _headline(what: str, layers: tuple[Layer, ...] | tuple[LeftLayer, ...]) -> str:
+        kinds = Counter(layer.type for layer in layers)
+        listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        return f"{what}: {len(layers)} layer{'' if len(layers) == 1 else 's'}{f' ({listed})' if listed else ''}"
+
+
+def convert(
+    model: torch.nn.Module, inplace: bool = False, *, return_report: bool = False
+) -> torch.nn.Module | tuple[torch.nn.Module, ConversionReport]:
+    """``model`` with every ``torch.nn`` layer that gpukern has computed by gpukern.
+
+    Parameters
+    ----------
+    model:
+        any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
+        replaced: a subclass may compute something else.
+    inplace:
+        change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
+        (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
+        and an optimizer made for the one serves both. All else is copied as :func:`copy.deepcopy` does.
+    return_report:
+        return ``(model, ConversionReport)``.
+
+    Names, ``state_dict``, hooks, training mode, devices, ``requires_grad``, parametrizations and layers shared between
+    several places are kept. Layers that gpukern cannot serve stay torch's; the report lists them with the reason.
+
+    Raises
+    ------
+    TypeError if ``model`` is no module; RuntimeError if it cannot be copied (``inplace=True`` needs no copy).
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"convert() takes a torch.nn.Module, got {type(model).__name__}")
+    if not inplace:
+        model = _copy_sharing_tensors(model)
+    replaced: list[Layer] = []
+    already: list[Layer] = []
+    left: list[LeftLayer] = []
+    for name, module in list(_layers(model, "", set())):
+        kind = _torch_type(module)
+        reason = _why_not(module, kind)
+        if reason:
+            left.append(LeftLayer(name, kind.__name__, reason))
+        elif kind in REPLACEMENTS:
+            _replace(module, kind)
+            replaced.append(Layer(name, kind.__name__))
+        else:
+            already.append(Layer(name, kind.__name__))
+    report = ConversionReport(tuple(replaced), tuple(already), tuple(left))
+    return (model, report) if return_report else model
+
+
+def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
+    """A deep copy of all but the tensors that modules hold."""
+    memo: dict[int, object] = {}
+    modules = list(model.modules())  # kept alive, so that no id in the memo is given to another object
+    for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            memo.setdefault(id(module), copy.copy(module))  # its tensors live in C++; this copy shares them
+            continue
+        # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
+        for values in (module._parameters, module._buffers, vars(module)):
+            memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise RuntimeError(
+            f"convert() could not copy the model ({type(error).__name__}: {error}); "
+            "gpukern.convert(model, inplace=True) needs no copy"
+        ) from error
+
+
+def _layers(module: torch.nn.Module, name: str, seen: set[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
+    """(name, module) of whatever computes something itself, in the model's order, each once."""
+    if module in seen:
+        return
+    seen.add(module)
+    children = dict(module.named_children())
+    if parametrize.is_parametrized(module):
+        children.pop("parametrizations")
+    composite = _is_composite(module)
+    if (composite or not children or isinstance(module, tuple(REPLACEMENTS))) and not _is_structure(module):
+        yield name, module
+    if composite:
+        return
+    for child_name, child in children.items():
+        yield from _layers(child, f"{name}.{child_name}" if name else child_name, seen)
+
+
+def _is_composite(module: torch.nn.Module) -> bool:
+    """Whether a module with children does not call them, but computes with their tensors itself."""
+    if isinstance(module, (torch.jit.ScriptModule, torch.nn.MultiheadAttention)):
+        return True
+    return type(module).__module__.startswith("torch.ao.nn.")
+
+
+def _is_structure(module: torch.nn.Module) -> bool:
+    """Whether nothing is computed: containers, reshapes, and dropout outside of training."""
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return not module.training or module.p == 0
+    return type(module) in (*_STRUCTURE, *_CONTAINERS)
+
+
+def _torch_type(module: torch.nn.Module) -> type[torch.nn.Module]:
+    return parametrize.type_before_parametrizations(module)
+
+
+def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
+    """Why torch goes on computing ``module``; None if gpukern can, or does already."""
+    if isinstance(module, tuple(REPLACEMENTS.values())):
+        return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by TorchScript: convert the model before scripting it"
+    if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
+        return "not initialized yet: run the model once, then convert it"
+    if kind not in REPLACEMENTS:
+        if kind.__module__.startswith("torch.ao.nn."):
+            return "quantized or made ready for it: gpukern has no quantized layers"
+        for base in REPLACEMENTS:
+            if isinstance(module, base):
+                return f"subclass of {base.__name__}: it may override forward"
+        if isinstance(module, torch.fx.GraphModule):
+            return "a traced graph without layers: convert does not look inside its forward"
+        if kind is torch.nn.SyncBatchNorm:
+            return "it communicates between processes, which is left to torch"
+        if kind.__module__.startswith("torch."):
+            return f"gpukern has no {kind.__name__} yet"
+        return "not a torch.nn layer: convert does not look inside its forward"
+    if not {"forward", "_conv_forward"}.isdisjoint(vars(module)):
+        return "forward was replaced on this object"
+    if isinstance(module, torch.nn.LeakyReLU) and module.negative_slope < 0:
+        return f"negative_slope = {module.negative_slope}: gpukern takes none below 0"
+    for parameter in module.parameters():
+        if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
+            return f"its parameters are of the tensor subclass {type(parameter).__name__}"
+        if parameter.dtype not in _KERNEL_DTYPES:
+            return f"its parameters are {parameter.dtype}: the kernels take float32, float16 and bfloat16"
+    return None
+
+
+def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    replacement = REPLACEMENTS[kind]
+    if parametrize.is_parametrized(module):
+        # torch gave the object a class of its own, with a property for each parametrized tensor. It gets another such
+        # class, over gpukern's layer; removing the parametrization then leaves gpukern's layer.
+        properties = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+        replacement = type(type(module).__name__, (replacement,), properties)
+    module.__class__ = replacement

@@ -1,0 +1,235 @@
+"""What is installed here and what gpukern would do with it. Plain data; ``gpukern info`` prints it.
+
+Nothing here raises: what cannot be imported or asked is reported as such.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpukern.runtime.mode import EMULATE, Mode, mode_of
+from gpukern.runtime.precision import conv_precision, matmul_precision
+from gpukern.version import __version__
+
+_CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x", "cupy")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A piece of software: ``version`` is None where it is not installed, ``problem`` says why it cannot be used."""
+
+    name: str
+    version: str | None
+    detail: str = ""
+    problem: str | None = None
+
+    @property
+    def usable(self) -> bool:
+        return self.version is not None and self.problem is None
+
+
+@dataclass(frozen=True)
+class Device:
+    """A CUDA device. Memory in bytes; ``shared_memory`` is the most that one block can ask for."""
+
+    index: int
+    name: str
+    compute_capability: str
+    sm_count: int
+    memory: int
+    shared_memory: int
+
+
+@dataclass(frozen=True)
+class Served:
+    """What runs for tensors on ``tensors``: a mode's name, or None where nothing would, and why."""
+
+    tensors: str
+    mode: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is not there, what it is for, and the line that installs it."""
+
+    name: str
+    purpose: str
+    install: str
+
+
+@dataclass(frozen=True)
+class Info:
+    components: tuple[Component, ...]
+    devices: tuple[Device, ...]
+    #: what stopped the devices from being listed
+    device_problem: str | None
+    #: whether PyTorch's flags allow TF32 products of fp32 tensors
+    tf32_convolution: bool
+    tf32_matmul: bool
+    modes: tuple[Served, ...]
+    missing: tuple[Missing, ...]
+
+
+def gather() -> Info:
+    """Look at this machine. Imports Triton and CuPy; asks ``nvidia-smi`` for the driver."""
+    torch_ = Component("PyTorch", torch.__version__, _torch_build())
+    triton = _component("Triton", "triton", ("triton",))
+    cupy = _component("CuPy", "cupy", _CUPY_PACKAGES)
+    numpy = _component("NumPy", "numpy", ("numpy",))
+    driver = Component("NVIDIA driver", _driver_version())
+    devices, device_problem = _devices()
+    return Info(
+        components=(
+            Component("gpukern", __version__),
+            Component("Python", platform.python_version(), sys.executable),
+            Component("platform", platform.platform()),
+            torch_,
+            triton,
+            cupy,
+            numpy,
+            driver,
+        ),
+        devices=devices,
+        device_problem=device_problem,
+        tf32_convolution=conv_precision(torch.float32) == "tf32",
+        tf32_matmul=matmul_precision(torch.float32) == "tf32",
+        modes=(_cpu_mode(triton), _cuda_mode(triton, devices, device_problem)),
+        missing=_missing(triton, cupy, driver),
+    )
+
+
+# ---- software ------------------------------------------------------------------------------------------------------
+
+
+def _torch_build() -> str:
+    if torch.version.cuda:
+        return f"built for CUDA {torch.version.cuda}"
+    if torch.version.hip:
+        return f"built for ROCm {torch.version.hip}"
+    return "built without CUDA"
+
+
+def _component(name: str, module_name: str, packages: tuple[str, ...]) -> Component:
+    installed = {package: version for package in packages if (version := _package_version(package))}
+    detail = " and ".join(installed) if list(installed) != [module_name] else ""
+    version = next(iter(installed.values()), None)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a broken CUDA library makes anything come out of an import
+        if version is None and isinstance(error, ModuleNotFoundError) and error.name == module_name:
+            return Component(name, None)
+        return Component(name, version or "unknown", detail, f"cannot be imported: {type(error).__name__}: {error}")
+    problem = None
+    if len(installed) > 1:
+        problem = "several packages provide it: uninstall all but one"
+    return Component(name, version or str(getattr(module, "__version__", "unknown")), detail, problem)
+
+
+def _package_version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver_version() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program:
+        try:
+            answer = subprocess.run(
+                [program, "--query-gpu=driver_version", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=True,
+            )
+            return answer.stdout.split()[0]
+        except (OSError, subprocess.SubprocessError, IndexError):
+            pass
+    try:  # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  ..."
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+# ---- devices -------------------------------------------------------------------------------------------------------
+
+
+def _devices() -> tuple[tuple[Device, ...], str | None]:
+    try:
+        if not torch.cuda.is_available():
+            return (), None
+        return tuple(_device(index) for index in range(torch.cuda.device_count())), None
+    except Exception as error:  # a driver that is too old, a device that fell off the bus, ...
+        return (), f"{type(error).__name__}: {error}"
+
+
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        index=index,
+        name=properties.name,
+        compute_capability=f"{properties.major}.{properties.minor}",
+        sm_count=properties.multi_processor_count,
+        memory=properties.total_memory,
+        shared_memory=properties.shared_memory_per_block_optin,
+    )
+
+
+# ---- what would run ------------------------------------------------------------------------------------------------
+
+
+def _cpu_mode(triton: Component) -> Served:
+    if mode_of(torch.empty(0)) is Mode.REFERENCE:
+        return Served("CPU", Mode.REFERENCE.value, "plain PyTorch; GPUKERN_EMULATE=1 runs the kernels instead")
+    if not triton.usable:
+        return Served("CPU", None, "GPUKERN_EMULATE=1 is set and Triton cannot be used")
+    return Served("CPU", Mode.EMULATED.value, "GPUKERN_EMULATE=1: the kernels in Triton's interpreter")
+
+
+def _cuda_mode(triton: Component, devices: tuple[Device, ...], device_problem: str | None) -> Served:
+    if EMULATE:
+        return Served("CUDA", None, "GPUKERN_EMULATE=1 is set: CUDA tensors are refused")
+    if device_problem:
+        return Served("CUDA", None, device_problem)
+    if not devices:
+        return Served("CUDA", None, "PyTorch sees no CUDA device")
+    if not triton.usable:
+        return Served("CUDA", None, "Triton cannot be used")
+    return Served("CUDA", Mode.KERNELS.value, "gpukern's Triton kernels")
+
+
+def _missing(triton: Component, cupy: Component, driver: Component) -> tuple[Missing, ...]:
+    missing = []
+    if not triton.usable:
+        missing.append(Missing("Triton", "the kernels, on a GPU or emulated", _triton_install(triton)))
+    if driver.version and not torch.version.cuda:
+        install = "pip install --force-reinstall torch"
+        missing.append(Missing("PyTorch with CUDA", "the kernels on this machine's GPU", install))
+    if not cupy.usable:
+        missing.append(Missing("CuPy", "the optimizers' kernels on a GPU", _cupy_install()))
+    return tuple(missing)
+
+
+def _triton_install(triton: Component) -> str:
+    if sys.platform != "linux":
+        return "not to be had: Triton's packages are for Linux"
+    return "pip install triton" if triton.version is None else "pip install --force-reinstall triton"
+
+
+def _cupy_install() -> str:
+    cuda = torch.version.cuda
+    if cuda is None:
+        return 'pip install "gpukern[cuda12]" or "gpukern[cuda13]", as the CUDA of your PyTorch'
+    return f'pip install "gpukern[cuda{"12" if cuda.startswith("12.") else "13"}]"'

@@ -1,0 +1,56 @@
+"""Checkpoints that are never half written and never loaded half broken."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Changed whenever the meaning of a field changes.
+FORMAT = "gpukern models.train checkpoint, version 1"
+
+
+class CheckpointError(Exception):
+    """A checkpoint is missing, broken, or of another training."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` so that ``path`` holds the old or the new checkpoint at every moment, whatever happens.
+
+    ``os.replace`` is atomic within a folder, hence the temporary file beside ``path``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state that :func:`save` wrote, on the CPU. CheckpointError, naming the file, for anything else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint, nothing to resume")
+    try:
+        _check_archive(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever zipfile, pickle or torch make of foreign bytes
+        raise CheckpointError(f"{path}: the checkpoint is corrupt or is none: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a {FORMAT!r}")
+    return state
+
+
+def _check_archive(path: Path) -> None:
+    """``torch.save`` writes a zip archive; torch does not compare its checksums on loading."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise zipfile.BadZipFile(f"wrong checksum of {broken}")

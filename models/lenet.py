@@ -1,0 +1,67 @@
+"""LeNet-5 as in the lecture's table.
+
+After LeCun et al., "Gradient-based learning applied to document recognition", 1998.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from gpukern import nn
+
+
+class LeNet5(torch.nn.Sequential):
+    """[N, 1, 28, 28] → logits [N, 10].
+
+    ==================================  ============  ===============
+    layer                               output size   weight size
+    ==================================  ============  ===============
+    Conv (C_out=20, K=5, P=2, S=1)      20 × 28 × 28  20 × 1 × 5 × 5
+    ReLU                                20 × 28 × 28
+    MaxPool(K=2, S=2)                   20 × 14 × 14
+    Conv (C_out=50, K=5, P=2, S=1)      50 × 14 × 14  50 × 20 × 5 × 5
+    ReLU                                50 × 14 × 14
+    MaxPool(K=2, S=2)                   50 × 7 × 7
+    Flatten                             2450
+    Linear (2450 -> 500)                500           2450 × 500
+    ReLU                                500
+    Linear (500 -> 10)                  10            500 × 10
+    ==================================  ============  ===============
+
+    Weights are drawn from torch's global generator.
+    """
+
+    #: One image, [C, H, W].
+    INPUT_SIZE = (1, 28, 28)
+    CLASSES = 10
+
+    def __init__(self) -> None:
+        super().__init__(
+            OrderedDict(
+                conv1=nn.Conv2d(1, 20, kernel_size=5, padding=2),
+                relu1=nn.ReLU(),
+                pool1=nn.MaxPool2d(kernel_size=2, stride=2),
+                conv2=nn.Conv2d(20, 50, kernel_size=5, padding=2),
+                relu2=nn.ReLU(),
+                pool2=nn.MaxPool2d(kernel_size=2, stride=2),
+                flatten=torch.nn.Flatten(),
+                fc1=nn.Linear(50 * 7 * 7, 500),
+                relu3=nn.ReLU(),
+                fc2=nn.Linear(500, self.CLASSES),
+            )
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero biases and normal weights: std = √(2/D_in) before a ReLU, 1/√D_in where none follows.
+
+        The first is Kaiming/MSRA (He et al., "Delving Deep into Rectifiers", ICCV 2015): a ReLU drops half of the
+        variance, the 2 restores it. The second is the lecture's Xavier, for outputs that stay as they are.
+        """
+        for layer in (self.conv1, self.conv2, self.fc1):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            torch.nn.init.zeros_(layer.bias)
+        torch.nn.init.kaiming_normal_(self.fc2.weight, nonlinearity="linear")
+        torch.nn.init.zeros_(self.fc2.bias)

@@ -1,0 +1,46 @@
+"""``make demo``, end to end."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from models import demo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_demo(start):
+    process = start("models.demo", threads=2)
+    output, _ = process.communicate(timeout=420)
+    assert process.returncode == 0, output
+    assert re.search(r"Layers run in (reference|kernels) mode", output)
+    assert "Conv (C_out=20, K=5, P=2, S=1)   20 × 28 × 28   20 × 1 × 5 × 5" in output
+    reached = float(re.search(r"held-out accuracy ([\d.]+)% \(97% required\): ok", output)[1])
+    assert reached >= 97
+    rows = re.findall(r"^(logits|∂L/∂\S+) +(\S+) +(\S+) +(\S+)", output, re.MULTILINE)
+    assert len(rows) == 9
+    assert all(float(error) <= float(bound) and verdict == "ok" for _, error, bound, verdict in rows)
+    assert "kernels within their bounds: ok" in output
+    for name in ("loss.png", "filters.png"):
+        assert str(demo.OUT / name) in output
+        assert (ROOT / demo.OUT / name).read_bytes().startswith(b"\x89PNG")
+    assert "\x1b" not in output
+
+
+@pytest.mark.parametrize(("accuracy", "error", "code"), [(0.99, 1e-7, 0), (0.96, 1e-7, 1), (0.99, 1.0, 1)])
+def test_exit_status(monkeypatch, tmp_path, accuracy, error, code):
+    class Trained:
+        accuracies = (accuracy,)
+        device = None
+        data = type("Data", (), {"name": "nothing"})
+
+    monkeypatch.setattr(demo, "_train", lambda device, console: Trained)
+    monkeypatch.setattr(demo, "_prove", lambda device, console: [demo.Comparison("logits", error, 1e-5)])
+    monkeypatch.setattr(demo, "save_plots", lambda *arguments: (tmp_path, tmp_path))
+    with pytest.raises(demo.typer.Exit) as exit:
+        demo.main()
+    assert exit.value.exit_code == code

@@ -1,0 +1,312 @@
+"""``gpukern.convert``: what is replaced, what is left and why, and that nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import threading
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import gpukern
+from gpukern.convert import REPLACEMENTS, ConversionReport
+from gpukern.runtime.mode import Mode, force_mode
+from tests.resnet import resnet18
+
+
+@pytest.fixture(autouse=True)
+def reference_mode():
+    """Conversion is what is tested here, not the kernels."""
+    with force_mode(Mode.REFERENCE):
+        yield
+
+
+LAYERS = [
+    nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
+    nn.Linear(8, 2),
+    nn.MaxPool2d(2, 1, 1, ceil_mode=True, return_indices=True),
+    nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
+    nn.AdaptiveAvgPool2d((3, None)),
+    nn.ReLU(inplace=True),
+    nn.LeakyReLU(0.3),
+    nn.Sigmoid(),
+    nn.Tanh(),
+]
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    _, report = gpukern.convert(model, return_report=True)
+    return {layer.name: layer.reason for layer in report.left}
+
+
+def test_there_is_a_case_for_every_layer():
+    assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS)
+    assert {kind.__name__ for kind in REPLACEMENTS} == set(gpukern.nn.__all__)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_layer_is_replaced_with_its_attributes(layer):
+    converted = gpukern.convert(layer)
+    assert type(layer) is getattr(nn, type(layer).__name__)
+    assert type(converted) is getattr(gpukern.nn, type(layer).__name__)
+    assert repr(converted) == repr(layer)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(converted(x.clone()), layer(x.clone()), rtol=1e-5, atol=1e-5)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+
+
+def test_copy_shares_tensors_and_leaves_the_original():
+    model = network()
+    model[0].weight.requires_grad_(False)
+    model[4].eval()
+    kinds = [type(module) for module in model.modules()]
+    keys = list(model.state_dict())
+    converted = gpukern.convert(model)
+
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(a is not b for a, b in zip(model.modules(), converted.modules(), strict=True))
+    for ours, theirs in ((converted.parameters(), model.parameters()), (converted.buffers(), model.buffers())):
+        assert all(a is b for a, b in zip(ours, theirs, strict=True))
+    assert list(converted.state_dict()) == keys
+    assert not converted[0].weight.requires_grad
+    assert [m.training for m in converted.modules()] == [m.training for m in model.modules()]
+    converted.eval()
+    assert model.training
+
+
+def test_optimizer_of_the_original_trains_the_copy():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    converted = gpukern.convert(model)
+    x = torch.randn(2, 3, 8, 8)
+    before = converted(x)
+    converted(x).square().sum().backward()
+    optimizer.step()
+    after = converted(x)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_inplace_changes_the_model_itself():
+    model = network()
+    layer = model[0]
+    converted, report = gpukern.convert(model, inplace=True, return_report=True)
+    assert converted is model and model[0] is layer and type(layer) is gpukern.nn.Conv2d
+    assert report.replaced == (("0", "Conv2d"), ("2", "ReLU"), ("4", "Linear"))
+    assert report.left == (("1", "BatchNorm2d", "gpukern has no BatchNorm2d yet"),)
+    _, again = gpukern.convert(model, return_report=True)
+    assert not again.replaced and again.already == report.replaced and again.left == report.left
+
+
+def test_shared_layers_and_tied_parameters_stay_so():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model.append(model[0])
+    model[2].weight = model[0].weight
+    converted, report = gpukern.convert(model, return_report=True)
+    assert converted[3] is converted[0] and converted[2].weight is converted[0].weight
+    assert [layer.name for layer in report.replaced] == ["0", "1", "2"]
+
+
+def test_containers_and_attributes_that_refer_to_layers():
+    model = nn.Module()
+    model.blocks = nn.ModuleDict({"a": nn.ModuleList([nn.Conv2d(1, 1, 1)])})
+    model.shortcut = [model.blocks["a"][0]]  # a plain list, unknown to torch
+    converted, report = gpukern.convert(model, return_report=True)
+    assert report.replaced == (("blocks.a.0", "Conv2d"),)
+    assert converted.shortcut[0] is converted.blocks["a"][0]
+    assert model.shortcut[0] is model.blocks["a"][0]
+
+
+def test_hooks_are_kept_and_see_the_copy():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(module))
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    model[0].weight.register_hook(lambda grad: grad * 0)
+    converted = gpukern.convert(model)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(converted(x), model(x))
+    assert seen == [converted[0], model[0]]
+    converted(x).sum().backward()
+    assert not model[0].weight.grad.any()
+
+
+def test_parametrized_layer_keeps_its_parametrization():
+    layer = parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
+    converted, report = gpukern.convert(nn.Sequential(layer), return_report=True)
+    assert report.replaced == (("0", "Conv2d"),) and isinstance(converted[0], gpukern.nn.Conv2d)
+    assert list(converted[0].state_dict()) == list(layer.state_dict())
+    x = torch.randn(1, 2, 5, 5)
+    torch.testing.assert_close(converted(x), layer(x))
+    parametrize.remove_parametrizations(converted[0], "weight")
+    assert type(converted[0]) is gpukern.nn.Conv2d
+    assert parametrize.is_parametrized(layer) and not isinstance(layer, gpukern.nn.Conv2d)
+    torch.testing.assert_close(converted(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_tensor_that_no_deepcopy_takes_is_shared():
+    layer = torch.nn.utils.weight_norm(nn.Linear(3, 3))
+    layer(torch.randn(1, 3))
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(layer)
+    converted = gpukern.convert(layer)
+    with torch.no_grad():
+        layer.weight_g.mul_(2)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(converted(x), layer(x))
+
+
+def test_traced_graph():
+    model = torch.fx.symbolic_trace(network())
+    converted, report = gpukern.convert(model, return_report=True)
+    assert [layer.type for layer in report.replaced] == ["Conv2d", "ReLU", "Linear"]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_module_is_left_and_shares_its_tensors():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))
+    model = nn.Sequential(scripted, nn.ReLU())
+    converted, report = gpukern.convert(model, return_report=True)
+    assert report.replaced == (("1", "ReLU"),)
+    assert "TorchScript" in report.left[0].reason
+    pointers = [[parameter.data_ptr() for parameter in m.parameters()] for m in (model, converted)]
+    assert pointers[0] == pointers[1]
+    converted.eval()
+    assert scripted.training
+
+
+class Scaled(nn.Conv2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Adapted(nn.Linear):
+    """A subclass with layers of its own, as adapters have."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.adapter = nn.Linear(2, 2)
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+def test_left_layers_and_their_reasons():
+    patched = nn.Linear(2, 2)
+    patched.forward = lambda input: input
+    subclassed = nn.Linear(2, 2)
+    subclassed.weight = type("OtherParameter", (nn.Parameter,), {})(torch.zeros(2, 2))
+    model = nn.Sequential()
+    for name, module in {
+        "subclass": Scaled(1, 1, 1),
+        "adapted": Adapted(),
+        "lazy": nn.LazyLinear(2),
+        "own": Doubled(),
+        "slope": nn.LeakyReLU(-0.5),
+        "fp64": nn.Linear(2, 2).double(),
+        "complex64": nn.Conv2d(1, 1, 1, dtype=torch.complex64),
+        "patched": patched,
+        "subclassed": subclassed,
+        "sync": nn.SyncBatchNorm(3),
+        "attention": nn.MultiheadAttention(4, 2),
+        "transposed": nn.ConvTranspose2d(1, 1, 1),
+        "quantized": torch.ao.nn.quantized.ReLU6(),
+    }.items():
+        model.add_module(name, module)
+    _, report = gpukern.convert(model, return_report=True)
+    assert report.replaced == (("adapted.adapter", "Linear"),)
+    assert {layer.name: layer.reason for layer in report.left} == {
+        "subclass": "subclass of Conv2d: it may override forward",
+        "adapted": "subclass of Linear: it may override forward",
+        "lazy": "not initialized yet: run the model once, then convert it",
+        "own": "not a torch.nn layer: convert does not look inside its forward",
+        "slope": "negative_slope = -0.5: gpukern takes none below 0",
+        "fp64": "its parameters are torch.float64: the kernels take float32, float16 and bfloat16",
+        "complex64": "its parameters are torch.complex64: the kernels take float32, float16 and bfloat16",
+        "patched": "forward was replaced on this object",
+        "subclassed": "its parameters are of the tensor subclass OtherParameter",
+        "sync": "it communicates between processes, which is left to torch",
+        "attention": "gpukern has no MultiheadAttention yet",
+        "transposed": "gpukern has no ConvTranspose2d yet",
+        "quantized": "quantized or made ready for it: gpukern has no quantized layers",
+    }
+
+
+def test_lazy_layer_converts_once_it_is_initialized():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU())
+    assert "0" in reasons(model)
+    model(torch.randn(1, 2, 5, 5))
+    assert not reasons(model)
+
+
+def test_structure_is_not_listed_and_dropout_only_in_training():
+    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.Dropout(0.5))
+    assert reasons(model) == {"4": "gpukern has no Dropout yet"}
+    assert not reasons(model.eval())
+
+
+def test_model_that_cannot_be_copied_is_a_clear_error_and_unchanged():
+    model = network()
+    model.lock = threading.Lock()
+    with pytest.raises(RuntimeError, match=r"could not copy the model .*lock.*inplace=True"):
+        gpukern.convert(model)
+    assert type(model[0]) is nn.Conv2d
+    assert type(gpukern.convert(model, inplace=True)[0]) is gpukern.nn.Conv2d
+
+
+@pytest.mark.parametrize("model", [None, torch.randn(2), nn.Linear, [nn.Linear(1, 1)]], ids=lambda m: type(m).__name__)
+def test_no_module_is_a_type_error(model):
+    with pytest.raises(TypeError, match=r"takes a torch\.nn\.Module, got"):
+        gpukern.convert(model)
+
+
+def test_report_as_text_and_in_rich():
+    _, report = gpukern.convert(nn.Sequential(nn.Linear(2, 2), nn.GELU(), gpukern.nn.ReLU()), return_report=True)
+    assert str(report).splitlines() == [
+        "replaced: 1 layer (1 Linear)",
+        "gpukern's already: 1 layer (1 ReLU)",
+        "left to torch: 1 layer (1 GELU)",
+        "  1  GELU  gpukern has no GELU yet",
+        "Calls inside forward (torch.nn.functional.relu, +, torch.cat, ...) are not layers: convert does not see them.",
+    ]
+    out = io.StringIO()
+    Console(file=out, width=120).print(report)
+    assert "gpukern has no GELU yet" in out.getvalue() and "convert does not see them" in out.getvalue()
+    assert "(the model)" in str(gpukern.convert(nn.GELU(), return_report=True)[1])
+    with pytest.raises(AttributeError):
+        report.replaced = ()
+
+
+def test_resnet18_is_replaced_and_computes_the_same():
+    model = resnet18()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    converted, report = gpukern.convert(model, return_report=True)
+    assert isinstance(report, ConversionReport)
+    remaining = {type(module) for module in converted.modules()} & set(REPLACEMENTS)
+    assert not remaining
+    kinds = [layer.type for layer in report.replaced]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    assert counts == {"Conv2d": 20, "ReLU": 9, "MaxPool2d": 1, "AdaptiveAvgPool2d": 1, "Linear": 1}
+    assert {layer.type for layer in report.left} == {"BatchNorm2d"} and len(report.left) == 20
+
+    assert list(converted.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in converted.state_dict().items())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        # The reference calls the same torch kernels: nothing may differ.
+        torch.testing.assert_close(converted(x), model(x), rtol=0, atol=0)
+        assert torch.equal(
+            converted[0](x) if isinstance(converted, nn.Sequential) else converted.conv1(x), model.conv1(x)
+        )

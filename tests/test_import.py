@@ -1,0 +1,104 @@
+"""``import gpukern`` is quick, and needs neither Triton nor CuPy."""
+
+from __future__ import annotations
+
+import json
+
+# Makes packages as good as not installed: no import, no spec, no version.
+WITHOUT = """
+import importlib.metadata, sys
+
+class Blocker:
+    def __init__(self, *names):
+        self.names = names
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    def hide(self):
+        import importlib.util
+        sys.meta_path.insert(0, self)
+        plain_spec, plain_version = importlib.util.find_spec, importlib.metadata.version
+        def find_spec(name, package=None):
+            return None if name.split(".")[0] in self.names else plain_spec(name, package)
+        def version(package):
+            if package.split("-")[0] in self.names:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return plain_version(package)
+        importlib.util.find_spec, importlib.metadata.version = find_spec, version
+
+Blocker("triton", "cupy").hide()
+"""
+
+
+def test_import_takes_little_beyond_torch(run_python):
+    code = """
+import json, sys, time
+import torch
+before, start = set(sys.modules), time.perf_counter()
+import gpukern
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+"""
+    runs = [json.loads(run_python(code).stdout) for _ in range(3)]
+    # 15 to 25 ms on an idle core of 2023; a stray import of Triton alone takes 200 ms and more.
+    assert min(run["seconds"] for run in runs) < 0.15
+    loaded = {name.split(".")[0] for name in runs[0]["modules"]}
+    assert not loaded & {"triton", "cupy", "typer", "rich", "matplotlib", "sklearn"}
+
+
+def test_emulation_does_not_slow_the_import(run_python):
+    run = run_python("import gpukern, sys; print('triton' in sys.modules)", GPUKERN_EMULATE="1")
+    assert run.stdout == "False\n", run.stderr
+
+
+def test_reference_mode_needs_neither_triton_nor_cupy(run_python):
+    code = """
+import torch, gpukern
+model = gpukern.convert(torch.nn.Sequential(
+    torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(18, 3)
+))
+model(torch.randn(2, 1, 8, 8)).sum().backward()
+assert all(parameter.grad is not None for parameter in model.parameters())
+print("trained")
+"""
+    run = run_python(WITHOUT + code)
+    assert run.stdout == "trained\n", run.stderr
+
+
+def test_info_says_that_triton_and_cupy_are_missing(run_python):
+    run = run_python(WITHOUT + "from gpukern.cli import app; app(['info'])")
+    assert run.returncode == 0, run.stderr
+    lines = dict(line.split(": ", 1) for line in run.stdout.splitlines())
+    assert lines["Triton"] == lines["CuPy"] == "not installed"
+    assert lines["CPU tensors"].startswith("reference")
+    assert "pip install triton" in lines["missing Triton"]
+    assert 'pip install "gpukern[cuda1' in lines["missing CuPy"]
+
+
+def test_emulation_without_triton_is_a_clear_error_on_first_use(run_python):
+    code = """
+import torch, gpukern
+layer = gpukern.nn.Conv2d(1, 1, 3)
+try:
+    layer(torch.randn(1, 1, 4, 4))
+except RuntimeError as error:
+    print(error)
+"""
+    run = run_python(WITHOUT + code, GPUKERN_EMULATE="1")
+    assert "pip install triton" in run.stdout, run.stderr
+    info = run_python(WITHOUT + "from gpukern.cli import app; app(['info'])", GPUKERN_EMULATE="1")
+    assert "CPU tensors: nothing runs (GPUKERN_EMULATE=1 is set and Triton cannot be used)" in info.stdout
+
+
+def test_emulation_asked_for_after_triton_was_imported_is_a_clear_error(run_python):
+    code = """
+import triton, os
+os.environ["GPUKERN_EMULATE"] = "1"
+import torch, gpukern
+try:
+    gpukern.functional.relu(torch.randn(4))
+except RuntimeError as error:
+    print(error)
+"""
+    run = run_python(code)
+    assert "import gpukern first" in run.stdout, run.stderr

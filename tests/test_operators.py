@@ -1,0 +1,136 @@
+"""``torch.library.opcheck`` of every operator that gpukern registers: schema, autograd, fake tensors, AOT autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gpukern  # noqa: F401  registers the operators
+from gpukern.runtime.mode import Mode, force_mode
+
+ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
+
+# stride, padding (top, bottom, left, right), dilation, groups
+CONV = ([2, 1], [1, 1, 0, 2], [1, 2], 1)
+GROUPED = ([1, 1], [0, 0, 0, 0], [1, 1], 2)
+# kernel, stride, padding, dilation, ceil_mode
+POOL = ([3, 2], [2, 1], [1, 0], [1, 1], True)
+DILATED = ([2, 2], [1, 1], [0, 0], [2, 1], False)
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def where(request, device):
+    """The device of the tensors; its mode is in force meanwhile."""
+    if request.param == "kernels":
+        yield device
+    else:
+        with force_mode(Mode.REFERENCE):
+            yield torch.device("cpu")
+
+
+class Samples:
+    """Arguments for each operator, by name: ``Samples(device).conv2d()`` and so on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def image(self, *shape: int, grad: bool = True, last: bool = False) -> torch.Tensor:
+        tensor = torch.randn(shape, device=self.device)
+        if last:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor.requires_grad_(grad)
+
+    def taps(self, input: torch.Tensor, geometry: tuple) -> torch.Tensor:
+        return torch.ops.gpukern.max_pool2d_with_taps(input.detach(), *geometry)[1]
+
+    def activation(self):
+        return [(self.image(2, 3), name, 0.1) for name in ACTIVATIONS]
+
+    def activation_grad(self):
+        return [(self.image(2, 3), self.image(2, 3), name, 0.1) for name in ACTIVATIONS]
+
+    def activation_grad_grad(self):
+        return [(*(self.image(2, 3, grad=False) for _ in range(3)), name) for name in ACTIVATIONS]
+
+    def conv2d(self):
+        x, w, b = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4)
+        return [
+            (x, w, b, *CONV, "none", 0.0),
+            (x, w, None, *CONV, "tanh", 0.0),
+            (self.image(2, 2, 6, 7, last=True), self.image(4, 1, 3, 3), b, *GROUPED, "leaky_relu", 0.2),
+            (x.detach(), w, b.detach(), *CONV, "relu", 0.0),
+        ]
+
+    def conv2d_input_grad(self):
+        grad, w = self.image(2, 4, 3, 7), self.image(4, 2, 3, 2)
+        return [(grad, w, [2, 2, 6, 7], last, *CONV) for last in (False, True)] + [
+            (self.image(2, 4, 4, 5), self.image(4, 1, 3, 3, last=True), [2, 2, 6, 7], False, *GROUPED)
+        ]
+
+    def conv2d_weight_grad(self):
+        grad, x = self.image(2, 4, 3, 7), self.image(2, 2, 6, 7)
+        return [(grad, x, [4, 2, 3, 2], last, *CONV) for last in (False, True)] + [
+            (self.image(2, 4, 4, 5), self.image(2, 2, 6, 7, last=True), [4, 1, 3, 3], False, *GROUPED)
+        ]
+
+    def channel_sum(self):
+        return [(self.image(2, 3, 4, 5),), (self.image(2, 3, 4, 5, last=True),)]
+
+    def linear(self):
+        x, w, b = self.image(3, 5), self.image(4, 5), self.image(4)
+        return [(x, w, b, "none", 0.0), (x, w, None, "sigmoid", 0.0), (x, w.detach(), b, "relu", 0.0)]
+
+    def linear_weight_grad(self):
+        return [(self.image(3, 4), self.image(3, 5))]
+
+    def max_pool2d(self):
+        return [(self.image(2, 3, 7, 6), *POOL), (self.image(2, 3, 7, 6, last=True), *DILATED)]
+
+    max_pool2d_with_taps = max_pool2d
+
+    def max_pool2d_indices(self):
+        return [(self.taps(x, geometry), list(x.shape), *geometry) for x, *geometry in self.max_pool2d()]
+
+    def max_pool2d_backward(self):
+        samples = []
+        for x, *geometry in self.max_pool2d():
+            taps = self.taps(x, geometry)
+            samples += [(self.image(*taps.shape), taps, list(x.shape), last, *geometry) for last in (False, True)]
+        return samples
+
+    def max_pool2d_gather(self):
+        return [(self.image(*x.shape), self.taps(x, geometry), *geometry) for x, *geometry in self.max_pool2d()]
+
+    def avg_pool2d(self):
+        x = self.image(2, 3, 7, 6)
+        return [
+            (x, *POOL, True, None),
+            (x, *POOL, False, None),
+            (self.image(2, 3, 7, 6, last=True), *POOL, True, 7),
+        ]
+
+    def avg_pool2d_backward(self):
+        return [(self.image(2, 3, 4, 5), [2, 3, 7, 6], last, *POOL, False, None) for last in (False, True)]
+
+    def adaptive_avg_pool2d(self):
+        return [(self.image(2, 3, 7, 6), [3, 4]), (self.image(2, 3, 7, 6, last=True), [1, 1])]
+
+    def adaptive_avg_pool2d_backward(self):
+        return [(self.image(2, 3, 3, 4), [2, 3, 7, 6], last, [3, 4]) for last in (False, True)]
+
+
+def registered() -> list[str]:
+    """The operators of gpukern's namespace, as PyTorch's dispatcher knows them."""
+    names = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
+    return sorted(operator.partition(".")[0] for namespace, _, operator in names if namespace == "gpukern")
+
+
+def test_every_operator_has_samples():
+    assert registered() == sorted(name for name in vars(Samples) if name not in ("image", "taps") and name[0] != "_")
+
+
+@pytest.mark.parametrize("name", registered())
+def test_opcheck(name, where):
+    operator = getattr(torch.ops.gpukern, name).default
+    for arguments in getattr(Samples(where), name)():
+        torch.library.opcheck(operator, arguments)
