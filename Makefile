@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test gate lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,9 @@ demo: $(INSTALLED) ## train LeNet-5 on handwritten digits and check the kernels 
 
 test: $(INSTALLED) ## run the tests, in WORKERS processes (default: one a core, at most 8)
 	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist worksteal $(PYTEST_ARGS)
+
+gate: $(INSTALLED) ## compile every distinct launch for sm_80 and sm_90, no GPU needed (make test: one a configuration)
+	@$(BIN)/python -m tests.compile.gate
 
 lint: $(INSTALLED) ## check style
 	@$(BIN)/ruff check .

@@ -7,11 +7,16 @@ launch itself replaced by nothing, so that it needs no GPU; beside it an ``autog
 from __future__ import annotations
 
 import contextlib
+import json
+import platform
 import statistics
 import timeit
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
 
 import torch
+import triton
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +55,7 @@ def _nothing(*arguments, **options) -> None:
 
 
 def microseconds(call: Callable[[], object], rounds: int = 30, calls: int = 400) -> float:
-    """The median over rounds of the mean time of a call."""
+    """The median over rounds of the mean time of a call, in microseconds."""
     call()
     return statistics.median(timeit.repeat(call, number=calls, repeat=rounds)) / calls * 1e6
 
@@ -75,7 +80,7 @@ def cases() -> dict[str, Callable[[], object]]:
     }
 
 
-def main() -> None:
+def main(json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures there")] = None) -> None:
     """Measure and print the table."""
     torch.set_num_threads(1)
     with stubbed_launch():
@@ -87,6 +92,11 @@ def main() -> None:
     for name, time in times.items():
         table.add_row(name, f"{time:.1f}", f"{time / empty:.1f}")
     Console().print(table)
+    if json_path is not None:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+        result = {**versions, "processor": platform.machine(), "microseconds": times}
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

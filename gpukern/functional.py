@@ -273,5 +273,5 @@ def _elementwise(name: str, input: torch.Tensor, inplace: bool, negative_slope: 
     check_tensors(name, input)
     check_floating(name, input)
     _activation.check_activation(name, negative_slope)
-    output = _activation.activation(input, name, negative_slope)
-    return input.copy_(output) if inplace else output
+    compute = _activation.activation_ if inplace else _activation.activation
+    return compute(input, name, negative_slope)

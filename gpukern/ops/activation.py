@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator
+from gpukern.runtime.operator import Operator, needs_operator
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "sigmoid", "tanh")
 
@@ -65,6 +65,32 @@ activation = Operator(
     save=_activation_save,
     backward=_activation_backward,
 )
+
+
+class _Inplace(torch.autograd.Function):
+    """``x ← act(x)``: the derivatives are taken from the output, so the input may go."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+        _implementations.of(input).activation_(input, name, negative_slope)
+        ctx.mark_dirty(input)
+        ctx.save_for_backward(input)
+        ctx.epilogue = name, negative_slope
+        return input
+
+    backward = staticmethod(_activation_backward)
+
+
+def activation_(input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+    """Overwrite ``input`` with ``act(input)`` and return it. RuntimeError for a leaf that requires a gradient."""
+    if needs_operator((input,)):
+        return input.copy_(activation(input, name, negative_slope))
+    if input.requires_grad and torch.is_grad_enabled():
+        if input.is_leaf:
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        return _Inplace.apply(input, name, negative_slope)
+    _implementations.of(input).activation_(input, name, negative_slope)
+    return input
 
 
 def _activation_grad(grad: torch.Tensor, output: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 class Operator:
@@ -46,10 +46,17 @@ class Operator:
     ) -> None:
         self.name = name
         self._forward = forward
-        definition = torch.library.custom_op(f"gpukern::{name}", _with_tuples(forward), mutates_args=(), schema=schema)
+        definition = torch.library.custom_op(
+            f"gpukern::{name}",
+            lambda *arguments: forward(*_tuples(arguments)),
+            mutates_args=(),
+            schema=schema,
+        )
         definition.register_fake(fake)
         if backward is not None:
-            definition.register_autograd(backward, setup_context=lambda ctx, inputs, output: save(ctx, inputs, output))
+            definition.register_autograd(
+                backward, setup_context=lambda ctx, inputs, output: save(ctx, _tuples(inputs), output)
+            )
         self.overload = getattr(torch.ops.gpukern, name).default
         self._tensors = sum(
             str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in self.overload._schema.arguments
@@ -59,35 +66,30 @@ class Operator:
             self._apply = _autograd_function(name, self._tensors, forward, save, backward).apply
 
     def __call__(self, *arguments: Any) -> Any:
-        if _tracing():
+        tensors = arguments[: self._tensors]
+        if needs_operator(tensors):
             return self.overload(*arguments)
-        requires_grad = False
-        for tensor in arguments[: self._tensors]:
-            if tensor is not None:
-                if type(tensor) not in _PLAIN_TENSORS:
-                    return self.overload(*arguments)
-                requires_grad = requires_grad or tensor.requires_grad
-        if requires_grad and self._apply is not None and torch.is_grad_enabled():
-            return self._apply(*arguments[: self._tensors], arguments[self._tensors :])
+        if self._apply is not None and torch.is_grad_enabled():
+            for tensor in tensors:
+                if tensor is not None and tensor.requires_grad:
+                    return self._apply(*tensors, arguments[self._tensors :])
         return self._forward(*arguments)
 
 
-def _tracing() -> bool:
-    """Whether a tracer, a dispatch mode or a function transform is at work, and must see the registered operator."""
-    return (
+def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether a tracer, a dispatch mode, a function transform or a tensor subclass must see the registered operator."""
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-    )
+    ):
+        return True
+    return not _PLAIN_TENSORS.issuperset(map(type, tensors))
 
 
-def _with_tuples(forward: Callable) -> Callable:
-    """``forward`` for the operator boundary, through which tuples arrive as lists, which no cache takes as keys."""
-
-    def run(*arguments: Any) -> Any:
-        return forward(*(tuple(argument) if isinstance(argument, list) else argument for argument in arguments))
-
-    return run
+def _tuples(arguments: tuple) -> tuple:
+    """``arguments`` with tuples for lists: the operator boundary makes lists of them, which no cache takes as keys."""
+    return tuple(tuple(argument) if isinstance(argument, list) else argument for argument in arguments)
 
 
 def _autograd_function(

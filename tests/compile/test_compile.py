@@ -1,7 +1,7 @@
 """Every configuration that plans choose compiles for sm_80 and sm_90 to the machine code that was meant.
 
-No GPU is needed: Triton compiles for a named architecture and ships a disassembler. ``python -m tests.compile.worker
-H100 0 1 --all`` (``make gate``) does the same for every distinct launch instead of one for each configuration.
+No GPU is needed: Triton compiles for a named architecture and ships a disassembler. ``make gate`` does the same for
+every distinct launch instead of one for each configuration.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARES = 4
 
 
-def compile_share(architecture: str, share: int) -> list[dict]:
+def compile_share(architecture: str, share: int, of: int = SHARES, *options: str) -> list[dict]:
     """Rows of :mod:`tests.compile.worker`, in a process of its own: this one may have the interpreter in place."""
     environment = {k: v for k, v in os.environ.items() if k not in ("GPUKERN_EMULATE", "TRITON_INTERPRET")}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.compile.worker", architecture, str(share), str(SHARES)],
+        [sys.executable, "-m", "tests.compile.worker", architecture, str(share), str(of), *options],
         capture_output=True,
         text=True,
         cwd=ROOT,

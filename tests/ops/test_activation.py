@@ -90,11 +90,25 @@ def test_inplace(name, device):
     x = torch.randn(7, 5, device=device)
     expected = function(x)
     assert function(x, inplace=True) is x and torch.equal(x, expected)
+    channels_last = torch.randn(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+    for view in (channels_last, torch.randn(6, 8, device=device)[:, ::2], torch.randn(4, device=device)[:0]):
+        expected = function(view)
+        pointer = view.data_ptr()
+        assert function(view, inplace=True) is view and view.data_ptr() == pointer and torch.equal(view, expected)
     leaf = torch.randn(6, device=device, requires_grad=True)
     function(leaf * 2, inplace=True).sum().backward()
-    assert leaf.grad is not None
+    expected = torch.autograd.grad(function(leaf * 2).sum(), leaf)[0]
+    assert torch.equal(leaf.grad, expected)
+    before = leaf.detach().clone()
     with pytest.raises(RuntimeError, match="leaf"):
         function(leaf, inplace=True)
+    assert torch.equal(leaf, before)
+    # What another operation saved may not be overwritten unnoticed.
+    base = leaf * 1
+    square = base**2
+    function(base, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -14,26 +14,32 @@ _BLOCK = 1024
 
 
 def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return _run(kernels.activation_kernel, x, (x,), negative_slope, NAME=name)
+    return _run(kernels.activation_kernel, torch.empty_like(x), (x,), negative_slope, NAME=name)
+
+
+def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
+    # Dense: the elements have no gaps between them and do not overlap.
+    if x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride():
+        _run(kernels.activation_kernel, x, (x,), negative_slope, NAME=name)
+    else:
+        x.copy_(activation(x, name, negative_slope))
 
 
 def activation_grad(grad: torch.Tensor, y: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return _run(kernels.activation_grad_kernel, y, (grad, y), negative_slope, NAME=name)
+    return _run(kernels.activation_grad_kernel, torch.empty_like(y), (grad, y), negative_slope, NAME=name)
 
 
 def activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
     if name not in ("sigmoid", "tanh"):
         return torch.zeros_like(y)  # piecewise linear
-    return _run(kernels.activation_grad_grad_kernel, y, (grad, grad_grad, y), NAME=name)
+    return _run(kernels.activation_grad_grad_kernel, torch.empty_like(y), (grad, grad_grad, y), NAME=name)
 
 
-def _run(kernel, like: torch.Tensor, operands: tuple[torch.Tensor, ...], *scalars: float, NAME: str) -> torch.Tensor:
-    """Run an element-wise kernel over ``operands``, all brought into the memory order of ``like``."""
-    check_kernel_dtype(NAME, like.dtype)
-    out = torch.empty_like(like)
+def _run(kernel, out: torch.Tensor, operands: tuple[torch.Tensor, ...], *scalars: float, NAME: str) -> torch.Tensor:
+    """Run an element-wise kernel over ``operands``, all brought into the memory order of ``out``, which is dense."""
+    check_kernel_dtype(NAME, out.dtype)
     if out.numel() == 0:
         return out
-    # empty_like keeps the strides of a dense tensor, and picks its own for others: copy only what differs from that.
     dense = [t if t.stride() == out.stride() else torch.empty_like(out).copy_(t) for t in operands]
     size = out.numel()
     launch(

@@ -19,6 +19,11 @@ def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tenso
     return torch.tanh(x)
 
 
+def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
+    """:func:`activation` in place."""
+    x.copy_(activation(x, name, negative_slope))
+
+
 def activation_grad(grad: torch.Tensor, y: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     """``∂L/∂x = ∂L/∂y · act′``, with the derivative written in terms of the output ``y = act(x)``."""
     if name == "relu":

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 Pair = tuple[int, int]
 
 
-@dataclass(frozen=True)
+# eq=False: problems are made once for each set of sizes (the functions below keep them), so identity is equality, and
+# looking one up on every call costs nothing.
+@dataclass(frozen=True, eq=False)
 class PoolProblem:
     """A 2-D pooling with checked sizes.
 
@@ -36,7 +38,7 @@ class PoolProblem:
     divisor_override: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AdaptiveProblem:
     """An average over windows that split the image evenly: output p sees the rows ⌊p·H/P⌋ … ⌈(p+1)·H/P⌉ − 1."""
 
