@@ -30,6 +30,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from gpukern.runtime.mode import EMULATE  # noqa: E402
+from tests.device import DEVICE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,7 +45,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where the kernels run: the GPU, or the CPU when emulating."""
-    return torch.device("cuda" if torch.cuda.is_available() and not EMULATE else "cpu")
+    return DEVICE
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available() and not EMULATE:
+    if DEVICE.type == "cuda":
         return
     for item in items:
         if "gpu" in item.keywords:
@@ -102,7 +103,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     need_gpu = sum("gpu" in report.keywords for report in skipped)
-    mode = "on the GPU" if torch.cuda.is_available() and not EMULATE else "emulated" if EMULATE else "reference only"
+    mode = "on the GPU" if DEVICE.type == "cuda" else "emulated" if EMULATE else "reference only"
     terminalreporter.write_line(
         f"kernels: {mode}; skipped because they need a GPU: {need_gpu}, for other reasons: {len(skipped) - need_gpu}"
     )

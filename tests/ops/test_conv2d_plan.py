@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from gpukern.ops._conv2d.plan import MAX_WARPS, Direction, Variant, plan
+from gpukern.ops._conv2d.prepare import alignment, dense_strides, is_channels_last
 from gpukern.ops._conv2d.problem import conv_problem, same_padding
+from gpukern.ops._image import strides_of
 from gpukern.runtime.device import A100, H100
+from gpukern.runtime.tensors import memory_format_of
 from tests.ops.conv_cases import CASES
 
 
@@ -97,14 +100,25 @@ def _layouts():
     yield "one channel", torch.empty(3, 1, 5, 8)
 
 
-@pytest.mark.parametrize("name, tensor", _layouts(), ids=lambda value: value if isinstance(value, str) else "")
+LAYOUTS = tuple(_layouts())
+
+
+@pytest.mark.parametrize("tensor", [t for _, t in LAYOUTS], ids=[name for name, _ in LAYOUTS])
+def test_layouts_are_torchs(tensor):
+    """The layout rules that launches are prepared with, on strides alone, against PyTorch's on tensors."""
+    assert is_channels_last(tensor.shape, tensor.stride()) == (memory_format_of(tensor) is torch.channels_last)
+    for channels_last, memory_format in ((True, torch.channels_last), (False, torch.contiguous_format)):
+        for shape in (tensor.shape, (0, *tensor.shape[1:])):
+            expected = torch.empty(shape, memory_format=memory_format)
+            assert torch.empty_strided(shape, dense_strides(shape, channels_last)).stride() == expected.stride()
+
+
+@pytest.mark.parametrize("name, tensor", LAYOUTS, ids=lambda value: value if isinstance(value, str) else "")
 @pytest.mark.parametrize("run", [1, 4, 6, 8, 12, 24])
 def test_alignment_divides_the_start_of_every_run(name, tensor, run):
-    from gpukern.ops._conv2d.launch import alignment
-
     N, C, H, W = tensor.shape
-    claim = alignment(tensor, 1, run)
-    sn, sc, sh, sw = tensor.stride()
+    sn, sc, sh, sw = strides = strides_of(tensor.shape, tensor.stride())
+    claim = alignment(strides, 1, run)
     starts = [
         n * sn + h * sh + w * sw + c * sc
         for n, h, w, c in itertools.product(range(N), range(H), range(W), range(0, C, run))

@@ -8,9 +8,9 @@ import torch.nn.functional as torch_F
 
 import gpukern.functional as F
 from gpukern.runtime.mode import Mode, force_mode
+from tests.device import DEVICE
 
-x, w, b = torch.randn(2, 4, 8, 8), torch.randn(6, 4, 3, 3), torch.randn(6)
-m, v = torch.randn(5, 8), torch.randn(7, 8)
+x, w, b, m, v, scalar = (torch.randn(s, device=DEVICE) for s in ((2, 4, 8, 8), (6, 4, 3, 3), (6,), (5, 8), (7, 8), ()))
 
 CONV = {
     "rank 2 input": lambda f: f(x[0, 0], w),
@@ -37,7 +37,7 @@ CONV = {
     "padding word": lambda f: f(x, w, padding="full"),
     "same with stride": lambda f: f(x, w, padding="same", stride=2),
     "dilation 0": lambda f: f(x, w, dilation=0),
-    "input is an array": lambda f: f(x.numpy(), w),
+    "input is an array": lambda f: f(x.cpu().numpy(), w),
     "weight is a list": lambda f: f(x, w.tolist()),
     "bias is a list": lambda f: f(x, w, [0.0] * 6),
     "mixed dtypes": lambda f: f(x, w.half()),
@@ -45,9 +45,9 @@ CONV = {
 }
 LINEAR = {
     "features": lambda f: f(m, v[:, :7]),
-    "rank 0 input": lambda f: f(torch.tensor(1.0), v),
+    "rank 0 input": lambda f: f(scalar, v),
     "rank 3 weight": lambda f: f(m, v[None]),
-    "bias length": lambda f: f(m, v, torch.randn(6)),
+    "bias length": lambda f: f(m, v, b),
     "mixed dtypes": lambda f: f(m, v.half()),
     "input is a list": lambda f: f(m.tolist(), v),
     "bias is a number": lambda f: f(m, v, 1.0),
