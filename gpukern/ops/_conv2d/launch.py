@@ -6,7 +6,7 @@ import torch
 
 from gpukern.ops._conv2d import kernels, weight_kernels
 from gpukern.ops._conv2d.gather import Filter
-from gpukern.ops._conv2d.plan import cdiv, channel_sum_splits
+from gpukern.ops._conv2d.plan import channel_sum_splits
 from gpukern.ops._conv2d.prepare import (
     Prepared,
     dense_strides,
@@ -16,6 +16,7 @@ from gpukern.ops._conv2d.prepare import (
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.ops._image import Image, image
 from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launch import index_type, launch, reach
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.tensors import check_kernel_dtype

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.integers import cdiv, power_of_two
 
 
 class Direction(enum.Enum):
@@ -48,15 +49,6 @@ _DIRECT_CHANNELS = 8
 _FLAT_CHANNELS = 16
 
 _TILES = ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32))
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_two(value: int, low: int, high: int) -> int:
-    """The smallest power of two that is at least ``value``, held between ``low`` and ``high``."""
-    return min(max(1 << max(value - 1, 0).bit_length(), low), high)
 
 
 @functools.lru_cache(maxsize=4096)

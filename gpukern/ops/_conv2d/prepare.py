@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from gpukern.ops._conv2d.gather import Sizes
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant, cdiv, plan
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant, plan
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.ops._image import strides_of
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launch import index_type, reach
 from gpukern.runtime.tensors import check_kernel_dtype
 

@@ -9,6 +9,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpukern.runtime.integers import require
+
 Pair = tuple[int, int]
 #: top, bottom, left, right
 Padding = tuple[int, int, int, int]
@@ -76,32 +78,32 @@ def output_size(
     groups: int,
 ) -> Pair:
     """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never looks at the batch size."""
-    _check(len(input_shape) == 4, f"expected a 4-D input [N, C, H, W], got shape {list(input_shape)}")
-    _check(len(weight_shape) == 4, f"expected a 4-D weight [K, C/groups, R, S], got shape {list(weight_shape)}")
-    _check(groups > 0, f"non-positive groups is not supported: {groups}")
-    _check(min(stride) > 0, f"non-positive stride is not supported: {tuple(stride)}")
-    _check(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
-    _check(min(padding) >= 0, f"negative padding is not supported: {tuple(padding)}")
+    require(len(input_shape) == 4, f"expected a 4-D input [N, C, H, W], got shape {list(input_shape)}")
+    require(len(weight_shape) == 4, f"expected a 4-D weight [K, C/groups, R, S], got shape {list(weight_shape)}")
+    require(groups > 0, f"non-positive groups is not supported: {groups}")
+    require(min(stride) > 0, f"non-positive stride is not supported: {tuple(stride)}")
+    require(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
+    require(min(padding) >= 0, f"negative padding is not supported: {tuple(padding)}")
     _, C, H, W = input_shape
     K, group_inputs, R, S = weight_shape
-    _check(min(R, S) > 0, f"kernel size should be greater than zero, got {R} x {S}")
-    _check(
+    require(min(R, S) > 0, f"kernel size should be greater than zero, got {R} x {S}")
+    require(
         groups <= K and K % groups == 0,
         f"expected the {K} output channels of weight {list(weight_shape)} to be a positive multiple of groups={groups}",
     )
-    _check(
+    require(
         group_inputs * groups == C,
         f"given groups={groups}, weight of size {list(weight_shape)}, expected input {list(input_shape)} to have "
         f"{group_inputs * groups} channels, but got {C} channels instead",
     )
-    _check(
+    require(
         bias_shape is None or tuple(bias_shape) == (K,),
         f"given weight of size {list(weight_shape)}, expected bias to have shape [{K}], "
         f"but got {list(bias_shape or ())} instead",
     )
     padded = H + padding[0] + padding[1], W + padding[2] + padding[3]
     extent = dilation[0] * (R - 1) + 1, dilation[1] * (S - 1) + 1
-    _check(
+    require(
         padded[0] >= extent[0] and padded[1] >= extent[1],
         f"calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: "
         f"({extent[0]} x {extent[1]}). Kernel size can't be greater than actual input size",
@@ -114,8 +116,3 @@ def same_padding(kernel: Pair, dilation: Pair) -> Padding:
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     top, left = total[0] // 2, total[1] // 2
     return top, total[0] - top, left, total[1] - left
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)

@@ -10,6 +10,7 @@ from gpukern.ops._image import image
 from gpukern.ops._pool2d import kernels
 from gpukern.ops._pool2d.plan import Tile, plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
+from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launch import index_type, launch, reach
 from gpukern.runtime.tensors import check_kernel_dtype
 
@@ -170,7 +171,7 @@ def _run(
     pixels = tiled.shape[0] * tiled.shape[2] * tiled.shape[3]
     launch(
         kernel,
-        (-(-pixels // tile.pixels), -(-problem.C // tile.channels)),
+        (cdiv(pixels, tile.pixels), cdiv(problem.C, tile.channels)),
         tiled.device,
         *map(image, tensors),
         pixels,
@@ -188,7 +189,7 @@ def _run_whole_windows(problem, tile, input, output, sizes, **options) -> None:
         return
     launch(
         kernels.avg_pool2d_whole_window_kernel,
-        (problem.N * problem.P * problem.Q, -(-problem.C // tile.channels)),
+        (problem.N * problem.P * problem.Q, cdiv(problem.C, tile.channels)),
         output.device,
         image(input),
         image(output),

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
+from gpukern.runtime.integers import cdiv, power_of_two
 
 _THREADS = 128
 #: Loops are unrolled, so that many loads are under way at once, up to this many elements a thread: more would spill.
@@ -57,7 +58,7 @@ def plan(problem: PoolProblem | AdaptiveProblem, channels_last: bool, itemsize: 
     else:
         window = problem.kernel
         extents = ((size - 1) * dilation + 1 for size, dilation in zip(problem.kernel, problem.dilation, strict=True))
-        owners = tuple(-(-extent // stride) for extent, stride in zip(extents, problem.stride, strict=True))
+        owners = tuple(cdiv(extent, stride) for extent, stride in zip(extents, problem.stride, strict=True))
         divisor = problem.divisor_override or _common_divisor(problem)
     tile = _tile(problem.C, channels_last, itemsize)
     elements = max(1, tile.channels * tile.pixels // _THREADS)
@@ -76,7 +77,7 @@ def plan(problem: PoolProblem | AdaptiveProblem, channels_last: bool, itemsize: 
 def _tile(channels: int, channels_last: bool, itemsize: int) -> Tile:
     if not channels_last:
         # A thread serves one pixel of four channels, which share the arithmetic of the pixel's place.
-        return Tile(_launchable(min(4, _power_of_two(channels)), channels), _THREADS)
+        return Tile(_launchable(min(4, power_of_two(channels)), channels), _THREADS)
     block = _launchable(_channel_block(channels, itemsize), channels)
     # A thread moves 16 bytes at a time, or single elements where Triton cannot prove that rows are aligned.
     elements = 16 // itemsize if channels % 16 == 0 else 4
@@ -96,18 +97,18 @@ def _whole_window(
     if channels_last:
         block = _launchable(_channel_block(problem.C, itemsize), problem.C)
         return Tile(block, max(1, 1024 // block))
-    places = min(1024, _power_of_two(area))
-    return Tile(_launchable(min(1024 // places, _power_of_two(problem.C)), problem.C), places)
+    places = min(1024, power_of_two(area))
+    return Tile(_launchable(min(1024 // places, power_of_two(problem.C)), problem.C), places)
 
 
 def _channel_block(channels: int, itemsize: int) -> int:
     """At most 64 channels: without a ragged last block if that leaves whole 32-byte sectors, else as many as fit."""
     even = min(64, channels & -channels)
-    return even if even * itemsize >= 32 else min(64, _power_of_two(channels))
+    return even if even * itemsize >= 32 else min(64, power_of_two(channels))
 
 
 def _launchable(block: int, channels: int) -> int:
-    while -(-channels // block) > _GRID_Y:
+    while cdiv(channels, block) > _GRID_Y:
         block *= 2
     return block
 
@@ -125,7 +126,7 @@ def _common_divisor(problem: PoolProblem) -> int:
 
 def _largest_share(size: int, parts: int) -> int:
     """The most elements in one of ``parts`` overlapping shares ⌊i·size/parts⌋ … ⌈(i+1)·size/parts⌉ − 1."""
-    return max((-(-(i + 1) * size // parts) - i * size // parts for i in range(parts)), default=0)
+    return max((cdiv((i + 1) * size, parts) - i * size // parts for i in range(parts)), default=0)
 
 
 def _unroll(steps: Pair, loads: int) -> int:
@@ -135,7 +136,3 @@ def _unroll(steps: Pair, loads: int) -> int:
         if factor * loads <= _UNROLLED_LOADS:
             return max(1, factor)
     return max(1, _UNROLLED_LOADS // 2 // loads)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()

@@ -10,6 +10,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpukern.runtime.integers import cdiv, require
+
 Pair = tuple[int, int]
 
 
@@ -63,7 +65,7 @@ def pool_problem(
 ) -> PoolProblem:
     """The checked problem; raises RuntimeError, as torch does, for sizes that do not fit together."""
     P, Q = output_size(input_shape, kernel, stride, padding, dilation, ceil_mode)
-    _check(divisor_override != 0, "divisor_override must not be zero")
+    require(divisor_override != 0, "divisor_override must not be zero")
     return PoolProblem(
         *input_shape, P, Q, kernel, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override
     )
@@ -80,21 +82,21 @@ def output_size(
     input_shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> Pair:
     """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never looks at the batch size."""
-    _check(min(kernel) > 0, f"kernel size should be greater than zero, got {tuple(kernel)}")
-    _check(min(stride) > 0, f"stride should be greater than zero, got {tuple(stride)}")
-    _check(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
-    _check(min(padding) >= 0, f"padding must not be negative, got {tuple(padding)}")
-    _check(
+    require(min(kernel) > 0, f"kernel size should be greater than zero, got {tuple(kernel)}")
+    require(min(stride) > 0, f"stride should be greater than zero, got {tuple(stride)}")
+    require(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
+    require(min(padding) >= 0, f"padding must not be negative, got {tuple(padding)}")
+    require(
         all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True)),
         f"padding should be at most half of the kernel size, got padding={tuple(padding)}, kernel_size={tuple(kernel)}",
     )
     _, C, H, W = input_shape
-    _check(
+    require(
         C != 0 and H != 0 and W != 0,
         f"expected an input without empty dimensions (the batch may be empty), got size {list(input_shape)}",
     )
     P, Q = (_outputs(*sizes, ceil_mode) for sizes in zip((H, W), kernel, stride, padding, dilation, strict=True))
-    _check(
+    require(
         P >= 1 and Q >= 1,
         f"given input size ({C}x{H}x{W}), calculated output size ({C}x{P}x{Q}): output size is too small",
     )
@@ -103,8 +105,8 @@ def output_size(
 
 def check_adaptive(input_shape: Sequence[int], output_size: Pair) -> None:
     """Raise RuntimeError for sizes that no adaptive pooling takes. Never looks at the batch size."""
-    _check(min(output_size) >= 0, f"elements of output_size must not be negative, got {tuple(output_size)}")
-    _check(
+    require(min(output_size) >= 0, f"elements of output_size must not be negative, got {tuple(output_size)}")
+    require(
         input_shape[2] != 0 and input_shape[3] != 0,
         f"expected an input of non-empty height and width, got size {list(input_shape)}",
     )
@@ -114,11 +116,6 @@ def _outputs(size: int, kernel: int, stride: int, padding: int, dilation: int, c
     span = size + 2 * padding - dilation * (kernel - 1) - 1
     if not ceil_mode:
         return span // stride + 1
-    outputs = -(-span // stride) + 1
+    outputs = cdiv(span, stride) + 1
     # A last window that would begin in the padding behind the image is dropped.
     return outputs - 1 if (outputs - 1) * stride >= size + padding else outputs
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise RuntimeError(message)
