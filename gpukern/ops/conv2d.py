@@ -59,11 +59,16 @@ def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     )
     # One attribute: each costs a tenth of a microsecond, and the forward of a small layer is all host time.
     ctx.state = (
-        (input.shape, memory_format_of(input) is torch.channels_last),
-        (weight.shape, memory_format_of(weight) is torch.channels_last),
+        _layout(input) if needs_input else None,
+        _layout(weight) if needs_weight else None,
         (stride, padding, dilation, groups),
         (activation, negative_slope),
     )
+
+
+def _layout(tensor: torch.Tensor) -> tuple[torch.Size, bool]:
+    """The shape, and whether the layout is channels_last: what a gradient must look like."""
+    return tensor.shape, memory_format_of(tensor) is torch.channels_last
 
 
 def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:

@@ -11,8 +11,13 @@ import triton.language as tl
 from gpukern.runtime.mode import EMULATE
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **options: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
     """Run ``kernel`` over ``grid`` on ``device`` and its current stream.
+
+    ``options`` are compile-time arguments and Triton's own (``num_warps``, ``num_stages``). Both are passed on as they
+    are: packing two dozen keywords once more would cost a microsecond a call.
 
     Every launch happens under its tensors' own device: Triton launches on the current one, whatever the tensors say.
     """

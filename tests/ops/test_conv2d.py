@@ -181,12 +181,12 @@ def test_nan_and_infinity_come_through(device):
 
 
 def test_offsets_beyond_32_bits(device):
-    """Two images more than 2³¹ elements apart, in a buffer whose untouched pages cost no memory."""
+    """Images that reach past 2³¹ elements, each stride below it, in a buffer whose untouched pages cost no memory."""
     torch.use_deterministic_algorithms(False)  # filling 4 GiB with NaN would touch them all
-    apart = 2**31 + 4096
-    buffer = torch.empty(apart + 16 * 36, dtype=torch.float16, device=device)
-    far = buffer.as_strided((2, 16, 6, 6), (apart, 1, 96, 16))
-    near = torch.randn(2, 16, 6, 6).half().to(device)
+    apart = 2**30 + 4096
+    buffer = torch.empty(2 * apart + 16 * 36, dtype=torch.float16, device=device)
+    far = buffer.as_strided((3, 16, 6, 6), (apart, 1, 96, 16))
+    near = torch.randn(3, 16, 6, 6).half().to(device)
     far.copy_(near)
     weight = torch.randn(16, 16, 3, 3).half().to(device).contiguous(memory_format=torch.channels_last)
     near = near.contiguous(memory_format=torch.channels_last)

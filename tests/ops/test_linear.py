@@ -84,9 +84,9 @@ def test_weight_vector_and_broadcast_bias(device):
 
 def test_offsets_beyond_32_bits(device):
     torch.use_deterministic_algorithms(False)  # filling 4 GiB with NaN would touch them all
-    apart = 2**31 + 64
-    far = torch.empty(apart + 16, dtype=torch.float16, device=device).as_strided((2, 16), (apart, 1))
-    far.copy_(torch.randn(2, 16))
+    apart = 2**30 + 64
+    far = torch.empty(2 * apart + 16, dtype=torch.float16, device=device).as_strided((3, 16), (apart, 1))
+    far.copy_(torch.randn(3, 16))
     weight = torch.randn(8, 16, device=device).half()
     assert torch.equal(F.linear(far, weight), F.linear(far.contiguous(), weight))
 

@@ -197,6 +197,16 @@ def test_dtypes_and_layouts(dtype, layout, device):
     check_adaptive(x, (1, 2), layout)
 
 
+def test_offsets_beyond_32_bits(device):
+    """Images that reach past 2³¹ elements, in a buffer whose untouched pages cost no memory."""
+    torch.use_deterministic_algorithms(False)  # filling 4 GiB with NaN would touch them all
+    apart = 2**30 + 64
+    far = torch.empty(2 * apart + 360, dtype=torch.float16, device=device).as_strided((3, 10, 6, 6), (apart, 1, 60, 10))
+    far.copy_(torch.randn(3, 10, 6, 6))
+    for pool in (lambda x: F.max_pool2d(x, 2), lambda x: F.avg_pool2d(x, 3), lambda x: F.adaptive_avg_pool2d(x, 1)):
+        assert torch.equal(pool(far), pool(far.contiguous(memory_format=torch.channels_last)))
+
+
 def test_64_bit_offsets(device, monkeypatch):
     """Offsets past 2³¹ take another integer type in the kernels, here for images that do not need it."""
     from gpukern.runtime.launch import index_type

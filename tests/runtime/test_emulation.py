@@ -46,7 +46,7 @@ def product_kernel(a_ptr, b_ptr, out_ptr, N: tl.constexpr):
 def test_bf16_product():
     a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
     out = torch.empty(16, 16, dtype=torch.bfloat16)
-    launch(product_kernel, (1,), a.device, a, b, out, 16)
+    launch(product_kernel, (1,), a.device, (a, b, out, 16), {})
     torch.testing.assert_close(out.float(), (a.float() @ b.float()).bfloat16().float(), rtol=2**-7, atol=1e-6)
 
 
@@ -58,13 +58,13 @@ def copy_kernel(x_ptr, y_ptr, size, shift, BLOCK: tl.constexpr):
 
 def test_accesses_outside_the_tensors_raise():
     x, y = torch.randn(64)[16:32], torch.empty(16)
-    launch(copy_kernel, (1,), x.device, x, y, 16, 0, 16)
+    launch(copy_kernel, (1,), x.device, (x, y, 16, 0, 16), {})
     assert torch.equal(x, y)
     for size, shift in ((16, 1), (16, -1), (17, 0)):
         with pytest.raises(InterpreterError, match="read outside"):
-            launch(copy_kernel, (1,), x.device, x, y, size, shift, 32)
+            launch(copy_kernel, (1,), x.device, (x, y, size, shift, 32), {})
     with pytest.raises(InterpreterError, match="write outside"):
-        launch(copy_kernel, (1,), x.device, x, y[:15], 16, 0, 16)
+        launch(copy_kernel, (1,), x.device, (x, y[:15], 16, 0, 16), {})
 
 
 @triton.jit
@@ -77,10 +77,10 @@ def hint_kernel(y_ptr, start, step, limit, MULTIPLE: tl.constexpr, CONSTANT: tl.
 def test_promises_that_do_not_hold_raise():
     y = torch.empty(16)
     for start, step, limit in ((8, 1, 16), (16, 8, 80), (0, 1, 24)):
-        launch(hint_kernel, (1,), y.device, y, start, step, limit, 8, 8)
+        launch(hint_kernel, (1,), y.device, (y, start, step, limit, 8, 8), {})
     for start, step, limit, what in ((4, 1, 12, "divisibility"), (8, 4, 40, "divisibility"), (8, 1, 13, "constancy")):
         with pytest.raises(InterpreterError, match=what):
-            launch(hint_kernel, (1,), y.device, y, start, step, limit, 8, 8)
+            launch(hint_kernel, (1,), y.device, (y, start, step, limit, 8, 8), {})
 
 
 def test_offsets_choose_the_index_type():

@@ -46,13 +46,7 @@ def _run(kernel, out: torch.Tensor, operands: tuple[torch.Tensor, ...], *scalars
         kernel,
         (triton.cdiv(size, _BLOCK),),
         out.device,
-        *dense,
-        out,
-        size,
-        *scalars,
-        NAME=NAME,
-        BLOCK=_BLOCK,
-        INDEX=index_type(size),
-        num_warps=4,
+        (*dense, out, size, *scalars),
+        {"NAME": NAME, "BLOCK": _BLOCK, "INDEX": index_type(size), "num_warps": 4},
     )
     return out

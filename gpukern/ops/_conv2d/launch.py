@@ -86,17 +86,8 @@ def channel_sum(grad: torch.Tensor) -> torch.Tensor:
         weight_kernels.channel_sum_kernel,
         (cdiv(K, 64), splits),
         grad.device,
-        image(grad),
-        partial,
-        pixels,
-        K,
-        P,
-        Q,
-        cdiv(pixels, splits),
-        BLOCK_M=64,
-        BLOCK_K=64,
-        INDEX=index_type(reach(grad.shape, grad.stride())),
-        num_warps=4,
+        (image(grad), partial, pixels, K, P, Q, cdiv(pixels, splits)),
+        {"BLOCK_M": 64, "BLOCK_K": 64, "INDEX": index_type(reach(grad.shape, grad.stride())), "num_warps": 4},
     )
     _add_splits(partial, output, splits)
     return output
@@ -121,13 +112,15 @@ def gather(
         kernels.conv2d_gather_kernel,
         prepared.grid,
         output.device,
-        Image(source, *prepared.first),
-        Filter(weight, *prepared.second),
-        bias,
-        Image(output, *prepared.output),
-        *prepared.scalars,
-        negative_slope,
-        **prepared.meta,
+        (
+            Image(source, *prepared.first),
+            Filter(weight, *prepared.second),
+            bias,
+            Image(output, *prepared.output),
+            *prepared.scalars,
+            negative_slope,
+        ),
+        prepared.meta,
     )
     return output
 
@@ -147,11 +140,13 @@ def weight_grad(prepared: Prepared, grad: torch.Tensor, input: torch.Tensor, out
         weight_kernels.conv2d_weight_grad_kernel,
         prepared.grid,
         output.device,
-        Image(grad, *prepared.first),
-        Image(input, *prepared.second),
-        Filter(partial, *prepared.output),
-        *prepared.scalars,
-        **prepared.meta,
+        (
+            Image(grad, *prepared.first),
+            Image(input, *prepared.second),
+            Filter(partial, *prepared.output),
+            *prepared.scalars,
+        ),
+        prepared.meta,
     )
     _add_splits(partial, output, prepared.splits)
     return output
@@ -176,12 +171,8 @@ def _add_splits(partial: torch.Tensor, output: torch.Tensor, splits: int) -> Non
         weight_kernels.sum_splits_kernel,
         (cdiv(size, 256),),
         output.device,
-        partial,
-        output,
-        size,
-        splits,
-        BLOCK=256,
-        num_warps=4,
+        (partial, output, size, splits),
+        {"BLOCK": 256, "num_warps": 4},
     )
 
 
@@ -197,15 +188,12 @@ def _in_channel_runs(tensor: torch.Tensor) -> torch.Tensor:
         kernels.to_channels_last_kernel,
         (cdiv(pixels, 64), cdiv(C, 64)),
         tensor.device,
-        image(tensor),
-        image(packed),
-        pixels,
-        C,
-        H,
-        W,
-        BLOCK_M=64,
-        BLOCK_C=64,
-        INDEX=index_type(max(reach(tensor.shape, tensor.stride()), packed.numel())),
-        num_warps=4,
+        (image(tensor), image(packed), pixels, C, H, W),
+        {
+            "BLOCK_M": 64,
+            "BLOCK_C": 64,
+            "INDEX": index_type(max(reach(tensor.shape, tensor.stride()), packed.numel())),
+            "num_warps": 4,
+        },
     )
     return packed

@@ -173,14 +173,8 @@ def _run(
         kernel,
         (cdiv(pixels, tile.pixels), cdiv(problem.C, tile.channels)),
         tiled.device,
-        *map(image, tensors),
-        pixels,
-        *sizes,
-        BLOCK_CHANNELS=tile.channels,
-        BLOCK_PIXELS=tile.pixels,
-        INDEX=_index(problem, tensors),
-        num_warps=tile.warps,
-        **options,
+        (*map(image, tensors), pixels, *sizes),
+        _tile(tile, problem, tensors) | options,
     )
 
 
@@ -191,23 +185,22 @@ def _run_whole_windows(problem, tile, input, output, sizes, **options) -> None:
         kernels.avg_pool2d_whole_window_kernel,
         (problem.N * problem.P * problem.Q, cdiv(problem.C, tile.channels)),
         output.device,
-        image(input),
-        image(output),
-        *sizes,
-        BLOCK_CHANNELS=tile.channels,
-        BLOCK_PIXELS=tile.pixels,
-        INDEX=_index(problem, (input, output)),
-        num_warps=tile.warps,
-        **options,
+        (image(input), image(output), *sizes),
+        _tile(tile, problem, (input, output)) | options,
     )
 
 
-def _index(problem: PoolProblem | AdaptiveProblem, tensors: tuple[torch.Tensor, ...]):
+def _tile(tile: Tile, problem: PoolProblem | AdaptiveProblem, tensors: tuple[torch.Tensor, ...]) -> dict[str, Any]:
     largest = max(reach(tensor.shape, tensor.stride()) for tensor in tensors)
     if isinstance(problem, AdaptiveProblem):
         # Adaptive windows begin at p·H/P, and the product comes first.
         largest = max(largest, (problem.P + 1) * (problem.H + 1), (problem.Q + 1) * (problem.W + 1))
-    return index_type(largest)
+    return {
+        "BLOCK_CHANNELS": tile.channels,
+        "BLOCK_PIXELS": tile.pixels,
+        "INDEX": index_type(largest),
+        "num_warps": tile.warps,
+    }
 
 
 def _geometry(problem: PoolProblem) -> dict[str, Pair]:
