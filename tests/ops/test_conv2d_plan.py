@@ -47,6 +47,7 @@ def test_variants():
 def test_large_problems_get_large_tiles_and_small_ones_fill_the_chip():
     large = plan(problem(128, 128, 56, 56, 128, 3, 3, padding=1), Direction.FORWARD, "float16", "ieee", H100)
     assert (large.block_m, large.block_n, large.block_k) == (128, 128, 64)
+    assert plan(problem(1, 64, 1, 1, 16384, 1, 1), Direction.FORWARD, "float16", "ieee", H100).block_m == 16
     small = plan(problem(1, 512, 7, 7, 512, 3, 3, padding=1), Direction.FORWARD, "float16", "ieee", H100)
     assert small.block_m * small.block_n <= 32 * 32
 

@@ -25,6 +25,7 @@ CONV = {
     "bias length": lambda f: f(x, w, b[:5]),
     "bias rank": lambda f: f(x, w, b[None]),
     "kernel larger than input": lambda f: f(x[:, :, :2], w),
+    "kernel wider than input": lambda f: f(x[:, :, :, :2], w),
     "dilated kernel larger": lambda f: f(x, w, dilation=4),
     "empty image": lambda f: f(x[:, :, :0], w, padding=1),
     "stride 0": lambda f: f(x, w, stride=0),

@@ -48,7 +48,13 @@ _DIRECT_CHANNELS = 8
 # Below this many channels one step of 16 or more along the sum would be mostly padding: join the taps to the channels.
 _FLAT_CHANNELS = 16
 
-_TILES = ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32))
+# Tiles M × N, the largest first. Addresses of a flat sum and fp32 operands in full precision fill the registers, and
+# before Hopper so do the operands: larger tiles than these spill.
+_TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
+_HOPPER_TILES = ((128, 128), *_TILES)
+_FLAT_TILES = ((64, 32), (32, 32), (16, 32))
+_FULL_FP32_TILES = ((64, 32), (16, 32))
+_FLAT_FULL_FP32_TILES = ((32, 32), (16, 32))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,18 +75,22 @@ def _plan_gather(p: ConvProblem, direction: Direction, dtype: str, full_fp32: bo
         pixels = p.N * cdiv(p.H, p.stride[0]) * cdiv(p.W, p.stride[1])
         columns, reduction = p.group_inputs, p.group_outputs
     if p.groups > 1 and min(columns, reduction) < _DIRECT_CHANNELS:
+        block_n = power_of_two(columns * p.groups, 1, 64)
         return ConvPlan(
             Variant.DIRECT,
-            block_m=power_of_two(pixels, 1, 32),
-            block_n=power_of_two(columns * p.groups, 1, 64),
+            # Not 4 elements a thread: ptxas then settles for few registers and spills some.
+            block_m=power_of_two(pixels, 1, 64 if block_n in (16, 32) else 32),
+            block_n=block_n,
             block_k=1,
             num_warps=MAX_WARPS,
             num_stages=1,
         )
     flat = reduction < _FLAT_CHANNELS and p.R * p.S > 1
-    # Addresses of a flat sum and fp32 operands in full precision fill the registers: smaller tiles, or they spill.
-    largest = (128 * (128 if _has_wgmma(device) else 64), 64 * 32, 32 * 32)[flat + full_fp32]
-    block_m, block_n = _tile(pixels, columns, p.groups * phases, largest, device)
+    if full_fp32:
+        tiles = _FLAT_FULL_FP32_TILES if flat else _FULL_FP32_TILES
+    else:
+        tiles = _FLAT_TILES if flat else _HOPPER_TILES if _has_wgmma(device) else _TILES
+    block_m, block_n = _tile(pixels, columns, p.groups * phases, tiles, device)
     return ConvPlan(
         Variant.FLAT if flat else Variant.TAPS,
         block_m,
@@ -117,18 +127,19 @@ def _plan_weight_grad(p: ConvProblem, dtype: str, full_fp32: bool, device: Devic
     )
 
 
-def _tile(pixels: int, columns: int, copies: int, largest: int, device: DeviceSpec) -> tuple[int, int]:
-    """The largest tile, of at most ``largest`` elements, of which there is still one for every multiprocessor; else the
-    one that makes most tiles.
+def _tile(
+    pixels: int, columns: int, copies: int, tiles: tuple[tuple[int, int], ...], device: DeviceSpec
+) -> tuple[int, int]:
+    """The largest of ``tiles`` of which there is one for each multiprocessor, else the smallest.
+
+    No tile of more rows than the problem, or columns, to the next power of two.
     """
-    rows, cols = power_of_two(pixels, 16, 128), power_of_two(columns, 16, 128)
-    for block_m, block_n in _TILES:
-        if block_m * block_n > largest:
-            continue
-        block_m, block_n = min(block_m, rows), min(block_n, cols)
-        if cdiv(pixels, block_m) * cdiv(columns, block_n) * copies >= device.sm_count:
-            return block_m, block_n
-    return min(rows, 32), min(cols, 32)
+    rows, cols = power_of_two(pixels), power_of_two(columns, 16)
+    for block_m, block_n in tiles:
+        block_n = min(block_n, cols)
+        if block_m <= rows and cdiv(pixels, block_m) * cdiv(columns, block_n) * copies >= device.sm_count:
+            break
+    return block_m, block_n
 
 
 def _block_k(reduction: int, dtype: str, full_fp32: bool, flat: bool, device: DeviceSpec) -> int:
