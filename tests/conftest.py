@@ -29,7 +29,7 @@ import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from gpukern.runtime.mode import EMULATE  # noqa: E402
+from gpukern.runtime.mode import EMULATE, Mode, force_mode  # noqa: E402
 from tests.device import DEVICE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,16 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 def device() -> torch.device:
     """Where the kernels run: the GPU, or the CPU when emulating."""
     return DEVICE
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def where(request, device):
+    """The device of the tensors; its mode is in force meanwhile."""
+    if request.param == "kernels":
+        yield device
+    else:
+        with force_mode(Mode.REFERENCE):
+            yield torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -44,16 +44,6 @@ def no_tf32():
     convolutions.fp32_precision = before
 
 
-@pytest.fixture(params=["reference", "kernels"])
-def where(request, device):
-    """The device of the tensors; its mode is in force meanwhile."""
-    if request.param == "kernels":
-        yield device
-    else:
-        with force_mode(Mode.REFERENCE):
-            yield torch.device("cpu")
-
-
 @pytest.fixture
 def reference():
     with force_mode(Mode.REFERENCE):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import gpukern  # noqa: F401  registers the operators
-from gpukern.runtime.mode import Mode, force_mode
 
 ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
 
@@ -16,16 +15,6 @@ GROUPED = ([1, 1], [0, 0, 0, 0], [1, 1], 2)
 # kernel, stride, padding, dilation, ceil_mode
 POOL = ([3, 2], [2, 1], [1, 0], [1, 1], True)
 DILATED = ([2, 2], [1, 1], [0, 0], [2, 1], False)
-
-
-@pytest.fixture(params=["reference", "kernels"])
-def where(request, device):
-    """The device of the tensors; its mode is in force meanwhile."""
-    if request.param == "kernels":
-        yield device
-    else:
-        with force_mode(Mode.REFERENCE):
-            yield torch.device("cpu")
 
 
 class Samples:
