@@ -91,11 +91,13 @@ def _plan_gather(p: ConvProblem, direction: Direction, dtype: str, full_fp32: bo
     else:
         tiles = _FLAT_TILES if flat else _HOPPER_TILES if _has_wgmma(device) else _TILES
     block_m, block_n = _tile(pixels, columns, p.groups * phases, tiles, device)
+    # Operands of wgmma, which takes 64 rows or more, stay in shared memory; otherwise a long step fills the registers.
+    long_step = _has_wgmma(device) and block_m >= 64 and dtype != "float32" and not flat
     return ConvPlan(
         Variant.FLAT if flat else Variant.TAPS,
         block_m,
         block_n,
-        _block_k(p.R * p.S * reduction if flat else reduction, dtype, full_fp32, flat, device),
+        16 if full_fp32 else power_of_two(reduction * (p.R * p.S if flat else 1), 16, 64 if long_step else 32),
         num_warps=MAX_WARPS,
         num_stages=3,
     )
@@ -140,12 +142,6 @@ def _tile(
         if block_m <= rows and cdiv(pixels, block_m) * cdiv(columns, block_n) * copies >= device.sm_count:
             break
     return block_m, block_n
-
-
-def _block_k(reduction: int, dtype: str, full_fp32: bool, flat: bool, device: DeviceSpec) -> int:
-    if full_fp32:
-        return 16
-    return power_of_two(reduction, 16, 64 if dtype != "float32" and not flat and _has_wgmma(device) else 32)
 
 
 def _has_wgmma(device: DeviceSpec) -> bool:
