@@ -82,13 +82,18 @@ def conv2d(
             activation=activation, negative_slope=negative_slope,
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
+    if isinstance(padding, str):
+        padding = _named_padding(padding, weight, stride, dilation)
+    else:
+        vertical, horizontal = as_pair("padding", padding)
+        padding = vertical, vertical, horizontal, horizontal
     input, weight, bias = autocast(input, weight, bias)
     return _conv2d.conv2d(
         input,
         weight,
         bias,
         stride,
-        _padding(padding, weight, stride, dilation),
+        padding,
         dilation,
         groups,
         _activation.check_activation(activation, negative_slope),
@@ -96,18 +101,15 @@ def conv2d(
     )
 
 
-def _padding(padding, weight, stride, dilation) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right)."""
-    if isinstance(padding, str):
-        if padding == "valid":
-            return 0, 0, 0, 0
-        if padding != "same":
-            raise RuntimeError(f"invalid padding string: {padding!r}, expected 'valid' or 'same'")
-        if stride != (1, 1):
-            raise RuntimeError("padding='same' is not supported for strided convolutions")
-        return same_padding(tuple(weight.shape[2:]), dilation)
-    vertical, horizontal = as_pair("padding", padding)
-    return vertical, vertical, horizontal, horizontal
+def _named_padding(name: str, weight, stride, dilation) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of "valid" and "same"."""
+    if name == "valid":
+        return 0, 0, 0, 0
+    if name != "same":
+        raise RuntimeError(f"invalid padding string: {name!r}, expected 'valid' or 'same'")
+    if stride != (1, 1):
+        raise RuntimeError("padding='same' is not supported for strided convolutions")
+    return same_padding(tuple(weight.shape[2:]), dilation)
 
 
 def linear(
