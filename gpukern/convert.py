@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import parametrize
 
 import gpukern.nn
+from gpukern.runtime.tensors import KERNEL_DTYPES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +28,6 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     getattr(torch.nn, name): getattr(gpukern.nn, name) for name in gpukern.nn.__all__
 }
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _STRUCTURE = (torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten)
 _CONTAINERS = (
     torch.nn.Sequential,
@@ -229,7 +229,7 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
     for parameter in module.parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"its parameters are of the tensor subclass {type(parameter).__name__}"
-        if parameter.dtype not in _KERNEL_DTYPES:
+        if parameter.dtype not in KERNEL_DTYPES:
             return f"its parameters are {parameter.dtype}: the kernels take float32, float16 and bfloat16"
     return None
 

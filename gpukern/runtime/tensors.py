@@ -40,10 +40,11 @@ def as_memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: What the kernels take.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_kernel_dtype(operation: str, dtype: torch.dtype) -> None:
     """Raise RuntimeError unless the kernels take ``dtype``."""
-    if dtype not in _KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES:
         raise RuntimeError(f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {dtype}")
