@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from gpukern.runtime.launch import reach
+
 _allowed: list[tuple[int, int]] = []
 
 
@@ -41,7 +43,7 @@ def _tensors(argument: Any) -> Iterator[torch.Tensor]:
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     """The first byte of ``tensor`` and the one after its last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = reach(tensor.shape, tensor.stride())
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 

@@ -44,7 +44,6 @@ class Operator:
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
     ) -> None:
-        self.name = name
         self._forward = forward
         definition = torch.library.custom_op(
             f"gpukern::{name}",

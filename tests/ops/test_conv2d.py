@@ -115,6 +115,17 @@ def test_any_weight_strides(layout, device):
     check(SMALL, input, weight, bias, grad, {"output": output, "input gradient": input.grad})
 
 
+@pytest.mark.parametrize("layout", ["every second", "expanded"])
+def test_any_bias_strides(layout, device):
+    input, weight, _ = make(SMALL, torch.float32, device)
+    bias = torch.randn(24, device=device)[::2] if layout == "every second" else torch.randn(1, device=device).expand(12)
+    leaf = bias.detach().requires_grad_()
+    output = F.conv2d(input, weight, leaf, **SMALL.arguments)
+    grad = torch.randn_like(output)
+    output.backward(grad)
+    check(SMALL, input, weight, bias, grad, {"output": output, "bias gradient": leaf.grad})
+
+
 @pytest.mark.parametrize("kind", ["expanded", "transposed"])
 def test_any_gradient_strides(kind, device):
     input, weight, bias = make(SMALL, torch.float32, device)

@@ -65,7 +65,7 @@ def test_any_leading_dimensions(leading, device):
 def test_any_strides(device):
     input = torch.randn(24, 9, device=device)[::2].t().expand(9, 12)
     weight = torch.randn(12, 14, device=device).t()[::2]
-    bias = torch.randn(7, device=device)
+    bias = torch.randn(14, device=device)[::2]
     leaves = [t.requires_grad_() for t in (weight.detach(), bias)]
     output = F.linear(input, *leaves)
     grad = torch.randn(7, 9, device=device).t()

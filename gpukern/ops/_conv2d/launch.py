@@ -108,6 +108,8 @@ def gather(
         source = _in_channel_runs(source)
     if prepared.pack[1]:
         weight = _in_channel_runs(weight)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()  # the only operand that the kernel takes without strides
     launch(
         kernels.conv2d_gather_kernel,
         prepared.grid,

@@ -31,7 +31,7 @@ def linear(
         device_spec(device),
     )
     if bias is not None and bias.shape[0] != outputs:
-        bias = bias.expand(outputs).contiguous()
+        bias = bias.expand(outputs)
     output = torch.empty((rows, outputs), dtype=dtype, device=device)
     return gather(prepared, input, weight, bias, output, negative_slope)
 
