@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 #: Each may import from itself and from what comes before it.
 LAYERS = ("version", "runtime", "ops", "functional", "nn", "convert", "summary", "info", "cli")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
-TORCH_FREE = ("plan.py", "problem.py", "device.py", "integers.py")
+TORCH_FREE = ("plan.py", "problem.py", "cost.py", "device.py", "roofline.py", "integers.py")
 KERNELS = ("kernels.py", "weight_kernels.py", "gather.py", "functions.py")
 
 

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a GPU cannot exceed, or was measured not to.
+
+    ``bandwidth`` is that of device memory in bytes/s. ``matrix_rates`` are FLOP/s of dense products by the kind of
+    their operands, sums in fp32: "float16", "bfloat16", "tf32", and "float32" for fused multiply-adds of full
+    precision, outside the tensor cores.
+    """
+
+    bandwidth: float
+    matrix_rates: Mapping[str, float]
 
 
 # eq=False: specs are constants or made once for each device, and are looked up by on every call.
@@ -11,18 +25,57 @@ class DeviceSpec:
     """Limits of one GPU.
 
     ``shared_memory`` is the most a block can ask for, in bytes; ``sm_count`` the number of streaming multiprocessors.
+    A device that was asked for its limits does not tell its ``peaks``.
     """
 
     name: str
     compute_capability: tuple[int, int]
     sm_count: int
     shared_memory: int
+    peaks: Peaks | None = None
 
 
-# Sources: NVIDIA A100 and H100 architecture whitepapers (SM counts); CUDA C++ Programming Guide, table "Technical
-# Specifications per Compute Capability" (163 KB and 227 KB of shared memory for a block).
-A100 = DeviceSpec("A100", (8, 0), sm_count=108, shared_memory=163 * 1024)
-H100 = DeviceSpec("H100", (9, 0), sm_count=132, shared_memory=227 * 1024)
+def _peaks(terabytes: float, *, half: float, tf32: float, float32: float) -> Peaks:
+    """From TB/s and TFLOP/s; tensor cores multiply float16 and bfloat16 at one rate."""
+    rates = {"float16": half, "bfloat16": half, "tf32": tf32, "float32": float32}
+    return Peaks(terabytes * 1e12, {kind: rate * 1e12 for kind, rate in rates.items()})
+
+
+# Shared memory of a block: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
+# (8.0: 163 KB, 8.9: 99 KB, 9.0 and 10.0: 227 KB). Rates are dense: data sheets print twice as much for 2:4 sparsity.
+
+# NVIDIA A100 Tensor Core GPU data sheet, column A100 80GB SXM; SMs: NVIDIA A100 architecture whitepaper.
+A100 = DeviceSpec("A100", (8, 0), 108, shared_memory=163 * 1024, peaks=_peaks(2.039, half=312, tf32=156, float32=19.5))
+# NVIDIA L4 Tensor Core GPU data sheet, whose 242 and 120 are sparse; SMs: NVIDIA Ada GPU architecture whitepaper.
+# Unlike a GeForce, it sums in fp32 as fast as in fp16.
+L4 = DeviceSpec("L4", (8, 9), 58, shared_memory=99 * 1024, peaks=_peaks(0.3, half=121, tf32=60, float32=30.3))
+# NVIDIA Ada GPU architecture whitepaper, GeForce RTX 4090: the row "with FP32 Accumulate", half of the 330.3 in fp16.
+RTX_4090 = DeviceSpec(
+    "RTX 4090", (8, 9), 128, shared_memory=99 * 1024, peaks=_peaks(1.008, half=165.2, tf32=82.6, float32=82.6)
+)
+# NVIDIA H100 architecture whitepaper, column H100 SXM5; bandwidth: NVIDIA H100 Tensor Core GPU data sheet.
+H100 = DeviceSpec(
+    "H100", (9, 0), 132, shared_memory=227 * 1024, peaks=_peaks(3.35, half=989.4, tf32=494.7, float32=66.9)
+)
+# NVIDIA H200 Tensor Core GPU data sheet, column H200 SXM: the H100's chip, so its unrounded rates, with faster memory.
+H200 = DeviceSpec(
+    "H200", (9, 0), 132, shared_memory=227 * 1024, peaks=_peaks(4.8, half=989.4, tf32=494.7, float32=66.9)
+)
+# NVIDIA Blackwell data sheet, one GPU of an HGX B200 at 1000 W (4.5 and 2.2 PFLOP/s are sparse). Its 7.7 TB/s are of
+# the 180 GB version; the NVIDIA Blackwell architecture brief and the DGX B200 data sheet (64 TB/s for eight) have 8.
+# That brief's 80 TFLOP/s of fp32 need a clock beyond 2 GHz. SMs: what the device reports, 74 of each of two dies.
+B200 = DeviceSpec("B200", (10, 0), 148, shared_memory=227 * 1024, peaks=_peaks(8.0, half=2250, tf32=1100, float32=75))
+
+DEVICES = {"a100": A100, "l4": L4, "rtx4090": RTX_4090, "h100": H100, "h200": H200, "b200": B200}
+
+
+def named_device(name: str) -> DeviceSpec:
+    """One of :data:`DEVICES`; "RTX 4090" and "rtx-4090" are "rtx4090". Raises ValueError for others."""
+    key = "".join(filter(str.isalnum, name)).lower()
+    if key not in DEVICES:
+        raise ValueError(f"no device is called {name!r}; known are {', '.join(DEVICES)}")
+    return DEVICES[key]
+
 
 #: Emulated kernels run with the plan of this device: few multiprocessors, so that the interpreter, which takes the same
 #: time for a small tile as for a large one, gets few tiles.

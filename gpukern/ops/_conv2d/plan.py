@@ -67,13 +67,10 @@ def plan(problem: ConvProblem, direction: Direction, dtype: str, precision: str,
 
 
 def _plan_gather(p: ConvProblem, direction: Direction, dtype: str, full_fp32: bool, device: DeviceSpec) -> ConvPlan:
-    if direction is Direction.FORWARD:
-        pixels, columns, reduction = p.N * p.P * p.Q, p.group_outputs, p.group_inputs
-        phases = 1
-    else:
-        phases = p.stride[0] * p.stride[1]
-        pixels = p.N * cdiv(p.H, p.stride[0]) * cdiv(p.W, p.stride[1])
-        columns, reduction = p.group_inputs, p.group_outputs
+    pixels, phases = tiled_pixels(p, direction)
+    columns, reduction = p.group_outputs, p.group_inputs
+    if direction is Direction.INPUT_GRAD:
+        columns, reduction = reduction, columns
     if p.groups > 1 and min(columns, reduction) < _DIRECT_CHANNELS:
         block_n = power_of_two(columns * p.groups, 1, 64)
         return ConvPlan(
@@ -127,6 +124,33 @@ def _plan_weight_grad(p: ConvProblem, dtype: str, full_fp32: bool, device: Devic
         num_stages=3,
         splits=_splits(pixels, block_k, programs, device),
     )
+
+
+def tiled_pixels(p: ConvProblem, direction: Direction) -> tuple[int, int]:
+    """(pixels, phases): what rows of tiles, or the sum of the weight gradient, count through, and how many times.
+
+    Those of y; for the input gradient those of dx in the largest of the stride's phases.
+    """
+    if direction is Direction.INPUT_GRAD:
+        return p.N * cdiv(p.H, p.stride[0]) * cdiv(p.W, p.stride[1]), p.stride[0] * p.stride[1]
+    return p.N * p.P * p.Q, 1
+
+
+def grid(p: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[int, int, int]:
+    """The programs of a launch: (tiles, groups, phases), of the weight gradient (tiles, groups, splits)."""
+    pixels, phases = tiled_pixels(p, direction)
+    # Element by element, a tile spans groups.
+    direct = choice.variant is Variant.DIRECT
+    groups, spanned = (1, p.groups) if direct else (p.groups, 1)
+    if direction is not Direction.WEIGHT_GRAD:
+        columns = p.group_outputs if direction is Direction.FORWARD else p.group_inputs
+        return cdiv(pixels, choice.block_m) * cdiv(columns * spanned, choice.block_n), groups, phases
+    taps = p.R * p.S
+    if choice.variant is Variant.FLAT:
+        columns = cdiv(taps * p.group_inputs, choice.block_n)
+    else:
+        columns = taps * cdiv(p.group_inputs, choice.block_n)
+    return cdiv(p.group_outputs * spanned, choice.block_m) * columns, groups, choice.splits
 
 
 def _tile(

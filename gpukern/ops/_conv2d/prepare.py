@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gpukern.ops._conv2d.gather import Sizes
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant, plan
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant, grid, plan, tiled_pixels
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.ops._image import strides_of
 from gpukern.runtime.device import DeviceSpec
@@ -79,20 +79,16 @@ def prepare_gather(
     source, weight, output = strides_of(image, source), strides_of(filter, weight), strides_of(result, strides)
 
     direct = choice.variant is Variant.DIRECT
-    groups = 1 if direct else p.groups
     steps = (1, 1)
     if transposed:
         steps = tuple(s // math.gcd(s, d) for s, d in zip(p.stride, p.dilation, strict=True))
-    phases = p.stride if transposed else (1, 1)
-    pixels = p.N * cdiv(result[2], phases[0]) * cdiv(result[3], phases[1])
-    _check_countable(pixels)
-    tiles = cdiv(pixels, choice.block_m) * cdiv(columns * (p.groups if direct else 1), choice.block_n)
+    _check_countable(tiled_pixels(p, direction)[0])
     k, c, r, s = weight
     group = p.group_outputs * k
     return Prepared(
         shape=result,
         strides=strides,
-        grid=(tiles, groups, phases[0] * phases[1]),
+        grid=grid(p, direction, choice),
         pack=pack,
         first=source,
         second=(group, c, k, r, s) if transposed else (group, k, c, r, s),
@@ -141,19 +137,13 @@ def prepare_weight_grad(
     strides = dense_strides(filter, channels_last)
     k, c, r, s = strides_of(filter, strides)
 
-    pixels, taps = p.N * p.P * p.Q, p.R * p.S
+    pixels, _ = tiled_pixels(p, Direction.WEIGHT_GRAD)
     _check_countable(pixels)
     direct = choice.variant is Variant.DIRECT
-    if direct:
-        rows, columns = p.K, taps * p.group_inputs
-    elif choice.variant is Variant.FLAT:
-        rows, columns = p.group_outputs, cdiv(taps * p.group_inputs, choice.block_n)
-    else:
-        rows, columns = p.group_outputs, taps * cdiv(p.group_inputs, choice.block_n)
     return Prepared(
         shape=filter,
         strides=strides,
-        grid=(cdiv(rows, choice.block_m) * columns, 1 if direct else p.groups, choice.splits),
+        grid=grid(p, Direction.WEIGHT_GRAD, choice),
         pack=pack,
         first=grad,
         second=source,
