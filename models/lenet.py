@@ -6,10 +6,11 @@ After LeCun et al., "Gradient-based learning applied to document recognition", 1
 from __future__ import annotations
 
 from collections import OrderedDict
+from types import ModuleType
 
 import torch
 
-from gpukern import nn
+import gpukern
 
 
 class LeNet5(torch.nn.Sequential):
@@ -30,6 +31,7 @@ class LeNet5(torch.nn.Sequential):
     Linear (500 -> 10)                  10            500 × 10
     ==================================  ============  ===============
 
+    ``layers`` is where the layers come from: ``gpukern.nn``, or ``torch.nn`` for the same network on torch's own.
     Weights are drawn from torch's global generator.
     """
 
@@ -37,19 +39,19 @@ class LeNet5(torch.nn.Sequential):
     INPUT_SIZE = (1, 28, 28)
     CLASSES = 10
 
-    def __init__(self) -> None:
+    def __init__(self, layers: ModuleType = gpukern.nn) -> None:
         super().__init__(
             OrderedDict(
-                conv1=nn.Conv2d(1, 20, kernel_size=5, padding=2),
-                relu1=nn.ReLU(),
-                pool1=nn.MaxPool2d(kernel_size=2, stride=2),
-                conv2=nn.Conv2d(20, 50, kernel_size=5, padding=2),
-                relu2=nn.ReLU(),
-                pool2=nn.MaxPool2d(kernel_size=2, stride=2),
+                conv1=layers.Conv2d(1, 20, kernel_size=5, padding=2),
+                relu1=layers.ReLU(),
+                pool1=layers.MaxPool2d(kernel_size=2, stride=2),
+                conv2=layers.Conv2d(20, 50, kernel_size=5, padding=2),
+                relu2=layers.ReLU(),
+                pool2=layers.MaxPool2d(kernel_size=2, stride=2),
                 flatten=torch.nn.Flatten(),
-                fc1=nn.Linear(50 * 7 * 7, 500),
-                relu3=nn.ReLU(),
-                fc2=nn.Linear(500, self.CLASSES),
+                fc1=layers.Linear(50 * 7 * 7, 500),
+                relu3=layers.ReLU(),
+                fc2=layers.Linear(500, self.CLASSES),
             )
         )
         self.reset_parameters()
