@@ -41,5 +41,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV); PyTorch is large, the first time takes a while ..."
 	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
-		$(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+		$(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e '.[bench,demo,dev]'
 	@touch $@

@@ -8,7 +8,8 @@ import torch
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for their device (float64 is left alone, as torch does)."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    # Tensors without memory have no autocast, and asking for it raises.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(

@@ -42,7 +42,7 @@ def conv2d(
         activation,
         device_spec(device),
     )
-    return gather(prepared, input, weight, bias, _new(prepared, input), negative_slope)
+    return gather(prepared, input, weight, bias, new_output(prepared, input), negative_slope)
 
 
 def conv2d_input_grad(
@@ -60,7 +60,7 @@ def conv2d_input_grad(
         "none",
         device_spec(grad.device),
     )
-    return gather(prepared, grad, weight, None, _new(prepared, grad))
+    return gather(prepared, grad, weight, None, new_output(prepared, grad))
 
 
 def conv2d_weight_grad(
@@ -70,7 +70,7 @@ def conv2d_weight_grad(
     prepared = prepare_weight_grad(
         problem, grad.stride(), input.stride(), channels_last, dtype, conv_precision(dtype), device_spec(grad.device)
     )
-    return weight_grad(prepared, grad, input, _new(prepared, grad))
+    return weight_grad(prepared, grad, input, new_output(prepared, grad))
 
 
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:
@@ -154,7 +154,7 @@ def weight_grad(prepared: Prepared, grad: torch.Tensor, input: torch.Tensor, out
     return output
 
 
-def _new(prepared: Prepared, like: torch.Tensor) -> torch.Tensor:
+def new_output(prepared: Prepared, like: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(prepared.shape, prepared.strides, dtype=like.dtype, device=like.device)
 
 

@@ -58,15 +58,17 @@ def prepare_gather(
     precision: str,
     activation: str,
     device: DeviceSpec,
+    choice: ConvPlan | None = None,
 ) -> Prepared:
     """The gather kernel: forward, or the input gradient if ``transposed``. Strides are those of NCHW and KCRS.
 
-    ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule.
+    ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule. ``choice`` takes
+    the place of the plan, for tools that try others.
     """
     check_kernel_dtype("conv2d", dtype)
     p = problem
     direction = Direction.INPUT_GRAD if transposed else Direction.FORWARD
-    choice = plan(p, direction, _name(dtype), precision, device)
+    choice = choice or plan(p, direction, _name(dtype), precision, device)
     image, result = (p.N, p.C, p.H, p.W), (p.N, p.K, p.P, p.Q)
     columns, reduction = p.group_outputs, p.group_inputs
     if transposed:
@@ -125,11 +127,12 @@ def prepare_weight_grad(
     dtype: torch.dtype,
     precision: str,
     device: DeviceSpec,
+    choice: ConvPlan | None = None,
 ) -> Prepared:
-    """The weight gradient, itself in channels_last or contiguous."""
+    """The weight gradient, itself in channels_last or contiguous. ``choice`` as in :func:`prepare_gather`."""
     check_kernel_dtype("conv2d_weight_grad", dtype)
     p = problem
-    choice = plan(p, Direction.WEIGHT_GRAD, _name(dtype), precision, device)
+    choice = choice or plan(p, Direction.WEIGHT_GRAD, _name(dtype), precision, device)
     result, image = (p.N, p.K, p.P, p.Q), (p.N, p.C, p.H, p.W)
     filter = (p.K, p.group_inputs, p.R, p.S)
     (grad, source), pack = _packed(choice, (result, grad), (image, source))

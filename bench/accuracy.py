@@ -1,0 +1,57 @@
+"""Whether a result is right enough to be timed.
+
+The error is ‖y − ref‖ / ‖ref‖ (Frobenius) against float64. For sums of K products of independent random operands
+
+    bound = 2 · eps + √K · 2⁻²² (+ 2⁻¹⁰ with TF32)
+
+- *eps* of the stored dtype: one rounding of the output is at most eps/2 relative, element by element; 2 · eps leaves
+  room for implementations that round partial sums to the dtype too (cuBLAS does by default in 16 bit).
+- *√K · 2⁻²²*: each of K fp32 additions errs by at most 2⁻²³ of a partial sum (tensor cores truncate), with random signs
+  √K · 2⁻²³ of the final sum's own standard deviation; twice that.
+- *2⁻¹⁰*: both operands of a product rounded to TF32's 11 bits.
+
+A wrong index, a missing tap or an unwritten output is off by far more. The tests of the kernels use tighter bounds,
+element by element.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+#: What the benchmark calls a dtype → the tensors' dtype. TF32 is a way of multiplying float32.
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "tf32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def sum_bound(dtype: str, terms: int) -> float:
+    """For sums of ``terms`` products."""
+    tf32 = 2.0**-10 if dtype == "tf32" else 0.0
+    return 2 * torch.finfo(DTYPES[dtype]).eps + math.sqrt(max(terms, 1)) * 2.0**-22 + tf32
+
+
+def network_bound(dtype: str, depth: int, training: bool) -> float:
+    """For a network of ``depth`` layers of products: its logits, or the gradient of its last layer after ``training``.
+
+    Logits: each layer adds a relative error of about eps and of random sign, together √depth · eps; four times that.
+    In training, batch norm divides by the statistics of few pixels, and errors of a network with random weights grow
+    with depth rather than its root: of plain PyTorch against itself in float64 up to 8 · depth · eps were seen
+    (ResNet-50, 4 images of 64 × 64). That is a coarse check, never coarser than ½: it finds garbage, a wrong loss or a
+    layer left out. What each layer's kernels compute is checked by the layer's own suite.
+    """
+    eps = torch.finfo(DTYPES[dtype]).eps + (2.0**-10 if dtype == "tf32" else 0.0)
+    return min(8 * depth * eps, 0.5) if training else 4 * math.sqrt(depth) * eps
+
+
+def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖actual − reference‖ / ‖reference‖; infinite where ``actual`` is not finite or has another shape."""
+    if actual.shape != reference.shape:
+        return math.inf
+    difference = torch.linalg.vector_norm(actual.detach().to(reference) - reference)
+    error = (difference / torch.linalg.vector_norm(reference).clamp_min(1e-300)).item()
+    return error if math.isfinite(error) else math.inf

@@ -1,0 +1,43 @@
+"""What the device does at best, measured: the copy bandwidth and the matrix rates that rows are held against."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.accuracy import DTYPES
+from bench.peers import torch_at_its_best
+from bench.results import Ceilings
+from bench.timing import Calls, stopwatches, target_seconds
+
+_ROUNDS = 15
+
+
+def ceilings(device: torch.device) -> Ceilings:
+    """A copy far larger than any cache, counted as bytes read plus bytes written, and large square matrix products."""
+    cuda = device.type == "cuda"
+    # Half a gibibyte each way; on a CPU an eighth of it, which no cache holds either.
+    source = torch.empty(2**29 if cuda else 2**26, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    seconds = _seconds([lambda: target.copy_(source)], device)
+    bandwidth = 2 * source.numel() / seconds
+    # A CPU has no 16-bit rate worth the name, and TF32 is none of its ways to multiply.
+    kinds = tuple(DTYPES) if cuda else ("float32",)
+    return Ceilings(bandwidth, {kind: _matrix_rate(kind, 8192 if cuda else 2048, device) for kind in kinds})
+
+
+def _matrix_rate(kind: str, size: int, device: torch.device) -> float:
+    # Random, not zeros: zeros switch fewer transistors and leave the clock higher.
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[kind]) for _ in range(2))
+    out = torch.empty_like(a)
+    with torch_at_its_best(kind):
+        return 2 * size**3 / _seconds([lambda: torch.mm(a, b, out=out)], device)
+
+
+def _seconds(calls: Calls, device: torch.device) -> float:
+    """The least: a limit is what the device reached, not what it usually does."""
+    watch = stopwatches(device)[-1](calls, target_seconds(device))
+    samples = []
+    for _ in range(_ROUNDS):
+        watch.start()
+        samples.append(watch.stop())
+    return min(samples)

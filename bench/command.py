@@ -1,0 +1,239 @@
+"""The command of a suite: which rows, measured or predicted, and where they go."""
+
+# No "from __future__ import annotations": Typer must see the annotations of a function that is made here, closed over
+# its suite.
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import gpukern
+from bench import environment, results
+from bench.accuracy import DTYPES
+from bench.measure import Method
+from bench.peers import PEERS
+from bench.report import case_name, page, terminal
+from bench.results import Predictions, ResultsError, Row
+from bench.run import run
+from bench.suite import Selection, Suite, Task, tasks
+from gpukern.runtime.device import named_device
+from models.zoo import NETWORKS, network
+
+RESULTS = environment.ROOT / "bench" / "results"
+
+#: The exit status of a run that left rows for another time (EX_TEMPFAIL of sysexits.h).
+UNFINISHED = 75
+
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"} | {name: name for name in DTYPES}
+_LAYOUTS = {"channels_last": "channels_last", "nhwc": "channels_last", "nchw": "NCHW"}
+
+
+def fail(message: object) -> NoReturn:
+    """One line on standard error, exit status 1."""
+    typer.echo(f"bench: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def short(path: Path) -> Path:
+    """As one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def of(suite: Suite) -> Callable[..., None]:
+    """The command that measures or predicts ``suite``."""
+    computations = ", ".join(suite.computations)
+
+    def command(
+        networks: Annotated[
+            list[str], typer.Option("--suite", help="Networks whose layers are taken, or 'all'. Repeatable.")
+        ] = ("resnet50",),
+        batches: Annotated[list[int], typer.Option("--batch", min=1, help="Repeatable.")] = (32,),
+        dtypes: Annotated[list[str], typer.Option("--dtype", help="fp16, bf16, tf32, fp32 or 'all'. Repeatable.")] = (),
+        layouts: Annotated[list[str], typer.Option("--layout", help="channels_last, nchw or 'all'. Repeatable.")] = (),
+        computed: Annotated[list[str], typer.Option("--computation", help=f"{computations}. Repeatable.")] = (),
+        containing: Annotated[str, typer.Option("--filter", help="Only rows whose sizes or layer hold this.")] = "",
+        peers: Annotated[
+            list[str], typer.Option("--peers", help=f"{', '.join(PEERS)}, 'all' or 'none'. Repeatable.")
+        ] = (),
+        seconds: Annotated[float, typer.Option(min=0, help="Of timing for each candidate of a row.")] = 0.3,
+        warm: Annotated[bool, typer.Option("--warm", help="One set of tensors, which may stay in the L2.")] = False,
+        out: Annotated[Path, typer.Option(help="Folder of all results.")] = RESULTS,
+        resume: Annotated[bool, typer.Option("--resume", help="Leave out rows that the file has.")] = False,
+        fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the file has.")] = False,
+        minutes: Annotated[float, typer.Option(min=0, help=f"Stop after them, with exit status {UNFINISHED}.")] = float(
+            "inf"
+        ),
+        predict: Annotated[
+            str, typer.Option(metavar="DEVICE", help="No GPU: plans and the roofline model for h100, a100, ...")
+        ] = "",
+        cpu: Annotated[bool, typer.Option("--cpu", help="No GPU: the reference against torch on the CPU.")] = False,
+    ) -> None:
+        until = time.monotonic() + 60 * minutes
+        if cpu and predict:
+            fail("--cpu measures, --predict does not: choose one")
+        if not (cpu or predict or torch.cuda.is_available()):
+            fail("no CUDA device here; --predict h100 shows plans and the roofline model, --cpu tries the harness")
+        options = _Options(suite, cpu)
+        selection = Selection(
+            networks=options.networks(networks),
+            batches=tuple(dict.fromkeys(batches)),
+            dtypes=options.dtypes(dtypes),
+            layouts=options.layouts(layouts),
+            computations=options.computations(computed),
+            containing=containing,
+        )
+        chosen = tasks(suite, selection)
+        if not chosen:
+            fail("no row of this suite fits these options")
+        if predict:
+            _predict(suite, chosen, predict, out)
+            return
+        method = Method(options.peers(peers), seconds=seconds)
+        _measure(
+            suite,
+            chosen,
+            replace(method, cold=0.0) if warm else method,
+            torch.device("cpu" if cpu else "cuda"),
+            out,
+            resume=resume,
+            fresh=fresh,
+            until=until,
+        )
+
+    command.__doc__ = f"{suite.title}: {computations}."
+    return command
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the words on the command line stand for; a wrong one ends the program."""
+
+    suite: Suite
+    cpu: bool
+
+    def networks(self, given: Iterable[str]) -> tuple[str, ...]:
+        try:
+            found = [name for word in given for name in (NETWORKS if word == "all" else [network(word).name])]
+        except ValueError as error:
+            fail(error)
+        return tuple(dict.fromkeys(found))
+
+    def dtypes(self, given: Iterable[str]) -> tuple[str, ...]:
+        # A CPU has no TF32.
+        offered = [name for name in self.suite.dtypes if not (self.cpu and name == "tf32")]
+        named = {word: name for word, name in _DTYPES.items() if name in offered}
+        return _chosen("--dtype", given, named, ["float32"] if self.cpu else offered[:1])
+
+    def layouts(self, given: Iterable[str]) -> tuple[str, ...]:
+        offered = self.suite.layouts
+        named = {word: name for word, name in _LAYOUTS.items() if name in offered}
+        return _chosen("--layout", given, named, offered[:1])
+
+    def computations(self, given: Iterable[str]) -> tuple[str, ...]:
+        return _chosen(
+            "--computation", given, {name: name for name in self.suite.computations}, self.suite.computations
+        )
+
+    def peers(self, given: Iterable[str]) -> tuple[str, ...]:
+        # Compiling for each row takes long, on a CPU above all.
+        usual = ["library"] if self.cpu else ["library", "compile", "flaggems"]
+        return _chosen("--peers", given, {name: name for name in PEERS}, usual)
+
+
+def _chosen(option: str, given: Iterable[str], named: dict[str, str], usual: Iterable[str]) -> tuple[str, ...]:
+    """What the ``given`` words name, all at "all", nothing at "none"; ``usual`` without any."""
+    found: list[str] = []
+    given = list(given)
+    for word in given:
+        if word == "all":
+            found += named.values()
+        elif word.lower() in {known.lower() for known in named}:
+            found += [name for known, name in named.items() if known.lower() == word.lower()]
+        elif word != "none":
+            fail(f"{option} {word}: expected one of {', '.join(named)}")
+    return tuple(dict.fromkeys(found if given else usual))
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    suite: Suite, chosen: list[Task], method: Method, device: torch.device, out: Path, **options: object
+) -> None:
+    name = environment.device_name(device)
+    folder = out / environment.slug(f"cpu {name}" if device.type == "cpu" else name) / environment.run_name()
+    path = folder / f"{suite.name}.json"
+    typer.echo(f"{suite.title} on {name}: {len(chosen)} rows", err=True)
+    try:
+        with _Bar(len(chosen)) as bar:
+            outcome = run(suite, chosen, method, device, path, on_row=bar.row, on_compiled=bar.compiled, **options)
+    except ResultsError as error:
+        fail(error)
+    keys = {task.case.key for task in chosen}
+    rows = tuple(row for row in outcome.results.rows if row.case.key in keys)
+    terminal.show(replace(outcome.results, rows=rows))
+    results.write_text(folder / f"{suite.name}.html", page.render([(path, outcome.results)]))
+    found = f", {outcome.found} found there" if outcome.found else ""
+    typer.echo(f"{outcome.measured} rows measured{found}: {short(path)}, page beside it: {suite.name}.html")
+    if outcome.stopped:
+        typer.echo(f"bench: {outcome.left} rows left, {outcome.stopped}; --resume goes on", err=True)
+        raise typer.Exit(UNFINISHED)
+
+
+class _Bar:
+    """Progress on standard error, where that is a terminal."""
+
+    def __init__(self, total: int) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._compiling = self._progress.add_task("compiling kernels", total=total, visible=False)
+        self._measuring = self._progress.add_task("the device's own limits", total=total)
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def compiled(self, tasks: int) -> None:
+        self._progress.update(self._compiling, advance=tasks, visible=True)
+
+    def row(self, task: Task, row: Row | None) -> None:
+        if row is None:
+            description = f"{case_name(task.case)}, {task.case.computation}"
+            self._progress.update(self._measuring, description=description)
+        else:
+            self._progress.advance(self._measuring)
+
+
+# ---- predicting ----------------------------------------------------------------------------------------------------
+
+
+def _predict(suite: Suite, chosen: list[Task], name: str, out: Path) -> None:
+    try:
+        device = named_device(name)
+    except ValueError as error:
+        fail(error)
+    commit, _ = environment.revision()
+    predictions = Predictions(
+        device=device.name,
+        bandwidth=device.peaks.bandwidth,
+        matrix_rates=dict(device.peaks.matrix_rates),
+        gpukern=gpukern.__version__,
+        source=environment.source_hash(),
+        commit=commit,
+        date=environment.now(),
+        rows=tuple(suite.predict(task, device) for task in chosen),
+    )
+    path = out / "predicted" / environment.slug(device.name) / f"{suite.name}.json"
+    results.write(path, predictions)
+    terminal.show(predictions)
+    typer.echo(f"predicted, nothing was run: {short(path)}")

@@ -1,0 +1,145 @@
+"""Where a run is made: device, driver, versions, the code's own identity, and the settings in force."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpukern
+from bench.results import Environment
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(device: torch.device) -> Environment:
+    """Of a run on ``device`` that starts now."""
+    commit, modified = revision()
+    return Environment(
+        device_type="cuda" if device.type == "cuda" else "cpu",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=version("triton"),
+        gpukern=gpukern.__version__,
+        source=source_hash(),
+        commit=commit,
+        modified=modified,
+        date=now(),
+        platform=f"{platform.system()} {platform.machine()}",
+        flags=flags(),
+        device=device_name(device),
+        **(_gpu(device) if device.type == "cuda" else {}),
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
+def now() -> str:
+    """UTC to the second, ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of all files of the package ``gpukern``: equal hashes mean equal kernels, whatever the commit says."""
+    package = ROOT / "gpukern"
+    digest = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json", ".cu")):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def revision() -> tuple[str | None, bool]:
+    """(commit, whether files differ from it). ``GPUKERN_COMMIT`` stands in where the checkout came without its git."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return os.environ.get("GPUKERN_COMMIT") or None, False
+    # Results and other files that the measuring itself writes change no code.
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "gpukern", "bench/*.py", "models")
+    return commit, bool(changed)
+
+
+def run_name(made: Environment | None = None) -> str:
+    """The folder of a run's files: the commit, or the code's hash where that says more."""
+    source = made.source if made else source_hash()
+    commit, modified = (made.commit, made.modified) if made else revision()
+    if commit is None:
+        return source
+    return f"{commit[:10]}-{source[:8]}" if modified else commit[:10]
+
+
+def slug(name: str) -> str:
+    """``name`` as a folder: lower-case letters, digits and hyphens."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def flags() -> dict[str, Any]:
+    """Every setting of torch that changes what a convolution or a matrix product runs."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return {
+        "cudnn.benchmark": cudnn.benchmark,
+        "cudnn.deterministic": cudnn.deterministic,
+        "matmul.allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
+        "matmul.allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    cudnn = torch.backends.cudnn.version()
+    return {
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "sm_count": properties.multi_processor_count,
+        "l2_cache": properties.L2_cache_size,
+        "memory": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": None if cudnn is None else str(cudnn),
+    }
+
+
+def _driver() -> str | None:
+    lines = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return lines.splitlines()[0].strip() if lines else None
+
+
+def _processor() -> str:
+    """The CPU's own name, on Linux; platform.processor() often says only "x86_64"."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str | None:
+    return _output(["git", "-C", str(ROOT), *arguments])
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# What to run on a GPU machine, in stages of under ten minutes: bash bench/gpu.sh check|tune|bench|profile
+#
+# Needs PyTorch, Triton, pytest and this checkout, nothing installed. A stage does the most valuable first, stops before
+# its time is up (MINUTES, default 9) and goes on there when run again; its last lines are the verdict. Files go to
+# bench/results/DEVICE/COMMIT/, or to $OUT/DEVICE/COMMIT/ where OUT is set, beginning with what the former has.
+# GPUKERN_COMMIT names the commit where the checkout came without its git.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python3; fi
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+exec "$PYTHON" -m bench.stages "$@"

@@ -1,0 +1,196 @@
+"""One row: every candidate checked first, then timed in turns."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from bench.accuracy import relative_error
+from bench.peers import torch_at_its_best
+from bench.results import Candidate, Row
+from bench.suite import Implementation, Suite, Task, Tensors
+from bench.timing import Stopwatch, stopwatches, target_seconds
+
+
+@dataclass(frozen=True)
+class Method:
+    """How rows are measured; part of every results file."""
+
+    peers: tuple[str, ...]
+    #: Of timing for each candidate of a row, and the least and the most rounds.
+    seconds: float = 0.3
+    least_rounds: int = 10
+    most_rounds: int = 100
+    #: The sets of tensors together are at least this many times the L2 cache (cold); 0 means one set (warm).
+    cold: float = 3.0
+    most_sets: int = 256
+    seed: int = 0
+
+
+class DeviceLost(Exception):
+    """A candidate broke the device for the whole process; ``row`` says which."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(f"the device was lost on {row.case.key}")
+        self.row = row
+
+
+def measure(suite: Suite, task: Task, method: Method, device: torch.device) -> Row:
+    """Measure ``task``. Whatever a candidate raises becomes its status; KeyboardInterrupt passes."""
+    torch.manual_seed(method.seed)
+    work = suite.work(task)
+    number = _sets(suite, work.bytes, method, device)
+    row = Row(task.case, work.flops, work.bytes, work.kind, suite.bound(task), number, int(number * work.bytes), ())
+    contest = _Contest(suite, row.bound, device)
+    with torch_at_its_best(task.case.dtype):
+        implementations = suite.implementations(task, method.peers, device)
+        try:
+            sets = [suite.tensors(task, device) for _ in range(number)]
+            reference = suite.reference(task, sets[0])
+        except torch.OutOfMemoryError as problem:
+            contest.fail(implementations, f"no reference to check against: {_first_line(problem)}")
+        else:
+            contest.run(implementations, sets, reference, method)
+    row = replace(row, candidates=tuple(contest.candidates))
+    if contest.lost:
+        raise DeviceLost(row)
+    return row
+
+
+def _sets(suite: Suite, set_bytes: float, method: Method, device: torch.device) -> int:
+    if not suite.cold or not method.cold or device.type != "cuda":
+        return 1
+    wanted = method.cold * torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(round(wanted / max(set_bytes, 1)), method.most_sets))
+
+
+class _Contest:
+    """The candidates of one row."""
+
+    def __init__(self, suite: Suite, bound: float, device: torch.device) -> None:
+        self._suite, self._bound, self._device = suite, bound, device
+        self.candidates: list[Candidate] = []
+        self._calls: dict[int, list[Callable[[], Any]]] = {}
+        #: Whether a candidate has broken the device for this process.
+        self.lost = False
+
+    def fail(self, implementations: Sequence[Implementation], why: str) -> None:
+        """None of them can run, or be believed."""
+        self.candidates += [Candidate(each.name, each.setting, "failed", why) for each in implementations]
+
+    def run(
+        self,
+        implementations: Sequence[Implementation],
+        sets: Sequence[Tensors],
+        reference: torch.Tensor,
+        method: Method,
+    ) -> None:
+        """Check each, then time those that are right."""
+        for number, implementation in enumerate(implementations):
+            self._check(implementation, sets, reference)
+            if self.lost:
+                self.fail(implementations[number + 1 :], f"not tried: {implementation.name} broke the device")
+                return
+        for way in stopwatches(self._device):
+            self._time(way, method)
+        for index in self._calls:
+            candidate = self.candidates[index]
+            if not candidate.samples:
+                self.candidates[index] = replace(candidate, status="failed")
+
+    def _check(self, implementation: Implementation, sets: Sequence[Tensors], reference: torch.Tensor) -> None:
+        """Run a candidate once and compare the result with the reference."""
+        candidate = Candidate(implementation.name, implementation.setting, "ok")
+        if implementation.missing:
+            self.candidates.append(replace(candidate, status="missing", message=implementation.missing))
+            return
+        try:
+            calls = [partial(implementation.function, *implementation.prepare(tensors)) for tensors in sets]
+            error = relative_error(self._suite.result(calls[0]()), reference)
+            self._synchronize()
+        except Exception as problem:
+            self.candidates.append(replace(candidate, status="failed", message=_first_line(problem)))
+            self._see_whether_lost()
+            return
+        if error <= self._bound:
+            self._calls[len(self.candidates)] = calls
+            candidate = replace(candidate, error=error)
+        elif math.isfinite(error):
+            message = f"error {error:.2g}, more than {self._bound:.2g}"
+            candidate = replace(candidate, status="wrong", message=message, error=error)
+        else:
+            candidate = replace(candidate, status="wrong", message="not finite, or of another shape")
+        self.candidates.append(candidate)
+
+    def _time(self, way: type[Stopwatch], method: Method) -> None:
+        """Take the samples of all candidates that are right, in one way of timing."""
+        watches: dict[int, Stopwatch] = {}
+        for index, calls in self._calls.items():
+            if self.lost:
+                return
+            try:
+                watches[index] = way(calls, target_seconds(self._device))
+            except Exception as problem:
+                self._note(index, f"no {way.way} timing: {_first_line(problem)}")
+                self._see_whether_lost()
+        try:
+            samples = _take_turns(watches, method)
+        except Exception as problem:
+            for index in watches:
+                self._note(index, f"no {way.way} timing of this row: {_first_line(problem)}")
+            self._see_whether_lost()
+            return
+        for index, seconds in samples.items():
+            candidate = self.candidates[index]
+            microseconds = [round(s * 1e6, 4) for s in seconds]
+            self.candidates[index] = replace(candidate, samples=candidate.samples | {way.way: microseconds})
+
+    def _note(self, index: int, message: str) -> None:
+        candidate = self.candidates[index]
+        self.candidates[index] = replace(candidate, message="; ".join(filter(None, (candidate.message, message))))
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _see_whether_lost(self) -> None:
+        try:
+            self._synchronize()
+        except Exception:
+            self.lost = True
+
+
+def _take_turns(watches: dict[int, Stopwatch], method: Method) -> dict[int, list[float]]:
+    """Samples in seconds a call by candidate, one a round, in an order that changes."""
+    samples: dict[int, list[float]] = {index: [] for index in watches}
+    if not watches:
+        return samples
+    order, shuffled = list(watches), random.Random(method.seed)
+    _round(watches, order)  # warm-up
+    begin = time.perf_counter()
+    for done in range(method.most_rounds):
+        if done >= method.least_rounds and time.perf_counter() - begin > method.seconds * len(watches):
+            break
+        shuffled.shuffle(order)
+        for index, seconds in _round(watches, order).items():
+            samples[index].append(seconds)
+    return samples
+
+
+def _round(watches: dict[int, Stopwatch], order: Sequence[int]) -> dict[int, float]:
+    # All begin before any is read: on a GPU the samples then follow one another without a gap.
+    for index in order:
+        watches[index].start()
+    return {index: watches[index].stop() for index in order}
+
+
+def _first_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0]}"[:300] if lines else type(problem).__name__

@@ -1,0 +1,73 @@
+"""Compiles gpukern's kernels for a run in all processor cores at once, into Triton's cache on disk.
+
+A first call compiles for a second or more while a rented GPU waits; hundreds of launches one after the other cost more
+than measuring them. The worker processes never touch the GPU: they record what an operation would launch, on tensors
+without memory, and compile that (:mod:`gpukern.runtime.compile_only`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+
+from bench.peers import torch_at_its_best
+from bench.suite import Task, suites
+from gpukern.runtime.device import DeviceSpec
+
+
+def precompile(
+    suite_name: str,
+    tasks: Sequence[Task],
+    device: DeviceSpec,
+    processes: int | None = None,
+    on_done: Callable[[int], None] = lambda tasks: None,
+) -> int:
+    """Compile what gpukern launches for ``tasks`` on ``device``; the number of kernels, each counted in its process.
+
+    ``on_done`` hears how many tasks were finished. What does not compile is left for the run to show.
+    """
+    processes = processes or os.cpu_count() or 1
+    # Neighbours share kernels: shares of consecutive tasks compile fewer of them twice.
+    size = max(1, min(16, len(tasks) // (4 * processes)))
+    shares = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+    # spawn: a fork of a process that has started CUDA cannot use Triton's compiler safely.
+    context = multiprocessing.get_context("spawn")
+    kernels = 0
+    with ProcessPoolExecutor(min(processes, len(shares)) or 1, mp_context=context, initializer=_without_gpu) as pool:
+        futures = {pool.submit(_compile, suite_name, share, device): len(share) for share in shares}
+        for future in as_completed(futures):
+            kernels += future.result()
+            on_done(futures[future])
+    return kernels
+
+
+def _without_gpu() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+
+
+_compiled: set[tuple] = set()
+
+
+def _compile(suite_name: str, tasks: Sequence[Task], device: DeviceSpec) -> int:
+    from gpukern.runtime.compile_only import record_launches
+
+    suite, meta = suites()[suite_name], torch.device("meta")
+    before = len(_compiled)
+    for task in tasks:
+        with record_launches(device) as launches, torch_at_its_best(task.case.dtype), torch.no_grad():
+            tensors = suite.tensors(task, meta)
+            for implementation in suite.implementations(task, (), meta):
+                with contextlib.suppress(Exception):
+                    implementation.function(*implementation.prepare(tensors))
+        for launch in launches:
+            if launch.key not in _compiled:
+                _compiled.add(launch.key)
+                with contextlib.suppress(Exception):
+                    launch.compile()
+    return len(_compiled) - before

@@ -1,0 +1,128 @@
+"""Runs as one HTML page that asks for nothing else: a section for each device, and one for each predicted device."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from bench import report as words
+from bench.report import plots
+from bench.report.summary import Group, GroupKey, Tally, predicted_groups, summarize, tallies
+from bench.results import Prediction, Predictions, Results
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    results: Results
+    groups: list[Group]
+
+    @property
+    def suites(self) -> list[str]:
+        return list(dict.fromkeys(row.case.suite for row in self.results.rows))
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """A group of the newest run of its suite, with what earlier runs had of it."""
+
+    group: Group
+    run: Run
+    anchor: str
+    bars: plots.Bars
+    roofline: plots.Roofline | None
+    history: plots.History | None
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    #: Those that are the newest of a suite; the tables are theirs.
+    runs: list[Run]
+    tallies: tuple[Tally, ...]
+    groups: list[GroupView]
+    #: (old commit, new commit, name, change) wherever the setup changed between two runs of the history.
+    setup_changes: list[tuple[str, str, str, str]]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    path: Path
+    predictions: Predictions
+    groups: list[tuple[GroupKey, list[Prediction]]]
+
+
+def render(files: Sequence[tuple[Path, Results | Predictions]]) -> str:
+    """The page; the same files give the same bytes."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["words"] = words
+    measured = [(path, results) for path, results in files if isinstance(results, Results)]
+    predicted = [(path, results) for path, results in files if isinstance(results, Predictions)]
+    return environment.get_template("page.html").render(devices=_devices(measured), predicted=_predicted(predicted))
+
+
+def _devices(measured: Sequence[tuple[Path, Results]]) -> list[Device]:
+    by_device: dict[str, list[Run]] = defaultdict(list)
+    for path, results in sorted(measured, key=lambda file: (file[1].environment.date, str(file[0]))):
+        by_device[results.environment.device].append(Run(path, results, summarize(results)))
+    return [_device(name, runs, f"d{index}") for index, (name, runs) in enumerate(sorted(by_device.items()))]
+
+
+def _device(name: str, runs: list[Run], anchor: str) -> Device:
+    newest = {suite: run for run in runs for suite in run.suites}
+    shown = [(group, run) for run in runs for group in run.groups if newest[group.key.suite] is run]
+    shown.sort(key=lambda pair: pair[0].tallies[0].mean or 0)
+    views = [
+        GroupView(
+            group,
+            run,
+            f"{anchor}-g{index}",
+            plots.bars(group.lines),
+            plots.roofline(group.lines, run.results.ceilings),
+            _history(group.key, runs),
+        )
+        for index, (group, run) in enumerate(shown)
+    ]
+    changes = []
+    for before, after in itertools.pairwise(run.results.environment for run in runs):
+        names = words.commit_name(before), words.commit_name(after)
+        # The code is meant to change from run to run.
+        changes += [(*names, *c) for c in words.setup_changes(before, after) if c[0] not in ("source", "gpukern")]
+    everything = tallies([line for group, _ in shown for line in group.lines])
+    current = [run for run in runs if any(run is one for one in newest.values())]
+    return Device(name, current, everything, views, changes)
+
+
+def _history(key: GroupKey, runs: Sequence[Run]) -> plots.History | None:
+    """None for a single run: that is what the tables show."""
+    points = []
+    for run in runs:
+        environment = run.results.environment
+        for group in run.groups:
+            best = group.tallies[0]
+            if group.key == key and best.mean:
+                points.append(plots.Point(words.commit_name(environment), environment.date, best.mean, best.rows))
+    return plots.history(points) if len(points) > 1 else None
+
+
+def _predicted(predicted: Sequence[tuple[Path, Predictions]]) -> list[Predicted]:
+    """The newest of each device and suite."""
+    ordered = sorted(predicted, key=lambda file: (file[1].device, file[1].date, str(file[0])))
+    newest = {(p.device, row.case.suite): path for path, p in ordered for row in p.rows}
+    made = []
+    for path, predictions in ordered:
+        groups = [pair for pair in predicted_groups(predictions) if newest[predictions.device, pair[0].suite] is path]
+        if groups:
+            made.append(Predicted(path, predictions, groups))
+    return made

@@ -1,0 +1,295 @@
+"""What a run leaves behind: JSON files of measured rows, and JSON files of predicted ones, never both in one.
+
+``schema.json`` beside this file describes them for other programs. Every figure that this project publishes is computed
+from such files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+#: Raised by one whenever a reader of the old form would misread the new one.
+SCHEMA = 1
+
+Status = Literal["ok", "wrong", "failed", "missing"]
+
+
+class ResultsError(Exception):
+    """A file is no results file, or not of a form that this version reads."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and on what a run was made. ``source`` is a hash of gpukern's code: equal means the same kernels."""
+
+    device: str
+    device_type: Literal["cuda", "cpu"]
+    python: str
+    torch: str
+    triton: str | None
+    gpukern: str
+    source: str
+    commit: str | None
+    #: Whether files differed from the commit.
+    modified: bool
+    #: UTC, ISO 8601.
+    date: str
+    platform: str
+    compute_capability: str | None = None
+    sm_count: int | None = None
+    #: Bytes.
+    l2_cache: int | None = None
+    memory: int | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    cudnn: str | None = None
+    #: torch's settings during the run: "cudnn.benchmark", ...
+    flags: dict[str, Any] = field(default_factory=dict)
+
+    def same_setup(self, other: Environment) -> list[str]:
+        """The names of what differs, but for the date, where the rows of both could not stand in one table."""
+        free = {"date", "commit", "modified"}
+        return [
+            f.name
+            for f in dataclasses.fields(self)
+            if f.name not in free and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device itself does at best, measured in the same run: a large copy and large matrix products."""
+
+    #: Bytes read plus bytes written, per second.
+    bandwidth: float
+    #: FLOP/s by kind: "float16", "bfloat16", "tf32", "float32".
+    matrix_rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Use:
+    """Where a network has this problem: ``count`` layers, the first of which is ``layer``."""
+
+    network: str
+    layer: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is computed, on which tensors. Everything that decides the time is in it."""
+
+    suite: str
+    #: "forward", "input gradient", "weight gradient", "training step", "inference", ...
+    computation: str
+    #: The sizes in words, such as "32×64×56×56, 64×3×3, padding 1".
+    problem: str
+    #: The same sizes by name.
+    sizes: dict[str, Any]
+    batch: int
+    #: "float16", "bfloat16", "tf32" (float32 tensors, TF32 allowed) or "float32" (TF32 off).
+    dtype: str
+    #: "channels_last", "NCHW", or "" where it means nothing.
+    layout: str
+    uses: tuple[Use, ...]
+
+    @property
+    def key(self) -> str:
+        """Equal for the same computation, in whichever run and network."""
+        return "/".join((self.suite, self.computation, self.dtype, self.layout, self.problem))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One implementation on one row. The first candidate of a row is gpukern."""
+
+    name: str
+    #: What exactly ran: "channels_last, cudnn.benchmark=True", ...
+    setting: str
+    status: Status
+    #: Why it is not ok.
+    message: str = ""
+    #: Relative Frobenius norm of the difference from the reference; None if it did not get so far.
+    error: float | None = None
+    #: Microseconds a call, by way of timing: "graph" (CUDA graph, the device's time), "eager" (CUDA events around
+    #: calls from Python, launch gaps included) or "wall" (CPU). One sample a round; rounds are interleaved, so that the
+    #: same index of two candidates was measured side by side.
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case and how each candidate did. ``flops`` and ``bytes`` are what any implementation must do and move."""
+
+    case: Case
+    flops: float
+    bytes: float
+    #: Of :attr:`Ceilings.matrix_rates`: the rate that bounds it.
+    kind: str
+    #: A result is right up to this error.
+    bound: float
+    #: How many sets of tensors the calls rotated through, and the bytes of all: far more than the L2 cache is cold.
+    sets: int
+    footprint: int
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    environment: Environment
+    ceilings: Ceilings
+    #: How it was measured, for the reader.
+    method: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    file_kind: typing.ClassVar[str] = "measured"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan cannot beat on a device that nobody asked. Microseconds."""
+
+    case: Case
+    plan: str
+    launches: int
+    tiles: int
+    waves: float
+    #: Useful share of the work done on padded tiles.
+    efficiency: float
+    flops: float
+    #: What the plan moves, and what any implementation must.
+    moved: float
+    bytes: float
+    predicted_us: float
+    floor_us: float
+    bound: Literal["memory", "compute"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    #: The named device, and where its peaks are from.
+    device: str
+    bandwidth: float
+    matrix_rates: dict[str, float]
+    gpukern: str
+    source: str
+    commit: str | None
+    date: str
+    rows: tuple[Prediction, ...]
+
+    file_kind: typing.ClassVar[str] = "predicted"
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, results: Results | Predictions) -> None:
+    """Replace ``path`` as :func:`write_text` does."""
+    header = {"schema": SCHEMA, "kind": results.file_kind}
+    header |= {f.name: _plain(getattr(results, f.name)) for f in dataclasses.fields(results) if f.name != "rows"}
+    # A row a line: short files, and a diff that shows which rows changed.
+    rows = ",\n".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) for row in results.rows)
+    text = (
+        json.dumps(header, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
+        + f',\n "rows": [\n{rows}\n ]\n}}\n'
+    )
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` in one step, making its folder: whatever happens, the old or the new file is there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: Path) -> Results | Predictions:
+    """The file's contents, checked. :class:`ResultsError` says what is wrong with it; OSError as usual."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path}: not JSON ({error})") from None
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if not isinstance(schema, int):
+        raise ResultsError(f"{path}: no results file of this benchmark (it has no schema number)")
+    if schema != SCHEMA:
+        age = "an older" if schema < SCHEMA else "a newer"
+        raise ResultsError(f"{path}: schema {schema}, from {age} version of the benchmark; this one reads {SCHEMA}")
+    for kind in (Results, Predictions):
+        if raw.get("kind") == kind.file_kind:
+            values = {name: value for name, value in raw.items() if name not in ("schema", "kind")}
+            return _build(kind, values, str(path))
+    raise ResultsError(f"{path}: kind {raw.get('kind')!r} is neither 'measured' nor 'predicted'")
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON has it."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as JSON has it, made into ``kind``; ResultsError with the place if it does not fit."""
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _build(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        _require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
+        return value
+    if origin in (tuple, list):
+        _require(isinstance(value, list), where, "a list", value)
+        return origin(_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        _require(isinstance(value, dict), where, "an object", value)
+        return {name: _build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    accepted = (int, float) if kind is float else kind
+    _require(isinstance(value, accepted) and (kind is bool) == isinstance(value, bool), where, kind.__name__, value)
+    return value
+
+
+def _build_dataclass(kind: type, value: Any, where: str) -> Any:
+    _require(isinstance(value, dict), where, "an object", value)
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = value.keys() - fields.keys()
+    if unknown:
+        raise ResultsError(f"{where}: unknown {', '.join(sorted(unknown))}")
+    needed = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if needed - value.keys():
+        raise ResultsError(f"{where}: no {', '.join(sorted(needed - value.keys()))}")
+    return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+
+
+def _require(holds: bool, where: str, expected: str, value: Any) -> None:
+    if not holds:
+        raise ResultsError(f"{where}: expected {expected}, got {json.dumps(value)[:60]}")

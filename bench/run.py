@@ -1,0 +1,165 @@
+"""A run: the rows of a suite one after the other, saved as they come, taken up again where they stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bench import results
+from bench.ceilings import ceilings
+from bench.environment import environment, now
+from bench.measure import DeviceLost, Method, measure
+from bench.peers import torch_at_its_best
+from bench.precompile import precompile
+from bench.results import Results, ResultsError, Row, Use
+from bench.suite import Suite, Task, merged
+from gpukern.runtime.current_device import device_spec
+
+#: Rewriting a large file costs more than a small row: not more often than this, in seconds.
+_SAVE_EVERY = 2.0
+#: Starting the processes that compile together takes as long as a few kernels.
+_WORTH_COMPILING_TOGETHER = 8
+
+
+class Interrupted(BaseException):
+    """SIGTERM: like KeyboardInterrupt, no candidate's failure."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    results: Results
+    #: Rows measured now, found in the file, and left for another time.
+    measured: int
+    found: int
+    left: int
+    #: Why rows were left; empty if none was.
+    stopped: str = ""
+
+
+def run(
+    suite: Suite,
+    tasks: Sequence[Task],
+    method: Method,
+    device: torch.device,
+    path: Path,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    until: float = float("inf"),
+    on_row: Callable[[Task, Row | None], None] = lambda task, row: None,
+    on_compiled: Callable[[int], None] = lambda tasks: None,
+) -> Outcome:
+    """Measure ``tasks`` into ``path``, where rows of other tasks stay.
+
+    ``resume`` leaves out rows that the file has with all candidates that are asked for. ``fresh`` forgets what the
+    file has. ``until`` (of :func:`time.monotonic`) ends the run before the next row. ``on_row`` hears of each task with
+    None before it, and with its row after it; ``on_compiled`` of how many tasks' kernels were compiled ahead.
+
+    :class:`bench.results.ResultsError` if the file was made on another device, with other versions, other code or
+    another method: its rows cannot stand beside new ones.
+    """
+    file = _File(path, method, device, fresh)
+    found = {task.case.key for task in tasks if resume and file.has(suite, task, method, device)}
+    for task in tasks:
+        if task.case.key in found:
+            file.add_uses(task)
+    waiting = [task for task in tasks if task.case.key not in found]
+    measured, stopped = 0, ""
+    try:
+        with _terminated_as_interrupted():
+            if device.type == "cuda" and len(waiting) >= _WORTH_COMPILING_TOGETHER:
+                precompile(suite.name, waiting, device_spec(device), on_done=on_compiled)
+            for task in waiting:
+                if time.monotonic() >= until:
+                    stopped = "the time was up"
+                    break
+                on_row(task, None)
+                row = measure(suite, task, method, device)
+                file.add(row)
+                measured += 1
+                on_row(task, row)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # graphs and rows of other sizes would crowd the next one
+    except DeviceLost as lost:
+        file.add(lost.row)
+        measured += 1
+        stopped = f"{lost}; a new process can go on"
+    except (KeyboardInterrupt, Interrupted):
+        stopped = "interrupted"
+    finally:
+        file.save()
+    return Outcome(file.results, measured, len(found), len(waiting) - measured, stopped)
+
+
+class _File:
+    def __init__(self, path: Path, method: Method, device: torch.device, fresh: bool) -> None:
+        self._path = path
+        self._saved_at = 0.0
+        with torch_at_its_best("float32"):  # the TF32 settings follow each row's dtype
+            made = environment(device)
+        described = {name: value for name, value in dataclasses.asdict(method).items() if name != "peers"}
+        old = None if fresh or not path.exists() else results.read(path)
+        if old is not None:
+            self._check(old, made, described)
+        self._rows = {row.case.key: row for row in old.rows} if old else {}
+        self.results = Results(made, old.ceilings if old else ceilings(device), described, tuple(self._rows.values()))
+
+    def _check(self, old: object, made: results.Environment, method: dict) -> None:
+        advice = "choose another --out, or --fresh to replace it"
+        if not isinstance(old, Results):
+            raise ResultsError(f"{self._path} holds predictions, which no measured row may join: {advice}")
+        different = made.same_setup(old.environment) + (["method"] if method != old.method else [])
+        if different:
+            raise ResultsError(f"{self._path} was made under another {', '.join(different)}: {advice}")
+
+    def has(self, suite: Suite, task: Task, method: Method, device: torch.device) -> bool:
+        row = self._rows.get(task.case.key)
+        if row is None:
+            return False
+        wanted = {implementation.name for implementation in suite.implementations(task, method.peers, device)}
+        return wanted <= {candidate.name for candidate in row.candidates}
+
+    def add(self, row: Row) -> None:
+        known = self._rows.get(row.case.key)
+        self._rows[row.case.key] = row if known is None else _with_uses(row, known.case.uses)
+        if time.monotonic() - self._saved_at > _SAVE_EVERY:
+            self.save()
+
+    def add_uses(self, task: Task) -> None:
+        """A network that was measured earlier shares the row with one asked for now."""
+        self._rows[task.case.key] = _with_uses(self._rows[task.case.key], task.case.uses)
+
+    def save(self) -> None:
+        made = replace(self.results.environment, date=now())
+        self.results = replace(self.results, environment=made, rows=tuple(self._rows.values()))
+        results.write(self._path, self.results)
+        self._saved_at = time.monotonic()
+
+
+def _with_uses(row: Row, uses: tuple[Use, ...]) -> Row:
+    return replace(row, case=replace(row.case, uses=merged(row.case.uses, uses)))
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, which a time limit sends, saves like Ctrl-C."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise Interrupted
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread, which alone gets signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

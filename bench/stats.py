@@ -1,0 +1,57 @@
+"""The few statistics of the benchmark: medians, how sure they are, and means of ratios.
+
+Times are skewed (nothing makes a kernel faster by accident, much makes it slower), so nothing here assumes a normal
+distribution.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with an interval that holds the true median with 95 % confidence, and the quartiles of the samples."""
+
+    median: float
+    low: float
+    high: float
+    lower_quartile: float
+    upper_quartile: float
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Of any distribution: ``low`` and ``high`` are order statistics.
+
+    How many of n samples lie below the median is binomial(n, ½); the interval leaves out as many at either end as
+    happens with a probability of at most 2.5 %. With fewer than six samples that is none: the interval is their range.
+    ValueError without samples.
+    """
+    if not samples:
+        raise ValueError("no samples")
+    ordered = sorted(samples)
+    n = len(ordered)
+    left_out, probability = 0, 0.5**n
+    while probability <= 0.025:
+        left_out += 1
+        probability += math.comb(n, left_out) * 0.5**n
+    # left_out samples at each end may go: P(fewer than left_out of n below the median) ≤ 2.5 %.
+    first = max(left_out - 1, 0)
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if n > 1 else ordered * 3
+    return Spread(statistics.median(ordered), ordered[first], ordered[n - 1 - first], quartiles[0], quartiles[2])
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """theirs / ours, round by round: above 1 we are faster. Clock drift, which hits a whole round, cancels.
+
+    ValueError for sequences of different lengths: they were not taken in the same rounds.
+    """
+    return spread([b / a for a, b in zip(ours, theirs, strict=True)])
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """exp(mean(log r)), the only mean of ratios that does not depend on which of two is called the base."""
+    return statistics.geometric_mean(ratios)

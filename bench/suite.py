@@ -1,0 +1,172 @@
+"""What a suite is: which cases it has, on which tensors, and who computes them.
+
+A suite is one file in :mod:`bench.suites` that defines a subclass of :class:`Suite` and registers an instance of it;
+the command line, the measuring and the reports know it then.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from bench.results import Case, Prediction, Use
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.roofline import Work
+
+Tensors = tuple[Any, ...]
+P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Task(Generic[P]):
+    """A case, and its problem as the suite itself writes it."""
+
+    case: Case
+    problem: P
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Someone who computes a task: gpukern, or a peer in one setting of its own.
+
+    ``function(*prepare(tensors))`` is the result. ``prepare`` runs before the clock does: a peer gets its tensors in
+    the layout that it likes best.
+    """
+
+    name: str
+    setting: str
+    function: Callable[..., Any]
+    prepare: Callable[[Tensors], Tensors] = tuple
+    #: Why it cannot run here; it is then shown as missing.
+    missing: str = ""
+
+
+class Suite(abc.ABC, Generic[P]):
+    """Tasks of one kind. ``name`` is the command; the first computation, dtype and layout are the most telling."""
+
+    name: str
+    title: str
+    computations: tuple[str, ...]
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "tf32", "float32")
+    layouts: tuple[str, ...] = ("channels_last", "NCHW")
+    #: Calls rotate through many sets of tensors, as the real use finds them in device memory and not in the L2 cache.
+    cold: bool = True
+
+    @abc.abstractmethod
+    def problems(self, network: str, batch: int) -> Iterator[tuple[Use, P]]:
+        """The network's distinct problems and where it has them."""
+
+    @abc.abstractmethod
+    def describe(self, problem: P) -> tuple[str, dict[str, Any]]:
+        """The sizes in words and by name."""
+
+    def applies(self, problem: P, computation: str) -> bool:
+        """Whether there is such a case: a network's first layer has no input gradient, for instance."""
+        return True
+
+    def steps(self, problem: P, training: bool) -> tuple[str, ...]:
+        """The computations that one pass through a network makes of a layer with this problem."""
+        if not training:
+            return self.computations[:1]
+        return tuple(each for each in self.computations if self.applies(problem, each))
+
+    @abc.abstractmethod
+    def work(self, task: Task[P]) -> Work:
+        """What any implementation must compute and move."""
+
+    @abc.abstractmethod
+    def bound(self, task: Task[P]) -> float:
+        """The largest error of a right result, see :mod:`bench.accuracy`."""
+
+    @abc.abstractmethod
+    def tensors(self, task: Task[P], device: torch.device) -> Tensors:
+        """Random operands in the case's dtype and layout; new ones on each call."""
+
+    @abc.abstractmethod
+    def reference(self, task: Task[P], tensors: Tensors) -> torch.Tensor:
+        """The result in float64."""
+
+    def result(self, output: Any) -> torch.Tensor:
+        """What of a function's output is compared with the reference."""
+        return output
+
+    @abc.abstractmethod
+    def implementations(self, task: Task[P], peers: Sequence[str], device: torch.device) -> list[Implementation]:
+        """gpukern first, then those of ``peers`` (names of :data:`bench.peers.PEERS`) that make sense here."""
+
+    @abc.abstractmethod
+    def predict(self, task: Task[P], device: DeviceSpec) -> Prediction:
+        """The plan on a device that need not be here, and what it cannot beat."""
+
+
+SUITES: dict[str, Suite] = {}
+
+
+def register(suite: Suite) -> None:
+    if suite.name in SUITES:
+        raise ValueError(f"two suites are called {suite.name}")
+    SUITES[suite.name] = suite
+
+
+def suites() -> dict[str, Suite]:
+    """All suites by name; imports every file of :mod:`bench.suites`."""
+    package = importlib.import_module("bench.suites")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"bench.suites.{module.name}")
+    return SUITES
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tasks of a suite. Empty means all that the suite has."""
+
+    networks: tuple[str, ...]
+    batches: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    layouts: tuple[str, ...]
+    computations: tuple[str, ...]
+    #: Only cases whose key or layer holds this.
+    containing: str = ""
+
+
+def tasks(suite: Suite, selection: Selection) -> list[Task]:
+    """One task a distinct key: what several networks share is measured once, and lists all its uses."""
+    found: dict[str, Task] = {}
+    for computation in selection.computations or suite.computations:
+        for dtype in selection.dtypes:
+            for layout in selection.layouts:
+                for batch in selection.batches:
+                    for network in selection.networks:
+                        for use, problem in suite.problems(network, batch):
+                            if not suite.applies(problem, computation):
+                                continue
+                            task = _task(suite, computation, dtype, layout, batch, use, problem)
+                            _add(found, task)
+    wanted = selection.containing
+    return [t for t in found.values() if wanted in t.case.key or any(wanted in use.layer for use in t.case.uses)]
+
+
+def _task(suite: Suite, computation: str, dtype: str, layout: str, batch: int, use: Use, problem: Any) -> Task:
+    words, sizes = suite.describe(problem)
+    return Task(Case(suite.name, computation, words, sizes, batch, dtype, layout, (use,)), problem)
+
+
+def _add(found: dict[str, Task], task: Task) -> None:
+    known = found.get(task.case.key)
+    if known is not None:
+        case = known.case
+        task = Task(dataclasses.replace(case, uses=merged(case.uses, task.case.uses)), known.problem)
+    found[task.case.key] = task
+
+
+def merged(uses: tuple[Use, ...], more: tuple[Use, ...]) -> tuple[Use, ...]:
+    """All uses, each network once: the later word on a network counts."""
+    by_network = {use.network: use for use in (*uses, *more)}
+    return tuple(by_network.values())

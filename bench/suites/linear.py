@@ -1,0 +1,103 @@
+"""Fully-connected layers: forward with bias, input gradient and weight gradient, each alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import gpukern.functional as F
+from bench.accuracy import DTYPES, sum_bound
+from bench.layers import LayerCall, distinct
+from bench.peers import torch_peers
+from bench.predict import predict_convolution
+from bench.results import Prediction, Use
+from bench.suite import Implementation, Suite, Task, Tensors, register
+from bench.suites.conv import DIRECTIONS
+from gpukern.ops._conv2d.cost import work
+from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
+from gpukern.ops.linear import linear, linear_weight_grad
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.roofline import Work
+
+
+@dataclass(frozen=True)
+class Linear:
+    """[rows, inputs] → [rows, outputs]."""
+
+    rows: int
+    inputs: int
+    outputs: int
+
+    def as_convolution(self) -> ConvProblem:
+        """As gpukern computes it."""
+        geometry = (1, 1), (0, 0, 0, 0), (1, 1), 1
+        return conv_problem((self.rows, self.inputs, 1, 1), (self.outputs, self.inputs, 1, 1), None, *geometry)
+
+
+def linear_of(call: LayerCall) -> Linear | None:
+    if type(call.module) is not torch.nn.Linear:
+        return None
+    return Linear(math.prod(call.input_shape[:-1]), call.module.in_features, call.module.out_features)
+
+
+class Linears(Suite[Linear]):
+    name = "linear"
+    title = "Fully-connected layer"
+    computations = tuple(DIRECTIONS)
+    layouts = ("",)
+
+    def problems(self, network: str, batch: int) -> Iterator[tuple[Use, Linear]]:
+        return distinct(network, batch, linear_of)
+
+    def describe(self, problem: Linear) -> tuple[str, dict[str, Any]]:
+        return f"{problem.rows}×{problem.inputs} to {problem.rows}×{problem.outputs}", asdict(problem)
+
+    def work(self, task: Task[Linear]) -> Work:
+        direction, dtype = DIRECTIONS[task.case.computation], task.case.dtype
+        return work(task.problem.as_convolution(), direction, DTYPES[dtype].itemsize, dtype)
+
+    def bound(self, task: Task[Linear]) -> float:
+        p = task.problem
+        terms = {"forward": p.inputs, "input gradient": p.outputs, "weight gradient": p.rows}
+        return sum_bound(task.case.dtype, terms[task.case.computation])
+
+    def tensors(self, task: Task[Linear], device: torch.device) -> Tensors:
+        """x, w, bias and ∂L/∂y."""
+        p, dtype = task.problem, DTYPES[task.case.dtype]
+        x = torch.randn(p.rows, p.inputs, device=device)
+        w = torch.randn(p.outputs, p.inputs, device=device) * p.inputs**-0.5
+        bias, dy = torch.randn(p.outputs, device=device), torch.randn(p.rows, p.outputs, device=device)
+        return tuple(tensor.to(dtype) for tensor in (x, w, bias, dy))
+
+    def reference(self, task: Task[Linear], tensors: Tensors) -> torch.Tensor:
+        return _torch(task.case.computation)(*(t.double() for t in tensors))
+
+    def implementations(self, task: Task[Linear], peers: Sequence[str], device: torch.device) -> list[Implementation]:
+        ours = Implementation("gpukern", "", _gpukern(task.case.computation))
+        return [ours, *torch_peers(_torch(task.case.computation), "cuBLAS", "", peers, device)]
+
+    def predict(self, task: Task[Linear], device: DeviceSpec) -> Prediction:
+        return predict_convolution(task, task.problem.as_convolution(), DIRECTIONS[task.case.computation], device)
+
+
+def _gpukern(computation: str) -> Callable[..., torch.Tensor]:
+    if computation == "forward":
+        return lambda x, w, bias, dy: F.linear(x, w, bias)
+    if computation == "input gradient":
+        return lambda x, w, bias, dy: linear(dy, w.t(), None, "none", 0.0)
+    return lambda x, w, bias, dy: linear_weight_grad(dy, x)
+
+
+def _torch(computation: str) -> Callable[..., torch.Tensor]:
+    if computation == "forward":
+        return lambda x, w, bias, dy: torch.nn.functional.linear(x, w, bias)
+    if computation == "input gradient":
+        return lambda x, w, bias, dy: dy @ w
+    return lambda x, w, bias, dy: dy.t() @ x
+
+
+register(Linears())

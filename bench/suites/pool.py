@@ -1,0 +1,205 @@
+"""Maximum and average pooling, forward and backward."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import gpukern.functional as F
+from bench.accuracy import DTYPES, sum_bound
+from bench.layers import LayerCall, distinct
+from bench.peers import to_layout, torch_peers
+from bench.predict import prediction
+from bench.results import Prediction, Use
+from bench.suite import Implementation, Suite, Task, Tensors, register
+from gpukern.ops._pool2d.cost import Pooling, cost, work
+from gpukern.ops._pool2d.plan import PoolPlan, plan
+from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_problem, pool_problem
+from gpukern.ops.pool2d import (
+    adaptive_avg_pool2d_backward,
+    avg_pool2d_backward,
+    max_pool2d_backward,
+    max_pool2d_with_taps,
+)
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.roofline import Work
+
+FORWARD, FOR_TRAINING, BACKWARD = "forward", "forward for training", "backward"
+
+
+class Kind(enum.Enum):
+    MAX = "maximum"
+    AVERAGE = "average"
+    ADAPTIVE = "adaptive average"
+
+
+@dataclass(frozen=True)
+class Pool:
+    kind: Kind
+    window: PoolProblem | AdaptiveProblem
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """What follows the tensors in gpukern's and in torch's calls, but for torch's flag of averages."""
+        w = self.window
+        if isinstance(w, AdaptiveProblem):
+            return ((w.P, w.Q),)
+        if self.kind is Kind.MAX:
+            return w.kernel, w.stride, w.padding, w.dilation, w.ceil_mode
+        return w.kernel, w.stride, w.padding, w.ceil_mode, w.count_include_pad, w.divisor_override
+
+
+def pool_of(call: LayerCall) -> Pool | None:
+    layer, shape = call.module, call.input_shape
+    if type(layer) is torch.nn.MaxPool2d:
+        window = _pairs(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        return Pool(Kind.MAX, pool_problem(shape, *window, layer.ceil_mode))
+    if type(layer) is torch.nn.AvgPool2d:
+        window = _pairs(layer.kernel_size, layer.stride, layer.padding, 1)
+        rest = layer.ceil_mode, layer.count_include_pad, layer.divisor_override
+        return Pool(Kind.AVERAGE, pool_problem(shape, *window, *rest))
+    if type(layer) is torch.nn.AdaptiveAvgPool2d:
+        (size,) = _pairs(layer.output_size)
+        return Pool(Kind.ADAPTIVE, adaptive_problem(shape, tuple(s or n for s, n in zip(size, shape[2:], strict=True))))
+    return None
+
+
+def _pairs(*values: Any) -> list[tuple[int, int]]:
+    return [(value, value) if isinstance(value, int) else tuple(value) for value in values]
+
+
+class Pools(Suite[Pool]):
+    name = "pool"
+    title = "Pooling"
+    computations = (FORWARD, FOR_TRAINING, BACKWARD)
+    dtypes = ("float16", "bfloat16", "float32")
+
+    def problems(self, network: str, batch: int) -> Iterator[tuple[Use, Pool]]:
+        return distinct(network, batch, pool_of)
+
+    def describe(self, problem: Pool) -> tuple[str, dict[str, Any]]:
+        w = problem.window
+        words = f"{problem.kind.value}, {w.N}×{w.C}×{w.H}×{w.W}"
+        sizes: dict[str, Any] = {"kind": problem.kind.value}
+        sizes |= {name: getattr(w, name) for name in ("N", "C", "H", "W", "P", "Q")}
+        if isinstance(w, AdaptiveProblem):
+            return f"{words} to {w.P}×{w.Q}", sizes
+        words += f", window {w.kernel[0]}×{w.kernel[1]}, stride {w.stride[0]}×{w.stride[1]}"
+        if any(w.padding):
+            words += f", padding {w.padding[0]}×{w.padding[1]}"
+        names = ("kernel", "stride", "padding", "dilation")
+        return words, sizes | {name: list(getattr(w, name)) for name in names} | {"ceil_mode": w.ceil_mode}
+
+    def applies(self, problem: Pool, computation: str) -> bool:
+        # Only a maximum keeps something for its backward.
+        return computation != FOR_TRAINING or problem.kind is Kind.MAX
+
+    def steps(self, problem: Pool, training: bool) -> tuple[str, ...]:
+        if not training:
+            return (FORWARD,)
+        return FOR_TRAINING if problem.kind is Kind.MAX else FORWARD, BACKWARD
+
+    def work(self, task: Task[Pool]) -> Work:
+        return work(task.problem.window, _pooling(task), DTYPES[task.case.dtype].itemsize)
+
+    def bound(self, task: Task[Pool]) -> float:
+        w = task.problem.window
+        if task.case.computation == BACKWARD:
+            return sum_bound(task.case.dtype, 4)
+        # A maximum is one of its inputs, exactly.
+        return 0.0 if task.problem.kind is Kind.MAX else sum_bound(task.case.dtype, (w.H // w.P + 1) * (w.W // w.Q + 1))
+
+    def tensors(self, task: Task[Pool], device: torch.device) -> Tensors:
+        """x and ∂L/∂y."""
+        w, dtype = task.problem.window, DTYPES[task.case.dtype]
+        shapes = (w.N, w.C, w.H, w.W), (w.N, w.C, w.P, w.Q)
+        return to_layout(task.case.layout, tuple(torch.randn(s, device=device).to(dtype) for s in shapes))
+
+    def reference(self, task: Task[Pool], tensors: Tensors) -> torch.Tensor:
+        saved, function = _torch(task)
+        return function(*saved(tuple(t.double().contiguous() for t in tensors)))
+
+    def implementations(self, task: Task[Pool], peers: Sequence[str], device: torch.device) -> list[Implementation]:
+        layout = task.case.layout
+        saved, function = _gpukern(task)
+        ours = Implementation("gpukern", layout, function, saved)
+        saved, function = _torch(task)
+        if task.case.computation != FORWARD:
+            peers = [peer for peer in peers if peer == "library"]
+        others = torch_peers(function, "ATen", layout, peers, device, saved)
+        return [ours, *others]
+
+    def predict(self, task: Task[Pool], device: DeviceSpec) -> Prediction:
+        window, itemsize = task.problem.window, DTYPES[task.case.dtype].itemsize
+        chosen = plan(window, task.case.layout == "channels_last", itemsize)
+        costs = cost(window, _pooling(task), chosen, itemsize, device)
+        return prediction(task, _describe(chosen), costs, self.work(task), device)
+
+
+def _describe(chosen: PoolPlan) -> str:
+    tile = chosen.whole_window or chosen.tile
+    of = "places of a window" if chosen.whole_window else "pixels"
+    return f"{tile.channels} channels × {tile.pixels} {of}, {tile.warps} warps"
+
+
+def _pooling(task: Task[Pool]) -> Pooling:
+    maximum = task.problem.kind is Kind.MAX
+    return {
+        FORWARD: Pooling.MAX if maximum else Pooling.AVG,
+        FOR_TRAINING: Pooling.MAX_WITH_TAPS,
+        BACKWARD: Pooling.MAX_GRAD if maximum else Pooling.AVG_GRAD,
+    }[task.case.computation]
+
+
+#: (what a backward is given besides its operands, worked out before the clock runs; the function)
+Steps = tuple[Callable[[Tensors], Tensors], Callable[..., torch.Tensor]]
+
+
+def _gpukern(task: Task[Pool]) -> Steps:
+    pool, last = task.problem, task.case.layout == "channels_last"
+    w, geometry = pool.window, pool.geometry
+    image = (w.N, w.C, w.H, w.W)
+    if task.case.computation == FORWARD:
+        function = {Kind.MAX: F.max_pool2d, Kind.AVERAGE: F.avg_pool2d, Kind.ADAPTIVE: F.adaptive_avg_pool2d}[pool.kind]
+        return tuple, lambda x, dy: function(x, *geometry)
+    if task.case.computation == FOR_TRAINING:
+        return tuple, lambda x, dy: max_pool2d_with_taps(x, *geometry)[0]
+    if pool.kind is Kind.MAX:
+        return (
+            lambda tensors: (tensors[1], max_pool2d_with_taps(tensors[0], *geometry)[1]),
+            lambda dy, taps: max_pool2d_backward(dy, taps, image, last, *geometry),
+        )
+    if pool.kind is Kind.AVERAGE:
+        rest = w.kernel, w.stride, w.padding, w.dilation, w.ceil_mode, w.count_include_pad, w.divisor_override
+        return tuple, lambda x, dy: avg_pool2d_backward(dy, image, last, *rest)
+    return tuple, lambda x, dy: adaptive_avg_pool2d_backward(dy, image, last, *geometry)
+
+
+def _torch(task: Task[Pool]) -> Steps:
+    pool, geometry, aten = task.problem, task.problem.geometry, torch.ops.aten
+    functional = torch.nn.functional
+    if task.case.computation == FORWARD:
+        function = {
+            Kind.MAX: functional.max_pool2d,
+            Kind.AVERAGE: functional.avg_pool2d,
+            Kind.ADAPTIVE: functional.adaptive_avg_pool2d,
+        }[pool.kind]
+        return tuple, lambda x, dy: function(x, *geometry)
+    if task.case.computation == FOR_TRAINING:
+        return tuple, lambda x, dy: aten.max_pool2d_with_indices(x, *geometry)[0]
+    if pool.kind is Kind.MAX:
+        backward = aten.max_pool2d_with_indices_backward
+        return (
+            lambda tensors: (*tensors, aten.max_pool2d_with_indices(tensors[0], *geometry)[1]),
+            lambda x, dy, indices: backward(dy, x, *geometry, indices),
+        )
+    if pool.kind is Kind.AVERAGE:
+        return tuple, lambda x, dy: aten.avg_pool2d_backward(dy, x, *geometry)
+    return tuple, lambda x, dy: aten._adaptive_avg_pool2d_backward(dy, x)
+
+
+register(Pools())
