@@ -1,58 +1,23 @@
-"""The stages of ``bench/gpu.sh``: check, tune, bench and profile, each a list of steps in the order of their value.
-
-A step is a program. What each came to is kept in ``stages.json`` beside the results, for the same code on the same
-device, so that a stage that ran out of time goes on with the first step that is not done.
-"""
+"""The stages of ``bench/gpu.sh``: check, tune, bench and profile, each a list of steps in the order of their value."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from bench import results
-from bench.command import RESULTS, UNFINISHED
-from bench.environment import ROOT, device_name, run_name, slug
+from bench.command import RESULTS
+from bench.environment import device_name, run_name, slug
+from bench.report import group_title, record
 from bench.report.summary import summarize
 from bench.results import Results
-
-#: Less than this is not worth starting a step for, in seconds.
-_LEAST = 20.0
-#: Between SIGTERM, which saves, and SIGKILL.
-_GRACE = 10.0
-
-Status = Literal["passed", "failed", "unfinished", "not here"]
-
-
-@dataclass(frozen=True)
-class Step:
-    name: str
-    command: tuple[str, ...]
-    #: A program that the machine may lack.
-    needs: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Done:
-    """``last`` is the last line that the step printed: its own verdict."""
-
-    status: Status
-    seconds: float
-    last: str
-
-
-# ---- what the stages do --------------------------------------------------------------------------------------------
+from bench.steps import Step, run_stage
 
 
 def check(folder: Path) -> list[Step]:
@@ -71,7 +36,7 @@ def check(folder: Path) -> list[Step]:
 
     half = "-k", "forward_and_gradients and float16"
     steps = [
-        Step("info", (sys.executable, "-m", "gpukern.cli", "info")),
+        Step("info", (sys.executable, "-c", "from gpukern.cli import app; app()", "info")),
         tests("conv2d", "tests/ops/test_conv2d.py"),
         tests("linear", "tests/ops/test_linear.py"),
         tests("pool2d", "tests/ops/test_pool2d.py"),
@@ -132,8 +97,9 @@ def bench(folder: Path) -> list[Step]:
 def profile(folder: Path) -> list[Step]:
     """Nsight Compute on gpukern's kernels of the three rows that lose most."""
     sections = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
+    ours = "regex:^(conv2d|linear|max_pool2d|avg_pool2d|to_channels_last|channel_sum|sum_splits|activation).*_kernel$"
     # The clocks stay as they are: they are the machine's to set.
-    ncu = ["ncu", "--clock-control", "none", "--launch-count", "4", "--kernel-name", "regex:.*_kernel"]
+    ncu = ["ncu", "--clock-control", "none", "--launch-count", "4", "--kernel-name", ours]
     for section in sections:
         ncu += ["--section", section]
     return [
@@ -153,117 +119,38 @@ def _suite(folder: Path) -> Callable[..., Step]:
 
 
 def worst_rows(folder: Path, number: int = 3) -> list[tuple[Path, str]]:
-    """(file, key) of the rows where the best peer is furthest ahead, the worst first."""
-    found = []
+    """(file, key) of the rows where the best peer is furthest ahead, the worst first. Plans are no peers."""
+    found = [
+        (line.best.ratio.median, path, line.row.case.key)
+        for path, read in _measured(folder)
+        for group in summarize(read)
+        for line in group.lines
+        if line.best is not None and group.key.suite != "plans"
+    ]
+    return [(path, key) for _, path, key in sorted(found)[:number]]
+
+
+def headlines(folder: Path) -> Iterator[str]:
+    """A line a group of rows: how gpukern does against the best peer of each."""
+    for _, read in _measured(folder):
+        for group in summarize(read):
+            best = group.tallies[0]
+            mean = "nothing to compare" if best.mean is None else f"{best.mean:.2f}×"
+            broken = f", {group.broken} rows of gpukern not ok" if group.broken else ""
+            yield f"{mean}  {group_title(group.key)}: {record(best.wins, best.losses, best.ties)}{broken}"
+
+
+def _measured(folder: Path) -> Iterator[tuple[Path, Results]]:
     for path in sorted(folder.glob("*.json")):
         try:
             read = results.read(path)
         except results.ResultsError:
-            continue
-        if isinstance(read, Results) and path.stem != "plans":
-            for line in (line for group in summarize(read) for line in group.lines):
-                if line.best is not None:
-                    found.append((line.best.ratio.median, path, line.row.case.key))
-    return [(path, key) for _, path, key in sorted(found)[:number]]
+            continue  # stages.json, for one
+        if isinstance(read, Results):
+            yield path, read
 
 
 STAGES: dict[str, Callable[[Path], list[Step]]] = {s.__name__: s for s in (check, tune, bench, profile)}
-
-
-# ---- running them --------------------------------------------------------------------------------------------------
-
-
-class State:
-    """``stages.json``: what each step of each stage came to."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "stages.json"
-        self._done: dict[str, dict] = json.loads(self._path.read_text()) if self._path.exists() else {}
-
-    def get(self, stage: str, step: Step) -> Done | None:
-        found = self._done.get(f"{stage}/{step.name}")
-        return Done(**found) if found else None
-
-    def put(self, stage: str, step: Step, done: Done) -> None:
-        self._done[f"{stage}/{step.name}"] = asdict(done)
-        results.write_text(self._path, json.dumps(self._done, indent=1) + "\n")
-
-
-def run_stage(stage: str, steps: Iterable[Step], folder: Path, seconds: float) -> int:
-    """Run what is not done yet until ``seconds`` are over; the exit status: 0, 1 (failed) or 75 (unfinished)."""
-    state, until = State(folder), time.monotonic() + seconds
-    steps = list(steps)
-    with (folder / f"{stage}.log").open("a") as log:
-        for step in steps:
-            done = state.get(stage, step)
-            if done is not None and done.status != "unfinished":
-                continue
-            left = until - time.monotonic()
-            if left < min(_LEAST, seconds):
-                break
-            state.put(stage, step, run_step(step, log, left))
-    return _verdict(stage, steps, state)
-
-
-def run_step(step: Step, log, seconds: float) -> Done:
-    """Run a step for at most ``seconds``, its output going to ``log``."""
-    if step.needs and shutil.which(step.needs) is None:
-        return Done("not here", 0.0, f"{step.needs} is not installed")
-    print(f"== {step.name}", flush=True)
-    begin = time.monotonic()
-    log.write(f"\n== {step.name}: {' '.join(step.command)}\n")
-    log.flush()
-    start = log.tell()
-    process = subprocess.Popen(
-        step.command,
-        cwd=ROOT,
-        env={**os.environ, **step.environment},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # so that its own processes are stopped with it
-    )
-    status = _wait(process, seconds)
-    last = _last_line(Path(log.name), start)
-    took = round(time.monotonic() - begin, 1)
-    if status is None:
-        return Done("unfinished", took, f"stopped after {took:.0f} s; {last}")
-    known: dict[int, Status] = {0: "passed", UNFINISHED: "unfinished"}
-    return Done(known.get(status, "failed"), took, last)
-
-
-def _wait(process: subprocess.Popen, seconds: float) -> int | None:
-    """The exit status, or None if it had to be stopped."""
-    try:
-        return process.wait(max(seconds - _GRACE, 1.0))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return None
-
-
-def _last_line(path: Path, start: int) -> str:
-    with path.open(errors="replace") as file:
-        file.seek(start)
-        lines = [line.strip() for line in file if line.strip()]
-    return lines[-1][:200] if lines else ""
-
-
-def _verdict(stage: str, steps: list[Step], state: State) -> int:
-    counts: dict[str, int] = {}
-    print()
-    for step in steps:
-        done = state.get(stage, step) or Done("unfinished", 0.0, "not begun")
-        counts[done.status] = counts.get(done.status, 0) + 1
-        print(f"{done.status:<11}{step.name:<24}{done.seconds:>6.0f} s  {done.last}")
-    print(f"{stage}: " + ", ".join(f"{number} {status}" for status, number in counts.items()))
-    if counts.get("failed"):
-        return 1
-    return UNFINISHED if counts.get("unfinished") else 0
 
 
 def main(arguments: list[str]) -> int:
@@ -273,6 +160,8 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("bench/gpu.sh: no CUDA device here, and every stage needs one", file=sys.stderr)
         return 1
+    # Then a step that runs is stopped too, instead of living on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stage = arguments[0]
     out = Path(os.environ.get("OUT") or RESULTS)
     place = Path(slug(device_name(torch.device("cuda")))) / run_name()
@@ -286,7 +175,14 @@ def main(arguments: list[str]) -> int:
     if not steps:
         print(f"{stage}: nothing to do: no measured rows in {folder}; run bench first", file=sys.stderr)
         return 1
-    return run_stage(stage, steps, folder, 60 * float(os.environ.get("MINUTES", "9")))
+    status = run_stage(stage, steps, folder, 60 * float(os.environ.get("MINUTES", "9")))
+    if stage in ("bench", "tune"):
+        print(
+            "\n".join(
+                ["", "against the best of the others on each row (above 1: gpukern is faster)", *headlines(folder)]
+            )
+        )
+    return status
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""The stages of a GPU machine, tried without one: steps are small programs here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import results, stages, steps
+from bench.command import UNFINISHED
+from bench.steps import Step, run_stage
+from bench.suite import suites
+from tests.bench import made_up
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def program(name: str, code: str, **options) -> Step:
+    return Step(name, (sys.executable, "-c", code), **options)
+
+
+def came_to(folder: Path) -> dict[str, tuple[str, str]]:
+    done = json.loads((folder / "stages.json").read_text())
+    return {name: (step["status"], step["last"]) for name, step in done.items()}
+
+
+# ---- running steps -------------------------------------------------------------------------------------------------
+
+
+def test_each_step_leaves_its_status_and_last_line(tmp_path, capsys):
+    status = run_stage(
+        "check",
+        [
+            program("good", "print('hello'); print('7 passed')"),
+            program("bad", "import sys; print('1 failed', file=sys.stderr); sys.exit(3)"),
+            Step("elsewhere", ("no-such-profiler",), needs="no-such-profiler"),
+            program("silent", ""),
+            program("setting", "import os; print(os.environ['GIVEN'])", environment={"GIVEN": "by the step"}),
+        ],
+        tmp_path,
+        60,
+    )
+    assert status == 1
+    assert came_to(tmp_path) == {
+        "check/good": ("passed", "7 passed"),
+        "check/bad": ("failed", "1 failed"),
+        "check/elsewhere": ("not here", "no-such-profiler is not installed"),
+        "check/silent": ("passed", ""),
+        "check/setting": ("passed", "by the step"),
+    }
+    assert capsys.readouterr().out.splitlines()[-1] == "check: 3 passed, 1 failed, 1 not here"
+    assert "hello" in (tmp_path / "check.log").read_text()
+
+
+def test_goes_on_where_it_stopped(tmp_path, capsys):
+    count = tmp_path / "count"
+    first = program("first", f"open({str(count)!r}, 'a').write('x')")
+    later = program("later", f"import sys; sys.exit({UNFINISHED})")
+    assert run_stage("bench", [first, later], tmp_path, 60) == UNFINISHED
+    assert came_to(tmp_path)["bench/later"][0] == "unfinished"
+    assert run_stage("bench", [first, program("later", "print('done')")], tmp_path, 60) == 0
+    assert count.read_text() == "x"
+    assert came_to(tmp_path)["bench/later"] == ("passed", "done")
+    # Steps of the same name in another stage are others.
+    run_stage("tune", [first], tmp_path, 60)
+    assert count.read_text() == "xx"
+
+
+def test_without_time_nothing_begins(tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 50.0])
+    monkeypatch.setattr(steps.time, "monotonic", lambda: next(clock))
+    assert run_stage("check", [program("late", "print('never')")], tmp_path, 60) == UNFINISHED
+    assert not (tmp_path / "stages.json").exists()
+    assert "not begun" in capsys.readouterr().out
+
+
+def test_a_step_is_asked_to_end_before_it_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "_GRACE", 3.0)
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved'))); "
+    with (tmp_path / "log").open("a") as log:
+        done = steps.run_step(program("slow", code + "print('begun', flush=True); time.sleep(60)"), log, 6.0)
+    assert done.status == "unfinished" and done.last.endswith("saved")
+
+
+def test_a_step_that_does_not_listen_is_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "_GRACE", 0.5)
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); child = os.fork(); "
+        "print(os.getpid(), flush=True) if child == 0 else None; time.sleep(60)"
+    )
+    with (tmp_path / "log").open("a") as log:
+        done = steps.run_step(program("deaf", code), log, 2.5)
+    assert done.status == "unfinished"
+    child = int((tmp_path / "log").read_text().split()[-1])
+    time.sleep(0.2)
+    # Dead; where nobody has collected it yet, a zombie.
+    stat = Path(f"/proc/{child}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+# ---- the stages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["check", "tune", "bench"])
+def test_steps_are_programs_with_names_of_their_own(stage, tmp_path):
+    made = stages.STAGES[stage](tmp_path / "device" / "commit")
+    assert len({step.name for step in made}) == len(made)
+    for step in made:
+        paths = [word for word in step.command if word.startswith("tests")]
+        assert all((ROOT / path).exists() for path in paths)
+
+
+@pytest.mark.parametrize("stage", ["tune", "bench"])
+def test_every_measuring_step_is_a_right_command(stage, tmp_path, run_python):
+    """Each is parsed as the command line would, up to the point where it finds no GPU."""
+    made = stages.STAGES[stage](tmp_path / "device" / "commit")
+    commands = [step.command[step.command.index("bench") + 1 :] for step in made]
+    code = """
+import json, sys
+from typer.testing import CliRunner
+from bench import cli, command
+tried = []
+
+def measure(suite, chosen, method, device, out, **options):
+    tried.append((suite.name, len(chosen), str(out)))
+
+command._measure = measure
+command.torch.cuda.is_available = lambda: True
+for words in json.loads(sys.argv[1]):
+    outcome = CliRunner().invoke(cli.app, words)
+    assert outcome.exit_code == 0, (words, outcome.output)
+print(json.dumps(tried))
+"""
+    outcome = run_python(code, json.dumps(commands))
+    assert outcome.returncode == 0, outcome.stderr
+    tried = json.loads(outcome.stdout)
+    assert [name for name, _, _ in tried] == [words[0] for words in commands]
+    assert all(rows > 0 and out == str(tmp_path) for _, rows, out in tried)
+    if stage == "bench":
+        assert {name for name, _, _ in tried} == set(suites()) - {"plans"}
+
+
+def test_the_worst_rows_are_profiled(tmp_path):
+    def row(ratio: float, problem: str, **changes) -> results.Row:
+        peers = {"cuDNN": {"graph": [100 * ratio] * 20}}
+        return made_up.row({"graph": [100.0] * 20}, peers, problem=problem, **changes)
+
+    rows = [row(0.9, "b"), row(1.2, "d"), row(0.5, "a"), row(1.0, "c")]
+    results.write(tmp_path / "conv.json", made_up.results(rows))
+    # Other plans of gpukern's are nobody to lose against.
+    results.write(tmp_path / "plans.json", made_up.results([row(0.1, "e", suite="plans")]))
+    results.write(tmp_path / "predicted.json", made_up.predictions())
+    (tmp_path / "stages.json").write_text("{}")
+    assert [key.rpartition("/")[2] for _, key in stages.worst_rows(tmp_path)] == ["a", "b", "c"]
+    made = stages.profile(tmp_path)
+    assert [step.command[-2:] for step in made] == [(str(path), key) for path, key in stages.worst_rows(tmp_path)]
+    assert all(step.needs == "ncu" for step in made)
+
+
+def test_headlines_tell_who_won(tmp_path):
+    rows = [made_up.row({"graph": [10.0] * 20}, {"cuDNN": {"graph": [5.0] * 20}}), made_up.row("failed", problem="x")]
+    results.write(tmp_path / "conv.json", made_up.results(rows))
+    (line,) = stages.headlines(tmp_path)
+    assert line.startswith("0.50×  conv · forward · float16")
+    assert line.endswith("0 wins, 1 loss, 0 ties, 1 rows of gpukern not ok")
+
+
+# ---- the script ----------------------------------------------------------------------------------------------------
+
+
+def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("OUT", "GPUKERN_EMULATE")}
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**inherited, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **environment},
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("stage", list(stages.STAGES))
+def test_without_a_gpu_one_clear_line(stage, tmp_path):
+    outcome = script(stage, OUT=str(tmp_path))
+    assert outcome.returncode == 1 and outcome.stdout == ""
+    assert outcome.stderr == "bench/gpu.sh: no CUDA device here, and every stage needs one\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_stage():
+    outcome = script("everything")
+    assert outcome.returncode == 2 and "check|tune|bench|profile" in outcome.stderr
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, tmp_path):
+    """A GPU by name alone, one step, and folders of its own."""
+    monkeypatch.setattr(stages.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(stages, "device_name", lambda device: "Made-up GPU")
+    monkeypatch.setattr(stages, "run_name", lambda: "commit")
+    monkeypatch.setattr(stages, "RESULTS", tmp_path / "kept")
+    before = signal.getsignal(signal.SIGTERM)
+    yield tmp_path / "kept" / "made-up-gpu" / "commit", tmp_path / "out" / "made-up-gpu" / "commit"
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_out_begins_with_what_is_kept(pretended_gpu, monkeypatch, capsys):
+    kept, out = pretended_gpu
+    kept.mkdir(parents=True)
+    (kept / "stages.json").write_text(json.dumps({"check/done": {"status": "passed", "seconds": 1.0, "last": "ok"}}))
+    results.write(kept / "conv.json", made_up.run())
+    monkeypatch.setenv("OUT", str(out.parent.parent))
+    both = lambda folder: [program("done", "raise SystemExit(1)"), program("new", "print('fine')")]  # noqa: E731
+    monkeypatch.setitem(stages.STAGES, "check", both)
+    assert stages.main(["check"]) == 0
+    assert set(came_to(out)) == {"check/done", "check/new"}
+    assert (out / "conv.json").exists() and set(came_to(kept)) == {"check/done"}
+    # The folder of a stage, and no deeper: two levels below OUT.
+    assert {path.name for path in out.iterdir()} == {"stages.json", "check.log", "conv.json"}
+
+
+def test_profile_before_bench(pretended_gpu, monkeypatch, capsys):
+    monkeypatch.delenv("OUT", raising=False)
+    assert stages.main(["profile"]) == 1
+    assert "run bench first" in capsys.readouterr().err
