@@ -142,11 +142,13 @@ def conv2d_gather_kernel(
             # One flat loop over taps and channel blocks with counters carried along: the leanest form of the main loop.
             # Where there are at most 32 taps, which of them lie inside the image is one bit mask a pixel.
             TAP_BITS: tl.constexpr = TAPS_H * TAPS_W <= 32
+            # Taps of a phase at most. Not tl.cdiv: Triton 3.6 makes a tensor of two constants.
+            MAX_TAPS_H: tl.constexpr = (TAPS_H + TAP_STEP_H - 1) // TAP_STEP_H
+            MAX_TAPS_W: tl.constexpr = (TAPS_W + TAP_STEP_W - 1) // TAP_STEP_W
             if TAP_BITS:
                 bits = taps_inside(
-                    h0, w0, sizes, taps_h, taps_w,
-                    TAP_STRIDE_H, TAP_STRIDE_W, tl.cdiv(TAPS_H, TAP_STEP_H), tl.cdiv(TAPS_W, TAP_STEP_W), BLOCK_M,
-                )  # fmt: skip
+                    h0, w0, sizes, taps_h, taps_w, TAP_STRIDE_H, TAP_STRIDE_W, MAX_TAPS_H, MAX_TAPS_W, BLOCK_M
+                )
             r = tl.cast(0, INDEX)
             s = tl.cast(0, INDEX)
             c = tl.cast(0, INDEX)

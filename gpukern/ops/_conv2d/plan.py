@@ -75,8 +75,8 @@ def _plan_gather(p: ConvProblem, direction: Direction, dtype: str, full_fp32: bo
         block_n = power_of_two(columns * p.groups, 1, 64)
         return ConvPlan(
             Variant.DIRECT,
-            # Not 4 elements a thread: ptxas then settles for few registers and spills some.
-            block_m=power_of_two(pixels, 1, 64 if block_n in (16, 32) else 32),
+            # Found by compiling: of other heights some spill, with the ptxas of Triton 3.6 or of 3.7.
+            block_m=power_of_two(pixels, 1, 64 if block_n == 32 else 32),
             block_n=block_n,
             block_k=1,
             num_warps=MAX_WARPS,
@@ -113,7 +113,9 @@ def _plan_weight_grad(p: ConvProblem, dtype: str, full_fp32: bool, device: Devic
     # Both operands are read in runs of channels and one is transposed on the way: smaller tiles than the forward's.
     block_m = power_of_two(p.group_outputs, 16, 64)
     block_n = power_of_two(columns, 16, 32 if flat or full_fp32 else 64)
-    block_k = power_of_two(pixels, 16, 16 if full_fp32 else 32)
+    # The addresses of a flat sum are worked out by few threads where there are few rows: a long step would spill.
+    short_step = full_fp32 or (flat and block_m == 16)
+    block_k = power_of_two(pixels, 16, 16 if short_step else 32)
     programs = cdiv(p.group_outputs, block_m) * cdiv(columns, block_n) * (1 if flat else taps) * p.groups
     return ConvPlan(
         Variant.FLAT if flat else Variant.TAPS,
