@@ -22,7 +22,7 @@ def ceilings(device: torch.device) -> Ceilings:
     bandwidth = 2 * source.numel() / seconds
     # A CPU has no 16-bit rate worth the name, and TF32 is none of its ways to multiply.
     kinds = tuple(DTYPES) if cuda else ("float32",)
-    return Ceilings(bandwidth, {kind: _matrix_rate(kind, 8192 if cuda else 2048, device) for kind in kinds})
+    return Ceilings(bandwidth, {kind: _matrix_rate(kind, 8192 if cuda else 1024, device) for kind in kinds})
 
 
 def _matrix_rate(kind: str, size: int, device: torch.device) -> float:
@@ -30,7 +30,16 @@ def _matrix_rate(kind: str, size: int, device: torch.device) -> float:
     a, b = (torch.randn(size, size, device=device).to(DTYPES[kind]) for _ in range(2))
     out = torch.empty_like(a)
     with torch_at_its_best(kind):
-        return 2 * size**3 / _seconds([lambda: torch.mm(a, b, out=out)], device)
+        rate = 2 * size**3 / _seconds([lambda: torch.mm(a, b, out=out)], device)
+        return rate if device.type == "cuda" else max(rate, _convolution_rate(device))
+
+
+def _convolution_rate(device: torch.device) -> float:
+    """On some CPUs the library of convolutions is faster than that of matrix products."""
+    x, w = torch.randn(1, 256, 32, 32, device=device), torch.randn(256, 256, 3, 3, device=device)
+    x, w = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, w))
+    flops = 2 * 30 * 30 * w.numel()
+    return flops / _seconds([lambda: torch.nn.functional.conv2d(x, w)], device)
 
 
 def _seconds(calls: Calls, device: torch.device) -> float:

@@ -65,7 +65,10 @@ def report(
         ("Markdown", markdown_path or folder / "report.md", "\n".join(sections)),
         ("page", html_path or folder / "report.html", page.render(files)),
     ):
-        results.write_text(target, text)
+        try:
+            results.write_text(target, text)
+        except OSError as error:
+            command.fail(error)
         typer.echo(f"{name}: {command.short(target)}")
 
 

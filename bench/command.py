@@ -4,7 +4,7 @@
 # its suite.
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -19,11 +19,11 @@ from bench import environment, results
 from bench.accuracy import DTYPES
 from bench.measure import Method
 from bench.peers import PEERS
-from bench.report import case_name, page, terminal
-from bench.results import Predictions, ResultsError, Row
+from bench.report import case_name, count, page, terminal
+from bench.results import Prediction, Predictions, ResultsError, Row
 from bench.run import run
 from bench.suite import Selection, Suite, Task, tasks
-from gpukern.runtime.device import named_device
+from gpukern.runtime.device import DeviceSpec, named_device
 from models.zoo import NETWORKS, network
 
 RESULTS = environment.ROOT / "bench" / "results"
@@ -62,7 +62,7 @@ def of(suite: Suite) -> Callable[..., None]:
         peers: Annotated[
             list[str], typer.Option("--peers", help=f"{', '.join(PEERS)}, 'all' or 'none'. Repeatable.")
         ] = (),
-        seconds: Annotated[float, typer.Option(min=0, help="Of timing for each candidate of a row.")] = 0.3,
+        seconds: Annotated[float, typer.Option(min=0, max=3600, help="Of timing for each candidate of a row.")] = 0.3,
         warm: Annotated[bool, typer.Option("--warm", help="One set of tensors, which may stay in the L2.")] = False,
         out: Annotated[Path, typer.Option(help="Folder of all results.")] = RESULTS,
         resume: Annotated[bool, typer.Option("--resume", help="Leave out rows that the file has.")] = False,
@@ -89,7 +89,10 @@ def of(suite: Suite) -> Callable[..., None]:
             computations=options.computations(computed),
             containing=containing,
         )
-        chosen = tasks(suite, selection)
+        try:
+            chosen = tasks(suite, selection)
+        except RuntimeError as error:  # torch cannot even think of tensors that large
+            fail(f"{str(error).splitlines()[0]}: choose a smaller --batch")
         if not chosen:
             fail("no row of this suite fits these options")
         if predict:
@@ -120,7 +123,7 @@ class _Options:
 
     def networks(self, given: Iterable[str]) -> tuple[str, ...]:
         try:
-            found = [name for word in given for name in (NETWORKS if word == "all" else [network(word).name])]
+            found = [name for word in given for name in (NETWORKS if word.lower() == "all" else [network(word).name])]
         except ValueError as error:
             fail(error)
         return tuple(dict.fromkeys(found))
@@ -134,6 +137,8 @@ class _Options:
     def layouts(self, given: Iterable[str]) -> tuple[str, ...]:
         offered = self.suite.layouts
         named = {word: name for word, name in _LAYOUTS.items() if name in offered}
+        if not named:
+            return offered  # a matrix has none, whatever is asked for
         return _chosen("--layout", given, named, offered[:1])
 
     def computations(self, given: Iterable[str]) -> tuple[str, ...]:
@@ -152,11 +157,9 @@ def _chosen(option: str, given: Iterable[str], named: dict[str, str], usual: Ite
     found: list[str] = []
     given = list(given)
     for word in given:
-        if word == "all":
-            found += named.values()
-        elif word.lower() in {known.lower() for known in named}:
-            found += [name for known, name in named.items() if known.lower() == word.lower()]
-        elif word != "none":
+        meant = [name for known, name in named.items() if word.lower() in ("all", known.lower())]
+        found += meant
+        if not meant and word.lower() not in ("all", "none"):
             fail(f"{option} {word}: expected one of {', '.join(named)}")
     return tuple(dict.fromkeys(found if given else usual))
 
@@ -170,20 +173,20 @@ def _measure(
     name = environment.device_name(device)
     folder = out / environment.slug(f"cpu {name}" if device.type == "cpu" else name) / environment.run_name()
     path = folder / f"{suite.name}.json"
-    typer.echo(f"{suite.title} on {name}: {len(chosen)} rows", err=True)
+    typer.echo(f"{suite.title} on {name}: {count(len(chosen), 'row')}", err=True)
     try:
         with _Bar(len(chosen)) as bar:
             outcome = run(suite, chosen, method, device, path, on_row=bar.row, on_compiled=bar.compiled, **options)
-    except ResultsError as error:
+        results.write_text(folder / f"{suite.name}.html", page.render([(path, outcome.results)]))
+    except (ResultsError, OSError) as error:
         fail(error)
     keys = {task.case.key for task in chosen}
     rows = tuple(row for row in outcome.results.rows if row.case.key in keys)
     terminal.show(replace(outcome.results, rows=rows))
-    results.write_text(folder / f"{suite.name}.html", page.render([(path, outcome.results)]))
     found = f", {outcome.found} found there" if outcome.found else ""
-    typer.echo(f"{outcome.measured} rows measured{found}: {short(path)}, page beside it: {suite.name}.html")
+    typer.echo(f"{count(outcome.measured, 'row')} measured{found}: {short(path)}, page beside it: {suite.name}.html")
     if outcome.stopped:
-        typer.echo(f"bench: {outcome.left} rows left, {outcome.stopped}; --resume goes on", err=True)
+        typer.echo(f"bench: {count(outcome.left, 'row')} left, {outcome.stopped}; --resume goes on", err=True)
         raise typer.Exit(UNFINISHED)
 
 
@@ -192,7 +195,9 @@ class _Bar:
 
     def __init__(self, total: int) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        # Disabled, not only without a terminal: it would still print empty lines.
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._compiling = self._progress.add_task("compiling kernels", total=total, visible=False)
         self._measuring = self._progress.add_task("the device's own limits", total=total)
 
@@ -222,6 +227,9 @@ def _predict(suite: Suite, chosen: list[Task], name: str, out: Path) -> None:
         device = named_device(name)
     except ValueError as error:
         fail(error)
+    rows = tuple(_predicted(suite, chosen, device))
+    if not rows:
+        fail("no row is left")
     commit, _ = environment.revision()
     predictions = Predictions(
         device=device.name,
@@ -231,9 +239,21 @@ def _predict(suite: Suite, chosen: list[Task], name: str, out: Path) -> None:
         source=environment.source_hash(),
         commit=commit,
         date=environment.now(),
-        rows=tuple(suite.predict(task, device) for task in chosen),
+        rows=rows,
     )
     path = out / "predicted" / environment.slug(device.name) / f"{suite.name}.json"
-    results.write(path, predictions)
+    try:
+        results.write(path, predictions)
+    except OSError as error:
+        fail(error)
     terminal.show(predictions)
     typer.echo(f"predicted, nothing was run: {short(path)}")
+
+
+def _predicted(suite: Suite, chosen: list[Task], device: DeviceSpec) -> Iterator[Prediction]:
+    """Of the rows that gpukern takes at all, which a message says of the others."""
+    for task in chosen:
+        try:
+            yield suite.predict(task, device)
+        except RuntimeError as error:
+            typer.echo(f"bench: left out {case_name(task.case)}, {task.case.computation}: {error}", err=True)

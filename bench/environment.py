@@ -16,6 +16,7 @@ import torch
 
 import gpukern
 from bench.results import Environment
+from gpukern.runtime.mode import EMULATE
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +75,7 @@ def revision() -> tuple[str | None, bool]:
     if commit is None:
         return os.environ.get("GPUKERN_COMMIT") or None, False
     # Results and other files that the measuring itself writes change no code.
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "gpukern", "bench/*.py", "models")
+    changed = _git("status", "--porcelain", "--untracked-files=all", "--", "gpukern", "bench/*.py", "models")
     return commit, bool(changed)
 
 
@@ -93,7 +94,7 @@ def slug(name: str) -> str:
 
 
 def flags() -> dict[str, Any]:
-    """Every setting of torch that changes what a convolution or a matrix product runs."""
+    """Every setting that changes what a convolution or a matrix product runs."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     return {
         "cudnn.benchmark": cudnn.benchmark,
@@ -101,6 +102,8 @@ def flags() -> dict[str, Any]:
         "matmul.allow_fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
         "matmul.allow_bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
         "threads": torch.get_num_threads(),
+        # Interpreted kernels are never to stand in one table with others.
+        **({"GPUKERN_EMULATE": True} if EMULATE else {}),
     }
 
 

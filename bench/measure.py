@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.accuracy import relative_error
-from bench.peers import torch_at_its_best
+from bench.peers import forget_compiled, torch_at_its_best
 from bench.results import Candidate, Row
 from bench.suite import Implementation, Suite, Task, Tensors
 from bench.timing import Stopwatch, stopwatches, target_seconds
@@ -49,12 +50,15 @@ def measure(suite: Suite, task: Task, method: Method, device: torch.device) -> R
     number = _sets(suite, work.bytes, method, device)
     row = Row(task.case, work.flops, work.bytes, work.kind, suite.bound(task), number, int(number * work.bytes), ())
     contest = _Contest(suite, row.bound, device)
+    forget_compiled()
     with torch_at_its_best(task.case.dtype):
         implementations = suite.implementations(task, method.peers, device)
         try:
             sets = [suite.tensors(task, device) for _ in range(number)]
-            reference = suite.reference(task, sets[0])
-        except torch.OutOfMemoryError as problem:
+            # Trying cuDNN's algorithms for float64 would take longer than all that is timed.
+            with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):
+                reference = suite.reference(task, sets[0])
+        except Exception as problem:
             contest.fail(implementations, f"no reference to check against: {_first_line(problem)}")
         else:
             contest.run(implementations, sets, reference, method)
@@ -83,7 +87,10 @@ class _Contest:
 
     def fail(self, implementations: Sequence[Implementation], why: str) -> None:
         """None of them can run, or be believed."""
-        self.candidates += [Candidate(each.name, each.setting, "failed", why) for each in implementations]
+        for each in implementations:
+            status = "missing" if each.missing else "failed"
+            self.candidates.append(Candidate(each.name, each.setting, status, each.missing or why))
+        self._see_whether_lost()
 
     def run(
         self,
@@ -97,13 +104,14 @@ class _Contest:
             self._check(implementation, sets, reference)
             if self.lost:
                 self.fail(implementations[number + 1 :], f"not tried: {implementation.name} broke the device")
-                return
-        for way in stopwatches(self._device):
+                break
+        for way in stopwatches(self._device) if not self.lost else ():
             self._time(way, method)
         for index in self._calls:
             candidate = self.candidates[index]
             if not candidate.samples:
-                self.candidates[index] = replace(candidate, status="failed")
+                message = candidate.message or "the device was lost before it was timed"
+                self.candidates[index] = replace(candidate, status="failed", message=message)
 
     def _check(self, implementation: Implementation, sets: Sequence[Tensors], reference: torch.Tensor) -> None:
         """Run a candidate once and compare the result with the reference."""
@@ -112,14 +120,21 @@ class _Contest:
             self.candidates.append(replace(candidate, status="missing", message=implementation.missing))
             return
         try:
-            calls = [partial(implementation.function, *implementation.prepare(tensors)) for tensors in sets]
-            error = relative_error(self._suite.result(calls[0]()), reference)
+            operands = [implementation.prepare(tensors) for tensors in sets]
+            calls = [partial(implementation.function, *each) for each in operands]
+            with _kept(operands[0]) as changed:
+                output = calls[0]()
+                error = relative_error(self._suite.result(output), reference)
+                spoiled = changed()
+                _spoil(output)
             self._synchronize()
         except Exception as problem:
             self.candidates.append(replace(candidate, status="failed", message=_first_line(problem)))
             self._see_whether_lost()
             return
-        if error <= self._bound:
+        if spoiled:
+            candidate = replace(candidate, status="wrong", message="changes its operands")
+        elif error <= self._bound:
             self._calls[len(self.candidates)] = calls
             candidate = replace(candidate, error=error)
         elif math.isfinite(error):
@@ -131,26 +146,58 @@ class _Contest:
 
     def _time(self, way: type[Stopwatch], method: Method) -> None:
         """Take the samples of all candidates that are right, in one way of timing."""
-        watches: dict[int, Stopwatch] = {}
+        # Filled with None first: one that raises while its stopwatch is made drops out as later ones do.
+        watches: dict[int, Stopwatch] = dict.fromkeys(self._calls)
         for index, calls in self._calls.items():
-            if self.lost:
-                return
-            try:
-                watches[index] = way(calls, target_seconds(self._device))
-            except Exception as problem:
-                self._note(index, f"no {way.way} timing: {_first_line(problem)}")
-                self._see_whether_lost()
-        try:
-            samples = _take_turns(watches, method)
-        except Exception as problem:
-            for index in watches:
-                self._note(index, f"no {way.way} timing of this row: {_first_line(problem)}")
-            self._see_whether_lost()
-            return
-        for index, seconds in samples.items():
+            with self._dropping_out(index, watches, way):
+                if index in watches:
+                    watches[index] = way(calls, target_seconds(self._device))
+        for index, seconds in self._take_turns(watches, method, way).items():
             candidate = self.candidates[index]
             microseconds = [round(s * 1e6, 4) for s in seconds]
             self.candidates[index] = replace(candidate, samples=candidate.samples | {way.way: microseconds})
+
+    def _take_turns(
+        self, watches: dict[int, Stopwatch], method: Method, way: type[Stopwatch]
+    ) -> dict[int, list[float]]:
+        """Samples in seconds a call by candidate, one a round, in an order that changes."""
+        samples: dict[int, list[float]] = {index: [] for index in watches}
+        shuffled, budget = random.Random(method.seed), method.seconds * len(watches)
+        self._round(watches, list(watches), way)  # warm-up
+        begin = time.perf_counter()
+        for done in range(method.most_rounds):
+            if not watches or (done >= method.least_rounds and time.perf_counter() - begin > budget):
+                break
+            order = list(watches)
+            shuffled.shuffle(order)
+            for index, seconds in self._round(watches, order, way).items():
+                samples[index].append(seconds)
+        return {index: samples[index] for index in watches}
+
+    def _round(self, watches: dict[int, Stopwatch], order: Sequence[int], way: type[Stopwatch]) -> dict[int, float]:
+        seconds = {}
+        # All begin before any is read: on a GPU graphs then follow one another without a gap.
+        for index in order:
+            with self._dropping_out(index, watches, way):
+                if index in watches:
+                    watches[index].start()
+        for index in order:
+            with self._dropping_out(index, watches, way):
+                if index in watches:
+                    seconds[index] = watches[index].stop()
+        return seconds
+
+    @contextlib.contextmanager
+    def _dropping_out(self, index: int, watches: dict[int, Stopwatch], way: type[Stopwatch]) -> Iterator[None]:
+        """A candidate that raises is timed no more and the others go on; none does without a device."""
+        try:
+            yield
+        except Exception as problem:
+            del watches[index]
+            self._note(index, f"no {way.way} timing: {_first_line(problem)}")
+            self._see_whether_lost()
+            if self.lost:
+                watches.clear()
 
     def _note(self, index: int, message: str) -> None:
         candidate = self.candidates[index]
@@ -167,28 +214,24 @@ class _Contest:
             self.lost = True
 
 
-def _take_turns(watches: dict[int, Stopwatch], method: Method) -> dict[int, list[float]]:
-    """Samples in seconds a call by candidate, one a round, in an order that changes."""
-    samples: dict[int, list[float]] = {index: [] for index in watches}
-    if not watches:
-        return samples
-    order, shuffled = list(watches), random.Random(method.seed)
-    _round(watches, order)  # warm-up
-    begin = time.perf_counter()
-    for done in range(method.most_rounds):
-        if done >= method.least_rounds and time.perf_counter() - begin > method.seconds * len(watches):
-            break
-        shuffled.shuffle(order)
-        for index, seconds in _round(watches, order).items():
-            samples[index].append(seconds)
-    return samples
+@contextlib.contextmanager
+def _kept(operands: Tensors) -> Iterator[Callable[[], bool]]:
+    """Yields whether they were changed; afterwards they are as before, for the candidates that share them."""
+    before = [(tensor, tensor.clone()) for tensor in operands if isinstance(tensor, torch.Tensor)]
+    try:
+        yield lambda: not all(torch.equal(tensor, kept) for tensor, kept in before)
+    finally:
+        for tensor, kept in before:
+            tensor.copy_(kept)
 
 
-def _round(watches: dict[int, Stopwatch], order: Sequence[int]) -> dict[int, float]:
-    # All begin before any is read: on a GPU the samples then follow one another without a gap.
-    for index in order:
-        watches[index].start()
-    return {index: watches[index].stop() for index in order}
+def _spoil(output: Any) -> None:
+    """NaN for a result that was checked: the next candidate may get its memory, and must not pass by leaving it be."""
+    for tensor in output if isinstance(output, (tuple, list)) else (output,):
+        # A view that has an element twice cannot be filled.
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            with contextlib.suppress(RuntimeError):
+                tensor.detach().fill_(math.nan)
 
 
 def _first_line(problem: Exception) -> str:

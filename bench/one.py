@@ -7,23 +7,27 @@ from pathlib import Path
 import torch
 import typer
 
-from bench import results
+from bench import command, results
 from bench.peers import torch_at_its_best
-from bench.results import Row
+from bench.results import Case, ResultsError
 from bench.suite import Selection, Suite, Task, suites, tasks
 
 
 def find(path: Path, key: str) -> tuple[Suite, Task]:
     """The suite and task of the row; ValueError if there is none."""
-    row = next((row for row in results.read(path).rows if row.case.key == key), None)
-    task = row and _task(row)
-    if not task:
+    case = next((row.case for row in results.read(path).rows if row.case.key == key), None)
+    if case is None:
         raise ValueError(f"{path} has no row {key}")
-    return suites()[row.case.suite], task
+    suite = suites().get(case.suite)
+    task = suite and _task(suite, case)
+    if not task:
+        raise ValueError(f"{path}: this version of the benchmark has no row {key}")
+    return suite, task
 
 
-def _task(row: Row) -> Task | None:
-    case = row.case
+def _task(suite: Suite, case: Case) -> Task | None:
+    if not case.uses:
+        return None
     selection = Selection(
         networks=(case.uses[0].network,),
         batches=(case.batch,),
@@ -31,11 +35,16 @@ def _task(row: Row) -> Task | None:
         layouts=(case.layout,),
         computations=(case.computation,),
     )
-    return next((task for task in tasks(suites()[case.suite], selection) if task.case.key == case.key), None)
+    return next((task for task in tasks(suite, selection) if task.case.key == case.key), None)
 
 
 def main(path: Path, key: str, calls: int = 3, cpu: bool = False) -> None:
-    suite, task = find(path, key)
+    try:
+        suite, task = find(path, key)
+    except (ValueError, ResultsError, OSError) as error:
+        command.fail(error)
+    if not (cpu or torch.cuda.is_available()):
+        command.fail("no CUDA device here; --cpu runs the row on the CPU")
     device = torch.device("cpu" if cpu else "cuda")
     with torch_at_its_best(task.case.dtype):
         tensors = suite.tensors(task, device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -76,7 +77,7 @@ def _in_layout(
 ) -> Implementation:
     if not layout:
         return Implementation(library, "as PyTorch calls it", function)
-    setting = f"{layout}, cudnn.benchmark on, deterministic off"
+    setting = f"{layout}, cudnn.benchmark on, deterministic off" if "cuDNN" in library else layout
     return Implementation(f"{library} {layout}", setting, function, lambda tensors: prepare(to_layout(layout, tensors)))
 
 
@@ -93,9 +94,16 @@ def compiled(function: Callable[..., Any], name: str, layout: str, mode: str | N
 
 def compile_for_these_shapes(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
     """torch.compile's best: no allowance for other shapes."""
-    # What was compiled for the row before would count against the limit of recompilations.
-    torch.compiler.reset()
     return torch.compile(function, mode=mode, dynamic=False)
+
+
+def forget_compiled() -> None:
+    """Between rows: what was compiled for one would count against the next one's limit of recompilations.
+
+    Not between two candidates of a row: the first would be compiled again while it is timed.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _flaggems(function: Callable[..., Any], layout: str) -> Implementation:

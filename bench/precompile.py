@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 import torch
 
 from bench.peers import torch_at_its_best
-from bench.suite import Task, suites
+from bench.suite import Suite, Task, suites
 from gpukern.runtime.device import DeviceSpec
 
 
@@ -38,11 +38,20 @@ def precompile(
     # spawn: a fork of a process that has started CUDA cannot use Triton's compiler safely.
     context = multiprocessing.get_context("spawn")
     kernels = 0
-    with ProcessPoolExecutor(min(processes, len(shares)) or 1, mp_context=context, initializer=_without_gpu) as pool:
+    pool = ProcessPoolExecutor(min(processes, len(shares)) or 1, mp_context=context, initializer=_without_gpu)
+    try:
         futures = {pool.submit(_compile, suite_name, share, device): len(share) for share in shares}
         for future in as_completed(futures):
-            kernels += future.result()
+            with contextlib.suppress(Exception):  # a worker that died, above all: it takes the others' work along
+                kernels += future.result()
             on_done(futures[future])
+    except BaseException:
+        # An interrupted run must save now, not after what was submitted has been compiled.
+        for worker in list((pool._processes or {}).values()):
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     return kernels
 
 
@@ -61,13 +70,19 @@ def _compile(suite_name: str, tasks: Sequence[Task], device: DeviceSpec) -> int:
     before = len(_compiled)
     for task in tasks:
         with record_launches(device) as launches, torch_at_its_best(task.case.dtype), torch.no_grad():
-            tensors = suite.tensors(task, meta)
-            for implementation in suite.implementations(task, (), meta):
-                with contextlib.suppress(Exception):
-                    implementation.function(*implementation.prepare(tensors))
+            _call(suite, task, meta)
         for launch in launches:
             if launch.key not in _compiled:
                 _compiled.add(launch.key)
                 with contextlib.suppress(Exception):
                     launch.compile()
     return len(_compiled) - before
+
+
+def _call(suite: Suite, task: Task, device: torch.device) -> None:
+    """What fails here must not stop the tasks after it."""
+    with contextlib.suppress(Exception):
+        tensors = suite.tensors(task, device)
+        for implementation in suite.implementations(task, (), device):
+            with contextlib.suppress(Exception):
+                implementation.function(*implementation.prepare(tensors))

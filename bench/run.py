@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -108,6 +109,9 @@ class _File:
         old = None if fresh or not path.exists() else results.read(path)
         if old is not None:
             self._check(old, made, described)
+        # Rather now than after the first row was measured: can anything be written there?
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
         self._rows = {row.case.key: row for row in old.rows} if old else {}
         self.results = Results(made, old.ceilings if old else ceilings(device), described, tuple(self._rows.values()))
 
@@ -128,13 +132,14 @@ class _File:
 
     def add(self, row: Row) -> None:
         known = self._rows.get(row.case.key)
-        self._rows[row.case.key] = row if known is None else _with_uses(row, known.case.uses)
+        self._rows[row.case.key] = row if known is None else _with_uses(row, known.case.uses, row.case.uses)
         if time.monotonic() - self._saved_at > _SAVE_EVERY:
             self.save()
 
     def add_uses(self, task: Task) -> None:
         """A network that was measured earlier shares the row with one asked for now."""
-        self._rows[task.case.key] = _with_uses(self._rows[task.case.key], task.case.uses)
+        known = self._rows[task.case.key]
+        self._rows[task.case.key] = _with_uses(known, known.case.uses, task.case.uses)
 
     def save(self) -> None:
         made = replace(self.results.environment, date=now())
@@ -143,8 +148,8 @@ class _File:
         self._saved_at = time.monotonic()
 
 
-def _with_uses(row: Row, uses: tuple[Use, ...]) -> Row:
-    return replace(row, case=replace(row.case, uses=merged(row.case.uses, uses)))
+def _with_uses(row: Row, old: tuple[Use, ...], new: tuple[Use, ...]) -> Row:
+    return replace(row, case=replace(row.case, uses=merged(old, new)))
 
 
 @contextlib.contextmanager

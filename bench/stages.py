@@ -56,7 +56,8 @@ def check(folder: Path) -> list[Step]:
 
 def tune(folder: Path) -> list[Step]:
     """Other plans beside the chosen ones, for the layers that most of a network's time goes to."""
-    step = _suite(folder)
+    # Many candidates a row: few samples of each.
+    step = _suite(folder, "--seconds", "0.05")
     return [
         step("plans", "forward-32", "--computation", "forward"),
         step("plans", "input-gradient-32", "--computation", "input gradient"),
@@ -108,11 +109,11 @@ def profile(folder: Path) -> list[Step]:
     ]
 
 
-def _suite(folder: Path) -> Callable[..., Step]:
+def _suite(folder: Path, *always: str) -> Callable[..., Step]:
     out = str(folder.parent.parent)
 
     def step(suite: str, name: str, *options: str) -> Step:
-        command = (sys.executable, "-m", "bench", suite, *options, "--out", out, "--resume")
+        command = (sys.executable, "-m", "bench", suite, *options, *always, "--out", out, "--resume")
         return Step(f"{suite}-{name}", command)
 
     return step

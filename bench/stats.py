@@ -34,12 +34,11 @@ def spread(samples: Sequence[float]) -> Spread:
         raise ValueError("no samples")
     ordered = sorted(samples)
     n = len(ordered)
-    left_out, probability = 0, 0.5**n
-    while probability <= 0.025:
-        left_out += 1
-        probability += math.comb(n, left_out) * 0.5**n
-    # left_out samples at each end may go: P(fewer than left_out of n below the median) ≤ 2.5 %.
-    first = max(left_out - 1, 0)
+    # In whole numbers: 2⁻ⁿ underflows for large n. P(at most k of n lie below the median) = ways / 2ⁿ.
+    first, ways = 0, 1 + n
+    while 40 * ways <= 2**n:
+        first += 1
+        ways += math.comb(n, first + 1)
     quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if n > 1 else ordered * 3
     return Spread(statistics.median(ordered), ordered[first], ordered[n - 1 - first], quartiles[0], quartiles[2])
 

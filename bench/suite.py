@@ -18,6 +18,7 @@ import torch
 
 from bench.results import Case, Prediction, Use
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.roofline import Work
 
 Tensors = tuple[Any, ...]
@@ -46,6 +47,13 @@ class Implementation:
     prepare: Callable[[Tensors], Tensors] = tuple
     #: Why it cannot run here; it is then shown as missing.
     missing: str = ""
+
+
+def in_mode(setting: str, device: torch.device) -> str:
+    """``setting`` of gpukern, and what really runs there if it is not its kernels on a GPU."""
+    mode = Mode.KERNELS if device.type == "cuda" else mode_of(torch.empty(0, device=device))
+    words = {Mode.REFERENCE: "reference mode, plain torch", Mode.EMULATED: "kernels emulated"}.get(mode, "")
+    return ", ".join(filter(None, (setting, words)))
 
 
 class Suite(abc.ABC, Generic[P]):
@@ -125,7 +133,7 @@ def suites() -> dict[str, Suite]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tasks of a suite. Empty means all that the suite has."""
+    """Which tasks of a suite: those of every combination."""
 
     networks: tuple[str, ...]
     batches: tuple[int, ...]
@@ -139,7 +147,7 @@ class Selection:
 def tasks(suite: Suite, selection: Selection) -> list[Task]:
     """One task a distinct key: what several networks share is measured once, and lists all its uses."""
     found: dict[str, Task] = {}
-    for computation in selection.computations or suite.computations:
+    for computation in selection.computations:
         for dtype in selection.dtypes:
             for layout in selection.layouts:
                 for batch in selection.batches:

@@ -68,6 +68,8 @@ class EagerStopwatch:
         self._passes = _passes(self.stop(), len(calls), target)
 
     def start(self) -> None:
+        # While the device still works on the candidate before, Python would get ahead and its gaps would not show.
+        torch.cuda.synchronize()
         self._begin.record()
         for _ in range(self._passes):
             for call in self._calls:
@@ -112,11 +114,20 @@ class GraphStopwatch:
             for call in calls[:2]:
                 call()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(passes):
-                outputs = [call() for call in calls]
-                del outputs
+        graph, failures = torch.cuda.CUDAGraph(), []
+        try:
+            # The outer context: torch.cuda.graph leaves its own stream current when a capture fails.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+                try:
+                    for _ in range(passes):
+                        outputs = [call() for call in calls]
+                        del outputs
+                except Exception as problem:
+                    failures.append(problem)
+                    raise
+        except Exception as problem:
+            # Ending a capture that failed raises again, and says less than what made it fail.
+            raise (*failures, problem)[0] from None
         return graph
 
     def start(self) -> None:

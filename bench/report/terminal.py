@@ -100,7 +100,11 @@ def _table(group: Group, peers: Sequence[str]) -> Table:
         totals = group.totals_of(network)
         ours = max(totals.values(), key=lambda total: total.covered)
         cells = [_total(totals.get(name)) for name in usual]
-        table.add_row(Text(f"Σ {words.one_line(network)}, {ours.covered} layers"), words.micro(ours.ours_us), *cells)
+        table.add_row(
+            Text(f"Σ {words.one_line(network)}, {words.count(ours.covered, 'layer')}"),
+            words.micro(ours.ours_us),
+            *cells,
+        )
     return table
 
 

@@ -13,7 +13,7 @@ from bench.layers import LayerCall, distinct
 from bench.peers import to_layout, torch_peers
 from bench.predict import predict_convolution
 from bench.results import Case, Prediction, Use
-from bench.suite import Implementation, Suite, Task, Tensors, register
+from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from gpukern.ops._conv2d.cost import work
 from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
@@ -110,7 +110,8 @@ class Convolutions(Suite[ConvProblem]):
         if case.computation != "forward":
             # Compilers and FlagGems pass the gradients of a convolution on to cuDNN.
             peers = [peer for peer in peers if peer == "library"]
-        ours = Implementation("gpukern", case.layout, _gpukern(task.problem, case.computation, case.layout))
+        run = _gpukern(task.problem, case.computation, case.layout)
+        ours = Implementation("gpukern", in_mode(case.layout, device), run)
         return [ours, *torch_peers(function, "cuDNN", case.layout, peers, device)]
 
     def predict(self, task: Task[ConvProblem], device: DeviceSpec) -> Prediction:

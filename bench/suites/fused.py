@@ -9,7 +9,7 @@ import torch
 import gpukern.functional as F
 from bench.accuracy import DTYPES
 from bench.peers import torch_peers
-from bench.suite import Implementation, Task, Tensors, register
+from bench.suite import Implementation, Task, Tensors, in_mode, register
 from bench.suites.conv import Convolutions, conv_tensors
 from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.problem import ConvProblem
@@ -34,14 +34,16 @@ class FusedConvolutions(Convolutions):
     ) -> list[Implementation]:
         p, layout = task.problem, task.case.layout
         geometry = p.stride, p.padding[::2], p.dilation, p.groups
-        ours = Implementation(
-            "gpukern", f"{layout}, one kernel", lambda x, w, b: F.conv2d(x, w, b, *geometry, activation="relu")
-        )
+        setting = in_mode(f"{layout}, one kernel", device)
+        ours = Implementation("gpukern", setting, lambda x, w, b: F.conv2d(x, w, b, *geometry, activation="relu"))
         others = torch_peers(_torch(p), "cuDNN + ReLU", layout, peers, device)
         if "library" in peers:
             fused = torch.ops.aten.cudnn_convolution_relu.default
             setting = f"{layout}, cudnn_convolution_relu"
-            others.append(Implementation("cuDNN fused", setting, lambda x, w, b: fused(x, w, b, *geometry)))
+            missing = "" if device.type == "cuda" else "cuDNN needs a CUDA device"
+            others.append(
+                Implementation("cuDNN fused", setting, lambda x, w, b: fused(x, w, b, *geometry), missing=missing)
+            )
         return [ours, *others]
 
 

@@ -15,7 +15,7 @@ from bench.layers import LayerCall, distinct
 from bench.peers import torch_peers
 from bench.predict import predict_convolution
 from bench.results import Prediction, Use
-from bench.suite import Implementation, Suite, Task, Tensors, register
+from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from bench.suites.conv import DIRECTIONS
 from gpukern.ops._conv2d.cost import work
 from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
@@ -77,7 +77,7 @@ class Linears(Suite[Linear]):
         return _torch(task.case.computation)(*(t.double() for t in tensors))
 
     def implementations(self, task: Task[Linear], peers: Sequence[str], device: torch.device) -> list[Implementation]:
-        ours = Implementation("gpukern", "", _gpukern(task.case.computation))
+        ours = Implementation("gpukern", in_mode("", device), _gpukern(task.case.computation))
         return [ours, *torch_peers(_torch(task.case.computation), "cuBLAS", "", peers, device)]
 
     def predict(self, task: Task[Linear], device: DeviceSpec) -> Prediction:

@@ -15,7 +15,7 @@ import gpukern
 from bench.accuracy import DTYPES, network_bound
 from bench.peers import both_layouts, compile_for_these_shapes, to_layout
 from bench.results import Prediction, Use
-from bench.suite import Implementation, Suite, Task, Tensors, register
+from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from bench.suites.conv import Convolutions
 from bench.suites.linear import Linears
 from bench.suites.pool import Pools
@@ -90,7 +90,7 @@ class Models(Suite[WholeNetwork]):
         self, task: Task[WholeNetwork], peers: Sequence[str], device: torch.device
     ) -> list[Implementation]:
         layout = task.case.layout
-        found = [_implementation(task, "gpukern", layout, "gpukern.convert, eager", gpukern.convert)]
+        found = [_implementation(task, "gpukern", layout, in_mode("gpukern.convert, eager", device), gpukern.convert)]
         if "library" in peers:
             found += [
                 _implementation(task, f"PyTorch {each}", each, "eager, cudnn.benchmark on")

@@ -15,6 +15,7 @@ from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant, plan
 from gpukern.ops._conv2d.prepare import prepare_gather, prepare_weight_grad
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.mode import EMULATE
 
 
 class Plans(Convolutions):
@@ -30,9 +31,14 @@ class Plans(Convolutions):
         precision = "tf32" if task.case.dtype == "tf32" else "ieee"
         name = str(dtype).removeprefix("torch.")
         chosen = plan(task.problem, direction, name, precision, device_spec(device))
-        found = {describe_plan(each): each for each in (chosen, *_others(chosen, direction))}
+        found = {}
+        for each in (chosen, *_others(chosen, direction)):
+            found.setdefault(describe_plan(each), each)
+        missing = "" if device.type != "cpu" or EMULATE else "the kernels need a CUDA device"
         return [
-            Implementation(f"gpukern {words}", task.case.layout, _with_plan(task, direction, precision, each))
+            Implementation(
+                f"gpukern {words}", task.case.layout, _with_plan(task, direction, precision, each), missing=missing
+            )
             for words, each in found.items()
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from bench.layers import LayerCall, distinct
 from bench.peers import to_layout, torch_peers
 from bench.predict import prediction
 from bench.results import Prediction, Use
-from bench.suite import Implementation, Suite, Task, Tensors, register
+from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from gpukern.ops._pool2d.cost import Pooling, cost, work
 from gpukern.ops._pool2d.plan import PoolPlan, plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_problem, pool_problem
@@ -26,6 +27,7 @@ from gpukern.ops.pool2d import (
     max_pool2d_with_taps,
 )
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.integers import cdiv
 from gpukern.runtime.roofline import Work
 
 FORWARD, FOR_TRAINING, BACKWARD = "forward", "forward for training", "backward"
@@ -91,6 +93,13 @@ class Pools(Suite[Pool]):
         words += f", window {w.kernel[0]}×{w.kernel[1]}, stride {w.stride[0]}×{w.stride[1]}"
         if any(w.padding):
             words += f", padding {w.padding[0]}×{w.padding[1]}"
+        if w.dilation != (1, 1):
+            words += f", dilation {w.dilation[0]}×{w.dilation[1]}"
+        words += ", rounded up" * w.ceil_mode
+        if problem.kind is Kind.AVERAGE:
+            words += ", padding not counted" * (not w.count_include_pad)
+            words += f", divided by {w.divisor_override}" * (w.divisor_override is not None)
+            sizes |= {"count_include_pad": w.count_include_pad, "divisor_override": w.divisor_override}
         names = ("kernel", "stride", "padding", "dilation")
         return words, sizes | {name: list(getattr(w, name)) for name in names} | {"ceil_mode": w.ceil_mode}
 
@@ -107,11 +116,17 @@ class Pools(Suite[Pool]):
         return work(task.problem.window, _pooling(task), DTYPES[task.case.dtype].itemsize)
 
     def bound(self, task: Task[Pool]) -> float:
-        w = task.problem.window
-        if task.case.computation == BACKWARD:
-            return sum_bound(task.case.dtype, 4)
-        # A maximum is one of its inputs, exactly.
-        return 0.0 if task.problem.kind is Kind.MAX else sum_bound(task.case.dtype, (w.H // w.P + 1) * (w.W // w.Q + 1))
+        """Of sums over a window; backward, over the windows that an element lies in."""
+        w, backward = task.problem.window, task.case.computation == BACKWARD
+        if task.problem.kind is Kind.MAX and not backward:
+            return 0.0  # one of the inputs, exactly
+        if isinstance(w, AdaptiveProblem):
+            sides = ((w.H, w.P), (w.W, w.Q))
+            terms = math.prod(cdiv(*(reversed(side) if backward else side)) + 1 for side in sides)
+        else:
+            sides = zip(w.kernel, w.stride, strict=True)
+            terms = math.prod(cdiv(*side) if backward else side[0] for side in sides)
+        return sum_bound(task.case.dtype, terms)
 
     def tensors(self, task: Task[Pool], device: torch.device) -> Tensors:
         """x and ∂L/∂y."""
@@ -126,7 +141,7 @@ class Pools(Suite[Pool]):
     def implementations(self, task: Task[Pool], peers: Sequence[str], device: torch.device) -> list[Implementation]:
         layout = task.case.layout
         saved, function = _gpukern(task)
-        ours = Implementation("gpukern", layout, function, saved)
+        ours = Implementation("gpukern", in_mode(layout, device), function, saved)
         saved, function = _torch(task)
         if task.case.computation != FORWARD:
             peers = [peer for peer in peers if peer == "library"]
@@ -199,6 +214,8 @@ def _torch(task: Task[Pool]) -> Steps:
         )
     if pool.kind is Kind.AVERAGE:
         return tuple, lambda x, dy: aten.avg_pool2d_backward(dy, x, *geometry)
+    if geometry == ((1, 1),):  # torch takes the mean then, and this is the mean's derivative
+        return tuple, lambda x, dy: dy.expand_as(x) / (x.shape[2] * x.shape[3])
     return tuple, lambda x, dy: aten._adaptive_avg_pool2d_backward(dy, x)
 
 

@@ -1,0 +1,289 @@
+"""Runs that are stopped, taken up again, added to, and kept apart from others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import results
+from bench import run as module
+from bench.measure import DeviceLost
+from bench.results import Candidate, Ceilings, ResultsError, Row, Use
+from bench.run import Outcome, run
+from bench.suite import Selection, tasks
+from tests.bench import made_up
+from tests.bench.tiny import CPU, QUICK, Products, candidate, product
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The device's limits take seconds to measure."""
+    monkeypatch.setattr(module, "ceilings", lambda device: Ceilings(1e9, {"float32": 1e9}))
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "new folder" / "tiny.json"
+
+
+def chosen(suite: Products, *networks: str) -> list:
+    return tasks(suite, Selection(networks or ("lenet",), (2,), ("float32",), ("",), ("forward",)))
+
+
+def measure_into(path: Path, suite: Products | None = None, networks=("lenet",), method=QUICK, **options) -> Outcome:
+    suite = suite or Products()
+    return run(suite, chosen(suite, *networks), method, CPU, path, **options)
+
+
+def rows(path: Path) -> dict[str, Row]:
+    return {row.case.problem: row for row in results.read(path).rows}
+
+
+class Stopping(Products):
+    """Raises in the tensors of the second row."""
+
+    problem: BaseException = KeyboardInterrupt()
+
+    def tensors(self, task, device):
+        if task.problem[1] == 2 * len("lenet"):
+            raise self.problem
+        return super().tensors(task, device)
+
+
+def test_rows_are_saved_as_they_come(path, monkeypatch):
+    monkeypatch.setattr(module, "_SAVE_EVERY", 0.0)
+    saved = []
+    measure_into(path, on_row=lambda task, row: saved.append(len(rows(path)) if row else None))
+    assert saved == [None, 1, None, 2, None, 3]
+
+
+def test_a_large_file_is_not_rewritten_for_each_row_but_is_whole_in_the_end(path, monkeypatch):
+    monkeypatch.setattr(module, "_SAVE_EVERY", 1e9)
+    written = []
+    write = results.write
+    monkeypatch.setattr(module.results, "write", lambda *a: (written.append(1), write(*a)))
+    outcome = measure_into(path)
+    assert len(written) <= 2 and len(rows(path)) == 3
+    assert outcome == replace(outcome, measured=3, found=0, left=0, stopped="")
+    assert results.read(path) == outcome.results
+
+
+# ---- stopped -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, module.Interrupted])
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(stop, path):
+    suite = Stopping()
+    suite.problem = stop()
+    outcome = measure_into(path, suite)
+    assert (outcome.measured, outcome.left, outcome.stopped) == (1, 2, "interrupted")
+    first = rows(path)
+    assert list(first) == ["2×1"]
+    outcome = measure_into(path, resume=True)
+    assert (outcome.measured, outcome.found, outcome.left, outcome.stopped) == (2, 1, 0, "")
+    assert len(rows(path)) == 3 and rows(path)["2×1"] == first["2×1"]  # not measured again
+
+
+def test_an_error_of_the_suite_itself_is_raised_and_loses_no_row(path):
+    class Broken(Products):
+        def work(self, task):
+            if task.problem[1] > 1:
+                raise ZeroDivisionError
+            return super().work(task)
+
+    with pytest.raises(ZeroDivisionError):
+        measure_into(path, Broken())
+    assert list(rows(path)) == ["2×1"]
+
+
+def test_a_lost_device_stops_the_run_and_its_row_is_not_tried_again(path, monkeypatch):
+    measured = []
+    real = module.measure
+
+    def measure(suite, task, method, device):
+        row = real(suite, task, method, device)
+        measured.append(task.case.problem)
+        if len(measured) == 2:
+            broken = Candidate("gpukern", "", "failed", "broke the device")
+            raise DeviceLost(replace(row, candidates=(broken, *row.candidates[1:])))
+        return row
+
+    monkeypatch.setattr(module, "measure", measure)
+    outcome = measure_into(path)
+    assert (outcome.measured, outcome.left) == (2, 1)
+    assert outcome.stopped.startswith("the device was lost on tiny/") and "a new process" in outcome.stopped
+    assert rows(path)["2×10"].candidates[0].status == "failed"
+    assert measure_into(path, resume=True).measured == 1 and measured == ["2×1", "2×10", "2×15"]
+
+
+@pytest.mark.parametrize("until, measured", [(0.0, 0), (100.0, 3), (2.5, 2)])
+def test_a_run_ends_before_the_row_that_would_begin_too_late(until, measured, path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+
+    def on_row(task, row):
+        now[0] += 1.25 if row else 0
+
+    outcome = measure_into(path, until=until, on_row=on_row)
+    assert (outcome.measured, outcome.left) == (measured, 3 - measured)
+    assert outcome.stopped == ("" if measured == 3 else "the time was up")
+    assert len(rows(path)) == measured
+
+
+# ---- taken up again ------------------------------------------------------------------------------------------------
+
+
+def test_resume_measures_again_where_a_wanted_peer_is_missing(path):
+    measure_into(path, method=replace(QUICK, peers=()))
+    assert {len(row.candidates) for row in rows(path).values()} == {1}
+    outcome = measure_into(path, resume=True)
+    assert (outcome.measured, outcome.found) == (3, 0)
+    assert {len(row.candidates) for row in rows(path).values()} == {2}
+    # The other way round nothing is missing.
+    assert measure_into(path, resume=True, method=replace(QUICK, peers=())).measured == 0
+    assert {len(row.candidates) for row in rows(path).values()} == {2}
+
+
+def test_without_resume_rows_are_measured_again_and_others_stay(path):
+    suite = Products(candidate("gpukern", product))
+    measure_into(path, suite)
+    before = rows(path)
+    outcome = measure_into(path, Products(candidate("gpukern", product), layers=2))
+    assert (outcome.measured, outcome.found) == (2, 0)
+    after = rows(path)
+    assert list(after) == list(before) and after["2×15"] == before["2×15"]
+    assert after["2×1"].candidates != before["2×1"].candidates
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_rows_of_other_networks_stay_and_a_shared_one_has_both_uses(resume, path):
+    measure_into(path)
+    outcome = measure_into(path, networks=("vgg16x",), resume=resume)
+    assert (outcome.measured, outcome.found) == ((2, 1) if resume else (3, 0))
+    found = rows(path)
+    assert set(found) == {"2×1", "2×10", "2×15", "2×12", "2×18"}
+    assert found["2×1"].case.uses == (Use("lenet", "lenet.layer1", 1), Use("vgg16x", "vgg16x.layer1", 1))
+    assert [use.network for use in found["2×10"].case.uses] == ["lenet"]
+
+
+def test_fresh_forgets_even_what_cannot_be_read(path):
+    measure_into(path)
+    measure_into(path, Products(layers=1), fresh=True)
+    assert list(rows(path)) == ["2×1"]
+    path.write_text("{")
+    with pytest.raises(ResultsError, match="not JSON"):
+        measure_into(path)
+    assert measure_into(path, fresh=True, resume=True).measured == 3
+
+
+# ---- kept apart ----------------------------------------------------------------------------------------------------
+
+
+def changed(path: Path, **changes) -> None:
+    found = results.read(path)
+    results.write(path, replace(found, environment=replace(found.environment, **changes)))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("device", "another"), ("torch", "0"), ("source", "0"), ("driver", "1"), ("flags", {}), ("python", "2.7")],
+)
+def test_another_setup_is_refused_by_name_and_the_file_stays(name, value, path):
+    measure_into(path)
+    changed(path, **{name: value})
+    before = path.read_bytes()
+    for resume in (False, True):
+        with pytest.raises(ResultsError, match=rf"was made under another {name}: choose another --out, or --fresh"):
+            measure_into(path, resume=resume)
+    assert path.read_bytes() == before
+
+
+def test_everything_that_differs_is_named(path):
+    measure_into(path)
+    changed(path, torch="0", source="0")
+    with pytest.raises(ResultsError, match="under another torch, source, method:"):
+        measure_into(path, method=replace(QUICK, seconds=1.0))
+
+
+def test_another_commit_with_the_same_code_goes_on(path):
+    measure_into(path)
+    changed(path, commit="another", modified=True, date="2001-01-01T00:00:00Z")
+    assert measure_into(path, resume=True).measured == 0
+
+
+def test_a_measured_row_never_joins_predictions(path):
+    results.write(path, made_up.predictions())
+    before = path.read_bytes()
+    with pytest.raises(ResultsError, match="holds predictions, which no measured row may join"):
+        measure_into(path, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    heard = []
+    with pytest.raises(OSError):
+        measure_into(tmp_path / "file" / "tiny.json", on_row=lambda task, row: heard.append(row))
+    assert not heard
+
+
+# ---- signals to a process ------------------------------------------------------------------------------------------
+
+
+def bench(out: Path, *options: str) -> subprocess.Popen:
+    """Two rows, of half a second each."""
+    chosen = ("--suite", "lenet", "--batch", "1", "--computation", "forward", "--peers", "none", "--seconds", "0.5")
+    command = [sys.executable, "-m", "bench", "conv", "--cpu", *chosen, "--out", str(out), *options]
+    environment = {k: v for k, v in os.environ.items() if k not in ("GPUKERN_EMULATE", "TRITON_INTERPRET")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+
+def wait_for_a_row(out: Path, process: subprocess.Popen) -> Path:
+    """The file, when it has a row and the process is at another one."""
+    for _ in range(1200):
+        for path in out.rglob("conv.json"):
+            if json.loads(path.read_text())["rows"]:
+                return path
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("no row in a minute")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_process_leaves_its_rows_and_another_completes_them(number, tmp_path):
+    process = bench(tmp_path)
+    path = wait_for_a_row(tmp_path, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    (done,) = results.read(path).rows
+    assert [each.name for each in path.parent.glob("*.json")] == ["conv.json"]
+    if number is signal.SIGKILL:
+        return
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1] == "bench: 1 row left, interrupted; --resume goes on" and "Traceback" not in errors
+    assert path.with_suffix(".html").exists()
+    if number is signal.SIGINT:
+        resumed = bench(tmp_path, "--resume")
+        output, errors = resumed.communicate(timeout=120)
+        assert resumed.returncode == 0, errors
+        assert "1 row measured, 1 found there" in output
+        assert results.read(path).rows[0] == done and len(results.read(path).rows) == 2
+
+
+def test_a_network_s_newer_layer_names_count(path):
+    suite = Products(layers=1)
+    measure_into(path, suite)
+    (newer,) = (replace(each, case=replace(each.case, uses=(Use("lenet", "renamed", 2),))) for each in chosen(suite))
+    for resume in (True, False):
+        run(suite, [newer], QUICK, CPU, path, resume=resume)
+        assert rows(path)["2×1"].case.uses == (Use("lenet", "renamed", 2),)
