@@ -3,8 +3,9 @@
 #
 # Needs PyTorch, Triton, pytest and this checkout, nothing installed. A stage does the most valuable first, stops before
 # its time is up (MINUTES, default 9) and goes on there when run again; its last lines are the verdict. Files go to
-# bench/results/DEVICE/COMMIT/, or to $OUT/DEVICE/COMMIT/ where OUT is set, beginning with what the former has.
-# GPUKERN_COMMIT names the commit where the checkout came without its git.
+# bench/results/DEVICE/COMMIT/ and, where OUT is set, all of them after each step as $OUT/results.tar.gz: unpacked in
+# bench/results of a checkout, they are what the next machine goes on from. GPUKERN_COMMIT names the commit where the
+# checkout came without its git.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then

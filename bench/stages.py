@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import shutil
 import signal
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from bench import results
 from bench.command import RESULTS
 from bench.environment import device_name, run_name, slug
-from bench.report import group_title, record
+from bench.report import group_title, page, record
 from bench.report.summary import summarize
 from bench.results import Results
 from bench.steps import Step, run_stage
@@ -164,26 +165,33 @@ def main(arguments: list[str]) -> int:
     # Then a step that runs is stopped too, instead of living on.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stage = arguments[0]
-    out = Path(os.environ.get("OUT") or RESULTS)
     place = Path(slug(device_name(torch.device("cuda")))) / run_name()
-    folder = out / place
+    folder = RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
-    if out != RESULTS:
-        for path in (RESULTS / place).glob("*.json"):
-            if not (folder / path.name).exists():
-                shutil.copy2(path, folder)
     steps = STAGES[stage](folder)
     if not steps:
         print(f"{stage}: nothing to do: no measured rows in {folder}; run bench first", file=sys.stderr)
         return 1
-    status = run_stage(stage, steps, folder, 60 * float(os.environ.get("MINUTES", "9")))
+    # After each step: whatever ends this machine, what was done is there.
+    pack = functools.partial(_pack, folder, place, os.environ.get("OUT"))
+    status = run_stage(stage, steps, folder, 60 * float(os.environ.get("MINUTES", "9")), after_each=pack)
     if stage in ("bench", "tune"):
-        print(
-            "\n".join(
-                ["", "against the best of the others on each row (above 1: gpukern is faster)", *headlines(folder)]
-            )
-        )
+        files = list(_measured(folder))
+        results.write_text(folder / "report.html", page.render(files))
+        print("\nagainst the best of the others on each row (above 1: gpukern is faster)")
+        print("\n".join(headlines(folder)))
+    pack()
     return status
+
+
+def _pack(folder: Path, place: Path, out: str | None) -> None:
+    """All files of ``folder`` as one archive in ``out``, to be unpacked in bench/results."""
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        partial = Path(out) / ".results.tar.gz"
+        with tarfile.open(partial, "w:gz") as archive:
+            archive.add(folder, arcname=str(place))
+        partial.replace(Path(out) / "results.tar.gz")
 
 
 if __name__ == "__main__":

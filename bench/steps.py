@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
@@ -64,7 +64,13 @@ class State:
         results.write_text(self._path, json.dumps(self._done, indent=1) + "\n")
 
 
-def run_stage(stage: str, steps: Iterable[Step], folder: Path, seconds: float) -> int:
+def run_stage(
+    stage: str,
+    steps: Iterable[Step],
+    folder: Path,
+    seconds: float,
+    after_each: Callable[[], None] = lambda: None,
+) -> int:
     """Run what is not done yet until ``seconds`` are over; the exit status: 0, 1 (failed) or 75 (unfinished)."""
     state, until = State(folder), time.monotonic() + seconds
     steps = list(steps)
@@ -77,6 +83,7 @@ def run_stage(stage: str, steps: Iterable[Step], folder: Path, seconds: float) -
             if left < min(_LEAST, seconds):
                 break
             state.put(stage, step, run_step(step, log, left))
+            after_each()
     return _verdict(stage, steps, state)
 
 

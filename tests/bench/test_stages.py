@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -201,32 +202,46 @@ def test_an_unknown_stage():
 
 @pytest.fixture
 def pretended_gpu(monkeypatch, tmp_path):
-    """A GPU by name alone, one step, and folders of its own."""
+    """The folder of results of a GPU that is one by name alone."""
     monkeypatch.setattr(stages.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(stages, "device_name", lambda device: "Made-up GPU")
     monkeypatch.setattr(stages, "run_name", lambda: "commit")
     monkeypatch.setattr(stages, "RESULTS", tmp_path / "kept")
+    monkeypatch.delenv("OUT", raising=False)
     before = signal.getsignal(signal.SIGTERM)
-    yield tmp_path / "kept" / "made-up-gpu" / "commit", tmp_path / "out" / "made-up-gpu" / "commit"
+    yield tmp_path / "kept" / "made-up-gpu" / "commit"
     signal.signal(signal.SIGTERM, before)
 
 
-def test_out_begins_with_what_is_kept(pretended_gpu, monkeypatch, capsys):
-    kept, out = pretended_gpu
-    kept.mkdir(parents=True)
-    (kept / "stages.json").write_text(json.dumps({"check/done": {"status": "passed", "seconds": 1.0, "last": "ok"}}))
-    results.write(kept / "conv.json", made_up.run())
-    monkeypatch.setenv("OUT", str(out.parent.parent))
-    both = lambda folder: [program("done", "raise SystemExit(1)"), program("new", "print('fine')")]  # noqa: E731
-    monkeypatch.setitem(stages.STAGES, "check", both)
+def test_another_machine_goes_on_from_what_was_packed(pretended_gpu, monkeypatch, tmp_path, capsys):
+    out, count = tmp_path / "out", tmp_path / "count"
+    monkeypatch.setenv("OUT", str(out))
+
+    def steps_of(folder: Path) -> list[Step]:
+        results.write(folder / "conv.json", made_up.run())
+        return [program("done", f"open({str(count)!r}, 'a').write('x')"), program("broken", "raise SystemExit(1)")]
+
+    monkeypatch.setitem(stages.STAGES, "bench", steps_of)
+    assert stages.main(["bench"]) == 1
+    assert "  conv · forward · float16" in capsys.readouterr().out
+    pretended_gpu.rename(tmp_path / "lost")
+    with tarfile.open(out / "results.tar.gz") as archive:
+        archive.extractall(tmp_path / "kept", filter="data")
+    expected = {"conv.json", "stages.json", "bench.log", "report.html"}
+    assert {path.name for path in pretended_gpu.iterdir()} == expected
+    assert [path.name for path in out.iterdir()] == ["results.tar.gz"]
+    assert stages.main(["bench"]) == 1
+    assert count.read_text() == "x"
+
+
+def test_packed_after_each_step(pretended_gpu, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    listing = f"import tarfile; print(tarfile.open({str(tmp_path / 'out' / 'results.tar.gz')!r}).getnames())"
+    monkeypatch.setitem(stages.STAGES, "check", lambda folder: [program("first", ""), program("second", listing)])
     assert stages.main(["check"]) == 0
-    assert set(came_to(out)) == {"check/done", "check/new"}
-    assert (out / "conv.json").exists() and set(came_to(kept)) == {"check/done"}
-    # The folder of a stage, and no deeper: two levels below OUT.
-    assert {path.name for path in out.iterdir()} == {"stages.json", "check.log", "conv.json"}
+    assert "made-up-gpu/commit/stages.json" in came_to(pretended_gpu)["check/second"][1]
 
 
-def test_profile_before_bench(pretended_gpu, monkeypatch, capsys):
-    monkeypatch.delenv("OUT", raising=False)
+def test_profile_before_bench(pretended_gpu, capsys):
     assert stages.main(["profile"]) == 1
     assert "run bench first" in capsys.readouterr().err
