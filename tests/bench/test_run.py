@@ -239,10 +239,30 @@ def test_a_place_that_cannot_be_written_is_known_before_anything_is_measured(tmp
 # ---- signals to a process ------------------------------------------------------------------------------------------
 
 
-def bench(out: Path, *options: str) -> subprocess.Popen:
-    """Two rows, of half a second each."""
-    chosen = ("--suite", "lenet", "--batch", "1", "--computation", "forward", "--peers", "none", "--seconds", "0.5")
-    command = [sys.executable, "-m", "bench", "conv", "--cpu", *chosen, "--out", str(out), *options]
+#: The command line, which stops to be interrupted in its second row: however slow the machine, it is not over before.
+WAITING = """
+import sys, time
+import bench.run
+from bench.cli import app
+
+measure, rows = bench.run.measure, []
+
+def wait_in_the_second(*arguments):
+    rows.append(arguments)
+    if len(rows) == 2:
+        time.sleep(300)
+    return measure(*arguments)
+
+bench.run.measure = wait_in_the_second
+app(prog_name="python -m bench")
+"""
+
+
+def bench(out: Path, *options: str, waiting: bool = False) -> subprocess.Popen:
+    """Two short rows."""
+    chosen = ("--suite", "lenet", "--batch", "1", "--computation", "forward", "--peers", "none", "--seconds", "0")
+    program = ("-c", WAITING) if waiting else ("-m", "bench")
+    command = [sys.executable, *program, "conv", "--cpu", *chosen, "--out", str(out), *options]
     environment = {k: v for k, v in os.environ.items() if k not in ("GPUKERN_EMULATE", "TRITON_INTERPRET")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
@@ -261,7 +281,7 @@ def wait_for_a_row(out: Path, process: subprocess.Popen) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_process_leaves_its_rows_and_another_completes_them(number, tmp_path):
-    process = bench(tmp_path)
+    process = bench(tmp_path, waiting=True)
     path = wait_for_a_row(tmp_path, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
