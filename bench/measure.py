@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.accuracy import relative_error
-from bench.peers import forget_compiled, torch_at_its_best
+from bench.peers import forget_compiled, torch_at_its_best, without_cudnn
 from bench.results import Candidate, Row
 from bench.suite import Implementation, Suite, Task, Tensors
 from bench.timing import Stopwatch, stopwatches, target_seconds
@@ -55,8 +55,7 @@ def measure(suite: Suite, task: Task, method: Method, device: torch.device) -> R
         implementations = suite.implementations(task, method.peers, device)
         try:
             sets = [suite.tensors(task, device) for _ in range(number)]
-            # Trying cuDNN's algorithms for float64 would take longer than all that is timed.
-            with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):
+            with without_cudnn():
                 reference = suite.reference(task, sets[0])
         except Exception as problem:
             contest.fail(implementations, f"no reference to check against: {_first_line(problem)}")

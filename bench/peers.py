@@ -36,6 +36,17 @@ def torch_at_its_best(dtype: str) -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """For the reference: a peer is not its own judge, and cuDNN would first try all its algorithms for float64."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
 def torch_peers(
     function: Callable[..., Any],
     library: str,

@@ -149,6 +149,23 @@ def test_preparation_is_not_timed_and_happens_once(watched):
     assert len(prepared) == 1
 
 
+def test_cudnn_is_at_its_best_and_no_judge():
+    cudnn, seen = torch.backends.cudnn, []
+
+    class Recording(Products):
+        def reference(self, task, tensors):
+            seen.append(cudnn.enabled)
+            return super().reference(task, tensors)
+
+    def recorded(x, w):
+        seen.append((cudnn.enabled, cudnn.benchmark, cudnn.deterministic))
+        return product(x, w)
+
+    measure(Recording(candidate("gpukern", recorded)), task(), QUICK, CPU)
+    assert seen[0] is False and set(seen[1:]) == {(True, True, False)}
+    assert cudnn.enabled
+
+
 def test_without_a_reference_nobody_is_right():
     class Large(Products):
         def reference(self, task, tensors):
