@@ -112,7 +112,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    need_gpu = sum("gpu" in report.keywords for report in skipped)
+    # A whole file that is skipped while it is collected has no keywords.
+    need_gpu = sum("gpu" in getattr(report, "keywords", ()) for report in skipped)
     mode = "on the GPU" if DEVICE.type == "cuda" else "emulated" if EMULATE else "reference only"
     terminalreporter.write_line(
         f"kernels: {mode}; skipped because they need a GPU: {need_gpu}, for other reasons: {len(skipped) - need_gpu}"
