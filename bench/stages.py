@@ -30,13 +30,14 @@ def check(folder: Path) -> list[Step]:
         return Step(name, pytest)
 
     def sanitized(tool: str, name: str, path: str, *options: str) -> Step:
-        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "5")
+        program = "compute-sanitizer"
+        command = (program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5")
         pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", path, *options)
         # PyTorch's allocator hands out parts of large blocks, in which an access out of bounds stays unseen.
-        return Step(f"{tool}-{name}", (*command, *pytest), tool, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        return Step(f"{tool}-{name}", (*command, *pytest), program, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
     half = "-k", "forward_and_gradients and float16"
-    steps = [
+    return [
         Step("info", (sys.executable, "-c", "from gpukern.cli import app; app()", "info")),
         tests("conv2d", "tests/ops/test_conv2d.py"),
         tests("linear", "tests/ops/test_linear.py"),
@@ -52,7 +53,6 @@ def check(folder: Path) -> list[Step]:
         sanitized("racecheck", "pool2d", "tests/ops/test_pool2d.py", "-k", "dtypes_and_layouts"),
         tests("everything", "tests"),
     ]
-    return [Step(s.name, s.command, "compute-sanitizer" if s.needs else "", s.environment) for s in steps]
 
 
 def tune(folder: Path) -> list[Step]:
@@ -104,9 +104,10 @@ def profile(folder: Path) -> list[Step]:
     ncu = ["ncu", "--clock-control", "none", "--launch-count", "4", "--kernel-name", ours]
     for section in sections:
         ncu += ["--section", section]
+    # Named by the row: after another measurement other rows are the worst, and not done yet.
     return [
-        Step(f"row-{number}", (*ncu, sys.executable, "-m", "bench.one", str(path), key), "ncu")
-        for number, (path, key) in enumerate(worst_rows(folder), 1)
+        Step(f"row-{slug(key)}", (*ncu, sys.executable, "-m", "bench.one", str(path), key), "ncu")
+        for path, key in worst_rows(folder)
     ]
 
 

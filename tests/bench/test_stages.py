@@ -113,6 +113,7 @@ def test_steps_are_programs_with_names_of_their_own(stage, tmp_path):
     made = stages.STAGES[stage](tmp_path / "device" / "commit")
     assert len({step.name for step in made}) == len(made)
     for step in made:
+        assert step.needs in ("", step.command[0])
         paths = [word for word in step.command if word.startswith("tests")]
         assert all((ROOT / path).exists() for path in paths)
 
@@ -162,6 +163,7 @@ def test_the_worst_rows_are_profiled(tmp_path):
     made = stages.profile(tmp_path)
     assert [step.command[-2:] for step in made] == [(str(path), key) for path, key in stages.worst_rows(tmp_path)]
     assert all(step.needs == "ncu" for step in made)
+    assert len({step.name for step in made}) == 3 and made[0].name.endswith("-a")
 
 
 def test_headlines_tell_who_won(tmp_path):
