@@ -241,10 +241,12 @@ def test_a_place_that_cannot_be_written_is_known_before_anything_is_measured(tmp
 
 #: The command line, which stops to be interrupted in its second row: however slow the machine, it is not over before.
 WAITING = """
-import sys, time
+import signal, time
 import bench.run
 from bench.cli import app
 
+# A shell starts background jobs, and so all of a test run among them, with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 measure, rows = bench.run.measure, []
 
 def wait_in_the_second(*arguments):
