@@ -171,7 +171,7 @@ def _measure(
     suite: Suite, chosen: list[Task], method: Method, device: torch.device, out: Path, **options: object
 ) -> None:
     name = environment.device_name(device)
-    folder = out / environment.slug(f"cpu {name}" if device.type == "cpu" else name) / environment.run_name()
+    folder = out / environment.run_folder(device)
     path = folder / f"{suite.name}.json"
     typer.echo(f"{suite.title} on {name}: {count(len(chosen), 'row')}", err=True)
     try:

@@ -8,7 +8,6 @@ import hashlib
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 import gpukern
 from bench.results import Environment
+from gpukern.info import driver_version, package_version
 from gpukern.runtime.mode import EMULATE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ def environment(device: torch.device) -> Environment:
         device_type="cuda" if device.type == "cuda" else "cpu",
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=version("triton"),
+        triton=package_version("triton"),
         gpukern=gpukern.__version__,
         source=source_hash(),
         commit=commit,
@@ -49,13 +49,6 @@ def device_name(device: torch.device) -> str:
 def now() -> str:
     """UTC to the second, ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 @functools.cache
@@ -79,13 +72,18 @@ def revision() -> tuple[str | None, bool]:
     return commit, bool(changed)
 
 
-def run_name(made: Environment | None = None) -> str:
-    """The folder of a run's files: the commit, or the code's hash where that says more."""
-    source = made.source if made else source_hash()
-    commit, modified = (made.commit, made.modified) if made else revision()
+def run_name() -> str:
+    """Of a run with the code as it is: the commit, or the code's hash where that says more."""
+    commit, modified = revision()
     if commit is None:
-        return source
-    return f"{commit[:10]}-{source[:8]}" if modified else commit[:10]
+        return source_hash()
+    return f"{commit[:10]}-{source_hash()[:8]}" if modified else commit[:10]
+
+
+def run_folder(device: torch.device) -> Path:
+    """DEVICE/RUN, where a run's files go below the folder of all results."""
+    name = device_name(device)
+    return Path(slug(name if device.type == "cuda" else f"cpu {name}")) / run_name()
 
 
 def slug(name: str) -> str:
@@ -115,15 +113,10 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "sm_count": properties.multi_processor_count,
         "l2_cache": properties.L2_cache_size,
         "memory": properties.total_memory,
-        "driver": _driver(),
+        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": None if cudnn is None else str(cudnn),
     }
-
-
-def _driver() -> str | None:
-    lines = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    return lines.splitlines()[0].strip() if lines else None
 
 
 def _processor() -> str:
@@ -138,10 +131,7 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    return _output(["git", "-C", str(ROOT), *arguments])
-
-
-def _output(command: list[str]) -> str | None:
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -14,7 +14,7 @@ import torch
 
 from bench import results
 from bench.command import RESULTS
-from bench.environment import device_name, run_name, slug
+from bench.environment import run_folder, slug
 from bench.report import group_title, page, record
 from bench.report.summary import summarize
 from bench.results import Results
@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> int:
     # Then a step that runs is stopped too, instead of living on.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     stage = arguments[0]
-    place = Path(slug(device_name(torch.device("cuda")))) / run_name()
+    place = run_folder(torch.device("cuda"))
     folder = RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
     steps = STAGES[stage](folder)

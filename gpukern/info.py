@@ -86,7 +86,7 @@ def gather() -> Info:
     triton = _component("Triton", "triton", ("triton",))
     cupy = _component("CuPy", "cupy", _CUPY_PACKAGES)
     numpy = _component("NumPy", "numpy", ("numpy",))
-    driver = Component("NVIDIA driver", _driver_version())
+    driver = Component("NVIDIA driver", driver_version())
     devices, device_problem = _devices()
     return Info(
         components=(
@@ -120,7 +120,7 @@ def _torch_build() -> str:
 
 
 def _component(name: str, module_name: str, packages: tuple[str, ...]) -> Component:
-    installed = {package: version for package in packages if (version := _package_version(package))}
+    installed = {package: version for package in packages if (version := package_version(package))}
     detail = " and ".join(installed) if list(installed) != [module_name] else ""
     version = next(iter(installed.values()), None)
     try:
@@ -135,14 +135,16 @@ def _component(name: str, module_name: str, packages: tuple[str, ...]) -> Compon
     return Component(name, version or str(getattr(module, "__version__", "unknown")), detail, problem)
 
 
-def _package_version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Of an installed package, by the name it is installed under; None if it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _driver_version() -> str | None:
+def driver_version() -> str | None:
+    """NVIDIA's, by its own tool or the kernel's word; None without one."""
     program = shutil.which("nvidia-smi")
     if program:
         try:

@@ -89,7 +89,7 @@ def test_broken_imports_are_reported(monkeypatch):
 
 
 def test_several_cupy_packages_are_a_problem(monkeypatch):
-    monkeypatch.setattr(info, "_package_version", {"cupy-cuda12x": "14.2.0", "cupy": "13.0"}.get)
+    monkeypatch.setattr(info, "package_version", {"cupy-cuda12x": "14.2.0", "cupy": "13.0"}.get)
     monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace())
     component = info._component("CuPy", "cupy", info._CUPY_PACKAGES)
     assert component.detail == "cupy-cuda12x and cupy" and "uninstall" in component.problem
@@ -113,7 +113,7 @@ def test_driver_version_comes_from_nvidia_smi_or_the_kernel(monkeypatch, tmp_pat
     monkeypatch.setattr(info.shutil, "which", lambda program: "/usr/bin/nvidia-smi")
     answer = subprocess.CompletedProcess([], 0, stdout="580.65.06\n580.65.06\n")
     monkeypatch.setattr(info.subprocess, "run", lambda *args, **kwargs: answer)
-    assert info._driver_version() == "580.65.06"
+    assert info.driver_version() == "580.65.06"
 
     def fails(*args, **kwargs):
         raise subprocess.TimeoutExpired("nvidia-smi", 20)
@@ -122,9 +122,9 @@ def test_driver_version_comes_from_nvidia_smi_or_the_kernel(monkeypatch, tmp_pat
     kernel = tmp_path / "version"
     kernel.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n")
     monkeypatch.setattr(info, "Path", lambda path: kernel)
-    assert info._driver_version() == "550.54.15"
+    assert info.driver_version() == "550.54.15"
     kernel.unlink()
-    assert info._driver_version() is None
+    assert info.driver_version() is None
 
 
 def test_devices_are_described_and_their_failure_too(monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,11 +110,23 @@ def test_a_machine_without_git(checkout, committed, monkeypatch):
     assert shutil.which("git") is None and module.revision() == ("abc", False)
 
 
-def test_a_run_is_named_by_what_tells_it_from_others():
+def test_a_run_is_named_by_what_tells_it_from_others(monkeypatch):
     made = made_up.environment()
-    assert run_name(made) == made.commit[:10]
-    assert run_name(replace(made, modified=True)) == f"{made.commit[:10]}-{made.source[:8]}"
-    assert run_name(replace(made, commit=None)) == made.source
+    monkeypatch.setattr(module, "source_hash", lambda: made.source)
+    for revision, name in {
+        (made.commit, False): made.commit[:10],
+        (made.commit, True): f"{made.commit[:10]}-{made.source[:8]}",
+        (None, False): made.source,
+    }.items():
+        monkeypatch.setattr(module, "revision", lambda revision=revision: revision)
+        assert run_name() == name
+
+
+def test_a_run_on_a_cpu_is_in_no_gpu_s_folder(monkeypatch):
+    monkeypatch.setattr(module, "device_name", lambda device: "Made-up 9000")
+    monkeypatch.setattr(module, "run_name", lambda: "commit")
+    folders = [str(module.run_folder(torch.device(kind))) for kind in ("cpu", "cuda")]
+    assert folders == ["cpu-made-up-9000/commit", "made-up-9000/commit"]
 
 
 @pytest.mark.parametrize(

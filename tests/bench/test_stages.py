@@ -206,8 +206,7 @@ def test_an_unknown_stage():
 def pretended_gpu(monkeypatch, tmp_path):
     """The folder of results of a GPU that is one by name alone."""
     monkeypatch.setattr(stages.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(stages, "device_name", lambda device: "Made-up GPU")
-    monkeypatch.setattr(stages, "run_name", lambda: "commit")
+    monkeypatch.setattr(stages, "run_folder", lambda device: Path("made-up-gpu") / "commit")
     monkeypatch.setattr(stages, "RESULTS", tmp_path / "kept")
     monkeypatch.delenv("OUT", raising=False)
     before = signal.getsignal(signal.SIGTERM)
