@@ -226,6 +226,8 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return "forward was replaced on this object"
     if isinstance(module, torch.nn.LeakyReLU) and module.negative_slope < 0:
         return f"negative_slope = {module.negative_slope}: gpukern takes none below 0"
+    if isinstance(module, torch.nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
+        return f"it clamps to [{module.min_val}, {module.max_val}]: gpukern's ReLU6 to [0, 6] only"
     for parameter in module.parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"its parameters are of the tensor subclass {type(parameter).__name__}"

@@ -35,6 +35,11 @@ LAYERS = [
     nn.LeakyReLU(0.3),
     nn.Sigmoid(),
     nn.Tanh(),
+    nn.ReLU6(inplace=True),
+    nn.Hardsigmoid(),
+    nn.Hardswish(inplace=True),
+    nn.SiLU(inplace=True),
+    nn.GELU("tanh"),
 ]
 
 
@@ -208,6 +213,8 @@ def test_left_layers_and_their_reasons():
     patched.forward = lambda input: input
     subclassed = nn.Linear(2, 2)
     subclassed.weight = type("OtherParameter", (nn.Parameter,), {})(torch.zeros(2, 2))
+    clamp = nn.ReLU6()
+    clamp.max_val = 5.0
     model = nn.Sequential()
     for name, module in {
         "subclass": Scaled(1, 1, 1),
@@ -215,6 +222,7 @@ def test_left_layers_and_their_reasons():
         "lazy": nn.LazyLinear(2),
         "own": Doubled(),
         "slope": nn.LeakyReLU(-0.5),
+        "clamp": clamp,
         "fp64": nn.Linear(2, 2).double(),
         "complex64": nn.Conv2d(1, 1, 1, dtype=torch.complex64),
         "patched": patched,
@@ -233,6 +241,7 @@ def test_left_layers_and_their_reasons():
         "lazy": "not initialized yet: run the model once, then convert it",
         "own": "not a torch.nn layer: convert does not look inside its forward",
         "slope": "negative_slope = -0.5: gpukern takes none below 0",
+        "clamp": "it clamps to [0.0, 5.0]: gpukern's ReLU6 to [0, 6] only",
         "fp64": "its parameters are torch.float64: the kernels take float32, float16 and bfloat16",
         "complex64": "its parameters are torch.complex64: the kernels take float32, float16 and bfloat16",
         "patched": "forward was replaced on this object",
@@ -273,18 +282,18 @@ def test_no_module_is_a_type_error(model):
 
 
 def test_report_as_text_and_in_rich():
-    _, report = gpukern.convert(nn.Sequential(nn.Linear(2, 2), nn.GELU(), gpukern.nn.ReLU()), return_report=True)
+    _, report = gpukern.convert(nn.Sequential(nn.Linear(2, 2), nn.Softplus(), gpukern.nn.ReLU()), return_report=True)
     assert str(report).splitlines() == [
         "replaced: 1 layer (1 Linear)",
         "gpukern's already: 1 layer (1 ReLU)",
-        "left to torch: 1 layer (1 GELU)",
-        "  1  GELU  gpukern has no GELU yet",
+        "left to torch: 1 layer (1 Softplus)",
+        "  1  Softplus  gpukern has no Softplus yet",
         "Calls inside forward (torch.nn.functional.relu, +, torch.cat, ...) are not layers: convert does not see them.",
     ]
     out = io.StringIO()
     Console(file=out, width=120).print(report)
-    assert "gpukern has no GELU yet" in out.getvalue() and "convert does not see them" in out.getvalue()
-    assert "(the model)" in str(gpukern.convert(nn.GELU(), return_report=True)[1])
+    assert "gpukern has no Softplus yet" in out.getvalue() and "convert does not see them" in out.getvalue()
+    assert "(the model)" in str(gpukern.convert(nn.Softplus(), return_report=True)[1])
     with pytest.raises(AttributeError):
         report.replaced = ()
 

@@ -30,6 +30,12 @@ LAYERS = {
     "LeakyReLU": (("LeakyReLU", (0.2,), {}), (4, 5)),
     "Sigmoid": (("Sigmoid", (), {}), (4, 5)),
     "Tanh": (("Tanh", (), {}), (4, 5)),
+    "ReLU6": (("ReLU6", (), {}), (4, 5)),
+    "Hardsigmoid": (("Hardsigmoid", (), {}), (4, 5)),
+    "Hardswish": (("Hardswish", (), {}), (4, 5)),
+    "SiLU": (("SiLU", (), {}), (4, 5)),
+    "GELU": (("GELU", (), {}), (4, 5)),
+    "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
 }
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -233,6 +239,7 @@ def test_inplace_activation(where):
     for ours, theirs in (
         (gpukern.nn.ReLU(True), nn.ReLU(True)),
         (gpukern.nn.LeakyReLU(0.1, True), nn.LeakyReLU(0.1, True)),
+        (gpukern.nn.SiLU(True), nn.SiLU(True)),
     ):
         results = []
         for layer in (ours, theirs):

@@ -29,6 +29,7 @@ def network() -> nn.Module:
         nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2, bias=False),
         nn.LeakyReLU(0.2, inplace=True),
         nn.AvgPool2d(3, 1, 1),
+        nn.SiLU(inplace=True),
         nn.Tanh(),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),

@@ -4,19 +4,24 @@ Same constructor, same parameters and ``state_dict``; only the computation diffe
 torch.nn.Conv2d)`` stays true, and checkpoints move both ways.
 """
 
-from gpukern.nn.activation import LeakyReLU, ReLU, Sigmoid, Tanh
+from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from gpukern.nn.conv import Conv2d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 
 __all__ = [
+    "GELU",
     "AdaptiveAvgPool2d",
     "AvgPool2d",
     "Conv2d",
+    "Hardsigmoid",
+    "Hardswish",
     "LeakyReLU",
     "Linear",
     "MaxPool2d",
     "ReLU",
+    "ReLU6",
+    "SiLU",
     "Sigmoid",
     "Tanh",
 ]

@@ -12,6 +12,13 @@ class ReLU(torch.nn.ReLU):
         return F.relu(input, inplace=self.inplace)
 
 
+class ReLU6(torch.nn.ReLU6):
+    """``torch.nn.ReLU6`` on gpukern's kernels."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.relu6(input, inplace=self.inplace)
+
+
 class LeakyReLU(torch.nn.LeakyReLU):
     """``torch.nn.LeakyReLU`` on gpukern's kernels; ``negative_slope`` must not be negative."""
 
@@ -26,8 +33,36 @@ class Sigmoid(torch.nn.Sigmoid):
         return F.sigmoid(input)
 
 
+class Hardsigmoid(torch.nn.Hardsigmoid):
+    """``torch.nn.Hardsigmoid`` on gpukern's kernels."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.hardsigmoid(input, inplace=self.inplace)
+
+
 class Tanh(torch.nn.Tanh):
     """``torch.nn.Tanh`` on gpukern's kernels."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.tanh(input)
+
+
+class SiLU(torch.nn.SiLU):
+    """``torch.nn.SiLU`` on gpukern's kernels."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.silu(input, inplace=self.inplace)
+
+
+class GELU(torch.nn.GELU):
+    """``torch.nn.GELU`` on gpukern's kernels, in both its forms."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.gelu(input, approximate=self.approximate)
+
+
+class Hardswish(torch.nn.Hardswish):
+    """``torch.nn.Hardswish`` on gpukern's kernels."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.hardswish(input, inplace=self.inplace)

@@ -1,15 +1,22 @@
 """Element-wise activations, alone or as the epilogue of a convolution or linear layer, and their derivatives.
 
-==============  =======================================  ==========================
-name            y = act(x)                               act′, in terms of y
-==============  =======================================  ==========================
-``relu``        max(x, 0)                                [y > 0]
-``leaky_relu``  x where x > 0, else negative_slope · x   1 where y > 0, else slope
-``sigmoid``     1 / (1 + exp(−x))                        y (1 − y)
-``tanh``        tanh(x)                                  1 − y²
-==============  =======================================  ==========================
+===============  =============================================  ===================================================
+name             y = act(x)                                     act′
+===============  =============================================  ===================================================
+``relu``         max(x, 0)                                      [y > 0]
+``relu6``        min(max(x, 0), 6)                              [0 < y < 6]
+``leaky_relu``   x where x > 0, else negative_slope · x         1 where y > 0, else slope
+``sigmoid``      σ(x) = 1 / (1 + exp(−x))                       y (1 − y)
+``hardsigmoid``  min(max(x + 3, 0), 6) / 6                      1/6 where 0 < y < 1, else 0
+``tanh``         tanh(x)                                        1 − y²
+``silu``         x σ(x)                                         σ(x) (1 + x (1 − σ(x)))
+``gelu``         x Φ(x), Φ(x) = (1 + erf(x/√2)) / 2             Φ(x) + x exp(−x²/2) / √(2π)
+``gelu_tanh``    x σ(u), u = √(8/π) (x + 0.044715 x³)           σ(u) (1 + x u′ (1 − σ(u)))
+``hardswish``    x · hardsigmoid(x)                             0 to x = −3, 1 from x = 3, x/3 + 1/2 between
+===============  =============================================  ===================================================
 
-Every derivative needs the output only, so a fused epilogue keeps no pre-activation.
+Where the derivative is written in terms of the output, a fused epilogue keeps no pre-activation. The others
+(:func:`needs_input`) are not functions of the output, so a backward pass needs what went into the activation.
 """
 
 from __future__ import annotations
@@ -18,10 +25,11 @@ from typing import Any
 
 import torch
 
+from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, needs_operator
 
-ACTIVATIONS = ("none", "relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = ("none", *PROPERTIES)
 
 _implementations = Implementations("gpukern.ops._activation")
 
@@ -39,6 +47,14 @@ def check_activation(name: str | None, negative_slope: float) -> str:
     return name
 
 
+def needs_input(name: str) -> bool:
+    """Whether the derivatives of the activation are taken from its input, not from its output.
+
+    A fused epilogue that stores the output only cannot be differentiated for these.
+    """
+    return name != "none" and PROPERTIES[name].needs_input
+
+
 def _activation(input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     return _implementations.of(input).activation(input, name, negative_slope)
 
@@ -48,13 +64,14 @@ def _activation_fake(input: torch.Tensor, name: str, negative_slope: float) -> t
 
 
 def _activation_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
-    ctx.save_for_backward(output)
-    ctx.epilogue = arguments[1:]
+    input, name, negative_slope = arguments
+    ctx.save_for_backward(input if needs_input(name) else output)
+    ctx.epilogue = name, negative_slope
 
 
 def _activation_backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    (output,) = ctx.saved_tensors
-    return activation_grad(grad, output, *ctx.epilogue), None, None
+    (saved,) = ctx.saved_tensors
+    return activation_grad(grad, saved, *ctx.epilogue), None, None
 
 
 activation = Operator(
@@ -68,13 +85,14 @@ activation = Operator(
 
 
 class _Inplace(torch.autograd.Function):
-    """``x ← act(x)``: the derivatives are taken from the output, so the input may go."""
+    """``x ← act(x)``. Where the derivatives need the input, a copy of it is kept."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+        copy = input.clone() if needs_input(name) else None
         _implementations.of(input).activation_(input, name, negative_slope)
         ctx.mark_dirty(input)
-        ctx.save_for_backward(input)
+        ctx.save_for_backward(input if copy is None else copy)
         ctx.epilogue = name, negative_slope
         return input
 
@@ -84,7 +102,8 @@ class _Inplace(torch.autograd.Function):
 def activation_(input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     """Overwrite ``input`` with ``act(input)`` and return it. RuntimeError for a leaf that requires a gradient."""
     if needs_operator((input,)):
-        return input.copy_(activation(input, name, negative_slope))
+        source = input.clone() if input.requires_grad and needs_input(name) else input
+        return input.copy_(activation(source, name, negative_slope))
     if input.requires_grad and torch.is_grad_enabled():
         if input.is_leaf:
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
@@ -93,12 +112,12 @@ def activation_(input: torch.Tensor, name: str, negative_slope: float) -> torch.
     return input
 
 
-def _activation_grad(grad: torch.Tensor, output: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return _implementations.of(grad).activation_grad(grad, output, name, negative_slope)
+def _activation_grad(grad: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+    return _implementations.of(grad).activation_grad(grad, saved, name, negative_slope)
 
 
-def _activation_grad_fake(grad: torch.Tensor, output: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return torch.empty_like(output)
+def _activation_grad_fake(grad: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+    return torch.empty_like(saved)
 
 
 def _activation_grad_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
@@ -107,15 +126,15 @@ def _activation_grad_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> N
 
 
 def _activation_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
-    grad, output = ctx.saved_tensors
-    by_grad = activation_grad(grad_grad, output, *ctx.epilogue) if ctx.needs_input_grad[0] else None
-    by_output = activation_grad_grad(grad, grad_grad, output, ctx.epilogue[0]) if ctx.needs_input_grad[1] else None
-    return by_grad, by_output, None, None
+    grad, saved = ctx.saved_tensors
+    by_grad = activation_grad(grad_grad, saved, *ctx.epilogue) if ctx.needs_input_grad[0] else None
+    by_saved = activation_grad_grad(grad, grad_grad, saved, ctx.epilogue[0]) if ctx.needs_input_grad[1] else None
+    return by_grad, by_saved, None, None
 
 
 activation_grad = Operator(
     "activation_grad",
-    "(Tensor grad, Tensor output, str name, float negative_slope) -> Tensor",
+    "(Tensor grad, Tensor saved, str name, float negative_slope) -> Tensor",
     forward=_activation_grad,
     fake=_activation_grad_fake,
     save=_activation_grad_save,
@@ -123,20 +142,20 @@ activation_grad = Operator(
 )
 
 
-def _activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, output: torch.Tensor, name: str) -> torch.Tensor:
-    return _implementations.of(grad).activation_grad_grad(grad, grad_grad, output, name)
+def _activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, saved: torch.Tensor, name: str) -> torch.Tensor:
+    return _implementations.of(grad).activation_grad_grad(grad, grad_grad, saved, name)
 
 
 def _activation_grad_grad_fake(
-    grad: torch.Tensor, grad_grad: torch.Tensor, output: torch.Tensor, name: str
+    grad: torch.Tensor, grad_grad: torch.Tensor, saved: torch.Tensor, name: str
 ) -> torch.Tensor:
-    return torch.empty_like(output)
+    return torch.empty_like(saved)
 
 
-#: Second order; third derivatives of sigmoid and tanh are not offered.
+#: Second order; third derivatives are not offered.
 activation_grad_grad = Operator(
     "activation_grad_grad",
-    "(Tensor grad, Tensor grad_grad, Tensor output, str name) -> Tensor",
+    "(Tensor grad, Tensor grad_grad, Tensor saved, str name) -> Tensor",
     forward=_activation_grad_grad,
     fake=_activation_grad_grad_fake,
 )

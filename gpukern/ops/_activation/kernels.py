@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gpukern.ops._activation.functions import activation_backward, apply_activation
+from gpukern.ops._activation.functions import activation_backward, activation_curvature, apply_activation
 
 
 @triton.jit
@@ -18,27 +18,26 @@ def activation_kernel(x_ptr, y_ptr, size, negative_slope, NAME: tl.constexpr, BL
 
 @triton.jit
 def activation_grad_kernel(
-    grad_ptr, y_ptr, out_ptr, size, negative_slope, NAME: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr
+    grad_ptr, saved_ptr, out_ptr, size, negative_slope, NAME: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr
 ):
-    """∂L/∂x = ∂L/∂y · act′(y)."""
+    """∂L/∂x = ∂L/∂y · act′, from the saved input or output of the activation."""
     offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = offset < size
     grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    out = activation_backward(grad, y, NAME, negative_slope)
+    saved = tl.load(saved_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    out = activation_backward(grad, saved, NAME, negative_slope)
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def activation_grad_grad_kernel(
-    grad_ptr, grad_grad_ptr, y_ptr, out_ptr, size, NAME: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr
+    grad_ptr, grad_grad_ptr, saved_ptr, out_ptr, size, NAME: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr
 ):
-    """grad · grad_grad · ∂act′/∂y, for sigmoid and tanh; the others have none."""
+    """grad · grad_grad · ∂act′/∂saved, for the activations that are not piecewise linear."""
     offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     inside = offset < size
     grad = tl.load(grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     grad_grad = tl.load(grad_grad_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    curvature = 1.0 - 2.0 * y if NAME == "sigmoid" else -2.0 * y
-    out = grad * grad_grad * curvature
+    saved = tl.load(saved_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    out = grad * grad_grad * activation_curvature(saved, NAME)
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -6,6 +6,7 @@ import torch
 import triton
 
 from gpukern.ops._activation import kernels
+from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.runtime.launch import index_type, launch
 from gpukern.runtime.tensors import check_kernel_dtype
 
@@ -25,14 +26,14 @@ def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
         x.copy_(activation(x, name, negative_slope))
 
 
-def activation_grad(grad: torch.Tensor, y: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return _run(kernels.activation_grad_kernel, torch.empty_like(y), (grad, y), negative_slope, NAME=name)
+def activation_grad(grad: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+    return _run(kernels.activation_grad_kernel, torch.empty_like(saved), (grad, saved), negative_slope, NAME=name)
 
 
-def activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-    if name not in ("sigmoid", "tanh"):
-        return torch.zeros_like(y)  # piecewise linear
-    return _run(kernels.activation_grad_grad_kernel, torch.empty_like(y), (grad, grad_grad, y), NAME=name)
+def activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, saved: torch.Tensor, name: str) -> torch.Tensor:
+    if PROPERTIES[name].piecewise_linear:
+        return torch.zeros_like(saved)
+    return _run(kernels.activation_grad_grad_kernel, torch.empty_like(saved), (grad, grad_grad, saved), NAME=name)
 
 
 def _run(kernel, out: torch.Tensor, operands: tuple[torch.Tensor, ...], *scalars: float, NAME: str) -> torch.Tensor:

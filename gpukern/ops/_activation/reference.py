@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import torch.nn.functional as F
+
+from gpukern.ops._activation.properties import PROPERTIES
+
+_VALUES = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "tanh": torch.tanh,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "hardswish": F.hardswish,
+}
 
 
 def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     """``y = act(x)`` for a name of :data:`gpukern.ops.activation.ACTIVATIONS`; ``"none"`` returns ``x`` itself."""
     if name == "none":
         return x
-    if name == "relu":
-        return F.relu(x)
     if name == "leaky_relu":
         return F.leaky_relu(x, negative_slope)
-    if name == "sigmoid":
-        return torch.sigmoid(x)
-    return torch.tanh(x)
+    return _VALUES[name](x)
 
 
 def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
@@ -24,24 +37,79 @@ def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
     x.copy_(activation(x, name, negative_slope))
 
 
-def activation_grad(grad: torch.Tensor, y: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    """``∂L/∂x = ∂L/∂y · act′``, with the derivative written in terms of the output ``y = act(x)``."""
+def activation_grad(grad: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+    """``∂L/∂x = ∂L/∂y · act′``, where ``saved`` is the activation's input if its derivative needs it, else the output.
+
+    Computed in fp32 at least.
+    """
+    dtype = torch.promote_types(saved.dtype, torch.float32)
+    return _grad(grad.to(dtype), saved.to(dtype), name, negative_slope).to(saved.dtype)
+
+
+def _grad(grad: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     if name == "relu":
-        return torch.where(y <= 0, 0, grad)  # not y > 0: a NaN lets the gradient through, as in torch
+        return torch.where(saved <= 0, 0, grad)  # not saved > 0: a NaN lets the gradient through, as in torch
+    if name == "relu6":
+        return torch.where((saved <= 0) | (saved >= 6), 0, grad)
     if name == "leaky_relu":
-        return torch.where(y > 0, grad, grad * negative_slope)
+        return torch.where(saved > 0, grad, grad * negative_slope)
+    if name == "hardsigmoid":
+        return torch.where((saved > 0) & (saved < 1), grad / 6, 0)
+    if name == "hardswish":
+        inner = grad * (saved / 3 + 0.5)
+        return torch.where(saved <= -3, 0, torch.where(saved < 3, inner, grad))
+    return grad * _slope(saved, name)
+
+
+def _slope(saved: torch.Tensor, name: str) -> torch.Tensor:
     if name == "sigmoid":
-        return grad * y * (1 - y)
-    return grad * (1 - y * y)
+        return saved * (1 - saved)
+    if name == "tanh":
+        return 1 - saved * saved
+    if name == "silu":
+        s = torch.sigmoid(saved)
+        return s * (1 + saved * (1 - s))
+    if name == "gelu":
+        return (1 + torch.erf(saved / math.sqrt(2))) / 2 + saved * _density(saved)
+    u, slope, _ = _gelu_tanh_argument(saved)
+    s = torch.sigmoid(u)
+    return s * (1 + saved * (1 - s) * slope)
 
 
-def activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, y: torch.Tensor, name: str) -> torch.Tensor:
-    """The derivative of :func:`activation_grad` by ``y``, times ``grad_grad``: ``grad · grad_grad · ∂act′/∂y``.
+def activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, saved: torch.Tensor, name: str) -> torch.Tensor:
+    """The derivative of :func:`activation_grad` by ``saved``, times ``grad_grad``: ``grad · grad_grad · ∂act′/∂saved``.
 
     Zero for the piecewise linear activations.
     """
+    if PROPERTIES[name].piecewise_linear:
+        return torch.zeros_like(saved)
+    dtype = torch.promote_types(saved.dtype, torch.float32)
+    return (grad.to(dtype) * grad_grad.to(dtype) * _curvature(saved.to(dtype), name)).to(saved.dtype)
+
+
+def _curvature(saved: torch.Tensor, name: str) -> torch.Tensor:
     if name == "sigmoid":
-        return grad * grad_grad * (1 - 2 * y)
+        return 1 - 2 * saved
     if name == "tanh":
-        return grad * grad_grad * (-2 * y)
-    return torch.zeros_like(y)
+        return -2 * saved
+    if name == "silu":
+        s = torch.sigmoid(saved)
+        return s * (1 - s) * (2 + saved * (1 - 2 * s))
+    if name == "gelu":
+        return _density(saved) * (2 - saved * saved)
+    if name == "hardswish":
+        return ((saved > -3) & (saved < 3)).to(saved.dtype) / 3
+    u, slope, bend = _gelu_tanh_argument(saved)
+    s = torch.sigmoid(u)
+    return s * (1 - s) * (2 * slope + saved * (bend + slope * slope * (1 - 2 * s)))
+
+
+def _density(x: torch.Tensor) -> torch.Tensor:
+    """exp(−x²/2) / √(2π), the normal distribution's."""
+    return torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh_argument(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(u, u′, u″) with gelu's tanh form = x · sigmoid(u): u = √(8/π) (x + 0.044715 x³)."""
+    scale, cubic = math.sqrt(8 / math.pi), 0.044715
+    return scale * x * (1 + cubic * x * x), scale * (1 + 3 * cubic * x * x), 6 * scale * cubic * x
