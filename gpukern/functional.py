@@ -23,11 +23,16 @@ __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",
     "conv2d",
+    "gelu",
+    "hardsigmoid",
+    "hardswish",
     "leaky_relu",
     "linear",
     "max_pool2d",
     "relu",
+    "relu6",
     "sigmoid",
+    "silu",
     "tanh",
 ]
 
@@ -41,10 +46,11 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
+    residual: torch.Tensor | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
 ) -> torch.Tensor:
-    r"""``y[n,k,p,q] = act(b[k] + Σ_{c,r,s} x[n, c, p·stride + r·dilation − padding, …] · w[k,c,r,s])``.
+    r"""``y[n,k,p,q] = act(Σ_{c,r,s} x[n, c, p·stride + r·dilation − padding, …] · w[k,c,r,s] + b[k] + residual[…])``.
 
     Parameters
     ----------
@@ -61,9 +67,13 @@ def conv2d(
         where the total is odd the bottom and the right get the larger part).
     groups:
         splits channels into independent convolutions; ``groups == C`` is a depthwise convolution.
+    residual:
+        gpukern's extension: what is added before the activation, of the result's shape.
     activation:
-        gpukern's extension: ``"relu"``, ``"leaky_relu"`` (with ``negative_slope``), ``"sigmoid"`` or ``"tanh"``
-        applied before the result is stored, at no extra pass over memory.
+        gpukern's extension, one of :data:`gpukern.ops.activation.ACTIVATIONS`: ``"relu"``, ``"relu6"``,
+        ``"leaky_relu"`` (with ``negative_slope``), ``"sigmoid"``, ``"hardsigmoid"``, ``"tanh"``, ``"silu"``,
+        ``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``. It and the residual cost no extra pass over memory, but that
+        training with one of the last four keeps what went into it.
 
     Returns
     -------
@@ -75,10 +85,11 @@ def conv2d(
     RuntimeError for sizes, dtypes or devices that do not fit; TypeError for arguments of a wrong type; ValueError for
     an unknown activation. As ``torch.nn.functional.conv2d``, before anything is computed.
     """
-    check_tensors("conv2d", input, weight, bias)
+    check_tensors("conv2d", input, weight, bias, residual)
     if input.dim() != 4 and check_batched_or_not("conv2d", input):
         return conv2d(
             input.unsqueeze(0), weight, bias, stride, padding, dilation, groups,
+            residual=None if residual is None else residual.unsqueeze(0),
             activation=activation, negative_slope=negative_slope,
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
@@ -87,11 +98,12 @@ def conv2d(
     else:
         vertical, horizontal = as_pair("padding", padding)
         padding = vertical, vertical, horizontal, horizontal
-    input, weight, bias = autocast(input, weight, bias)
-    return _conv2d.conv2d(
+    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    return _conv2d.apply(
         input,
         weight,
         bias,
+        residual,
         stride,
         padding,
         dilation,
@@ -256,6 +268,11 @@ def relu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     return _elementwise("relu", input, inplace)
 
 
+def relu6(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """``y = min(max(x, 0), 6)``."""
+    return _elementwise("relu6", input, inplace)
+
+
 def leaky_relu(input: torch.Tensor, negative_slope: float = 0.01, inplace: bool = False) -> torch.Tensor:
     """``y = x`` where x > 0, ``negative_slope · x`` elsewhere. Raises ValueError for a negative slope."""
     return _elementwise("leaky_relu", input, inplace, negative_slope)
@@ -266,9 +283,34 @@ def sigmoid(input: torch.Tensor) -> torch.Tensor:
     return _elementwise("sigmoid", input, inplace=False)
 
 
+def hardsigmoid(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """``y = min(max(x + 3, 0), 6) / 6``."""
+    return _elementwise("hardsigmoid", input, inplace)
+
+
 def tanh(input: torch.Tensor) -> torch.Tensor:
     """``y = tanh(x)``."""
     return _elementwise("tanh", input, inplace=False)
+
+
+def silu(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """``y = x / (1 + exp(−x))``."""
+    return _elementwise("silu", input, inplace)
+
+
+def gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """``y = x Φ(x)``, Φ the normal distribution function, or with ``approximate="tanh"`` its form with a tanh.
+
+    Raises RuntimeError for another ``approximate``.
+    """
+    if approximate not in ("none", "tanh"):
+        raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}")
+    return _elementwise("gelu" if approximate == "none" else "gelu_tanh", input, inplace=False)
+
+
+def hardswish(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """``y = x · min(max(x + 3, 0), 6) / 6``."""
+    return _elementwise("hardswish", input, inplace)
 
 
 def _elementwise(name: str, input: torch.Tensor, inplace: bool, negative_slope: float = 0.0) -> torch.Tensor:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import gpukern  # noqa: F401  registers the operators
+from gpukern.ops._activation.properties import PROPERTIES
 
-ACTIVATIONS = ("relu", "leaky_relu", "sigmoid", "tanh")
+ACTIVATIONS = tuple(PROPERTIES)
 
 # stride, padding (top, bottom, left, right), dilation, groups
 CONV = ([2, 1], [1, 1, 0, 2], [1, 2], 1)
@@ -44,11 +45,17 @@ class Samples:
     def conv2d(self):
         x, w, b = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4)
         return [
-            (x, w, b, *CONV, "none", 0.0),
-            (x, w, None, *CONV, "tanh", 0.0),
-            (self.image(2, 2, 6, 7, last=True), self.image(4, 1, 3, 3), b, *GROUPED, "leaky_relu", 0.2),
-            (x.detach(), w, b.detach(), *CONV, "relu", 0.0),
+            (x, w, b, None, *CONV, "none", 0.0),
+            (x, w, None, self.image(2, 4, 3, 7), *CONV, "tanh", 0.0),
+            (self.image(2, 2, 6, 7, last=True), self.image(4, 1, 3, 3), b, None, *GROUPED, "leaky_relu", 0.2),
+            (x.detach(), w, b.detach(), None, *CONV, "relu", 0.0),
+            # Its derivative needs what went into the activation.
+            (x, w, b, self.image(2, 4, 3, 7), *CONV, "silu", 0.0),
         ]
+
+    def conv2d_statistics(self):
+        x, w = self.image(2, 2, 6, 7, grad=False), self.image(4, 2, 3, 2, grad=False)
+        return [(x, w, None, *CONV), (x, w, self.image(4, grad=False), *CONV)]
 
     def conv2d_input_grad(self):
         grad, w = self.image(2, 4, 3, 7), self.image(4, 2, 3, 2)
@@ -62,12 +69,17 @@ class Samples:
             (self.image(2, 4, 4, 5), self.image(2, 2, 6, 7, last=True), [4, 1, 3, 3], False, *GROUPED)
         ]
 
+    def activation_grad_sum(self):
+        y = self.image(2, 3, 4, 5, grad=False)
+        last = self.image(2, 3, 4, 5, grad=False, last=True)
+        return [(y, self.image(2, 3, 4, 5, grad=False), "tanh", 0.0), (y, last, "leaky_relu", 0.1)]
+
     def channel_sum(self):
         return [(self.image(2, 3, 4, 5),), (self.image(2, 3, 4, 5, last=True),)]
 
     def linear(self):
         x, w, b = self.image(3, 5), self.image(4, 5), self.image(4)
-        return [(x, w, b, "none", 0.0), (x, w, None, "sigmoid", 0.0), (x, w.detach(), b, "relu", 0.0)]
+        return [(x, w, b, "none", 0.0), (x, w, None, "sigmoid", 0.0), (x, w.detach(), b, "gelu", 0.0)]
 
     def linear_weight_grad(self):
         return [(self.image(3, 4), self.image(3, 5))]

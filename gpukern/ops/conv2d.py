@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._conv2d.problem import Padding, Pair, conv_problem, output_size
-from gpukern.ops.activation import activation_grad
+from gpukern.ops._conv2d.problem import ConvProblem, Padding, Pair, conv_problem, output_size
+from gpukern.ops.activation import activation as apply_activation
+from gpukern.ops.activation import activation_grad, needs_input
+from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import as_memory_format, check_alike, memory_format_of
@@ -21,13 +23,11 @@ _implementations = Implementations("gpukern.ops._conv2d")
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
-# ---- forward -------------------------------------------------------------------------------------------------------
-
-
-def _conv2d(
+def apply(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
     stride: Pair,
     padding: Padding,
     dilation: Pair,
@@ -35,32 +35,74 @@ def _conv2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    check_alike("conv2d", input, weight, bias)
-    bias_shape = None if bias is None else bias.shape
-    problem = conv_problem(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
-    return _implementations.of(input).conv2d(problem, input, weight, bias, activation, negative_slope)
+    """``act(x ∗ w + b + residual)`` in one kernel, or in two where a gradient will need what goes into ``act``."""
+    operands = input, weight, bias, residual
+    if needs_input(activation) and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        inner = conv2d(*operands, stride, padding, dilation, groups, "none", 0.0)
+        return apply_activation(inner, activation, negative_slope)
+    return conv2d(*operands, stride, padding, dilation, groups, activation, negative_slope)
 
 
-def _conv2d_fake(input, weight, bias, stride, padding, dilation, groups, activation, negative_slope) -> torch.Tensor:
-    check_alike("conv2d", input, weight, bias)
+# ---- forward -------------------------------------------------------------------------------------------------------
+
+
+def _problem(input, weight, bias, residual, *geometry) -> ConvProblem:
+    check_alike("conv2d", input, weight, bias, residual)
+    problem = conv_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
+    if residual is not None:
+        _check_residual(residual, (problem.N, problem.K, problem.P, problem.Q))
+    return problem
+
+
+def _check_residual(residual: torch.Tensor, shape: tuple) -> None:
+    require(
+        tuple(residual.shape) == shape,
+        f"expected residual to have the output's shape {list(shape)}, but got {list(residual.shape)}",
+    )
+
+
+def _conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    problem = _problem(input, weight, bias, residual, stride, padding, dilation, groups)
+    return _implementations.of(input).conv2d(problem, input, weight, bias, residual, activation, negative_slope)
+
+
+def _conv2d_fake(
+    input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope
+) -> torch.Tensor:
+    check_alike("conv2d", input, weight, bias, residual)
     bias_shape = None if bias is None else bias.shape
     P, Q = output_size(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
     shape = (input.shape[0], weight.shape[0], P, Q)
+    if residual is not None:
+        _check_residual(residual, shape)
     return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
 
 
 def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
-    input, weight, _, stride, padding, dilation, groups, activation, negative_slope = arguments
-    needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
+    input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope = arguments
+    again = needs_input(activation)
+    needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
     ctx.save_for_backward(
-        input if needs_weight else None,
-        weight if needs_input else None,
-        None if activation == "none" else output,
+        input if needs_weight_grad or again else None,
+        weight if needs_input_grad or again else None,
+        None if activation == "none" or again else output,
+        *((bias, residual) if again else ()),
     )
     # One attribute: each costs a tenth of a microsecond, and the forward of a small layer is all host time.
     ctx.state = (
-        _layout(input) if needs_input else None,
-        _layout(weight) if needs_weight else None,
+        _layout(input) if needs_input_grad else None,
+        _layout(weight) if needs_weight_grad else None,
         (stride, padding, dilation, groups),
         (activation, negative_slope),
     )
@@ -72,26 +114,66 @@ def _layout(tensor: torch.Tensor) -> tuple[torch.Size, bool]:
 
 
 def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    input, weight, output = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    input, weight, output, *others = ctx.saved_tensors
+    needs_input_grad, needs_weight_grad, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     input_layout, weight_layout, geometry, epilogue = ctx.state
-    if output is not None:
+    if others:
+        # Its derivative needs what went into the activation, and nobody kept it: see :func:`apply`.
+        output = conv2d(input, weight, *others, *geometry, "none", 0.0)
+    grad_bias = None
+    if output is not None and needs_bias and not torch.is_grad_enabled():
+        # Only where no derivative of the gradient is asked for.
+        grad, grad_bias = activation_grad_sum(grad, output, *epilogue)
+    elif output is not None:
         grad = activation_grad(grad, output, *epilogue)
+    if needs_bias and grad_bias is None:
+        grad_bias = channel_sum(grad)
     return (
-        conv2d_input_grad(grad, weight, *input_layout, *geometry) if needs_input else None,
-        conv2d_weight_grad(grad, input, *weight_layout, *geometry) if needs_weight else None,
-        channel_sum(grad) if needs_bias else None,
+        conv2d_input_grad(grad, weight, *input_layout, *geometry) if needs_input_grad else None,
+        conv2d_weight_grad(grad, input, *weight_layout, *geometry) if needs_weight_grad else None,
+        grad_bias,
+        grad if needs_residual else None,
         *(None,) * 6,
     )
 
 
 conv2d = Operator(
     "conv2d",
-    f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}, str activation, float negative_slope) -> Tensor",
+    f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, str activation, float negative_slope)"
+    " -> Tensor",
     forward=_conv2d,
     fake=_conv2d_fake,
     save=_conv2d_save,
     backward=_conv2d_backward,
+)
+
+
+# ---- forward, with statistics of the output ------------------------------------------------------------------------
+
+
+def _statistics(
+    input, weight, bias, stride, padding, dilation, groups
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    problem = _problem(input, weight, bias, None, stride, padding, dilation, groups)
+    return _implementations.of(input).conv2d_statistics(problem, input, weight, bias)
+
+
+def _statistics_fake(
+    input, weight, bias, stride, padding, dilation, groups
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    output = _conv2d_fake(input, weight, bias, None, stride, padding, dilation, groups, "none", 0.0)
+    total = torch.promote_types(output.dtype, torch.float32)
+    return output, *(output.new_empty(output.shape[1], dtype=total) for _ in range(2))
+
+
+#: ``y = x ∗ w + b`` with ``Σ y`` and ``Σ (y − mean)²`` of each channel, in fp32 of the rounded y, for a batch norm that
+#: follows in training: it need not read y for them. The deviations are from the mean, so that a large one costs no
+#: digits. Not differentiable by itself: the batch norm's backward knows the derivatives of both.
+conv2d_statistics = Operator(
+    "conv2d_statistics",
+    f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
+    forward=_statistics,
+    fake=_statistics_fake,
 )
 
 
@@ -117,7 +199,7 @@ def _input_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     grad, weight = ctx.saved_tensors
     needs_grad, needs_weight = ctx.needs_input_grad[:2]
     return (
-        conv2d(grad_grad, weight, None, *ctx.geometry, "none", 0.0) if needs_grad else None,
+        conv2d(grad_grad, weight, None, None, *ctx.geometry, "none", 0.0) if needs_grad else None,
         conv2d_weight_grad(grad, grad_grad, weight.shape, ctx.weight_last, *ctx.geometry) if needs_weight else None,
         *(None,) * 6,
     )
@@ -155,7 +237,7 @@ def _weight_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     grad, input = ctx.saved_tensors
     needs_grad, needs_input = ctx.needs_input_grad[:2]
     return (
-        conv2d(input, grad_grad, None, *ctx.geometry, "none", 0.0) if needs_grad else None,
+        conv2d(input, grad_grad, None, None, *ctx.geometry, "none", 0.0) if needs_grad else None,
         conv2d_input_grad(grad, grad_grad, input.shape, ctx.input_last, *ctx.geometry) if needs_input else None,
         *(None,) * 6,
     )
@@ -197,4 +279,24 @@ channel_sum = Operator(
     fake=_channel_sum_fake,
     save=_channel_sum_save,
     backward=_channel_sum_backward,
+)
+
+
+# ---- bias gradient on the way through the activation ---------------------------------------------------------------
+
+
+def _activation_grad_sum(grad, output, activation, negative_slope) -> tuple[torch.Tensor, torch.Tensor]:
+    return _implementations.of(grad).activation_grad_sum(grad, output, activation, negative_slope)
+
+
+def _activation_grad_sum_fake(grad, output, activation, negative_slope) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(output), grad.new_empty(grad.shape[1])
+
+
+#: ``∂L/∂z`` of ``y = act(z)`` and its sum over all but the channels, ``∂L/∂b``: one pass instead of two.
+activation_grad_sum = Operator(
+    "activation_grad_sum",
+    "(Tensor grad, Tensor output, str activation, float negative_slope) -> (Tensor, Tensor)",
+    forward=_activation_grad_sum,
+    fake=_activation_grad_sum_fake,
 )

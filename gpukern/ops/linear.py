@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from gpukern.ops.activation import activation_grad
+from gpukern.ops.activation import activation as apply_activation
+from gpukern.ops.activation import activation_grad, needs_input
 from gpukern.ops.conv2d import channel_sum
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
@@ -28,6 +29,9 @@ def apply(input, weight, bias, activation: str, negative_slope: float) -> torch.
     if weight.dim() == 1:
         bias = None if bias is None else bias.reshape(1)
         return apply(input, weight.unsqueeze(0), bias, activation, negative_slope).squeeze(-1)
+    operands = input, weight, bias
+    if needs_input(activation) and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        return apply_activation(apply(*operands, "none", 0.0), activation, negative_slope)
     *leading, features = input.shape
     if input.dim() == 2:
         return linear(input, weight, bias, activation, negative_slope)
@@ -59,24 +63,29 @@ def _linear_fake(input, weight, bias, activation, negative_slope) -> torch.Tenso
 
 
 def _linear_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
-    input, weight, _, activation, negative_slope = arguments
-    needs_input, needs_weight, _ = ctx.needs_input_grad[:3]
+    input, weight, bias, activation, negative_slope = arguments
+    again = needs_input(activation)
+    needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
     ctx.save_for_backward(
-        input if needs_weight else None,
-        weight if needs_input else None,
-        None if activation == "none" else output,
+        input if needs_weight_grad or again else None,
+        weight if needs_input_grad or again else None,
+        None if activation == "none" or again else output,
+        *((bias,) if again else ()),
     )
     ctx.epilogue = activation, negative_slope
 
 
 def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    input, weight, output = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    input, weight, output, *others = ctx.saved_tensors
+    needs_input_grad, needs_weight_grad, needs_bias = ctx.needs_input_grad[:3]
+    if others:
+        # Its derivative needs what went into the activation, and nobody kept it: see :func:`apply`.
+        output = linear(input, weight, *others, "none", 0.0)
     if output is not None:
         grad = activation_grad(grad, output, *ctx.epilogue)
     return (
-        linear(grad, weight.t(), None, "none", 0.0) if needs_input else None,
-        linear_weight_grad(grad, input) if needs_weight else None,
+        linear(grad, weight.t(), None, "none", 0.0) if needs_input_grad else None,
+        linear_weight_grad(grad, input) if needs_weight_grad else None,
         channel_sum(grad[:, :, None, None]) if needs_bias else None,
         None,
         None,

@@ -8,10 +8,13 @@ specialisation of arguments as on the GPU. Outputs are left unwritten.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -22,45 +25,53 @@ from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.mode import EMULATE, Mode, force_mode
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """One launch that was recorded: the kernel's name, arguments and compile-time options, and how to compile it."""
+    """One launch that was recorded: what it was given, and the device it was meant for."""
 
-    kernel: str
+    function: JITFunction
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
-    compile: Callable[[], CompiledKernel]
+    device: DeviceSpec
 
     @property
-    def key(self) -> tuple:
-        """Equal for launches that share one compiled kernel."""
-        options = tuple(sorted((name, str(value)) for name, value in self.options.items()))
-        return self.kernel, _specialisation(self.arguments), options
+    def kernel(self) -> str:
+        return self.function.__name__
+
+    @functools.cached_property
+    def key(self) -> tuple[str, ...]:
+        """Equal for launches that share one compiled kernel: the types and values that Triton compiles in."""
+        with _target(self.device):
+            *_, binder = self.function.device_caches[driver.active.get_current_device()]
+            _, specialization, options = binder(*self.arguments, **self.options)
+        return self.kernel, *map(str, specialization), *(f"{name}={options[name]}" for name in sorted(options))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that the compiled code depends on: also the kernel's source, the architecture and Triton."""
+        everything = (triton.__version__, self.device.compute_capability, self.function.cache_key, self.key)
+        return hashlib.sha256(repr(everything).encode()).hexdigest()
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The dtypes of the tensors, in order."""
+        """The dtypes of the tensors and descriptors, in order."""
         return tuple(_dtypes(self.arguments))
+
+    def compile(self) -> CompiledKernel:
+        with _target(self.device):
+            return self.function.run(*self.arguments, grid=self.grid, warmup=True, **self.options)
 
 
 def _dtypes(argument: Any) -> Iterator[str]:
     if isinstance(argument, tuple):
         for part in argument:
             yield from _dtypes(part)
-    elif hasattr(argument, "data_ptr"):
-        yield str(argument.dtype).removeprefix("torch.")
-
-
-def _specialisation(argument: Any) -> Any:
-    """What Triton compiles in of an argument: types, integers that are 1 or a multiple of 16 or wide."""
-    if isinstance(argument, tuple):
-        return tuple(_specialisation(part) for part in argument)
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, abs(argument) >= 2**31
-    if hasattr(argument, "data_ptr"):
-        return str(argument.dtype), argument.data_ptr() % 16 == 0
-    return type(argument).__name__
+    else:
+        # A descriptor, Triton's or Gluon's, says of what.
+        tensor = getattr(argument, "base", argument) if hasattr(argument, "block_shape") else argument
+        if hasattr(tensor, "data_ptr"):
+            yield str(tensor.dtype).removeprefix("torch.")
 
 
 @contextlib.contextmanager
@@ -74,11 +85,10 @@ def record_launches(device: DeviceSpec) -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def record(self, *args, grid, warmup, **options):
-        def compile() -> CompiledKernel:
-            with _target(device):
-                return run(self, *args, grid=grid, warmup=True, **options)
-
-        launches.append(Launch(self.__name__, tuple(grid), args, options, compile))
+        if warmup:
+            return run(self, *args, grid=grid, warmup=warmup, **options)
+        launches.append(Launch(self, tuple(grid), args, options, device))
+        return None
 
     JITFunction.run = record
     try:

@@ -11,8 +11,8 @@ class Peaks:
     """What a GPU cannot exceed, or was measured not to.
 
     ``bandwidth`` is that of device memory in bytes/s. ``matrix_rates`` are FLOP/s of dense products by the kind of
-    their operands, sums in fp32: "float16", "bfloat16", "tf32", and "float32" for fused multiply-adds of full
-    precision, outside the tensor cores.
+    their operands, sums in fp32: "float16", "bfloat16", "tf32"; "fma" for fused multiply-adds outside the tensor cores;
+    "tf32x3" for fp32 as three products of TF32; "float32" for full precision by the faster of these two.
     """
 
     bandwidth: float
@@ -37,7 +37,8 @@ class DeviceSpec:
 
 def _peaks(terabytes: float, *, half: float, tf32: float, float32: float) -> Peaks:
     """From TB/s and TFLOP/s; tensor cores multiply float16 and bfloat16 at one rate."""
-    rates = {"float16": half, "bfloat16": half, "tf32": tf32, "float32": float32}
+    rates = {"float16": half, "bfloat16": half, "tf32": tf32, "tf32x3": tf32 / 3, "fma": float32}
+    rates["float32"] = max(float32, tf32 / 3)
     return Peaks(terabytes * 1e12, {kind: rate * 1e12 for kind, rate in rates.items()})
 
 
@@ -75,6 +76,22 @@ def named_device(name: str) -> DeviceSpec:
     if key not in DEVICES:
         raise ValueError(f"no device is called {name!r}; known are {', '.join(DEVICES)}")
     return DEVICES[key]
+
+
+def assumed_peaks(device: DeviceSpec) -> Peaks:
+    """The peaks of ``device``, or for one that was only asked for its limits what a relative of it would have.
+
+    That is the named device whose name is part of the device's, else the newest that is no newer, its rates taken per
+    multiprocessor. Good enough to choose between plans, and used for nothing else.
+    """
+    if device.peaks is not None:
+        return device.peaks
+    named = [d for d in DEVICES.values() if d.name.lower() in device.name.lower()]
+    older = [d for d in DEVICES.values() if d.compute_capability <= device.compute_capability] or [A100]
+    relative = max(named or older, key=lambda d: d.compute_capability)
+    share = device.sm_count / relative.sm_count
+    rates = {kind: rate * share for kind, rate in relative.peaks.matrix_rates.items()}
+    return Peaks(relative.peaks.bandwidth * share, rates)
 
 
 #: Emulated kernels run with the plan of this device: few multiprocessors, so that the interpreter, which takes the same

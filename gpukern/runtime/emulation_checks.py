@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpukern.runtime.launch import reach
 
@@ -36,6 +37,8 @@ def only_memory_of(arguments: tuple[Any, ...]) -> Iterator[None]:
 def _tensors(argument: Any) -> Iterator[torch.Tensor]:
     if isinstance(argument, torch.Tensor):
         yield argument
+    elif isinstance(argument, TensorDescriptor):
+        yield argument.base
     elif isinstance(argument, tuple):
         for part in argument:
             yield from _tensors(part)
@@ -55,13 +58,14 @@ def _install() -> None:
         TensorHandle.set_attr,
     )
 
-    def checked_load(self, ptrs, mask, *rest):
+    # Descriptors, which are checked as the loads and stores that they come to, name the rest.
+    def checked_load(self, ptrs, mask, *rest, **named):
         _check_access("read", ptrs, mask)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **named)
 
-    def checked_store(self, ptrs, value, mask, *rest):
+    def checked_store(self, ptrs, value, mask, *rest, **named):
         _check_access("write", ptrs, mask)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **named)
 
     def checked_set_attr(self, name, values):
         _check_hint(name, np.asarray(self.data), values)

@@ -10,6 +10,11 @@ import triton.language as tl
 
 from gpukern.runtime.mode import EMULATE
 
+if EMULATE:
+    from gpukern.runtime import emulation
+
+    emulation.prepare()
+
 
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]

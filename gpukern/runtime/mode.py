@@ -88,9 +88,5 @@ class Implementations:
                 "gpukern's kernels need Triton, which is not installed: pip install triton (Linux). "
                 "Without it gpukern runs in reference mode, on CPU tensors only."
             )
-        if EMULATE:
-            from gpukern.runtime import emulation
-
-            emulation.prepare()
         self._launch = importlib.import_module(f"{self._package}.launch")
         return self._launch

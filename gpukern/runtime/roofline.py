@@ -42,7 +42,8 @@ class Cost:
     - ``efficiency``: operations of :class:`Work` / operations done: tiles and steps reach past the sizes;
     - ``bytes`` of device memory, if the L2 cache keeps all that a launch reads again and nothing from one to the next;
     - ``launches`` of kernels, the main one among them;
-    - ``seconds`` = max(operations of the busiest multiprocessor / its share of the rate, bytes / bandwidth).
+    - ``compute`` = operations of the busiest multiprocessor / its share of the rate, in seconds;
+    - ``seconds`` = max(``compute``, bytes / bandwidth).
 
     One tile at a time has its multiprocessor's full rate: tiles that run together on one share it, which changes when
     each ends but not when the last does.
@@ -53,6 +54,7 @@ class Cost:
     efficiency: float
     bytes: float
     launches: int
+    compute: float
     seconds: float
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from gpukern.ops._conv2d.problem import ConvProblem, conv_problem, same_padding
+
 
 @dataclass(frozen=True)
 class Case:
@@ -113,3 +115,20 @@ def _evaluate(case: Case, input, weight, bias, grad) -> dict[str, torch.Tensor]:
     output.backward(grad)
     names = ("input gradient", "weight gradient", "bias gradient")
     return {"output": output.detach(), **{name: t.grad for name, t in zip(names, leaves, strict=True)}}
+
+
+def as_problem(case: Case) -> ConvProblem:
+    """What :func:`gpukern.functional.conv2d` makes of the case."""
+    stride, dilation = ((v, v) if isinstance(v, int) else v for v in (case.stride, case.dilation))
+    if case.padding == "same":
+        padding = same_padding(case.kernel, dilation)
+    else:
+        vertical, horizontal = (
+            (case.padding, case.padding)
+            if isinstance(case.padding, int)
+            else (0, 0)
+            if case.padding == "valid"
+            else case.padding
+        )
+        padding = vertical, vertical, horizontal, horizontal
+    return conv_problem(case.input, case.weight, None, stride, padding, dilation, case.groups)

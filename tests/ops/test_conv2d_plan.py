@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
 
-from gpukern.ops._conv2d.plan import MAX_WARPS, Direction, Variant, plan
-from gpukern.ops._conv2d.prepare import alignment, dense_strides, is_channels_last
+from gpukern.ops._conv2d.cost import ELEMENTWISE
+from gpukern.ops._conv2d.layouts import alignment, dense_strides, is_channels_last
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.ops._conv2d.planner import FAMILIES, only_measured, plan, ranking
 from gpukern.ops._conv2d.problem import conv_problem, same_padding
 from gpukern.ops._image import strides_of
-from gpukern.runtime.device import A100, H100
+from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4
 from gpukern.runtime.tensors import memory_format_of
-from tests.ops.conv_cases import CASES
+from tests.ops.conv_cases import CASES, as_problem
+
+FORWARD, INPUT_GRAD, WEIGHT_GRAD = Direction
+HALF = Operands("float16")
+#: Kernels that read boxes with the copy engine, which came with Hopper.
+BY_DESCRIPTOR = {Variant.GEMM, Variant.BOX, Variant.BATCH_BOX, Variant.STEM, Variant.WARP_SPECIALIZED}
+BOXES = {Variant.BOX, Variant.STEM, Variant.WARP_SPECIALIZED}
 
 
 def problem(N, C, H, W, K, R, S, stride=1, padding=0, groups=1):
@@ -35,58 +44,141 @@ def test_same_padding_puts_the_odd_pixel_last():
     assert same_padding((2, 2), (3, 1)) == (1, 2, 0, 1)
 
 
-def test_variants():
-    assert plan(RESNET_3X3, Direction.FORWARD, "float16", "ieee", H100).variant is Variant.TAPS
-    assert plan(STEM, Direction.FORWARD, "float16", "ieee", H100).variant is Variant.FLAT
+# ---- which kernel --------------------------------------------------------------------------------------------------
+
+
+def variants(p, direction, operands=HALF, device=H100) -> set[Variant]:
+    return {ranked.plan.variant for ranked in ranking(p, direction, operands, device)}
+
+
+def test_few_channels_are_joined_with_their_taps():
+    assert Variant.FLAT in variants(STEM, FORWARD) and Variant.TAPS not in variants(STEM, FORWARD)
     # The stem's input gradient sums over 64 channels.
-    assert plan(STEM, Direction.INPUT_GRAD, "float16", "ieee", H100).variant is Variant.TAPS
+    assert Variant.TAPS in variants(STEM, INPUT_GRAD)
+    assert Variant.TAPS in variants(RESNET_3X3, FORWARD)
+
+
+@pytest.mark.parametrize("direction", Direction)
+def test_few_channels_a_group_are_multiplied_element_by_element(direction):
+    for device in (A100, H100):
+        assert plan(DEPTHWISE, direction, HALF, device).variant in ELEMENTWISE
+        assert not variants(RESNET_3X3, direction, device=device) & ELEMENTWISE
+
+
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("p", [RESNET_3X3, STEM, DEPTHWISE, problem(64, 256, 14, 14, 1024, 1, 1)], ids=str)
+def test_before_hopper_nothing_is_read_by_descriptors(p, direction):
+    for device, dtype in itertools.product((A100, L4), ("float16", "float32")):
+        assert not variants(p, direction, Operands(dtype, "tf32" if dtype == "float32" else "ieee"), device) & (
+            BY_DESCRIPTOR
+        )
+
+
+def test_on_hopper_large_layers_are_read_by_descriptors():
+    assert plan(RESNET_3X3, FORWARD, HALF, H100).variant in BY_DESCRIPTOR
+    assert plan(RESNET_3X3, INPUT_GRAD, HALF, H100).variant in BY_DESCRIPTOR
     for direction in Direction:
-        assert plan(DEPTHWISE, direction, "float16", "ieee", H100).variant is Variant.DIRECT
+        assert plan(problem(64, 256, 14, 14, 1024, 1, 1), direction, HALF, H100).variant in BY_DESCRIPTOR
+
+
+def test_rows_that_no_descriptor_describes_are_gathered():
+    odd = Operands("float16", "ieee", Layout.CHANNELS, Layout.CHANNELS, Layout.CHANNELS)
+    assert not variants(RESNET_3X3, FORWARD, odd) & BY_DESCRIPTOR
 
 
 def test_large_problems_get_large_tiles_and_small_ones_fill_the_chip():
-    large = plan(problem(128, 128, 56, 56, 128, 3, 3, padding=1), Direction.FORWARD, "float16", "ieee", H100)
-    assert (large.block_m, large.block_n, large.block_k) == (128, 128, 64)
-    assert plan(problem(1, 64, 1, 1, 16384, 1, 1), Direction.FORWARD, "float16", "ieee", H100).block_m == 16
-    small = plan(problem(1, 512, 7, 7, 512, 3, 3, padding=1), Direction.FORWARD, "float16", "ieee", H100)
-    assert small.block_m * small.block_n <= 32 * 32
+    large = plan(problem(128, 128, 56, 56, 128, 3, 3, padding=1), FORWARD, HALF, H100)
+    assert large.block_m * large.block_n >= 128 * 128
+    for direction in Direction:
+        small = ranking(problem(1, 512, 7, 7, 512, 3, 3, padding=1), direction, HALF, H100)
+        assert next(r for r in small if not only_measured(r.plan)).cost.tiles >= H100.sm_count / 4
 
 
 def test_weight_gradient_splits_long_sums_over_the_chip():
     p = problem(128, 64, 56, 56, 64, 3, 3, padding=1)
-    choice = plan(p, Direction.WEIGHT_GRAD, "float16", "ieee", H100)
-    assert 9 * choice.splits >= H100.sm_count
-    tiny = plan(problem(1, 64, 4, 4, 64, 3, 3, padding=1), Direction.WEIGHT_GRAD, "float16", "ieee", H100)
-    assert tiny.splits == 1
+    best = next(r for r in ranking(p, WEIGHT_GRAD, HALF, H100) if not only_measured(r.plan))
+    assert best.plan.splits > 1 and best.cost.tiles >= H100.sm_count
+    assert plan(problem(1, 64, 4, 4, 64, 3, 3, padding=1), WEIGHT_GRAD, HALF, H100).splits == 1
+
+
+# ---- all candidates ------------------------------------------------------------------------------------------------
+
+KINDS = (("float32", "ieee"), ("float32", "tf32"), ("float16", "ieee"), ("bfloat16", "ieee"))
+LAYOUTS_OF_ALL = (Layout.PIXEL_RUNS, Layout.PLANES, Layout.STRIDED)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_plan_is_launchable(case):
-    padding = case.padding if not isinstance(case.padding, str) else 1
-    pair = lambda v: (v, v) if isinstance(v, int) else v  # noqa: E731
-    vertical, horizontal = pair(padding)
-    p = conv_problem(
-        case.input, case.weight, None, pair(case.stride), (vertical, vertical, horizontal, horizontal),
-        pair(case.dilation), case.groups,
-    )  # fmt: skip
-    kinds = (("float32", "ieee"), ("float32", "tf32"), ("float16", "ieee"), ("bfloat16", "ieee"))
-    for direction, (dtype, precision), device in itertools.product(Direction, kinds, (A100, H100)):
-        choice = plan(p, direction, dtype, precision, device)
-        assert choice.num_warps <= MAX_WARPS and choice.splits >= 1
-        for size in (choice.block_m, choice.block_n, choice.block_k):
-            assert size & (size - 1) == 0
-        if choice.variant is not Variant.DIRECT:
-            # The smallest tile a tensor core multiplies.
-            assert min(choice.block_m, choice.block_n, choice.block_k) >= 16
-            itemsize = 4 if dtype == "float32" else 2
-            stage = (choice.block_m + choice.block_n) * choice.block_k * itemsize
-            assert stage * choice.num_stages <= device.shared_memory
-        assert plan(p, direction, dtype, precision, device) is choice
+    p = as_problem(case)
+    devices = (A100, H100, L4, B200, EMULATED)
+    for direction, kind, layout, device in itertools.product(Direction, KINDS, LAYOUTS_OF_ALL, devices):
+        operands = Operands(*kind, layout, layout, layout)
+        ranked = ranking(p, direction, operands, device)
+        for each in ranked:
+            assert fits(each.plan, operands, device), each.plan
+            tiles = FAMILIES[each.plan.variant].tiles(p, direction, each.plan)
+            assert all(count >= 0 and steps >= 0 for count, steps in tiles)
+            assert each.seconds >= each.cost.seconds >= 0
+        assert [r.seconds for r in ranked] == sorted(r.seconds for r in ranked)
+        assert len({r.plan for r in ranked}) == len(ranked)
+        chosen = plan(p, direction, operands, device)
+        assert chosen == next(r.plan for r in ranked if not only_measured(r.plan))
+        assert plan(p, direction, operands, device) is chosen
+
+
+def fits(choice: ConvPlan, operands: Operands, device) -> bool:
+    """Sizes that Triton takes, and buffers that the device has."""
+    if choice.splits < 1 or choice.num_warps not in (1, 2, 4, 8, 16) or choice.num_stages < 1:
+        return False
+    if choice.variant in ELEMENTWISE:
+        return True
+    sizes = choice.block_m, choice.block_n, choice.block_k
+    # The smallest tile a tensor core multiplies.
+    if any(size & (size - 1) for size in sizes) or min(sizes) < 16:
+        return False
+    if choice.variant in BOXES and math.prod(choice.box) != choice.block_m:
+        return False
+    stage = (choice.block_m + choice.block_n) * choice.block_k * operands.itemsize
+    return stage * choice.num_stages <= device.shared_memory
+
+
+def test_what_only_a_gpu_can_show_is_not_chosen():
+    assert only_measured(ConvPlan(Variant.TAPS, 128, 128, 32, num_warps=8, num_stages=4))
+    assert only_measured(ConvPlan(Variant.WARP_SPECIALIZED, 128, 128, 64, num_warps=4, num_stages=4))
+    assert not only_measured(ConvPlan(Variant.BOX, 128, 128, 64, num_warps=8, num_stages=3))
+    p = problem(128, 128, 56, 56, 128, 3, 3, padding=1)
+    assert any(only_measured(r.plan) for r in ranking(p, FORWARD, HALF, H100))
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_tensors_without_runs_are_copied_where_that_pays(name):
+    planes = Operands("float16", "ieee", Layout.PLANES, Layout.PLANES, Layout.PLANES)
+    for direction in Direction:
+        best = ranking(RESNET_3X3, direction, planes, DEVICES[name])
+        assert len({r.plan.pack for r in best}) > 1
+        assert not any(any(r.plan.pack) for r in ranking(RESNET_3X3, direction, HALF, DEVICES[name]))
+
+
+def test_float32_in_full_may_be_three_products_of_halves():
+    """On the tensor cores; where TF32 is allowed or the operands are halves, nobody needs that."""
+    found = {r.plan.precision for r in ranking(RESNET_3X3, FORWARD, Operands("float32", "ieee"), H100)}
+    assert "tf32x3" in found
+    for operands in (Operands("float32", "tf32"), HALF):
+        assert {r.plan.precision for r in ranking(RESNET_3X3, FORWARD, operands, H100)} == {operands.precision}
 
 
 def test_plans_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan(RESNET_3X3, Direction.FORWARD, "float16", "ieee", H100).block_m = 1
+        plan(RESNET_3X3, FORWARD, HALF, H100).block_m = 1
+
+
+def test_a_plan_says_what_it_is():
+    box = ConvPlan(Variant.BOX, 128, 64, 64, 4, 1, splits=2, box=(2, 8, 8), pack=(True, False, True))
+    assert str(box) == "box 128×64×64 (box 2×8×8), 4 warps, 2 splits, 2 copies"
+    assert str(ConvPlan(Variant.TAPS, 64, 32, 32, 4, 3)) == "taps 64×32×32, 4 warps, 3 stages"
+
+
+# ---- layouts -------------------------------------------------------------------------------------------------------
 
 
 def _layouts():

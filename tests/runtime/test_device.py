@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpukern.runtime.device import DEVICES, EMULATED, H100, L4, RTX_4090, named_device
+from gpukern.runtime.device import DEVICES, EMULATED, H100, L4, RTX_4090, DeviceSpec, assumed_peaks, named_device
 
 #: Boost clocks in GHz, which the rates of fp32 are printed for.
 CLOCKS = {"a100": 1.41, "l4": 2.04, "rtx4090": 2.52, "h100": 1.98, "h200": 1.98, "b200": 1.98}
@@ -31,7 +31,7 @@ def test_full_precision_is_the_multiprocessors_clock(name):
     """FLOP/s of fp32 = 2 · cores · clock; 64 cores a multiprocessor on the A100, 128 since."""
     device = DEVICES[name]
     cores = 64 if name == "a100" else 128
-    assert device.peaks.matrix_rates["float32"] == pytest.approx(
+    assert device.peaks.matrix_rates["fma"] == pytest.approx(
         2 * cores * device.sm_count * CLOCKS[name] * 1e9, rel=0.005
     )
 
@@ -40,9 +40,28 @@ def test_full_precision_is_the_multiprocessors_clock(name):
 def test_tensor_cores_halve_their_rate_with_the_operands(name):
     """TF32 has half the rate of 16-bit operands; printed numbers are rounded, to two digits for the B200."""
     rates = DEVICES[name].peaks.matrix_rates
-    assert list(rates) == ["float16", "bfloat16", "tf32", "float32"]
+    assert list(rates) == ["float16", "bfloat16", "tf32", "tf32x3", "fma", "float32"]
     assert rates["float16"] == rates["bfloat16"] == pytest.approx(2 * rates["tf32"], rel=0.03)
-    assert rates["tf32"] >= rates["float32"]
+    assert rates["tf32"] >= rates["fma"]
+
+
+def test_full_precision_takes_the_faster_way():
+    """Three products on tensor cores, or one beside them: the gaming chips have many cores beside them."""
+    for name, device in DEVICES.items():
+        rates = device.peaks.matrix_rates
+        assert rates["tf32x3"] * 3 == pytest.approx(rates["tf32"])
+        assert rates["float32"] == rates["fma" if name in ("l4", "rtx4090") else "tf32x3"]
+
+
+def test_assumed_peaks():
+    """By name, else by age, in proportion to the multiprocessors."""
+    assert assumed_peaks(H100) is H100.peaks
+    smaller = DeviceSpec("NVIDIA H100 PCIe", (9, 0), 114, H100.shared_memory)
+    assert assumed_peaks(smaller).bandwidth == pytest.approx(H100.peaks.bandwidth * 114 / 132)
+    unknown = DeviceSpec("NVIDIA GeForce RTX 3090", (8, 6), 82, 99 * 1024)
+    a100 = DEVICES["a100"]
+    assert assumed_peaks(unknown).matrix_rates["tf32"] == pytest.approx(a100.peaks.matrix_rates["tf32"] * 82 / 108)
+    assert assumed_peaks(EMULATED).bandwidth == pytest.approx(H100.peaks.bandwidth * 2 / 132)
 
 
 def test_rates_are_dense_and_sum_in_fp32():

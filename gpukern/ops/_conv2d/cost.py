@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import NamedTuple
 
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant, grid, tiled_pixels
+from gpukern.ops._conv2d.geometry import dimensions, phases
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.integers import cdiv
 from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
+
+#: Variants that multiply element by element, outside the tensor cores.
+ELEMENTWISE = frozenset((Variant.DIRECT, Variant.DEPTHWISE))
 
 
 def work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -> Work:
@@ -26,14 +27,14 @@ def work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -
     p = problem
     if not _output(p, direction):
         return Work(0, 0, kind)
-    dimensions = _dimensions(p)
-    reads = [window_reads(*dimension) for dimension in dimensions]
+    both = dimensions(p)
+    reads = [window_reads(*dimension) for dimension in both]
     x = p.N * p.C * math.prod(len({i for _, i in pairs}) for pairs in reads)
     y = p.N * p.K * math.prod(len({o for o, _ in pairs}) for pairs in reads)
     elements = sum(_operands(direction, x, y, _filter(p))) + _output(p, direction)
-    taps = [dimension.outputs * dimension.taps for dimension in dimensions]
+    taps = [dimension.outputs * dimension.taps for dimension in both]
     if direction is Direction.INPUT_GRAD:
-        gathered = (sum(pixels * taps for pixels, taps in _phases(dimension)) for dimension in dimensions)
+        gathered = (sum(pixels * taps for pixels, taps in phases(dimension)) for dimension in both)
         taps = map(min, taps, gathered)
     return Work(2 * p.N * math.prod(taps) * p.K * p.group_inputs, elements * itemsize, kind)
 
@@ -42,90 +43,61 @@ def cost(
     problem: ConvProblem,
     direction: Direction,
     plan: ConvPlan,
-    itemsize: int,
-    packed: tuple[bool, bool],
+    tiles: list[tuple[int, int]],
+    operands: Operands,
     device: DeviceSpec,
-    kind: str,
 ) -> Cost:
     """The cost of ``plan`` on ``device``, whose peaks must be known (ValueError).
 
-    ``packed``: which operand is first copied into runs of channels, in the order of the kernel's arguments: x and w, dy
-    and w, or dy and x (:attr:`gpukern.ops._conv2d.prepare.Prepared.pack`). Partial sums of ``plan.splits`` are fp32,
-    written and read again by a second launch. Element by element, the kernel has the rate of float32 whatever ``kind``.
+    ``tiles``: pairs of (tiles, steps of ``plan.block_k`` each walks), from the kernel's own ``plan.py``. Partial sums
+    of ``plan.splits`` are fp32, written and read again. Element by element, the kernel has the rate outside the tensor
+    cores whatever the operands are.
     """
     if device.peaks is None:
         raise ValueError(f"the peak rates of {device.name} are not known")
-    p, bandwidth = problem, device.peaks.bandwidth
-    must = work(p, direction, itemsize, kind)
+    p, bandwidth, itemsize = problem, device.peaks.bandwidth, operands.itemsize
+    must = work(p, direction, itemsize, operands.kind)
     if not _output(p, direction) or not p.N:
         # Nothing is launched; a weight gradient of no images is filled with zeros.
-        return Cost(0, 0.0, 1.0, must.bytes, 0, must.bytes / bandwidth)
-    operands = _operands(direction, p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, _filter(p))
-    copied = sum(elements for elements, copy in zip(operands, packed, strict=True) if copy)
-    partial = plan.splits * _filter(p) if plan.splits > 1 else 0
-    moved = must.bytes + 2 * copied * itemsize + 2 * partial * 4
-
-    tiles, groups, layers = grid(p, direction, plan)
+        return Cost(0, 0.0, 1.0, must.bytes, 0, 0.0, must.bytes / bandwidth)
     step = 2 * plan.block_m * plan.block_n * plan.block_k
-    programs = [(tiles * groups, steps * step) for steps in _steps(p, direction, plan)]
-    done = sum(count * flops for count, flops in programs)
-    rate = device.peaks.matrix_rates["float32" if plan.variant is Variant.DIRECT else kind]
-    compute = in_waves(programs, device.sm_count) / rate
+    done = sum(count * steps * step for count, steps in tiles)
+    rate = device.peaks.matrix_rates[_rate(plan, operands)]
+    compute = in_waves([(count, steps * step) for count, steps in tiles], device.sm_count) / rate
+    moved = must.bytes + copied_bytes(p, direction, plan, itemsize) + split_bytes(p, direction, plan)
+    programs = sum(count for count, _ in tiles)
     return Cost(
-        tiles=tiles * groups * layers,
-        waves=tiles * groups * layers / device.sm_count,
+        tiles=programs,
+        waves=programs / device.sm_count,
         efficiency=must.flops / done if done else 1.0,
         bytes=moved,
-        launches=1 + sum(packed) + (plan.splits > 1),
+        launches=1 + sum(plan.pack) + _added_apart(direction, plan),
+        compute=compute,
         seconds=max(compute, moved / bandwidth),
     )
 
 
-def _steps(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[int]:
-    """Steps along the sum of a tile of each phase or split, as the kernels loop."""
-    if direction is Direction.WEIGHT_GRAD:
-        pixels, _ = tiled_pixels(p, direction)
-        share = cdiv(pixels, plan.splits)
-        # Rounded up, the shares can leave little for the last splits, or nothing.
-        shares = (min(share, max(pixels - i * share, 0)) for i in range(plan.splits))
-        return [cdiv(pixels, plan.block_k) for pixels in shares]
-    reduction, taps = p.group_inputs, [p.R * p.S]
-    if direction is Direction.INPUT_GRAD:
-        # A phase has as many tiles as the largest one, and those without a pixel walk their taps all the same.
-        phases = itertools.product(*map(_phases, _dimensions(p)))
-        reduction, taps = p.group_outputs, [r * s for (_, r), (_, s) in phases]
-    if plan.variant is Variant.FLAT:
-        return [cdiv(n * reduction, plan.block_k) for n in taps]
-    return [n * cdiv(reduction, plan.block_k) for n in taps]
+def _rate(plan: ConvPlan, operands: Operands) -> str:
+    if plan.variant in ELEMENTWISE or (operands.dtype == "float32" and plan.precision == "ieee"):
+        return "fma"
+    return plan.precision if operands.dtype == "float32" else operands.dtype
 
 
-class _Dimension(NamedTuple):
-    """One dimension of a convolution; ``before`` is the padding above or to the left."""
-
-    inputs: int
-    outputs: int
-    taps: int
-    stride: int
-    dilation: int
-    before: int
+def copied_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan, itemsize: int) -> int:
+    """Of copies into or out of channels_last: each reads and writes its tensor once."""
+    operands = _operands(direction, p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, _filter(p))
+    sizes = (*operands, _output(p, direction))
+    return sum(2 * elements * itemsize for elements, copied in zip(sizes, plan.pack, strict=True) if copied)
 
 
-def _dimensions(p: ConvProblem) -> tuple[_Dimension, _Dimension]:
-    return (
-        _Dimension(p.H, p.P, p.R, p.stride[0], p.dilation[0], p.padding[0]),
-        _Dimension(p.W, p.Q, p.S, p.stride[1], p.dilation[1], p.padding[2]),
-    )
+def _added_apart(direction: Direction, plan: ConvPlan) -> bool:
+    """Whether another launch adds the partial sums; of tiles of pixels the last program to arrive does."""
+    return plan.splits > 1 and direction is Direction.WEIGHT_GRAD
 
 
-def _phases(d: _Dimension) -> list[tuple[int, int]]:
-    """(positions in dx, taps that reach each of them) by position modulo the stride."""
-    return [
-        (
-            len(range(phase, d.inputs, d.stride)),
-            sum((phase + d.before - tap * d.dilation) % d.stride == 0 for tap in range(d.taps)),
-        )
-        for phase in range(d.stride)
-    ]
+def split_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
+    """Of partial sums, fp32, written and read once."""
+    return 2 * 4 * plan.splits * _output(p, direction) if plan.splits > 1 else 0
 
 
 def _operands(direction: Direction, x: int, y: int, w: int) -> tuple[int, int]:

@@ -1,23 +1,15 @@
-"""Launches the convolution kernels. Functions of the same names and signatures as ``reference.py``."""
+"""The convolution on the kernels. Functions of the same names and signatures as ``reference.py``."""
 
 from __future__ import annotations
 
 import torch
 
-from gpukern.ops._conv2d import kernels, weight_kernels
-from gpukern.ops._conv2d.gather import Filter
-from gpukern.ops._conv2d.plan import channel_sum_splits
-from gpukern.ops._conv2d.prepare import (
-    Prepared,
-    dense_strides,
-    prepare_gather,
-    prepare_weight_grad,
-)
+from gpukern.ops._conv2d.gather.plan import channel_sum_splits
+from gpukern.ops._conv2d.passes import launch as passes
+from gpukern.ops._conv2d.plan import ConvPlan, Direction
+from gpukern.ops._conv2d.prepare import Epilogue, Prepared, prepare
 from gpukern.ops._conv2d.problem import ConvProblem
-from gpukern.ops._image import Image, image
 from gpukern.runtime.current_device import device_spec
-from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import index_type, launch, reach
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.tensors import check_kernel_dtype
 
@@ -27,175 +19,125 @@ def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    dtype, device = input.dtype, input.device
-    prepared = prepare_gather(
-        problem,
-        False,
-        input.stride(),
-        weight.stride(),
-        None,
-        dtype,
-        conv_precision(dtype),
-        activation,
-        device_spec(device),
-    )
-    return gather(prepared, input, weight, bias, new_output(prepared, input), negative_slope)
+    epilogue = Epilogue(activation, residual is not None)
+    prepared = prepared_for(problem, Direction.FORWARD, input, weight, None, epilogue)
+    return run(prepared, input, weight, bias, residual, negative_slope)[0]
+
+
+def conv2d_statistics(
+    problem: ConvProblem, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    prepared = prepared_for(problem, Direction.FORWARD, input, weight, None, Epilogue(statistics=True))
+    output, statistics = run(prepared, input, weight, bias)
+    if statistics is None:
+        return output, *(torch.zeros(problem.K, dtype=torch.float32, device=output.device) for _ in range(2))
+    return output, *passes.merge_statistics(statistics)
 
 
 def conv2d_input_grad(
     problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
 ) -> torch.Tensor:
-    dtype = grad.dtype
-    prepared = prepare_gather(
-        problem,
-        True,
-        grad.stride(),
-        weight.stride(),
-        channels_last,
-        dtype,
-        conv_precision(dtype),
-        "none",
-        device_spec(grad.device),
-    )
-    return gather(prepared, grad, weight, None, new_output(prepared, grad))
+    return run(prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last), grad, weight)[0]
 
 
 def conv2d_weight_grad(
     problem: ConvProblem, grad: torch.Tensor, input: torch.Tensor, channels_last: bool
 ) -> torch.Tensor:
-    dtype = grad.dtype
-    prepared = prepare_weight_grad(
-        problem, grad.stride(), input.stride(), channels_last, dtype, conv_precision(dtype), device_spec(grad.device)
-    )
-    return weight_grad(prepared, grad, input, new_output(prepared, grad))
+    return run(prepared_for(problem, Direction.WEIGHT_GRAD, grad, input, channels_last), grad, input)[0]
 
 
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:
     check_kernel_dtype("channel_sum", grad.dtype)
     N, K, P, Q = grad.shape
-    output = torch.empty(K, dtype=grad.dtype, device=grad.device)
-    pixels = N * P * Q
-    if pixels == 0 or K == 0:
-        return output.zero_()
-    splits = channel_sum_splits(pixels, K, device_spec(grad.device))
-    partial = _partial_sums(output, splits)
-    launch(
-        weight_kernels.channel_sum_kernel,
-        (cdiv(K, 64), splits),
-        grad.device,
-        (image(grad), partial, pixels, K, P, Q, cdiv(pixels, splits)),
-        {"BLOCK_M": 64, "BLOCK_K": 64, "INDEX": index_type(reach(grad.shape, grad.stride())), "num_warps": 4},
+    return passes.channel_sum(grad, channel_sum_splits(N * P * Q, K, device_spec(grad.device)))
+
+
+def activation_grad_sum(
+    grad: torch.Tensor, output: torch.Tensor, activation: str, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_kernel_dtype("activation_grad_sum", grad.dtype)
+    N, K, P, Q = grad.shape
+    splits = channel_sum_splits(N * P * Q, K, device_spec(grad.device))
+    return passes.activation_grad_sum(grad, output, splits, activation, negative_slope)
+
+
+def prepared_for(
+    problem: ConvProblem,
+    direction: Direction,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    channels_last: bool | None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
+    choice: ConvPlan | None = None,
+) -> Prepared:
+    """The launch for these tensors, [N, C, H, W] and [K, C/G, R, S]; see ``prepare.prepare``."""
+    dtype = first.dtype
+    return prepare(
+        problem,
+        direction,
+        first.stride(),
+        second.stride(),
+        channels_last,
+        (first.data_ptr() | second.data_ptr()) % 16 == 0,
+        dtype,
+        conv_precision(dtype),
+        device_spec(first.device),
+        epilogue,
+        choice,
     )
-    _add_splits(partial, output, splits)
-    return output
 
 
-def gather(
+def run(
     prepared: Prepared,
-    source: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    output: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
-) -> torch.Tensor:
-    """Write ``output``: y from x, or ∂L/∂x from ∂L/∂y if prepared as transposed."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(output, its statistics fp32 [3, tiles, K] if the launch was prepared to make them)."""
+    output = torch.empty_strided(prepared.shape, prepared.strides, dtype=first.dtype, device=first.device)
+    return output, write(prepared, output, first, second, bias, residual, negative_slope)
+
+
+def write(
+    prepared: Prepared,
+    output: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    negative_slope: float = 0.0,
+) -> torch.Tensor | None:
+    """Fill ``output``; returns its statistics if the launch was prepared to make them."""
     if output.numel() == 0:
-        return output
-    if prepared.pack[0]:
-        source = _in_channel_runs(source)
-    if prepared.pack[1]:
-        weight = _in_channel_runs(weight)
+        return None
+    if first.numel() == 0:
+        output.zero_()  # the weight gradient of no images
+        return None
+    statistics = None
+    if prepared.launch.row_tiles:
+        size = (3, prepared.launch.row_tiles, prepared.shape[1])
+        statistics = torch.empty(size, dtype=torch.float32, device=first.device)
+    pack_first, pack_second, pack_output = prepared.plan.pack
+    if pack_first:
+        first = passes.channels_last_copy(first)
+    if pack_second:
+        second = passes.channels_last_copy(second)
+    written = output
+    if pack_output:
+        written = torch.empty_strided(prepared.shape, prepared.written, dtype=output.dtype, device=output.device)
     if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()  # the only operand that the kernel takes without strides
-    launch(
-        kernels.conv2d_gather_kernel,
-        prepared.grid,
-        output.device,
-        (
-            Image(source, *prepared.first),
-            Filter(weight, *prepared.second),
-            bias,
-            Image(output, *prepared.output),
-            *prepared.scalars,
-            negative_slope,
-        ),
-        prepared.meta,
-    )
-    return output
-
-
-def weight_grad(prepared: Prepared, grad: torch.Tensor, input: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """Write ``output``, ∂L/∂w."""
-    if output.numel() == 0:
-        return output
-    if grad.numel() == 0:
-        return output.zero_()
-    if prepared.pack[0]:
-        grad = _in_channel_runs(grad)
-    if prepared.pack[1]:
-        input = _in_channel_runs(input)
-    partial = _partial_sums(output, prepared.splits)
-    launch(
-        weight_kernels.conv2d_weight_grad_kernel,
-        prepared.grid,
-        output.device,
-        (
-            Image(grad, *prepared.first),
-            Image(input, *prepared.second),
-            Filter(partial, *prepared.output),
-            *prepared.scalars,
-        ),
-        prepared.meta,
-    )
-    _add_splits(partial, output, prepared.splits)
-    return output
-
-
-def new_output(prepared: Prepared, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(prepared.shape, prepared.strides, dtype=like.dtype, device=like.device)
-
-
-def _partial_sums(output: torch.Tensor, splits: int) -> torch.Tensor:
-    """Where splits write: ``output`` itself if there is one, else fp32 [splits, ...] in ``output``'s memory order."""
-    if splits == 1:
-        return output
-    return torch.empty((splits, output.numel()), dtype=torch.float32, device=output.device)
-
-
-def _add_splits(partial: torch.Tensor, output: torch.Tensor, splits: int) -> None:
-    if splits == 1:
-        return
-    size = output.numel()
-    launch(
-        weight_kernels.sum_splits_kernel,
-        (cdiv(size, 256),),
-        output.device,
-        (partial, output, size, splits),
-        {"BLOCK": 256, "num_warps": 4},
-    )
-
-
-def _in_channel_runs(tensor: torch.Tensor) -> torch.Tensor:
-    """A channels_last copy of an image, a filter or a matrix, made by our own kernel."""
-    if tensor.dim() == 2:
-        tensor = tensor[:, :, None, None]
-    N, C, H, W = tensor.shape
-    strides = dense_strides(tensor.shape, channels_last=True)
-    packed = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-    pixels = N * H * W
-    launch(
-        kernels.to_channels_last_kernel,
-        (cdiv(pixels, 64), cdiv(C, 64)),
-        tensor.device,
-        (image(tensor), image(packed), pixels, C, H, W),
-        {
-            "BLOCK_M": 64,
-            "BLOCK_C": 64,
-            "INDEX": index_type(max(reach(tensor.shape, tensor.stride()), packed.numel())),
-            "num_warps": 4,
-        },
-    )
-    return packed
+        bias = bias.contiguous()  # the only operand that kernels take without strides
+    if residual is not None and (residual.stride() != prepared.written or residual.data_ptr() % 16):
+        copy = torch.empty_like(written)
+        passes.copy_image(residual, copy)
+        residual = copy
+    prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
+    if pack_output:
+        passes.copy_image(written, output)
+    return statistics

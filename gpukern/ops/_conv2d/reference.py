@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gpukern.ops._activation.reference import activation
+from gpukern.ops._activation.reference import activation, activation_grad
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.tensors import as_memory_format
 
@@ -15,13 +15,27 @@ def conv2d(
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
     activation_name: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    """``act(x ∗ w + b)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
+    """``act(x ∗ w + b + residual)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
     padded, padding = _pad(problem, input)
     y = F.conv2d(padded, weight, bias, problem.stride, padding, problem.dilation, problem.groups)
-    return activation(y, activation_name, negative_slope)
+    return activation(y if residual is None else y + residual, activation_name, negative_slope)
+
+
+def conv2d_statistics(
+    problem: ConvProblem, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``y = x ∗ w + b``, ``Σ y`` and ``Σ (y − mean)²`` over all but the channels, at least in fp32."""
+    y = conv2d(problem, input, weight, bias, None, "none", 0.0)
+    values = y.to(torch.promote_types(y.dtype, torch.float32))
+    total = values.sum((0, 2, 3))
+    if not y.numel():
+        return y, total, torch.zeros_like(total)
+    mean = values.mean((0, 2, 3), keepdim=True)
+    return y, total, (values - mean).square().sum((0, 2, 3))
 
 
 def conv2d_input_grad(
@@ -45,6 +59,14 @@ def conv2d_weight_grad(
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:
     """``∂L/∂b`` [K]: the sum of [N, K, P, Q] over all but the channels."""
     return grad.sum((0, 2, 3))
+
+
+def activation_grad_sum(
+    grad: torch.Tensor, output: torch.Tensor, activation_name: str, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``∂L/∂z = ∂L/∂y · act′`` from ``y = act(z)``, and its :func:`channel_sum`."""
+    inner = torch.empty_like(output).copy_(activation_grad(grad, output, activation_name, negative_slope))
+    return inner, channel_sum(inner)
 
 
 def _pad(problem: ConvProblem, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

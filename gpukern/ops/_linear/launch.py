@@ -6,8 +6,9 @@ import functools
 
 import torch
 
-from gpukern.ops._conv2d.launch import gather, weight_grad
-from gpukern.ops._conv2d.prepare import Strides, prepare_gather, prepare_weight_grad
+from gpukern.ops._conv2d import launch
+from gpukern.ops._conv2d.plan import Direction
+from gpukern.ops._conv2d.prepare import Epilogue, Prepared, prepare
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import matmul_precision
@@ -16,40 +17,40 @@ from gpukern.runtime.precision import matmul_precision
 def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, negative_slope: float
 ) -> torch.Tensor:
-    rows, inputs = input.shape
-    outputs = weight.shape[0]
-    dtype, device = input.dtype, input.device
-    prepared = prepare_gather(
-        _as_convolution(rows, inputs, outputs),
-        False,
-        _as_image(input.stride()),
-        _as_image(weight.stride()),
-        False,
-        dtype,
-        matmul_precision(dtype),
-        activation,
-        device_spec(device),
-    )
+    outputs, inputs = weight.shape
+    problem = _as_convolution(input.shape[0], inputs, outputs)
+    prepared = _prepared(problem, Direction.FORWARD, input, weight, activation)
     if bias is not None and bias.shape[0] != outputs:
         bias = bias.expand(outputs)
-    output = torch.empty((rows, outputs), dtype=dtype, device=device)
-    return gather(prepared, input, weight, bias, output, negative_slope)
+    output = torch.empty((problem.N, outputs), dtype=input.dtype, device=input.device)
+    launch.write(prepared, output, input, weight, bias, None, negative_slope)
+    return output
 
 
 def linear_weight_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-    rows, inputs = input.shape
-    outputs = grad.shape[1]
-    dtype, device = grad.dtype, grad.device
-    prepared = prepare_weight_grad(
-        _as_convolution(rows, inputs, outputs),
-        _as_image(grad.stride()),
-        _as_image(input.stride()),
+    (rows, inputs), outputs = input.shape, grad.shape[1]
+    prepared = _prepared(_as_convolution(rows, inputs, outputs), Direction.WEIGHT_GRAD, grad, input)
+    output = torch.empty((outputs, inputs), dtype=grad.dtype, device=grad.device)
+    launch.write(prepared, output, grad, input)
+    return output
+
+
+def _prepared(
+    problem: ConvProblem, direction: Direction, first: torch.Tensor, second: torch.Tensor, activation: str = "none"
+) -> Prepared:
+    """For matrices [M, C] as M images of one pixel."""
+    return prepare(
+        problem,
+        direction,
+        (*first.stride(), 0, 0),
+        (*second.stride(), 0, 0),
         False,
-        dtype,
-        matmul_precision(dtype),
-        device_spec(device),
+        (first.data_ptr() | second.data_ptr()) % 16 == 0,
+        first.dtype,
+        matmul_precision(first.dtype),
+        device_spec(first.device),
+        Epilogue(activation),
     )
-    return weight_grad(prepared, grad, input, torch.empty((outputs, inputs), dtype=dtype, device=device))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -57,8 +58,3 @@ def _as_convolution(rows: int, inputs: int, outputs: int) -> ConvProblem:
     return ConvProblem(
         rows, inputs, 1, 1, outputs, 1, 1, 1, 1, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1
     )
-
-
-def _as_image(strides: Strides) -> Strides:
-    """The strides of a matrix [M, C] seen as M images of one pixel."""
-    return (*strides, 0, 0)

@@ -40,7 +40,7 @@ def work(problem: PoolProblem | AdaptiveProblem, pooling: Pooling, itemsize: int
     tap = 0
     if pooling in (Pooling.MAX_WITH_TAPS, Pooling.MAX_GRAD):
         tap = 1 if math.prod(p.kernel) <= 256 else 4
-    return Work(planes * operations, planes * ((inputs + outputs) * itemsize + outputs * tap), "float32")
+    return Work(planes * operations, planes * ((inputs + outputs) * itemsize + outputs * tap), "fma")
 
 
 def cost(
@@ -66,13 +66,14 @@ def cost(
     launched = tiles > 0 and p.P * p.Q > 0
     tiles *= launched
     operations = steps * tile.channels * tile.pixels
-    compute = in_waves([(tiles, operations)], device.sm_count) / device.peaks.matrix_rates["float32"]
+    compute = in_waves([(tiles, operations)], device.sm_count) / device.peaks.matrix_rates["fma"]
     return Cost(
         tiles=tiles,
         waves=tiles / device.sm_count,
         efficiency=must.flops / (tiles * operations) if tiles else 1.0,
         bytes=must.bytes,
         launches=int(launched),
+        compute=compute,
         seconds=max(compute, must.bytes / device.peaks.bandwidth),
     )
 

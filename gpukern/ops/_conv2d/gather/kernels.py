@@ -1,14 +1,15 @@
 """Convolution kernels: forward and input gradient as one implicit matrix product.
 
 Layouts are strides: channels_last is read and written in runs of channels, NCHW and any view in what runs they have.
-The weight gradient is in ``weight_kernels.py``; the arithmetic of taps in ``gather.py``.
+The weight gradient is in ``weight_kernels.py``; the arithmetic of taps in ``indexing.py``.
 """
 
 import triton
 import triton.language as tl
 
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._conv2d.gather import inside_image, phase_taps, split_pixel, taps_inside, tile_order
+from gpukern.ops._conv2d.epilogue import add_splits, store_statistics
+from gpukern.ops._conv2d.indexing import inside_image, phase_taps, split_pixel, taps_inside, tile_order
 
 
 @triton.jit
@@ -16,7 +17,11 @@ def conv2d_gather_kernel(
     source,  # Image [N, C, H, W]: x, or ∂L/∂y when TRANSPOSED
     filter,  # Filter
     bias_ptr,  # [columns of all groups] or None
+    residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
+    statistics_ptr,  # fp32 [3, row tiles, columns of all groups] or None
+    partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_M, BLOCK_N], and
+    counter_ptr,  # int32 [tiles], zeros; both None for one split
     sizes,  # Sizes
     padding_h,
     padding_w,
@@ -39,17 +44,20 @@ def conv2d_gather_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,  # programs that share the sum of a tile; one unless VARIANT is "taps"
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """out[pixel, column] = act(bias[column] + Σ_{tap, c} source[pixel moved by tap, c] · filter[tap, c, column]).
+    """out[pixel, column] = act(Σ_{tap, c} source[pixel moved by tap, c] · filter[tap, c, column] + bias + residual).
 
-    Grid: (tiles, groups, phases); one phase unless TRANSPOSED with a stride. ``direct`` has all groups in one.
+    Grid: (tiles, groups, phases · SPLITS); one phase unless TRANSPOSED with a stride. ``direct`` has all groups in one.
     """
+    phase = tl.program_id(2) // SPLITS
+    split = tl.program_id(2) % SPLITS
     if TRANSPOSED:
-        phase_h = tl.program_id(2) // STRIDE_W
-        phase_w = tl.program_id(2) % STRIDE_W
+        phase_h = phase // STRIDE_W
+        phase_w = phase % STRIDE_W
         rows = (sizes.out_h - phase_h + STRIDE_H - 1) // STRIDE_H
         cols = (sizes.out_w - phase_w + STRIDE_W - 1) // STRIDE_W
         first_r, taps_h, base_h = phase_taps(phase_h, padding_h, TAPS_H, STRIDE_H, DILATION_H, TAP_STEP_H)
@@ -152,7 +160,20 @@ def conv2d_gather_kernel(
             r = tl.cast(0, INDEX)
             s = tl.cast(0, INDEX)
             c = tl.cast(0, INDEX)
-            for _ in range(taps_h * taps_w * tl.cdiv(sizes.reduction, BLOCK_K)):
+            steps = taps_h * taps_w * tl.cdiv(sizes.reduction, BLOCK_K)
+            if SPLITS > 1:
+                share = tl.cdiv(steps, SPLITS)
+                first_step = split * share
+                tap = first_step // tl.cdiv(sizes.reduction, BLOCK_K)
+                c = (first_step % tl.cdiv(sizes.reduction, BLOCK_K) * BLOCK_K).to(INDEX)
+                # A phase may have no tap at all; no division by zero then.
+                s = (tap % max(taps_w, 1)).to(INDEX)
+                r = (tap // max(taps_w, 1)).to(INDEX)
+                if TAP_BITS:
+                    # Beyond the last tap there is no step; a shift by more than the mask has is not defined.
+                    bits = bits >> min(tap, 31)
+                steps = min(steps - first_step, share)
+            for _ in range(steps):
                 if TAP_BITS:
                     inside = (bits & 1) != 0  # [BLOCK_M, 1]
                 else:
@@ -184,31 +205,29 @@ def conv2d_gather_kernel(
                         r += 1
 
     out_channel = group * sizes.columns + column
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + out_channel, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    acc = apply_activation(acc, ACTIVATION, negative_slope)
+    if SPLITS > 1:
+        tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
+        acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS)
+        # The others have nothing to write.
+        pixels = tl.where(last, pixels, 0)
+    pixel_ok = (pixel < pixels)[:, None]
     if TRANSPOSED:
         i = i * STRIDE_H + phase_h
         j = j * STRIDE_W + phase_w
+    out_ok = pixel_ok & column_ok[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + out_channel, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     out_offset = n.to(INDEX) * out.n + i.to(INDEX) * out.h + j.to(INDEX) * out.w
-    out_row = out.ptr + tl.multiple_of(out_offset, OUT_ALIGN)
-    tl.store(
-        out_row[:, None] + (out_channel.to(INDEX) * out.c)[None, :],
-        acc.to(out.ptr.dtype.element_ty),
-        mask=(pixel < pixels)[:, None] & column_ok[None, :],
-    )
-
-
-@triton.jit
-def to_channels_last_kernel(
-    source, out, pixels, channels, height, width, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr
-):
-    """out = source, both Image [N, C, H, W] with any strides. One tile is read along its runs and written along its."""
-    pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    n, h, w = split_pixel(pixel, height, width)
-    mask = (pixel < pixels)[:, None] & (c < channels)[None, :]
-    read = n.to(INDEX) * source.n + h.to(INDEX) * source.h + w.to(INDEX) * source.w
-    value = tl.load(source.ptr + read[:, None] + (c.to(INDEX) * source.c)[None, :], mask=mask, other=0.0)
-    write = n.to(INDEX) * out.n + h.to(INDEX) * out.h + w.to(INDEX) * out.w
-    tl.store(out.ptr + write[:, None] + (c.to(INDEX) * out.c)[None, :], value, mask=mask)
+    out_row = tl.multiple_of(out_offset, OUT_ALIGN)
+    place = out_row[:, None] + (out_channel.to(INDEX) * out.c)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
+    y = apply_activation(acc, ACTIVATION, negative_slope).to(out.ptr.dtype.element_ty)
+    tl.store(out.ptr + place, y, mask=out_ok)
+    if statistics_ptr is not None:
+        channels = sizes.columns * sizes.groups
+        # Where there is nothing to write the channel is one too far.
+        channel = tl.where(column_ok, out_channel, channels)
+        if SPLITS > 1:
+            channel = tl.where(last, channel, channels)
+        store_statistics(y.to(tl.float32), pixel_ok, statistics_ptr, pid_m, num_m, channel, channels, AXIS=0)

@@ -1,9 +1,9 @@
-"""Weight and bias gradients: sums over all pixels, split over programs and added up in a fixed order."""
+"""The weight gradient: sums over all pixels, split over programs, whose partial sums another launch adds."""
 
 import triton
 import triton.language as tl
 
-from gpukern.ops._conv2d.gather import inside_image, split_pixel, tile_order
+from gpukern.ops._conv2d.indexing import inside_image, split_pixel, tile_order
 
 
 @triton.jit
@@ -116,41 +116,3 @@ def conv2d_weight_grad_kernel(
             acc.to(out.ptr.dtype.element_ty),
             mask=m_ok[:, None] & column_ok,
         )
-
-
-@triton.jit
-def channel_sum_kernel(
-    grad,  # Image [N, K, P, Q]
-    out_ptr,  # [splits, K]
-    pixels,
-    channels,
-    height,
-    width,
-    pixels_per_split,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    INDEX: tl.constexpr,
-):
-    """out[split, k] = Σ grad[pixel, k] over the pixels of the split. Grid: (channel tiles, splits)."""
-    k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    first = tl.program_id(1) * pixels_per_split
-    last = min(first + pixels_per_split, pixels)
-    acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
-    for start in range(first, last, BLOCK_K):
-        pixel = start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        n, p, q = split_pixel(pixel, height, width)
-        row = n.to(INDEX) * grad.n + p.to(INDEX) * grad.h + q.to(INDEX) * grad.w
-        mask = (pixel < last)[:, None] & (k < channels)[None, :]
-        acc += tl.load(grad.ptr + row[:, None] + (k.to(INDEX) * grad.c)[None, :], mask=mask, other=0.0).to(tl.float32)
-    total = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + tl.program_id(1) * channels + k, total, mask=k < channels)
-
-
-@triton.jit
-def sum_splits_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
-    """out[i] = Σ_split partial[split, i], added in the order of the splits: the same bits in every run."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        acc += tl.load(partial_ptr + split * size.to(tl.int64) + i, mask=i < size, other=0.0)
-    tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=i < size)

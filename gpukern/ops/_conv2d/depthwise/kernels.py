@@ -1,0 +1,349 @@
+"""Depthwise convolution: forward and input gradient, element by element, each pixel read about once.
+
+A thread walks down the rows of the source with a few neighbouring columns in hand. A row is multiplied, once loaded,
+into every output row that it reaches; their sums wait in registers until their last source row has come. So a tap costs
+one multiply-add, and loads, conversions and addresses are shared by the taps of a window.
+
+Tiles are [pixels, channels] for channels_last and [channels, pixels] for NCHW (PLANES), so that neighbouring threads
+touch neighbouring elements in both; below, SHAPE stands for either. Where rows lie densely along w, two neighbours are
+loaded and stored as one (PAIRS): [..., 2].
+
+Rows and columns are walked alike, along an ``Axis`` of ``plan.py``.
+"""
+
+import triton
+import triton.language as tl
+
+from gpukern.ops._activation.functions import apply_activation
+
+# ---- along one axis: an Axis of plan.py ----------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def span(axis, outputs):
+    return axis.span(outputs)
+
+
+@triton.constexpr_function
+def tap_of(axis, output, source):
+    return axis.tap(output, source)
+
+
+@triton.jit
+def first_source(output, AXIS: tl.constexpr):
+    """The first source that a tile from ``output`` on sees; may lie outside the image."""
+    if AXIS.transposed:
+        return (output + AXIS.before) // AXIS.ratio - AXIS.source_pitch * AXIS.back
+    else:
+        return output * AXIS.stride - AXIS.before
+
+
+@triton.jit
+def tiled(index, size, AXIS: tl.constexpr):
+    """The first output of tile ``index`` of ``size`` outputs: the phases take turns."""
+    return index % AXIS.out_pitch + index // AXIS.out_pitch * size * AXIS.out_pitch
+
+
+@triton.jit
+def lane_of(block, sizes, AXIS_W: tl.constexpr, COLS: tl.constexpr, BLOCK_Q: tl.constexpr, PLANES: tl.constexpr):
+    """(image, first column of dy or y, whether there is one) of each lane of a block: [BLOCK_Q, 1] or [1, BLOCK_Q]."""
+    lane = tl.arange(0, BLOCK_Q)
+    lane = block * BLOCK_Q + (lane[None, :] if PLANES else lane[:, None])
+    row = lanes_of_row(sizes, AXIS_W, COLS)
+    n = lane // row
+    return n, tiled(lane % row, COLS, AXIS_W), n < sizes.batch
+
+
+@triton.jit
+def lanes_of_row(sizes, AXIS_W: tl.constexpr, COLS: tl.constexpr):
+    return AXIS_W.out_pitch * tl.cdiv(tl.cdiv(sizes.out_w, AXIS_W.out_pitch), COLS)
+
+
+# ---- loads and stores ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def inside(i, size):
+    # Compared without sign, a negative index is larger than any size. A size of 1 is a plain number: cast() takes both.
+    return tl.cast(i, tl.int32).to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)
+
+
+@triton.jit
+def walk(
+    image, n, c, row, column, PITCH_H: tl.constexpr, PITCH_W: tl.constexpr, PLANES: tl.constexpr, PAIRS: tl.constexpr,
+    ALIGN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """(pointers SHAPE or [..., 2], step along rows, step along columns or pairs of them).
+
+    All strides but that of 1 along the runs are multiples of ALIGN. Multiplied by it again, the compiler sees it.
+    """
+    stride_n = tl.cast(image.n, INDEX) // ALIGN * ALIGN
+    stride_h = tl.cast(image.h, INDEX) // ALIGN * ALIGN
+    if PLANES:
+        stride_c = tl.cast(image.c, INDEX) // ALIGN * ALIGN
+        stride_w = tl.cast(image.w, INDEX)
+    else:
+        stride_c = tl.cast(image.c, INDEX)
+        stride_w = tl.cast(image.w, INDEX) // ALIGN * ALIGN
+    pixel = n.to(INDEX) * stride_n + row.to(INDEX) * stride_h + column.to(INDEX) * stride_w
+    offset = pixel + c.to(INDEX) * stride_c
+    if PAIRS:
+        # Even already, which only the one who chose PAIRS knows.
+        offset = (offset // 2 * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
+    step_w = tl.cast(2, INDEX) if PAIRS else PITCH_W * stride_w
+    return image.ptr + offset, PITCH_H * stride_h, step_w
+
+
+@triton.jit
+def places_inside(
+    column, limit, c_ok, COUNT: tl.constexpr, PITCH: tl.constexpr, PAIRS: tl.constexpr
+):
+    """Whether each of COUNT loads or stores beside one another lies left of ``limit``: SHAPE or [..., 1]."""
+    result = ()
+    for i in tl.static_range(COUNT):
+        ok = inside(column + i * (2 if PAIRS else PITCH), limit) & c_ok
+        result = result + (ok[:, :, None] if PAIRS else ok,)
+    return result
+
+
+@triton.jit
+def load_rows(
+    pointers, column, c_ok, row, height, width, step_h, step_w, step_c,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    PITCH_H: tl.constexpr, PITCH_W: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """ROWS · CHANNELS · COLUMNS loads, zeros outside the image."""
+    values = ()
+    for i in tl.static_range(ROWS):
+        # Of a row outside the image no column is inside.
+        limit = tl.where(inside(row + i * PITCH_H, height), width, 0)
+        ok = places_inside(column, limit, c_ok, COLUMNS, PITCH_W, PAIRS)
+        for m in tl.static_range(CHANNELS):
+            for e in tl.static_range(COLUMNS):
+                at = pointers + (i * step_h + m * step_c + e * step_w)
+                values = values + (tl.load(at, mask=ok[e], other=0.0),)
+    return values
+
+
+@triton.jit
+def element(values, first, i, PAIRS: tl.constexpr):
+    """The ``i``-th element of the loads from ``first`` on, in fp32: SHAPE."""
+    if PAIRS:
+        return tl.split(values[first + i // 2].to(tl.float32))[i % 2]
+    else:
+        return values[first + i].to(tl.float32)
+
+
+@triton.jit
+def multiply_rows(
+    sums, values, weights,
+    AXIS_H: tl.constexpr, AXIS_W: tl.constexpr, REDUCTION: tl.constexpr, COLS: tl.constexpr,
+    LOADS: tl.constexpr, ODD: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """``sums`` [row · COLS + column] and what a step's loads add to them."""
+    FIRST: tl.constexpr = -AXIS_H.warm_up * AXIS_H.outputs
+    STEP: tl.constexpr = AXIS_H.sources
+    SPAN: tl.constexpr = span(AXIS_W, COLS)
+    TAPS_W: tl.constexpr = AXIS_W.taps
+    TAPS: tl.constexpr = AXIS_H.taps * AXIS_W.taps
+    for i in tl.static_range(STEP):
+        for m in tl.static_range(REDUCTION):
+            for e in tl.static_range(SPAN):
+                v = element(values, (i * REDUCTION + m) * LOADS, e + ODD, PAIRS)
+                new = ()
+                for a in tl.static_range(len(sums)):
+                    if tap_of(AXIS_H, FIRST + a // COLS, i) >= 0 and tap_of(AXIS_W, a % COLS, e) >= 0:
+                        w = weights[
+                            m * TAPS + tap_of(AXIS_H, FIRST + a // COLS, i) * TAPS_W + tap_of(AXIS_W, a % COLS, e)
+                        ]
+                        new = new + (sums[a] + v * w,)
+                    else:
+                        new = new + (sums[a],)
+                sums = new
+    return sums
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
+    """A tuple of them."""
+    result = ()
+    for _ in tl.static_range(COUNT):
+        result = result + (tl.zeros(SHAPE, tl.float32),)
+    return result
+
+
+@triton.jit
+def no_moments(SHAPE: tl.constexpr):
+    """(a first value, count, sum, sum of differences from the first, of their squares) of each lane, before any."""
+    zeros = tl.zeros(SHAPE, tl.float32)
+    return zeros, zeros, zeros, zeros, zeros
+
+
+@triton.jit
+def add_moments(moments, y, ok, first):
+    """``moments`` and those of ``y`` where ``ok``. ``first``: no value came before.
+
+    Differences are from a value of the lane's own: at most a share of the squares then cancels that is as large as the
+    number of values.
+    """
+    origin, count, total, differences, squares = moments
+    origin = tl.where(first, y, origin)
+    d = tl.where(ok, y - origin, 0.0)
+    count += ok.to(tl.float32)
+    return origin, count, total + tl.where(ok, y, 0.0), differences + d, squares + d * d
+
+
+@triton.jit
+def over_pixels(lanes, PLANES: tl.constexpr):
+    """The sum over the pixels of a tile, [1, channels] or [channels, 1]."""
+    if len(lanes.shape) == 3:
+        lanes = tl.sum(lanes, axis=2)
+    return tl.sum(lanes, axis=1 if PLANES else 0, keep_dims=True)
+
+
+@triton.jit
+def store_moments(moments, statistics_ptr, tile, tiles, k, channels, PLANES: tl.constexpr):
+    """As ``store_statistics`` of the other kernels, from lanes that have their own moments."""
+    origin, count, total, differences, squares = moments
+    n = over_pixels(count, PLANES)
+    sums = over_pixels(total, PLANES)
+    mean = sums / tl.maximum(n, 1.0)
+    if len(count.shape) == 3:
+        mean = mean[:, :, None]
+    own = tl.maximum(count, 1.0)
+    apart = tl.where(count > 0.0, origin + differences / own - mean, 0.0)
+    deviations = over_pixels(squares - differences * differences / own + count * apart * apart, PLANES)
+    place = tile.to(tl.int64) * channels + k
+    plane = tl.cast(tiles, tl.int64) * channels
+    tl.store(statistics_ptr + place, sums, mask=k < channels)
+    tl.store(statistics_ptr + plane + place, deviations, mask=k < channels)
+    tl.store(statistics_ptr + 2 * plane + place, n, mask=k < channels)
+
+
+# ---- forward and input gradient ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def conv2d_depthwise_kernel(
+    source,  # Image [N, C, H, W]: x, or ∂L/∂y if the axes are transposed
+    filter,  # Filter
+    bias_ptr,  # [columns of all groups] or None
+    residual,  # Image like out, or None
+    out,  # Image: y, or ∂L/∂x
+    statistics_ptr,  # fp32 [3, tiles, columns of all groups] or None
+    sizes,  # Sizes
+    rows_per_program,  # output rows, a multiple of the stride of an input gradient
+    negative_slope,
+    AXIS_H: tl.constexpr, AXIS_W: tl.constexpr,
+    COLUMNS: tl.constexpr, REDUCTION: tl.constexpr,  # channels of a group that are made, and summed over
+    PLANES: tl.constexpr,
+    SOURCE_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr,
+    SOURCE_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,  # see walk
+    COLS: tl.constexpr,  # output columns of a thread
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # threads' columns, channels
+    ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """out[n, k, p, q] = act(Σ_{c, r, s} source[n, c, tap r of p, tap s of q] · filter[k, c, r, s] + bias + residual).
+
+    Grid: tiles of rows_per_program · BLOCK_Q · COLS pixels × BLOCK_C channels, the channels innermost. Lanes go on from
+    one image to the next, so that small images fill a tile too.
+    """
+    SHAPE: tl.constexpr = (BLOCK_C, BLOCK_Q) if PLANES else (BLOCK_Q, BLOCK_C)
+    TAPS_H: tl.constexpr = AXIS_H.taps
+    TAPS_W: tl.constexpr = AXIS_W.taps
+    PITCH_H: tl.constexpr = AXIS_H.source_pitch
+    WARM_UP: tl.constexpr = AXIS_H.warm_up
+    STEP: tl.constexpr = AXIS_H.sources
+    DONE: tl.constexpr = AXIS_H.outputs
+    ODD: tl.constexpr = 1 if SOURCE_PAIRS and AXIS_W.first_is_odd else 0
+    LOADS: tl.constexpr = (span(AXIS_W, COLS) + ODD + 1) // 2 if SOURCE_PAIRS else span(AXIS_W, COLS)
+    STORES: tl.constexpr = COLS // 2 if OUT_PAIRS else COLS
+
+    channels = sizes.groups * COLUMNS
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    rows = tl.cdiv(sizes.out_h, AXIS_H.out_pitch)
+    strips = AXIS_H.out_pitch * tl.cdiv(rows, rows_per_program)
+    tile = tl.program_id(0) // channel_blocks
+    k = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    k = k[:, None] if PLANES else k[None, :]
+    c_ok = tl.max_constancy(k < channels, (1, 1) if PLANES else (1, max(SOURCE_ALIGN, OUT_ALIGN)))
+    n, out_column, lane_ok = lane_of(tile // strips, sizes, AXIS_W, COLS, BLOCK_Q, PLANES)
+    # A lane with nothing to do gets a column that no tap can bring back into the image.
+    out_column = tl.where(lane_ok, out_column, -(1 << 29))
+    column = first_source(out_column, AXIS_W) - ODD
+    out_row = tiled(tile % strips, rows_per_program, AXIS_H)
+    row = first_source(out_row, AXIS_H)
+    rows -= out_row // AXIS_H.out_pitch
+    out_row -= WARM_UP * DONE * AXIS_H.out_pitch
+    c = k // COLUMNS * REDUCTION
+
+    # Spelled out for the whole tile: threads read what they need where they need it, with no exchange between them.
+    k_ok = tl.broadcast_to(k < channels, SHAPE)
+    own_filter = filter.ptr + tl.broadcast_to(k // COLUMNS * filter.group + k % COLUMNS * filter.column, SHAPE)
+    weights = ()
+    for m in tl.static_range(REDUCTION):
+        for r in tl.static_range(TAPS_H):
+            for s in tl.static_range(TAPS_W):
+                w = tl.load(own_filter + (m * filter.reduction + r * filter.r + s * filter.s), mask=k_ok, other=0.0)
+                weights = weights + (w.to(tl.float32),)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + tl.broadcast_to(k, SHAPE), mask=k_ok, other=0.0).to(tl.float32)
+        if OUT_PAIRS:
+            bias = bias[:, :, None]
+
+    pointers, step_h, step_w = walk(
+        source, n, c, row, column, PITCH_H, AXIS_W.source_pitch, PLANES, SOURCE_PAIRS, SOURCE_ALIGN, INDEX
+    )
+    step_c = tl.cast(source.c, INDEX)
+    places, out_step_h, out_step_w = walk(
+        out, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN, INDEX
+    )
+    if residual is not None:
+        added, _, _ = walk(
+            residual, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN, INDEX
+        )
+    if statistics_ptr is not None:
+        moments = no_moments(SHAPE + (2,) if OUT_PAIRS else SHAPE)
+
+    sums = zeros(AXIS_H.waiting * COLS, SHAPE)
+    # The next rows are always under way while some are multiplied.
+    ahead = load_rows(
+        pointers, column, c_ok, row, sizes.source_h, sizes.source_w, step_h, step_w, step_c,
+        STEP, LOADS, REDUCTION, PITCH_H, AXIS_W.source_pitch, SOURCE_PAIRS,
+    )  # fmt: skip
+    for t in range(tl.cdiv(min(rows_per_program, rows), DONE) + WARM_UP):
+        values = ahead
+        row += STEP * PITCH_H
+        pointers += STEP * step_h
+        ahead = load_rows(
+            pointers, column, c_ok, row, sizes.source_h, sizes.source_w, step_h, step_w, step_c,
+            STEP, LOADS, REDUCTION, PITCH_H, AXIS_W.source_pitch, SOURCE_PAIRS,
+        )  # fmt: skip
+        sums = multiply_rows(sums, values, weights, AXIS_H, AXIS_W, REDUCTION, COLS, LOADS, ODD, SOURCE_PAIRS)
+        for a in tl.static_range(DONE):
+            row_ok = inside(out_row + a * AXIS_H.out_pitch, sizes.out_h) & (t >= WARM_UP)
+            ok = places_inside(
+                out_column, tl.where(row_ok, sizes.out_w, 0), c_ok, STORES, AXIS_W.out_pitch, OUT_PAIRS
+            )
+            for j in tl.static_range(STORES):
+                moved = a * out_step_h + j * out_step_w
+                if OUT_PAIRS:
+                    y = tl.join(sums[a * COLS + 2 * j], sums[a * COLS + 2 * j + 1])
+                else:
+                    y = sums[a * COLS + j]
+                if bias_ptr is not None:
+                    y += bias
+                if residual is not None:
+                    y += tl.load(added + moved, mask=ok[j], other=0.0).to(tl.float32)
+                y = apply_activation(y, ACTIVATION, negative_slope).to(out.ptr.dtype.element_ty)
+                tl.store(places + moved, y, mask=ok[j])
+                if statistics_ptr is not None:
+                    moments = add_moments(moments, y.to(tl.float32), ok[j], (t == WARM_UP) & (a + j == 0))
+        out_row += DONE * AXIS_H.out_pitch
+        places += DONE * out_step_h
+        if residual is not None:
+            added += DONE * out_step_h
+        sums = sums[DONE * COLS :] + zeros(DONE * COLS, SHAPE)
+    if statistics_ptr is not None:
+        tiles = tl.num_programs(0) // channel_blocks
+        store_moments(moments, statistics_ptr, tile, tiles, k, channels, PLANES)

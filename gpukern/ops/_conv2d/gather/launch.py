@@ -1,0 +1,153 @@
+"""Launches the gather kernels: forward, input gradient, weight gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from gpukern.ops._conv2d.gather import kernels, weight_kernels
+from gpukern.ops._conv2d.gather.plan import grid
+from gpukern.ops._conv2d.geometry import tiled_pixels
+from gpukern.ops._conv2d.indexing import Filter, Sizes
+from gpukern.ops._conv2d.layouts import Strides, alignment
+from gpukern.ops._conv2d.passes.launch import add_partial_sums, partial_sums
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant
+from gpukern.ops._conv2d.prepare import Launch, Request
+from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.ops._image import Image, strides_of
+from gpukern.runtime.counters import zeroed_counters
+from gpukern.runtime.integers import cdiv
+from gpukern.runtime.launch import index_type, launch, reach
+
+
+def prepare(request: Request, choice: ConvPlan) -> Launch:
+    if request.direction is Direction.WEIGHT_GRAD:
+        return _prepare_weight_grad(request, choice)
+    return _prepare_gather(request, choice)
+
+
+def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
+    p, transposed = request.problem, request.direction is Direction.INPUT_GRAD
+    image, _, result = request.shapes
+    source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
+    columns, reduction = p.group_outputs, p.group_inputs
+    if transposed:
+        columns, reduction = reduction, columns
+    direct = choice.variant is Variant.DIRECT
+    steps = (1, 1)
+    if transposed:
+        steps = tuple(s // math.gcd(s, d) for s, d in zip(p.stride, p.dilation, strict=True))
+    k, c, r, s = weight
+    group = p.group_outputs * k
+    filter_strides = (group, c, k, r, s) if transposed else (group, k, c, r, s)
+    sizes = Sizes(p.N, *image[2:], *result[2:], p.groups, columns, reduction)
+    options = {
+        **_window(p),
+        "TAP_STEP_H": steps[0],
+        "TAP_STEP_W": steps[1],
+        "TRANSPOSED": transposed,
+        "VARIANT": choice.variant.value,
+        "EVEN_K": reduction % choice.block_k == 0,
+        "SOURCE_ALIGN": alignment(source, 1, image[1] if direct else reduction),
+        "FILTER_ALIGN": _filter_alignment(weight, p),
+        "OUT_ALIGN": alignment(output, 1, result[1] if direct else columns),
+        "SPLITS": choice.splits,
+        "ACTIVATION": request.epilogue.activation,
+        "PRECISION": choice.precision,
+        "INDEX": index_type(max(map(reach, request.shapes, (source, weight, output)))),
+        **_tile(choice),
+    }
+    programs = grid(p, request.direction, choice)
+    tiles = math.prod(programs) // choice.splits
+    partial_size = tiles * choice.splits * choice.block_m * choice.block_n if choice.splits > 1 else 0
+
+    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+        device = out.device
+        partial = counters = None
+        if partial_size:
+            partial = torch.empty(partial_size, dtype=torch.float32, device=device)
+            counters = zeroed_counters(tiles, device)
+        arguments = (
+            Image(first, *source),
+            Filter(second, *filter_strides),
+            bias,
+            residual,
+            Image(out, *output),
+            statistics,
+            partial,
+            counters,
+            sizes,
+            p.padding[0],
+            p.padding[2],
+            negative_slope,
+        )
+        launch(kernels.conv2d_gather_kernel, programs, device, arguments, options)
+
+    pixels, _ = tiled_pixels(p, request.direction)
+    return Launch(run, cdiv(pixels, choice.block_m) if request.epilogue.statistics else 0)
+
+
+def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
+    p = request.problem
+    grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
+    k, c, r, s = output
+    filter_strides = (p.group_outputs * k, k, c, r, s)
+    pixels, _ = tiled_pixels(p, Direction.WEIGHT_GRAD)
+    direct = choice.variant is Variant.DIRECT
+    scalars = (
+        math.prod(request.shapes[2]),
+        Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, p.group_inputs),
+        cdiv(pixels, choice.splits),
+        p.padding[0],
+        p.padding[2],
+    )
+    options = {
+        **_window(p),
+        "VARIANT": choice.variant.value,
+        "GRAD_ALIGN": alignment(grad, 1, p.K if direct else p.group_outputs),
+        "SOURCE_ALIGN": alignment(source, 1, p.C if direct else p.group_inputs),
+        "PRECISION": choice.precision,
+        "INDEX": index_type(max(map(reach, request.shapes[:2], (grad, source)))),
+        **_tile(choice),
+    }
+    programs = grid(p, Direction.WEIGHT_GRAD, choice)
+
+    def run(first, second, out, *_) -> None:
+        partial = partial_sums(out, choice.splits)
+        arguments = (Image(first, *grad), Image(second, *source), Filter(partial, *filter_strides), *scalars)
+        launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, options)
+        add_partial_sums(partial, out, choice.splits)
+
+    return Launch(run)
+
+
+def _filter_alignment(weight: Strides, problem: ConvProblem) -> int:
+    """:func:`alignment` of a filter, whose runs may lie along C/groups or along K."""
+    if weight[1] == 1:
+        return alignment(weight, 1, 16)
+    # Along K a group starts after group_outputs elements.
+    return alignment(weight, 0, 16 if problem.groups == 1 else problem.group_outputs)
+
+
+def _window(problem: ConvProblem) -> dict[str, int]:
+    return {
+        "TAPS_H": problem.R,
+        "TAPS_W": problem.S,
+        "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1],
+        "DILATION_H": problem.dilation[0],
+        "DILATION_W": problem.dilation[1],
+    }
+
+
+def _tile(choice: ConvPlan) -> dict[str, Any]:
+    return {
+        "BLOCK_M": choice.block_m,
+        "BLOCK_N": choice.block_n,
+        "BLOCK_K": choice.block_k,
+        "GROUP_M": choice.group_m,
+        "num_warps": choice.num_warps,
+        "num_stages": choice.num_stages,
+    }

@@ -1,0 +1,109 @@
+"""Which launch a convolution gets: a pure function of the problem, the operands and the device. No torch, no Triton."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from gpukern.ops._conv2d.batch_box import plan as batch_box
+from gpukern.ops._conv2d.box import plan as box
+from gpukern.ops._conv2d.depthwise import plan as depthwise
+from gpukern.ops._conv2d.estimate import estimate
+from gpukern.ops._conv2d.gather import plan as gather
+from gpukern.ops._conv2d.gemm import plan as gemm
+from gpukern.ops._conv2d.geometry import channels_of
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Pack, Variant
+from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.ops._conv2d.stem import plan as stem
+from gpukern.ops._conv2d.warp_specialized import plan as warp_specialized
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.roofline import Cost
+
+
+class Family(Protocol):
+    """What the ``plan.py`` of each kernel's package offers."""
+
+    def candidates(
+        self, problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
+    ) -> Iterator[ConvPlan]:
+        """Every plan worth a thought; none if the kernel cannot."""
+
+    def tiles(self, problem: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+        """(tiles, steps of ``choice.block_k`` that each walks), all that the kernel does."""
+
+
+#: The package of each variant.
+FAMILIES: dict[Variant, Family] = {
+    Variant.TAPS: gather,
+    Variant.FLAT: gather,
+    Variant.DIRECT: gather,
+    Variant.GEMM: gemm,
+    Variant.BOX: box,
+    Variant.BATCH_BOX: batch_box,
+    Variant.STEM: stem,
+    Variant.DEPTHWISE: depthwise,
+    Variant.WARP_SPECIALIZED: warp_specialized,
+}
+
+
+def only_measured(plan: ConvPlan) -> bool:
+    """Whether nothing but a GPU can show that ``plan`` is right: it is chosen only where the plan database says so.
+
+    The interpreter cannot run the warp-specialised kernel. Flattened loops over taps and channels gave wrong results at
+    8 warps on real GPUs, whatever the source (pytorch#173068).
+    """
+    loops = plan.variant in (Variant.TAPS, Variant.FLAT)
+    return plan.variant is Variant.WARP_SPECIALIZED or (loops and plan.num_warps > 4)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A plan, the bound of its cost, and the seconds it is expected to take."""
+
+    plan: ConvPlan
+    cost: Cost
+    seconds: float
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> ConvPlan:
+    """The plan that is expected to be the fastest."""
+    return next(r.plan for r in ranking(problem, direction, operands, device) if not only_measured(r.plan))
+
+
+def ranking(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> list[Ranked]:
+    """Every candidate, the one expected to be the fastest first."""
+    found = {}
+    for candidate in candidates(problem, direction, operands, device):
+        tiles = FAMILIES[candidate.variant].tiles(problem, direction, candidate)
+        found[candidate] = Ranked(candidate, *estimate(problem, direction, candidate, tiles, operands, device))
+    return sorted(found.values(), key=lambda ranked: ranked.seconds)
+
+
+def candidates(
+    problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
+) -> Iterator[ConvPlan]:
+    """Of every kernel, with operands as they are or copied into channels_last."""
+    in_full = operands.dtype == "float32" and operands.precision == "ieee"
+    channels = channels_of(problem, direction)
+    for pack in _packs(operands, channels):
+        seen = operands.packed(pack, channels)
+        for precision in ("ieee", "tf32x3") if in_full else (operands.precision,):
+            for family in dict.fromkeys(FAMILIES.values()):
+                for candidate in family.candidates(problem, direction, replace(seen, precision=precision), device):
+                    yield replace(candidate, pack=pack, precision=precision)
+
+
+def _packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:
+    """What to copy, nothing at first: of equals, the first is chosen."""
+    runs = Layout.PIXEL_RUNS, Layout.RUNS, Layout.CHANNELS
+    return itertools.product(
+        *(
+            # A copy of few channels would still have no runs to speak of.
+            (False,) if layout in runs or count < 8 else (False, True)
+            for layout, count in zip((operands.first, operands.second, operands.output), channels, strict=True)
+        )
+    )
