@@ -20,7 +20,7 @@ demo: $(INSTALLED) ## train LeNet-5 on handwritten digits and check the kernels 
 test: $(INSTALLED) ## run the tests, in WORKERS processes (default: one a core, at most 8)
 	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist worksteal $(PYTEST_ARGS)
 
-gate: $(INSTALLED) ## compile every distinct launch for sm_80 and sm_90, no GPU needed (make test: one a configuration)
+gate: $(INSTALLED) ## compile every launch for sm_80 to sm_100 and read the machine code, no GPU needed (make test: a part)
 	@$(BIN)/python -m tests.compile.gate
 
 lint: $(INSTALLED) ## check style
@@ -32,7 +32,7 @@ format: $(INSTALLED) ## rewrite the code in the project's style
 	@$(BIN)/ruff format .
 
 clean: ## remove .venv and what tools left behind
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

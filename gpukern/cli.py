@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gpukern.explain.command import app as explain
 from gpukern.info import Component, Info, gather
+from gpukern.tune.command import tune
 from gpukern.version import __version__
 
 app = typer.Typer(
@@ -20,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(explain, name="explain")
+app.command()(tune)
 
 
 def _print_version(asked: bool) -> None:

@@ -11,6 +11,8 @@ import os
 # Each process gets its share of the cores, and so do the processes it starts. Before numpy and torch make their pools.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# Plans are those of the code, not those that somebody measured on this machine.
+os.environ["GPUKERN_PLANS"] = ""
 
 import torch  # noqa: E402
 

@@ -15,6 +15,7 @@ import gpukern
 from gpukern import info
 from gpukern.cli import app
 from gpukern.info import Component
+from gpukern.runtime.mode import EMULATE
 
 runner = CliRunner()
 
@@ -26,7 +27,7 @@ def test_version():
 
 def test_without_a_command_it_shows_what_there_is():
     result = runner.invoke(app, [])
-    assert "info" in result.output and "Usage" in result.output
+    assert all(name in result.output for name in ("info", "explain", "tune", "Usage"))
     assert runner.invoke(app, ["no-such-command"]).exit_code == 2
 
 
@@ -145,3 +146,95 @@ def test_devices_are_described_and_their_failure_too(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", fails)
     assert "devices: RuntimeError: CUDA driver initialization failed" in runner.invoke(app, ["info"]).output
+
+
+# ---- gpukern explain -----------------------------------------------------------------------------------------------
+
+CONV = ("explain", "conv", "2x16x6x6", "24x3x3", "--arch", "h100", "--no-compile")
+
+
+def explained(*arguments: str):
+    result = runner.invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def test_explain_takes_a_convolution_from_the_command_line():
+    options = ("--stride", "2x1", "--padding", "1", "--dilation", "1x2", "--groups", "2", "--dtype", "tf32")
+    (found,) = explained(*CONV, *options, "--layout", "NCHW", "--epilogue", "bias,residual,relu")
+    assert (found["problem"]["P"], found["problem"]["Q"], found["problem"]["groups"]) == (3, 4, 2)
+    assert (found["computation"], found["kind"], found["device"]) == ("forward", "tf32", "H100")
+    assert found["channels_last"] is False and explained(*CONV)[0]["channels_last"] is True
+    assert found["epilogue"] == {"bias": True, "activation": "relu", "residual": True, "statistics": False}
+    assert found["not_compiled"] == "not compiled: --no-compile" and found["ranking"]
+    # 2·N·P·Q·K·(C/groups)·R·S, and x, w, y and the residual in fp32.
+    assert found["flops"] == 2 * 2 * 3 * 4 * 24 * 8 * 9
+    assert found["bytes"] <= 4 * (2 * 16 * 36 + 24 * 8 * 9 + 2 * 2 * 24 * 12)
+
+
+def test_explain_takes_all_directions_and_named_architectures():
+    found = explained(*CONV[:4], "--arch", "sm_80", "--no-compile", "--direction", "all", "--epilogue", "relu")
+    assert [each["computation"] for each in found] == ["forward", "input gradient", "weight gradient"]
+    assert {each["device"] for each in found} == {"A100"}
+    assert [each["epilogue"]["activation"] for each in found] == ["relu", "none", "none"]
+
+
+def test_explain_takes_a_fully_connected_layer():
+    found = explained("explain", "linear", "128x4096", "1000", "--no-compile", "--direction", "all")
+    assert [each["problem"]["K"] for each in found] == [1000, 4096, 1000]
+    assert {each["flops"] for each in found} == {2 * 128 * 4096 * 1000}
+    assert found[1]["computation"].startswith("input gradient")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("conv", "2x16x6", "24x3x3"), "NxCxHxW: '2x16x6' has 3 sizes"),
+        (("conv", "2x16x6x6", "24x3"), "KxRxS: '24x3' has 2 sizes"),
+        (("conv", "2x16x6x6", "24x9x9"), "Kernel size can't be greater"),
+        (("conv", "1000000x4x56x56", "4x3x3"), "pixels are more than"),
+        (("conv", "2x16x6x6", "24x3x3", "--stride", "0"), "--stride: '0' is no size"),
+        (("conv", "2x16x6x6", "24x3x3", "--padding", "-1"), "--padding: '-1' is no size"),
+        (("conv", "2x16x6x6", "24x3x3", "--dilation", "1x1x1"), "--dilation: '1x1x1' is no size"),
+        (("conv", "2x16x6x6", "24x3x3", "--groups", "5"), "do not divide into 5 groups"),
+        (("conv", "2x16x6x6", "24x3x3", "--groups", "0"), "groups"),
+        (("conv", "2x16x6x6", "24x3x3", "--dtype", "int8"), "--dtype: no dtype is called 'int8'"),
+        (("conv", "2x16x6x6", "24x3x3", "--arch", "sm_75"), "--arch: no device or architecture is called 'sm_75'"),
+        (("conv", "2x16x6x6", "24x3x3", "--direction", "up"), "--direction: no direction is called 'up'"),
+        (("conv", "2x16x6x6", "24x3x3", "--layout", "HWCN"), "--layout: no layout is called 'HWCN'"),
+        (("conv", "2x16x6x6", "24x3x3", "--epilogue", "softmax"), "--epilogue: an epilogue has no part 'softmax'"),
+        (("conv", "2x16x6x6", "24x3x3", "--epilogue", "relu", "--direction", "weight-grad"), "only a forward has"),
+        (("linear", "128", "10"), "MxC: '128' has 1 sizes"),
+        (("linear", "128x64", "0"), "K"),
+        (("linear", "128x64", "10", "--epilogue", "residual"), "adds no residual"),
+    ],
+)
+def test_explain_says_what_it_does_not_understand(arguments, message):
+    result = runner.invoke(app, ["explain", *arguments])
+    assert result.exit_code == 2
+    told = " ".join(result.stderr.replace("│", " ").split())
+    assert message in told, told
+
+
+def test_explain_is_plain_when_piped_and_says_why_nothing_is_compiled():
+    """Here the interpreter has taken the compiler's place."""
+    result = runner.invoke(app, [*CONV[:-1], "--direction", "all"])
+    assert result.exit_code == 0 and "\x1b" not in result.output
+    assert not any(line != line.rstrip() for line in result.output.splitlines())
+    assert result.output.count("┤") == 3 * 12
+    if EMULATE:
+        assert "not compiled: GPUKERN_EMULATE=1 replaces the compiler" in result.output
+
+
+def test_explain_on_a_terminal_is_coloured(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert "\x1b[1m" in runner.invoke(app, CONV, color=True).output
+
+
+def test_explain_without_triton_predicts(run_python):
+    """Where there are no packages of it: the plan is pure Python."""
+    code = "import sys; sys.modules['triton'] = None; from gpukern.cli import app; app(['explain', *sys.argv[1:]])"
+    result = run_python(code, *CONV[1:-1], "--direction", "all")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("expected µs") == 3 and result.stdout.count("not compiled: Triton is not installed") == 3

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import torch
 
-from bench.accuracy import DTYPES
-from bench.predict import describe_plan
+from bench.predict import asked
 from bench.suite import Implementation, Task, register
 from bench.suites.conv import Convolutions
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant, plan
-from gpukern.ops._conv2d.prepare import prepare_gather, prepare_weight_grad
+from gpukern.explain.answer import chosen
+from gpukern.explain.question import Question
+from gpukern.explain.words import describe_plan
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant
+from gpukern.ops._conv2d.planner import ranking
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.mode import EMULATE
@@ -27,61 +29,75 @@ class Plans(Convolutions):
     def implementations(
         self, task: Task[ConvProblem], peers: Sequence[str], device: torch.device
     ) -> list[Implementation]:
-        direction, dtype = self.directions[task.case.computation], DTYPES[task.case.dtype]
-        precision = "tf32" if task.case.dtype == "tf32" else "ieee"
-        name = str(dtype).removeprefix("torch.")
-        chosen = plan(task.problem, direction, name, precision, device_spec(device))
-        found = {}
-        for each in (chosen, *_others(chosen, direction)):
-            found.setdefault(describe_plan(each), each)
-        missing = "" if device.type != "cpu" or EMULATE else "the kernels need a CUDA device"
+        direction = self.directions[task.case.computation]
+        question = asked(task, task.problem, direction, device_spec(device))
         return [
             Implementation(
-                f"gpukern {words}", task.case.layout, _with_plan(task, direction, precision, each), missing=missing
+                f"gpukern {describe_plan(each, direction)}",
+                task.case.layout,
+                _with_plan(question, each),
+                missing=_missing(each, device),
             )
-            for words, each in found.items()
+            for each in plans(question)
         ]
 
 
-def _others(chosen: ConvPlan, direction: Direction) -> Iterator[ConvPlan]:
-    """Neighbours: one thing changed at a time, and larger tiles with the warps that they want."""
-    if chosen.variant is Variant.DIRECT:
+def plans(question: Question) -> list[ConvPlan]:
+    """All that are worth a try, each once: the one of a call, every kernel's, and neighbours of the gather's."""
+    choice, _ = chosen(question)
+    ranked = [each.plan for each in ranking(question.problem, question.direction, question.operands, question.device)]
+    pointers = next((each for each in ranked if each.variant in _POINTERS), None)
+    neighbours = _neighbours(pointers, question.direction) if pointers else ()
+    return list(dict.fromkeys((choice, *ranked, *neighbours)))
+
+
+#: Kernels that read through pointers take any tile; descriptors take those that their package says.
+_POINTERS = (Variant.TAPS, Variant.FLAT, Variant.DIRECT)
+
+
+def _neighbours(of: ConvPlan, direction: Direction) -> Iterator[ConvPlan]:
+    """One thing changed at a time, and larger tiles with the warps that they want."""
+    if of.variant is Variant.DIRECT:
         for block_m in (16, 32, 64, 128):
-            yield replace(chosen, block_m=block_m)
-        yield replace(chosen, num_warps=2 * chosen.num_warps)
+            yield replace(of, block_m=block_m)
+        yield replace(of, num_warps=2 * of.num_warps)
         return
     for stages in (2, 3, 4, 5):
-        yield replace(chosen, num_stages=stages)
+        yield replace(of, num_stages=stages)
     for warps in (2, 4, 8):
-        yield replace(chosen, num_warps=warps)
+        yield replace(of, num_warps=warps)
     for block_k in (32, 64, 128):
-        yield replace(chosen, block_k=block_k)
+        yield replace(of, block_k=block_k)
     for block_m, block_n in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128), (256, 64)):
         for warps in (4, 8):
-            yield replace(chosen, block_m=block_m, block_n=block_n, num_warps=warps)
+            yield replace(of, block_m=block_m, block_n=block_n, num_warps=warps)
     if direction is Direction.WEIGHT_GRAD:
         for factor in (0.5, 2, 4):
-            yield replace(chosen, splits=max(1, round(chosen.splits * factor)))
+            yield replace(of, splits=max(1, round(of.splits * factor)))
 
 
-def _with_plan(
-    task: Task[ConvProblem], direction: Direction, precision: str, choice: ConvPlan
-) -> Callable[..., torch.Tensor]:
-    p, last = task.problem, task.case.layout == "channels_last"
+def _missing(choice: ConvPlan, device: torch.device) -> str:
+    """Why ``choice`` cannot run on ``device``, or nothing."""
+    if device.type != "cpu":
+        return ""
+    if not EMULATE:
+        return "the kernels need a CUDA device"
+    return "the interpreter cannot run it" if choice.variant is Variant.WARP_SPECIALIZED else ""
+
+
+def _with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tensor]:
+    p, direction = question.problem, question.direction
 
     def run(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
         from gpukern.ops._conv2d import launch  # needs Triton, which looking at plans does not
 
-        dtype, spec = x.dtype, device_spec(x.device)
-        if direction is Direction.WEIGHT_GRAD:
-            prepared = prepare_weight_grad(p, dy.stride(), x.stride(), last, dtype, precision, spec, choice)
-            return launch.weight_grad(prepared, dy, x, launch.new_output(prepared, x))
-        transposed = direction is Direction.INPUT_GRAD
-        source = dy if transposed else x
-        prepared = prepare_gather(
-            p, transposed, source.stride(), w.stride(), last, dtype, precision, "none", spec, choice
-        )
-        return launch.gather(prepared, source, w, None, launch.new_output(prepared, source))
+        first, second = {
+            Direction.FORWARD: (x, w),
+            Direction.INPUT_GRAD: (dy, w),
+            Direction.WEIGHT_GRAD: (dy, x),
+        }[direction]
+        prepared = launch.prepared_for(p, direction, first, second, question.channels_last, choice=choice)
+        return launch.run(prepared, first, second)[0]
 
     return run
 

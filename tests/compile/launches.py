@@ -1,105 +1,152 @@
-"""The launches that are compiled: every layer shape of common networks, and the odd ones of the correctness tests."""
+"""The operations whose kernels are compiled: the layers of the benchmark's networks, the correctness tests' odd cases.
+
+They run on tensors without memory while launches are recorded: a new kernel is found as soon as an operation uses it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+import gpukern
 import gpukern.functional as F
+from bench.layers import LayerCall, layer_calls
+from gpukern.ops._conv2d.plan import ConvPlan, Variant
+from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
+from models.zoo import NETWORKS
+from tests.compile.candidates import Requests
 from tests.ops.conv_cases import CASES, Case
 
+META = torch.device("meta")
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+BATCHES = (1, 8, 32, 128)
+#: The dtype, and whether fp32 products may be TF32.
+KINDS = {
+    "float16": (torch.float16, True),
+    "bfloat16": (torch.bfloat16, True),
+    "tf32": (torch.float32, True),
+    "float32": (torch.float32, False),
+}
 
-def _conv(channels: int, size: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> Case:
-    padding = kernel // 2
-    return Case("layer", (1, channels, size, size), outputs, (kernel, kernel), stride, padding, groups=groups)
+
+def cannot_be_emulated(choice: ConvPlan) -> bool:
+    """Whether no other test without a GPU sees the kernel: the interpreter does not know Gluon."""
+    return choice.variant is Variant.WARP_SPECIALIZED
 
 
-#: LeNet-5, ResNet-18 and -50, a depthwise and a grouped layer of MobileNet-V2 and ResNeXt.
-LAYERS = (
-    _conv(1, 28, 20, 5),
-    _conv(20, 14, 50, 5),
-    _conv(3, 224, 64, 7, 2),
-    _conv(64, 56, 64, 1),
-    _conv(64, 56, 64, 3),
-    _conv(64, 56, 256, 1),
-    _conv(64, 56, 128, 3, 2),
-    _conv(64, 56, 128, 1, 2),
-    _conv(256, 56, 128, 1),
-    _conv(128, 56, 128, 3, 2),
-    _conv(256, 56, 512, 1, 2),
-    _conv(128, 28, 128, 3),
-    _conv(512, 28, 256, 1),
-    _conv(256, 14, 256, 3),
-    _conv(1024, 14, 2048, 1, 2),
-    _conv(512, 7, 512, 3),
-    _conv(2048, 7, 512, 1),
-    _conv(96, 56, 96, 3, groups=96),
-    _conv(144, 56, 144, 3, 2, groups=144),
-    _conv(256, 28, 256, 3, groups=32),
-    _conv(24, 56, 144, 1),
-)
-LINEAR = ((2450, 500), (500, 10), (512, 1000), (2048, 1000), (4096, 4096))
+@dataclass(frozen=True)
+class Selection:
+    """Whose layers, at which batch sizes, in which layouts; and in which the odd cases of the correctness tests.
+
+    ``candidates`` tells which plans to try beside the chosen ones.
+    """
+
+    networks: tuple[str, ...] = tuple(NETWORKS)
+    batches: tuple[int, ...] = BATCHES
+    layouts: tuple[torch.memory_format, ...] = LAYOUTS
+    odd_layouts: tuple[torch.memory_format, ...] = LAYOUTS
+    candidates: Callable[[ConvPlan], bool] = cannot_be_emulated
+
+
+def record(device: DeviceSpec, kind: str, what: Selection) -> tuple[list[Launch], list[Launch]]:
+    """The distinct launches of the plans that ``device`` gets, and those of the other candidates."""
+    dtype, tf32 = KINDS[kind]
+    requests = Requests()
+    chosen: dict[tuple, Launch] = {}
+    others: dict[tuple, Launch] = {}
+    with _allow_tf32(tf32), record_launches(device) as launches:
+        for run in _operations(dtype, what):
+            with requests.recording():
+                run()
+            chosen.update((launch.key, launch) for launch in launches)
+            launches.clear()
+            for forced in requests.launches(what.candidates):
+                forced()
+                others.update((launch.key, launch) for launch in launches)
+                launches.clear()
+    return list(chosen.values()), [launch for key, launch in others.items() if key not in chosen]
+
+
+@contextlib.contextmanager
+def _allow_tf32(allowed: bool) -> Iterator[None]:
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
+def _operations(dtype: torch.dtype, what: Selection) -> Iterator[Callable[[], None]]:
+    for call, layout in itertools.product(layers(what.networks, what.batches), what.layouts):
+        yield lambda call=call, layout=layout: _run_layer(call, dtype, layout)
+    if what.odd_layouts:
+        yield from _odd(dtype, what.odd_layouts)
+
+
+def layers(networks: tuple[str, ...], batches: tuple[int, ...]) -> list[LayerCall]:
+    """Every distinct layer of the networks that gpukern has, by what it is and the shape of its input."""
+    calls = (call for batch in batches for network in networks for call in layer_calls(network, batch))
+    distinct = {(repr(call.module), call.input_shape): call for call in calls}
+    kinds = tuple(getattr(nn, name) for name in gpukern.nn.__all__)
+    return [call for call in distinct.values() if type(call.module) in kinds]
+
+
+def _run_layer(call: LayerCall, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    layer = copy.copy(call.module)
+    layer._forward_hooks = {}  # those that found the layer, and know of all others
+    layer = gpukern.convert(copy.deepcopy(layer), inplace=True).to(dtype).train()
+    if hasattr(layer, "inplace"):
+        layer.inplace = False  # the same kernel, but on a leaf
+    if len(call.input_shape) == 4:
+        layer = layer.to(memory_format=layout)
+    elif layout is not torch.channels_last:
+        return  # the same launches once more
+    _backward(layer, _empty(call.input_shape, dtype, layout))
+
+
+LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
-    ((20, 28, 28), lambda x: F.max_pool2d(x, 2)),
-    ((64, 112, 112), lambda x: F.max_pool2d(x, 3, 2, 1)),
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
     ((64, 56, 56), lambda x: F.avg_pool2d(x, 2)),
     ((5, 9, 8), lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False)),
-    ((512, 7, 7), lambda x: F.adaptive_avg_pool2d(x, 1)),
     ((40, 10, 9), lambda x: F.adaptive_avg_pool2d(x, (3, 4))),
 )
-#: dtype and whether fp32 products may be TF32.
-KINDS = ((torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False))
 
 
-def all_launches(device: DeviceSpec) -> list[Launch]:
-    """The distinct launches of :data:`LAYERS`, :data:`LINEAR`, :data:`POOLS`, the activations and the odd cases."""
-    allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    distinct: dict[tuple, Launch] = {}
-    try:
-        with record_launches(device) as launches:
-            for dtype, tf32 in KINDS:
-                torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-                for run in _operations(dtype):
-                    run()
-                    distinct.update((launch.key, launch) for launch in launches)
-                    launches.clear()  # they keep their tensors alive
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
-    return list(distinct.values())
-
-
-def _operations(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
-    for case, batch in itertools.product(LAYERS, (1, 32)):
-        yield lambda case=case, batch=batch: _run_conv(case, batch, dtype, torch.channels_last, "relu")
-    # bfloat16 and float16 differ in the type of the operands alone: the odd shapes are compiled for one of them.
-    if dtype is not torch.bfloat16:
-        for case in CASES:
-            for memory_format in (torch.contiguous_format, torch.channels_last):
-                yield lambda case=case, f=memory_format: _run_conv(case, case.input[0], dtype, f, None)
+def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterator[Callable[[], None]]:
+    for case, layout in itertools.product(CASES, layouts):
+        yield lambda case=case, layout=layout: _run_case(case, dtype, layout)
     for (inputs, outputs), rows in itertools.product(LINEAR, (1, 128)):
-        yield lambda m=rows, c=inputs, k=outputs: _backward(
-            lambda *t: F.linear(*t, activation="relu"), *(torch.empty(s, dtype=dtype) for s in ((m, c), (k, c), (k,)))
+        shapes = (rows, inputs), (outputs, inputs), (outputs,)
+        yield lambda shapes=shapes: _backward(
+            lambda *t: F.linear(*t, activation="relu"), *(_empty(shape, dtype) for shape in shapes)
         )
-    for (shape, pool), memory_format in itertools.product(POOLS, (torch.contiguous_format, torch.channels_last)):
-        yield lambda shape=shape, pool=pool, f=memory_format: _backward(
-            pool, torch.empty(8, *shape, dtype=dtype).contiguous(memory_format=f)
-        )
-    for activation in (F.relu, F.leaky_relu, F.sigmoid, F.tanh):
-        yield lambda activation=activation: _backward(activation, torch.empty(999, dtype=dtype))
+    for (shape, pool), layout in itertools.product(POOLS, layouts):
+        yield lambda shape=shape, pool=pool, layout=layout: _backward(pool, _empty((8, *shape), dtype, layout))
+    for name in ACTIVATIONS[1:]:
+        yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
 
-def _run_conv(case: Case, batch: int, dtype, memory_format, activation: str | None) -> None:
-    input, weight = (
-        torch.empty(shape, dtype=dtype).contiguous(memory_format=memory_format)
-        for shape in ((batch, *case.input[1:]), case.weight)
-    )
-    bias = torch.empty(case.outputs, dtype=dtype)
-    _backward(lambda *t: F.conv2d(*t, **case.arguments, activation=activation), input, weight, bias)
+def _run_case(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    tensors = _empty(case.input, dtype, layout), _empty(case.weight, dtype, layout), _empty((case.outputs,), dtype)
+    _backward(lambda *t: F.conv2d(*t, **case.arguments, activation="relu"), *tensors)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device=META)
+    return tensor.contiguous(memory_format=layout) if len(shape) == 4 else tensor
 
 
 def _backward(function: Callable, *tensors: torch.Tensor) -> None:
@@ -108,20 +155,8 @@ def _backward(function: Callable, *tensors: torch.Tensor) -> None:
     output.backward(torch.empty_like(output))
 
 
-#: What makes two compiled kernels the same configuration: everything a plan chooses and the dtype decides, but not the
-#: sizes of one layer's window, the divisibility of its strides and the like.
-_CONFIGURATION = (
-    "VARIANT", "TRANSPOSED", "PRECISION", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_C", "BLOCK_CHANNELS", "BLOCK_PIXELS",
-    "BLOCK", "NAME", "ADAPTIVE", "WITH_TAPS", "num_warps", "num_stages",
-)  # fmt: skip
-
-
-def configurations(launches: list[Launch]) -> list[Launch]:
-    """One launch for each configuration: the one with most taps, whose code is the longest."""
-    chosen: dict[tuple, Launch] = {}
-    for launch in sorted(
-        launches, key=lambda launch: launch.options.get("TAPS_H", 0) * launch.options.get("TAPS_W", 0)
-    ):
-        options = tuple(str(launch.options.get(name)) for name in _CONFIGURATION)
-        chosen[launch.kernel, launch.dtypes, options] = launch
-    return list(chosen.values())
+def _backward_twice(function: Callable, x: torch.Tensor) -> None:
+    output = function(x.requires_grad_())
+    grad = torch.empty_like(output, requires_grad=True)
+    (first,) = torch.autograd.grad(output, x, grad, create_graph=True)
+    first.backward(torch.empty_like(first))

@@ -1,47 +1,106 @@
-"""Compiles a share of the launches for one device and prints what the machine code is made of, a JSON line each.
+"""Compiles a share of the launches for one architecture and prints what the machine code is made of, a JSON line each.
 
-    python -m tests.compile.worker H100 SHARE OF [--all]
+    python -m tests.compile.worker sm_90 float16 [--every] [--share 0/2] [--cache FOLDER]
 
-Run without ``GPUKERN_EMULATE``: the interpreter takes the compiler's place. ``--all`` compiles every distinct launch,
-not one for each configuration.
+Run without ``GPUKERN_EMULATE``: the interpreter takes the compiler's place. ``--every`` compiles every distinct launch
+of the gate's architectures and layouts, not one for each configuration.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+from pathlib import Path
 
-from gpukern.runtime import device
+from gpukern.runtime import sass
 from gpukern.runtime.compile_only import Launch
-from gpukern.runtime.sass import read_sass
-from tests.compile.launches import all_launches, configurations
+from gpukern.runtime.sass import Loop
+from tests.compile.cache import FOLDER, Rows, Selections
+from tests.compile.configurations import every_one, of_each_configuration
 
 
 def describe(launch: Launch) -> dict:
-    """What :mod:`tests.compile.test_compile` checks."""
-    row = {"kernel": launch.kernel, "dtypes": launch.dtypes, "options": {k: str(v) for k, v in launch.options.items()}}
+    """What :mod:`tests.compile.faults` judges. Only products on tensor cores are disassembled, which takes time."""
+    names = launch.function.arg_names
+    row = {
+        "kernel": launch.kernel,
+        "capability": launch.device.compute_capability,
+        "limit": launch.device.shared_memory,
+        "dtypes": launch.dtypes,
+        "descriptors": any("tensordesc" in compiled_in for compiled_in in launch.key),
+        "options": {k: str(v) for k, v in launch.options.items()},
+        "absent": [name for name, given in zip(names, launch.arguments, strict=False) if given is None],
+        "tensor_core": None,
+    }
     try:
-        sass = read_sass(launch.compile())
+        with sass.ptxas_log() as log:
+            compiled = launch.compile()
+        ptx = compiled.asm["ptx"]
+        read = sass.read_sass(compiled) if "mma" in ptx else None
+        warnings = sass.serialisation_warnings(compiled, log.getvalue()) if "wgmma" in ptx else ()
     except Exception as error:
-        return row | {"error": f"{type(error).__name__}: {error}"[-2000:]}
-    return row | {
-        "registers": sass.registers,
-        "spills": sass.spills,
-        "stack": sass.stack,
-        "shared_memory": sass.shared_memory,
-        "tensor_core": sass.tensor_core,
-        "instructions": sum(sass.instructions.values()),
-        "loop": dict(sass.loop),
+        return row | {"error": _innermost(error)}
+    registers, stack = sass.resources(compiled)
+    row |= {"registers": registers, "stack": stack, "shared_memory": compiled.metadata.shared, "warnings": warnings}
+    if read is not None:
+        row |= {
+            "tensor_core": read.tensor_core,
+            "spills": read.spills,
+            "instructions": dict(read.instructions),
+            "loops": [_describe_loop(loop) for loop in read.loops],
+        }
+    return row
+
+
+def _innermost(error: BaseException) -> str:
+    """Triton wraps what went wrong once for each call that it was in."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"[-1000:]
+
+
+def _describe_loop(loop: Loop) -> dict:
+    return {
+        "length": loop.length,
+        "instructions": dict(loop.instructions),
+        "register_operands": loop.register_operands,
+        "waits": loop.waits,
+        "copies": loop.copies,
+        "copies_ahead": loop.copies_ahead,
     }
 
 
-def main(name: str, share: str, of: str, *options: str) -> None:
-    launches = all_launches(getattr(device, name))
-    if "--all" not in options:
-        launches = configurations(launches)
-    for launch in launches[int(share) :: int(of)]:
-        print(json.dumps(describe(launch)), flush=True)
+def rows(architecture: str, kind: str, *, every: bool, share: str, folder: Path) -> list[dict]:
+    name = f"{architecture}-{kind}-{share.replace('/', 'of')}{'-every' if every else ''}"
+    selections = Selections(folder)
+    if (kept := selections.get(name)) is not None:
+        return kept
+    chosen = (every_one if every else of_each_configuration)(architecture, kind)
+    number, of = map(int, share.split("/"))
+    cache, found = Rows(folder), []
+    for compilation in chosen[number::of]:
+        row = cache.get(compilation.launch)
+        if row is None:
+            row = describe(compilation.launch)
+            if "error" not in row:
+                cache.put(compilation.launch, row)
+        found.append(row | {"devices": compilation.devices, "limit": compilation.limit})
+    if not any("error" in row for row in found):
+        selections.put(name, found)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("architecture")
+    parser.add_argument("kind")
+    parser.add_argument("--every", action="store_true")
+    parser.add_argument("--share", default="0/1")
+    parser.add_argument("--cache", type=Path, default=FOLDER)
+    given = parser.parse_args()
+    for row in rows(given.architecture, given.kind, every=given.every, share=given.share, folder=given.cache):
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -31,9 +31,8 @@ import triton.language as tl
 def run_gluon(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any], seed: int = 0) -> None:
     """Run every program of ``kernel[grid](*arguments, **options)``."""
     constants = {name: value for name, value in options.items() if name in kernel.arg_names}
-    warps = options["num_warps"]
     for program in range(math.prod(grid)):
-        machine = _Machine(program, math.prod(grid), warps, random.Random(f"{seed} {program}"))
+        machine = _Machine(program, math.prod(grid), options["num_warps"], random.Random(f"{seed} {program}"))
         machine.translate(kernel)(*map(_argument, arguments), **constants)
         if machine.stores:
             raise RuntimeError("the kernel ends before its write-backs have read their tiles")
@@ -42,11 +41,7 @@ def run_gluon(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dic
 def _argument(value: Any) -> Any:
     if hasattr(value, "block_shape"):
         return _Descriptor(value)
-    return (
-        _Pointer(value.as_strided((value.untyped_storage().size() // value.element_size(),), (1,), 0), 0)
-        if (isinstance(value, torch.Tensor))
-        else value
-    )
+    return _Pointer(value.flatten(), 0) if isinstance(value, torch.Tensor) else value
 
 
 class _Value(torch.Tensor):
@@ -330,9 +325,8 @@ class _Machine:
         self.pause()
 
     def multiply(self, a: _Shared, b: _Shared, acc: _Sums, is_async: bool) -> _Sums:
+        assert is_async
         acc.pending.append((a, b, a.value.clone(), b.value.clone()))
-        if not is_async:
-            acc.finish(0)
         self.pause()
         return acc
 
@@ -354,10 +348,8 @@ class _Machine:
             "arange": lambda start, end, layout=None: _value(torch.arange(start, end, dtype=torch.int32)),
             "zeros": lambda shape, dtype, layout=None: _value(torch.zeros(shape, dtype=dtype)),
             "static_range": range,
-            "static_assert": _static_assert,
             "load": _load,
             "store": _store,
-            "constexpr": object,
         }
         gluon = {
             "program_id": lambda axis: self.program,
@@ -402,7 +394,3 @@ def _load(pointer: _Pointer, mask: torch.Tensor, other: float) -> torch.Tensor:
 
 def _store(pointer: _Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
     pointer.memory[pointer.offset[mask].long()] = value[mask]
-
-
-def _static_assert(condition: bool) -> None:
-    assert condition

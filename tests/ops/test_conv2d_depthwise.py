@@ -1,4 +1,4 @@
-"""The depthwise kernels, every plan forced, on a GPU or emulated, against float64; and their arithmetic of rows alone."""
+"""The depthwise kernels, their plans forced, against float64; and their arithmetic of rows and columns by itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpukern.ops._conv2d.depthwise import plan as depthwise
 from gpukern.ops._conv2d.depthwise.plan import Axis, axes, cut_of, tiles
 from gpukern.ops._conv2d.geometry import Dimension
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands
-from gpukern.ops._conv2d.prepare import Epilogue, Request, operands_of, shapes
+from gpukern.ops._conv2d.prepare import Epilogue, Request, operands_of
 from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
 from gpukern.runtime.device import A100, EMULATED, H100
 from gpukern.runtime.integers import cdiv
@@ -68,6 +68,7 @@ CASES = (
     Case("multiplier 3, stride 2", (1, 5, 6, 5), (3, 3), (2, 2), (1, 1, 1, 1), multiplier=3),
     Case("padding beyond the kernel", (1, 8, 2, 3), (2, 2), padding=(3, 2, 4, 3)),
     Case("one pixel", (2, 8, 1, 1), (3, 3), padding=(1, 1, 1, 1)),
+    Case("to one pixel", (2, 8, 3, 4), (3, 4)),
 )
 KINDS = ((torch.float16, "channels_last"), (torch.float32, "NCHW"))
 
@@ -156,3 +157,192 @@ def test_against_float64(case, direction, dtype, layout, device):
         assert_within(f"{direction.value}, {choice}", output, value, bound)
     both = any(s > 1 and d > 1 for s, d in zip(case.stride, case.dilation, strict=True))
     assert chosen or (direction is Direction.INPUT_GRAD and both)
+
+
+@pytest.mark.parametrize("dtype, layout", ((torch.bfloat16, "channels_last"), (torch.float16, "NCHW")), ids=str)
+def test_epilogue_and_statistics(dtype, layout, device):
+    """Bias, residual and activation on the fp32 sum; sums and squared deviations of what is stored, tile by tile."""
+    from gpukern.ops._conv2d.passes.launch import merge_statistics
+
+    case = Case("", (2, 8, 7, 8), (3, 3), padding=(1, 1, 1, 1))
+    p = case.problem
+    made = make(case, dtype, device, layout)
+    x, w, residual = made["x"], made["w"], made["dy"]
+    # A mean far from zero: the difference of large squares would lose all that matters.
+    bias = (torch.randn(p.K) + 30).to(residual)
+    value = truth(p, Direction.FORWARD, x.double().cpu(), w.double().cpu()) + residual.double().cpu()
+    value = (value + bias.double().cpu()[:, None, None]).relu()
+    absolute = truth(p, Direction.FORWARD, x.double().cpu().abs(), w.double().cpu().abs()) + value.abs()
+    for choice in plans(p, Direction.FORWARD, x, w, residual):
+        output = torch.full_like(residual, float("nan"))
+        epilogue = Epilogue("relu", residual=True, statistics=True)
+        statistics = run(p, Direction.FORWARD, choice, x, w, output, bias, residual, epilogue)
+        assert_within("output", output, value, sum_bound(value, absolute, 11, dtype))
+        assert statistics.shape[1] == cut_of(p, Direction.FORWARD, choice).tiles
+        assert (statistics[2].sum(0) == p.N * p.P * p.Q).all()
+        stored = output.double().cpu()
+        mean = stored.mean((0, 2, 3), keepdim=True)
+        total, deviations = merge_statistics(statistics)
+        expected = stored.sum((0, 2, 3))
+        bound = sum_bound(expected, stored.abs().sum((0, 2, 3)), p.N * p.P * p.Q, torch.float32)
+        assert_within("sum", total, expected, bound)
+        # Each difference from the mean errs by an ulp of the mean.
+        expected = (stored - mean).square().sum((0, 2, 3))
+        slack = 2.0**-22 * mean.abs().flatten() * (stored - mean).abs().sum((0, 2, 3))
+        bound = sum_bound(expected, expected, p.N * p.P * p.Q, torch.float32) + slack
+        assert_within("deviations", deviations, expected, bound)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_infinities_stay_where_they_are(layout, device):
+    """A row of x beyond the rows of dy in hand meets no zero; neither does a column beyond those of a tile."""
+    case = Case("", (1, 8, 8, 8), (3, 3), padding=(1, 1, 1, 1))
+    p = case.problem
+    made = make(case, torch.float32, device, layout)
+    x, w, dy = made["x"], made["w"], made["dy"].abs()
+    x[0, :, 0, 0], x[0, :, 4, 7], x[0, 3, 7, 2] = float("inf"), float("-inf"), float("nan")
+    for direction, first, second in (
+        (Direction.FORWARD, x, w),
+        (Direction.INPUT_GRAD, x, w),
+        (Direction.WEIGHT_GRAD, dy, x),
+    ):
+        value = truth(p, direction, first.double().cpu(), second.double().cpu())
+        for choice in plans(p, direction, first, second, w if direction is Direction.WEIGHT_GRAD else x):
+            output = torch.empty_like(w if direction is Direction.WEIGHT_GRAD else x)
+            run(p, direction, choice, first, second, output)
+            output = output.cpu()
+            assert torch.equal(output.isnan(), value.isnan()) and torch.equal(output.isposinf(), value.isposinf())
+
+
+def test_offsets_beyond_32_bits(device):
+    """Images 2³⁰ elements apart, in a buffer whose untouched pages cost no memory."""
+    torch.use_deterministic_algorithms(False)  # filling 4 GiB with NaN would touch them all
+    case = Case("", (3, 8, 4, 4), (3, 3), padding=(1, 1, 1, 1))
+    p = case.problem
+    made = make(case, torch.float16, device, "channels_last")
+    apart = 2**30 + 4096
+    buffer = torch.empty(2 * apart + 8 * 16, dtype=torch.float16, device=device)
+    far = buffer.as_strided((3, 8, 4, 4), (apart, 1, 32, 8))
+    for direction, names in OPERANDS.items():
+        first, second = (made[name] for name in names)
+        outputs = []
+        for image in (first, far.copy_(first)):
+            output = torch.empty_like(made["w"] if direction is Direction.WEIGHT_GRAD else made["x"])
+            run(p, direction, plans(p, direction, first, second, output)[0], image, second, output)
+            outputs.append(output)
+        assert torch.equal(*outputs)
+
+
+# ---- the arithmetic of one axis ------------------------------------------------------------------------------------
+
+
+@st.composite
+def dimension(draw) -> tuple[Dimension, bool]:
+    transposed = draw(st.booleans())
+    taps, stride, dilation = (draw(st.integers(1, high)) for high in (7, 4, 4))
+    hypothesis.assume(not (transposed and stride > 1 and dilation > 1))
+    before, inputs = draw(st.integers(0, 8)), draw(st.integers(1, 20))
+    outputs = (inputs + before + draw(st.integers(0, 4)) - dilation * (taps - 1) - 1) // stride + 1
+    hypothesis.assume(outputs > 0)
+    return Dimension(inputs, outputs, taps, stride, dilation, before), transposed
+
+
+@hypothesis.given(dimension(), st.integers(1, 4), st.integers(1, 4))
+@hypothesis.settings(max_examples=300)
+def test_every_tap_is_met_once(drawn, steps, cols):
+    """Strips and lanes as the kernels walk them, against the definition of the convolution."""
+    d, transposed = drawn
+    axis = depthwise._axis(d, transposed)
+    sources, outputs = (d.outputs, d.inputs) if transposed else (d.inputs, d.outputs)
+    met = ((q, q * d.stride + r * d.dilation - d.before, r) for q in range(d.outputs) for r in range(d.taps))
+    pairs = ((x, q, r) if transposed else (q, x, r) for q, x, r in met)
+    expected = sorted((o, i, r) for o, i, r in pairs if 0 <= o < outputs and 0 <= i < sources)
+    assert sorted(_met_by_lanes(axis, outputs, sources, cols * axis.outputs)) == expected
+    assert sorted(_met_by_strips(axis, outputs, sources, steps)) == expected
+
+
+def _met_by_lanes(axis: Axis, outputs: int, sources: int, cols: int):
+    for tile in range(axis.out_pitch * cdiv(cdiv(outputs, axis.out_pitch), cols)):
+        output, source = _first(axis, tile, cols)
+        for j, e in itertools.product(range(cols), range(axis.span(cols))):
+            o, i, tap = output + j * axis.out_pitch, source + e * axis.source_pitch, axis.tap(j, e)
+            if tap >= 0 and 0 <= o < outputs and 0 <= i < sources:
+                yield o, i, tap
+
+
+def _met_by_strips(axis: Axis, outputs: int, sources: int, steps: int):
+    rows = steps * axis.outputs
+    for tile in range(axis.out_pitch * cdiv(cdiv(outputs, axis.out_pitch), rows)):
+        output, source = _first(axis, tile, rows)
+        waiting: list[list] = [[] for _ in range(axis.waiting)]
+        for t in range(steps + axis.warm_up):
+            for a, e in itertools.product(range(axis.waiting), range(axis.sources)):
+                tap = axis.tap(a - axis.warm_up * axis.outputs, e)
+                i = source + (t * axis.sources + e) * axis.source_pitch
+                if tap >= 0 and 0 <= i < sources:
+                    waiting[a].append((i, tap))
+            for a in range(axis.outputs):
+                o = output + ((t - axis.warm_up) * axis.outputs + a) * axis.out_pitch
+                if t >= axis.warm_up and o < outputs:
+                    yield from ((o, i, tap) for i, tap in waiting[a])
+            waiting = waiting[axis.outputs :] + [[] for _ in range(axis.outputs)]
+
+
+def _first(axis: Axis, tile: int, size: int) -> tuple[int, int]:
+    """The first output of a tile and the first source that it sees, as in the kernels."""
+    output = tile % axis.out_pitch + tile // axis.out_pitch * size * axis.out_pitch
+    if axis.transposed:
+        return output, (output + axis.before) // axis.ratio - axis.source_pitch * axis.back
+    return output, output * axis.stride - axis.before
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def layer(N: int, C: int, size: int, kernel: int, stride: int = 1) -> ConvProblem:
+    return conv_problem((N, C, size, size), (C, 1, kernel, kernel), None, (stride,) * 2, (kernel // 2,) * 4, (1, 1), C)
+
+
+@pytest.mark.parametrize("layout", [Layout.PIXEL_RUNS, Layout.PLANES], ids=lambda layout: layout.value)
+@pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
+def test_plans_cover_the_work_and_keep_the_chip_busy(layout, direction):
+    operands = Operands("float16", "ieee", layout, layout, layout)
+    layers = (
+        (1, 96, 112, 3, 2),
+        (32, 32, 112, 3),
+        (32, 384, 14, 3),
+        (32, 960, 7, 3),
+        (32, 96, 56, 7),
+        (128, 240, 28, 5),
+    )
+    for sizes, device in itertools.product(layers, (A100, H100)):
+        p = layer(*sizes)
+        found = list(depthwise.candidates(p, direction, operands, device))
+        assert 1 <= len(found) <= 2
+        for choice in found:
+            lanes, rows, cols = choice.box
+            channels = choice.block_m if direction is Direction.WEIGHT_GRAD else choice.block_n
+            assert all(size & (size - 1) == 0 for size in (lanes, channels, choice.num_warps))
+            assert lanes * channels >= 32 * choice.num_warps
+            cut = cut_of(p, direction, choice)
+            made, height, width = (p.C, p.H, p.W) if direction is Direction.INPUT_GRAD else (p.K, p.P, p.Q)
+            assert channels * cut.channel_blocks >= made and rows * cut.strips >= height
+            assert lanes * cols * cut.lane_blocks >= p.N * width
+            [(programs, steps)] = tiles(p, direction, choice)
+            assert programs * choice.num_warps >= 4 * device.sm_count and steps > 0
+            if direction is Direction.WEIGHT_GRAD:
+                assert choice.splits <= cut.tiles and p.Q % cols == 0
+                # Partial sums are fp32, written and read: less than what is read of x and dy.
+                assert 8 * choice.splits * p.K * p.R * p.S <= 2 * p.N * (p.C * p.H * p.W + p.K * p.P * p.Q)
+
+
+def test_what_is_not_served():
+    def found(p: ConvProblem, direction: Direction = Direction.FORWARD, **operands) -> list[ConvPlan]:
+        return list(depthwise.candidates(p, direction, Operands("float16", **operands), H100))
+
+    assert found(layer(2, 32, 14, 3))
+    assert not found(conv_problem((2, 32, 9, 9), (32, 2, 3, 3), None, (1, 1), (0,) * 4, (1, 1), 16))
+    assert not found(layer(2, 32, 14, 3), first=Layout.PLANES)
+    assert not found(layer(2, 32, 64, 31))
+    both = conv_problem((2, 32, 14, 14), (32, 1, 3, 3), None, (2, 2), (0,) * 4, (2, 2), 32)
+    assert found(both) and not found(both, Direction.INPUT_GRAD) and found(both, Direction.WEIGHT_GRAD)

@@ -241,6 +241,7 @@ def test_only_products_are_served():
     assert not found(replace(LAYER, stride=2))
     assert not found(replace(LAYER, padding=1))
     assert not found(replace(LAYER, groups=2))
+    assert not found(replace(LAYER, input=(0, 256, 56, 56))) and not found(replace(LAYER, input=(32, 0, 56, 56)))
     assert not found(LAYER, first=Layout.RUNS)
     assert not found(LAYER, second=Layout.STRIDED)
     assert not found(LAYER, output=Layout.PLANES)

@@ -132,7 +132,9 @@ def fits(choice: ConvPlan, operands: Operands, device) -> bool:
         return False
     if choice.variant in ELEMENTWISE:
         return True
-    sizes = choice.block_m, choice.block_n, choice.block_k
+    # A tile of the batch box may hold three taps side by side.
+    columns = choice.block_n // 3 if choice.variant is Variant.BATCH_BOX and choice.block_n % 3 == 0 else choice.block_n
+    sizes = choice.block_m, columns, choice.block_k
     # The smallest tile a tensor core multiplies.
     if any(size & (size - 1) for size in sizes) or min(sizes) < 16:
         return False

@@ -7,6 +7,7 @@ import math
 from gpukern.ops._conv2d.geometry import dimensions, phases
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.ops._conv2d.stem.plan import packed
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
 
@@ -65,13 +66,17 @@ def cost(
     rate = device.peaks.matrix_rates[_rate(plan, operands)]
     compute = in_waves([(count, steps * step) for count, steps in tiles], device.sm_count) / rate
     moved = must.bytes + copied_bytes(p, direction, plan, itemsize) + split_bytes(p, direction, plan)
+    stem = plan.variant is Variant.STEM
+    if stem:
+        # A pass before it writes what it reads.
+        moved += 2 * packed(p, itemsize).elements * itemsize
     programs = sum(count for count, _ in tiles)
     return Cost(
         tiles=programs,
         waves=programs / device.sm_count,
         efficiency=must.flops / done if done else 1.0,
         bytes=moved,
-        launches=1 + sum(plan.pack) + _added_apart(direction, plan),
+        launches=1 + stem + sum(plan.pack) + _added_apart(direction, plan),
         compute=compute,
         seconds=max(compute, moved / bandwidth),
     )

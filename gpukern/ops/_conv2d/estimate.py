@@ -25,7 +25,7 @@ _HALVED = 0.6
 #: What a variant's main loop leaves of that: address arithmetic beside the products.
 _LOOP_SHARE = {
     Variant.TAPS: 0.85,
-    Variant.FLAT: 0.35,
+    Variant.FLAT: 0.12,
     Variant.DIRECT: 0.10,
     Variant.GEMM: 1.0,
     Variant.BOX: 1.0,
@@ -81,6 +81,8 @@ def _share(plan: ConvPlan) -> float:
         share, shorter = share * _HALVED, shorter * 2
     while longer < 64:
         share, longer = share * _HALVED, longer * 2
+    # Of no power of two, those of the next smaller.
+    longer, shorter = (1 << side.bit_length() - 1 for side in (longer, shorter))
     return share * _TILE_SHARE[min(longer, 256), min(shorter, 128)]
 
 

@@ -88,11 +88,13 @@ def candidates(
 ) -> Iterator[ConvPlan]:
     """Of every kernel, with operands as they are or copied into channels_last."""
     in_full = operands.dtype == "float32" and operands.precision == "ieee"
+    # Of nothing no kernel is launched: the one that can everything stands for it.
+    families = dict.fromkeys(FAMILIES.values()) if problem.N else (gather,)
     channels = channels_of(problem, direction)
     for pack in _packs(operands, channels):
         seen = operands.packed(pack, channels)
         for precision in ("ieee", "tf32x3") if in_full else (operands.precision,):
-            for family in dict.fromkeys(FAMILIES.values()):
+            for family in families:
                 for candidate in family.candidates(problem, direction, replace(seen, precision=precision), device):
                     yield replace(candidate, pack=pack, precision=precision)
 

@@ -13,7 +13,7 @@ from gpukern.ops._conv2d.indexing import tile_order
 
 @triton.jit
 def inside_range(tap, padding, inputs, outputs, STRIDE: tl.constexpr, DILATION: tl.constexpr):
-    """(first, end) of the output rows with 0 ≤ row · STRIDE + tap · DILATION − padding < inputs; end ≤ first if none."""
+    """(first, end) of output rows with 0 ≤ row · STRIDE + tap · DILATION − padding < inputs; of none, end ≤ first."""
     before = padding - tap * DILATION
     # A division of negative numbers may round either way: both are held at 0 or more.
     first = tl.maximum(before + STRIDE - 1, 0) // STRIDE

@@ -49,7 +49,9 @@ def _serves(p: ConvProblem, operands: Operands) -> bool:
         return False
     if operands.dtype == "float32" and operands.precision == "ieee":
         return False
-    return p.groups == 1 and p.N >= _FEWEST_IMAGES and p.C * operands.itemsize % 16 == 0
+    if p.groups != 1 or p.N < _FEWEST_IMAGES or 0 in (p.C, p.H, p.W, p.K):
+        return False
+    return p.C * operands.itemsize % 16 == 0
 
 
 def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
@@ -79,7 +81,7 @@ def _steps(p: ConvProblem, choice: ConvPlan) -> list[int]:
 
 
 def _inside(d: Dimension, first_tap: int, last_tap: int) -> int:
-    """Output rows between the first and the last that meet a row of the image; see ``inside_range`` in ``kernels.py``."""
+    """Output rows between the first and the last that meet the image; see ``inside_range`` in ``kernels.py``."""
     first = max(cdiv(d.before - last_tap * d.dilation, d.stride), 0)
     end = min((d.inputs - 1 + d.before - first_tap * d.dilation) // d.stride + 1, d.outputs)
     return max(end - first, 0)

@@ -147,7 +147,7 @@ def conv2d_box_kernel(
     for part in tl.static_range(PARTS):
         # One dimension is halved: in the others nothing is added.
         place = (n0 + part * (BOX_N - PART_N), i0 + part * (BOX_H - PART_H), j0 + part * (BOX_W - PART_W), column0)
-        _finish(
+        finish(
             parts[part],
             bias_ptr,
             residual,
@@ -170,7 +170,7 @@ def conv2d_box_kernel(
 
 
 @triton.jit
-def _finish(
+def finish(
     acc,  # [BLOCK_N, PART_N · PART_H · PART_W]
     bias_ptr,
     residual,

@@ -175,10 +175,10 @@ def _longest_step(p: ConvProblem, direction: Direction, longest: int) -> int:
 
 
 def _splits(choice: ConvPlan, programs: int, steps: int, device: DeviceSpec) -> list[int]:
-    """As many as fill the device where half of it would have no program, with four steps each at least; or none."""
+    """The two largest that leave each program a multiprocessor and four steps at least, if any."""
     if choice.block_m > _LARGEST_PART:
         return []
-    return [n for n in (2, 4, 8, 16) if n * programs <= device.sm_count and steps >= 4 * n][-1:]
+    return [n for n in (2, 4, 8, 16) if n * programs <= device.sm_count and steps >= 4 * n][-2:]
 
 
 def _steps(p: ConvProblem, direction: Direction, block_k: int) -> list[int]:

@@ -1,12 +1,12 @@
 """Depthwise convolution: forward and input gradient, element by element, each pixel read about once.
 
-A thread walks down the rows of the source with a few neighbouring columns in hand. A row is multiplied, once loaded,
-into every output row that it reaches; their sums wait in registers until their last source row has come. So a tap costs
-one multiply-add, and loads, conversions and addresses are shared by the taps of a window.
+A lane is a few neighbouring columns of the output and walks down its rows. A row of the source is multiplied, once
+loaded, into every output row that it reaches; their sums wait in registers until their last source row has come. So a
+tap costs one multiply-add, and loads, conversions and addresses are shared by the taps of a window.
 
-Tiles are [pixels, channels] for channels_last and [channels, pixels] for NCHW (PLANES), so that neighbouring threads
-touch neighbouring elements in both; below, SHAPE stands for either. Where rows lie densely along w, two neighbours are
-loaded and stored as one (PAIRS): [..., 2].
+Tiles are [lanes, channels] for channels_last and [channels, lanes] for NCHW (PLANES), so that neighbouring threads
+touch neighbouring elements in both; below, SHAPE stands for either. Where two columns always lie side by side, and in
+the image together, they are loaded or stored as one (PAIRS): [..., 2].
 
 Rows and columns are walked alike, along an ``Axis`` of ``plan.py``.
 """
@@ -75,7 +75,7 @@ def walk(
 ):  # fmt: skip
     """(pointers SHAPE or [..., 2], step along rows, step along columns or pairs of them).
 
-    All strides but that of 1 along the runs are multiples of ALIGN. Multiplied by it again, the compiler sees it.
+    Strides are multiples of ALIGN, but for that of 1. Divided and multiplied by it, they are so for the compiler too.
     """
     stride_n = tl.cast(image.n, INDEX) // ALIGN * ALIGN
     stride_h = tl.cast(image.h, INDEX) // ALIGN * ALIGN
@@ -88,21 +88,19 @@ def walk(
     pixel = n.to(INDEX) * stride_n + row.to(INDEX) * stride_h + column.to(INDEX) * stride_w
     offset = pixel + c.to(INDEX) * stride_c
     if PAIRS:
-        # Even already, which only the one who chose PAIRS knows.
+        # It is even, and now the compiler knows.
         offset = (offset // 2 * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
     step_w = tl.cast(2, INDEX) if PAIRS else PITCH_W * stride_w
     return image.ptr + offset, PITCH_H * stride_h, step_w
 
 
 @triton.jit
-def places_inside(
-    column, limit, c_ok, COUNT: tl.constexpr, PITCH: tl.constexpr, PAIRS: tl.constexpr
-):
+def places_inside(column, limit, c_ok, COUNT: tl.constexpr, PITCH: tl.constexpr, PAIRS: tl.constexpr):
     """Whether each of COUNT loads or stores beside one another lies left of ``limit``: SHAPE or [..., 1]."""
     result = ()
     for i in tl.static_range(COUNT):
         ok = inside(column + i * (2 if PAIRS else PITCH), limit) & c_ok
-        result = result + (ok[:, :, None] if PAIRS else ok,)
+        result += (ok[:, :, None] if PAIRS else ok,)
     return result
 
 
@@ -121,7 +119,7 @@ def load_rows(
         for m in tl.static_range(CHANNELS):
             for e in tl.static_range(COLUMNS):
                 at = pointers + (i * step_h + m * step_c + e * step_w)
-                values = values + (tl.load(at, mask=ok[e], other=0.0),)
+                values += (tl.load(at, mask=ok[e], other=0.0),)
     return values
 
 
@@ -156,9 +154,9 @@ def multiply_rows(
                         w = weights[
                             m * TAPS + tap_of(AXIS_H, FIRST + a // COLS, i) * TAPS_W + tap_of(AXIS_W, a % COLS, e)
                         ]
-                        new = new + (sums[a] + v * w,)
+                        new += (sums[a] + v * w,)
                     else:
-                        new = new + (sums[a],)
+                        new += (sums[a],)
                 sums = new
     return sums
 
@@ -168,23 +166,23 @@ def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
     """A tuple of them."""
     result = ()
     for _ in tl.static_range(COUNT):
-        result = result + (tl.zeros(SHAPE, tl.float32),)
+        result += (tl.zeros(SHAPE, tl.float32),)
     return result
 
 
 @triton.jit
 def no_moments(SHAPE: tl.constexpr):
-    """(a first value, count, sum, sum of differences from the first, of their squares) of each lane, before any."""
-    zeros = tl.zeros(SHAPE, tl.float32)
-    return zeros, zeros, zeros, zeros, zeros
+    """Of each thread's values: the first one, count, sum, sums of differences from the first and of their squares."""
+    none = tl.zeros(SHAPE, tl.float32)
+    return none, none, none, none, none
 
 
 @triton.jit
 def add_moments(moments, y, ok, first):
     """``moments`` and those of ``y`` where ``ok``. ``first``: no value came before.
 
-    Differences are from a value of the lane's own: at most a share of the squares then cancels that is as large as the
-    number of values.
+    The mean of n values lies within √n standard deviations of each, so that squares of differences from the first lose
+    no more than a factor n in precision, where those of the values themselves can lose all of it.
     """
     origin, count, total, differences, squares = moments
     origin = tl.where(first, y, origin)
@@ -203,7 +201,7 @@ def over_pixels(lanes, PLANES: tl.constexpr):
 
 @triton.jit
 def store_moments(moments, statistics_ptr, tile, tiles, k, channels, PLANES: tl.constexpr):
-    """As ``store_statistics`` of the other kernels, from lanes that have their own moments."""
+    """As ``store_statistics`` of the other kernels, put together from moments."""
     origin, count, total, differences, squares = moments
     n = over_pixels(count, PLANES)
     sums = over_pixels(total, PLANES)
@@ -239,8 +237,8 @@ def conv2d_depthwise_kernel(
     PLANES: tl.constexpr,
     SOURCE_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr,
     SOURCE_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,  # see walk
-    COLS: tl.constexpr,  # output columns of a thread
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # threads' columns, channels
+    COLS: tl.constexpr,  # output columns of a lane
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # lanes and channels of a program
     ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """out[n, k, p, q] = act(Σ_{c, r, s} source[n, c, tap r of p, tap s of q] · filter[k, c, r, s] + bias + residual).
@@ -277,7 +275,7 @@ def conv2d_depthwise_kernel(
     out_row -= WARM_UP * DONE * AXIS_H.out_pitch
     c = k // COLUMNS * REDUCTION
 
-    # Spelled out for the whole tile: threads read what they need where they need it, with no exchange between them.
+    # Broadcast before they are loaded: threads read what they need themselves, and exchange nothing.
     k_ok = tl.broadcast_to(k < channels, SHAPE)
     own_filter = filter.ptr + tl.broadcast_to(k // COLUMNS * filter.group + k % COLUMNS * filter.column, SHAPE)
     weights = ()
@@ -285,7 +283,7 @@ def conv2d_depthwise_kernel(
         for r in tl.static_range(TAPS_H):
             for s in tl.static_range(TAPS_W):
                 w = tl.load(own_filter + (m * filter.reduction + r * filter.r + s * filter.s), mask=k_ok, other=0.0)
-                weights = weights + (w.to(tl.float32),)
+                weights += (w.to(tl.float32),)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + tl.broadcast_to(k, SHAPE), mask=k_ok, other=0.0).to(tl.float32)
         if OUT_PAIRS:
@@ -303,7 +301,7 @@ def conv2d_depthwise_kernel(
             residual, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN, INDEX
         )
     if statistics_ptr is not None:
-        moments = no_moments(SHAPE + (2,) if OUT_PAIRS else SHAPE)
+        moments = no_moments((SHAPE[0], SHAPE[1], 2) if OUT_PAIRS else SHAPE)
 
     sums = zeros(AXIS_H.waiting * COLS, SHAPE)
     # The next rows are always under way while some are multiplied.
@@ -322,15 +320,10 @@ def conv2d_depthwise_kernel(
         sums = multiply_rows(sums, values, weights, AXIS_H, AXIS_W, REDUCTION, COLS, LOADS, ODD, SOURCE_PAIRS)
         for a in tl.static_range(DONE):
             row_ok = inside(out_row + a * AXIS_H.out_pitch, sizes.out_h) & (t >= WARM_UP)
-            ok = places_inside(
-                out_column, tl.where(row_ok, sizes.out_w, 0), c_ok, STORES, AXIS_W.out_pitch, OUT_PAIRS
-            )
+            ok = places_inside(out_column, tl.where(row_ok, sizes.out_w, 0), c_ok, STORES, AXIS_W.out_pitch, OUT_PAIRS)
             for j in tl.static_range(STORES):
                 moved = a * out_step_h + j * out_step_w
-                if OUT_PAIRS:
-                    y = tl.join(sums[a * COLS + 2 * j], sums[a * COLS + 2 * j + 1])
-                else:
-                    y = sums[a * COLS + j]
+                y = tl.join(sums[a * COLS + 2 * j], sums[a * COLS + 2 * j + 1]) if OUT_PAIRS else sums[a * COLS + j]
                 if bias_ptr is not None:
                     y += bias
                 if residual is not None:

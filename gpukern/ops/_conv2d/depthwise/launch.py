@@ -34,7 +34,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
         columns, reduction = reduction, columns
         filter_strides = (reduction * k, c, k, r, s)
     vertical, horizontal = axes(p, direction)
-    planes = output[1] != 1
+    planes = _in_planes(source, output)
     source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
     out_pairs = planes and _in_pairs(of_output, output, horizontal, choice.box[2])
     sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, columns, reduction)
@@ -76,7 +76,7 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
     k, c, r, s = output
     vertical, horizontal = axes(p, request.direction)
-    planes = grad[1] != 1
+    planes = _in_planes(grad, source)
     grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, choice.box[2])
     source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
     scalars = (
@@ -105,6 +105,11 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
         add_partial_sums(partial, out, choice.splits)
 
     return Launch(run)
+
+
+def _in_planes(*images: Strides) -> bool:
+    """An image of single pixels has its channels side by side, whatever the others have."""
+    return any(strides[1] != 1 for strides in images)
 
 
 def _sources(axis: Axis, choice: ConvPlan) -> int:

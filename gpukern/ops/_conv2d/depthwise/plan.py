@@ -15,8 +15,8 @@ from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two
 
 _THREADS = 128
-# What a thread may hold beside its addresses, in registers. With the lower limit four programs share a multiprocessor.
-_REGISTERS = (128, 190)
+# What a thread may hold, in registers. With the lower limit three or four programs share a multiprocessor.
+_REGISTERS = (145, 204)
 _RESIDENT = 4
 # What a program's beginning and end cost it, in rows.
 _STARTUP = 6
@@ -94,10 +94,10 @@ class Axis:
 
 
 class Cut(NamedTuple):
-    """How a launch is divided: the numbers of strips, of blocks of lanes beside one another and of channels.
+    """How many strips, blocks of lanes and blocks of channels a launch is cut into.
 
-    A program takes ``lanes`` × channels of :class:`ConvPlan`'s ``box`` = (lanes, rows, cols). A lane is cols neighbouring
-    outputs of a row, and walks down rows of them, a strip. Lanes are counted through all images.
+    A plan's ``box`` is (lanes, rows, cols): a lane is ``cols`` neighbouring outputs of a row and walks down ``rows`` of
+    them, a strip; lanes are counted through the rows of all images.
     """
 
     strips: int
@@ -160,14 +160,25 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
         return False
     if any(axis.transposed and axis.ratio > 1 and axis.out_pitch > 1 for axis in axes(p, direction)):
         return False
-    images = _images(direction, operands)
-    in_runs = [layout in _RUNS for layout in images]
-    return all(in_runs) if any(in_runs) else Layout.PLANES in images
+    layouts = _images(p, direction, operands)
+    return all(layout in _RUNS for layout in layouts) or _in_planes(p, direction, operands)
 
 
-def _images(direction: Direction, operands: Operands) -> tuple[Layout, Layout]:
-    """The layouts of the two tensors that are images."""
-    return operands.first, operands.second if direction is Direction.WEIGHT_GRAD else operands.output
+def _in_planes(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
+    layouts = _images(p, direction, operands)
+    return Layout.PLANES in layouts and not any(layout in _RUNS for layout in layouts)
+
+
+def _images(p: ConvProblem, direction: Direction, operands: Operands) -> list[Layout]:
+    """The layouts of the two tensors that are images; of one of single pixels, which has any, only beside its like."""
+    if direction is Direction.WEIGHT_GRAD:
+        layouts = operands.first, operands.second
+    else:
+        layouts = operands.first, operands.output
+    pixels = [p.P * p.Q, p.H * p.W]
+    if direction is Direction.FORWARD:
+        pixels.reverse()
+    return [layout for layout, size in zip(layouts, pixels, strict=True) if size > 1 or max(pixels) == 1]
 
 
 def _reduction(p: ConvProblem, direction: Direction) -> int:
@@ -183,7 +194,7 @@ def _made(p: ConvProblem, direction: Direction) -> tuple[int, int, int]:
 def _thread(p: ConvProblem, direction: Direction, operands: Operands, limit: int) -> tuple[int, int] | None:
     """(channels, columns) of a thread: those with the fewest instructions an output that fit into the registers."""
     vertical, horizontal = axes(p, direction)
-    in_planes = Layout.PLANES in _images(direction, operands)
+    in_planes = _in_planes(p, direction, operands)
     words = operands.itemsize / 4
     best = None
     for channels, step in itertools.product(_widths(p, operands, in_planes), (1, 2, 4)):
@@ -195,12 +206,13 @@ def _thread(p: ConvProblem, direction: Direction, operands: Operands, limit: int
         if direction is Direction.WEIGHT_GRAD:
             held += loads + (loads + cols) * words
         else:
-            # Beside a bias, statistics and an addend that is under way.
-            held += loads * words + 1 + (4 + cols * words if direction is Direction.FORWARD else 0)
+            # A step's sources and the next one's; a bias, statistics and an addend that is under way.
+            held += 2 * loads * words + 1 + (4 + cols * words if direction is Direction.FORWARD else 0)
         # Elements in an access, each of which takes three instructions or so; a source is converted, one by one.
         width = channels if not in_planes else 2 if cols % 2 == 0 else 1
         cost = (loads * (1 + 3 / width) / vertical.outputs + 3 * cols / width) / cols
-        if channels * held <= limit and (best is None or cost < best[0]):
+        # An address or a predicate for every access.
+        if channels * held + loads <= limit and (best is None or cost < best[0]):
             best = cost, channels, cols
     return best and best[1:]
 
@@ -229,7 +241,7 @@ def _plan(
 ) -> ConvPlan:
     made = _made(p, direction)[0]
     lanes = power_of_two(_lanes(p, direction, cols))
-    if Layout.PLANES in _images(direction, operands):
+    if _in_planes(p, direction, operands):
         lanes = min(lanes, 32)
         channels = min(_THREADS * width // lanes, power_of_two(made))
     else:
@@ -243,9 +255,7 @@ def _plan(
         while warps < 16 and cdiv(made, channels) * _MOST_SPLITS * warps < device.sm_count * _RESIDENT * 2:
             lanes, warps = 2 * lanes, 2 * warps
         rows, splits = _rows_and_splits(p, channels, lanes, cols, device)
-        return ConvPlan(
-            Variant.DEPTHWISE, channels, 1, lanes * cols, warps, 1, splits=splits, box=(lanes, rows, cols)
-        )
+        return ConvPlan(Variant.DEPTHWISE, channels, 1, lanes * cols, warps, 1, splits=splits, box=(lanes, rows, cols))
     rows = _rows(p, direction, channels, lanes, cols, device)
     return ConvPlan(Variant.DEPTHWISE, lanes * cols, channels, 1, warps, 1, box=(lanes, rows, cols))
 

@@ -26,12 +26,14 @@ def source_of(axis, output, tap, sources):
 
 
 @triton.jit
-def elements(values, ROWS: tl.constexpr, LOADS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr):
+def elements(
+    values, ROWS: tl.constexpr, LOADS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr
+):
     """COUNT elements of each of ROWS rows of LOADS loads, from the FIRST on, in fp32."""
     result = ()
     for i in tl.static_range(ROWS):
         for e in tl.static_range(COUNT):
-            result = result + (element(values, i * LOADS, FIRST + e, PAIRS),)
+            result += (element(values, i * LOADS, FIRST + e, PAIRS),)
     return result
 
 
@@ -51,7 +53,7 @@ def multiply_row(
                     source_of(AXIS_H, OUTPUT, tap // TAPS_W, AXIS_H.ratio) * SPAN + j * AXIS_W.ratio + tap % TAPS_W
                 ]
                 total += v * waiting[j]
-        new = new + (total,)
+        new += (total,)
     return new
 
 
@@ -69,14 +71,14 @@ def conv2d_depthwise_weight_grad_kernel(
     PLANES: tl.constexpr,
     GRAD_PAIRS: tl.constexpr, SOURCE_PAIRS: tl.constexpr,
     GRAD_ALIGN: tl.constexpr, SOURCE_ALIGN: tl.constexpr,  # see walk
-    COLS: tl.constexpr,  # columns of dy of a thread; they divide its columns
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # threads' columns, channels
+    COLS: tl.constexpr,  # columns of dy of a lane: they divide those of an image
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # lanes and channels of a program
     INDEX: tl.constexpr,
 ):  # fmt: skip
     """out[k, 0, r, s] = Σ_{n, p, q} grad[n, k, p, q] · source[n, k // COLUMNS, tap r of p, tap s of q].
 
-    Grid: (channel tiles, splits). A split takes tiles as of the forward convolution and walks them like it: a row of the
-    source meets the rows of dy whose windows see it, which wait in registers.
+    Grid: (channel tiles, splits). A split takes tiles as of the forward convolution and walks them like it: a row of
+    the source meets the rows of dy whose windows see it, which wait in registers.
     """
     SHAPE: tl.constexpr = (BLOCK_C, BLOCK_Q) if PLANES else (BLOCK_Q, BLOCK_C)
     WARM_UP: tl.constexpr = AXIS_H.warm_up
@@ -107,7 +109,17 @@ def conv2d_depthwise_weight_grad_kernel(
         row = first_source(p, AXIS_H)
         column = first_source(q, AXIS_W) - ODD
         pointers, step_h, step_w = walk(
-            source, n, k // COLUMNS, row, column, PITCH_H, AXIS_W.source_pitch, PLANES, SOURCE_PAIRS, SOURCE_ALIGN, INDEX
+            source,
+            n,
+            k // COLUMNS,
+            row,
+            column,
+            PITCH_H,
+            AXIS_W.source_pitch,
+            PLANES,
+            SOURCE_PAIRS,
+            SOURCE_ALIGN,
+            INDEX,
         )
         places, grad_step_h, grad_step_w = walk(
             grad, n, k, p, q, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, GRAD_PAIRS, GRAD_ALIGN, INDEX

@@ -194,15 +194,17 @@ def conv2d_gather_kernel(
                 a = tl.load(source_row[:, None] + a_offset[None, :], mask=a_mask, other=0.0)
                 b = tl.load(filter_column[None, :] + b_offset[:, None], mask=b_mask, other=0.0)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                # Selects, not branches: behind a branch Triton fetches each step's operands when they are needed, and
+                # none ahead.
                 c += BLOCK_K
-                if c >= sizes.reduction:
-                    c = tl.cast(0, INDEX)
-                    s += 1
-                    if TAP_BITS:
-                        bits = bits >> 1
-                    if s == taps_w:
-                        s = tl.cast(0, INDEX)
-                        r += 1
+                next_tap = c >= sizes.reduction
+                c = tl.where(next_tap, 0, c)
+                s = tl.where(next_tap, s + 1, s)
+                if TAP_BITS:
+                    bits = bits >> next_tap.to(tl.int32)
+                next_row = s == taps_w
+                s = tl.where(next_row, 0, s)
+                r = tl.where(next_row, r + 1, r)
 
     out_channel = group * sizes.columns + column
     if SPLITS > 1:

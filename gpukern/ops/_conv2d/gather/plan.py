@@ -26,8 +26,7 @@ _FLAT_CHANNELS = 16
 _TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
 _HOPPER_TILES = ((128, 128), *_TILES)
 _FLAT_TILES = ((64, 32), (32, 32), (16, 32))
-_TF32X3_TILES = ((64, 64), (64, 32), (16, 32))
-_FULL_FP32_TILES = ((64, 32), (16, 32))
+_FULL_FP32_TILES = ((64, 64), (64, 32), (16, 32))
 _FLAT_FULL_FP32_TILES = ((32, 32), (16, 32))
 
 
@@ -52,8 +51,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
     full_fp32 = operands.dtype == "float32" and operands.precision != "tf32"
     flat = reduction < _FLAT_CHANNELS and p.R * p.S > 1
     if full_fp32:
-        whole = _TF32X3_TILES if operands.precision == "tf32x3" else _FULL_FP32_TILES
-        tiles = _FLAT_FULL_FP32_TILES if flat else whole
+        tiles = _FLAT_FULL_FP32_TILES if flat else _FULL_FP32_TILES
     else:
         tiles = _FLAT_TILES if flat else _HOPPER_TILES if _has_wgmma(device) else _TILES
     rows, cols = power_of_two(pixels, 16), power_of_two(columns, 16)

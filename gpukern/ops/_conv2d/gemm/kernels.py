@@ -132,7 +132,8 @@ def _finish(
         store_statistics(y.to(tl.float32), valid, statistics_ptr, row_tile, row_tiles, channel, columns, AXIS=1)
 
 
-@triton.jit
+# Compiled for a single pixel, a case of its own otherwise, the loop would wait for its products one by one.
+@triton.jit(do_not_specialize=["pixels"])
 def conv2d_gemm_weight_grad_kernel(
     grad,  # descriptor of ∂L/∂y [pixels, K], with PLANES [N, K, pixels]
     source,  # descriptor of x [pixels, C], with PLANES [N, C, pixels]

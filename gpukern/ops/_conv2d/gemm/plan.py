@@ -66,7 +66,7 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
 
 def _is_product(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
     """Whether descriptors can describe it all as matrices, rows of which are whole units of 16 bytes."""
-    if (p.R, p.S, p.stride, p.padding, p.groups) != (1, 1, (1, 1), (0, 0, 0, 0), 1):
+    if (p.R, p.S, p.stride, p.padding, p.groups) != (1, 1, (1, 1), (0, 0, 0, 0), 1) or 0 in (p.N, p.C, p.H, p.W, p.K):
         return False
     images = operands.first, operands.second if direction is Direction.WEIGHT_GRAD else operands.output
     filter = operands.output if direction is Direction.WEIGHT_GRAD else operands.second

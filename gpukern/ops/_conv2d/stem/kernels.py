@@ -4,7 +4,7 @@ The taps of one filter row read S · C elements that lie side by side. After a p
 and gives each pixel a few channels of zeros, the windows of all output pixels are one tensor that the copy engine can
 fetch boxes of,
 
-    windows[r, n, p, q, i] = packed[((n · rows + p · stride_h + r) · columns + q · stride_w) · channels + i],  i < S · C
+    windows[n, p, r, q, i] = packed[((n · rows + p · stride_h + r) · columns + q · stride_w) · channels + i],  i < S · C
 
 though they overlap: their strides are shorter than their sizes. So a tile's sum takes R steps of whole windows, where
 a gather would work out an address for every tap and channel.
@@ -13,13 +13,13 @@ a gather would work out an address for every tap and channel.
 import triton
 import triton.language as tl
 
-from gpukern.ops._conv2d.box.kernels import _finish
+from gpukern.ops._conv2d.box.kernels import finish
 from gpukern.ops._conv2d.indexing import inside_image, split_pixel, tile_order
 
 
 @triton.jit
 def conv2d_stem_kernel(
-    windows,  # descriptor of [R, N, P, Q, S · C]
+    windows,  # descriptor of [N, P, R, Q, S · C]
     filter,  # descriptor of [R, K, S · C]
     bias_ptr,  # [K] or None
     residual,  # descriptor like out, or None
@@ -57,7 +57,7 @@ def conv2d_stem_kernel(
         f = filter.load([r, column0, 0]).reshape(BLOCK_N, BLOCK_K)
         acc = tl.dot(f, x.T, acc, input_precision=PRECISION)
 
-    _finish(
+    finish(
         acc,
         bias_ptr,
         residual,

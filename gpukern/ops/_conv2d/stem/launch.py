@@ -30,7 +30,9 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     row = of_packed.cols * channels
     step_n, step_p, step_q = of_packed.rows * row, p.stride[0] * row, p.stride[1] * channels
     windows = Described(
-        (p.N, p.P, p.R, p.Q, window(p, itemsize)), (step_n, step_p, row, step_q, 1), (*box[:2], 1, box[2], block_k)
+        (p.N, p.P, p.R, p.Q, window(p, itemsize)),
+        (step_n, step_p, row, step_q, 1),
+        (box[0], box[1], 1, box[2], block_k),
     ).checked(dtype)
     filter_rows = Described((p.R, p.K, block_k), (p.K * block_k, block_k, 1), (1, block_n, block_k)).checked(dtype)
     # The stride of a dimension of one element is never used, but must be one that a descriptor takes.

@@ -25,7 +25,7 @@ _LONGEST_WINDOW = 256  # bytes
 
 
 class Packed(NamedTuple):
-    """The padded image: sizes, ``cols`` and ``channels`` such that the copy engine finds multiples of 16 bytes."""
+    """The padded image: sizes such that the copy engine can fetch windows of it."""
 
     images: int
     rows: int
@@ -59,10 +59,12 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
 
 def packed(p: ConvProblem, itemsize: int) -> Packed:
     """The image that the pass before the convolution writes."""
-    # From a window to the next are stride · channels elements, from a row to the next cols · channels.
-    channels = _round_up(p.C, 16 // math.gcd(16, p.stride[1] * itemsize))
-    rows = (p.P - 1) * p.stride[0] + p.R
-    cols = _round_up((p.Q - 1) * p.stride[1] + p.S, 16 // math.gcd(16, channels * itemsize))
+    # A window's neighbours lie stride · channels and cols · channels elements further: multiples of 16 bytes. And each
+    # stride of the windows is a multiple of the one before, as in the copy engine's documentation; but they overlap.
+    vertical, horizontal = p.stride
+    channels = _round_up(p.C, 16 // math.gcd(16, horizontal * itemsize))
+    rows = _round_up((p.P - 1) * vertical + p.R, vertical)
+    cols = _round_up((p.Q - 1) * horizontal + p.S, math.lcm(horizontal, 16 // math.gcd(16, channels * itemsize)))
     return Packed(p.N, rows, cols, channels)
 
 

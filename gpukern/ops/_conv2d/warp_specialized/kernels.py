@@ -69,8 +69,9 @@ def conv2d_warp_specialized_kernel(
     The input gradient is a convolution of ∂L/∂y too, its taps in the opposite direction: a window whose dilation and
     padding are negative.
     """
-    sources = gl.allocate_shared_memory(source.dtype, [BUFFERS] + source.block_shape, source.layout)
-    filters = gl.allocate_shared_memory(filter.dtype, [BUFFERS] + filter.block_shape, filter.layout)
+    # Triton knows no [BUFFERS, *shape].
+    sources = gl.allocate_shared_memory(source.dtype, [BUFFERS] + source.block_shape, source.layout)  # noqa: RUF005
+    filters = gl.allocate_shared_memory(filter.dtype, [BUFFERS] + filter.block_shape, filter.layout)  # noqa: RUF005
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     arrived = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())

@@ -1,0 +1,159 @@
+"""``gpukern explain``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from gpukern.explain import question, show, words
+from gpukern.explain.answer import Answer, answer
+from gpukern.explain.compiled import CannotCompile, Compiled, compiled
+from gpukern.explain.question import Question
+from gpukern.ops._conv2d.plan import Direction
+from gpukern.runtime.device import DEVICES, DeviceSpec
+
+T = TypeVar("T")
+
+app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+
+_Dtype = Annotated[str, typer.Option(metavar="KIND", help="fp16, bf16, tf32 (fp32 as TF32 may multiply it) or fp32.")]
+_Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help=f"{', '.join(DEVICES)}, or sm_80, sm_89, sm_90, sm_100. Default: the GPU that is here, else h100.",
+    ),
+]
+_Directions = Annotated[str, typer.Option(metavar="DIRECTION", help="forward, input-grad, weight-grad or all.")]
+_Epilogue = Annotated[
+    str,
+    typer.Option(
+        metavar="PARTS",
+        help="In the same kernel: bias,residual,relu, or another activation.",
+    ),
+]
+_Top = Annotated[int, typer.Option(metavar="N", min=1, help="Plans to list.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+_NoCompile = Annotated[bool, typer.Option("--no-compile", help="Predict only, look at no machine code.")]
+
+
+@app.callback()
+def _main() -> None:
+    """Why a layer gets the kernel that it gets: plan, alternatives, roofline, machine code. Needs no GPU."""
+
+
+@app.command()
+def conv(
+    image: Annotated[str, typer.Argument(metavar="NxCxHxW", help="The input.", show_default=False)],
+    filter: Annotated[str, typer.Argument(metavar="KxRxS", help="The filters, or KxC/groupsxRxS.", show_default=False)],
+    stride: Annotated[str, typer.Option(help="One number, or rows x columns.")] = "1",
+    padding: Annotated[str, typer.Option(help="One number, rows x columns, same or valid.")] = "0",
+    dilation: Annotated[str, typer.Option(help="One number, or rows x columns.")] = "1",
+    groups: Annotated[int, typer.Option(min=1)] = 1,
+    dtype: _Dtype = "fp16",
+    arch: _Arch = None,
+    direction: _Directions = "forward",
+    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="channels_last or NCHW.")] = "channels_last",
+    epilogue: _Epilogue = "",
+    top: _Top = 6,
+    as_json: _Json = False,
+    no_compile: _NoCompile = False,
+) -> None:
+    """A convolution, for instance: gpukern explain conv 32x64x56x56 64x3x3 --padding 1"""
+    _checked("NxCxHxW", words.sizes_called, image, 4)
+    _checked("KxRxS", words.sizes_called, filter, 3, 4)
+    for name, given in (("--stride", stride), ("--dilation", dilation)):
+        _checked(name, words.pair_called, given)
+    _checked("--padding", words.padding_called, padding)
+    problem = _checked(None, words.problem_called, image, filter, stride, padding, dilation, groups)
+    device, kind, directions, bias, after = _common(arch, dtype, direction, epilogue)
+    channels_last = _checked("--layout", _layout_called, layout)
+    asked = [question.convolution(problem, each, kind, channels_last, device, bias, after) for each in directions]
+    _explain(asked, top, as_json, no_compile)
+
+
+@app.command()
+def linear(
+    matrix: Annotated[str, typer.Argument(metavar="MxC", help="The input: rows x features.", show_default=False)],
+    outputs: Annotated[int, typer.Argument(metavar="K", min=1, help="Features of the output.", show_default=False)],
+    dtype: _Dtype = "fp16",
+    arch: _Arch = None,
+    direction: _Directions = "forward",
+    epilogue: _Epilogue = "",
+    top: _Top = 6,
+    as_json: _Json = False,
+    no_compile: _NoCompile = False,
+) -> None:
+    """A fully-connected layer, for instance: gpukern explain linear 128x4096 1000"""
+    rows, inputs = _checked("MxC", words.sizes_called, matrix, 2)
+    device, kind, directions, bias, after = _common(arch, dtype, direction, epilogue)
+    if after.residual:
+        raise typer.BadParameter("a fully-connected layer adds no residual", param_hint="--epilogue")
+    asked = [question.linear(rows, inputs, outputs, e, kind, device, bias, after.activation) for e in directions]
+    _explain(asked, top, as_json, no_compile)
+
+
+# ---- what was typed ------------------------------------------------------------------------------------------------
+
+
+def _common(
+    arch: str | None, dtype: str, direction: str, epilogue: str
+) -> tuple[DeviceSpec, str, list[Direction], bool, question.Epilogue]:
+    device = _checked("--arch", words.device_called, arch)
+    kind = _checked("--dtype", words.kind_called, dtype)
+    directions = _checked("--direction", words.directions_called, direction)
+    bias, after = _checked("--epilogue", words.epilogue_called, epilogue)
+    if (bias or after != question.Epilogue()) and Direction.FORWARD not in directions:
+        raise typer.BadParameter("only a forward has an epilogue", param_hint="--epilogue")
+    return device, kind, directions, bias, after
+
+
+def _checked(name: str | None, read: Callable[..., T], *given: Any) -> T:
+    """What ``read`` makes of it; what it does not understand is a wrong use of the parameter ``name``."""
+    try:
+        return read(*given)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=name) from None
+
+
+def _layout_called(name: str) -> bool:
+    """Whether it is channels_last."""
+    layouts = {"channels_last": True, "channels-last": True, "nhwc": True, "nchw": False}
+    if name.lower() not in layouts:
+        raise ValueError(f"no layout is called {name!r}; known are channels_last, NCHW")
+    return layouts[name.lower()]
+
+
+# ---- what is printed -----------------------------------------------------------------------------------------------
+
+
+def _explain(asked: list[Question], top: int, wants_json: bool, no_compile: bool) -> None:
+    try:
+        found = [answer(each) for each in asked]
+    except RuntimeError as error:  # more pixels than kernels can number
+        raise typer.BadParameter(str(error)) from None
+    coded = [(each, _code(each, no_compile)) for each in found]
+    if wants_json:
+        typer.echo(json.dumps([show.as_json(*pair) for pair in coded], indent=2))
+        return
+    for number, (each, code) in enumerate(coded):
+        if number:
+            typer.echo()
+        show.print_answer(each, code, top)
+
+
+def _code(found: Answer, no_compile: bool) -> list[Compiled] | str:
+    if no_compile:
+        return "not compiled: --no-compile"
+    waiting = Console(stderr=True)
+    try:
+        if not waiting.is_terminal:
+            return compiled(found.question, found.chosen.plan)
+        with waiting.status(f"compiling for {found.question.device.name} ..."):
+            return compiled(found.question, found.chosen.plan)
+    except CannotCompile as reason:
+        return f"not compiled: {reason}"

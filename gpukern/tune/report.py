@@ -1,0 +1,123 @@
+"""What tuning came to."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpukern.ops._conv2d.database import Entry
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Result:
+    """One problem. ``before``: whether an earlier run measured it."""
+
+    name: str
+    entry: Entry
+    before: bool = False
+
+    @property
+    def speedup(self) -> float | None:
+        """Over the planner's choice; None where one of the two has no time."""
+        entry = self.entry
+        if not entry.microseconds or not entry.heuristic_microseconds:
+            return None
+        return entry.heuristic_microseconds / entry.microseconds
+
+    def __str__(self) -> str:
+        entry = self.entry
+        if entry.plan is None:
+            return f"no plan is right, {len(entry.rejected)} rejected"
+        if self.speedup is None:
+            return f"{entry.plan}, {entry.microseconds:.1f} µs; the planner's choice is not right"
+        gain = "the planner's choice" if entry.plan == entry.heuristic else f"{self.speedup:.2f} times as fast"
+        return f"{entry.plan}, {entry.microseconds:.1f} µs, {gain}"
+
+
+@dataclass
+class Report:
+    """What is in ``path`` now: each problem that was asked for, but for ``left``, for which there was no time.
+
+    ``failed``: problems that could not be measured at all, and why.
+    """
+
+    path: Path
+    results: list[Result] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    left: int = 0
+
+    @property
+    def speedup(self) -> float | None:
+        """The geometric mean over the problems; None without one."""
+        gains = [result.speedup for result in self.results if result.speedup]
+        return statistics.geometric_mean(gains) if gains else None
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Reason → how many plans were rejected for it, in all problems of this run."""
+        counts: dict[str, int] = {}
+        for result in self.results:
+            if not result.before:
+                for _, reason in result.entry.rejected:
+                    counts[reason] = counts.get(reason, 0) + 1
+        return dict(sorted(counts.items(), key=lambda count: -count[1]))
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = [self._table()] if self.results else []
+        parts += [Text(line, style="yellow") for line in self._complaints()]
+        return Group(*parts, Text(f"plans are in {self.path}"))
+
+    def _table(self) -> RenderableType:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, show_footer=True)
+        mean = f"{self.speedup:.2f}×" if self.speedup else ""
+        table.add_column("problem", "geometric mean")
+        table.add_column("planned", justify="right")
+        table.add_column("tuned", justify="right")
+        table.add_column("speed-up", mean, justify="right")
+        table.add_column("plan")
+        for result in self.results:
+            entry, gain = result.entry, result.speedup
+            table.add_row(
+                Text(result.name + (" (measured before)" if result.before else "")),
+                _time(entry.heuristic_microseconds),
+                _time(entry.microseconds),
+                f"{gain:.2f}×" if gain else "",
+                str(entry.plan or "none is right"),
+                style="green" if gain and gain > 1 else "",
+            )
+        return table
+
+    def _complaints(self) -> list[str]:
+        lines = [f"not measured: {name}: {reason}" for name, reason in self.failed]
+        lines += [f"rejected {count} {_plans(count)}: {reason}" for reason, count in self.rejected.items()]
+        if self.left:
+            lines.append(f"no time was left for {self.left} of the problems; the same command again goes on with them")
+        return lines
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        text = io.StringIO()
+        Console(file=text, width=200, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+
+
+def _time(microseconds: float | None) -> str:
+    return "" if microseconds is None else f"{microseconds:.1f} µs"
+
+
+def _plans(count: int) -> str:
+    return "plan" if count == 1 else "plans"

@@ -1,0 +1,136 @@
+"""What to tune, from the words of a command line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gpukern.explain.question import KINDS
+from gpukern.explain.words import problem_called, sizes_called
+from gpukern.ops._conv2d.layouts import dense_strides, is_channels_last
+from gpukern.ops._conv2d.plan import Direction
+from gpukern.ops._conv2d.prepare import shapes
+from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.tune.record import Call, calls_of
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
+
+
+# ---- layers --------------------------------------------------------------------------------------------------------
+
+
+def layer_called(words: str) -> ConvProblem:
+    """ "32x64x56x56 64x3x3 --stride 2 --padding 1": input, filters, what is not as usual. ValueError if it is not."""
+    parts = re.split(r"[\s=]+", words.strip())
+    names, values = [part.lstrip("-") for part in parts[2::2]], parts[3::2]
+    if len(parts) < 2 or len(names) != len(values) or not set(names) <= set(_GEOMETRY):
+        options = " ".join(f"--{name} VALUE" for name in _GEOMETRY)
+        raise ValueError(f"{words!r} is no layer: expected NxCxHxW KxRxS and any of {options}")
+    geometry = dict(zip(names, values, strict=True))
+    if "groups" in geometry:
+        geometry["groups"] = sizes_called(geometry["groups"], 1)[0]
+    return problem_called(*parts[:2], **geometry)
+
+
+def layers_in(path: Path) -> list[ConvProblem]:
+    """A JSON list of such words. OSError or ValueError if it is not one."""
+    try:
+        listed = json.loads(path.read_text("utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{path} is not JSON: {problem}") from None
+    if not isinstance(listed, list) or not all(isinstance(words, str) for words in listed):
+        raise ValueError(f'{path} is no list of layers: expected ["NxCxHxW KxRxS --stride 2", ...]')
+    return [layer_called(words) for words in listed]
+
+
+def calls_of_layer(
+    problem: ConvProblem, kind: str, channels_last: bool, directions: Collection[Direction]
+) -> Iterator[Call]:
+    """What a layer of these sizes launches; ``channels_last`` is the layout of its input and its filter."""
+    dtype, precision = KINDS[kind]
+    x, w, y = shapes(problem, Direction.FORWARD)
+    image, filter = (dense_strides(shape, channels_last) for shape in (x, w))
+    # PyTorch's rule for a result; a tensor of one channel is in both layouts, and counts as NCHW.
+    grad = dense_strides(y, is_channels_last(x, image) or is_channels_last(w, filter))
+    operands = {
+        Direction.FORWARD: (image, filter, None),
+        Direction.INPUT_GRAD: (grad, filter, channels_last),
+        Direction.WEIGHT_GRAD: (grad, image, channels_last),
+    }
+    for direction in directions:
+        yield Call(problem, direction, *operands[direction], True, dtype, precision)
+
+
+def with_batch(problem: ConvProblem, batch: int | None) -> ConvProblem:
+    return problem if batch is None else replace(problem, N=batch)
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
+
+
+def model_called(name: str) -> torch.nn.Module:
+    """What "package.module:factory" makes; modules of the working directory are found too. ValueError if none."""
+    module_name, _, factory_name = name.partition(":")
+    if not module_name or not factory_name:
+        raise ValueError(f"{name!r} names no model: expected package.module:factory")
+    with _working_directory_on_path():
+        try:
+            factory = importlib.import_module(module_name)
+            for part in factory_name.split("."):
+                factory = getattr(factory, part)
+        except (ImportError, AttributeError) as problem:
+            raise ValueError(f"{name} is not there: {problem}") from problem
+        made = factory()
+    if not isinstance(made, torch.nn.Module):
+        raise ValueError(f"{name} makes a {type(made).__name__}, expected a torch.nn.Module")
+    return made
+
+
+def calls_of_model(
+    model: torch.nn.Module,
+    shape: Sequence[int],
+    kind: str,
+    channels_last: bool,
+    directions: Collection[Direction],
+    device: torch.device,
+) -> tuple[Call, ...]:
+    """What ``model`` launches for an input of ``shape``. The model is left in another dtype, on ``device``."""
+    memory_format = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
+    model = model.to(device, KINDS[kind][0])
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    image = torch.randn(*shape, device=device).to(KINDS[kind][0], memory_format=memory_format)
+    with _precision(KINDS[kind][1]):
+        return calls_of(model, [image], directions)
+
+
+@contextlib.contextmanager
+def _precision(precision: str) -> Iterator[None]:
+    """Of products of float32, in convolutions and matrix products."""
+    flags = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.fp32_precision = value
+
+
+@contextlib.contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """The command's own folder is there instead."""
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")

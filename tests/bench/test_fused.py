@@ -1,0 +1,83 @@
+"""The fused suite beyond its being right: what its rows cost, and against whom they run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.results import Case
+from bench.suite import Task, suites
+from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.runtime.device import A100, H100
+
+FUSED, PLAIN = suites()["fused"], suites()["conv"]
+PROBLEM = conv_problem((32, 64, 56, 56), (64, 64, 3, 3), None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+SMALL = conv_problem((2, 16, 6, 5), (24, 16, 3, 3), None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
+CPU = torch.device("cpu")
+BIAS, RESIDUAL = FUSED.computations
+
+
+def make(suite, computation: str, problem=PROBLEM, dtype: str = "float16") -> Task:
+    return Task(Case(suite.name, computation, *suite.describe(problem), 32, dtype, "channels_last", ()), problem)
+
+
+@pytest.mark.parametrize("device", [A100, H100], ids=lambda device: device.name)
+def test_a_residual_is_one_more_tensor_to_read(device):
+    plain, bias, residual = (
+        suite.predict(make(suite, name), device)
+        for suite, name in ((PLAIN, "forward"), (FUSED, BIAS), (FUSED, RESIDUAL))
+    )
+    assert (bias.flops, bias.bytes, bias.plan) == (plain.flops, plain.bytes, plain.plan)
+    extra = 2 * 32 * 64 * 56 * 56
+    assert residual.bytes - bias.bytes == residual.moved - bias.moved == extra and residual.flops == bias.flops
+    assert (
+        residual.floor_us >= residual.bytes / device.peaks.bandwidth * 1e6 > bias.bytes / device.peaks.bandwidth * 1e6
+    )
+    assert residual.predicted_us >= residual.floor_us
+    # What measured rows are held against is the same.
+    must = FUSED.work(make(FUSED, RESIDUAL))
+    assert (must.bytes, must.flops) == (residual.bytes, residual.flops)
+
+
+def test_its_peers_fuse_as_much_as_they_can():
+    """cuDNN by name, and one pointwise kernel after it; the names say whose tensors are added."""
+    cuda, everyone = torch.device("cuda"), ("library", "compile")
+    names = {
+        name: [i.name for i in FUSED.implementations(make(FUSED, name), everyone, cuda)] for name in (BIAS, RESIDUAL)
+    }
+    assert names[BIAS] == ["gpukern", "cuDNN + ReLU channels_last", "cuDNN + ReLU NCHW", "torch.compile", "cuDNN fused"]
+    assert names[RESIDUAL] == [
+        "gpukern", "cuDNN + add + ReLU channels_last", "cuDNN + add + ReLU NCHW", "torch.compile", "cuDNN fused",
+        "cuDNN + one kernel",
+    ]  # fmt: skip
+    (fused,) = (i for i in FUSED.implementations(make(FUSED, RESIDUAL), ("library",), cuda) if i.name == "cuDNN fused")
+    assert not fused.missing and "cudnn_convolution_add_relu" in fused.setting
+
+
+def test_cudnn_s_fused_operators_get_their_operands_in_order(monkeypatch):
+    """There is no cuDNN here: against the operators' own schemas, and what stands at each place."""
+    for computation in FUSED.computations:
+        task, given = make(FUSED, computation, SMALL), []
+        name = "cudnn_convolution_add_relu" if computation == RESIDUAL else "cudnn_convolution_relu"
+        schema = getattr(torch.ops.aten, name).default._schema
+        monkeypatch.setattr(getattr(torch.ops.aten, name), "default", lambda *arguments, to=given: to.extend(arguments))
+        (fused,) = (i for i in FUSED.implementations(task, ("library",), CPU) if i.name == "cuDNN fused")
+        assert fused.missing == "cuDNN needs a CUDA device"
+        tensors = FUSED.tensors(task, CPU)
+        assert [tuple(t.shape) for t in tensors[3:]] == ([(2, 24, 6, 5)] if computation == RESIDUAL else [])
+        fused.function(*tensors)
+        x, w, b, *residual = tensors
+        wanted = {"self": x, "weight": w, "bias": b, "z": residual[0] if residual else None, "alpha": 1.0}
+        wanted |= {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
+        for argument, value in zip(schema.arguments, given, strict=True):
+            assert value is wanted[argument.name] or value == wanted[argument.name], argument.name
+
+
+def test_the_pointwise_kernel_after_the_convolution_computes_the_same(monkeypatch):
+    """Uncompiled: what torch.compile makes of it is its own affair."""
+    monkeypatch.setattr("bench.peers.compile_for_these_shapes", lambda function, mode=None: function)
+    task = make(FUSED, RESIDUAL, SMALL, "float32")
+    tensors = FUSED.tensors(task, CPU)
+    found = {i.name: i for i in FUSED.implementations(task, ("compile",), CPU)}
+    actual = found["cuDNN + one kernel"].function(*tensors)
+    assert torch.allclose(actual.double(), FUSED.reference(task, tensors), atol=1e-4) and actual.min() == 0

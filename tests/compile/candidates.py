@@ -1,0 +1,82 @@
+"""Convolutions launched with every plan there is for them, not only with the one expected to be the fastest.
+
+A plan that was measured takes the place of the expected one, so whatever is a candidate may be launched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+
+from gpukern.ops._conv2d import database, launch, planner, prepare
+from gpukern.ops._conv2d.layouts import Shape
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout
+
+#: What the end of a forward kernel is asked for beside the bias, by fused networks and by a batch norm in training.
+EPILOGUES = (
+    prepare.Epilogue("silu", residual=True),
+    prepare.Epilogue("gelu"),
+    prepare.Epilogue(statistics=True),
+)
+
+
+class Requests:
+    """The convolutions that were planned while :meth:`recording`."""
+
+    def __init__(self) -> None:
+        self._planned: list[tuple] = []
+        self._launched: set[tuple] = set()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        prepare.prepare.cache_clear()  # what is prepared already is not planned again
+        lookup = database.lookup
+
+        def record(*asked):
+            self._planned.append(asked)
+            return lookup(*asked)
+
+        with mock.patch.object(database, "lookup", record):
+            yield
+
+    def launches(self, wanted: Callable[[ConvPlan], bool]) -> Iterator[Callable[[], None]]:
+        """Calls that launch what was planned with its plan and each ``wanted`` one; alike ones of alike layers once.
+
+        A forward kernel once with each of :data:`EPILOGUES`.
+        """
+        for asked in self._planned:
+            problem, direction, operands, _ = asked
+            window = problem.R, problem.S, problem.stride, problem.dilation, problem.groups > 1
+            chosen = database.lookup(*asked) or planner.plan(*asked)
+            for choice in (chosen, *filter(wanted, planner.candidates(*asked))):
+                alike = direction, operands, window, str(choice)
+                if alike not in self._launched:
+                    self._launched.add(alike)
+                    yield lambda args=(problem, direction, operands, choice): _launch(*args)
+        self._planned.clear()
+
+
+def _launch(problem, direction: Direction, operands, choice: ConvPlan) -> None:
+    dtype = getattr(torch, operands.dtype)
+    of_first, of_second, of_output = prepare.shapes(problem, direction)
+    first, second = _tensor(of_first, operands.first, dtype), _tensor(of_second, operands.second, dtype)
+    channels_last = operands.output is not Layout.PLANES
+    if direction is not Direction.FORWARD:
+        launch.run(launch.prepared_for(problem, direction, first, second, channels_last, choice=choice), first, second)
+        return
+    bias, residual = first.new_empty(of_output[1]), _tensor(of_output, operands.output, dtype)
+    for epilogue in EPILOGUES:
+        prepared = launch.prepared_for(problem, direction, first, second, channels_last, epilogue, choice)
+        launch.run(prepared, first, second, bias, residual if epilogue.residual else None)
+
+
+def _tensor(shape: Shape, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """One of this layout, or of the usual one where any strides would do."""
+    if layout is Layout.TRANSPOSED:
+        rows, columns, *_ = shape
+        return torch.empty((columns, rows), dtype=dtype, device="meta").t()[:, :, None, None]
+    order = torch.contiguous_format if layout in (Layout.PLANES, Layout.STRIDED) else torch.channels_last
+    return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=order)

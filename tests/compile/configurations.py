@@ -1,0 +1,138 @@
+"""Which of all launches are compiled: for ``make test`` one of each configuration, for ``make gate`` many more."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gpukern.runtime.compile_only import Launch
+from gpukern.runtime.device import A100, B200, H100, H200, L4, RTX_4090, DeviceSpec
+from tests.compile.launches import LAYOUTS, Selection, record
+
+#: What ``make test`` compiles for: the first device's architecture, for the plans of all. Code for the L4 differs from
+#: the A100's in its limits, which hold here all the same.
+ARCHITECTURES: dict[str, tuple[DeviceSpec, ...]] = {"sm_80": (A100, L4), "sm_90": (H100,), "sm_100": (B200,)}
+#: What ``make gate`` compiles for.
+ALL_ARCHITECTURES: dict[str, tuple[DeviceSpec, ...]] = {
+    "sm_80": (A100,),
+    "sm_89": (L4, RTX_4090),
+    "sm_90": (H100, H200),
+    "sm_100": (B200,),
+}
+
+_LAST = LAYOUTS[:1]  # channels_last
+_FEW = Selection(("resnet50",), (32,), _LAST, odd_layouts=())
+
+
+@dataclass(frozen=True, eq=False)
+class Compilation:
+    """A launch to compile, the devices that get such ones, and the least shared memory a block has on any of them."""
+
+    launch: Launch
+    devices: tuple[str, ...]
+    limit: int
+
+
+def of_each_configuration(architecture: str, kind: str) -> list[Compilation]:
+    """What ``make test`` compiles: of each configuration the most demanding launch."""
+    groups: dict[tuple, Compilation] = {}
+    for launch, device in _recorded(ARCHITECTURES[architecture], kind, _selection(architecture, kind)):
+        _add(groups, configuration(launch, coarse=True), launch, device)
+    return list(groups.values())
+
+
+def every_one(architecture: str, kind: str) -> list[Compilation]:
+    """What ``make gate`` compiles: every launch that a plan leads to, and each configuration of all candidates."""
+    groups: dict[tuple, Compilation] = {}
+    what = Selection(candidates=lambda choice: True)
+    for launch, device in _recorded(ALL_ARCHITECTURES[architecture], kind, what):
+        _add(groups, launch.key, launch, device)
+    return list(groups.values())
+
+
+def _selection(architecture: str, kind: str) -> Selection:
+    if architecture == "sm_100" or kind == "bfloat16":
+        return _FEW  # the plans are those of sm_90, and of float16
+    # Plans look at the layout before they look at the dtype, and what is odd differs in the products alone.
+    return Selection(odd_layouts=_LAST) if kind == "float16" else Selection(layouts=_LAST, odd_layouts=())
+
+
+def _recorded(devices: tuple[DeviceSpec, ...], kind: str, what: Selection) -> Iterator[tuple[Launch, DeviceSpec]]:
+    """Of other candidates than the chosen, one launch of each configuration."""
+    for device in devices:
+        chosen, others = record(device, kind, what)
+        groups: dict[tuple, Compilation] = {}
+        for launch in others:
+            _add(groups, configuration(launch), launch, device)
+        for launch in (*chosen, *(compilation.launch for compilation in groups.values())):
+            yield dataclasses.replace(launch, device=devices[0]), device
+
+
+def _add(groups: dict[tuple, Compilation], group: tuple, launch: Launch, device: DeviceSpec) -> None:
+    """The more demanding launch stands for the group."""
+    before = groups.get(group)
+    if before is None:
+        groups[group] = Compilation(launch, (device.name,), device.shared_memory)
+        return
+    demanding = max(before.launch, launch, key=demand)
+    devices = tuple(dict.fromkeys((*before.devices, device.name)))
+    groups[group] = Compilation(demanding, devices, min(before.limit, device.shared_memory))
+
+
+#: Options that follow from one layer's sizes and addresses, or change what comes after the main loop alone. All others
+#: make a configuration, so that those of a new kernel do.
+_OF_THE_LAYER = (
+    "TAPS_H", "TAPS_W", "DILATION_H", "DILATION_W", "STRIDE_H", "STRIDE_W", "TAP_STEP_H", "TAP_STEP_W", "REDUCTION",
+    "EVEN_K", "INDEX", "ACTIVATION", "SOURCE_ALIGN", "FILTER_ALIGN", "OUT_ALIGN", "GRAD_ALIGN", "PART_N", "PART_H",
+    "PART_W",
+)  # fmt: skip
+
+
+#: Of two steps along a sum, numbers of stages or ends of a kernel, the larger one stands for both in ``make test``.
+_COARSE = ("BLOCK_K", "num_stages", "SPLITS", "statistics")
+
+
+def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
+    """What makes two compiled kernels alike: the kernel, the dtypes, and what a plan chooses."""
+    options = {name: str(value) for name, value in launch.options.items() if name not in _OF_THE_LAYER}
+    if "BOX_N" in options:
+        # The shape of a box makes other numbers, not another program.
+        options["BOX"] = math.prod(int(options.pop(f"BOX_{dimension}")) for dimension in "NHW")
+    if "BLOCK_Q" in options:
+        # Depthwise tiles are as wide as the layer is; what a thread has to do makes the program.
+        tile = int(options.pop("BLOCK_Q")) * int(options.pop("BLOCK_C"))
+        options["elements"] = tile // int(options.pop("num_warps"))
+    if "SPLITS" in options:
+        options["SPLITS"] = launch.options["SPLITS"] > 1  # their number is a factor in addresses, no more
+    options["statistics"] = _has(launch, "statistics")
+    chosen = sorted((name, value) for name, value in options.items() if not coarse or name not in _COARSE)
+    # Whether channels can be copied in runs of 16 bytes decides what the main loop is made of.
+    return launch.kernel, launch.dtypes[:2], tuple(chosen), copies_in_runs(launch.options)
+
+
+def copies_in_runs(options: dict) -> bool:
+    """Whether all operands that are read through pointers lie in runs of channels of at least 16 bytes."""
+    alignments = [int(options[name]) for name in ("SOURCE_ALIGN", "FILTER_ALIGN", "GRAD_ALIGN") if name in options]
+    return bool(alignments) and min(alignments) >= 8
+
+
+#: Kernels that take more registers to add a residual than to make statistics; of the others it is the other way round.
+_RESIDUAL_IS_HEAVIER = ("conv2d_gather_kernel", "conv2d_warp_specialized_kernel")
+
+
+def demand(launch: Launch) -> tuple:
+    """Sorts launches of one configuration by how much code and how many registers they may take."""
+    options = launch.options
+    end = "residual" if launch.kernel in _RESIDUAL_IS_HEAVIER else "statistics"
+    taps = options.get("TAPS_H", 1) * options.get("TAPS_W", 1)
+    steps = sum(options.get(name, 1) for name in ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"))
+    sizes = (options.get(name, 0) for name in ("SPLITS", "BLOCK_K", "num_stages", "REDUCTION"))
+    return (_has(launch, end), *sizes, taps, str(options.get("INDEX")) == "int64", steps)
+
+
+def _has(launch: Launch, name: str) -> bool:
+    """Whether the kernel is given this: a pointer, an image or a descriptor."""
+    given = dict(zip(launch.function.arg_names, launch.arguments, strict=False))
+    return any(given.get(full) is not None for full in (name, f"{name}_ptr"))

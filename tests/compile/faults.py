@@ -1,0 +1,93 @@
+"""What is wrong with a compiled kernel, by its row (see :mod:`tests.compile.worker`).
+
+Every kernel stays within the device's shared memory and spills no register. One that multiplies matrices uses the
+tensor cores, and its main loop
+
+- fetches in advance: it copies asynchronously, and the copies of the first ``num_stages − 1`` steps stand before it;
+- on Hopper, multiplies out of shared memory and waits once a step: no wgmma takes an operand from registers, nothing is
+  read from shared memory on the way, and ptxas has nothing to say about wgmma that it takes one by one;
+- is short.
+
+Kernels that read through descriptors (the copy engine, TMA) are held to all of it. Those that gather through pointers
+are for what descriptors cannot describe: they copy asynchronously where channels lie in runs of 16 bytes.
+"""
+
+from __future__ import annotations
+
+#: Instructions of a step on Hopper, operands of 16 bits: what the shipped configurations have, and a margin.
+BUDGETS = {
+    "conv2d_box_kernel": 130,
+    "conv2d_gemm_kernel": 100,
+    "conv2d_warp_specialized_kernel": 65,
+}
+#: Of kernels that are not listed, in general.
+BUDGET = 150
+
+
+def faults(row: dict) -> list[str]:
+    """One line each; empty for a good kernel."""
+    if "error" in row:
+        return [f"does not compile: {row['error']}"]
+    found = []
+    if row["stack"]:
+        found.append(f"spills: {row.get('spills', 'some')} instructions, {row['stack']} bytes of stack")
+    if row["shared_memory"] > row["limit"]:
+        found.append(f"{row['shared_memory']} bytes of shared memory, the device has {row['limit']}")
+    if multiplies_matrices(row):
+        found += _of_products(row)
+    return found
+
+
+def multiplies_matrices(row: dict) -> bool:
+    """Whether the kernel is a matrix product for tensor cores: fp32 in full precision has none."""
+    options = row["options"]
+    product = row["descriptors"] or "PRECISION" in options
+    return product and options.get("VARIANT") != "direct" and not (_is_fp32(row) and options["PRECISION"] == "ieee")
+
+
+def _of_products(row: dict) -> list[str]:
+    if not row["tensor_core"]:
+        return ["no tensor-core instruction"]
+    found = []
+    for loop in row["loops"]:
+        found += _of_loop(row, loop)
+    if row["descriptors"] and not row["instructions"].get("UTMALDG"):
+        found.append("no copy by the copy engine")
+    if row["descriptors"]:
+        found += row["warnings"]
+    return list(dict.fromkeys(found))
+
+
+def _of_loop(row: dict, loop: dict) -> list[str]:
+    found, instructions = [], loop["instructions"]
+    ahead = (int(row["options"].get("num_stages", 1)) - 1) * loop["copies"]
+    if copies_asynchronously(row) and not loop["copies"]:
+        found.append("main loop without asynchronous copies")
+    if copies_asynchronously(row) and loop["copies_ahead"] < ahead:
+        found.append(f"{loop['copies_ahead']} copies before the main loop, {ahead} expected")
+    if row["descriptors"] and row["tensor_core"] == "HGMMA" and not _is_fp32(row):
+        budget = BUDGETS.get(row["kernel"], BUDGET)
+        for name, count, allowed in (
+            ("wgmma with an operand from registers", loop["register_operands"], 0),
+            ("waits for wgmma", loop["waits"], 1),
+            ("LDSM", instructions.get("LDSM", 0), 0),
+            ("synchronous LDG", instructions.get("LDG", 0), 0),
+            ("instructions", loop["length"], budget),
+        ):
+            if count > allowed:
+                found.append(f"{count} {name} in the main loop, {allowed} allowed")
+    return found
+
+
+def copies_asynchronously(row: dict) -> bool:
+    """Whether the multiplying loop itself should copy its next operands: with cp.async, those in runs of 16 bytes."""
+    options = row["options"]
+    if row["descriptors"]:
+        return "BUFFERS" not in options  # of warp-specialised kernels another warp does
+    alignments = [int(options[name]) for name in ("SOURCE_ALIGN", "FILTER_ALIGN", "GRAD_ALIGN") if name in options]
+    return options.get("VARIANT") == "taps" and bool(alignments) and min(alignments) >= 8
+
+
+def _is_fp32(row: dict) -> bool:
+    """Of the operands: sums over pixels and parts of sums are always fp32."""
+    return row["dtypes"][0] == "float32"

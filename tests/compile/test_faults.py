@@ -1,0 +1,118 @@
+"""What counts as a fault of a compiled kernel, on made-up rows."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from tests.compile.faults import faults
+
+LOOP = {
+    "length": 99,
+    "instructions": {"HGMMA": 4, "UTMALDG": 2},
+    "register_operands": 0,
+    "waits": 1,
+    "copies": 2,
+    "copies_ahead": 4,
+}
+BOX = {
+    "kernel": "conv2d_box_kernel",
+    "dtypes": ["float16", "float16", "float32"],
+    "descriptors": True,
+    "options": {"PRECISION": "ieee", "num_stages": "3"},
+    "limit": 1000,
+    "registers": 90,
+    "stack": 0,
+    "spills": 0,
+    "shared_memory": 1000,
+    "warnings": [],
+    "tensor_core": "HGMMA",
+    "instructions": {"HGMMA": 4, "UTMALDG": 6},
+    "loops": [LOOP],
+}
+GATHER = {
+    **BOX,
+    "kernel": "conv2d_gather_kernel",
+    "descriptors": False,
+    "options": {"PRECISION": "ieee", "num_stages": "3", "VARIANT": "taps", "SOURCE_ALIGN": "8", "FILTER_ALIGN": "16"},
+    "tensor_core": "HMMA",
+    "instructions": {"HMMA": 16, "LDGSTS": 6},
+    "loops": [{**LOOP, "instructions": {"HMMA": 16, "LDGSTS": 2, "LDSM": 6}, "waits": 0}],
+}
+POOL = {
+    "kernel": "max_pool2d_kernel",
+    "dtypes": ["float16"],
+    "descriptors": False,
+    "options": {},
+    "limit": 1000,
+    "registers": 32,
+    "stack": 0,
+    "shared_memory": 0,
+    "warnings": [],
+    "tensor_core": None,
+}
+
+
+def changed(row: dict, **changes) -> dict:
+    """``loop__name`` changes the loop, ``options__name`` the options, ``name`` the row."""
+    row = copy.deepcopy(row)
+    for name, value in changes.items():
+        where, _, inner = name.rpartition("__")
+        place = {"": row, "loop": row.get("loops", [{}])[0], "options": row["options"]}[where]
+        place[inner] = value
+    return row
+
+
+@pytest.mark.parametrize("row", [BOX, GATHER, POOL], ids=lambda row: row["kernel"])
+def test_good_kernels_have_none(row):
+    assert faults(row) == []
+
+
+@pytest.mark.parametrize(
+    "row, changes, expected",
+    [
+        (POOL, {"error": "CompilationError"}, "does not compile"),
+        (POOL, {"stack": 8}, "spills"),
+        (POOL, {"shared_memory": 1001}, "shared memory"),
+        (BOX, {"tensor_core": None}, "no tensor-core"),
+        (BOX, {"warnings": ["(C7510) Potential Performance Loss"]}, "(C7510)"),
+        (BOX, {"instructions": {"HGMMA": 4}}, "copy engine"),
+        (BOX, {"loop__register_operands": 4}, "from registers"),
+        (BOX, {"loop__waits": 2}, "2 waits"),
+        (BOX, {"loop__length": 131}, "131 instructions"),
+        (BOX, {"loop__copies_ahead": 2}, "2 copies before"),
+        (BOX, {"loop__copies": 0}, "without asynchronous copies"),
+        (BOX, {"loop__instructions": {"LDSM": 1}}, "LDSM"),
+        (BOX, {"loop__instructions": {"LDG": 1}}, "synchronous LDG"),
+        (GATHER, {"tensor_core": None}, "no tensor-core"),
+        (GATHER, {"loop__copies": 0}, "without asynchronous copies"),
+        (GATHER, {"loop__copies_ahead": 0}, "0 copies before"),
+    ],
+    ids=str,
+)
+def test_each_fault_is_named(row, changes, expected):
+    found = faults(changed(row, **changes))
+    assert len(found) == 1 and expected in found[0]
+
+
+@pytest.mark.parametrize(
+    "row, changes",
+    [
+        # Full fp32 is no work for tensor cores, and neither is what is multiplied element by element.
+        (GATHER, {"dtypes": ["float32"], "tensor_core": None, "loops": []}),
+        (GATHER, {"options__VARIANT": "direct", "tensor_core": None, "loops": []}),
+        # Single channels cannot be copied asynchronously, and those of flat sums are gathered one by one.
+        (GATHER, {"options__SOURCE_ALIGN": "1", "loop__copies": 0, "loop__copies_ahead": 0}),
+        (GATHER, {"options__VARIANT": "flat", "loop__copies": 0, "loop__copies_ahead": 0}),
+        # Operands of three products pass through registers.
+        (BOX, {"dtypes": ["float32"], "options__PRECISION": "tf32x3", "loop__register_operands": 4, "loop__waits": 3}),
+        # A sum over a single step has no loop left.
+        (BOX, {"loops": []}),
+        # Of a warp-specialised kernel another warp copies.
+        (BOX, {"options": {"BUFFERS": "4"}, "loop__copies": 0, "loop__copies_ahead": 0}),
+    ],
+    ids=str,
+)
+def test_what_is_no_fault(row, changes):
+    assert faults(changed(row, **changes)) == []
