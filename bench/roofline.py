@@ -142,10 +142,8 @@ def summary(rows: list[Row]) -> str:
     floor, bound, expected = (
         sum(row.count * getattr(row, name) for row in rows) for name in ("floor_us", "bound_us", "expected_us")
     )
-    return (
-        f"All layers: floor {micro(floor)} µs, bound {micro(bound)} µs, expected {micro(expected)} µs, "
-        f"{expected / floor:.2f} times the floor."
-    )
+    times = f"floor {micro(floor)} µs, bound {micro(bound)} µs, expected {micro(expected)} µs"
+    return f"All layers: {times}, {expected / floor:.2f} times the floor."
 
 
 def _title(rows: list[Row]) -> str:

@@ -67,13 +67,14 @@ def changed(row: dict, **changes) -> dict:
 @pytest.mark.parametrize("row", [BOX, GATHER, POOL], ids=lambda row: row["kernel"])
 def test_good_kernels_have_none(row):
     assert faults(row) == []
+    assert faults(row | {"stack": 8}) == [], "nothing touches it"
 
 
 @pytest.mark.parametrize(
     "row, changes, expected",
     [
         (POOL, {"error": "CompilationError"}, "does not compile"),
-        (POOL, {"stack": 8}, "spills"),
+        (POOL, {"stack": 8, "spills": 2}, "spills"),
         (POOL, {"shared_memory": 1001}, "shared memory"),
         (BOX, {"tensor_core": None}, "no tensor-core"),
         (BOX, {"warnings": ["(C7510) Potential Performance Loss"]}, "(C7510)"),

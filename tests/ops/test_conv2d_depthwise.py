@@ -344,5 +344,6 @@ def test_what_is_not_served():
     assert not found(conv_problem((2, 32, 9, 9), (32, 2, 3, 3), None, (1, 1), (0,) * 4, (1, 1), 16))
     assert not found(layer(2, 32, 14, 3), first=Layout.PLANES)
     assert not found(layer(2, 32, 64, 31))
+    assert not any(found(layer(0, 32, 14, 3), direction) for direction in Direction)
     both = conv_problem((2, 32, 14, 14), (32, 1, 3, 3), None, (2, 2), (0,) * 4, (2, 2), 32)
     assert found(both) and not found(both, Direction.INPUT_GRAD) and found(both, Direction.WEIGHT_GRAD)

@@ -32,7 +32,6 @@ _LOOP_SHARE = {
     Variant.BATCH_BOX: 0.95,
     Variant.STEM: 0.9,
     Variant.DEPTHWISE: 0.4,
-    Variant.GROUPED: 0.7,
     Variant.WARP_SPECIALIZED: 1.0,
 }
 #: Of the bandwidth: what long copies reach.

@@ -42,7 +42,7 @@ def layout_of(shape: Shape, strides: Strides, itemsize: int, aligned: bool) -> L
                 return Layout.CHANNELS
         if n == 1 and h == w == 0 and aligned and c % sixteen == 0:
             return Layout.TRANSPOSED
-        if _is_dense(shape, strides, False):
+        if aligned and _is_dense(shape, strides, False):
             return Layout.PLANES
     return Layout.STRIDED
 

@@ -23,7 +23,6 @@ class Variant(str, enum.Enum):
     BATCH_BOX = "batch box"
     STEM = "stem"
     DEPTHWISE = "depthwise"
-    GROUPED = "grouped"
     WARP_SPECIALIZED = "warp specialized"
 
 
@@ -38,7 +37,7 @@ class Layout(enum.Enum):
     CHANNELS = "odd runs of channels"
     #: Stride 1 along the first dimension, the second's and the start multiples of 16 bytes: a transposed matrix.
     TRANSPOSED = "transposed"
-    #: Dense NCHW.
+    #: Dense NCHW, the start a multiple of 16 bytes.
     PLANES = "NCHW"
     STRIDED = "strided"
 

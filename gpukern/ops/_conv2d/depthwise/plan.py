@@ -156,7 +156,7 @@ def tiles_per_split(p: ConvProblem, choice: ConvPlan) -> int:
 
 
 def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
-    if p.groups == 1 or p.group_inputs > 1 or operands.precision == "tf32x3":
+    if not p.N or p.groups == 1 or p.group_inputs > 1 or operands.precision == "tf32x3":
         return False
     if any(axis.transposed and axis.ratio > 1 and axis.out_pitch > 1 for axis in axes(p, direction)):
         return False

@@ -24,7 +24,8 @@ _FLAT_CHANNELS = 16
 # Tiles M × N. Addresses of a flat sum and fp32 operands split in three products fill the registers, and before Hopper
 # so do the operands: larger tiles than these spill.
 _TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
-_HOPPER_TILES = ((128, 128), *_TILES)
+# Where steps reach past the channels, or the output comes in runs of less than 16 bytes, addresses and masks fill them.
+_NARROW_TILES = ((64, 32), (32, 32), (16, 32))
 _FLAT_TILES = ((64, 32), (32, 32), (16, 32))
 _FULL_FP32_TILES = ((64, 64), (64, 32), (16, 32))
 _FLAT_FULL_FP32_TILES = ((32, 32), (16, 32))
@@ -50,10 +51,13 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
         return
     full_fp32 = operands.dtype == "float32" and operands.precision != "tf32"
     flat = reduction < _FLAT_CHANNELS and p.R * p.S > 1
+    narrow = not _whole_steps(reduction, 32) or columns % 8 != 0
     if full_fp32:
         tiles = _FLAT_FULL_FP32_TILES if flat else _FULL_FP32_TILES
+    elif flat:
+        tiles = _FLAT_TILES
     else:
-        tiles = _FLAT_TILES if flat else _HOPPER_TILES if _has_wgmma(device) else _TILES
+        tiles = _NARROW_TILES if narrow else _TILES
     rows, cols = power_of_two(pixels, 16), power_of_two(columns, 16)
     seen = set()
     for block_m, block_n in tiles:
@@ -62,7 +66,8 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
             continue
         seen.add(tile)
         # Operands of wgmma, which takes 64 rows or more, stay in shared memory; otherwise a long step fills registers.
-        long_step = _has_wgmma(device) and block_m >= 64 and operands.dtype != "float32" and not flat
+        half = operands.dtype != "float32" and not flat
+        long_step = half and _has_wgmma(device) and block_m >= 64 and not narrow and _whole_steps(reduction, 64)
         block_k = 16 if full_fp32 else power_of_two(reduction * (p.R * p.S if flat else 1), 16, 64 if long_step else 32)
         programs = cdiv(pixels, block_m) * cdiv(columns, tile[1]) * p.groups * phases
         steps = p.R * p.S * cdiv(reduction, block_k)
@@ -76,7 +81,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
                 splits=splits,
             )
     block_m, block_n, stages = _WIDE_TILE
-    if not flat and operands.dtype != "float32" and block_m <= rows and block_n <= cols:
+    if not flat and not narrow and operands.dtype != "float32" and block_m <= rows and block_n <= cols:
         block_k = power_of_two(reduction, 16, 32)
         yield ConvPlan(Variant.TAPS, block_m, block_n, block_k, 2 * MAX_WARPS, stages)
 
@@ -159,6 +164,11 @@ def _shares(total: int, splits: int) -> list[int]:
     """Rounded up, the shares can leave little for the last splits, or nothing."""
     share = cdiv(total, splits)
     return [min(share, max(total - i * share, 0)) for i in range(splits)]
+
+
+def _whole_steps(reduction: int, longest: int) -> bool:
+    """Whether steps of ``longest``, or of the next power of two, end where the channels do."""
+    return reduction % power_of_two(reduction, 16, longest) == 0
 
 
 def _has_wgmma(device: DeviceSpec) -> bool:
