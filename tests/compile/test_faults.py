@@ -18,6 +18,7 @@ LOOP = {
 }
 BOX = {
     "kernel": "conv2d_box_kernel",
+    "capability": [9, 0],
     "dtypes": ["float16", "float16", "float32"],
     "descriptors": True,
     "options": {"PRECISION": "ieee", "num_stages": "3"},
@@ -42,6 +43,7 @@ GATHER = {
 }
 POOL = {
     "kernel": "max_pool2d_kernel",
+    "capability": [9, 0],
     "dtypes": ["float16"],
     "descriptors": False,
     "options": {},
@@ -86,6 +88,9 @@ def test_good_kernels_have_none(row):
         (BOX, {"loop__copies": 0}, "without asynchronous copies"),
         (BOX, {"loop__instructions": {"LDSM": 1}}, "LDSM"),
         (BOX, {"loop__instructions": {"LDG": 1}}, "synchronous LDG"),
+        (BOX, {"dtypes": ["float32"], "options__PRECISION": "tf32", "loop__length": 156}, "156 instructions"),
+        (BOX, {"options__PRECISION": "tf32x3", "loop__waits": 4}, "4 waits"),
+        (BOX, {"capability": [10, 0], "stack": 8, "spills": 2, "loop__instructions": {"LDL": 1}}, "spills"),
         (GATHER, {"tensor_core": None}, "no tensor-core"),
         (GATHER, {"loop__copies": 0}, "without asynchronous copies"),
         (GATHER, {"loop__copies_ahead": 0}, "0 copies before"),
@@ -108,6 +113,9 @@ def test_each_fault_is_named(row, changes, expected):
         (GATHER, {"options__VARIANT": "flat", "loop__copies": 0, "loop__copies_ahead": 0}),
         # Operands of three products pass through registers.
         (BOX, {"dtypes": ["float32"], "options__PRECISION": "tf32x3", "loop__register_operands": 4, "loop__waits": 3}),
+        (BOX, {"dtypes": ["float32"], "options__PRECISION": "tf32", "loop__length": 155}),
+        # Blackwell keeps its sums elsewhere.
+        (BOX, {"capability": [10, 0], "stack": 8, "spills": 2}),
         # A sum over a single step has no loop left.
         (BOX, {"loops": []}),
         # Of a warp-specialised kernel another warp copies.

@@ -53,7 +53,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
     flat = reduction < _FLAT_CHANNELS and p.R * p.S > 1
     narrow = not _whole_steps(reduction, 32) or columns % 8 != 0
     if full_fp32:
-        tiles = _FLAT_FULL_FP32_TILES if flat else _FULL_FP32_TILES
+        tiles = _FLAT_FULL_FP32_TILES if flat else _FULL_FP32_TILES[1:] if narrow else _FULL_FP32_TILES
     elif flat:
         tiles = _FLAT_TILES
     else:
