@@ -116,6 +116,11 @@ def _run_layer(call: LayerCall, dtype: torch.dtype, layout: torch.memory_format)
     _backward(layer, _empty(call.input_shape, dtype, layout))
 
 
+#: The 3×3 layers of ResNeXt-50 whose groups are small: no network of the benchmark has any but depthwise ones.
+RESNEXT = tuple(
+    Case(f"ResNeXt {size}", (32, channels, size, size), channels, (3, 3), stride=stride, padding=1, groups=32)
+    for channels, size, stride in ((128, 56, 1), (256, 56, 2), (256, 28, 1), (512, 28, 2))
+)
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -126,7 +131,7 @@ POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
 
 
 def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterator[Callable[[], None]]:
-    for case, layout in itertools.product(CASES, layouts):
+    for case, layout in itertools.product((*CASES, *RESNEXT), layouts):
         yield lambda case=case, layout=layout: _run_case(case, dtype, layout)
     for (inputs, outputs), rows in itertools.product(LINEAR, (1, 128)):
         shapes = (rows, inputs), (outputs, inputs), (outputs,)

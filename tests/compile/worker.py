@@ -20,7 +20,10 @@ from tests.compile.configurations import every_one, of_each_configuration
 
 
 def describe(launch: Launch) -> dict:
-    """What :mod:`tests.compile.faults` judges. Only products on tensor cores are disassembled, which takes time."""
+    """What :mod:`tests.compile.faults` judges.
+
+    Only products on tensor cores are disassembled, which takes time, and what has a stack: whether anything touches it.
+    """
     names = launch.function.arg_names
     row = {
         "kernel": launch.kernel,
@@ -36,11 +39,11 @@ def describe(launch: Launch) -> dict:
         with sass.ptxas_log() as log:
             compiled = launch.compile()
         ptx = compiled.asm["ptx"]
-        read = sass.read_sass(compiled) if "mma" in ptx else None
+        registers, stack = sass.resources(compiled)
+        read = sass.read_sass(compiled) if "mma" in ptx or stack else None
         warnings = sass.serialisation_warnings(compiled, log.getvalue()) if "wgmma" in ptx else ()
     except Exception as error:
         return row | {"error": _innermost(error)}
-    registers, stack = sass.resources(compiled)
     row |= {"registers": registers, "stack": stack, "shared_memory": compiled.metadata.shared, "warnings": warnings}
     if read is not None:
         row |= {

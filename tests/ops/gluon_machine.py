@@ -359,6 +359,7 @@ class _Machine:
             "warp_specialize": self.specialize,
             "NVMMADistributedLayout": lambda *_: None,
             "SliceLayout": lambda *_: None,
+            "broadcast": lambda a, b: torch.broadcast_tensors(a, b),
         }
         return {
             "gl": SimpleNamespace(**both, **gluon),

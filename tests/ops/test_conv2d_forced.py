@@ -83,6 +83,13 @@ LARGER = (
     Case("stem of MobileNet", (2, 3, 18, 22), 24, (3, 3), stride=2, padding=1),
     Case("depthwise 5x5", (2, 48, 9, 11), 48, (5, 5), padding=2, groups=48),
     Case("ResNeXt", (2, 64, 7, 6), 64, (3, 3), padding=1, groups=16),
+    Case("groups of 8, stride 2", (1, 64, 9, 10), 64, (3, 3), stride=2, padding=1, groups=8),
+    Case("groups of 2, odd number of them", (1, 40, 5, 5), 40, (3, 3), padding=1, groups=20),
+    Case("groups of 4 to 8, lopsided", (1, 48, 7, 5), 96, (2, 4), padding="same", groups=12),
+    Case("groups of 8 to 2, stride 3 by 1", (1, 64, 8, 6), 16, (3, 3), stride=(3, 1), padding=1, groups=8),
+    Case("groups of 16, dilation 2 by 3", (1, 64, 7, 8), 64, (3, 3), padding=(2, 3), dilation=(2, 3), groups=4),
+    Case("groups of 16 to 4, stride 2, dilation 2", (1, 64, 9, 8), 16, (3, 3), 2, 2, 2, groups=4),
+    Case("groups of 4, stride beyond the kernel", (2, 32, 5, 6), 32, (1, 1), stride=(3, 2), groups=8),
 )
 KINDS = (
     (torch.float16, "channels_last"),

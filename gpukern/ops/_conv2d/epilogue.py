@@ -38,7 +38,8 @@ def store_statistics(y, valid, statistics_ptr, tile, tiles, channel, channels, A
     broadcast to y. statistics: fp32 [3, tiles, channels].
     """
     y = tl.where(valid, y, 0.0)
-    count = tl.sum(tl.broadcast_to(valid, y.shape).to(tl.float32), axis=AXIS)
+    # Of one column, where all are the same: a whole tile of ones would take as many registers as y.
+    count = tl.sum(valid.to(tl.float32), axis=AXIS)
     total = tl.sum(y, axis=AXIS)
     mean = total / tl.maximum(count, 1.0)
     deviation = tl.where(valid, y - tl.expand_dims(mean, AXIS), 0.0)
@@ -47,4 +48,4 @@ def store_statistics(y, valid, statistics_ptr, tile, tiles, channel, channels, A
     tl.store(statistics_ptr + place, total, mask=channel < channels)
     plane = tl.cast(tiles, tl.int64) * channels
     tl.store(statistics_ptr + plane + place, squares, mask=channel < channels)
-    tl.store(statistics_ptr + 2 * plane + place, count, mask=channel < channels)
+    tl.store(statistics_ptr + 2 * plane + place, tl.broadcast_to(count, total.shape), mask=channel < channels)

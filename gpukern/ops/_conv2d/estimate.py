@@ -31,6 +31,7 @@ _LOOP_SHARE = {
     Variant.BOX: 1.0,
     Variant.BATCH_BOX: 0.95,
     Variant.STEM: 0.9,
+    Variant.GROUPED: 0.7,
     Variant.DEPTHWISE: 0.4,
     Variant.WARP_SPECIALIZED: 1.0,
 }

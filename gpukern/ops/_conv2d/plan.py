@@ -22,6 +22,7 @@ class Variant(str, enum.Enum):
     BOX = "box"
     BATCH_BOX = "batch box"
     STEM = "stem"
+    GROUPED = "grouped"
     DEPTHWISE = "depthwise"
     WARP_SPECIALIZED = "warp specialized"
 

@@ -15,6 +15,7 @@ from gpukern.ops._conv2d.estimate import estimate
 from gpukern.ops._conv2d.gather import plan as gather
 from gpukern.ops._conv2d.gemm import plan as gemm
 from gpukern.ops._conv2d.geometry import channels_of
+from gpukern.ops._conv2d.grouped import plan as grouped
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Pack, Variant
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.ops._conv2d.stem import plan as stem
@@ -44,6 +45,7 @@ FAMILIES: dict[Variant, Family] = {
     Variant.BOX: box,
     Variant.BATCH_BOX: batch_box,
     Variant.STEM: stem,
+    Variant.GROUPED: grouped,
     Variant.DEPTHWISE: depthwise,
     Variant.WARP_SPECIALIZED: warp_specialized,
 }

@@ -66,13 +66,21 @@ def channel_sum_kernel(
 
 
 @triton.jit
-def sum_splits_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr):
-    """out[i] = Σ_split partial[split, i], added in the order of the splits: the same bits in every run."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        acc += tl.load(partial_ptr + split * size.to(tl.int64) + i, mask=i < size, other=0.0)
-    tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=i < size)
+def sum_splits_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
+    """out[i] = Σ_split partial[split, i], added in an order that does not change: the same bits in every run.
+
+    BLOCK_SPLITS loads are in flight at a time: few programs that wait for one after the other would take longer than
+    the product did.
+    """
+    i = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    acc = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+    for first in range(0, splits, BLOCK_SPLITS):
+        inside = (first + split < splits) & (i < size)
+        place = (first + split) * tl.cast(size, tl.int64) + i
+        acc += tl.load(partial_ptr + place, mask=inside, other=0.0)
+    total = tl.sum(acc, axis=0)[None, :]
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
 
 
 @triton.jit

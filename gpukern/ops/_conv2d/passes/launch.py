@@ -7,10 +7,12 @@ import torch
 from gpukern.ops._conv2d.layouts import dense_strides
 from gpukern.ops._conv2d.passes import kernels
 from gpukern.ops._image import Image, image
-from gpukern.runtime.integers import cdiv
+from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launch import index_type, launch, reach
 
 _NOTHING = Image(None, 0, 0, 0, 0)
+#: Partial sums that a program has on their way to it: 16 of each thread.
+_LOADS = 2048
 
 
 def channels_last_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,16 +51,18 @@ def partial_sums(output: torch.Tensor, splits: int) -> torch.Tensor:
 
 
 def add_partial_sums(partial: torch.Tensor, output: torch.Tensor, splits: int) -> None:
-    """output ← Σ_split partial[split], in the order of the splits; ``output`` is dense."""
+    """output ← Σ_split partial[split], in an order that does not change; ``output`` is dense."""
     if splits == 1:
         return
     size = output.numel()
+    rows = power_of_two(splits, 1, 32)
+    block = _LOADS // rows
     launch(
         kernels.sum_splits_kernel,
-        (cdiv(size, 256),),
+        (cdiv(size, block),),
         output.device,
         (partial, output, size, splits),
-        {"BLOCK": 256, "num_warps": 4},
+        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
     )
 
 

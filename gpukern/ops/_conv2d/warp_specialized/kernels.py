@@ -250,4 +250,6 @@ def _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window):
         value = tile.slice(part, COLUMNS, dim=1).load(LAYOUT).to(gl.float32)
         column = k + part + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
         boxes = _boxes(out, window)
-        store_statistics(value, inside, statistics_ptr, box, boxes, column, window.columns, AXIS=0)
+        # Of a whole tile: one column lies otherwise over the threads than the sums, and to move it takes registers.
+        valid, _ = gl.broadcast(inside, value)
+        store_statistics(value, valid, statistics_ptr, box, boxes, column, window.columns, AXIS=0)
