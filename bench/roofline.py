@@ -21,7 +21,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from bench import command
 from bench.environment import ROOT
 from bench.report import micro, ratio
-from bench.report.markdown import _table as markdown_table
+from bench.report.markdown import table as markdown_table
 from bench.report.terminal import console, new_table
 from bench.results import write_text
 from bench.suite import suites

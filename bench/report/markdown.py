@@ -22,7 +22,7 @@ def render(results: Results | Predictions, source: str = "") -> str:
     parts = [
         "× is the peer's time / gpukern's, the geometric mean over rows: above 1 gpukern is faster. "
         "Behind it: wins / losses / ties.",
-        _table([*_KEY, "rows", "best peer", *peers], [_headline(group, peers) for group in groups], left=4),
+        table([*_KEY, "rows", "best peer", *peers], [_headline(group, peers) for group in groups], left=4),
         _evidence(evidence, source),
         *(_details(words.group_title(group.key), _group(group)) for group in groups),
     ]
@@ -60,7 +60,7 @@ def _group(group: Group) -> str:
     parts = [
         f"Best peer: {words.ratio(best.mean)}, {record}. Times: {words.TIMINGS.get(group.timing, 'none')}, "
         "median ± half of its 95 % interval; behind × its interval.",
-        _table(head, [_line(line, group) for line in group.lines]),
+        table(head, [_line(line, group) for line in group.lines]),
         _list(totals),
         _list(_problem(problem) for problem in group.problems),
     ]
@@ -109,7 +109,7 @@ def _predictions(predictions: Predictions, source: str) -> str:
 
 def _predicted(rows: Sequence[Prediction]) -> str:
     body = [list(map(escape, words.predicted_cells(row))) for row in rows]
-    return _table(words.PREDICTED_COLUMNS, body, left=words.PREDICTED_WORDS)
+    return table(words.PREDICTED_COLUMNS, body, left=words.PREDICTED_WORDS)
 
 
 def _evidence(evidence: Iterable[tuple[str, str]], source: str) -> str:
@@ -125,6 +125,6 @@ def _list(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     lines = [head, ["---" if i < left else "---:" for i in range(len(head))], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -46,7 +46,7 @@ def answer(question: Question) -> Answer:
     """The plan that a call gets, among all others. RuntimeError, as of a call, for what no kernel can run."""
     p, direction, operands = question.problem, question.direction, question.operands
     of_first, _, of_output = prepare.shapes(p, direction)
-    prepare._check_countable(of_first, of_output)
+    prepare.check_countable(of_first, of_output)
     must = work(p, direction, operands.itemsize, operands.kind)
     must = replace(must, bytes=must.bytes + residual_bytes(question))
     choice, measured = chosen(question)

@@ -8,6 +8,12 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def shares(total: int, parts: int) -> list[int]:
+    """``total`` in equal parts. Rounded up, they can leave little for the last ones, or nothing."""
+    share = cdiv(total, parts)
+    return [min(share, max(total - i * share, 0)) for i in range(parts)]
+
+
 def power_of_two(value: int, low: int = 1, high: int | None = None) -> int:
     """The smallest power of two that is at least ``value``, held between ``low`` and ``high``."""
     power = max(1 << max(value - 1, 0).bit_length(), low)

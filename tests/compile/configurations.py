@@ -85,7 +85,7 @@ def _add(groups: dict[tuple, Compilation], group: tuple, launch: Launch, device:
 #: make a configuration, so that those of a new kernel do.
 _OF_THE_LAYER = (
     "TAPS_H", "TAPS_W", "DILATION_H", "DILATION_W", "STRIDE_H", "STRIDE_W", "TAP_STEP_H", "TAP_STEP_W", "REDUCTION",
-    "EVEN_K", "INDEX", "ACTIVATION", "SOURCE_ALIGN", "FILTER_ALIGN", "OUT_ALIGN", "GRAD_ALIGN", "PART_N", "PART_H",
+    "EVEN_K", "ACTIVATION", "SOURCE_ALIGN", "FILTER_ALIGN", "OUT_ALIGN", "GRAD_ALIGN", "PART_N", "PART_H",
     "PART_W",
 )  # fmt: skip
 
@@ -129,7 +129,7 @@ def demand(launch: Launch) -> tuple:
     taps = options.get("TAPS_H", 1) * options.get("TAPS_W", 1)
     steps = sum(options.get(name, 1) for name in ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"))
     sizes = (options.get(name, 0) for name in ("SPLITS", "BLOCK_K", "num_stages", "REDUCTION"))
-    return (_has(launch, end), *sizes, taps, str(options.get("INDEX")) == "int64", steps)
+    return (_has(launch, end), *sizes, taps, steps)
 
 
 def _has(launch: Launch, name: str) -> bool:

@@ -121,6 +121,16 @@ RESNEXT = tuple(
     Case(f"ResNeXt {size}", (32, channels, size, size), channels, (3, 3), stride=stride, padding=1, groups=32)
     for channels, size, stride in ((128, 56, 1), (256, 56, 2), (256, 28, 1), (512, 28, 2))
 )
+#: Tensors past 2³¹ elements, where offsets take 64 bits.
+FAR = (
+    Case("far 1x1", (8, 64, 2900, 2900), 64, (1, 1)),
+    Case("far 3x3", (8, 64, 2900, 2900), 64, (3, 3), padding=1),
+    Case("far 3x3 stride 2", (8, 64, 2901, 2901), 64, (3, 3), stride=2, padding=1),
+    Case("far, few channels", (16, 3, 7001, 7001), 64, (7, 7), stride=2, padding=3),
+    Case("far depthwise", (8, 64, 2900, 2900), 64, (3, 3), padding=1, groups=64),
+    Case("far groups", (8, 64, 2900, 2900), 64, (3, 3), padding=1, groups=16),
+    Case("far odd groups", (8, 66, 2900, 2900), 66, (3, 3), padding=1, groups=22),
+)
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -131,7 +141,7 @@ POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
 
 
 def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterator[Callable[[], None]]:
-    for case, layout in itertools.product((*CASES, *RESNEXT), layouts):
+    for case, layout in itertools.product((*CASES, *RESNEXT, *FAR), layouts):
         yield lambda case=case, layout=layout: _run_case(case, dtype, layout)
     for (inputs, outputs), rows in itertools.product(LINEAR, (1, 128)):
         shapes = (rows, inputs), (outputs, inputs), (outputs,)

@@ -112,7 +112,7 @@ def prepare(
     """
     check_kernel_dtype("conv2d", dtype)
     of_first, of_second, of_output = of_all = shapes(problem, direction)
-    _check_countable(of_first, of_output)
+    check_countable(of_first, of_output)
     if channels_last is None:
         channels_last = is_channels_last(of_first, first) or is_channels_last(of_second, second)
     strides = dense_strides(of_output, channels_last)
@@ -149,7 +149,8 @@ def _package(choice: ConvPlan) -> ModuleType:
     return importlib.import_module(f"{FAMILIES[choice.variant].__package__}.launch")
 
 
-def _check_countable(*tensors: Shape) -> None:
+def check_countable(*tensors: Shape) -> None:
+    """RuntimeError where a tensor has more pixels than kernels can number."""
     # Pixels are numbered in 32 bits, and the last tile may reach past them.
     for N, _, H, W in tensors:
         if N * H * W >= 2**31 - 2**24:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gpukern.ops._conv2d.gemm.plan import grad_splits, shares
+from gpukern.ops._conv2d.gemm.plan import grad_splits
 from gpukern.ops._conv2d.geometry import Dimension, dimensions
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.integers import cdiv, power_of_two
+from gpukern.runtime.integers import cdiv, power_of_two, shares
 
 #: K channels, (taps ·) C channels, warps, stages. Each compiles for sm_90 without a spill, with Triton 3.6 and 3.7, and
 #: multiplies out of shared memory.

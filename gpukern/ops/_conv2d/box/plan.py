@@ -7,12 +7,11 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gpukern.ops._conv2d.gemm.plan import shares
 from gpukern.ops._conv2d.geometry import dimensions, phases
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.integers import cdiv, power_of_two
+from gpukern.runtime.integers import cdiv, power_of_two, shares
 
 #: Images, rows, columns.
 Box = tuple[int, int, int]

@@ -20,8 +20,8 @@ _REGISTERS = (145, 204)
 _RESIDENT = 4
 # What a program's beginning and end cost it, in rows.
 _STARTUP = 6
-# Partial sums of the weight gradient are added one after the other.
-_MOST_SPLITS = 128
+# Partial sums of the weight gradient are read again, 32 at a time.
+_MOST_SPLITS = 256
 _RUNS = (Layout.PIXEL_RUNS, Layout.RUNS, Layout.CHANNELS)
 
 
@@ -252,7 +252,7 @@ def _plan(
     warps = max(1, lanes * channels // (32 * width))
     if direction is Direction.WEIGHT_GRAD:
         # So few splits of so few channels need more threads each to keep the memory busy.
-        while warps < 16 and cdiv(made, channels) * _MOST_SPLITS * warps < device.sm_count * _RESIDENT * 2:
+        while warps < 8 and cdiv(made, channels) * _MOST_SPLITS * warps < device.sm_count * _RESIDENT * 2:
             lanes, warps = 2 * lanes, 2 * warps
         rows, splits = _rows_and_splits(p, channels, lanes, cols, device)
         return ConvPlan(Variant.DEPTHWISE, channels, 1, lanes * cols, warps, 1, splits=splits, box=(lanes, rows, cols))

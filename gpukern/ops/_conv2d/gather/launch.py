@@ -36,18 +36,11 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     if transposed:
         columns, reduction = reduction, columns
     direct = choice.variant is Variant.DIRECT
-    steps = (1, 1)
-    if transposed:
-        steps = tuple(s // math.gcd(s, d) for s, d in zip(p.stride, p.dilation, strict=True))
-    k, c, r, s = weight
-    group = p.group_outputs * k
-    filter_strides = (group, c, k, r, s) if transposed else (group, k, c, r, s)
+    of_filter = filter_strides(p, weight, transposed)
     sizes = Sizes(p.N, *image[2:], *result[2:], p.groups, columns, reduction)
     options = {
-        **_window(p),
-        "TAP_STEP_H": steps[0],
-        "TAP_STEP_W": steps[1],
-        "TRANSPOSED": transposed,
+        **window_options(p),
+        **tap_options(p, transposed),
         "VARIANT": choice.variant.value,
         "EVEN_K": reduction % choice.block_k == 0,
         "SOURCE_ALIGN": alignment(source, 1, image[1] if direct else reduction),
@@ -71,7 +64,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
             counters = zeroed_counters(tiles, device)
         arguments = (
             Image(first, *source),
-            Filter(second, *filter_strides),
+            Filter(second, *of_filter),
             bias,
             residual,
             Image(out, *output),
@@ -92,8 +85,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
 def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     p = request.problem
     grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
-    k, c, r, s = output
-    filter_strides = (p.group_outputs * k, k, c, r, s)
+    of_filter = filter_strides(p, output, False)
     pixels, _ = tiled_pixels(p, Direction.WEIGHT_GRAD)
     direct = choice.variant is Variant.DIRECT
     scalars = (
@@ -104,7 +96,7 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
         p.padding[2],
     )
     options = {
-        **_window(p),
+        **window_options(p),
         "VARIANT": choice.variant.value,
         "GRAD_ALIGN": alignment(grad, 1, p.K if direct else p.group_outputs),
         "SOURCE_ALIGN": alignment(source, 1, p.C if direct else p.group_inputs),
@@ -116,7 +108,7 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
-        arguments = (Image(first, *grad), Image(second, *source), Filter(partial, *filter_strides), *scalars)
+        arguments = (Image(first, *grad), Image(second, *source), Filter(partial, *of_filter), *scalars)
         launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, options)
         add_partial_sums(partial, out, choice.splits)
 
@@ -131,7 +123,22 @@ def _filter_alignment(weight: Strides, problem: ConvProblem) -> int:
     return alignment(weight, 0, 16 if problem.groups == 1 else problem.group_outputs)
 
 
-def _window(problem: ConvProblem) -> dict[str, int]:
+def filter_strides(problem: ConvProblem, weight: Strides, transposed: bool) -> Strides:
+    """Of ``indexing.Filter``, from those of [K, C/groups, R, S]."""
+    k, c, r, s = weight
+    group = problem.group_outputs * k
+    return (group, c, k, r, s) if transposed else (group, k, c, r, s)
+
+
+def tap_options(problem: ConvProblem, transposed: bool) -> dict[str, int]:
+    """How far apart the taps of a phase lie in the filter, see ``indexing``."""
+    steps = (1, 1)
+    if transposed:
+        steps = tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+    return {"TAP_STEP_H": steps[0], "TAP_STEP_W": steps[1], "TRANSPOSED": transposed}
+
+
+def window_options(problem: ConvProblem) -> dict[str, int]:
     return {
         "TAPS_H": problem.R,
         "TAPS_W": problem.S,

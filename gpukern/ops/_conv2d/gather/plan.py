@@ -9,7 +9,7 @@ from gpukern.ops._conv2d.geometry import dimensions, phases, tiled_pixels
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.integers import cdiv, power_of_two
+from gpukern.runtime.integers import cdiv, power_of_two, shares
 
 # More are candidates for measurements only, see planner.only_measured.
 MAX_WARPS = 4
@@ -148,7 +148,7 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
 def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[int]:
     if direction is Direction.WEIGHT_GRAD:
         pixels, _ = tiled_pixels(p, direction)
-        return [cdiv(share, choice.block_k) for share in _shares(pixels, choice.splits)]
+        return [cdiv(share, choice.block_k) for share in shares(pixels, choice.splits)]
     reduction, taps = p.group_inputs, [p.R * p.S]
     if direction is Direction.INPUT_GRAD:
         # A phase has as many tiles as the largest one, and those without a pixel walk their taps all the same.
@@ -157,13 +157,7 @@ def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[int]:
     if choice.variant is Variant.FLAT:
         return [cdiv(n * reduction, choice.block_k) for n in taps]
     steps = [n * cdiv(reduction, choice.block_k) for n in taps]
-    return [share for n in steps for share in _shares(n, choice.splits)]
-
-
-def _shares(total: int, splits: int) -> list[int]:
-    """Rounded up, the shares can leave little for the last splits, or nothing."""
-    share = cdiv(total, splits)
-    return [min(share, max(total - i * share, 0)) for i in range(splits)]
+    return [share for n in steps for share in shares(n, choice.splits)]
 
 
 def _whole_steps(reduction: int, longest: int) -> bool:

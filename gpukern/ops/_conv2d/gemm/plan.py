@@ -12,7 +12,7 @@ from dataclasses import replace
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.integers import cdiv, power_of_two
+from gpukern.runtime.integers import cdiv, power_of_two, shares
 
 #: block_m, block_n, warps, stages
 Tile = tuple[int, int, int, int]
@@ -178,12 +178,6 @@ def parts(choice: ConvPlan) -> int:
 def persistent(choice: ConvPlan) -> bool:
     """Whether programs take tile after tile. Of smaller tiles a multiprocessor has two at work, which hides as much."""
     return choice.splits == 1 and choice.block_m * choice.block_n >= 256 * 128
-
-
-def shares(total: int, splits: int) -> list[int]:
-    """The steps of each split. Rounded up, the shares can leave little for the last ones, or nothing."""
-    share = cdiv(total, splits)
-    return [min(share, max(total - i * share, 0)) for i in range(splits)]
 
 
 def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:

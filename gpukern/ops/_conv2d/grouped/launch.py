@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+from gpukern.ops._conv2d.gather.launch import filter_strides, tap_options, window_options
 from gpukern.ops._conv2d.grouped import kernels
 from gpukern.ops._conv2d.grouped.plan import channels, grid
 from gpukern.ops._conv2d.indexing import Filter, Sizes
@@ -19,20 +18,11 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     of_source, _, of_output = request.shapes
     source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
     columns, reduction = channels(p, request.direction)
-    k, c, r, s = weight
-    group = p.group_outputs * k
-    filter_strides = (group, c, k, r, s) if transposed else (group, k, c, r, s)
+    of_filter = filter_strides(p, weight, transposed)
     sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, columns, reduction)
     options = {
-        "TAPS_H": p.R,
-        "TAPS_W": p.S,
-        "STRIDE_H": p.stride[0],
-        "STRIDE_W": p.stride[1],
-        "DILATION_H": p.dilation[0],
-        "DILATION_W": p.dilation[1],
-        "TAP_STEP_H": p.stride[0] // math.gcd(p.stride[0], p.dilation[0]) if transposed else 1,
-        "TAP_STEP_W": p.stride[1] // math.gcd(p.stride[1], p.dilation[1]) if transposed else 1,
-        "TRANSPOSED": transposed,
+        **window_options(p),
+        **tap_options(p, transposed),
         "COLUMNS": columns,
         "REDUCTION": reduction,
         "SOURCE_ALIGN": alignment(source, 1, of_source[1]),
@@ -52,7 +42,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         arguments = (
             Image(first, *source),
-            Filter(second, *filter_strides),
+            Filter(second, *of_filter),
             bias,
             residual,
             Image(out, *output),
