@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import subprocess
+import sys
 import types
 
 import pytest
@@ -23,6 +24,11 @@ runner = CliRunner()
 def test_version():
     result = runner.invoke(app, ["--version"])
     assert (result.exit_code, result.output) == (0, f"{gpukern.__version__}\n")
+
+
+def test_it_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "gpukern", "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"{gpukern.__version__}\n")
 
 
 def test_without_a_command_it_shows_what_there_is():
