@@ -12,17 +12,19 @@ import torch
 
 from gpukern.ops import activation as _activation
 from gpukern.ops import conv2d as _conv2d
+from gpukern.ops import conv_transpose2d as _conv_transpose2d
 from gpukern.ops import linear as _linear
 from gpukern.ops import pool2d as _pool2d
 from gpukern.ops._conv2d.problem import same_padding
 from gpukern.runtime.arguments import as_pair, check_batched_or_not, check_tensors
 from gpukern.runtime.autocast import autocast
-from gpukern.runtime.tensors import check_floating
+from gpukern.runtime.tensors import check_alike, check_floating
 
 __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",
     "conv2d",
+    "conv_transpose2d",
     "gelu",
     "hardsigmoid",
     "hardswish",
@@ -99,6 +101,8 @@ def conv2d(
         vertical, horizontal = as_pair("padding", padding)
         padding = vertical, vertical, horizontal, horizontal
     input, weight, bias, residual = autocast(input, weight, bias, residual)
+    if bias is not None and bias.dtype is not input.dtype:
+        check_alike("conv2d", input, bias)  # a folded bias may be float32; torch's layers have none such
     return _conv2d.apply(
         input,
         weight,
@@ -124,6 +128,54 @@ def _named_padding(name: str, weight, stride, dilation) -> tuple[int, int, int, 
     return same_padding(tuple(weight.shape[2:]), dilation)
 
 
+def conv_transpose2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> torch.Tensor:
+    r"""``y[n, c, p·stride + r·dilation − padding, …] = act(Σ_{k,r,s} x[n,k,p,q] · w[k,c,r,s] + b[c] + residual[…])``.
+
+    The gradient of :func:`conv2d` for its input, as an operation. ``input`` is [N, K, P, Q] or one image, ``weight``
+    [K, C/groups, R, S], ``bias`` [C]; the result [N, C, H, W] has H = (P − 1)·stride − 2·padding + dilation·(R − 1) +
+    output_padding + 1. All else, gpukern's extensions too, is as in :func:`conv2d`. Raises as
+    ``torch.nn.functional.conv_transpose2d``, before anything is computed.
+    """
+    check_tensors("conv_transpose2d", input, weight, bias, residual)
+    if input.dim() != 4 and check_batched_or_not("conv_transpose2d", input):
+        return conv_transpose2d(
+            input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation,
+            residual=None if residual is None else residual.unsqueeze(0),
+            activation=activation, negative_slope=negative_slope,
+        ).squeeze(0)  # fmt: skip
+    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
+    padding, extra = as_pair("padding", padding), as_pair("output_padding", output_padding)
+    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    if bias is not None and bias.dtype is not input.dtype:
+        check_alike("conv_transpose2d", input, bias)
+    return _conv_transpose2d.apply(
+        input,
+        weight,
+        bias,
+        residual,
+        stride,
+        padding,
+        extra,
+        dilation,
+        groups,
+        _activation.check_activation(activation, negative_slope),
+        negative_slope,
+    )
+
+
 def linear(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -140,6 +192,8 @@ def linear(
     """
     check_tensors("linear", input, weight, bias)
     input, weight, bias = autocast(input, weight, bias)
+    if bias is not None and bias.dtype is not input.dtype:
+        check_alike("linear", input, bias)
     return _linear.apply(input, weight, bias, _activation.check_activation(activation, negative_slope), negative_slope)
 
 

@@ -229,7 +229,7 @@ def test_left_layers_and_their_reasons():
         "subclassed": subclassed,
         "sync": nn.SyncBatchNorm(3),
         "attention": nn.MultiheadAttention(4, 2),
-        "transposed": nn.ConvTranspose2d(1, 1, 1),
+        "transposed": nn.ConvTranspose1d(1, 1, 1),
         "quantized": torch.ao.nn.quantized.ReLU6(),
     }.items():
         model.add_module(name, module)
@@ -248,7 +248,7 @@ def test_left_layers_and_their_reasons():
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
         "sync": "it communicates between processes, which is left to torch",
         "attention": "gpukern has no MultiheadAttention yet",
-        "transposed": "gpukern has no ConvTranspose2d yet",
+        "transposed": "gpukern has no ConvTranspose1d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",
     }
 

@@ -5,7 +5,7 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways.
 """
 
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
-from gpukern.nn.conv import Conv2d
+from gpukern.nn.conv import Conv2d, ConvTranspose2d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 
@@ -14,6 +14,7 @@ __all__ = [
     "AdaptiveAvgPool2d",
     "AvgPool2d",
     "Conv2d",
+    "ConvTranspose2d",
     "Hardsigmoid",
     "Hardswish",
     "LeakyReLU",

@@ -16,7 +16,7 @@ from gpukern.ops.activation import activation_grad, needs_input
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
-from gpukern.runtime.tensors import as_memory_format, check_alike, memory_format_of
+from gpukern.runtime.tensors import as_memory_format, check_alike, check_bias, memory_format_of
 
 _implementations = Implementations("gpukern.ops._conv2d")
 
@@ -47,14 +47,16 @@ def apply(
 
 
 def _problem(input, weight, bias, residual, *geometry) -> ConvProblem:
-    check_alike("conv2d", input, weight, bias, residual)
+    check_alike("conv2d", input, weight, residual)
+    check_bias("conv2d", input, bias)
     problem = conv_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
     if residual is not None:
-        _check_residual(residual, (problem.N, problem.K, problem.P, problem.Q))
+        check_residual(residual, (problem.N, problem.K, problem.P, problem.Q))
     return problem
 
 
-def _check_residual(residual: torch.Tensor, shape: tuple) -> None:
+def check_residual(residual: torch.Tensor, shape: tuple) -> None:
+    """Raise RuntimeError unless ``residual`` has the output's shape: it is not broadcast."""
     require(
         tuple(residual.shape) == shape,
         f"expected residual to have the output's shape {list(shape)}, but got {list(residual.shape)}",
@@ -80,12 +82,13 @@ def _conv2d(
 def _conv2d_fake(
     input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope
 ) -> torch.Tensor:
-    check_alike("conv2d", input, weight, bias, residual)
+    check_alike("conv2d", input, weight, residual)
+    check_bias("conv2d", input, bias)
     bias_shape = None if bias is None else bias.shape
     P, Q = output_size(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
     shape = (input.shape[0], weight.shape[0], P, Q)
     if residual is not None:
-        _check_residual(residual, shape)
+        check_residual(residual, shape)
     return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
 
 

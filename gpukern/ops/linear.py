@@ -14,7 +14,7 @@ from gpukern.ops.activation import activation_grad, needs_input
 from gpukern.ops.conv2d import channel_sum
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
-from gpukern.runtime.tensors import check_alike
+from gpukern.runtime.tensors import check_alike, check_bias
 
 _implementations = Implementations("gpukern.ops._linear")
 
@@ -40,7 +40,8 @@ def apply(input, weight, bias, activation: str, negative_slope: float) -> torch.
 
 
 def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    check_alike("linear", input, weight, bias)
+    check_alike("linear", input, weight)
+    check_bias("linear", input, bias)
     if input.shape[1] != weight.shape[1]:
         raise RuntimeError(
             f"linear: input and weight shapes cannot be multiplied "

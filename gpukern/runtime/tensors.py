@@ -21,6 +21,12 @@ def check_alike(operation: str, input: torch.Tensor, *others: torch.Tensor | Non
         )
 
 
+def check_bias(operation: str, input: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """As :func:`check_alike`, but a bias may be float32 beside any input, as folding leaves it."""
+    if bias is not None and not (bias.dtype is torch.float32 and bias.device == input.device):
+        check_alike(operation, input, bias)
+
+
 def check_floating(operation: str, input: torch.Tensor) -> None:
     """Raise RuntimeError unless ``input`` is real floating point."""
     if not input.is_floating_point():

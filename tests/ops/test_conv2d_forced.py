@@ -158,6 +158,25 @@ def test_epilogue(variant, case, plan, name, device):
     assert_within(f"{plan}, {name}", actual, value, bound)
 
 
+@pytest.mark.parametrize(
+    "variant, case, plan", _by_variant(Direction.INPUT_GRAD), ids=lambda value: getattr(value, "value", "")
+)
+def test_epilogue_of_a_transposed_convolution(variant, case, plan, device):
+    """The input gradient as an operation of its own, with a bias in fp32 as folding leaves it."""
+    p = as_problem(case)
+    x, w, dy, _, _ = tensors(case, torch.float16, device, "channels_last")
+    bias, residual = torch.randn(p.C, device=device), torch.randn_like(x)
+    prepared = launch.prepared_for(p, Direction.INPUT_GRAD, dy, w, True, Epilogue("silu", residual=True), plan)
+    actual, _ = launch.run(prepared, dy, w, bias, residual)
+    value = truth(p, Direction.INPUT_GRAD, dy.double().cpu(), w.double().cpu())
+    value += bias.double().cpu()[:, None, None] + residual.double().cpu()
+    absolute = truth(p, Direction.INPUT_GRAD, dy.double().cpu().abs(), w.double().cpu().abs())
+    absolute += bias.double().cpu().abs()[:, None, None] + residual.double().cpu().abs()
+    # silu's slope reaches 1.1.
+    bound = 1.1 * sum_bound(value, absolute, terms(p, Direction.INPUT_GRAD) + 2, torch.float16)
+    assert_within(str(plan), actual, reference_activation(value, "silu", 0.0), bound)
+
+
 @pytest.mark.parametrize("variant, case, plan", FORWARD, ids=lambda value: getattr(value, "value", ""))
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_statistics(variant, case, plan, offset, device):

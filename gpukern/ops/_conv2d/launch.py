@@ -30,6 +30,20 @@ def conv2d(
     return run(prepared, input, weight, bias, residual, negative_slope)[0]
 
 
+def conv_transpose2d(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    epilogue = Epilogue(activation, residual is not None)
+    prepared = prepared_for(problem, Direction.INPUT_GRAD, input, weight, None, epilogue)
+    return run(prepared, input, weight, bias, residual, negative_slope)[0]
+
+
 def conv2d_statistics(
     problem: ConvProblem, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

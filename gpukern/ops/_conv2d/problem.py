@@ -111,6 +111,59 @@ def output_size(
     return (padded[0] - extent[0]) // stride[0] + 1, (padded[1] - extent[1]) // stride[1] + 1
 
 
+@functools.lru_cache(maxsize=4096)
+def transposed_problem(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> ConvProblem:
+    """The convolution whose input gradient is the transposed convolution of [N, K, P, Q] with [K, C/groups, R, S].
+
+    ``H = (P − 1)·stride − 2·padding + dilation·(R − 1) + output_padding + 1``. Raises RuntimeError, as torch does, for
+    sizes that do not fit together.
+    """
+    require(len(input_shape) == 4, f"expected a 4-D input [N, K, P, Q], got shape {list(input_shape)}")
+    require(len(weight_shape) == 4, f"expected a 4-D weight [K, C/groups, R, S], got shape {list(weight_shape)}")
+    require(groups > 0, f"non-positive groups is not supported: {groups}")
+    require(min(stride) > 0, f"non-positive stride is not supported: {tuple(stride)}")
+    require(
+        all(0 <= extra < step for extra, step in zip(output_padding, stride, strict=True)),
+        f"output padding must not be negative and smaller than the stride {tuple(stride)}, got {tuple(output_padding)}",
+    )
+    N, K, P, Q = input_shape
+    channels, group_outputs, R, S = weight_shape
+    require(
+        channels == K,
+        f"given transposed=1, weight of size {list(weight_shape)}, expected input {list(input_shape)} to have "
+        f"{channels} channels, but got {K} channels instead",
+    )
+    C = group_outputs * groups
+    require(
+        bias_shape is None or tuple(bias_shape) == (C,),
+        f"given transposed=1, weight of size {list(weight_shape)}, expected bias to have shape [{C}], "
+        f"but got {list(bias_shape or ())} instead",
+    )
+    H, W = (
+        (size - 1) * step - 2 * pad + spread * (taps - 1) + extra + 1
+        for size, step, pad, spread, taps, extra in zip(
+            (P, Q), stride, padding, dilation, (R, S), output_padding, strict=True
+        )
+    )
+    require(
+        P > 0 and Q > 0 and H > 0 and W > 0,
+        f"given input size per channel: ({P} x {Q}). Calculated output size per channel: ({H} x {W}). "
+        "Output size is too small",
+    )
+    both = (padding[0], padding[0], padding[1], padding[1])
+    output_size((N, C, H, W), weight_shape, None, stride, both, dilation, groups)  # all other checks
+    return ConvProblem(N, C, H, W, K, R, S, P, Q, tuple(stride), both, tuple(dilation), groups)
+
+
 def same_padding(kernel: Pair, dilation: Pair) -> Padding:
     """The padding of ``padding="same"`` at stride 1: what is odd goes to the bottom and the right, as in torch."""
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]

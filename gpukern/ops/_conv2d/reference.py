@@ -21,8 +21,38 @@ def conv2d(
 ) -> torch.Tensor:
     """``act(x ∗ w + b + residual)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
     padded, padding = _pad(problem, input)
+    padded, weight, added = _alike(padded, weight, bias, residual)
     y = F.conv2d(padded, weight, bias, problem.stride, padding, problem.dilation, problem.groups)
-    return activation(y if residual is None else y + residual, activation_name, negative_slope)
+    return activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+
+
+def conv_transpose2d(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation_name: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """``act(x ∗ᵀ w + b + residual)``: [N, K, P, Q] with [K, C/G, R, S] gives [N, C, H, W]."""
+    p = problem
+    # What the convolution's last window leaves over.
+    extra = (
+        (p.H + 2 * p.padding[0] - p.dilation[0] * (p.R - 1) - 1) % p.stride[0],
+        (p.W + 2 * p.padding[2] - p.dilation[1] * (p.S - 1) - 1) % p.stride[1],
+    )
+    given, weight, added = _alike(input, weight, bias, residual)
+    y = F.conv_transpose2d(given, weight, bias, p.stride, (p.padding[0], p.padding[2]), extra, p.groups, p.dilation)
+    return activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+
+
+def _alike(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """All in the dtype of a bias in fp32: one rounding at the end, as in the kernels."""
+    dtype = input.dtype if bias is None else torch.promote_types(input.dtype, bias.dtype)
+    return input.to(dtype), weight.to(dtype), None if residual is None else residual.to(dtype)
 
 
 def conv2d_statistics(

@@ -12,7 +12,10 @@ def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation_name: str, negative_slope: float
 ) -> torch.Tensor:
     """``act(x Wᵀ + b)``: [M, C] with [K, C] gives [M, K]."""
-    return activation(F.linear(input, weight, bias), activation_name, negative_slope)
+    # A bias in fp32 beside halves: one rounding at the end, as in the kernels.
+    dtype = input.dtype if bias is None else torch.promote_types(input.dtype, bias.dtype)
+    y = F.linear(input.to(dtype), weight.to(dtype), bias)
+    return activation(y, activation_name, negative_slope).to(input.dtype)
 
 
 def linear_weight_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:

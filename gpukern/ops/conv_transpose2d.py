@@ -1,0 +1,136 @@
+"""2-D transposed convolution: the convolution's input gradient as an operation of its own, on the same kernels.
+
+Differentiable to any order: its input gradient is a convolution, its weight gradient that of one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpukern.ops._conv2d.problem import ConvProblem, Pair, transposed_problem
+from gpukern.ops.activation import activation as apply_activation
+from gpukern.ops.activation import activation_grad, needs_input
+from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weight_grad
+from gpukern.runtime.integers import require
+from gpukern.runtime.mode import Implementations
+from gpukern.runtime.operator import Operator
+from gpukern.runtime.tensors import check_alike, check_bias, memory_format_of
+
+_implementations = Implementations("gpukern.ops._conv2d")
+
+
+def apply(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """``act(x ∗ᵀ w + b + residual)`` in one kernel, or in two where a gradient is needed beside an activation."""
+    _check_output_padding(stride, output_padding, dilation)
+    more = [extra // step for extra, step in zip(output_padding, stride, strict=True)]
+    if any(more):
+        # Rows that a dilation beyond the stride lets through: those of more input, of zeros.
+        input = torch.nn.functional.pad(input, (0, more[1], 0, more[0]))
+        output_padding = tuple(extra % step for extra, step in zip(output_padding, stride, strict=True))
+    operands = input, weight, bias, residual
+    geometry = stride, padding, output_padding, dilation, groups
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    if wanted and activation != "none":
+        inner = conv_transpose2d(*operands, *geometry, "none", 0.0)
+        return apply_activation(inner, activation, negative_slope)
+    return conv_transpose2d(*operands, *geometry, activation, negative_slope)
+
+
+def _check_output_padding(stride: Pair, output_padding: Pair, dilation: Pair) -> None:
+    """torch's rule: below the stride or the dilation."""
+    require(min(stride) > 0, f"non-positive stride is not supported: {stride}")
+    require(
+        all(e >= 0 and (e < s or e < d) for e, s, d in zip(output_padding, stride, dilation, strict=True)),
+        f"output padding must be smaller than either stride or dilation, but got output_padding {output_padding}, "
+        f"stride {stride}, dilation {dilation}",
+    )
+
+
+def _problem(input, weight, bias, residual, *geometry) -> ConvProblem:
+    check_alike("conv_transpose2d", input, weight, residual)
+    check_bias("conv_transpose2d", input, bias)
+    problem = transposed_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
+    if residual is not None:
+        check_residual(residual, (problem.N, problem.C, problem.H, problem.W))
+    return problem
+
+
+def _forward(
+    input, weight, bias, residual, stride, padding, output_padding, dilation, groups, activation, negative_slope
+) -> torch.Tensor:
+    problem = _problem(input, weight, bias, residual, stride, padding, output_padding, dilation, groups)
+    launch = _implementations.of(input).conv_transpose2d
+    return launch(problem, input, weight, bias, residual, activation, negative_slope)
+
+
+def _fake(
+    input, weight, bias, residual, stride, padding, output_padding, dilation, groups, activation, negative_slope
+) -> torch.Tensor:
+    problem = transposed_problem.__wrapped__(  # sizes of a tracer are no keys for its cache
+        input.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        stride,
+        padding,
+        output_padding,
+        dilation,
+        groups,
+    )
+    shape = (problem.N, problem.C, problem.H, problem.W)
+    if residual is not None:
+        check_residual(residual, shape)
+    return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
+
+
+def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+    input, weight, bias, residual, *ctx.geometry, activation, negative_slope = arguments
+    ctx.epilogue = activation, negative_slope
+    others = (bias, residual) if activation != "none" else ()
+    ctx.save_for_backward(input, weight, *others)
+    ctx.weight_last = memory_format_of(weight) is torch.channels_last
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    input, weight, *others = ctx.saved_tensors
+    if others:
+        # Only a graph captured for inference comes here, see :func:`apply`: what went into the activation, again.
+        saved = conv_transpose2d(input, weight, *others, *ctx.geometry, "none", 0.0)
+        if not needs_input(ctx.epilogue[0]):
+            saved = apply_activation(saved, *ctx.epilogue)
+        grad = activation_grad(grad, saved, *ctx.epilogue)
+    stride, padding, _, dilation, groups = ctx.geometry
+    geometry = stride, (padding[0], padding[0], padding[1], padding[1]), dilation, groups
+    needs_input_grad, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    return (
+        conv2d(grad, weight, None, None, *geometry, "none", 0.0) if needs_input_grad else None,
+        conv2d_weight_grad(input, grad, weight.shape, ctx.weight_last, *geometry) if needs_weight else None,
+        channel_sum(grad) if needs_bias else None,
+        grad if needs_residual else None,
+        *(None,) * 7,
+    )
+
+
+#: ``output_padding`` below the stride.
+conv_transpose2d = Operator(
+    "conv_transpose2d",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] output_padding, "
+    "int[] dilation, int groups, str activation, float negative_slope) -> Tensor",
+    forward=_forward,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+)
