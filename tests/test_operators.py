@@ -69,6 +69,17 @@ class Samples:
             (self.image(2, 4, 4, 5), self.image(2, 2, 6, 7, last=True), [4, 1, 3, 3], False, *GROUPED)
         ]
 
+    def conv_transpose2d(self):
+        # stride, padding, output_padding, dilation, groups
+        geometry = [2, 1], [1, 0], [1, 0], [1, 2], 2
+        x, w, b = self.image(2, 4, 3, 5), self.image(4, 1, 3, 2), self.image(2)
+        last = self.image(2, 4, 3, 5, last=True)
+        return [
+            (x, w, b, None, *geometry, "none", 0.0),
+            (last, w, None, self.image(2, 2, 6, 7), *geometry, "tanh", 0.0),
+            (x, w, b, self.image(2, 2, 6, 7), *geometry, "gelu", 0.0),
+        ]
+
     def activation_grad_sum(self):
         y = self.image(2, 3, 4, 5, grad=False)
         last = self.image(2, 3, 4, 5, grad=False, last=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._conv2d.problem import ConvProblem, Pair, transposed_problem
+from gpukern.ops._conv2d.problem import ConvProblem, Pair, transposed_problem, transposed_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, needs_input
 from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weight_grad
@@ -80,17 +80,9 @@ def _forward(
 def _fake(
     input, weight, bias, residual, stride, padding, output_padding, dilation, groups, activation, negative_slope
 ) -> torch.Tensor:
-    problem = transposed_problem.__wrapped__(  # sizes of a tracer are no keys for its cache
-        input.shape,
-        weight.shape,
-        None if bias is None else bias.shape,
-        stride,
-        padding,
-        output_padding,
-        dilation,
-        groups,
-    )
-    shape = (problem.N, problem.C, problem.H, problem.W)
+    bias_shape = None if bias is None else bias.shape
+    H, W = transposed_size(input.shape, weight.shape, bias_shape, stride, padding, output_padding, dilation, groups)
+    shape = (input.shape[0], weight.shape[1] * groups, H, W)
     if residual is not None:
         check_residual(residual, shape)
     return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))

@@ -122,10 +122,27 @@ def transposed_problem(
     dilation: Pair,
     groups: int,
 ) -> ConvProblem:
-    """The convolution whose input gradient is the transposed convolution of [N, K, P, Q] with [K, C/groups, R, S].
+    """The convolution whose input gradient is the transposed convolution of [N, K, P, Q] with [K, C/groups, R, S]."""
+    H, W = transposed_size(input_shape, weight_shape, bias_shape, stride, padding, output_padding, dilation, groups)
+    N, K, P, Q = input_shape
+    _, group_outputs, R, S = weight_shape
+    both = (padding[0], padding[0], padding[1], padding[1])
+    return ConvProblem(N, group_outputs * groups, H, W, K, R, S, P, Q, tuple(stride), both, tuple(dilation), groups)
 
-    ``H = (P − 1)·stride − 2·padding + dilation·(R − 1) + output_padding + 1``. Raises RuntimeError, as torch does, for
-    sizes that do not fit together.
+
+def transposed_size(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Pair:
+    """Check every size and return (H, W): ``(P − 1)·stride − 2·padding + dilation·(R − 1) + output_padding + 1``.
+
+    Raises RuntimeError, as torch does, for sizes that do not fit together.
     """
     require(len(input_shape) == 4, f"expected a 4-D input [N, K, P, Q], got shape {list(input_shape)}")
     require(len(weight_shape) == 4, f"expected a 4-D weight [K, C/groups, R, S], got shape {list(weight_shape)}")
@@ -161,7 +178,7 @@ def transposed_problem(
     )
     both = (padding[0], padding[0], padding[1], padding[1])
     output_size((N, C, H, W), weight_shape, None, stride, both, dilation, groups)  # all other checks
-    return ConvProblem(N, C, H, W, K, R, S, P, Q, tuple(stride), both, tuple(dilation), groups)
+    return H, W
 
 
 def same_padding(kernel: Pair, dilation: Pair) -> Padding:
