@@ -1,0 +1,224 @@
+"""How many batch norms ``gpukern.fuse`` folds, over the models people have: ``python -m bench.fusion [--write]``.
+
+A batch norm counts as foldable if what it normalises is a convolution's, a transposed convolution's or a matrix
+product's result that nothing else uses: counted on torch.export's own graph, not by the code that fuses. Weights and
+statistics are random, so that no layer is an identity; no pretrained file is needed. Errors are against the original in
+float64, measured here once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+import types
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+from rich.table import Table
+
+import gpukern
+from bench.report.markdown import table
+from bench.results import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+#: torchvision's and timm's names, and sides of the images other than 64.
+TORCHVISION = (
+    "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "densenet121", "mobilenet_v2", "mobilenet_v3_small",
+    "mobilenet_v3_large", "mnasnet0_5", "mnasnet1_0", "efficientnet_b0", "efficientnet_v2_s", "shufflenet_v2_x0_5",
+    "shufflenet_v2_x1_0", "googlenet", "inception_v3", "vgg11_bn", "vgg16_bn", "squeezenet1_1", "regnet_x_400mf",
+    "regnet_y_400mf", "alexnet", "convnext_tiny",
+)  # fmt: skip
+TIMM = (
+    "resnet26d", "resnet50d", "seresnet50", "resnetv2_50", "resnext50_32x4d", "regnety_002", "regnetx_002",
+    "densenet121", "mobilenetv2_100", "mobilenetv3_small_100", "mnasnet_100", "efficientnet_b0", "tf_efficientnetv2_b0",
+    "repvgg_a0", "hrnet_w18_small", "darknet53", "cspdarknet53", "cspresnet50", "ghostnet_100", "ghostnetv2_100",
+    "dla34", "vovnet39a", "selecsls42b", "hardcorenas_a", "rexnet_100", "fbnetc_100", "spnasnet_100", "xception41",
+    "inception_v4", "dpn68", "tinynet_a", "lcnet_050", "semnasnet_075", "res2net50_26w_4s", "skresnet18",
+    "ecaresnet50t", "mobileone_s0", "convnext_atto",
+)  # fmt: skip
+SIDES = {"inception_v3": 96, "inception_v4": 96, "xception41": 96, "alexnet": 96, "vgg11_bn": 64, "googlenet": 64}
+
+_ATEN = torch.ops.aten
+_NORMS = (_ATEN._native_batch_norm_legit_no_training.default,)
+_PRODUCERS = (
+    _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.convolution.default, _ATEN.linear.default,
+    _ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.addmm.default, _ATEN.conv2d.padding,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """Batch ``norms`` of the captured graph, the ``foldable`` of them and the ``folded``; errors as in the module."""
+
+    model: str
+    parameters: int
+    norms: int
+    foldable: int
+    folded: int
+    groups: int
+    operators_before: int
+    operators_after: int
+    error: float
+    unfused_error: float
+    seconds: float
+    problem: str = ""
+
+
+def measure(name: str) -> Row:
+    """Build, capture, fuse in fp32 and compare."""
+    torch.manual_seed(0)
+    model = randomised(build(name))
+    parameters = sum(p.numel() for p in model.parameters())
+    side = SIDES.get(name.partition(":")[2], 64)
+    images = torch.randn(2, 3, side, side)
+    norms, foldable = count(model, images)
+    start = time.perf_counter()
+    try:
+        fused = gpukern.fuse(model, (images,), verify=False)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        seconds = time.perf_counter() - start
+        return Row(name, parameters, norms, foldable, 0, 0, 0, 0, float("nan"), float("nan"), seconds, problem)
+    seconds = time.perf_counter() - start
+    report = fused.report
+    with torch.no_grad():
+        others = torch.randn(3, 3, side, side)  # another batch size
+        actual, plain = _flat(fused.module(others)), _flat(model(others))
+        truth = _flat(model.double()(others.double()))
+    folded = sum(group.pattern.count("batch_norm") for group in report.fused if group.operator != "gpukern::batch_norm")
+    return Row(
+        name, parameters, norms, foldable, folded, len(report.fused), report.before.operators, report.after.operators,
+        _distance(actual, truth), _distance(plain, truth), seconds,
+    )  # fmt: skip
+
+
+def build(name: str) -> torch.nn.Module:
+    """``torchvision:NAME`` or ``timm:NAME``, in evaluation mode."""
+    source, _, called = name.partition(":")
+    if source == "timm":
+        import timm
+
+        return timm.create_model(called, pretrained=False).eval()
+    # Beside a torch for CPUs its compiled operators do not load, which no classifier needs.
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+    import torchvision
+
+    options = {"aux_logits": False} if called in ("googlenet", "inception_v3") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about initial weights
+        return torchvision.models.get_model(called, weights=None, **options).eval()
+
+
+def randomised(model: torch.nn.Module) -> torch.nn.Module:
+    """Statistics and scales as a trained network has them: neither 0 nor 1."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                torch.nn.init.normal_(module.bias, 0, 0.2)
+    return model
+
+
+def count(model: torch.nn.Module, images: torch.Tensor) -> tuple[int, int]:
+    """(batch norms, those that follow what nothing else uses) in torch.export's graph."""
+    graph = torch.export.export(model, (images,)).run_decompositions({}).graph
+    norms = [node for node in graph.nodes if node.target in _NORMS]
+    foldable = [n for n in norms if n.args[0].target in _PRODUCERS and len(n.args[0].users) == 1]
+    return len(norms), len(foldable)
+
+
+def _flat(output) -> torch.Tensor:
+    tensors = torch.utils._pytree.tree_leaves(output)
+    return torch.cat([t.double().flatten() for t in tensors if isinstance(t, torch.Tensor)])
+
+
+def _distance(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((actual - truth).norm() / truth.norm())
+
+
+_COLUMNS = ("model", "parameters", "batch norms", "foldable", "folded", "operators", "fused", "error", "unfused", "s")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    operators = f"{row.operators_before} → {row.operators_after}" if not row.problem else row.problem
+    return (
+        row.model, f"{row.parameters / 1e6:.1f} M", str(row.norms), str(row.foldable), str(row.folded), operators,
+        str(row.groups), f"{row.error:.1e}", f"{row.unfused_error:.1e}", f"{row.seconds:.1f}",
+    )  # fmt: skip
+
+
+def summary(rows: list[Row]) -> str:
+    foldable, folded = sum(r.foldable for r in rows), sum(min(r.folded, r.foldable) for r in rows)
+    share = folded / foldable if foldable else 1.0
+    wrong = [r.model for r in rows if not r.error <= 10 * max(r.unfused_error, 1e-7)]
+    return (
+        f"{len(rows)} models, {sum(r.norms for r in rows):,} batch norms; of {foldable:,} that follow a layer whose "
+        f"result nothing else uses, {folded:,} were folded ({share:.1%}). Wrong: {', '.join(wrong) or 'none'}. "
+        f"Captured and fused in {statistics.median(r.seconds for r in rows):.1f} s in the median."
+    )
+
+
+_LEGEND = """\
+*foldable*: batch norms whose input is the result of a convolution or a fully-connected layer that nothing else uses,
+counted on torch.export's graph; a few more are folded into the convolution that follows. *operators*: of a forward
+pass, before → after. *error*: ‖y − truth‖ / ‖truth‖ of the fused model at another batch size than the example's, the
+truth being the original in float64; *unfused*: the original in float32."""
+
+
+def markdown(rows: list[Row]) -> str:
+    versions = f"torch {torch.__version__}, gpukern {gpukern.__version__}"
+    return "\n".join(
+        (
+            "# What gpukern.fuse folds",
+            "",
+            f"Made by `python -m bench.fusion --write` ({versions}, CPU, fp32, random weights). {summary(rows)}",
+            "",
+            _LEGEND,
+            "",
+            table(_COLUMNS, map(_cells, rows)),
+            "",
+        )
+    )
+
+
+def main(
+    model: Annotated[list[str], typer.Option(help="torchvision:NAME or timm:NAME; repeatable. All by default.")] = [],  # noqa: B006
+    write: Annotated[bool, typer.Option("--write", help="Write docs/fusion-models.md and its JSON too.")] = False,
+) -> None:
+    """Fuse every model and count."""
+    names = model or [f"torchvision:{n}" for n in TORCHVISION] + [f"timm:{n}" for n in TIMM]
+    rows, console = [], Console(stderr=True)
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bar:
+        for name in bar.track(names, description="fusing"):
+            try:
+                rows.append(measure(name))
+            except ImportError as error:
+                bar.console.print(f"{name}: {error}")
+            gc.collect()
+    shown = Table(*_COLUMNS, title="What gpukern.fuse folds")
+    for row in rows:
+        shown.add_row(*_cells(row))
+    Console().print(shown)
+    if not rows:
+        raise typer.Exit(1)
+    typer.echo(summary(rows))
+    if write:
+        write_text(ROOT / "docs" / "fusion-models.md", markdown(rows))
+        found = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+        write_text(ROOT / "bench" / "results" / "host" / "fusion_models.json", found.replace("NaN", "null") + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,67 @@
+"""``python -m bench.fusion``: what it counts, on networks small enough to count by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bench import fusion
+
+
+class Branches(nn.Module):
+    """Three batch norms: one that follows a convolution, one whose convolution is used twice, one after an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+
+    def forward(self, x):
+        x = self.norms[0](self.first(x)).relu()
+        y = self.second(x)
+        return self.norms[2](self.norms[1](y) + y).mean((2, 3))
+
+
+@pytest.fixture
+def branches(monkeypatch):
+    monkeypatch.setattr(fusion, "build", lambda name: Branches().eval())
+
+
+def test_counts_what_follows_a_result_of_one_use():
+    assert fusion.count(Branches().eval(), torch.randn(2, 3, 16, 16)) == (3, 1)
+
+
+def test_a_row(branches):
+    row = fusion.measure("torchvision:branches")
+    assert (row.norms, row.foldable, row.folded) == (3, 1, 1) and not row.problem
+    assert row.operators_after < row.operators_before
+    assert 0 < row.error < 1e-5 and 0 < row.unfused_error < 1e-5
+    assert "3 batch norms; of 1 that" in fusion.summary([row]) and "Wrong: none" in fusion.summary([row])
+
+
+def test_a_model_that_cannot_be_fused_is_counted_as_unfolded_and_wrong(branches, monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("no way")
+
+    monkeypatch.setattr(fusion.gpukern, "fuse", fail)
+    row = fusion.measure("torchvision:branches")
+    assert row.folded == 0 and math.isnan(row.error) and "no way" in row.problem
+    assert "0 were folded (0.0%)" in fusion.summary([row]) and "Wrong: torchvision:branches" in fusion.summary([row])
+    assert "no way" in fusion.markdown([row])
+
+
+def test_writes_table_and_json(branches, monkeypatch, tmp_path):
+    monkeypatch.setattr(fusion, "ROOT", tmp_path)
+    fusion.main(model=["torchvision:branches"], write=True)
+    assert "| torchvision:branches |" in (tmp_path / "docs" / "fusion-models.md").read_text()
+    (row,) = json.loads((tmp_path / "bench" / "results" / "host" / "fusion_models.json").read_text())
+    assert row["folded"] == 1
+
+
+def test_models_are_named_once():
+    assert len(set(fusion.TORCHVISION)) == len(fusion.TORCHVISION) and len(set(fusion.TIMM)) == len(fusion.TIMM)
+    assert len(fusion.TORCHVISION) + len(fusion.TIMM) >= 40
