@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ConversionReport", "Layer", "LeftLayer", "convert"]
 
-#: torch.nn layer → gpukern's, for every layer that gpukern.nn offers
+#: torch.nn layer → gpukern's, for every layer that gpukern.nn offers and torch.nn has
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    getattr(torch.nn, name): getattr(gpukern.nn, name) for name in gpukern.nn.__all__
+    getattr(torch.nn, name): getattr(gpukern.nn, name) for name in gpukern.nn.__all__ if hasattr(torch.nn, name)
 }
+
+_OURS = tuple(getattr(gpukern.nn, name) for name in gpukern.nn.__all__)
 
 _STRUCTURE = (torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten)
 _CONTAINERS = (
@@ -203,7 +205,7 @@ def _torch_type(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
     """Why torch goes on computing ``module``; None if gpukern can, or does already."""
-    if isinstance(module, tuple(REPLACEMENTS.values())):
+    if isinstance(module, _OURS):
         return None
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript: convert the model before scripting it"

@@ -27,6 +27,7 @@ def reference_mode():
 
 LAYERS = [
     nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
+    nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
     nn.Linear(8, 2),
     nn.MaxPool2d(2, 1, 1, ceil_mode=True, return_indices=True),
     nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
@@ -40,6 +41,8 @@ LAYERS = [
     nn.Hardswish(inplace=True),
     nn.SiLU(inplace=True),
     nn.GELU("tanh"),
+    nn.BatchNorm1d(3, momentum=None),
+    nn.BatchNorm2d(3, eps=0.1, affine=False),
 ]
 
 
@@ -50,7 +53,8 @@ def reasons(model: nn.Module) -> dict[str, str]:
 
 def test_there_is_a_case_for_every_layer():
     assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS)
-    assert {kind.__name__ for kind in REPLACEMENTS} == set(gpukern.nn.__all__)
+    # torch.nn has no batch norm with an activation.
+    assert {kind.__name__ for kind in REPLACEMENTS} == set(gpukern.nn.__all__) - {"BatchNormAct2d"}
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
@@ -59,7 +63,7 @@ def test_layer_is_replaced_with_its_attributes(layer):
     assert type(layer) is getattr(nn, type(layer).__name__)
     assert type(converted) is getattr(gpukern.nn, type(layer).__name__)
     assert repr(converted) == repr(layer)
-    x = torch.randn(2, 3, 8, 8)
+    x = torch.randn((2, 3, 8) if isinstance(layer, nn.BatchNorm1d) else (2, 3, 8, 8))
     torch.testing.assert_close(converted(x.clone()), layer(x.clone()), rtol=1e-5, atol=1e-5)
 
 
@@ -104,8 +108,8 @@ def test_inplace_changes_the_model_itself():
     layer = model[0]
     converted, report = gpukern.convert(model, inplace=True, return_report=True)
     assert converted is model and model[0] is layer and type(layer) is gpukern.nn.Conv2d
-    assert report.replaced == (("0", "Conv2d"), ("2", "ReLU"), ("4", "Linear"))
-    assert report.left == (("1", "BatchNorm2d", "gpukern has no BatchNorm2d yet"),)
+    assert report.replaced == (("0", "Conv2d"), ("1", "BatchNorm2d"), ("2", "ReLU"), ("4", "Linear"))
+    assert not report.left
     _, again = gpukern.convert(model, return_report=True)
     assert not again.replaced and again.already == report.replaced and again.left == report.left
 
@@ -172,7 +176,7 @@ def test_tensor_that_no_deepcopy_takes_is_shared():
 def test_traced_graph():
     model = torch.fx.symbolic_trace(network())
     converted, report = gpukern.convert(model, return_report=True)
-    assert [layer.type for layer in report.replaced] == ["Conv2d", "ReLU", "Linear"]
+    assert [layer.type for layer in report.replaced] == ["Conv2d", "BatchNorm2d", "ReLU", "Linear"]
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
 
@@ -307,15 +311,16 @@ def test_resnet18_is_replaced_and_computes_the_same():
     assert not remaining
     kinds = [layer.type for layer in report.replaced]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
-    assert counts == {"Conv2d": 20, "ReLU": 9, "MaxPool2d": 1, "AdaptiveAvgPool2d": 1, "Linear": 1}
-    assert {layer.type for layer in report.left} == {"BatchNorm2d"} and len(report.left) == 20
+    assert counts == {"Conv2d": 20, "ReLU": 9, "MaxPool2d": 1, "AdaptiveAvgPool2d": 1, "Linear": 1, "BatchNorm2d": 20}
+    assert not report.left
 
     assert list(converted.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in converted.state_dict().items())
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
+        # Batch norm in training: the order of its sums is another.
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-4)
         # The reference calls the same torch kernels: nothing may differ.
-        torch.testing.assert_close(converted(x), model(x), rtol=0, atol=0)
         assert torch.equal(
             converted[0](x) if isinstance(converted, nn.Sequential) else converted.conv1(x), model.conv1(x)
         )

@@ -130,6 +130,32 @@ class Samples:
     def adaptive_avg_pool2d_backward(self):
         return [(self.image(2, 3, 3, 4), [2, 3, 7, 6], last, [3, 4]) for last in (False, True)]
 
+    def batch_norm(self):
+        x, w, b, residual = self.image(2, 3, 4, 5), self.image(3), self.image(3), self.image(2, 3, 4, 5)
+        mean, var = self.image(3, grad=False), self.image(3, grad=False).abs()
+        return [
+            (x, w, b, None, mean, var, 1e-5, "none", 0.0),
+            (self.image(2, 3, 4, 5, last=True), w, None, residual, mean, var, 1e-5, "silu", 0.0),
+            (self.image(4, 3), None, b, self.image(4, 3), mean, var, 1e-5, "tanh", 0.0),
+        ]
+
+    def batch_norm_training(self):
+        return [(*sample[:4], *sample[6:]) for sample in self.batch_norm()]
+
+    def batch_norm_backward(self):
+        return [
+            (torch.randn_like(x), x, w, b, other, mean, var, training, *epilogue, True, True, True)
+            for x, w, b, other, mean, var, *epilogue in self.batch_norm()
+            for training in (False, True)
+        ]
+
+    def conv2d_batch_norm(self):
+        x, w, scale, shift = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4), self.image(4)
+        return [
+            (x, w, None, scale, shift, None, *CONV, 1e-5, "none", 0.0),
+            (x, w, self.image(4), scale, None, self.image(2, 4, 3, 7), *CONV, 1e-5, "gelu", 0.0),
+        ]
+
 
 def registered() -> list[str]:
     """The operators of gpukern's namespace, as PyTorch's dispatcher knows them."""

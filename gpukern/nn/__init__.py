@@ -1,10 +1,12 @@
 """Layers on gpukern's kernels: subclasses of the ``torch.nn`` class of the same name.
 
 Same constructor, same parameters and ``state_dict``; only the computation differs. ``isinstance(layer,
-torch.nn.Conv2d)`` stays true, and checkpoints move both ways.
+torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d``, which torch.nn has not, is a
+``torch.nn.BatchNorm2d`` with an epilogue.
 """
 
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
+from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
@@ -13,6 +15,9 @@ __all__ = [
     "GELU",
     "AdaptiveAvgPool2d",
     "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNormAct2d",
     "Conv2d",
     "ConvTranspose2d",
     "Hardsigmoid",

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 import gpukern
 import gpukern.functional as F
 from bench.layers import LayerCall, layer_calls
+from gpukern.convert import REPLACEMENTS
 from gpukern.ops._conv2d.plan import ConvPlan, Variant
 from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.runtime.compile_only import Launch, record_launches
@@ -99,7 +99,7 @@ def layers(networks: tuple[str, ...], batches: tuple[int, ...]) -> list[LayerCal
     """Every distinct layer of the networks that gpukern has, by what it is and the shape of its input."""
     calls = (call for batch in batches for network in networks for call in layer_calls(network, batch))
     distinct = {(repr(call.module), call.input_shape): call for call in calls}
-    kinds = tuple(getattr(nn, name) for name in gpukern.nn.__all__)
+    kinds = tuple(REPLACEMENTS)
     return [call for call in distinct.values() if type(call.module) in kinds]
 
 
@@ -131,6 +131,8 @@ FAR = (
     Case("far groups", (8, 64, 2900, 2900), 64, (3, 3), padding=1, groups=16),
     Case("far odd groups", (8, 66, 2900, 2900), 66, (3, 3), padding=1, groups=22),
 )
+#: Batch norms beyond those of the networks: with an epilogue, channels that are no multiple of 16, offsets of 64 bits.
+NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 2900))
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -150,6 +152,9 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         )
     for (shape, pool), layout in itertools.product(POOLS, layouts):
         yield lambda shape=shape, pool=pool, layout=layout: _backward(pool, _empty((8, *shape), dtype, layout))
+    epilogues = (("relu", False), ("silu", True), ("tanh", True))
+    for shape, layout, training, epilogue in itertools.product(NORMS, layouts, (True, False), epilogues):
+        yield lambda args=(shape, layout, training, *epilogue): _run_norm(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -157,6 +162,16 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
 def _run_case(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
     tensors = _empty(case.input, dtype, layout), _empty(case.weight, dtype, layout), _empty((case.outputs,), dtype)
     _backward(lambda *t: F.conv2d(*t, **case.arguments, activation="relu"), *tensors)
+
+
+def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str, with_residual: bool) -> None:
+    x, residual = (_empty(shape, dtype, layout) for _ in range(2))
+    mean, var, weight, bias = (_empty(shape[1:2], torch.float32) for _ in range(4))
+
+    def norm(x, weight, bias, residual=None):
+        return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
+
+    _backward(norm, x, weight, bias, *([residual] if with_residual else []))
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:

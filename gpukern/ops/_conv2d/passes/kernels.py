@@ -85,9 +85,7 @@ def sum_splits_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr, B
 
 @triton.jit
 def merged_statistics(
-    sums_ptr,  # fp32 [tiles, channels]
-    deviations_ptr,  # fp32 [tiles, channels]: squared, from the tile's mean
-    counts_ptr,  # fp32 [tiles, channels]
+    statistics_ptr,  # fp32 [3, tiles, channels]: sums, squared deviations from the tile's mean, counts
     tiles,
     channels,
     channel,  # [1, BLOCK]
@@ -100,29 +98,30 @@ def merged_statistics(
     sum. See Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983.
     """
     row = tl.arange(0, BLOCK_TILES)[:, None]
+    plane = tl.cast(tiles, tl.int64) * channels
     total = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
     count = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
     for first in range(0, tiles, BLOCK_TILES):
         inside = (first + row < tiles) & (channel < channels)
-        place = (first + row).to(tl.int64) * channels + channel
-        total += tl.load(sums_ptr + place, mask=inside, other=0.0)
-        count += tl.load(counts_ptr + place, mask=inside, other=0.0)
+        place = statistics_ptr + (first + row).to(tl.int64) * channels + channel
+        total += tl.load(place, mask=inside, other=0.0)
+        count += tl.load(place + 2 * plane, mask=inside, other=0.0)
     sums = tl.sum(total, axis=0)[None, :]
-    counts = tl.sum(count, axis=0)[None, :]
+    counts = tl.maximum(tl.sum(count, axis=0)[None, :], 1.0)
     mean = sums / counts
     deviations = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
     for first in range(0, tiles, BLOCK_TILES):
         inside = (first + row < tiles) & (channel < channels)
-        place = (first + row).to(tl.int64) * channels + channel
-        n = tl.load(counts_ptr + place, mask=inside, other=0.0)
-        apart = tl.load(sums_ptr + place, mask=inside, other=0.0) / tl.maximum(n, 1.0) - mean
-        deviations += tl.load(deviations_ptr + place, mask=inside, other=0.0) + n * apart * apart
+        place = statistics_ptr + (first + row).to(tl.int64) * channels + channel
+        n = tl.load(place + 2 * plane, mask=inside, other=0.0)
+        apart = tl.load(place, mask=inside, other=0.0) / tl.maximum(n, 1.0) - mean
+        deviations += tl.load(place + plane, mask=inside, other=0.0) + n * apart * apart
     return sums, mean, counts, tl.sum(deviations, axis=0)[None, :]
 
 
 @triton.jit
 def merge_statistics_kernel(
-    statistics_ptr,  # fp32 [3, tiles, channels]: sums, squared deviations from the tile's mean, counts
+    statistics_ptr,  # fp32 [3, tiles, channels]
     sum_ptr,  # fp32 [channels]
     deviations_ptr,  # fp32 [channels]
     tiles,
@@ -132,9 +131,6 @@ def merge_statistics_kernel(
 ):
     """Per channel the sum and Σ(y − mean)² of all tiles."""
     channel = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    plane = tl.cast(tiles, tl.int64) * channels
-    sums, _, _, deviations = merged_statistics(
-        statistics_ptr, statistics_ptr + plane, statistics_ptr + 2 * plane, tiles, channels, channel, BLOCK, BLOCK_TILES
-    )
+    sums, _, _, deviations = merged_statistics(statistics_ptr, tiles, channels, channel, BLOCK, BLOCK_TILES)
     tl.store(sum_ptr + channel, sums, mask=channel < channels)
     tl.store(deviations_ptr + channel, deviations, mask=channel < channels)

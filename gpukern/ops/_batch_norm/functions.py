@@ -1,0 +1,94 @@
+"""What the batch norm kernels share: where a tile lies, and the numbers of its channels."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Sizes(NamedTuple):
+    """What a launch walks through, as :class:`gpukern.ops._batch_norm.problem.Walk` has it."""
+
+    channel_groups: object  # channels / CHANNEL_ALIGN
+    inner_groups: object  # pixels of a run / PIXEL_ALIGN
+    height: object  # runs of a row
+    blocks: object  # tiles of a run
+    channel_tiles: object
+    pixels: object  # in all
+
+
+class Norm(NamedTuple):
+    """The numbers of each channel, fp32 or of x's dtype: pointers to [C]; weight and bias may be None."""
+
+    mean: object
+    variance: object  # biased
+    weight: object
+    bias: object
+
+
+class Running(NamedTuple):
+    """Running statistics to be updated, pointers to [C] or None."""
+
+    mean: object
+    variance: object
+
+
+@triton.jit
+def channel_tile(tile, sizes, BLOCK_C: tl.constexpr, CHANNEL_ALIGN: tl.constexpr):
+    """(channels of the tile, which there are)."""
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    # A product, so that the compiler knows what divides the bound: else it would check every element alone.
+    return c, c < sizes.channel_groups * CHANNEL_ALIGN
+
+
+@triton.jit
+def pixel_tile(step, sizes, BLOCK_P: tl.constexpr, PIXEL_ALIGN: tl.constexpr, INDEX: tl.constexpr):
+    """(row, run of the row, pixels of the run, which there are)."""
+    run = step // sizes.blocks
+    p = (step % sizes.blocks).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    return (run // sizes.height).to(INDEX), (run % sizes.height).to(INDEX), p, p < sizes.inner_groups * PIXEL_ALIGN
+
+
+@triton.jit
+def at(image, n, h, p, c, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr):
+    run = n * image.n + h * image.h
+    across = c.to(INDEX) * image.c
+    if CHANNEL_ALIGN > 1:
+        return image.ptr + (tl.multiple_of(run + p * image.w, (CHANNEL_ALIGN, CHANNEL_ALIGN)) + across)
+    else:
+        return image.ptr + (tl.multiple_of(run + across, (PIXEL_ALIGN, PIXEL_ALIGN)) + p * image.w)
+
+
+@triton.jit
+def load_tile(image, n, h, p, c, mask, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr):
+    place = at(image, n, h, p, c, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(
+    image, value, n, h, p, c, mask, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr
+):
+    """Returns what is stored, rounded."""
+    rounded = value.to(image.ptr.dtype.element_ty)
+    tl.store(at(image, n, h, p, c, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX), rounded, mask=mask)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def load_numbers(ptr, c, valid, other: tl.constexpr):
+    return tl.load(ptr + c, mask=valid, other=other).to(tl.float32)
+
+
+@triton.jit
+def affine(norm, variance, c, valid, eps):
+    """(1 / standard deviation, weight / standard deviation, bias)."""
+    # Correctly rounded: Triton's rsqrt is not.
+    inverse = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+    scale = inverse
+    if norm.weight is not None:
+        scale = inverse * load_numbers(norm.weight, c, valid, 0.0)
+    bias = tl.zeros(variance.shape, tl.float32)
+    if norm.bias is not None:
+        bias = load_numbers(norm.bias, c, valid, 0.0)
+    return inverse, scale, bias

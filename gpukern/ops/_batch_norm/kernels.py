@@ -1,0 +1,294 @@
+"""Batch norm kernels. Images are :class:`gpukern.ops._image.Image`: a pointer and the strides of [N, C, H, W].
+
+Tiles are [BLOCK_P, BLOCK_C], what belongs to pixels alone [BLOCK_P, 1] and to channels [1, BLOCK_C]. A *step* is one
+tile of pixels; programs that sum take several, of one tile of channels. All arithmetic is fp32, every sum has a fixed
+order, and there are no atomics: the same bits in every run. See :mod:`gpukern.ops.batch_norm` for the mathematics.
+"""
+
+import triton
+import triton.language as tl
+
+from gpukern.ops._activation.functions import activation_backward, apply_activation
+from gpukern.ops._batch_norm.functions import affine, channel_tile, load_numbers, load_tile, pixel_tile, store_tile
+from gpukern.ops._conv2d.passes.kernels import merged_statistics
+
+# ---- forward -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _normalize(
+    x, residual, y, n, h, p, c, mask, mean, scale, bias, negative_slope,
+    ACTIVATION: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    # The difference first: with a large mean, x·scale and mean·scale would cancel.
+    z = (load_tile(x, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX) - mean) * scale + bias
+    if residual.ptr is not None:
+        z += load_tile(residual, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+    value = apply_activation(z, ACTIVATION, negative_slope)
+    store_tile(y, value, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+
+
+@triton.jit
+def batch_norm_kernel(
+    x,  # Image
+    residual,  # Image, or nothing (its ptr None)
+    y,  # Image
+    norm, sizes, eps, negative_slope,
+    ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """y = act((x − mean) · weight / √(variance + eps) + bias + residual). Grid: steps · channel tiles."""
+    c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
+    n, h, p, inside = pixel_tile(tl.program_id(0) // sizes.channel_tiles, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
+    mean = load_numbers(norm.mean, c, valid, 0.0)
+    _, scale, bias = affine(norm, load_numbers(norm.variance, c, valid, 1.0), c, valid, eps)
+    _normalize(
+        x, residual, y, n, h, p, c, inside & valid, mean, scale, bias, negative_slope,
+        ACTIVATION, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish_statistics(norm, running, mean, deviations, count, momentum, c, valid):
+    """Store mean and variance, and update the running ones as torch does: with the unbiased variance.
+
+    Returns the variance.
+    """
+    variance = deviations / count
+    tl.store(norm.mean + c, mean, mask=valid)
+    tl.store(norm.variance + c, variance, mask=valid)
+    if running.mean is not None:
+        # A batch of one value, 0 / 0, never comes here; channels beyond the last do.
+        unbiased = deviations / tl.maximum(count - 1.0, 1.0)
+        mean = (1.0 - momentum) * load_numbers(running.mean, c, valid, 0.0) + momentum * mean
+        tl.store(running.mean + c, mean.to(running.mean.dtype.element_ty), mask=valid)
+        unbiased = (1.0 - momentum) * load_numbers(running.variance, c, valid, 0.0) + momentum * unbiased
+        tl.store(running.variance + c, unbiased.to(running.variance.dtype.element_ty), mask=valid)
+    return variance
+
+
+@triton.jit
+def batch_norm_statistics_kernel(
+    x,  # Image
+    residual,  # Image, or nothing; of one split only, as y
+    y,  # Image
+    norm,  # mean and variance are written by one split
+    running,
+    statistics_ptr,  # fp32 [3, splits, C], of several splits: sums, squared deviations from the split's mean, counts
+    sizes, steps, steps_per_split, splits, momentum, eps, negative_slope,
+    WHOLE: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of each channel in the batch, or WHOLE: all of batch norm. Grid: splits · channel tiles.
+
+    Every element of a tile sums differences from the first value it meets, its pivot, and their squares. As the pivot
+    is one of the values, the sum of squares is never much larger than the deviation that is left of it, whatever the
+    mean is. The elements are then put together by Chan, Golub and LeVeque's formula, as the splits are.
+    """
+    c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
+    split = tl.program_id(0) // sizes.channel_tiles
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, steps)
+    n, h, p, _ = pixel_tile(first, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
+    # Where the first tile has no pixel, a later one may: any pixel of the channel serves as its pivot.
+    p = tl.minimum(p, sizes.inner_groups * PIXEL_ALIGN - 1)
+    pivot = load_tile(x, n, h, p, c, valid & (p >= 0), 1, CHANNEL_ALIGN, INDEX)
+    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    count = tl.zeros((BLOCK_P, 1), tl.float32)
+    for step in tl.range(first, last, loop_unroll_factor=UNROLL):
+        n, h, p, inside = pixel_tile(step, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
+        mask = inside & valid
+        value = load_tile(x, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+        apart = tl.where(mask, value - pivot, 0.0)
+        total += apart
+        squares += apart * apart
+        count += inside.to(tl.float32)
+
+    pixels = tl.sum(count, 0)[None, :]
+    some = tl.maximum(count, 1.0)
+    squares = squares - total * total / some
+    squares = tl.where(squares < 0.0, 0.0, squares)  # not maximum: a NaN must come through
+    # All means from here on are taken from one value of the channel: differences keep their digits.
+    origin = tl.sum(tl.where(tl.arange(0, BLOCK_P)[:, None] == 0, pivot, 0.0), 0)[None, :]
+    means = pivot - origin + total / some
+    mean = tl.sum(count * means, 0)[None, :] / pixels
+    from_mean = means - mean
+    deviations = tl.sum(squares + count * from_mean * from_mean, 0)[None, :]
+    mean += origin
+    if not WHOLE:
+        place = statistics_ptr + split.to(tl.int64) * (sizes.channel_groups * CHANNEL_ALIGN) + c
+        plane = tl.cast(splits, tl.int64) * (sizes.channel_groups * CHANNEL_ALIGN)
+        tl.store(place, mean * pixels, mask=valid)
+        tl.store(place + plane, deviations, mask=valid)
+        tl.store(place + 2 * plane, tl.broadcast_to(pixels, mean.shape), mask=valid)
+    else:
+        variance = _finish_statistics(norm, running, mean, deviations, pixels, momentum, c, valid)
+        _, scale, bias = affine(norm, variance, c, valid, eps)
+        for step in tl.range(first, last, loop_unroll_factor=UNROLL):
+            n, h, p, inside = pixel_tile(step, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
+            _normalize(
+                x, residual, y, n, h, p, c, inside & valid, mean, scale, bias, negative_slope,
+                ACTIVATION, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
+            )  # fmt: skip
+
+
+@triton.jit
+def batch_norm_merge_kernel(
+    statistics_ptr,  # fp32 [3, tiles, C]: sums, squared deviations from the tile's mean, counts
+    norm, running, tiles, channels, momentum,
+    BLOCK: tl.constexpr, BLOCK_TILES: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of each channel, from the statistics of splits, or of the tiles of a convolution's epilogue."""
+    c = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    _, mean, count, deviations = merged_statistics(statistics_ptr, tiles, channels, c, BLOCK, BLOCK_TILES)
+    _finish_statistics(norm, running, mean, deviations, count, momentum, c, c < channels)
+
+
+# ---- backward ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gradient(
+    grad, x, other, n, h, p, c, mask, mean, inverse, scale, bias, negative_slope,
+    ACTIVATION: tl.constexpr, NEEDS_INPUT: tl.constexpr,
+    PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """(∂L/∂z, x̂) where y = act(z), z = x̂ · weight + bias + residual; zero outside."""
+    g = load_tile(grad, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+    from_mean = tl.zeros(mask.shape, tl.float32)
+    if x.ptr is not None:
+        from_mean = load_tile(x, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX) - mean
+    if ACTIVATION != "none":
+        # From x, which is here anyway; y is read only where a residual went into it.
+        saved = from_mean * scale + bias
+        if other.ptr is not None:
+            kept = load_tile(other, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+            saved = saved + kept if NEEDS_INPUT else kept
+        elif not NEEDS_INPUT:
+            saved = apply_activation(saved, ACTIVATION, negative_slope)
+        g = activation_backward(g, saved, ACTIVATION, negative_slope)
+    return tl.where(mask, g, 0.0), tl.where(mask, from_mean * inverse, 0.0)
+
+
+@triton.jit
+def batch_norm_backward_kernel(
+    grad,  # Image: ∂L/∂y
+    x,  # Image, or nothing where nothing depends on it
+    other,  # Image: the residual where the activation's derivative needs its input, else y; or nothing
+    inner,  # Image: ∂L/∂z is written there; or nothing
+    out,  # Image: ∂L/∂x is written there; or nothing
+    norm,
+    sums_ptr,  # fp32 [2, splits, C] of Σ ∂L/∂z and Σ ∂L/∂z · x̂, or None
+    grad_weight_ptr, grad_bias_ptr,  # [C], written instead if WHOLE; or None
+    sizes, steps, steps_per_split, splits, eps, negative_slope,
+    TRAINING: tl.constexpr, WHOLE: tl.constexpr, UNROLL: tl.constexpr,
+    ACTIVATION: tl.constexpr, NEEDS_INPUT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """One pass over all: the sums, and ∂L/∂x where it does not depend on them (frozen statistics).
+
+    WHOLE: a second pass writes ∂L/∂x where it does. Grid: splits · channel tiles.
+    """
+    c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
+    split = tl.program_id(0) // sizes.channel_tiles
+    first = split * steps_per_split
+    last = tl.minimum(first + steps_per_split, steps)
+    mean = load_numbers(norm.mean, c, valid, 0.0)
+    inverse, scale, bias = affine(norm, load_numbers(norm.variance, c, valid, 1.0), c, valid, eps)
+    sum_g = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    sum_gx = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for step in tl.range(first, last, loop_unroll_factor=UNROLL):
+        n, h, p, inside = pixel_tile(step, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
+        mask = inside & valid
+        g, normal = _gradient(
+            grad, x, other, n, h, p, c, mask, mean, inverse, scale, bias, negative_slope,
+            ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
+        )  # fmt: skip
+        if inner.ptr is not None:
+            # The sums are of what is stored, and what a second launch reads.
+            g = store_tile(inner, g, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+        if not TRAINING and out.ptr is not None:
+            store_tile(out, g * scale, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+        sum_g += g
+        sum_gx += g * normal
+
+    total_g = tl.sum(sum_g, 0)[None, :]
+    total_gx = tl.sum(sum_gx, 0)[None, :]
+    if sums_ptr is not None:
+        place = sums_ptr + split.to(tl.int64) * (sizes.channel_groups * CHANNEL_ALIGN) + c
+        tl.store(place, total_g, mask=valid)
+        tl.store(place + tl.cast(splits, tl.int64) * (sizes.channel_groups * CHANNEL_ALIGN), total_gx, mask=valid)
+    if grad_weight_ptr is not None:
+        tl.store(grad_bias_ptr + c, total_g.to(grad_bias_ptr.dtype.element_ty), mask=valid)
+        tl.store(grad_weight_ptr + c, total_gx.to(grad_weight_ptr.dtype.element_ty), mask=valid)
+    if WHOLE and TRAINING and out.ptr is not None:
+        count = tl.cast(sizes.pixels, tl.float32)
+        for step in tl.range(first, last, loop_unroll_factor=UNROLL):
+            n, h, p, inside = pixel_tile(step, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
+            mask = inside & valid
+            g, normal = _gradient(
+                grad, x, other, n, h, p, c, mask, mean, inverse, scale, bias, negative_slope,
+                ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
+            )  # fmt: skip
+            value = (g - total_g / count - normal * (total_gx / count)) * scale
+            store_tile(out, value, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+
+
+@triton.jit
+def batch_norm_backward_merge_kernel(
+    sums_ptr,  # fp32 [2, splits, C]
+    totals_ptr,  # fp32 [2, C], or None
+    grad_weight_ptr, grad_bias_ptr,  # [C], or None
+    splits, channels,
+    BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Adds up the splits' sums."""
+    c = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    row = tl.arange(0, BLOCK_SPLITS)[:, None]
+    plane = tl.cast(splits, tl.int64) * channels
+    sum_g = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+    sum_gx = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+    for first in range(0, splits, BLOCK_SPLITS):
+        inside = (first + row < splits) & (c < channels)
+        place = sums_ptr + (first + row).to(tl.int64) * channels + c
+        sum_g += tl.load(place, mask=inside, other=0.0)
+        sum_gx += tl.load(place + plane, mask=inside, other=0.0)
+    total_g = tl.sum(sum_g, 0)[None, :]
+    total_gx = tl.sum(sum_gx, 0)[None, :]
+    if totals_ptr is not None:
+        tl.store(totals_ptr + c, total_g, mask=c < channels)
+        tl.store(totals_ptr + channels + c, total_gx, mask=c < channels)
+    if grad_weight_ptr is not None:
+        tl.store(grad_bias_ptr + c, total_g.to(grad_bias_ptr.dtype.element_ty), mask=c < channels)
+        tl.store(grad_weight_ptr + c, total_gx.to(grad_weight_ptr.dtype.element_ty), mask=c < channels)
+
+
+@triton.jit
+def batch_norm_input_grad_kernel(
+    grad,  # Image: ∂L/∂y, or ∂L/∂z with ACTIVATION "none"
+    x,  # Image
+    other,  # Image, as above
+    out,  # Image
+    norm,
+    totals_ptr,  # fp32 [2, C]: Σ ∂L/∂z and Σ ∂L/∂z · x̂
+    sizes, eps, negative_slope,
+    ACTIVATION: tl.constexpr, NEEDS_INPUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """∂L/∂x = weight / σ · (∂L/∂z − its mean − x̂ · the mean of ∂L/∂z · x̂). Grid: steps · channel tiles."""
+    c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
+    n, h, p, inside = pixel_tile(tl.program_id(0) // sizes.channel_tiles, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
+    mask = inside & valid
+    mean = load_numbers(norm.mean, c, valid, 0.0)
+    inverse, scale, bias = affine(norm, load_numbers(norm.variance, c, valid, 1.0), c, valid, eps)
+    count = tl.cast(sizes.pixels, tl.float32)
+    mean_g = load_numbers(totals_ptr, c, valid, 0.0) / count
+    mean_gx = load_numbers(totals_ptr + sizes.channel_groups * CHANNEL_ALIGN, c, valid, 0.0) / count
+    g, normal = _gradient(
+        grad, x, other, n, h, p, c, mask, mean, inverse, scale, bias, negative_slope,
+        ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
+    )  # fmt: skip
+    value = (g - mean_g - normal * mean_gx) * scale
+    store_tile(out, value, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)

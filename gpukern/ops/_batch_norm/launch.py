@@ -1,0 +1,282 @@
+"""Batch norm on the kernels. Functions of the same names and signatures as ``reference.py``."""
+
+from __future__ import annotations
+
+import torch
+
+from gpukern.ops._activation.properties import PROPERTIES
+from gpukern.ops._batch_norm import functions, kernels
+from gpukern.ops._batch_norm.problem import Running
+from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
+from gpukern.ops._conv2d.launch import prepared_for, run
+from gpukern.ops._conv2d.plan import Direction
+from gpukern.ops._conv2d.prepare import Epilogue
+from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.runtime.integers import cdiv, power_of_two
+from gpukern.runtime.launch import launch
+from gpukern.runtime.tensors import check_kernel_dtype
+
+#: Partial results that a program which puts them together has on their way to it: 16 of each thread.
+_LOADS = 2048
+
+
+# ---- forward -------------------------------------------------------------------------------------------------------
+
+
+def batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    check_kernel_dtype("batch_norm", input.dtype)
+    output = empty_like(input)
+    if output.numel():
+        norm = _norm(mean, variance, weight, bias)
+        _write(output, input, residual, norm, eps, activation, negative_slope)
+    return output
+
+
+def _write(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    norm: functions.Norm,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> None:
+    """Fill ``output`` from ``input`` and the numbers of its channels."""
+    tiles = tiles_of(False, input, residual, output)
+    launch(
+        kernels.batch_norm_kernel,
+        (tiles.plan.steps * tiles.plan.channel_tiles,),
+        input.device,
+        (*tiles.images, norm, tiles.sizes, eps, negative_slope),
+        {"ACTIVATION": activation} | tiles.options,
+    )
+
+
+def batch_norm_training(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    running: Running | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_kernel_dtype("batch_norm", input.dtype)
+    C, device = input.shape[1], input.device
+    if input.numel() == 0:
+        return empty_like(input), *(torch.zeros(C, dtype=torch.float32, device=device) for _ in range(2))
+    output = empty_like(input)
+    tiles = tiles_of(True, input, residual, output)
+    chosen = tiles.plan
+    mean, variance = (torch.empty(C, dtype=torch.float32, device=device) for _ in range(2))
+    norm = _norm(mean, variance, weight, bias)
+    whole = chosen.splits == 1
+    statistics = None if whole else torch.empty((3, chosen.splits, C), dtype=torch.float32, device=device)
+    pointers = _pointers(running if whole else None)
+    launch(
+        kernels.batch_norm_statistics_kernel,
+        (chosen.splits * chosen.channel_tiles,),
+        device,
+        (
+            *(tiles.images if whole else (tiles.images[0], NOTHING, NOTHING)),
+            *(norm, pointers, statistics, tiles.sizes),
+            *(chosen.steps, chosen.steps_per_split, chosen.splits),
+            *(running.momentum if running else 0.0, eps, negative_slope),
+        ),
+        {"WHOLE": whole, "UNROLL": chosen.unroll, "ACTIVATION": activation if whole else "none"} | tiles.options,
+    )
+    if whole:
+        _keep(running, pointers)
+    else:
+        _merge(statistics, norm, running)
+        _write(output, input, residual, norm, eps, activation, negative_slope)
+    return output, mean, variance
+
+
+def conv2d_batch_norm(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    running: Running | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
+    z, statistics = run(prepared, input, filters, filters_bias)
+    mean, variance = (torch.empty(z.shape[1], dtype=torch.float32, device=z.device) for _ in range(2))
+    output = empty_like(z)
+    if statistics is None:  # no pixels
+        return output, z, mean.zero_(), variance.zero_()
+    norm = _norm(mean, variance, weight, bias)
+    _merge(statistics, norm, running)
+    _write(output, z, residual, norm, eps, activation, negative_slope)
+    return output, z, mean, variance
+
+
+def _merge(statistics: torch.Tensor, norm: functions.Norm, running: Running | None) -> None:
+    """Write the mean and the variance of ``norm``, and the running ones, from those of tiles: fp32 [3, tiles, C]."""
+    _, parts, C = statistics.shape
+    pointers = _pointers(running)
+    rows, block = _merge_tile(parts)
+    launch(
+        kernels.batch_norm_merge_kernel,
+        (cdiv(C, block),),
+        statistics.device,
+        (statistics, norm, pointers, parts, C, running.momentum if running else 0.0),
+        {"BLOCK": block, "BLOCK_TILES": rows, "num_warps": 4},
+    )
+    _keep(running, pointers)
+
+
+_NOT_RUNNING = functions.Running(None, None)
+
+
+def _pointers(running: Running | None) -> functions.Running:
+    if running is None:
+        return _NOT_RUNNING
+    return functions.Running(_flat(running.mean), _flat(running.variance))
+
+
+def _keep(running: Running | None, pointers: functions.Running) -> None:
+    """Make what a kernel wrote to ``pointers`` the running statistics."""
+    if running is None:
+        return
+    for tensor, written in zip(running, pointers, strict=False):
+        if tensor is not written:
+            tensor.copy_(written)
+        elif not tensor.is_inference():
+            # Autograd must hear of it: a frozen batch norm's backward needs the old numbers.
+            torch.autograd.graph.increment_version(tensor)
+
+
+# ---- backward ------------------------------------------------------------------------------------------------------
+
+
+def batch_norm_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    wants_input: bool,
+    wants_parameters: bool,
+    wants_inner: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_kernel_dtype("batch_norm", input.dtype)
+    C, device = input.shape[1], input.device
+    out = empty_like(input) if wants_input else None
+    inner = empty_like(input) if wants_inner else None
+    grad_weight = grad_bias = None
+    if wants_parameters:
+        dtype = (bias if weight is None else weight).dtype
+        grad_weight, grad_bias = (torch.empty(C, dtype=dtype, device=device) for _ in range(2))
+    results = tuple(input.new_empty(0) if t is None else t for t in (out, grad_weight, grad_bias, inner))
+    if input.numel() == 0:
+        for tensor in results:
+            tensor.zero_()
+        return results
+
+    needs_sums = wants_parameters or (training and wants_input)
+    # Frozen, x is read for an activation's derivative only.
+    needs_input = activation != "none" and PROPERTIES[activation].needs_input
+    reads_x = needs_sums or (activation != "none" and (other is None or needs_input))
+    tiles = tiles_of(needs_sums, grad, input if reads_x else None, other, inner, out)
+    chosen = tiles.plan
+    first, x, kept, inner_image, out_image = tiles.images
+    splits, each = (chosen.splits, chosen.steps_per_split) if needs_sums else (chosen.steps, 1)
+    whole = splits == 1 or not needs_sums
+    later = training and wants_input and not whole
+    norm = _norm(mean, variance, weight, bias)
+    sums = None if whole else torch.empty((2, splits, C), dtype=torch.float32, device=device)
+    launch(
+        kernels.batch_norm_backward_kernel,
+        (splits * chosen.channel_tiles,),
+        device,
+        (
+            *(first, x, kept, inner_image, NOTHING if later else out_image),
+            norm,
+            sums,
+            *((grad_weight, grad_bias) if whole else (None, None)),
+            tiles.sizes,
+            *(chosen.steps, each, splits),
+            eps,
+            negative_slope,
+        ),
+        {
+            "TRAINING": training,
+            "WHOLE": whole,
+            # It reads two tensors at least: as many loads as the forward has under way of one.
+            "UNROLL": max(1, chosen.unroll // 2),
+            "ACTIVATION": activation,
+            "NEEDS_INPUT": needs_input,
+        }
+        | tiles.options,
+    )
+    if whole:
+        return results
+    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
+    rows, block = _merge_tile(splits)
+    launch(
+        kernels.batch_norm_backward_merge_kernel,
+        (cdiv(C, block),),
+        device,
+        (sums, totals, grad_weight, grad_bias, splits, C),
+        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
+    )
+    if later:
+        if wants_inner:
+            grad, other, activation, needs_input = inner, None, "none", False
+        tiles = tiles_of(False, grad, input, other, out)
+        launch(
+            kernels.batch_norm_input_grad_kernel,
+            (tiles.plan.steps * tiles.plan.channel_tiles,),
+            device,
+            (*tiles.images, norm, totals, tiles.sizes, eps, negative_slope),
+            {"ACTIVATION": activation, "NEEDS_INPUT": needs_input} | tiles.options,
+        )
+    return results
+
+
+# ---- what both share -----------------------------------------------------------------------------------------------
+
+
+def _norm(
+    mean: torch.Tensor | None,
+    variance: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> functions.Norm:
+    return functions.Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The only operands that kernels take without strides."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _merge_tile(parts: int) -> tuple[int, int]:
+    """(parts, channels) that a program which puts parts together looks at at a time."""
+    rows = power_of_two(parts, 1, 512)
+    return rows, min(32, _LOADS // rows)

@@ -1,0 +1,155 @@
+"""Batch norm in plain torch: the path of CPU tensors, and the oracle of the tests when fed float64."""
+
+from __future__ import annotations
+
+import torch
+
+from gpukern.ops._activation import reference as activations
+from gpukern.ops._activation.properties import PROPERTIES
+from gpukern.ops._batch_norm.problem import Running
+from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.ops._conv2d.reference import conv2d
+from gpukern.runtime.tensors import memory_format_of
+
+
+def batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """``act((x − mean) · weight / √(variance + eps) + bias + residual)``, in fp32 at least and rounded once."""
+    z, _, _ = _normalize(input, weight, bias, residual, mean, variance, eps)
+    y = activations.activation(z, activation, negative_slope)
+    return y.to(input.dtype).contiguous(memory_format=memory_format_of(input))
+
+
+def batch_norm_training(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    running: Running | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, mean, variance): :func:`batch_norm` with the batch's mean and biased variance, at least fp32 [C]."""
+    mean, variance = statistics(input)
+    if running is not None and input.numel():
+        update(running, mean, variance, input.numel() // input.shape[1])
+    y = batch_norm(input, weight, bias, residual, mean, variance, eps, activation, negative_slope)
+    return y, mean, variance
+
+
+def conv2d_batch_norm(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    running: Running | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, z, mean, variance) with ``z = x ∗ filters + filters_bias`` and y as :func:`batch_norm_training` of z."""
+    z = conv2d(problem, input, filters, filters_bias, None, "none", 0.0)
+    y, *numbers = batch_norm_training(z, weight, bias, residual, eps, activation, negative_slope, running)
+    return y, z, *numbers
+
+
+def statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, biased variance) of each channel, at least fp32; zeros of no values."""
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    if not input.numel():
+        return tuple(x.new_zeros(input.shape[1]) for _ in range(2))
+    variance, mean = torch.var_mean(x, _pixels(input), correction=0)
+    return mean, variance
+
+
+def update(running: Running, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+    """``old ← (1 − momentum) · old + momentum · new`` in place; the variance unbiased, from ``count`` values."""
+    with torch.no_grad():
+        for old, new in ((running.mean, mean), (running.variance, variance * (count / (count - 1)))):
+            old.copy_((1 - running.momentum) * old.to(new.dtype) + running.momentum * new)
+
+
+def batch_norm_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    training: bool,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    wants_input: bool,
+    wants_parameters: bool,
+    wants_inner: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(∂L/∂x, ∂L/∂weight, ∂L/∂bias, ∂L/∂z = ∂L/∂residual), empty where not wanted, with g = ∂L/∂z = ∂L/∂y · act′:
+
+        ∂L/∂bias = Σ g        ∂L/∂weight = Σ g·x̂        ∂L/∂x = weight / σ · (g − mean(g) − x̂ · mean(g·x̂))
+
+    The means are left out where the statistics were frozen, not ``training``. ``other`` is the residual where the
+    activation's derivative needs its input, else y, or None where there was no residual or no activation: then all
+    follows from x.
+    """
+    z, normal, inverse = _normalize(input, weight, bias, None, mean, variance, eps)
+    g = grad.to(z.dtype)
+    if activation != "none":
+        needs_input = PROPERTIES[activation].needs_input
+        if other is None:
+            saved = z if needs_input else activations.activation(z, activation, negative_slope)
+        else:
+            saved = z + other if needs_input else other.to(z.dtype)
+        g = activations.activation_grad(g, saved, activation, negative_slope)
+    pixels = _pixels(input)
+    grad_bias, grad_weight = g.sum(pixels), (g * normal).sum(pixels)
+    grad_input = g
+    if training and input.numel():
+        count = input.numel() // input.shape[1]
+        grad_input = g - _channels(grad_bias / count, input) - normal * _channels(grad_weight / count, input)
+    scale = inverse if weight is None else inverse * _channels(weight, input)
+    layout = memory_format_of(input)
+    parameters = (bias if weight is None else weight) if wants_parameters else mean
+    nothing = input.new_empty(0)
+    return (
+        (grad_input * scale).to(input.dtype).contiguous(memory_format=layout) if wants_input else nothing,
+        grad_weight.to(parameters.dtype) if wants_parameters else nothing.clone(),
+        grad_bias.to(parameters.dtype) if wants_parameters else nothing.clone(),
+        g.to(input.dtype).clone(memory_format=layout) if wants_inner else nothing.clone(),
+    )
+
+
+def _normalize(input, weight, bias, residual, mean, variance, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(z, x̂, 1/σ), at least fp32; z = x̂ · weight + bias + residual."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    inverse = _channels(torch.rsqrt(variance.to(dtype) + eps), input)
+    normal = (input.to(dtype) - _channels(mean.to(dtype), input)) * inverse
+    z = normal
+    if weight is not None:
+        z = z * _channels(weight, input)
+    if bias is not None:
+        z = z + _channels(bias, input)
+    return z if residual is None else z + residual, normal, inverse
+
+
+def _channels(numbers: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+    """[C] as [1, C, 1, ...]."""
+    return numbers.view(1, -1, *(1,) * (input.dim() - 2))
+
+
+def _pixels(input: torch.Tensor) -> tuple[int, ...]:
+    return 0, *range(2, input.dim())

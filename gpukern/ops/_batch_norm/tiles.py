@@ -1,0 +1,71 @@
+"""How the kernels take tensors: as images, with the tile, the sizes and the options of a launch over all of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from gpukern.ops._batch_norm.functions import Sizes
+from gpukern.ops._batch_norm.plan import BatchNormPlan, plan
+from gpukern.ops._batch_norm.problem import Shape, walk
+from gpukern.ops._image import Image
+from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.launch import index_type, reach
+from gpukern.runtime.tensors import memory_format_of
+
+NOTHING = Image(None, 0, 0, 0, 0)
+
+
+class Tiles(NamedTuple):
+    images: tuple[Image, ...]  # nothing where the tensor is None
+    plan: BatchNormPlan
+    sizes: Sizes
+    options: dict[str, Any]
+
+
+def tiles_of(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
+    """How a kernel that ``sums`` over pixels, or one that does not, walks through ``tensors``."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    first = given[0]
+    if first.dim() > 4:
+        tensors = tuple(None if t is None else t.contiguous() for t in tensors)
+        given = [tensor for tensor in tensors if tensor is not None]
+    strides = tuple(tensor.stride() for tensor in given)
+    places, *prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
+    images = iter(places)
+    return Tiles(tuple(NOTHING if t is None else Image(t, *next(images)) for t in tensors), *prepared)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    shape: Shape, strides: tuple[Shape, ...], itemsize: int, device: DeviceSpec, sums: bool
+) -> tuple[tuple[Shape, ...], BatchNormPlan, Sizes, dict[str, Any]]:
+    path = walk(shape, strides)
+    index = index_type(max(path.pixels, *(reach(shape, stride) for stride in strides)))
+    chosen = plan(path, itemsize, device, sums, far=index is tl.int64)
+    sizes = Sizes(
+        path.channels // path.channel_align,
+        path.inner // path.pixel_align,
+        path.height,
+        chosen.blocks,
+        chosen.channel_tiles,
+        path.pixels,
+    )
+    options = {
+        "BLOCK_P": chosen.pixels,
+        "BLOCK_C": chosen.channels,
+        "PIXEL_ALIGN": path.pixel_align,
+        "CHANNEL_ALIGN": path.channel_align,
+        "INDEX": index,
+        "num_warps": chosen.warps,
+    }
+    return path.strides, chosen, sizes, options
+
+
+def empty_like(input: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, dense, in ``input``'s layout."""
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))

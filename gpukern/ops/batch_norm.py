@@ -1,0 +1,254 @@
+"""Batch norm with a residual and an activation: training, inference, and the backward of both, any order.
+
+With ``x̂ = (x − mean) / σ``, ``σ = √(variance + eps)`` and ``n`` values to a channel:
+
+    y = act(z),   z = x̂ · weight + bias + residual,   g = ∂L/∂z = ∂L/∂y · act′
+    ∂L/∂residual = g      ∂L/∂bias = Σ g      ∂L/∂weight = Σ g·x̂
+    ∂L/∂x = weight / σ · (g − Σ g / n − x̂ · Σ g·x̂ / n)      the batch's own statistics
+    ∂L/∂x = weight / σ · g                                   frozen ones
+
+See Ioffe and Szegedy, "Batch Normalization", 2015. Without a residual the backward needs nothing but x: what went into
+the activation is computed again on the way. Gradients of gradients are taken from these formulas in plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpukern.ops._batch_norm import reference
+from gpukern.ops._batch_norm.problem import Running, check_sizes
+from gpukern.ops.activation import needs_input
+from gpukern.runtime.mode import Implementations
+from gpukern.runtime.operator import Operator, needs_operator
+from gpukern.runtime.tensors import check_alike, memory_format_of
+
+_implementations = Implementations("gpukern.ops._batch_norm")
+
+_EPILOGUE = "str activation, float negative_slope"
+
+
+def apply(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """Batch norm with the batch's statistics if ``training``, updating the running ones if there are any."""
+    operands, epilogue = (input, weight, bias, residual), (eps, activation, negative_slope)
+    if not training:
+        return batch_norm(*operands, running_mean, running_var, *epilogue)
+    if running_mean is None:
+        return batch_norm_training(*operands, *epilogue)[0]
+    check(*operands, running_mean=running_mean, running_var=running_var)
+    running = Running(running_mean, running_var, momentum)
+    if not needs_operator((*operands, running_mean, running_var)):
+        return batch_norm_training(*operands, *epilogue, running)[0]
+    # A registered operator changes none of its arguments: traced graphs update beside it.
+    output, mean, variance = batch_norm_training(*operands, *epilogue)
+    if input.numel():
+        reference.update(running, mean, variance, input.numel() // input.shape[1])
+    return output
+
+
+def check(input, weight, bias, residual, **statistics: torch.Tensor) -> None:
+    """Raise RuntimeError for sizes, dtypes and devices that do not fit."""
+    check_alike("batch_norm", input, residual)
+    check_sizes(input.shape, None if residual is None else residual.shape)
+    check_numbers(input, input.shape[1], weight=weight, bias=bias, **statistics)
+
+
+def check_numbers(input: torch.Tensor, channels: int, **numbers: torch.Tensor | None) -> None:
+    """Raise RuntimeError unless ``numbers`` are one for each of ``channels``, and fit ``input``'s dtype and device."""
+    dtype, device = input.dtype, input.device
+    # No messages before they are needed: most calls of a small layer are all host time.
+    for name, tensor in numbers.items():
+        if tensor is None:
+            continue
+        if tensor.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+        if tensor.dtype is not dtype and (tensor.dtype is not torch.float32 or dtype is torch.float64):
+            raise RuntimeError(
+                f"batch_norm: expected {name} of {dtype}, or of float32 beside a half, but got {tensor.dtype}"
+            )
+        if tensor.device != device:
+            raise RuntimeError(
+                f"batch_norm: expected all tensors to be on the same device, but {name} is on {tensor.device} "
+                f"and the input on {device}"
+            )
+
+
+def _empty_like(input: torch.Tensor) -> torch.Tensor:
+    return input.new_empty(input.shape).to(memory_format=memory_format_of(input))
+
+
+def kept_for_backward(residual: torch.Tensor | None, output: torch.Tensor, activation: str) -> torch.Tensor | None:
+    """What the backward reads beside x."""
+    if residual is None or activation == "none":
+        return None
+    return residual if needs_input(activation) else output
+
+
+# ---- inference -----------------------------------------------------------------------------------------------------
+
+
+def _batch_norm(input, weight, bias, residual, mean, var, eps, activation, negative_slope) -> torch.Tensor:
+    check(input, weight, bias, residual, running_mean=mean, running_var=var)
+    implementation = _implementations.of(input)
+    return implementation.batch_norm(input, weight, bias, residual, mean, var, eps, activation, negative_slope)
+
+
+def _batch_norm_fake(input, weight, bias, residual, mean, var, eps, activation, negative_slope) -> torch.Tensor:
+    check(input, weight, bias, residual, running_mean=mean, running_var=var)
+    return _empty_like(input)
+
+
+def _batch_norm_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+    input, weight, bias, residual, mean, var, *epilogue = arguments
+    ctx.save_for_backward(input, weight, bias, kept_for_backward(residual, output, epilogue[1]), mean, var)
+    ctx.state = False, *epilogue
+
+
+def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple:
+    needs_x, needs_weight, needs_bias, needs_residual, *rest = ctx.needs_input_grad
+    nothing = (None,) * len(rest)
+    if grad is None:
+        return (None,) * 4 + nothing
+    activation = ctx.state[2]
+    parameters, inner = needs_weight or needs_bias, needs_residual and activation != "none"
+    grad_input = grad_weight = grad_bias = None
+    if needs_x or parameters or inner:
+        grad_input, grad_weight, grad_bias, grad_inner = batch_norm_backward(
+            grad, *ctx.saved_tensors, *ctx.state, needs_x, parameters, inner
+        )
+    return (
+        grad_input if needs_x else None,
+        grad_weight if needs_weight else None,
+        grad_bias if needs_bias else None,
+        (grad_inner if inner else grad) if needs_residual else None,
+        *nothing,
+    )
+
+
+#: The inference operator: ``act((x − mean) · weight / √(var + eps) + bias + residual)``, one pass and one rounding.
+batch_norm = Operator(
+    "batch_norm",
+    f"(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, Tensor mean, Tensor var, float eps, {_EPILOGUE})"
+    " -> Tensor",
+    forward=_batch_norm,
+    fake=_batch_norm_fake,
+    save=_batch_norm_save,
+    backward=_backward,
+)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def _training(
+    input, weight, bias, residual, eps, activation, negative_slope, running: Running | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # ``running`` is for eager calls only: the schema does not have it.
+    if running is None:
+        check(input, weight, bias, residual)
+    operands = input, weight, bias, residual
+    return _implementations.of(input).batch_norm_training(*operands, eps, activation, negative_slope, running)
+
+
+def _training_fake(
+    input, weight, bias, residual, eps, activation, negative_slope
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check(input, weight, bias, residual)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    return _empty_like(input), *(input.new_empty(input.shape[1], dtype=dtype) for _ in range(2))
+
+
+def _training_save(ctx: Any, arguments: tuple, outputs: tuple) -> None:
+    input, weight, bias, residual, *epilogue = arguments
+    output, mean, var = outputs
+    ctx.save_for_backward(input, weight, bias, kept_for_backward(residual, output, epilogue[1]), mean, var)
+    ctx.state = True, *epilogue[:3]
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+
+
+#: y, and the batch's mean and biased variance, which have no gradients of their own.
+batch_norm_training = Operator(
+    "batch_norm_training",
+    f"(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, {_EPILOGUE})"
+    " -> (Tensor, Tensor, Tensor)",
+    forward=_training,
+    fake=_training_fake,
+    save=_training_save,
+    backward=_backward,
+)
+
+
+# ---- backward ------------------------------------------------------------------------------------------------------
+
+
+def _gradients(grad, input, *others) -> tuple[torch.Tensor, ...]:
+    return _implementations.of(grad).batch_norm_backward(grad, input, *others)
+
+
+def _gradients_fake(grad, input, weight, bias, *others) -> tuple[torch.Tensor, ...]:
+    wants_x, wants_parameters, wants_inner = others[-3:]
+
+    def parameter() -> torch.Tensor:
+        if not wants_parameters:
+            return input.new_empty(0)
+        return input.new_empty(input.shape[1], dtype=(bias if weight is None else weight).dtype)
+
+    image, inner = (_empty_like(input) if wanted else input.new_empty(0) for wanted in (wants_x, wants_inner))
+    return image, parameter(), parameter(), inner
+
+
+def _gradients_save(ctx: Any, arguments: tuple, outputs: tuple) -> None:
+    ctx.save_for_backward(*arguments[:7])
+    ctx.state = arguments[7:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+    training = ctx.state[0]
+    with torch.enable_grad():
+        # Aliases of what was saved: gradients by them alone, and through them any higher order.
+        tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        if training:
+            tensors[5:] = reference.statistics(tensors[1])
+        outputs = reference.batch_norm_backward(*tensors, *ctx.state)
+    needed = [i for i in range(5) if ctx.needs_input_grad[i]]
+    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+    found: list[torch.Tensor | None] = [None] * (7 + len(ctx.state))
+    if pairs:
+        results = torch.autograd.grad(
+            [y for y, _ in pairs],
+            [tensors[i] for i in needed],
+            [g for _, g in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        for i, result in zip(needed, results, strict=True):
+            found[i] = result
+    return tuple(found)
+
+
+#: ∂L/∂x, ∂L/∂weight, ∂L/∂bias and ∂L/∂residual, each empty unless wanted; see ``reference.batch_norm_backward``.
+batch_norm_backward = Operator(
+    "batch_norm_backward",
+    "(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor? other, Tensor mean, Tensor var, bool training, "
+    f"float eps, {_EPILOGUE}, bool wants_input, bool wants_parameters, bool wants_inner)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    forward=_gradients,
+    fake=_gradients_fake,
+    save=_gradients_save,
+    backward=_gradients_backward,
+)
