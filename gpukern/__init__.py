@@ -2,7 +2,8 @@
 
 from gpukern import functional, nn
 from gpukern.convert import convert
+from gpukern.fuse import fuse, load
 from gpukern.summary import summary
 from gpukern.version import __version__
 
-__all__ = ["__version__", "convert", "functional", "nn", "summary"]
+__all__ = ["__version__", "convert", "functional", "fuse", "load", "nn", "summary"]

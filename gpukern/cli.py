@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpukern.explain.command import app as explain
+from gpukern.fuse.command import explain_model, fuse
 from gpukern.info import Component, Info, gather
 from gpukern.tune.command import tune
 from gpukern.version import __version__
@@ -22,7 +23,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+explain.command("model")(explain_model)
 app.add_typer(explain, name="explain")
+app.command()(fuse)
 app.command()(tune)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from gpukern.explain import question, show, words
 from gpukern.explain.answer import Answer, answer
@@ -18,7 +20,17 @@ from gpukern.runtime.device import DEVICES, DeviceSpec
 
 T = TypeVar("T")
 
-app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Questions(TyperGroup):
+    """What is no command but a file is a saved model."""
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and (args[0].endswith(".pt2") or Path(args[0]).is_file()):
+            args = ["model", *args]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(cls=_Questions, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
 _Dtype = Annotated[str, typer.Option(metavar="KIND", help="fp16, bf16, tf32 (fp32 as TF32 may multiply it) or fp32.")]
 _Arch = Annotated[
@@ -43,7 +55,10 @@ _NoCompile = Annotated[bool, typer.Option("--no-compile", help="Predict only, lo
 
 @app.callback()
 def _main() -> None:
-    """Why a layer gets the kernel that it gets: plan, alternatives, roofline, machine code. Needs no GPU."""
+    """Why a layer gets the kernel that it gets: plan, alternatives, roofline, machine code. Needs no GPU.
+
+    Of a model that gpukern fuse saved: gpukern explain r50.pt2
+    """
 
 
 @app.command()

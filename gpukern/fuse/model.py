@@ -1,0 +1,40 @@
+"""What :func:`gpukern.fuse` returns."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gpukern.fuse.cuda_graph import Replayed
+from gpukern.fuse.module import FusedModule
+from gpukern.fuse.report import FusionReport
+
+
+class FusedModel:
+    """A model fused for inference: call it as the model was called.
+
+    ``module`` is an ``nn.Module`` without parameters, its weights are buffers. It takes the arguments of the example
+    (floating-point tensors are cast to its dtype) and returns what the model did, in dicts and tuples as they were, in
+    the dtype that it was fused for. ``report`` says what was done.
+    """
+
+    def __init__(
+        self, module: FusedModule, report: FusionReport, example: tuple, dynamic_batch: bool, cuda_graph: bool
+    ) -> None:
+        self.module = module
+        self.report = report
+        self._example, self._dynamic_batch = example, dynamic_batch
+        self._call = Replayed(module) if cuda_graph else module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._call(*inputs)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the module and the report to ``path``, a ``.pt2`` file for :func:`gpukern.load`: all of it or, with
+        OSError or FusionError, nothing: a file that was there stays."""
+        from gpukern.fuse.artifact import save
+
+        save(path, self.module, self.report, self._example, self._dynamic_batch)
+
+    def __repr__(self) -> str:
+        return f"FusedModel({self.report.model}, {self.report.dtype}, {len(self.report.fused)} fused groups)"

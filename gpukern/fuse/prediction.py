@@ -1,0 +1,68 @@
+"""The kernel that a fused convolution or linear layer gets, and the least time that it could take."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from gpukern.explain.answer import chosen, ranked, residual_bytes
+from gpukern.explain.question import Question, convolution, linear
+from gpukern.explain.words import describe_plan
+from gpukern.fuse.program import arguments, value
+from gpukern.ops._conv2d.cost import work
+from gpukern.ops._conv2d.plan import Direction
+from gpukern.ops._conv2d.prepare import Epilogue
+from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.roofline import Work, floor
+
+
+class Kernel(NamedTuple):
+    """A plan in words, the bytes that must move, and the seconds of the roofline and of the plan."""
+
+    plan: str
+    bytes: int
+    floor: float
+    expected: float
+
+
+def kernel(node: Node, device: DeviceSpec, channels_last: bool) -> Kernel | None:
+    """Of a call of gpukern::conv2d or gpukern::linear in a shaped graph; None for others."""
+    question = _question(node, device, channels_last)
+    if question is None:
+        return None
+    plan, _ = chosen(question)
+    must = work(question.problem, question.direction, question.operands.itemsize, question.operands.kind)
+    moved = must.bytes + residual_bytes(question)
+    return Kernel(
+        describe_plan(plan, question.direction),
+        int(moved),
+        floor(Work(must.flops, moved, must.kind), device.peaks).seconds,
+        ranked(question, plan).seconds,
+    )
+
+
+def _question(node: Node, device: DeviceSpec, channels_last: bool) -> Question | None:
+    given: dict[str, Any] = arguments(node)
+    if node.target is torch.ops.gpukern.linear.default:
+        (rows, inputs), (outputs, _) = value(given["input"]).shape, value(given["weight"]).shape
+        kind = _kind(value(node).dtype)
+        has_bias = given["bias"] is not None
+        return linear(rows, inputs, outputs, Direction.FORWARD, kind, device, has_bias, given["activation"])
+    if node.target is not torch.ops.gpukern.conv2d.default:
+        return None
+    shapes = tuple(value(given["input"]).shape), tuple(value(given["weight"]).shape)
+    windows = (tuple(given[name]) for name in ("stride", "padding", "dilation"))
+    problem = conv_problem(*shapes, None, *windows, given["groups"])
+    epilogue = Epilogue(given["activation"], given["residual"] is not None)
+    has_bias = given["bias"] is not None
+    return convolution(problem, Direction.FORWARD, _kind(value(node).dtype), channels_last, device, has_bias, epilogue)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype is torch.float32:
+        return "tf32" if conv_precision(dtype) == "tf32" else "float32"
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,249 @@
+"""Models by name, weights and reports from files: what a command line has words for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpukern.fuse.report import IN_ARCHIVE, FusionReport
+from gpukern.tune.sources import model_called
+
+#: Files that :func:`load_weights` can read.
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+#: Names that checkpoints of training programs give to the model's own state.
+_NESTED = ("model_state_dict", "state_dict", "model")
+#: Names listed in a message, at most.
+_LISTED = 5
+
+
+class SourceError(ValueError):
+    """There is no such model, or a file does not hold what is wanted of it."""
+
+
+def load_model(name: str, weights: str | Path | None = None) -> torch.nn.Module:
+    """The model called ``name``, in evaluation mode, with the tensors of the file ``weights`` in it.
+
+    ==================================  ============================================================================
+    ``name``                            model
+    ==================================  ============================================================================
+    ``torchvision:resnet50``            ``torchvision.models.get_model``; without ``weights`` they are random
+    ``timm:resnet50``                   ``timm.create_model``, the same
+    ``package.module:factory``          what ``factory()`` returns; modules of the working directory are found too
+    ``model.pt2``                       what ``torch.export.save`` wrote
+    ==================================  ============================================================================
+
+    ``weights``: see :func:`load_weights`. SourceError for whatever is missing, unknown, broken or does not fit.
+    """
+    model = _made(name)
+    if weights is not None:
+        _fill(model, load_weights(weights), Path(weights))
+    return model.eval()
+
+
+def _made(name: str) -> torch.nn.Module:
+    package, colon, rest = name.partition(":")
+    if name.endswith(".pt2"):
+        return _exported(Path(name))
+    if Path(name).suffix in WEIGHTS:
+        raise SourceError(
+            f"{name} holds weights, and not what to compute with them: "
+            f"name the model, as in package.module:factory --weights {name}"
+        )
+    if colon and package in _ZOOS:
+        return _ZOOS[package](rest)
+    if not colon:
+        raise SourceError(
+            f"{name!r} names no model: expected torchvision:NAME, timm:NAME, package.module:factory or a .pt2 file"
+        )
+    return _called(name)
+
+
+def _called(name: str) -> torch.nn.Module:
+    try:
+        return model_called(name)
+    except ValueError as problem:
+        raise SourceError(str(problem)) from problem
+    except Exception as problem:  # whatever a factory raises
+        raise SourceError(f"{name} fails: {type(problem).__name__}: {problem}") from problem
+
+
+# ---- model zoos ----------------------------------------------------------------------------------------------------
+
+
+def _of_torchvision(name: str) -> torch.nn.Module:
+    models = _package("torchvision.models", "torchvision")
+    return _of_zoo("torchvision", name, models.list_models(), lambda: models.get_model(name, weights=None))
+
+
+def _of_timm(name: str) -> torch.nn.Module:
+    timm = _package("timm", "timm")
+    return _of_zoo("timm", name, timm.list_models(), lambda: timm.create_model(name, pretrained=False))
+
+
+_ZOOS: dict[str, Callable[[str], torch.nn.Module]] = {"torchvision": _of_torchvision, "timm": _of_timm}
+
+
+def _package(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as problem:  # also one that is there and does not fit the PyTorch that is
+        missing = isinstance(problem, ModuleNotFoundError) and problem.name == package
+        why = "is not installed" if missing else f"cannot be imported: {type(problem).__name__}: {problem}"
+        raise SourceError(f"{package} {why}: pip install {package}") from problem
+
+
+def _of_zoo(zoo: str, name: str, known: Sequence[str], make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    if name.partition(".")[0] not in known:  # timm's may have ".a1_in1k" for the weights after it
+        near = difflib.get_close_matches(name, known)
+        hint = f"; there is {', '.join(near)}" if near else ""
+        raise SourceError(f"{zoo} has no model {name!r}{hint}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about the zoo's own defaults
+            return make()
+    except Exception as problem:
+        raise SourceError(f"{zoo}:{name} cannot be made: {type(problem).__name__}: {problem}") from problem
+
+
+# ---- .pt2 ----------------------------------------------------------------------------------------------------------
+
+
+def _exported(path: Path) -> torch.nn.Module:
+    """With the modules it had when it was exported, so that they have names to report."""
+    if _extra(path) is not None:
+        raise SourceError(f"{path} is fused already: gpukern explain {path} shows how")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about torch's own format
+            return torch.export.unflatten(torch.export.load(path))
+    except Exception as problem:  # whatever torch makes of foreign or newer contents
+        raise SourceError(f"{path} cannot be loaded: {type(problem).__name__}: {problem}") from problem
+
+
+def saved_report(path: str | Path) -> FusionReport:
+    """The report inside a model that :meth:`FusedModel.save` wrote. SourceError if there is none."""
+    text = _extra(Path(path))
+    if text is None:
+        raise SourceError(f"{path} was not written by gpukern fuse: it holds no report")
+    try:
+        return FusionReport.from_json(text)
+    except ValueError as problem:
+        raise SourceError(f"{path} holds a report that cannot be read: {problem}") from problem
+
+
+def _extra(path: Path) -> str | None:
+    """The text of the report in a .pt2 file, None if it has none; SourceError unless it is an intact archive."""
+    _check_archive(path, ".pt2 file")
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith(f"extra/{IN_ARCHIVE}")]
+        try:
+            return archive.read(names[0]).decode("utf-8") if names else None
+        except UnicodeDecodeError as problem:
+            raise SourceError(f"{path} holds a report that cannot be read: {problem}") from problem
+
+
+def _check_archive(path: Path, kind: str) -> None:
+    """``torch.save`` and ``torch.export.save`` write zip archives; torch does not compare checksums on loading."""
+    if not path.is_file():
+        raise SourceError(f"there is no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (OSError, zipfile.BadZipFile, EOFError) as problem:
+        raise SourceError(f"{path} is no {kind}, or is cut off: {problem}") from problem
+    if broken is not None:
+        raise SourceError(f"{path} is damaged: wrong checksum of {broken}")
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The ``state_dict`` in a file, on the CPU: .safetensors, or what ``torch.save`` wrote.
+
+    Of a training program's checkpoint it is the part called model, state_dict or model_state_dict; the "module." that
+    DistributedDataParallel puts before every name is taken off. SourceError for anything else. Nothing but tensors and
+    plain values is unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SourceError(f"there is no file {path}")
+    if path.suffix not in WEIGHTS:
+        raise SourceError(f"{path}: weights come from {', '.join(WEIGHTS)} files")
+    state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    while isinstance(state, dict) and (
+        inner := next((state[n] for n in _NESTED if isinstance(state.get(n), dict)), None)
+    ):
+        state = inner
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise SourceError(f"{path} holds no state_dict: expected tensors by name")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _safetensors(path: Path) -> dict[str, torch.Tensor]:
+    load_file = _package("safetensors.torch", "safetensors").load_file
+    try:
+        return load_file(path)
+    except Exception as problem:  # SafetensorError, and what torch makes of unknown dtypes
+        raise SourceError(f"{path} is no .safetensors file, or is cut off: {problem}") from problem
+
+
+def _pickled(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        _check_archive(path, "file of torch.save")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as problem:  # whatever pickle or torch make of foreign bytes
+        short = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise SourceError(
+            f"{path} cannot be loaded as weights, it is damaged or holds other things: {short}"
+        ) from problem
+
+
+def _fill(model: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+    own = model.state_dict()
+    wrong = [
+        f"{name} is {_by(state[name])}, the model's {_by(own[name])}"
+        for name in own
+        if name in state and isinstance(own[name], torch.Tensor) and state[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise SourceError(f"{path} does not fit the model: {_listed(wrong)}")
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as problem:
+        raise SourceError(f"{path} does not fit the model: {problem}") from problem
+    lines = [f"{words}: {_listed(names)}" for words, names in (("missing", missing), ("unknown", unexpected)) if names]
+    if lines:
+        raise SourceError(f"{path} does not fit the model; {'; '.join(lines)}")
+
+
+def _by(tensor: torch.Tensor) -> str:
+    return "×".join(map(str, tensor.shape)) or "a number"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+def shape_called(words: str) -> tuple[int, ...]:
+    """ "32,3,224,224" or "32x3x224x224"; SourceError for anything but sizes of at least one."""
+    parts = re.split(r"\s*[x×,]\s*", words.strip().lower())
+    if not all(re.fullmatch(r"[1-9][0-9]{0,8}", part) for part in parts):
+        raise SourceError(f"{words!r} is no shape: expected sizes as in 32,3,224,224 or 32x3x224x224")
+    return tuple(map(int, parts))

@@ -1,0 +1,104 @@
+"""``gpukern.fuse`` against the original in float64, and what it fused."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import gpukern
+from gpukern.fuse.verify import cast, distance, leaves
+from gpukern.runtime.mode import Mode, force_mode, mode_of
+from models.zoo import NETWORKS as NETWORK_MODELS
+from tests.device import DEVICE
+from tests.fuse.networks import CASES, NORM, lively
+
+#: ‖y − ref‖ / ‖ref‖ of a few layers in fp32: a dozen roundings.
+BOUND = 12 * torch.finfo(torch.float32).eps
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    with force_mode(Mode.REFERENCE):
+        yield
+
+
+def truth(model, inputs):
+    with torch.no_grad():
+        return model.double()(*cast(inputs, torch.float64))
+
+
+#: The kernels, emulated where there is no GPU.
+KERNELS = mode_of(torch.empty(0, device=DEVICE))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_right_and_fuses_what_can_be_fused(name):
+    case = CASES[name]
+    model, example = case.make()
+    fused = gpukern.fuse(model, example)
+    assert tuple(group.pattern for group in fused.report.fused) == case.fused
+    reasons = [reason for _, reason in fused.report.not_fused]
+    assert len(reasons) == len(case.left), reasons
+    assert all(words in reason for words, reason in zip(case.left, reasons, strict=True)), reasons
+    # At another batch size too.
+    larger = tuple(torch.randn(3, *tensor.shape[1:]) for tensor in example)
+    outputs = [fused(*inputs) for inputs in (example, larger)]
+    for output, inputs in zip(outputs, (example, larger), strict=True):
+        expected = truth(model, inputs)
+        assert pytree.tree_structure(output) == pytree.tree_structure(expected)
+        assert distance(leaves(output), leaves(expected)) <= BOUND
+    errors = [group.error for group in fused.report.fused]
+    assert all(error <= BOUND for error in errors), errors
+
+
+@pytest.mark.parametrize(
+    "name, operators",
+    [
+        ("residual", "conv2d"),
+        ("in place", "conv2d conv2d"),
+        ("sequence, same", "conv2d"),
+        ("transposed, groups", "conv_transpose2d"),
+        ("transposed sequence", "conv_transpose2d"),
+        ("linear", "linear"),
+        ("linear over (N, L, C) and an activation", "linear"),
+        ("norm, addition and activation", "batch_norm"),
+        ("hard gate", "conv2d conv2d"),
+        ("pools", "conv2d"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.usefixtures("poisoned")
+def test_the_kernels_compute_it(name, operators, dtype, device):
+    model, example = CASES[name].make()
+    with force_mode(KERNELS):
+        fused = gpukern.fuse(model.to(device), tuple(tensor.to(device) for tensor in example), dtype=dtype)
+    assert [group.operator for group in fused.report.fused] == [f"gpukern::{name}" for name in operators.split()]
+    assert fused.report.verification.passed
+
+
+#: Of networks of the benchmark: batch norms, and each pattern with how often it is found.
+NETWORKS = {
+    "resnet18": (20, {f"{NORM} + relu": 9, f"{NORM} + add + relu": 8, NORM: 3}),
+    "mobilenet_v2": (52, {f"{NORM} + relu6": 35, f"{NORM} + add": 10, NORM: 7}),
+    "unet": (18, {f"{NORM} + relu": 18}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    norms, patterns = NETWORKS[name]
+    model = lively(NETWORK_MODELS[name].make())
+    x = torch.randn(2, 3, 64, 64)
+    report = gpukern.fuse(model, x).report
+    assert Counter(group.pattern for group in report.fused) == patterns
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()) == norms
+    assert not [name for name, reason in report.not_fused if "batch_norm" in name]
+    assert report.verification.truth == "float64" and report.verification.argmax_agreement == 1
+    assert report.after.operators <= report.before.operators - 2 * norms + patterns.get(NORM, 0)
+    assert report.after.activation_bytes < report.before.activation_bytes / 2
