@@ -46,7 +46,7 @@ def check(model: LeNet5, samples: Samples) -> list[Comparison]:
     if mode_of(samples.images) is Mode.REFERENCE:
         raise RuntimeError("the kernels run on a GPU or under GPUKERN_EMULATE=1, but this is reference mode")
     with force_mode(Mode.REFERENCE):
-        logits_bound, gradient_bound = _bounds(len(samples))
+        logits_bound, gradient_bound = _bounds(len(samples), hasattr(model, "bn1"))
     choices: dict[str, torch.Tensor] = {}
     with torch.backends.cudnn.flags(allow_tf32=False):  # the bounds are those of fp32 products
         logits = _forward(model, samples.images, partial(_record_choice, choices))
@@ -122,18 +122,23 @@ def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (torch.linalg.vector_norm(actual.double().cpu() - expected) / torch.linalg.vector_norm(expected)).item()
 
 
-def _bounds(batch: int) -> tuple[float, float]:
+def _bounds(batch: int, batch_norm: bool) -> tuple[float, float]:
     """Of the logits and of every gradient, as relative Frobenius norms.
 
     A sum of K products rounds to within ε·√K·(|x| ∗ |w|), as errors of both signs add up, and the relative errors of
     layers that follow one another add up: the logits are within c·ε·Σ√K of the reference. A gradient has gone through
     all these sums, through those of the input gradients, and through one of a weight gradient, which runs over the
-    batch and the image. The constant c = 2 covers the cancellation ‖|x| ∗ |w|‖/‖x ∗ w‖ in the sums.
+    batch and the image. A batch norm sums over these too, forward and backward. The constant c = 2 covers the
+    cancellation ‖|x| ∗ |w|‖/‖x ∗ w‖ in the sums.
     """
     eps, c = torch.finfo(torch.float32).eps, 2
     forward = backward = weight_gradient = 0.0
-    rows = summary(LeNet5(), LeNet5.INPUT_SIZE).rows
+    rows = summary(LeNet5(batch_norm=batch_norm), LeNet5.INPUT_SIZE).rows
     for before, row in itertools.pairwise(rows):
+        if row.layer.startswith("BatchNorm"):
+            terms = batch * math.prod(row.output_size[1:])
+            forward, backward = forward + math.sqrt(terms), backward + math.sqrt(terms)
+            continue
         # Each output takes part in K products, so there are K times as many; likewise for inputs and weights.
         products = row.multiply_adds
         forward += math.sqrt(products / math.prod(row.output_size))
@@ -146,7 +151,7 @@ def check_checkpoint(path: Path, images: int, device: torch.device) -> list[Comp
     """:func:`check` of a checkpoint of ``models.train`` on the first ``images`` held-out images of its data."""
     state = checkpoint.load(path)
     held_out = data.load(state["directory"] and Path(state["directory"])).held_out
-    model = LeNet5().to(device)
+    model = LeNet5(batch_norm=state["config"].get("batch_norm", False)).to(device)
     model.load_state_dict(state["model"])
     return check(model, Samples(held_out.images[:images], held_out.labels[:images]).to(device))
 

@@ -32,6 +32,8 @@ class LeNet5(torch.nn.Sequential):
     ==================================  ============  ===============
 
     ``layers`` is where the layers come from: ``gpukern.nn``, or ``torch.nn`` for the same network on torch's own.
+    ``batch_norm`` puts a batch norm before every ReLU (Ioffe and Szegedy, "Batch Normalization", ICML 2015), which
+    takes the place of the biases before it.
     Weights are drawn from torch's global generator.
     """
 
@@ -39,21 +41,23 @@ class LeNet5(torch.nn.Sequential):
     INPUT_SIZE = (1, 28, 28)
     CLASSES = 10
 
-    def __init__(self, layers: ModuleType = gpukern.nn) -> None:
-        super().__init__(
-            OrderedDict(
-                conv1=layers.Conv2d(1, 20, kernel_size=5, padding=2),
-                relu1=layers.ReLU(),
-                pool1=layers.MaxPool2d(kernel_size=2, stride=2),
-                conv2=layers.Conv2d(20, 50, kernel_size=5, padding=2),
-                relu2=layers.ReLU(),
-                pool2=layers.MaxPool2d(kernel_size=2, stride=2),
-                flatten=torch.nn.Flatten(),
-                fc1=layers.Linear(50 * 7 * 7, 500),
-                relu3=layers.ReLU(),
-                fc2=layers.Linear(500, self.CLASSES),
-            )
+    def __init__(self, layers: ModuleType = gpukern.nn, batch_norm: bool = False) -> None:
+        named = OrderedDict(
+            conv1=layers.Conv2d(1, 20, kernel_size=5, padding=2, bias=not batch_norm),
+            bn1=layers.BatchNorm2d(20) if batch_norm else None,
+            relu1=layers.ReLU(),
+            pool1=layers.MaxPool2d(kernel_size=2, stride=2),
+            conv2=layers.Conv2d(20, 50, kernel_size=5, padding=2, bias=not batch_norm),
+            bn2=layers.BatchNorm2d(50) if batch_norm else None,
+            relu2=layers.ReLU(),
+            pool2=layers.MaxPool2d(kernel_size=2, stride=2),
+            flatten=torch.nn.Flatten(),
+            fc1=layers.Linear(50 * 7 * 7, 500, bias=not batch_norm),
+            bn3=layers.BatchNorm1d(500) if batch_norm else None,
+            relu3=layers.ReLU(),
+            fc2=layers.Linear(500, self.CLASSES),
         )
+        super().__init__(OrderedDict((name, layer) for name, layer in named.items() if layer is not None))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -64,6 +68,7 @@ class LeNet5(torch.nn.Sequential):
         """
         for layer in (self.conv1, self.conv2, self.fc1):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            torch.nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                torch.nn.init.zeros_(layer.bias)
         torch.nn.init.kaiming_normal_(self.fc2.weight, nonlinearity="linear")
         torch.nn.init.zeros_(self.fc2.bias)

@@ -211,6 +211,9 @@ def main(
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate. (default depends on the optimizer)")] = None,
     momentum: Annotated[float | None, typer.Option(min=0, help="For momentum, nesterov. (default 0.9)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights and shuffling. (default 0)")] = None,
+    batch_norm: Annotated[
+        bool | None, typer.Option("--batch-norm/--no-batch-norm", help="One before every ReLU. (default none)")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Directory of MNIST-like IDX files. (default: scikit-learn's digits)")
     ] = None,
@@ -228,6 +231,7 @@ def main(
         "lr": lr,
         "momentum": momentum,
         "seed": seed,
+        "batch_norm": batch_norm,
     }
     try:
         train(options, data, out, choose_device(device.value), resume, checkpoint_every, console)

@@ -24,6 +24,8 @@ OPTIMIZERS: dict[str, tuple[float, Callable[..., Optimizer]]] = {
     "adam": (0.001, torch.optim.Adam),
     "adamw": (0.001, torch.optim.AdamW),
 }
+#: What checkpoints that do not name them were made with.
+_LATER = {"batch_norm": False}
 _WITH_MOMENTUM = ("momentum", "nesterov")
 
 
@@ -41,6 +43,7 @@ class Config:
     lr: float | None = None
     momentum: float | None = None
     seed: int = 0
+    batch_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -71,7 +74,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.data, self.device = config, data, device
         self.train, self.held_out = data.train.to(device), data.held_out.to(device)
-        self.model = LeNet5().to(device)
+        self.model = LeNet5(batch_norm=config.batch_norm).to(device)
         self.optimizer = config.make_optimizer(self.model.parameters())
         self.epoch, self.position = 0, 0
         self.accuracies: list[float] = []
@@ -163,7 +166,7 @@ class Trainer:
             raise CheckpointError(f"the checkpoint does not fit this network: {error!r}") from error
 
     def _check_same_training(self, state: dict[str, Any]) -> None:
-        wanted, stored = asdict(self.config), state["config"]
+        wanted, stored = asdict(self.config), {**_LATER, **state["config"]}
         differences = [
             f"{name} is {wanted[name]}, was {stored.get(name)}"
             for name in wanted

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import gpukern
 from models import demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,17 +23,23 @@ def test_demo(start):
     reached = float(re.search(r"held-out accuracy ([\d.]+)% \(97% required\): ok", output)[1])
     assert reached >= 97
     rows = re.findall(r"^(logits|∂L/∂\S+) +(\S+) +(\S+) +(\S+)", output, re.MULTILINE)
-    assert len(rows) == 9
+    assert len(rows) == 12
     assert all(float(error) <= float(bound) and verdict == "ok" for _, error, bound, verdict in rows)
     assert "kernels within their bounds: ok" in output
+    assert "fused network computes the same: ok" in output
+    assert "<html" in (ROOT / demo.OUT / demo.PAGE).read_text()
+    assert gpukern.load(ROOT / demo.OUT / demo.FUSED).report.fused
     for name in ("loss.png", "filters.png"):
         assert str(demo.OUT / name) in output
         assert (ROOT / demo.OUT / name).read_bytes().startswith(b"\x89PNG")
     assert "\x1b" not in output
 
 
-@pytest.mark.parametrize(("accuracy", "error", "code"), [(0.99, 1e-7, 0), (0.96, 1e-7, 1), (0.99, 1.0, 1)])
-def test_exit_status(monkeypatch, tmp_path, accuracy, error, code):
+@pytest.mark.parametrize(
+    ("accuracy", "error", "fused", "code"),
+    [(0.99, 1e-7, True, 0), (0.96, 1e-7, True, 1), (0.99, 1.0, True, 1), (0.99, 1e-7, False, 1)],
+)
+def test_exit_status(monkeypatch, tmp_path, accuracy, error, fused, code):
     class Trained:
         accuracies = (accuracy,)
         device = None
@@ -40,6 +47,7 @@ def test_exit_status(monkeypatch, tmp_path, accuracy, error, code):
 
     monkeypatch.setattr(demo, "_train", lambda device, console: Trained)
     monkeypatch.setattr(demo, "_prove", lambda device, console: [demo.Comparison("logits", error, 1e-5)])
+    monkeypatch.setattr(demo, "_fuse", lambda trainer, console: fused)
     monkeypatch.setattr(demo, "save_plots", lambda *arguments: (tmp_path, tmp_path))
     with pytest.raises(demo.typer.Exit) as exit:
         demo.main()

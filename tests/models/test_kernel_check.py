@@ -27,8 +27,9 @@ def samples():
     return Samples(torch.randn(4, 1, 28, 28), torch.tensor([3, 1, 4, 1]))
 
 
-def test_rounding_errors_pass(in_fp32, samples):
-    model = LeNet5()
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_rounding_errors_pass(in_fp32, samples, batch_norm):
+    model = LeNet5(batch_norm=batch_norm)
     comparisons = check(model, samples)
     assert [c.tensor for c in comparisons] == ["logits", *(f"∂L/∂{name}" for name, _ in model.named_parameters())]
     assert all(c.ok and 0 < c.error < c.bound < 1e-4 for c in comparisons)
@@ -42,10 +43,13 @@ def last_column_lost(output):
     return torch.nn.functional.pad(output[..., :-1], (0, 1))
 
 
-@pytest.mark.parametrize("layer", ["conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2"])
+LAYERS = ("conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "fc1", "relu3", "fc2")
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, "bn1", "bn3"])
 @pytest.mark.parametrize("mistake", [rounded, last_column_lost, lambda output: output + 1e-3, lambda output: -output])
 def test_wrong_layer_fails(in_fp32, samples, layer, mistake):
-    model = LeNet5()
+    model = LeNet5(batch_norm=layer not in LAYERS)
     model.get_submodule(layer).register_forward_hook(
         lambda module, inputs, output: mistake(output) if output.dtype is torch.float32 else None
     )

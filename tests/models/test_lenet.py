@@ -32,6 +32,23 @@ def test_initial_activations_keep_their_scale():
             assert 0.2 < x.square().mean().sqrt() < 5
 
 
+def test_batch_norm_takes_the_place_of_the_biases_before_it():
+    torch.manual_seed(0)
+    ours, theirs = LeNet5(batch_norm=True), LeNet5(torch.nn, batch_norm=True)
+    assert [name for name, _ in ours.named_parameters() if "bias" in name] == [
+        "bn1.bias",
+        "bn2.bias",
+        "bn3.bias",
+        "fc2.bias",
+    ]
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 1, 28, 28)
+    with force_mode(Mode.REFERENCE):
+        for model in (ours, theirs):
+            model(x)
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
 def test_seed_decides_the_weights():
     torch.manual_seed(3)
     first = LeNet5().state_dict()

@@ -86,11 +86,11 @@ def test_same_seed_same_weights(samples):
     assert other.losses != finish(Trainer(config, samples, CPU)).losses
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer, batch_norm", [*((name, False) for name in OPTIMIZERS), ("sgd", True)])
 @pytest.mark.parametrize("stop", [0, 3, 4, 6])
-def test_resumed_is_uninterrupted(samples, tmp_path, optimizer, stop):
+def test_resumed_is_uninterrupted(samples, tmp_path, optimizer, batch_norm, stop):
     """At the start, in the middle of an epoch, at its last step before the evaluation, in the second epoch."""
-    config = Config(epochs=3, batch_size=16, optimizer=optimizer)
+    config = Config(epochs=3, batch_size=16, optimizer=optimizer, batch_norm=batch_norm)
     stopped = Trainer(config, samples, CPU)
     for _ in range(stop):
         if stopped.position == stopped.steps_per_epoch:
@@ -130,6 +130,14 @@ def test_contradicting_configuration_is_refused(samples, config, problem):
     state = finish(Trainer(Config(epochs=1, batch_size=16), samples, CPU)).state_dict()
     with pytest.raises(CheckpointError, match=problem):
         Trainer(config, samples, CPU).load_state_dict(state)
+
+
+def test_checkpoints_from_before_batch_norm_resume(samples):
+    state = Trainer(Config(), samples, CPU).state_dict()
+    del state["config"]["batch_norm"]
+    Trainer(Config(), samples, CPU).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="batch_norm is True, was"):
+        Trainer(Config(batch_norm=True), samples, CPU).load_state_dict(state)
 
 
 def test_other_data_are_refused(samples, tmp_path):
