@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from gpukern.ops._activation import reference as activations
 from gpukern.ops._activation.properties import PROPERTIES
@@ -23,8 +24,18 @@ def batch_norm(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    """``act((x − mean) · weight / √(variance + eps) + bias + residual)``, in fp32 at least and rounded once."""
-    z, _, _ = _normalize(input, weight, bias, residual, mean, variance, eps)
+    """``act((x − mean) · weight / √(variance + eps) + bias + residual)``, in fp32 at least and rounded once.
+
+    By torch's own kernel, and so the same bits as its layer's.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    x = input.to(dtype)
+    numbers = (None if t is None else t.to(dtype) for t in (mean, variance, weight, bias))
+    z = F.batch_norm(x, *numbers, eps=eps) if x.numel() else x
+    return _finish(z if residual is None else z + residual.to(dtype), input, activation, negative_slope)
+
+
+def _finish(z: torch.Tensor, input: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:
     y = activations.activation(z, activation, negative_slope)
     return y.to(input.dtype).contiguous(memory_format=memory_format_of(input))
 
@@ -43,8 +54,9 @@ def batch_norm_training(
     mean, variance = statistics(input)
     if running is not None and input.numel():
         update(running, mean, variance, input.numel() // input.shape[1])
-    y = batch_norm(input, weight, bias, residual, mean, variance, eps, activation, negative_slope)
-    return y, mean, variance
+    # The difference first: with a large mean, torch's kernel for given statistics would lose it to cancellation.
+    z, _, _ = _normalize(input, weight, bias, residual, mean, variance, eps)
+    return _finish(z, input, activation, negative_slope), mean, variance
 
 
 def conv2d_batch_norm(
