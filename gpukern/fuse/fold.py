@@ -53,7 +53,7 @@ def exact(program: Program, match: Match) -> tuple[torch.Tensor, torch.Tensor | 
         bias = added if bias is None else bias + added
         weight = scaled(weight, step.scale, groups, dim=1)
     for step in match.after:
-        weight = scaled(weight, step.scale, groups, dim=0) if not transposed else scaled(weight, step.scale, groups, 1)
+        weight = scaled(weight, step.scale, groups, dim=1 if transposed else 0)
         bias = step.shift if bias is None else bias * step.scale + step.shift
     if not match.before and product.bias is None and all(not step.shift.any() for step in match.after):
         bias = None

@@ -25,9 +25,7 @@ def conv2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    epilogue = Epilogue(activation, residual is not None)
-    prepared = prepared_for(problem, Direction.FORWARD, input, weight, None, epilogue)
-    return run(prepared, input, weight, bias, residual, negative_slope)[0]
+    return _with_epilogue(Direction.FORWARD, problem, input, weight, bias, residual, activation, negative_slope)
 
 
 def conv_transpose2d(
@@ -39,8 +37,13 @@ def conv_transpose2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    epilogue = Epilogue(activation, residual is not None)
-    prepared = prepared_for(problem, Direction.INPUT_GRAD, input, weight, None, epilogue)
+    return _with_epilogue(Direction.INPUT_GRAD, problem, input, weight, bias, residual, activation, negative_slope)
+
+
+def _with_epilogue(
+    direction: Direction, problem: ConvProblem, input, weight, bias, residual, activation: str, negative_slope: float
+) -> torch.Tensor:
+    prepared = prepared_for(problem, direction, input, weight, None, Epilogue(activation, residual is not None))
     return run(prepared, input, weight, bias, residual, negative_slope)[0]
 
 
