@@ -1,0 +1,31 @@
+"""The functions of ``torch.nn.functional`` that gpukern computes itself, with the same signatures, defaults and errors.
+
+All are differentiable and take float32, float16 and bfloat16 (on a CPU in reference mode also float64). Layouts are
+kept: channels_last in, channels_last out. They follow ``torch.autocast`` as the PyTorch functions do.
+"""
+
+from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
+from gpukern.functional._batch_norm import batch_norm, conv2d_batch_norm
+from gpukern.functional._conv import conv2d, conv_transpose2d
+from gpukern.functional._linear import linear
+from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+
+__all__ = [
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "batch_norm",
+    "conv2d",
+    "conv2d_batch_norm",
+    "conv_transpose2d",
+    "gelu",
+    "hardsigmoid",
+    "hardswish",
+    "leaky_relu",
+    "linear",
+    "max_pool2d",
+    "relu",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "tanh",
+]

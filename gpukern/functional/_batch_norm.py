@@ -1,0 +1,155 @@
+"""Batch norm, alone and after a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gpukern.functional._conv import conv2d, sides
+from gpukern.ops import batch_norm as _batch_norm
+from gpukern.ops import conv_batch_norm as _conv_batch_norm
+from gpukern.ops._batch_norm.problem import check_several_values
+from gpukern.ops.activation import check_activation
+from gpukern.runtime.arguments import as_pair, check_tensors
+from gpukern.runtime.autocast import autocast
+from gpukern.runtime.integers import require
+from gpukern.runtime.tensors import check_floating
+
+
+def batch_norm(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> torch.Tensor:
+    r"""``y = act((x − mean) / √(var + eps) · weight + bias + residual)``, for each channel.
+
+    Parameters
+    ----------
+    input:
+        [N, C], [N, C, L], [N, C, H, W] or [N, C, ...]; any strides.
+    running_mean, running_var:
+        [C], the statistics unless ``training``. With ``training`` those of the batch are used (``var`` the biased
+        one), and these, which may then be None, are updated in place, without a gradient: ``r ← (1 − momentum) · r +
+        momentum · new``, where the new variance is the unbiased one. An empty batch leaves them alone.
+    weight, bias:
+        [C] or None.
+    residual, activation, negative_slope:
+        gpukern's extension, as in :func:`conv2d`: ``residual`` has the input's shape. They cost no extra pass over
+        memory, forward or backward, beyond reading the residual.
+
+    float16 and bfloat16 inputs take parameters and statistics of their own dtype or of float32; computes in fp32.
+    Differentiable to any order, also with frozen statistics. ``torch.autocast`` does not change it, as in torch.
+
+    Returns
+    -------
+    a tensor of ``input``'s shape and dtype, in channels_last if a 4-D input is.
+
+    Raises
+    ------
+    RuntimeError for sizes, dtypes or devices that do not fit and for running statistics that require a gradient or,
+    without ``training``, are missing; ValueError for one value per channel in training, for one running statistic
+    without the other, an ``eps`` that is not positive in training, and for an unknown activation; TypeError for
+    arguments of a wrong type. As ``torch.nn.functional.batch_norm``, before anything is computed.
+    """
+    check_tensors("batch_norm", input, running_mean, running_var, weight, bias, residual)
+    check_floating("batch_norm", input)
+    _check_statistics(running_mean, running_var, training, momentum, eps)
+    if training:
+        check_several_values(input.shape)
+    return _batch_norm.apply(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        residual,
+        training,
+        float(momentum),
+        float(eps),
+        check_activation(activation, negative_slope),
+        negative_slope,
+    )
+
+
+def _check_statistics(running_mean, running_var, training: bool, momentum: float, eps: float) -> None:
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, (float, int)):
+            raise TypeError(f"batch_norm(): {name} must be a float, not {type(value).__name__}")
+    if training:
+        if (running_mean is None) is not (running_var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        if eps <= 0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic is None:
+            require(training, f"{name} must be defined in evaluation mode")
+        elif statistic.requires_grad:
+            raise RuntimeError(f"batch_norm is not differentiable with respect to {name}: it cannot require a gradient")
+
+
+def conv2d_batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> torch.Tensor:
+    r"""``batch_norm(conv2d(input, weight, bias, …), running_mean, running_var, …)``, differentiable to any order.
+
+    In training the convolution's epilogue makes the statistics, so that its output is read once more, not twice. The
+    arguments are those of :func:`conv2d`, whose input must be a batch here, and of :func:`batch_norm`: ``norm_weight``
+    and ``norm_bias`` are its weight and bias [K], ``residual`` and ``activation`` follow it. Raises what these raise.
+    """
+    if not training:
+        z = conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return batch_norm(
+            z, running_mean, running_var, norm_weight, norm_bias, False, momentum, eps,
+            residual=residual, activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+    tensors = bias, running_mean, running_var, norm_weight, norm_bias, residual
+    check_tensors("conv2d_batch_norm", input, weight, *tensors)
+    require(input.dim() == 4, f"conv2d_batch_norm: expected a batch [N, C, H, W], got size {list(input.shape)}")
+    _check_statistics(running_mean, running_var, training, momentum, eps)
+    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
+    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    return _conv_batch_norm.apply(
+        input,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        residual,
+        running_mean,
+        running_var,
+        stride,
+        sides(padding, weight, stride, dilation),
+        dilation,
+        groups,
+        float(momentum),
+        float(eps),
+        check_activation(activation, negative_slope),
+        negative_slope,
+    )

@@ -1,0 +1,156 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gpukern.ops import conv2d as _conv2d
+from gpukern.ops import conv_transpose2d as _conv_transpose2d
+from gpukern.ops._conv2d.problem import same_padding
+from gpukern.ops.activation import check_activation
+from gpukern.runtime.arguments import as_pair, check_batched_or_not, check_tensors
+from gpukern.runtime.autocast import autocast
+from gpukern.runtime.tensors import check_alike
+
+
+def conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> torch.Tensor:
+    r"""``y[n,k,p,q] = act(Σ_{c,r,s} x[n, c, p·stride + r·dilation − padding, …] · w[k,c,r,s] + b[k] + residual[…])``.
+
+    Parameters
+    ----------
+    input:
+        [N, C, H, W] or one image [C, H, W]; any strides.
+    weight:
+        [K, C/groups, R, S].
+    bias:
+        [K] or None.
+    stride, dilation:
+        an int or a (vertical, horizontal) pair.
+    padding:
+        zeros added on both sides of each dimension (int or pair), ``"valid"`` (none) or ``"same"`` (stride 1 only;
+        where the total is odd the bottom and the right get the larger part).
+    groups:
+        splits channels into independent convolutions; ``groups == C`` is a depthwise convolution.
+    residual:
+        gpukern's extension: what is added before the activation, of the result's shape.
+    activation:
+        gpukern's extension, one of :data:`gpukern.ops.activation.ACTIVATIONS`: ``"relu"``, ``"relu6"``,
+        ``"leaky_relu"`` (with ``negative_slope``), ``"sigmoid"``, ``"hardsigmoid"``, ``"tanh"``, ``"silu"``,
+        ``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``. It and the residual cost no extra pass over memory, but that
+        training with one of the last four keeps what went into it.
+
+    Returns
+    -------
+    [N, K, P, Q] with P = ⌊(H + 2·padding − dilation·(R−1) − 1)/stride⌋ + 1, in channels_last if input or weight is.
+    Products are accumulated in fp32; for fp32 operands ``torch.backends.cudnn.allow_tf32`` decides about TF32.
+
+    Raises
+    ------
+    RuntimeError for sizes, dtypes or devices that do not fit; TypeError for arguments of a wrong type; ValueError for
+    an unknown activation. As ``torch.nn.functional.conv2d``, before anything is computed.
+    """
+    check_tensors("conv2d", input, weight, bias, residual)
+    if input.dim() != 4 and check_batched_or_not("conv2d", input):
+        return conv2d(
+            input.unsqueeze(0), weight, bias, stride, padding, dilation, groups,
+            residual=None if residual is None else residual.unsqueeze(0),
+            activation=activation, negative_slope=negative_slope,
+        ).squeeze(0)  # fmt: skip
+    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
+    padding = sides(padding, weight, stride, dilation)
+    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    if bias is not None and bias.dtype is not input.dtype:
+        check_alike("conv2d", input, bias)  # a folded bias may be float32; torch's layers have none such
+    return _conv2d.apply(
+        input,
+        weight,
+        bias,
+        residual,
+        stride,
+        padding,
+        dilation,
+        groups,
+        check_activation(activation, negative_slope),
+        negative_slope,
+    )
+
+
+def sides(padding: int | Sequence[int] | str, weight, stride, dilation) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right)."""
+    if isinstance(padding, str):
+        return _named_padding(padding, weight, stride, dilation)
+    vertical, horizontal = as_pair("padding", padding)
+    return vertical, vertical, horizontal, horizontal
+
+
+def _named_padding(name: str, weight, stride, dilation) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of "valid" and "same"."""
+    if name == "valid":
+        return 0, 0, 0, 0
+    if name != "same":
+        raise RuntimeError(f"invalid padding string: {name!r}, expected 'valid' or 'same'")
+    if stride != (1, 1):
+        raise RuntimeError("padding='same' is not supported for strided convolutions")
+    return same_padding(tuple(weight.shape[2:]), dilation)
+
+
+def conv_transpose2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> torch.Tensor:
+    r"""``y[n, c, p·stride + r·dilation − padding, …] = act(Σ_{k,r,s} x[n,k,p,q] · w[k,c,r,s] + b[c] + residual[…])``.
+
+    The gradient of :func:`conv2d` for its input, as an operation. ``input`` is [N, K, P, Q] or one image, ``weight``
+    [K, C/groups, R, S], ``bias`` [C]; the result [N, C, H, W] has H = (P − 1)·stride − 2·padding + dilation·(R − 1) +
+    output_padding + 1. All else, gpukern's extensions too, is as in :func:`conv2d`. Raises as
+    ``torch.nn.functional.conv_transpose2d``, before anything is computed.
+    """
+    check_tensors("conv_transpose2d", input, weight, bias, residual)
+    if input.dim() != 4 and check_batched_or_not("conv_transpose2d", input):
+        return conv_transpose2d(
+            input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation,
+            residual=None if residual is None else residual.unsqueeze(0),
+            activation=activation, negative_slope=negative_slope,
+        ).squeeze(0)  # fmt: skip
+    stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
+    padding, extra = as_pair("padding", padding), as_pair("output_padding", output_padding)
+    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    if bias is not None and bias.dtype is not input.dtype:
+        check_alike("conv_transpose2d", input, bias)
+    return _conv_transpose2d.apply(
+        input,
+        weight,
+        bias,
+        residual,
+        stride,
+        padding,
+        extra,
+        dilation,
+        groups,
+        check_activation(activation, negative_slope),
+        negative_slope,
+    )

@@ -1,0 +1,131 @@
+"""Pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gpukern.ops import pool2d as _pool2d
+from gpukern.runtime.arguments import as_pair, check_batched_or_not, check_tensors
+from gpukern.runtime.tensors import check_floating
+
+
+def max_pool2d(
+    input: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""``y[n,c,p,q] = max_{r,s} x[n, c, p·stride + r·dilation − padding, …]``, −∞ outside the image; NaN wins.
+
+    Parameters
+    ----------
+    input:
+        [N, C, H, W] or one image [C, H, W]; any strides.
+    kernel_size, stride, padding, dilation:
+        an int or a (vertical, horizontal) pair. ``stride`` is ``kernel_size`` by default; the padding is at most half
+        of the kernel.
+    ceil_mode:
+        rounds the output size up, so that windows may hang over the bottom and the right; a window that would begin
+        in the padding there is dropped.
+    return_indices:
+        also return the int64 places h·W + w of the maxima (the first of equal ones), as ``max_unpool2d`` takes them.
+
+    Returns
+    -------
+    [N, C, P, Q] with P = ⌊(H + 2·padding − dilation·(R−1) − 1)/stride⌋ + 1, in the layout of ``input``; exact.
+
+    Raises
+    ------
+    RuntimeError for sizes or dtypes that do not fit, TypeError for arguments of a wrong type: as
+    ``torch.nn.functional.max_pool2d``, before anything is computed.
+    """
+    check_tensors("max_pool2d", input)
+    check_floating("max_pool2d", input)
+    if input.dim() != 4 and check_batched_or_not("max_pool2d", input):
+        pooled = max_pool2d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return tuple(y.squeeze(0) for y in pooled) if return_indices else pooled.squeeze(0)
+    kernel, stride = _window(kernel_size, stride)
+    return _pool2d.max_pool(
+        input,
+        kernel,
+        stride,
+        as_pair("padding", padding),
+        as_pair("dilation", dilation),
+        _flag("ceil_mode", ceil_mode),
+        _flag("return_indices", return_indices),
+    )
+
+
+def avg_pool2d(
+    input: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> torch.Tensor:
+    r"""``y[n,c,p,q] = Σ_{r,s} x[n, c, p·stride + r − padding, …] / divisor``, zeros outside the image.
+
+    The divisor is the number of elements in the window, those of the padding included if ``count_include_pad`` (but
+    not what hangs over the padding by ``ceil_mode``), or ``divisor_override``. The other arguments, the result and
+    the errors as in :func:`max_pool2d`. Sums in fp32.
+    """
+    check_tensors("avg_pool2d", input)
+    check_floating("avg_pool2d", input)
+    if input.dim() != 4 and check_batched_or_not("avg_pool2d", input):
+        return avg_pool2d(
+            input.unsqueeze(0), kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        ).squeeze(0)
+    kernel, stride = _window(kernel_size, stride)
+    if type(divisor_override) not in (int, type(None)):
+        raise TypeError(f"divisor_override must be an int or None, got {divisor_override!r}")
+    return _pool2d.avg_pool2d(
+        input,
+        kernel,
+        stride,
+        as_pair("padding", padding),
+        (1, 1),
+        _flag("ceil_mode", ceil_mode),
+        _flag("count_include_pad", count_include_pad),
+        divisor_override,
+    )
+
+
+def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | None]) -> torch.Tensor:
+    r"""``y[n,c,p,q]`` is the mean of x over the rows ⌊p·H/P⌋ … ⌈(p+1)·H/P⌉ − 1 and likewise columns.
+
+    ``output_size`` is an int or a pair (P, Q), where None keeps the size of the input. input [N, C, H, W] or
+    [C, H, W] gives [N, C, P, Q] or [C, P, Q] in the same layout. Sums in fp32. Raises RuntimeError for sizes or
+    dtypes that do not fit, TypeError for arguments of a wrong type.
+    """
+    check_tensors("adaptive_avg_pool2d", input)
+    check_floating("adaptive_avg_pool2d", input)
+    if input.dim() != 4 and check_batched_or_not("adaptive_avg_pool2d", input):
+        return adaptive_avg_pool2d(input.unsqueeze(0), output_size).squeeze(0)
+    if isinstance(output_size, Sequence) and not isinstance(output_size, str):
+        if len(output_size) != 2:
+            raise RuntimeError(f"output_size must have 2 elements, got {output_size!r}")
+        output_size = [
+            size if wanted is None else wanted for wanted, size in zip(output_size, input.shape[2:], strict=True)
+        ]
+    return _pool2d.adaptive_avg_pool2d(input, as_pair("output_size", output_size))
+
+
+def _window(kernel_size, stride) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(kernel, stride); a stride of None or () is the kernel's size."""
+    kernel = as_pair("kernel_size", kernel_size)
+    if stride is None or (isinstance(stride, (tuple, list)) and not stride):
+        return kernel, kernel
+    return kernel, as_pair("stride", stride)
+
+
+def _flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
