@@ -21,6 +21,7 @@ def fuse(
     cuda_graph: bool = False,
     dynamic_batch: bool = True,
     verify: bool = True,
+    measure: bool = True,
     skip: Sequence[str] = (),
     strict: bool = False,
 ) -> FusedModel:
@@ -49,6 +50,9 @@ def fuse(
         leave the batch size free. Where the model does not allow that, a note in the report says so.
     verify:
         compare with the original in float64: see :mod:`gpukern.fuse.verify`.
+    measure:
+        on a CUDA device, time the model as it was and as it is, count their kernels, and put that in the report. A
+        hundred passes of each.
     skip:
         patterns, as of :mod:`fnmatch`, of paths of modules that stay as they are, with all inside: ``"head.*"``.
     strict:
@@ -57,8 +61,8 @@ def fuse(
     Raises
     ------
     TypeError for what is no module, ValueError for an unknown dtype, RuntimeError for ``cuda_graph`` without a CUDA
-    device; FusionError if the model cannot be captured, if the verification fails (it names the fused group to blame),
-    or with ``strict``.
+    device; FusionError if the model cannot be captured, if the verification fails (it names the fused group to blame,
+    and has the report as its ``report``), or with ``strict``.
     """
     from gpukern.fuse.pipeline import run
 
@@ -72,6 +76,7 @@ def fuse(
         cuda_graph=cuda_graph,
         dynamic_batch=dynamic_batch,
         verify=verify,
+        measure=measure,
         skip=skip,
         strict=strict,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from gpukern.fuse.capture import export_any_batch, first_line, quiet
 from gpukern.fuse.errors import FusionError
+from gpukern.fuse.files import replacing
 from gpukern.fuse.model import FusedModel
 from gpukern.fuse.module import FusedModule, Interface
 from gpukern.fuse.program import InputSpec
@@ -35,19 +35,8 @@ def save(path: str | os.PathLike[str], module: FusedModule, report: FusionReport
     except Exception as error:  # export raises of all kinds
         raise FusionError(f"torch.export cannot capture the fused network: {first_line(error)}") from error
     extra = {IN_ARCHIVE: report.to_json(), _INTERFACE: _interface_as_text(module.interface)}
-    # In the same folder, so that it can be renamed; torch.export wants the suffix.
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".pt2")
-    os.close(handle)
-    try:
-        with quiet():
-            torch.export.save(exported, name, extra_files=extra)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are the owner's alone
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    with replacing(path) as draft, quiet():
+        torch.export.save(exported, draft, extra_files=extra)
 
 
 def read(path: str | os.PathLike[str], cuda_graph: bool) -> FusedModel:

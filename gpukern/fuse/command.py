@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -81,21 +80,20 @@ def fuse(
     inputs = tuple(torch.randn(shape, device=place) for shape in shapes)
     settings = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
     kind = None if dtype is None else _dtype(dtype)
-    with _step("fusing: capture, fold, verify" if verify else "fusing: capture, fold"):
-        fused = _fused(made, inputs, dtype=kind, skip=skip, strict=strict, **settings)
+    steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
+    with _step(f"fusing: {', '.join(steps)}"):
+        fused, told, problem = _fused(made, inputs, dtype=kind, skip=skip, strict=strict, **settings)
     notes = ["The weights are random: none were given"] if model.startswith(_ZOOS) and weights is None else []
-    fused.report = replace(fused.report, model=model, notes=(*fused.report.notes, *notes))
-    if place.type == "cuda":
-        with _step("timing"):
-            fused.report = _timed(fused, made, inputs, channels_last)
+    told = replace(told, model=model, notes=(*told.notes, *notes))
     with _step("writing"):  # before anything is printed: whoever reads that may stop early
-        written = [
-            *_write(fused.report.to_html, report, "the report"),
-            *_write(fused.report.to_json, json, "the report"),
-            *_write(fused.save, save, "the fused model"),
-        ]
-    _print(fused.report)
+        written = [*_write(told.to_html, report, "the report"), *_write(told.to_json, json, "the report")]
+        if fused is not None:
+            fused.report = told
+            written += _write(fused.save, save, "the fused model")
+    _print(told)
     _tell(written)
+    if problem:
+        _fail(problem)
 
 
 def explain_model(
@@ -158,15 +156,21 @@ def _dtype(name: DtypeName) -> torch.dtype:
 # ---- the work ------------------------------------------------------------------------------------------------------
 
 
-def _fused(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **settings: Any) -> FusedModel:
+def _fused(
+    model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **settings: Any
+) -> tuple[FusedModel | None, FusionReport, str]:
+    """The fused model and its report; no model, its report and what is wrong where the verification fails."""
     from gpukern.fuse import fuse as fuse_model
     from gpukern.fuse.errors import FusionError
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what concerns the user is in the report's notes
-            return fuse_model(model, inputs, **settings)
+            fused = fuse_model(model, inputs, **settings)
+            return fused, fused.report, ""
     except FusionError as problem:
+        if problem.report is not None:
+            return None, problem.report, str(problem)
         _require_that_it_runs(model, inputs)
         _fail(str(problem))
     except RuntimeError as problem:  # a CUDA graph without CUDA, no memory
@@ -184,24 +188,6 @@ def _require_that_it_runs(model: torch.nn.Module, inputs: tuple[torch.Tensor, ..
         sizes = " and ".join("×".join(map(str, each.shape)) for each in inputs)
         told = f"the model does not take {sizes}: {type(problem).__name__}: {problem}"
         raise typer.BadParameter(told, param_hint="--input") from None
-
-
-def _timed(
-    fused: FusedModel, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], channels_last: bool
-) -> FusionReport:
-    """Beside the model as it would run unfused: in the same dtype and layout."""
-    import torch
-
-    from gpukern.fuse.timing import time_forward
-
-    dtype = getattr(torch, fused.report.dtype)
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    plain = copy.deepcopy(model).to(dtype).to(memory_format=layout)
-    inputs = tuple(
-        each.to(dtype, memory_format=layout if each.dim() == 4 else torch.preserve_format) for each in inputs
-    )
-    before = time_forward(plain, inputs, plain)
-    return replace(fused.report, timing_before=before, timing_after=time_forward(fused, inputs, fused.module))
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     draft = path.with_name(f".{path.stem}.{os.getpid()}.draft{path.suffix}")
+    draft.touch()  # an OSError here, whatever the writer would raise
     try:
         yield draft
         with draft.open("rb+") as written:

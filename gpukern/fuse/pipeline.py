@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from gpukern.fuse.match import Match, find
 from gpukern.fuse.model import FusedModel
 from gpukern.fuse.module import FusedModule, Interface
 from gpukern.fuse.program import Program, aten, is_call
-from gpukern.fuse.verify import Witness, cast, group_errors, require
+from gpukern.fuse.timing import beside
+from gpukern.fuse.verify import Witness, blame, cast, group_errors
 from gpukern.fuse.why import Left, left
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -34,6 +36,7 @@ def run(
     cuda_graph: bool,
     dynamic_batch: bool,
     verify: bool,
+    measure: bool,
     skip: Sequence[str],
     strict: bool,
 ) -> FusedModel:
@@ -64,11 +67,16 @@ def run(
         if verify:
             witness = Witness(exact, inputs, dtype)
             found = witness.judge(module)
-            require(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
             errors = group_errors(program, matches, lowered, prepared)
         work = Work(exact, captured, program, matches, lowered, unfused, channels_last)
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
-    return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
+        if found is not None and not found.passed:
+            told = blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
+            raise FusionError(told, replace(report, notes=(told, *report.notes)))
+        fused = FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
+        if measure and device.type == "cuda":
+            fused.report = beside(fused, exact, inputs, channels_last)
+    return fused
 
 
 def _build(program: Program, channels_last: bool, matches: Sequence[Match]) -> tuple[Lowered, FusedModule]:

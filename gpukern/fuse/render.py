@@ -28,8 +28,9 @@ def as_text(report: FusionReport) -> str:
 
 def render(report: FusionReport) -> RenderableType:
     """All of it, for a rich console."""
+    failed = report.verification is not None and not report.verification.passed
     return Group(
-        Text(words.headline(report), style="bold"),
+        Text(words.headline(report), style="bold red" if failed else "bold"),
         *(Text(f"note: {words.clean(note)}", style="yellow") for note in report.notes),
         _comparison(report),
         *_groups(report),

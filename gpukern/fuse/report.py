@@ -71,12 +71,16 @@ class Totals:
 
 @dataclass(frozen=True)
 class Timing:
-    """On a GPU: seconds of a forward pass in the median and the worst of a hundred, images a second, bytes at most."""
+    """On a GPU: seconds of a forward pass in the median and the worst of a hundred, images a second, bytes at most.
+
+    ``kernels`` are those that a pass launches, None where the profiler sees none.
+    """
 
     median: float
     p99: float
     images_per_second: float
     peak_memory: int
+    kernels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -152,26 +152,24 @@ def _argmax_agreement(outputs: Sequence[torch.Tensor], truth: Sequence[torch.Ten
 # ---- whose fault ----------------------------------------------------------------------------------------------------
 
 
-def require(found: Verification, matches: Sequence[Match], judge: Callable[[Sequence[Match]], Verification]) -> None:
-    """FusionError, naming the first match without which it would pass, unless the verification passed.
+def blame(found: Verification, matches: Sequence[Match], judge: Callable[[Sequence[Match]], Verification]) -> str:
+    """What to say of a verification that did not pass, naming the first match without which it would.
 
     ``judge`` verifies the model with some of the matches only.
     """
-    if found.passed:
-        return
     told = (
         f"the fused model is wrong: error {found.error:.3g}, while the unfused model's is {found.unfused:.3g} "
         f"and {found.bound:.3g} would do"
     )
     if not judge([]).passed:
-        raise FusionError(f"{told}. No fused group is to blame: it is wrong with none of them")
+        return f"{told}. No fused group is to blame: it is wrong with none of them"
     good, bad = 0, len(matches)
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if judge(matches[:middle]).passed else (good, middle)
     guilty = matches[bad - 1]
     names = ", ".join(dict.fromkeys(node.name for node in guilty.nodes))
-    raise FusionError(f"{told}. To blame is {guilty.pattern} ({names}), by {guilty.operator}")
+    return f"{told}. To blame is {guilty.pattern} ({names}), by {guilty.operator}"
 
 
 # ---- the error of each group ----------------------------------------------------------------------------------------

@@ -85,11 +85,16 @@ def comparison(report: FusionReport) -> list[Line]:
         lines.append(Line(f"error against {check.truth}", error(check.unfused), error(check.error), allowed(check)))
         if check.argmax_agreement is not None:
             lines.append(Line("rows with the truth's argmax", NONE, percent(check.argmax_agreement), ""))
-    return lines + _timings(report)
+    return [*lines[:1], *_kernels(report), *lines[1:], *_timings(report)]
 
 
 def _counted(name: str, before: int, after: int) -> Line:
     return Line(name, f"{before:,}", f"{after:,}", times(before, after))
+
+
+def _kernels(report: FusionReport) -> list[Line]:
+    before, after = (timing and timing.kernels for timing in (report.timing_before, report.timing_after))
+    return [_counted("kernels launched per forward", before, after)] if before and after else []
 
 
 def _timings(report: FusionReport) -> list[Line]:
@@ -170,4 +175,5 @@ def columns(report: FusionReport) -> list[Column]:
 def headline(report: FusionReport) -> str:
     """One line: how much was fused, how much was not."""
     fused, left = count(len(report.fused), "group"), len(report.not_fused)
-    return f"{clean(report.model)} in {report.dtype}: {fused} fused, {left or 'nothing'} left as it was"
+    failed = "the verification FAILED; " if report.verification and not report.verification.passed else ""
+    return f"{clean(report.model)} in {report.dtype}: {failed}{fused} fused, {left or 'nothing'} left as it was"

@@ -139,3 +139,8 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         fused.save(path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.pt2"]
+
+
+def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        gpukern.fuse(*one()).save(tmp_path / "nowhere" / "a.pt2")

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from gpukern.cli import app
+from gpukern.fuse import affine
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.report import IN_ARCHIVE, FusionReport
 from tests.fuse.made_up import report, tiny
@@ -95,11 +96,33 @@ def test_weights_are_read_and_random_ones_are_told(stub, monkeypatch, tmp_path):
     assert told not in run("fuse", "timm:tiny", *TINY[1:], "--weights", tmp_path / "w.pth").output
 
 
-def test_a_failed_verification_is_status_1(stub, tmp_path):
-    stub(FusionError("group 3 (layer1.0.conv1) is wrong: error 0.3, 1e-6 allowed"))
+def test_what_cannot_be_fused_is_status_1_and_writes_nothing(stub, tmp_path):
+    stub(FusionError("torch.export cannot capture the model: it prints"))
     result = run("fuse", *TINY, "--report", tmp_path / "out.html")
-    assert result.exit_code == 1 and "gpukern fuse: group 3 (layer1.0.conv1) is wrong" in result.output
+    assert result.exit_code == 1 and "gpukern fuse: torch.export cannot capture" in result.output
     assert not os.listdir(tmp_path)
+
+
+def test_a_failed_verification_is_status_1_with_a_report_and_no_model(monkeypatch, tmp_path):
+    """Of a batch norm that is folded wrongly."""
+    right = affine._batch_norm
+
+    def wrong(program, node):
+        found = right(program, node)
+        found.shift.add_(0.1)
+        return found
+
+    monkeypatch.setattr(affine, "_batch_norm", wrong)
+    page, values, saved = tmp_path / "out.html", tmp_path / "out.json", tmp_path / "tiny.pt2"
+    saved.write_text("of yesterday")
+    result = run("fuse", *TINY, "--report", page, "--json", values, "--save", saved)
+    blamed = "To blame is conv2d + batch_norm + relu"
+    assert result.exit_code == 1 and blamed in result.output.splitlines()[-1]
+    assert "tests.fuse.made_up:tiny in float32: the verification FAILED; 1 group fused" in result.output
+    assert saved.read_text() == "of yesterday"
+    found = FusionReport.from_json(values.read_text("utf-8"))
+    assert not found.verification.passed and blamed in found.notes[0] and found.fused[0].error > 1e-3
+    assert "FAILED" in page.read_text("utf-8") and '<b class="bad">' in page.read_text("utf-8")
 
 
 def test_an_input_that_the_model_does_not_take_is_status_2():
