@@ -111,7 +111,8 @@ def _fuse(trainer: Trainer, console: Console) -> bool:
     fused.report.to_html(OUT / PAGE)
     console.print(fused.report)
     console.print(
-        f"The same from the command line: gpukern explain {OUT / FUSED}. The file runs anywhere: gpukern.load.",
+        f"The same from the command line: gpukern fuse {OUT / CHECKPOINT} --input 4,1,28,28 --save lenet.pt2.\n"
+        f"The file {OUT / FUSED} runs anywhere (gpukern.load); gpukern explain shows how it was fused.",
         highlight=False,
     )
     return fused.report.verification.passed

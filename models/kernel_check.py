@@ -23,6 +23,7 @@ from gpukern.runtime.mode import Mode, force_mode, mode_of
 from models import checkpoint, data
 from models.data import Samples
 from models.lenet import LeNet5
+from models.trained import network
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,7 @@ def check_checkpoint(path: Path, images: int, device: torch.device) -> list[Comp
     """:func:`check` of a checkpoint of ``models.train`` on the first ``images`` held-out images of its data."""
     state = checkpoint.load(path)
     held_out = data.load(state["directory"] and Path(state["directory"])).held_out
-    model = LeNet5(batch_norm=state["config"].get("batch_norm", False)).to(device)
-    model.load_state_dict(state["model"])
-    return check(model, Samples(held_out.images[:images], held_out.labels[:images]).to(device))
+    return check(network(state).to(device), Samples(held_out.images[:images], held_out.labels[:images]).to(device))
 
 
 def main(path: Path, images: int = 4) -> None:

@@ -37,7 +37,7 @@ def fuse(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="torchvision:NAME, timm:NAME, package.module:factory, or a .pt2 file of torch.export.",
+            help="torchvision:NAME, timm:NAME, package.module:factory, a .pt2 file, or a checkpoint of models.train.",
             show_default=False,
         ),
     ],

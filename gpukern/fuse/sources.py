@@ -21,6 +21,9 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 #: Names that checkpoints of training programs give to the model's own state.
 _NESTED = ("model_state_dict", "state_dict", "model")
+#: Training programs whose checkpoints tell what they trained: their format, and what makes a model of the state. From
+#: here, not from the file: that shall not choose what code runs.
+_TRAINED = {"gpukern models.train checkpoint, version 1": "models.trained:network"}
 #: Names listed in a message, at most.
 _LISTED = 5
 
@@ -39,6 +42,7 @@ def load_model(name: str, weights: str | Path | None = None) -> torch.nn.Module:
     ``timm:resnet50``                   ``timm.create_model``, the same
     ``package.module:factory``          what ``factory()`` returns; modules of the working directory are found too
     ``model.pt2``                       what ``torch.export.save`` wrote
+    ``checkpoint.pt``                   what ``python -m models.train`` trained
     ==================================  ============================================================================
 
     ``weights``: see :func:`load_weights`. SourceError for whatever is missing, unknown, broken or does not fit.
@@ -54,22 +58,34 @@ def _made(name: str) -> torch.nn.Module:
     if name.endswith(".pt2"):
         return _exported(Path(name))
     if Path(name).suffix in WEIGHTS:
-        raise SourceError(
-            f"{name} holds weights, and not what to compute with them: "
-            f"name the model, as in package.module:factory --weights {name}"
-        )
+        return _trained(Path(name))
     if colon and package in _ZOOS:
         return _ZOOS[package](rest)
     if not colon:
         raise SourceError(
-            f"{name!r} names no model: expected torchvision:NAME, timm:NAME, package.module:factory or a .pt2 file"
+            f"{name!r} names no model: expected torchvision:NAME, timm:NAME, package.module:factory, a .pt2 file or a "
+            "checkpoint of models.train"
         )
     return _called(name)
 
 
-def _called(name: str) -> torch.nn.Module:
+def _trained(path: Path) -> torch.nn.Module:
+    """Of a checkpoint that says what it is of."""
+    if not path.is_file():
+        raise SourceError(f"there is no file {path}")
+    state = None if path.suffix == ".safetensors" else _pickled(path)
+    maker = _TRAINED.get(state.get("format")) if isinstance(state, dict) else None
+    if maker is None:
+        raise SourceError(
+            f"{path} holds weights, and not what to compute with them: "
+            f"name the model, as in package.module:factory --weights {path}"
+        )
+    return _called(maker, state)
+
+
+def _called(name: str, *arguments: Any) -> torch.nn.Module:
     try:
-        return model_called(name)
+        return model_called(name, *arguments)
     except ValueError as problem:
         raise SourceError(str(problem)) from problem
     except Exception as problem:  # whatever a factory raises

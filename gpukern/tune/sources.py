@@ -10,6 +10,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,8 +77,9 @@ def with_batch(problem: ConvProblem, batch: int | None) -> ConvProblem:
 # ---- models --------------------------------------------------------------------------------------------------------
 
 
-def model_called(name: str) -> torch.nn.Module:
-    """What "package.module:factory" makes; modules of the working directory are found too. ValueError if none."""
+def model_called(name: str, *arguments: Any) -> torch.nn.Module:
+    """What "package.module:factory" makes of ``arguments``; modules of the working directory are found too. ValueError
+    if there is none, or if it makes no model."""
     module_name, _, factory_name = name.partition(":")
     if not module_name or not factory_name:
         raise ValueError(f"{name!r} names no model: expected package.module:factory")
@@ -88,7 +90,7 @@ def model_called(name: str) -> torch.nn.Module:
                 factory = getattr(factory, part)
         except (ImportError, AttributeError) as problem:
             raise ValueError(f"{name} is not there: {problem}") from problem
-        made = factory()
+        made = factory(*arguments)
     if not isinstance(made, torch.nn.Module):
         raise ValueError(f"{name} makes a {type(made).__name__}, expected a torch.nn.Module")
     return made

@@ -95,7 +95,7 @@ def test_a_package_that_is_not_there_is_named(monkeypatch, package):
         ("tests.fuse.made_up:broken", "fails: RuntimeError: no such disk"),
         ("tests.fuse.made_up:report", "makes a FusionReport, expected a torch.nn.Module"),
         ("nowhere.pt2", "there is no file nowhere.pt2"),
-        ("checkpoint.pt", "name the model, as in package.module:factory --weights checkpoint.pt"),
+        ("nowhere.pt", "there is no file nowhere.pt"),
         ("", "names no model"),
     ],
 )
@@ -200,6 +200,35 @@ def test_a_checkpoint_of_the_training_program(tmp_path):
     trained = LeNet5()
     checkpoint.save(tmp_path / "checkpoint.pt", {"model": trained.state_dict(), "epoch": 12, "losses": torch.zeros(3)})
     assert same(load_model("models.lenet:LeNet5", tmp_path / "checkpoint.pt"), trained.state_dict())
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_that_checkpoint_is_a_model_itself(tmp_path, batch_norm):
+    trained, path = LeNet5(batch_norm=batch_norm), tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"config": {"batch_norm": batch_norm}, "model": trained.state_dict()})
+    made = load_model(str(path))
+    assert same(made, trained.state_dict()) and not made.training
+    other = LeNet5(batch_norm=batch_norm).state_dict()
+    torch.save(other, tmp_path / "w.pth")
+    assert same(load_model(str(path), tmp_path / "w.pth"), other)
+
+
+def test_other_weights_are_no_model(state, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    torch.save({"format": "os:abort", "model": state}, tmp_path / "foreign.pth")
+    for name in ("w.pth", "foreign.pth"):
+        with pytest.raises(SourceError, match=f"name the model, as in package.module:factory --weights .*{name}"):
+            load_model(str(tmp_path / name))
+
+
+def test_a_checkpoint_that_is_not_whole(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {"config": {}})
+    with pytest.raises(SourceError, match="fails: KeyError"):
+        load_model(str(tmp_path / "checkpoint.pt"))
+    cut = (tmp_path / "checkpoint.pt").read_bytes()[:-40]
+    (tmp_path / "checkpoint.pt").write_bytes(cut)
+    with pytest.raises(SourceError, match="cannot be loaded as weights"):
+        load_model(str(tmp_path / "checkpoint.pt"))
 
 
 def test_safetensors(state, tmp_path):
