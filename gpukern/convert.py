@@ -16,23 +16,25 @@ import torch
 from torch.nn.utils import parametrize
 
 import gpukern.nn
+from gpukern.nn.sequential import is_plain, runs, subclass_of
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["ConversionReport", "Layer", "LeftLayer", "convert"]
+__all__ = ["ConversionReport", "Layer", "LeftLayer", "Together", "convert"]
+
+_OURS = tuple(getattr(gpukern.nn, name) for name in gpukern.nn.__all__ if name != "Sequential")
 
 #: torch.nn layer → gpukern's, for every layer that gpukern.nn offers and torch.nn has
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    getattr(torch.nn, name): getattr(gpukern.nn, name) for name in gpukern.nn.__all__ if hasattr(torch.nn, name)
+    getattr(torch.nn, ours.__name__): ours for ours in _OURS if hasattr(torch.nn, ours.__name__)
 }
-
-_OURS = tuple(getattr(gpukern.nn, name) for name in gpukern.nn.__all__)
 
 _STRUCTURE = (torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten)
 _CONTAINERS = (
     torch.nn.Sequential,
+    gpukern.nn.Sequential,
     torch.nn.ModuleList,
     torch.nn.ModuleDict,
     torch.nn.ParameterList,
@@ -59,6 +61,17 @@ class LeftLayer(NamedTuple):
     reason: str
 
 
+class Together(NamedTuple):
+    """Neighbours in a ``torch.nn.Sequential`` that its call now computes as one: dotted names and class names."""
+
+    names: tuple[str, ...]
+    types: tuple[str, ...]
+
+    @property
+    def type(self) -> str:
+        return " + ".join(self.types)
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """What :func:`convert` did. A layer that the model has under several names is listed under the first."""
@@ -67,9 +80,12 @@ class ConversionReport:
     #: layers that were gpukern's before
     already: tuple[Layer, ...]
     left: tuple[LeftLayer, ...]
+    together: tuple[Together, ...] = ()
 
     def __str__(self) -> str:
         lines = [self._headline("replaced", self.replaced)]
+        if self.together:
+            lines.append(self._headline("computed as one", self.together, "group"))
         if self.already:
             lines.append(self._headline("gpukern's already", self.already))
         lines.append(self._headline("left to torch", self.left))
@@ -86,6 +102,8 @@ class ConversionReport:
         from rich.text import Text
 
         parts: list[RenderableType] = [Text(self._headline("replaced", self.replaced), style="green")]
+        if self.together:
+            parts.append(Text(self._headline("computed as one", self.together, "group"), style="green"))
         if self.already:
             parts.append(Text(self._headline("gpukern's already", self.already)))
         parts.append(Text(self._headline("left to torch", self.left), style="yellow" if self.left else "green"))
@@ -97,10 +115,12 @@ class ConversionReport:
         return Group(*parts, Text(_FOOTNOTE, style="dim"))
 
     @staticmethod
-    def _headline(what: str, layers: tuple[Layer, ...] | tuple[LeftLayer, ...]) -> str:
+    def _headline(
+        what: str, layers: tuple[Layer, ...] | tuple[LeftLayer, ...] | tuple[Together, ...], noun: str = "layer"
+    ) -> str:
         kinds = Counter(layer.type for layer in layers)
         listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-        return f"{what}: {len(layers)} layer{'' if len(layers) == 1 else 's'}{f' ({listed})' if listed else ''}"
+        return f"{what}: {len(layers)} {noun}{'' if len(layers) == 1 else 's'}{f' ({listed})' if listed else ''}"
 
 
 def convert(
@@ -119,6 +139,10 @@ def convert(
         and an optimizer made for the one serves both. All else is copied as :func:`copy.deepcopy` does.
     return_report:
         return ``(model, ConversionReport)``.
+
+    A ``torch.nn.Sequential`` in which neighbouring layers can be computed together becomes a
+    :class:`gpukern.nn.Sequential`, which tells when that is; one of a subclass that leaves ``forward`` alone gets a
+    class derived from both. The report lists them under ``together``.
 
     Names, ``state_dict``, hooks, training mode, devices, ``requires_grad``, parametrizations and layers shared between
     several places are kept. Layers that gpukern cannot serve stay torch's; the report lists them with the reason.
@@ -144,7 +168,8 @@ def convert(
             replaced.append(Layer(name, kind.__name__))
         else:
             already.append(Layer(name, kind.__name__))
-    report = ConversionReport(tuple(replaced), tuple(already), tuple(left))
+    together = [group for name, module in model.named_modules() for group in _compute_together(module, name)]
+    report = ConversionReport(tuple(replaced), tuple(already), tuple(left), tuple(together))
     return (model, report) if return_report else model
 
 
@@ -246,3 +271,27 @@ def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
         properties = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         replacement = type(type(module).__name__, (replacement,), properties)
     module.__class__ = replacement
+
+
+def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:
+    """Give a Sequential whose layers are converted the forward of gpukern's; what that computes together."""
+    if not isinstance(module, torch.nn.Sequential):
+        return []
+    names, children = [f"{name}.{key}" if name else key for key in module._modules], [*module._modules.values()]
+    found = runs(tuple(type(child) for child in children))
+    if not found:
+        return []
+    if not isinstance(module, gpukern.nn.Sequential):
+        if not _has_torchs_forward(module):
+            return []
+        module.__class__ = subclass_of(type(module))
+    layers = [slice(run.first, run.end) for run in found if all(map(is_plain, children[run.first : run.end]))]
+    return [Together(tuple(names[of]), tuple(_torch_type(child).__name__ for child in children[of])) for of in layers]
+
+
+def _has_torchs_forward(module: torch.nn.Sequential) -> bool:
+    """Whether a call does what it does for every ``torch.nn.Sequential``."""
+    called = ("forward", "__call__", "__iter__")
+    return "forward" not in vars(module) and all(
+        getattr(type(module), name) is getattr(torch.nn.Sequential, name) for name in called
+    )

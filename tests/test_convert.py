@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import threading
 
 import pytest
@@ -54,7 +55,7 @@ def reasons(model: nn.Module) -> dict[str, str]:
 def test_there_is_a_case_for_every_layer():
     assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS)
     # torch.nn has no batch norm with an activation.
-    assert {kind.__name__ for kind in REPLACEMENTS} == set(gpukern.nn.__all__) - {"BatchNormAct2d"}
+    assert {kind.__name__ for kind in REPLACEMENTS} == set(gpukern.nn.__all__) - {"BatchNormAct2d", "Sequential"}
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
@@ -171,6 +172,114 @@ def test_tensor_that_no_deepcopy_takes_is_shared():
         layer.weight_g.mul_(2)
     x = torch.randn(2, 3)
     torch.testing.assert_close(converted(x), layer(x))
+
+
+class Block(nn.Sequential):
+    """Like torchvision's Conv2dNormActivation."""
+
+    def __init__(self, channels: int):
+        super().__init__(nn.Conv2d(3, channels, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
+        self.channels = channels
+
+
+class Residual(Block):
+    def forward(self, x):
+        return super().forward(x)[:, :3] + x[:, :, 1:-1, 1:-1]
+
+
+class Backwards(Block):
+    def __iter__(self):
+        return iter([*super().__iter__()][::-1])
+
+
+def test_sequentials_compute_neighbours_as_one():
+    model = nn.Sequential(Block(5), nn.Sequential(nn.Conv2d(5, 3, 1), nn.BatchNorm2d(3)), Residual(3), nn.Flatten())
+    model.append(nn.Sequential(nn.Linear(48, 4), nn.Tanh(), nn.Dropout(0.0)))
+    kinds = [type(module) for module in model.modules()]
+    converted, report = gpukern.convert(model, return_report=True)
+    assert report.together == (
+        (("0.0", "0.1", "0.2"), ("Conv2d", "BatchNorm2d", "ReLU")),
+        (("1.0", "1.1"), ("Conv2d", "BatchNorm2d")),
+        (("4.0", "4.1"), ("Linear", "Tanh")),
+    )
+    assert str(report).splitlines()[1] == (
+        "computed as one: 3 groups (1 Conv2d + BatchNorm2d + ReLU, 1 Conv2d + BatchNorm2d, 1 Linear + Tanh)"
+    )
+    out = io.StringIO()
+    Console(file=out, width=120).print(report)
+    assert "computed as one: 3 groups" in out.getvalue()
+
+    assert [type(module) for module in model.modules()] == kinds
+    # Nothing runs together in the outer one, and a forward of its own is left alone.
+    assert type(converted) is nn.Sequential and type(converted[2]) is Residual
+    assert type(converted[1]) is type(converted[4]) is gpukern.nn.Sequential
+    block = converted[0]
+    assert isinstance(block, Block) and isinstance(block, gpukern.nn.Sequential) and block.channels == 5
+    assert repr(converted) == repr(model) and list(converted.state_dict()) == list(model.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-4)
+    called = []
+    converted[0][1].register_forward_hook(lambda *_: called.append("norm"))
+    assert len(gpukern.convert(converted, return_report=True)[1].together) == 2
+    converted(x)
+    assert called
+
+    again, report = gpukern.convert(converted, return_report=True)
+    assert not report.replaced and type(again[0]) is type(block)
+
+
+def test_sequential_runs_together_in_its_own_forward(monkeypatch):
+    converted = gpukern.convert(nn.Sequential(Block(4), Backwards(4), Residual(4)))
+    monkeypatch.setattr(gpukern.nn.BatchNorm2d, "forward", lambda *_: pytest.fail("called by itself"))
+    converted[0](torch.randn(2, 3, 8, 8))
+    assert type(converted[1]) is Backwards and type(converted[2]) is Residual
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_converted_subclass_of_sequential_can_be_copied(how):
+    converted = gpukern.convert(Block(4)).eval()
+    seen = []
+    if how == "deepcopy":
+        converted.register_forward_hook(lambda *_: seen.append(1))
+        copied = copy.deepcopy(converted)
+    elif how == "pickle":
+        copied = pickle.loads(pickle.dumps(converted))
+    else:
+        file = io.BytesIO()
+        torch.save(converted, file)
+        file.seek(0)
+        copied = torch.load(file, weights_only=False)
+    assert type(copied) is type(converted) and copied.channels == 4 and not copied.training
+    assert copied[0].weight is not converted[0].weight
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(copied(x), converted(x))
+    assert len(seen) == (2 if how == "deepcopy" else 0)
+
+
+def test_sequential_keeps_what_is_its_own():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()
+    model.note = "mine"
+    model.register_forward_hook(lambda module, inputs, output: output + 1)
+    patched = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    patched.forward = lambda x: x
+    both = nn.ModuleList([model, patched])
+    converted = gpukern.convert(both, inplace=True)
+    assert converted[0] is model and type(model) is gpukern.nn.Sequential
+    assert model.note == "mine" and not model.training
+    assert model(torch.randn(2, 3)).min() >= 1
+    assert type(patched) is nn.Sequential
+    x = torch.randn(2, 3)
+    assert converted[1](x) is x
+
+
+def test_activation_that_a_sequential_has_twice():
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(3, 3), relu, nn.Linear(3, 3), relu)
+    converted, report = gpukern.convert(model, return_report=True)
+    assert [group.names for group in report.together] == [("0", "1"), ("2", "3")]
+    assert converted[1] is converted[3]
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(converted(x), model(x))
 
 
 def test_traced_graph():

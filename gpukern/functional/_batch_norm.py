@@ -48,7 +48,8 @@ def batch_norm(
         memory, forward or backward, beyond reading the residual.
 
     float16 and bfloat16 inputs take parameters and statistics of their own dtype or of float32; computes in fp32.
-    Differentiable to any order, also with frozen statistics. ``torch.autocast`` does not change it, as in torch.
+    Differentiable to any order, also with frozen statistics; second and higher derivatives are computed in plain torch.
+    ``torch.autocast`` does not change it, as in torch; a residual of another dtype there promotes the result, as a sum.
 
     Returns
     -------

@@ -2,7 +2,7 @@
 
 Same constructor, same parameters and ``state_dict``; only the computation differs. ``isinstance(layer,
 torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d``, which torch.nn has not, is a
-``torch.nn.BatchNorm2d`` with an epilogue.
+``torch.nn.BatchNorm2d`` with an epilogue. ``Sequential`` computes neighbours among these layers together.
 """
 
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
@@ -10,6 +10,7 @@ from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from gpukern.nn.sequential import Sequential
 
 __all__ = [
     "GELU",
@@ -27,6 +28,7 @@ __all__ = [
     "MaxPool2d",
     "ReLU",
     "ReLU6",
+    "Sequential",
     "SiLU",
     "Sigmoid",
     "Tanh",

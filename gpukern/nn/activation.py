@@ -1,4 +1,8 @@
+"""Activations. ``_epilogue`` is what computes one in the kernel of the layer before it: arguments of that function."""
+
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 import torch
 
@@ -8,12 +12,16 @@ from gpukern import functional as F
 class ReLU(torch.nn.ReLU):
     """``torch.nn.ReLU`` on gpukern's kernels."""
 
+    _epilogue: ClassVar[dict[str, Any]] = {"activation": "relu"}
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.relu(input, inplace=self.inplace)
 
 
 class ReLU6(torch.nn.ReLU6):
     """``torch.nn.ReLU6`` on gpukern's kernels."""
+
+    _epilogue: ClassVar[dict[str, Any]] = {"activation": "relu6"}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.relu6(input, inplace=self.inplace)
@@ -25,9 +33,15 @@ class LeakyReLU(torch.nn.LeakyReLU):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.leaky_relu(input, self.negative_slope, inplace=self.inplace)
 
+    @property
+    def _epilogue(self) -> dict[str, Any]:
+        return {"activation": "leaky_relu", "negative_slope": self.negative_slope}
+
 
 class Sigmoid(torch.nn.Sigmoid):
     """``torch.nn.Sigmoid`` on gpukern's kernels."""
+
+    _epilogue: ClassVar[dict[str, Any]] = {"activation": "sigmoid"}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.sigmoid(input)
@@ -36,6 +50,8 @@ class Sigmoid(torch.nn.Sigmoid):
 class Hardsigmoid(torch.nn.Hardsigmoid):
     """``torch.nn.Hardsigmoid`` on gpukern's kernels."""
 
+    _epilogue: ClassVar[dict[str, Any]] = {"activation": "hardsigmoid"}
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.hardsigmoid(input, inplace=self.inplace)
 
@@ -43,12 +59,16 @@ class Hardsigmoid(torch.nn.Hardsigmoid):
 class Tanh(torch.nn.Tanh):
     """``torch.nn.Tanh`` on gpukern's kernels."""
 
+    _epilogue: ClassVar[dict[str, Any]] = {"activation": "tanh"}
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.tanh(input)
 
 
 class SiLU(torch.nn.SiLU):
     """``torch.nn.SiLU`` on gpukern's kernels."""
+
+    _epilogue: ClassVar[dict[str, Any]] = {"activation": "silu"}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.silu(input, inplace=self.inplace)
@@ -60,9 +80,16 @@ class GELU(torch.nn.GELU):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.gelu(input, approximate=self.approximate)
 
+    @property
+    def _epilogue(self) -> dict[str, Any] | None:
+        # None for what F.gelu refuses.
+        return {"none": {"activation": "gelu"}, "tanh": {"activation": "gelu_tanh"}}.get(self.approximate)
+
 
 class Hardswish(torch.nn.Hardswish):
     """``torch.nn.Hardswish`` on gpukern's kernels."""
+
+    _epilogue: ClassVar[dict[str, Any]] = {"activation": "hardswish"}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.hardswish(input, inplace=self.inplace)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gpukern import functional as F
+from gpukern.nn.conv import Conv2d
 from gpukern.ops.activation import check_activation
 
 
@@ -10,29 +13,47 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the layers share: torch's bookkeeping around :func:`gpukern.functional.batch_norm`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._normalize(input)
+        return self._compute(input)
 
-    def _normalize(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
+    def _compute(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
         self._check_input_dim(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        if self._counts():
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the mean over all batches so far
-                momentum = 1.0 / float(self.num_batches_tracked)
-        batch = self.training or (self.running_mean is None and self.running_var is None)
-        # In training, statistics that are not tracked are neither read nor updated.
-        running = not self.training or self.track_running_stats
-        return F.batch_norm(
-            input,
-            self.running_mean if running else None,
-            self.running_var if running else None,
-            self.weight,
-            self.bias,
-            batch,
-            momentum,
-            self.eps,
+        momentum = self._momentum(0)
+        mean, variance = self._running()
+        batch = self.training or (mean is None and variance is None)
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, batch, momentum, self.eps, **epilogue)
+
+    def _compute_after(self, conv: Conv2d, input: torch.Tensor, **epilogue) -> torch.Tensor:
+        """In training, this norm of ``conv(input)``, whose kernel makes the statistics; ``input`` is [N, C, H, W]."""
+        counts = self._counts()
+        input, padding = conv._padded(input)
+        output = F.conv2d_batch_norm(
+            *(input, conv.weight, conv.bias, *self._running(), self.weight, self.bias),
+            *(conv.stride, padding, conv.dilation, conv.groups),
+            momentum=self._momentum(1 if counts else 0),
+            eps=self.eps,
             **epilogue,
         )
+        if counts:  # only now: a batch that the convolution refuses never comes to a norm
+            self.num_batches_tracked.add_(1)
+        return output
+
+    def _running(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The running statistics. In training, those that are not tracked are neither read nor updated."""
+        if self.training and not self.track_running_stats:
+            return None, None
+        return self.running_mean, self.running_var
+
+    def _counts(self) -> bool:
+        return self.training and self.track_running_stats and self.num_batches_tracked is not None
+
+    def _momentum(self, ahead: int) -> float:
+        """The weight of a batch, with ``ahead`` batches that ``num_batches_tracked`` has not counted yet."""
+        if self.momentum is not None:
+            return self.momentum
+        # The mean over all batches so far.
+        return 1.0 / float(self.num_batches_tracked + ahead) if self._counts() else 0.0
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -73,7 +94,11 @@ class BatchNormAct2d(_BatchNorm, torch.nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[N, C, H, W], and what is added before the activation: a tensor of the same shape."""
-        return self._normalize(input, residual=residual, activation=self.activation, negative_slope=self.negative_slope)
+        return self._compute(input, residual=residual, **self._epilogue)
+
+    @property
+    def _epilogue(self) -> dict[str, Any]:
+        return {"activation": self.activation, "negative_slope": self.negative_slope}
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""

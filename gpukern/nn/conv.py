@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gpukern import functional as F
@@ -12,20 +14,38 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+        input, padding = self._padded(input)
         return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """(what the kernel reads, the zeros that it adds)."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+
+    def _compute(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
+        input, padding = self._padded(input)
+        return F.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, **epilogue)
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """``torch.nn.ConvTranspose2d`` on gpukern's kernels. See :func:`gpukern.functional.conv_transpose2d`."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return self._compute(input, output_size)
+
+    def _compute(self, input: torch.Tensor, output_size: list[int] | None = None, **epilogue) -> torch.Tensor:
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
         )
         return F.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, output_padding, self.groups, self.dilation
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            output_padding,
+            self.groups,
+            self.dilation,
+            **epilogue,
         )

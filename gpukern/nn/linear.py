@@ -9,4 +9,7 @@ class Linear(torch.nn.Linear):
     """``torch.nn.Linear`` on gpukern's kernels. See :func:`gpukern.functional.linear`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.linear(input, self.weight, self.bias)
+        return self._compute(input)
+
+    def _compute(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
+        return F.linear(input, self.weight, self.bias, **epilogue)

@@ -43,6 +43,8 @@ def apply(
     negative_slope: float,
 ) -> torch.Tensor:
     """Batch norm with the batch's statistics if ``training``, updating the running ones if there are any."""
+    if residual is not None and residual.dtype is not input.dtype:
+        input, residual = _promoted(input, residual)
     operands, epilogue = (input, weight, bias, residual), (eps, activation, negative_slope)
     if not training:
         return batch_norm(*operands, running_mean, running_var, *epilogue)
@@ -57,6 +59,16 @@ def apply(
     if input.numel():
         reference.update(running, mean, variance, input.numel() // input.shape[1])
     return output
+
+
+def _promoted(input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Under autocast, where dtypes mix, both in the dtype that torch's ``+`` would give the result."""
+    device = input.device.type
+    # Tensors without memory have no autocast, and asking for it raises.
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return input, residual
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    return input.to(dtype), residual.to(dtype)
 
 
 def check(input, weight, bias, residual, **statistics: torch.Tensor) -> None:

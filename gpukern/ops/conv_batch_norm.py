@@ -75,9 +75,10 @@ def _check(
 
 def _forward(input, weight, bias, norm_weight, norm_bias, residual, *others) -> tuple[torch.Tensor, ...]:
     geometry, epilogue = others[:4], others[4:]
-    _check(input, weight, bias, norm_weight, norm_bias, residual, *geometry)
-    problem = conv_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
     operands = input, weight, bias, norm_weight, norm_bias, residual
+    if not isinstance(epilogue[-1], Running):  # those of eager calls, which were checked with them
+        _check(*operands, *geometry)
+    problem = conv_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
     return _implementations.of(input).conv2d_batch_norm(problem, *operands, *epilogue)
 
 

@@ -323,6 +323,27 @@ def test_offsets_beyond_32_bits(device):
 # ---- running statistics --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float16)], ids=str)
+def test_residual_of_another_dtype_under_autocast(dtypes, training, device):
+    """The result's dtype is that of torch's ``+``; every gradient's that of its tensor."""
+    one = call((3, 6, 5, 7), device, dtype=dtypes[0], residual=True, activation="silu", training=training)
+    one.residual = one.residual.detach().to(dtypes[1]).requires_grad_()
+    exact = one.exact()
+    with torch.autocast(device.type, torch.float16):
+        output = one()
+    assert output.dtype is one.torchs().dtype is torch.float32
+    expected = exact.torchs()
+    grad = torch.randn_like(output)
+    actual = torch.autograd.grad(output, one.leaves, grad)
+    wanted = torch.autograd.grad(expected, exact.leaves, grad.cpu().double())
+    assert (output.double().cpu() - expected).norm() <= 6 * FP32_EPS * 105**0.5 * expected.norm()
+    for leaf, a, b in zip(one.leaves, actual, wanted, strict=True):
+        assert a.dtype is leaf.dtype
+        bound = 4 * 6 * FP32_EPS * 105**0.5 + torch.finfo(leaf.dtype).eps
+        assert (a.double().cpu() - b).norm() <= bound * b.norm()
+
+
 def test_running_statistics_of_other_dtypes_and_strides(device):
     one = call((19, 3, 4, 5), device, dtype=torch.float16, parameters=torch.float16)
     check(one)
@@ -444,6 +465,31 @@ def test_reference_gradcheck(training):
 
             assert torch.autograd.gradcheck(norm, (x, weight, bias, residual))
             assert torch.autograd.gradgradcheck(norm, (x, weight, bias, residual))
+
+
+@pytest.mark.parametrize("activation", [None, "tanh", "silu"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+def test_third_derivatives(training, activation):
+    """Against the formula, which autograd differentiates: torch's own batch norm gets them wrong in training."""
+
+    def formula(one):
+        channels = (slice(None), None, None)
+        statistics = torch.var_mean(one.x, (0, 2, 3), correction=0) if training else (one.var, one.mean)
+        variance, mean = (t[channels] for t in statistics)
+        normal = (one.x - mean) * (variance + one.eps).rsqrt()
+        return activate(normal * one.weight[channels] + one.bias[channels] + one.residual, activation)
+
+    def third(one, y):
+        for _ in range(2):
+            first = torch.autograd.grad(y.pow(3).sum(), one.leaves, create_graph=True)
+            y = sum(g.pow(2).sum() for g in first)
+        return torch.autograd.grad(y, one.leaves)
+
+    with force_mode(Mode.REFERENCE):
+        one = call((3, 2, 3, 3), "cpu", training=training, residual=True, activation=activation).exact()
+        wanted = third(one, formula(one))
+        for actual, reference in zip(third(one, one()), wanted, strict=True):
+            assert (actual - reference).norm() <= 1e-10 * reference.norm()
 
 
 def network() -> nn.Sequential:

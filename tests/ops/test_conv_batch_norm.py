@@ -108,6 +108,10 @@ def test_errors_and_nothing_to_do(where):
         F.conv2d_batch_norm(x[0], filters, bias, one, one, **CONV)
     with pytest.raises(ValueError, match="either both be None"):
         F.conv2d_batch_norm(x, filters, bias, one, None, **CONV)
+    with pytest.raises(RuntimeError, match="residual to have"):  # as graphs call it
+        torch.ops.gpukern.conv2d_batch_norm(
+            *(x, filters, bias, weight, shift, residual[:1], [2, 2], [1, 1, 1, 1], [1, 1], 2, 1e-5, "none", 0.0)
+        )
     empty = F.conv2d_batch_norm(x[:0], filters, bias, one, one, weight, shift, **CONV)
     assert empty.shape == (0, 6, 5, 4) and (one == 1).all()
     (grad,) = torch.autograd.grad(empty.sum(), filters)
