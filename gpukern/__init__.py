@@ -1,9 +1,9 @@
-"""gpukern: convolution, pooling and linear layers for PyTorch on Triton kernels, testable without a GPU."""
+"""gpukern: layers for PyTorch on Triton kernels, optimizers on CuPy, fusion for inference, testable without a GPU."""
 
-from gpukern import functional, nn
+from gpukern import functional, nn, optim
 from gpukern.convert import convert
 from gpukern.fuse import fuse, load
 from gpukern.summary import summary
 from gpukern.version import __version__
 
-__all__ = ["__version__", "convert", "functional", "fuse", "load", "nn", "summary"]
+__all__ = ["__version__", "convert", "functional", "fuse", "load", "nn", "optim", "summary"]

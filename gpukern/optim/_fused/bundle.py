@@ -1,0 +1,187 @@
+"""The parameters of one device and one combination of dtypes, updated by kernels: one launch for all of them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from gpukern.optim._fused.entry import Amp, Entry, Settings, in_order_of, is_dense, local, places, same_order
+from gpukern.optim._fused.rules import Rule
+from gpukern.optim._fused.source import Variant
+from gpukern.optim._fused.table import Row, arguments_type, chunk_size, groups_table, room_for, tables
+
+_place = torch.Tensor.data_ptr
+_gradient = operator.attrgetter("grad")
+#: In place of an empty gradient's address, which is 0 like that of none.
+_EMPTY = 16
+#: As many as this host pretends to have.
+_HOST_MULTIPROCESSORS = 2
+
+
+class Program(Protocol):
+    def launch(self, kernel: str, blocks: int, arguments: np.ndarray) -> None: ...
+
+
+class Bundle:
+    """``entries`` with gradients of one dtype. A gradient that is None leaves its parameter, its state and its step."""
+
+    def __init__(self, rule: Rule, entries: Sequence[Entry], gradient: torch.dtype, settings: Settings) -> None:
+        self.entries, self.gradient_dtype = entries, gradient
+        self.device = entries[0].parameter.device
+        self._rule, self._settings = rule, settings
+        self._owners = [entry.owner for entry in entries]
+        self._parameters = [entry.parameter for entry in entries]
+        # Looked at in every step: ``parameter.data`` may have been replaced, and then is elsewhere.
+        self._places = places(self._owners)
+        # A parameter with gaps is updated in a copy without, beside which its states lie.
+        self._copies = {
+            number: torch.empty_like(parameter)
+            for number, parameter in enumerate(self._parameters)
+            if not is_dense(parameter)
+        }
+        self._dense = [self._copies.get(number, parameter) for number, parameter in enumerate(self._parameters)]
+        self._strides = [dense.stride() for dense in self._dense]
+        self._seen: list[torch.Tensor | None] = []
+        self._substitutes: list[torch.Tensor] = []
+        self._program = _program(self._variant(), self.device)
+        self._make_tables()
+
+    # ---- what lies on the device -----------------------------------------------------------------------------------
+
+    def _variant(self) -> Variant:
+        first = self.entries[0]
+        names = (str(dtype).removeprefix("torch.") for dtype in self._dtypes())
+        states = tuple(
+            state.name
+            for number, state in enumerate(self._rule.states)
+            if any(entry.states[number] is not None for entry in self.entries)
+        )
+        stochastic = self._settings.stochastic_rounding and first.parameter.dtype is torch.bfloat16
+        room = room_for(len(self.entries))
+        return Variant(self._rule, *names, states, room, first.master is not None, stochastic)
+
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        first = self.entries[0]
+        return first.parameter.dtype, self.gradient_dtype, first.state_dtype
+
+    def _make_tables(self) -> None:
+        variant, rows = self._variant(), [self._row(number) for number in range(len(self.entries))]
+        on_device = self.device.type == "cuda"
+        processors = (
+            torch.cuda.get_device_properties(self.device).multi_processor_count if on_device else _HOST_MULTIPROCESSORS
+        )
+        chunk = chunk_size(sum(row.size for row in rows), processors)
+        tensors, chunks = tables(rows, len(variant.states), chunk)
+        self._blocks = len(chunks)
+        self._arguments = np.zeros(1, arguments_type(variant.gradients))
+        self._held = {"tensors": self._upload(tensors), "chunks": self._upload(chunks)}
+        self._held["arrived"] = torch.zeros(1, dtype=torch.int32, device=self.device)
+        if self._settings.max_grad_norm or self._rule.norms:
+            sizes = {"partial": 2 * len(chunks), "norms": 2 * len(rows), "square_sum": 1}
+            for name, size in sizes.items():
+                self._held[name] = torch.zeros(size, dtype=torch.float64, device=self.device)
+        for name, held in self._held.items():
+            self._arguments[name] = _place(held)
+        for name, value in (
+            ("max_norm", self._settings.max_grad_norm),
+            ("max_value", self._settings.max_grad_value),
+            ("tensor_count", len(rows)),
+            ("chunk_size", chunk),
+            ("seed", self._settings.seed & 0xFFFFFFFF),
+        ):
+            self._arguments[name] = value
+        self._pointers = self._arguments["gradients"][0]
+
+    def _row(self, number: int) -> Row:
+        entry = self.entries[number]
+        kept = [s for s in range(len(entry.states)) if any(e.states[s] is not None for e in self.entries)]
+        states = tuple(0 if (state := entry.states[s]) is None else _place(state) for s in kept)
+        master = 0 if entry.master is None else _place(entry.master)
+        dense = self._dense[number]
+        return Row(_place(dense), master, states, _place(entry.step), dense.numel(), entry.group)
+
+    def _upload(self, table: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(table.view(np.uint8)).to(self.device)
+
+    def set_groups(self, groups: Sequence[tuple[torch.Tensor | None, Sequence[float]]]) -> None:
+        """Hyperparameters by group, each with the learning rate where that is a tensor on this device."""
+        table = groups_table(self._rule, [(0 if lr is None else _place(lr), values) for lr, values in groups])
+        held = torch.from_numpy(table.view(np.uint8))
+        if "groups" in self._held:
+            # Where a captured graph looks for them.
+            self._held["groups"].copy_(held)
+            return
+        self._held["groups"] = held.to(self.device)
+        self._arguments["groups"] = _place(self._held["groups"])
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def take_gradients(self) -> bool:
+        """Look where the gradients are; False where this bundle no longer fits what is there."""
+        gradients = list(map(_gradient, self._owners))
+        if places(self._owners) != self._places:
+            return False
+        if self._substitutes or not _same_objects(gradients, self._seen):
+            self._seen = []
+            taken = self._checked(gradients)
+            if taken is None:
+                return False
+            self._taken, self._seen = taken, gradients
+        self._pointers[: len(self._taken)] = [0 if g is None else _place(g) or _EMPTY for g in self._taken]
+        return True
+
+    def _checked(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None] | None:
+        """Local, dense and in the order of their parameters; None where a dtype is another."""
+        taken: list[torch.Tensor | None] = []
+        self._substitutes = []
+        for gradient, strides, dense in zip(gradients, self._strides, self._dense, strict=True):
+            gradient = local(gradient)
+            if gradient is not None:
+                if gradient.dtype is not self.gradient_dtype or gradient.layout is not torch.strided:
+                    return None
+                if gradient.stride() != strides and not same_order(gradient, dense):
+                    gradient = in_order_of(gradient, dense)
+                    self._substitutes.append(gradient)
+            taken.append(gradient)
+        return taken
+
+    def square_sum(self, amp: Amp) -> torch.Tensor:
+        """Launch the sum of the squares of all gradients, fp64 [1] on the device; the update reads it there."""
+        self._set(amp)
+        self._program.launch("square_sum_kernel", self._blocks, self._arguments)
+        return self._held["square_sum"]
+
+    def update(self, amp: Amp) -> None:
+        self._set(amp)
+        for number, copy in self._copies.items():
+            copy.copy_(self._parameters[number])
+        if self._rule.norms:
+            self._program.launch("norms_kernel", self._blocks, self._arguments)
+        self._program.launch("update_kernel", self._blocks, self._arguments)
+        for number, copy in self._copies.items():
+            self._parameters[number].copy_(copy)
+        # Autograd must know, or would differentiate with values that are no longer there.
+        torch.autograd.graph.increment_version(self._parameters)
+
+    def _set(self, amp: Amp) -> None:
+        for name in ("grad_scale", "found_inf"):
+            given = getattr(amp, name)
+            self._arguments[name] = 0 if given is None else _place(given)
+
+
+def _same_objects(these: list, those: list) -> bool:
+    return len(these) == len(those) and all(map(operator.is_, these, those))
+
+
+def _program(variant: Variant, device: torch.device) -> Program:
+    if device.type == "cuda":
+        from gpukern.optim._fused.cuda import DeviceProgram
+
+        return DeviceProgram(variant, device.index)
+    from gpukern.optim._fused.host import HostProgram
+
+    return HostProgram(variant)

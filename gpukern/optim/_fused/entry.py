@@ -1,0 +1,93 @@
+"""A parameter with all that belongs to it, and what there is to know of its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpukern.optim._fused.rules import Rule
+
+#: Without a shard inside.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a whole optimizer: see :class:`gpukern.optim.Optimizer`."""
+
+    max_grad_norm: float = 0.0
+    max_grad_value: float = 0.0
+    stochastic_rounding: bool = False
+    seed: int = 0
+
+
+@dataclass(eq=False)
+class Entry:
+    """``parameter`` is the user's; ``states`` has None for those that its group does not keep. ``group``: its number.
+
+    All tensors are local ones, the own shard of a DTensor.
+    """
+
+    owner: torch.Tensor
+    parameter: torch.Tensor
+    master: torch.Tensor | None
+    states: tuple[torch.Tensor | None, ...]
+    step: torch.Tensor
+    group: int
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return next((state.dtype for state in self.states if state is not None), self.parameter.dtype)
+
+
+@dataclass
+class Amp:
+    """What torch.amp.GradScaler hands to an optimizer: the loss's factor, and whether a gradient is not finite."""
+
+    grad_scale: torch.Tensor | None = None
+    found_inf: torch.Tensor | None = None
+
+
+def local(tensor: Any) -> Any:
+    """The shard of a DTensor that is here; other tensors as they are."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def places(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Where each, or what is here of it, begins in memory."""
+    return list(map(torch.Tensor.data_ptr, tensors if type(tensors[0]) in _PLAIN else map(local, tensors)))
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill their memory from the first to the last, each once, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def same_order(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether equal places in memory are equal places of the tensors, which have one shape."""
+    return (
+        all(size == 1 or s == t for size, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)) or a.numel() == 0
+    )
+
+
+def in_order_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself or a copy, dense as ``like`` is or would be."""
+    if is_dense(tensor) and same_order(tensor, like):
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def kept(rule: Rule, numbers: tuple[float, ...]) -> tuple[bool, ...]:
+    """Which states a group of these hyperparameters keeps."""
+    given = dict(zip(rule.hyperparameters, numbers, strict=True))
+    return tuple(not state.when or bool(given[state.when]) for state in rule.states)

@@ -1,0 +1,76 @@
+"""The kernels compiled for the host: what runs them where there is no GPU, with ``GPUKERN_EMULATE=1``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from gpukern.optim._fused.source import Variant, source
+from gpukern.runtime.cache import cache_folder
+
+#: No contraction: the source says where a product and a sum are rounded once, here as on the device.
+_FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas")
+#: Of ``GPUKERN_HOST_CXXFLAGS``: sanitizers, for instance.
+_MORE_FLAGS = "GPUKERN_HOST_CXXFLAGS"
+
+
+class HostProgram:
+    """Kernels on the host. A block has one thread unless ``threads`` says otherwise: the interesting part of more is
+    how they work together, which is slow here."""
+
+    def __init__(self, variant: Variant, threads: int = 1) -> None:
+        self._library = ctypes.CDLL(str(_library(variant)))
+        self._threads = threads
+
+    def launch(self, kernel: str, blocks: int, arguments: np.ndarray) -> None:
+        entry = getattr(self._library, f"{kernel}_on_host")
+        entry(ctypes.c_uint(blocks), ctypes.c_uint(self._threads), arguments.ctypes.data_as(ctypes.c_void_p))
+
+
+@functools.cache
+def _library(variant: Variant) -> Path:
+    """Compiled once for each text, compiler and flags, and kept in the user's cache."""
+    compiler = _compiler()
+    flags = (*_FLAGS, *os.environ.get(_MORE_FLAGS, "").split())
+    text = source(variant, "host.h")
+    name = hashlib.sha256("\0".join((_version(compiler), *flags, text)).encode()).hexdigest()[:32]
+    folder = cache_folder() / "host"
+    path = folder / f"{name}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(compiler, flags, text, path)
+    return path
+
+
+def _compile(compiler: str, flags: tuple[str, ...], text: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        given, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        given.write_text(text, encoding="utf-8")
+        done = subprocess.run([compiler, *flags, str(given), "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} does not compile the optimizer's kernels:\n{done.stderr}")
+        os.replace(made, path)  # another process may have been first: it made the same
+
+
+@functools.cache
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise RuntimeError(
+        "GPUKERN_EMULATE=1 runs the optimizers' kernels compiled for the host, and there is no C++ compiler: "
+        "install g++ or name one in CXX. Without GPUKERN_EMULATE they run in reference mode."
+    )
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout

@@ -1,0 +1,98 @@
+"""Parameters updated by plain torch: on a CPU without emulation, and those with sparse gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gpukern.optim._fused.entry import Amp, Entry, Settings, local, places
+from gpukern.optim._fused.reference import UPDATES
+from gpukern.optim._fused.rules import Rule
+
+
+class Plain:
+    """Offers what :class:`Bundle` does, a tensor after the other."""
+
+    def __init__(self, rule: Rule, entries: Sequence[Entry], settings: Settings) -> None:
+        self.entries = entries
+        self.device = entries[0].parameter.device
+        self._rule, self._settings = rule, settings
+        self._owners = [entry.owner for entry in entries]
+        self._places = places(self._owners)
+        self._square_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
+
+    def set_groups(self, groups: Sequence[tuple[torch.Tensor | None, Sequence[float]]]) -> None:
+        self._groups = groups
+
+    def take_gradients(self) -> bool:
+        self._taken = [local(entry.owner.grad) for entry in self.entries]
+        return places(self._owners) == self._places
+
+    def square_sum(self, amp: Amp) -> torch.Tensor:
+        scale = 1.0 if amp.grad_scale is None else amp.grad_scale.item()
+        squares = [(g.to(_wide(g)) / scale).double().square().sum() for g in self._taken if g is not None]
+        self._square_sum.copy_(sum(squares, torch.zeros((), dtype=torch.float64, device=self.device)))
+        return self._square_sum
+
+    def update(self, amp: Amp) -> None:
+        if amp.found_inf is not None and amp.found_inf.item() != 0:
+            return
+        for number, (entry, gradient) in enumerate(zip(self.entries, self._taken, strict=True)):
+            if gradient is not None:
+                self._update(number, entry, gradient, amp)
+
+    def _update(self, number: int, entry: Entry, gradient: torch.Tensor, amp: Amp) -> None:
+        wide = _wide(entry.parameter)
+        gradient = self._clipped(gradient.to_dense().to(wide), amp)
+        held = entry.parameter if entry.master is None else entry.master
+        names = [state.name for state in self._rule.states]
+        states = {n: s.to(wide, copy=True) for n, s in zip(names, entry.states, strict=True) if s is not None}
+        lr, values = self._groups[entry.group]
+        numbers = dict(zip(self._rule.hyperparameters, values, strict=True))
+        numbers["step"] = entry.step.item() + 1
+        if lr is not None:
+            numbers["lr"] = lr.item()
+        updated = UPDATES[self._rule.name](held.to(wide), gradient, states, numbers)
+        for name, state in zip(names, entry.states, strict=True):
+            if state is not None:
+                state.copy_(states[name])
+        if entry.master is not None:
+            entry.master.copy_(updated)
+        if self._settings.stochastic_rounding and entry.parameter.dtype is torch.bfloat16 and entry.master is None:
+            updated = _rounded_at_random(updated, self._settings.seed, number, int(numbers["step"]))
+        entry.parameter.copy_(updated)
+        entry.step.add_(1)
+
+    def _clipped(self, gradient: torch.Tensor, amp: Amp) -> torch.Tensor:
+        if amp.grad_scale is not None:
+            gradient = gradient / amp.grad_scale.item()
+        if limit := self._settings.max_grad_norm:
+            gradient = gradient * (limit / (self._square_sum.sqrt() + 1e-6)).clamp(max=1.0).squeeze().to(gradient)
+        if limit := self._settings.max_grad_value:
+            gradient = gradient.clamp(-limit, limit)
+        return gradient
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _rounded_at_random(x: torch.Tensor, seed: int, number: int, step: int) -> torch.Tensor:
+    """To bfloat16, up as often as what is cut off is large; with the bits that the kernel takes."""
+    place = torch.empty_like(x, dtype=torch.int64)
+    place.as_strided((x.numel(),), (1,)).copy_(torch.arange(x.numel()))
+
+    start = _mixed((seed & 0xFFFFFFFF) ^ _mixed(number ^ _mixed(step)))
+    random = _mixed(start ^ _mixed(place & 0xFFFFFFFF)) & 0xFFFF
+    bits = x.float().view(torch.int32)
+    safe = (bits & 0x7FFFFFFF) < 0x7F7F0000
+    carried = ((bits.to(torch.int64) & 0xFFFFFFFF) + random) & 0xFFFF0000
+    carried = torch.where(carried >= 2**31, carried - 2**32, carried).to(torch.int32).view(torch.float32)
+    return torch.where(safe, carried, x)
+
+
+def _mixed(x: torch.Tensor | int) -> torch.Tensor | int:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

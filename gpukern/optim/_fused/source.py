@@ -1,0 +1,109 @@
+"""The source of a rule's kernels for one combination of dtypes: what differs, then the text that all share."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpukern.optim._fused.rules import Rule
+
+#: Threads of a block.
+THREADS = 512
+KERNELS = ("update_kernel", "square_sum_kernel", "norms_kernel")
+
+_HERE = Path(__file__).parent
+_TYPES = {"float32": "float", "float16": "Half", "bfloat16": "BFloat16"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a program is compiled for: dtypes by name, and which states are kept.
+
+    ``gradients``: pointers that travel with a launch. ``master``: whether an fp32 copy of each parameter is what is
+    updated. ``stochastic``: whether bfloat16 parameters are rounded at random.
+    """
+
+    rule: Rule
+    parameter: str
+    gradient: str
+    state: str
+    states: tuple[str, ...]
+    gradients: int
+    master: bool = False
+    stochastic: bool = False
+
+
+@functools.cache
+def source(variant: Variant, platform: str = "device.cuh") -> str:
+    """CUDA C++17 that includes nothing, for NVRTC; with ``platform`` "host.h", C++20 for a compiler of the host."""
+    parts = [_read(platform), _head(variant), _read("multi_tensor.cuh")]
+    if platform == "host.h":
+        parts += (_host_entry(kernel) for kernel in KERNELS)
+    return "\n".join(parts)
+
+
+def elementwise(rule: Rule) -> tuple[str, str]:
+    """(parameters, operation) of the rule for ``cupy.ElementwiseKernel``: one tensor, every hyperparameter a number.
+
+    The states follow the parameter in their order. Rules that need norms have no such form.
+    """
+    if rule.norms:
+        raise ValueError(f"{rule.name} needs norms of whole tensors before it updates an element")
+    names = [state.name for state in rule.states]
+    given = ["float32 gradient", *(f"float64 {name}" for name in (*rule.hyperparameters, "step"))]
+    changed = ["float32 p", *(f"float32 {name}" for name in names)]
+    computed = [f"const float {scalar.name} = (float)({scalar.value});" for scalar in rule.scalars]
+    return ", ".join((*given, *changed)), "\n".join((*computed, "float g = gradient;", rule.update))
+
+
+def _head(variant: Variant) -> str:
+    rule = variant.rule
+    hyper, scalars = rule.hyperparameters, rule.scalars
+    kinds = {"PARAMETER": variant.parameter, "GRADIENT": variant.gradient, "STATE": variant.state}
+    numbers = {"THREADS": THREADS, "STATES": len(variant.states), "GRADIENTS": variant.gradients}
+    flags = {"MASTER": variant.master, "STOCHASTIC": variant.stochastic, "TRUST": bool(rule.norms)}
+    dtypes = "struct BFloat16 { unsigned short bits; };\nstruct Half { unsigned short bits; };\n"
+    lines = [
+        dtypes + "\n".join(f"using {name} = {_TYPES[dtype]};" for name, dtype in kinds.items()),
+        *(f"constexpr int {name} = {value};" for name, value in numbers.items()),
+        *(f"constexpr bool {name} = {str(value).lower()};" for name, value in flags.items()),
+        f"struct Hyper {{ double {', '.join(hyper)}; }};",
+        f"struct Scalars {{ float {', '.join(scalar.name for scalar in scalars)}; }};",
+        "DEVICE Scalars prepare(const Hyper &hyper, double step, double first_norm, double second_norm) {",
+        *(f"    const double {name} = hyper.{name};" for name in hyper),
+        f"    return Scalars{{{', '.join(f'(float)({scalar.value})' for scalar in scalars)}}};",
+        "}",
+        "DEVICE void update(float &p, float g, float *states, const Scalars &scalars) {",
+        *_names(variant),
+        rule.update,
+        "}",
+        "DEVICE void measure(float p, float g, float *states, const Scalars &scalars, float &first, float &second) {",
+        *_names(variant),
+        rule.norms,
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+def _names(variant: Variant) -> list[str]:
+    """Of the states and scalars; a state that is not kept is a number that nobody reads."""
+    states = [
+        f"    float &{state.name} = states[{variant.states.index(state.name)}];"
+        if state.name in variant.states
+        else f"    float {state.name} = 0.f;"
+        for state in variant.rule.states
+    ]
+    return [*states, *(f"    const float {scalar.name} = scalars.{scalar.name};" for scalar in variant.rule.scalars)]
+
+
+def _host_entry(kernel: str) -> str:
+    return (
+        f'extern "C" void {kernel}_on_host(unsigned int blocks, unsigned int threads, const Arguments *given) '
+        f"{{ run_on_host({kernel}, blocks, threads, given); }}"
+    )
+
+
+@functools.cache
+def _read(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")

@@ -1,0 +1,126 @@
+"""One step of an optimizer: which parameters go into which launch, and whether that still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from gpukern.optim._fused.bundle import Bundle
+from gpukern.optim._fused.entry import Amp, Entry, Settings, kept, local
+from gpukern.optim._fused.plain import Plain
+from gpukern.optim._fused.rules import Rule
+from gpukern.optim._fused.table import GRADIENTS
+from gpukern.runtime.mode import Mode, mode_of
+from gpukern.runtime.tensors import check_kernel_dtype
+
+#: A group's hyperparameters in the order of the rule, and its learning rate where that is a tensor on a device.
+Numbers = tuple[torch.Tensor | None, tuple[float, ...]]
+
+
+class Step:
+    """For the parameters that have had a gradient. ``entry_of`` gives what belongs to one, making it at first."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        groups: Sequence[dict[str, Any]],
+        numbers: Sequence[Numbers],
+        entry_of: Callable[[torch.Tensor, int], Entry],
+        settings: Settings,
+    ) -> None:
+        self._rule, self._settings = rule, settings
+        self._numbers, self._kept = list(numbers), [kept(rule, values) for _, values in numbers]
+        self._sizes = [len(group["params"]) for group in groups]
+        self._waiting: list[torch.Tensor] = []
+        found: dict[tuple, list[Entry]] = {}
+        for number, group in enumerate(groups):
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    self._waiting.append(parameter)
+                else:
+                    entry = entry_of(parameter, number)
+                    found.setdefault(_kind(entry, local(parameter.grad), rule), []).append(entry)
+        self._parts: list[Bundle | Plain] = []
+        for kind, entries in found.items():
+            if kind[0] is Mode.REFERENCE:
+                self._parts.append(Plain(rule, entries, settings))
+                continue
+            # As many as one launch has room for.
+            for first in range(0, len(entries), GRADIENTS[-1]):
+                self._parts.append(Bundle(rule, entries[first : first + GRADIENTS[-1]], kind[3], settings))
+        for part in self._parts:
+            part.set_groups(self._on(part.device))
+
+    def fits(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers]) -> bool:
+        """Whether :meth:`run` may follow, for gradients that are there now."""
+        if self._sizes != [len(group["params"]) for group in groups]:
+            return False
+        if any(parameter.grad is not None for parameter in self._waiting):
+            return False
+        if [kept(self._rule, values) for _, values in numbers] != self._kept:
+            return False
+        self.set_numbers(numbers)
+        return all([part.take_gradients() for part in self._parts])
+
+    def set_numbers(self, numbers: Sequence[Numbers]) -> None:
+        """Hyperparameters that keep the same states; what has not changed is not sent again."""
+        if not _same_numbers(numbers, self._numbers):
+            self._numbers = list(numbers)
+            for part in self._parts:
+                part.set_groups(self._on(part.device))
+
+    def run(self, amp: Amp) -> torch.Tensor | None:
+        """Update; the sum of the squares of all gradients, fp64 [1], where their norm is limited."""
+        by_device = {part.device: _on_device(amp, part.device) for part in self._parts}
+        square_sum = None
+        if self._settings.max_grad_norm and self._parts:
+            sums = [part.square_sum(by_device[part.device]) for part in self._parts]
+            square_sum = sums[0]
+            if len(sums) > 1:
+                square_sum = torch.stack([each.to(sums[0].device) for each in sums]).sum(0)
+                for each in sums:
+                    each.copy_(square_sum)
+        for part in self._parts:
+            part.update(by_device[part.device])
+        return square_sum
+
+    def _on(self, device: torch.device) -> list[Numbers]:
+        """The hyperparameters for ``device``: of a learning rate elsewhere its value."""
+        found = []
+        for lr, values in self._numbers:
+            if lr is not None and lr.device != device:
+                values, lr = (lr.item(), *values[1:]), None
+            found.append((lr, values))
+        return found
+
+
+def _same_numbers(these: Sequence[Numbers], those: Sequence[Numbers]) -> bool:
+    return len(these) == len(those) and all(
+        lr is other and values == others for (lr, values), (other, others) in zip(these, those, strict=True)
+    )
+
+
+def _kind(entry: Entry, gradient: torch.Tensor, rule: Rule) -> tuple:
+    """Those of one kind can be updated together."""
+    parameter = entry.parameter
+    mode = mode_of(parameter)
+    if gradient.layout is not torch.strided:
+        mode = Mode.REFERENCE
+    if mode is Mode.REFERENCE:
+        return mode, parameter.device
+    for dtype in (parameter.dtype, gradient.dtype, entry.state_dtype):
+        check_kernel_dtype(f"gpukern.optim, {rule.name}", dtype)
+    return mode, parameter.device, parameter.dtype, gradient.dtype, entry.state_dtype, entry.master is not None
+
+
+def _on_device(amp: Amp, device: torch.device) -> Amp:
+    """With its numbers where the kernels can read them: fp32 on ``device``."""
+    if amp.grad_scale is None and amp.found_inf is None:
+        return amp
+    moved = (
+        None if each is None else each.to(device=device, dtype=torch.float32, non_blocking=True)
+        for each in (amp.grad_scale, amp.found_inf)
+    )
+    return Amp(*moved)

@@ -1,0 +1,276 @@
+"""What all optimizers share: torch's behaviour around one launch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from gpukern.optim._fused.entry import Amp, Entry, Settings, in_order_of, kept, local
+from gpukern.optim._fused.rules import Rule
+from gpukern.optim._fused.step import Numbers, Step
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Optimizer(torch.optim.Optimizer):
+    """``torch.optim.Optimizer`` whose step is one kernel launch for each device and combination of dtypes.
+
+    Mixed into the torch class of the same name, it takes that class's arguments, and for every optimizer
+
+    state_dtype:
+        what the moments are kept in; None: as the parameter.
+    master_weights:
+        keep a float32 copy of each half-precision parameter, update that and round it into the parameter.
+    stochastic_rounding:
+        round bfloat16 parameters up as often as what is cut off is large, so that small updates are not lost. The
+        same bits in every run with the same ``seed``.
+    max_grad_norm:
+        scale the gradients so that the norm of them all is at most this, as ``torch.nn.utils.clip_grad_norm_``, but
+        leave ``.grad`` as it is. :attr:`grad_norm` is the norm before.
+    max_grad_value:
+        cut gradients to ± this, after that, as ``torch.nn.utils.clip_grad_value_``.
+
+    ``foreach``, ``fused`` and ``capturable`` change nothing: the launch is always one, and always can be captured in a
+    CUDA graph once a step was made. Arithmetic is in float32 (in float64 for such parameters on a CPU). A parameter may
+    have gaps and any strides; a gradient with other strides is copied. Sparse gradients go where torch takes them.
+
+    Raises, beside what torch raises, ValueError for numbers that are infinite, RuntimeError for ``differentiable``.
+    """
+
+    _rule: ClassVar[Rule]
+    #: Whether torch's class has the number of updates in its state.
+    _counts: ClassVar[bool] = True
+    _takes_sparse: ClassVar[bool] = False
+    #: torch.amp.GradScaler then hands over ``grad_scale`` and ``found_inf``, and leaves the rest to the kernel.
+    _step_supports_amp_scaling = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Its signature is that of both: for help() and for editors."""
+        super().__init_subclass__(**options)
+        torchs = next((c for c in cls.__mro__[1:] if c.__module__.startswith("torch.optim.")), None)
+        if "__init__" in cls.__dict__ or torchs in (None, torch.optim.Optimizer):
+            return
+        shared = [p for p in inspect.signature(Optimizer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        signature = inspect.signature(torchs.__init__)
+        parameters = list(signature.parameters.values())[1:]
+        cls.__signature__ = signature.replace(
+            parameters=[*parameters, *shared], return_annotation=inspect.Signature.empty
+        )
+
+    def __init__(
+        self,
+        *arguments: Any,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        for name, limit in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
+            if limit is not None and not 0 < limit < math.inf:
+                raise ValueError(f"Invalid {name}: {limit}, expected a positive number or None")
+        if state_dtype is not None and not state_dtype.is_floating_point:
+            raise ValueError(f"Invalid state_dtype: {state_dtype}, expected a floating-point dtype")
+        self._state_dtype, self._master_weights = state_dtype, master_weights
+        self._settings = Settings(max_grad_norm or 0.0, max_grad_value or 0.0, stochastic_rounding, seed)
+        self._hidden_steps: dict[torch.Tensor, torch.Tensor] = {}
+        self._forget()
+        super().__init__(*arguments, **options)
+        for name, value in self.defaults.items():
+            _check_finite(name, value)
+        if self.defaults.get("differentiable"):
+            raise RuntimeError(f"gpukern.optim.{type(self).__name__} does not support differentiable=True")
+
+    # ---- what a subclass says --------------------------------------------------------------------------------------
+
+    def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The hyperparameters of ``group`` in the rule's order, the learning rate first."""
+        return tuple(group[name] for name in self._rule.hyperparameters)
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient; returns what ``closure`` returns, which computes them anew.
+
+        RuntimeError, before anything is changed, for what the optimizer cannot take.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        numbers = [self._numbers(group) for group in self.param_groups]
+        if self._step is None or not self._step.fits(self.param_groups, numbers):
+            self._step = None
+            step = Step(self._rule, self.param_groups, numbers, self._entry, self._settings)
+            if not step.fits(self.param_groups, numbers):
+                raise RuntimeError("gpukern.optim: parameters or gradients changed during the step")
+            self._step = step
+        amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        self._square_sum = self._step.run(amp)
+        return loss
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of all gradients of the last step before they were scaled down, fp32, on their device; None unless
+        ``max_grad_norm`` is given."""
+        return None if self._square_sum is None else self._square_sum.sqrt().float().squeeze()
+
+    def sync_hyperparameters(self) -> None:
+        """Bring the groups' numbers to the device, which :meth:`step` does by itself: for a captured graph that is
+        replayed after a scheduler has changed them. Learning rates that are tensors need it not."""
+        if self._step is not None:
+            self._step.set_numbers([self._numbers(group) for group in self.param_groups])
+
+    def _forget(self) -> None:
+        """Where tensors lie, after they may have changed."""
+        self._step: Step | None = None
+        self._square_sum: torch.Tensor | None = None
+
+    def _numbers(self, group: dict[str, Any]) -> Numbers:
+        lr, *rest = self._values(group)
+        on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
+        if on_device and lr.dtype is not torch.float32:
+            raise ValueError(f"A learning rate on {lr.device} must be float32, got {lr.dtype}")
+        return (lr if on_device else None), (0.0 if on_device else float(lr), *map(float, rest))
+
+    # ---- what belongs to a parameter -------------------------------------------------------------------------------
+
+    def _entry(self, parameter: torch.Tensor, number: int) -> Entry:
+        """``parameter`` of the group ``number`` with its state, made where it is not there yet."""
+        self._check(parameter)
+        wanted = kept(self._rule, self._numbers(self.param_groups[number])[1])
+        names = [state.name for state, needed in zip(self._rule.states, wanted, strict=True) if needed]
+        has_master = self._master_weights and parameter.dtype in _HALVES
+        # Without anything to keep, torch keeps no empty state either.
+        state = self.state[parameter] if names or self._counts or has_master else {}
+        step = self._step_of(parameter, state)
+        for name in names:
+            state[name] = self._state(parameter, state.get(name))
+        if has_master:
+            held = state.get("master")
+            state["master"] = in_order_of(parameter.detach().float() if held is None else held, parameter)
+        return Entry(
+            owner=parameter,
+            parameter=local(parameter.detach()),
+            master=local(state["master"]) if has_master else None,
+            states=tuple(
+                local(state[each.name]) if needed else None
+                for each, needed in zip(self._rule.states, wanted, strict=True)
+            ),
+            step=step,
+            group=number,
+        )
+
+    def _check(self, parameter: torch.Tensor) -> None:
+        name = type(self).__name__
+        if parameter.is_complex():
+            raise RuntimeError(f"gpukern.optim.{name} does not take complex parameters")
+        if parameter.grad.is_sparse and not self._takes_sparse:
+            raise RuntimeError(f"{name} does not support sparse gradients")
+        if local(parameter) is not parameter and self._settings.max_grad_norm:
+            raise RuntimeError("max_grad_norm is of whole gradients, and of a DTensor only a shard is here")
+
+    def _state(self, parameter: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+        if held is None:
+            return torch.zeros_like(parameter, dtype=self._state_dtype or parameter.dtype, requires_grad=False)
+        return in_order_of(held.to(self._state_dtype or held.dtype), parameter)
+
+    def _step_of(self, parameter: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+        """The number of updates so far, fp32 [], beside the parameter."""
+        device = local(parameter).device
+        if not self._counts:
+            if parameter not in self._hidden_steps:
+                begun = any(isinstance(state.get(each.name), torch.Tensor) for each in self._rule.states)
+                self._hidden_steps[parameter] = torch.full((), float(begun), device=device)
+            return self._hidden_steps[parameter]
+        step = state.get("step", 0.0)
+        if not isinstance(step, torch.Tensor) or step.device != device or step.dtype is not torch.float32:
+            step = torch.tensor(float(step), dtype=torch.float32, device=device)
+        state["step"] = step
+        return step
+
+    # ---- saving and loading ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, that torch's class of the same name can load; with "master" where there are master weights."""
+        packed = super().state_dict()
+        for number, parameter in enumerate(self._in_order()):
+            # A step that was skipped for an overflow has made buffers, and nothing is in them yet.
+            if number in packed["state"] and parameter in self._hidden_steps and not self._hidden_steps[parameter]:
+                names = {each.name for each in self._rule.states}
+                held = packed["state"][number]
+                packed["state"][number] = {name: None if name in names else held[name] for name in held}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What :meth:`state_dict` of this class, or of torch's, gave.
+
+        Moments stay in the dtype that they are in, unless ``state_dtype`` says another. ValueError, with nothing
+        changed, for what does not fit.
+        """
+        given: list[dict[str, Any]] = []
+
+        def check(_: Any, final: dict[str, Any]) -> None:
+            self._check_loadable(final)
+            given.append(final)
+
+        def restore(_: Any) -> None:
+            self._hidden_steps.clear()
+            self._forget()
+            for number, parameter in enumerate(self._in_order()):
+                for name, value in given[0]["state"].get(number, {}).items():
+                    if isinstance(value, torch.Tensor) and name != "step":
+                        self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
+
+        # After the user's own hooks, which may change what is loaded; and before those that want to see it.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        for number, parameter in enumerate(self._in_order()):
+            for name, value in state_dict["state"].get(number, {}).items():
+                is_moment = isinstance(value, torch.Tensor) and name != "step"
+                if (is_moment and value.shape != parameter.shape) or (name == "step" and not _is_number(value)):
+                    got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
+                    raise ValueError(
+                        f"loaded state dict has {name} {got} for parameter {number}, which is {list(parameter.shape)}"
+                    )
+
+    def _in_order(self) -> list[torch.Tensor]:
+        """All parameters, as state_dict() numbers them."""
+        return list(dict.fromkeys(parameter for group in self.param_groups for parameter in group["params"]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_state_dtype", "_master_weights", "_settings", "_hidden_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+
+def _check_finite(name: str, value: Any) -> None:
+    for each in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(each, (float, torch.Tensor)) and not math.isfinite(each):
+            raise ValueError(f"Invalid {name}: {each}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)

@@ -1,0 +1,565 @@
+"""What torch's optimizers do around the arithmetic, and what they are known to do wrong."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+import gpukern.optim as optim
+from tests.optim.cases import FULL, KNOWN, Case, give_gradients, parameters
+
+ADAM, MOMENTUM = Case("Adam"), Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2})
+
+
+def made(case: Case, where, dtype=torch.float32, **more):
+    owners = parameters(dtype, where)
+    return case.ours(owners, **case.options, **more), owners
+
+
+def values(owners) -> list[torch.Tensor]:
+    return [owner.detach().clone() for owner in owners]
+
+
+def equal(these, those) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+def close(these, those) -> bool:
+    """Two fp32 ways of a few updates."""
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(these, those, strict=True))
+
+
+def steps(optimizer, owners, *seeds: int) -> None:
+    for seed in seeds:
+        give_gradients(owners, seed)
+        optimizer.step()
+
+
+# ---- gradients that are not there, or are otherwise -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", KNOWN, ids=str)
+def test_no_gradient_leaves_parameter_state_and_step(case, where):
+    optimizer, owners = made(case, where)
+    twins = [torch.nn.Parameter(value) for value in values(owners)]
+    exact = case.torchs(twins, **case.options, foreach=False)
+    for number in range(4):
+        give_gradients(owners, number)
+        # The first is late, the fourth pauses: torch counts the updates of each.
+        owners[0].grad = owners[0].grad if number > 1 else None
+        owners[3].grad = None if number == 2 else owners[3].grad
+        for twin, owner in zip(twins, owners, strict=True):
+            twin.grad = None if owner.grad is None else owner.grad.clone()
+        optimizer.step()
+        exact.step()
+    assert close(owners, twins)
+
+
+def test_a_late_gradient_with_momentum(where):
+    optimizer, owners = made(MOMENTUM, where)
+    give_gradients(owners, 0)
+    owners[0].grad = None
+    optimizer.step()
+    before = values(owners)
+    give_gradients(owners, 1)
+    optimizer.step()
+    # Its first gradient is taken whole, without dampening.
+    assert torch.allclose(owners[0], before[0] - 0.1 * owners[0].grad)
+
+
+def test_gradients_in_another_layout(where):
+    for case in FULL:
+        optimizer, owners = made(case, where)
+        other, twins = made(case, where)
+        for number in range(3):
+            give_gradients(owners, number)
+            give_gradients(twins, number)
+            for twin in twins:
+                # Assigned as they are: .grad's setter does not look at strides.
+                backwards = tuple(reversed(range(twin.dim())))
+                twin.grad = twin.grad.permute(backwards).contiguous().permute(backwards)
+            optimizer.step()
+            other.step()
+        # A norm is summed in the order of the memory.
+        assert close(owners, twins) if case.name in ("LARS", "LAMB") else equal(owners, twins), case
+
+
+def test_gradients_of_one_element_wide_dimensions_are_not_copied(device):
+    owner = torch.nn.Parameter(torch.randn(4, 3, 1, 1, device=device))
+    owner.grad = torch.randn(4, 3, 1, 1, device=device).contiguous(memory_format=torch.channels_last)
+    optimizer = optim.SGD([owner], lr=0.1)
+    optimizer.step()
+    (part,) = optimizer._step._parts
+    assert not part._substitutes
+
+
+def test_parameters_with_gaps(where):
+    for case in FULL:
+        whole = torch.randn(6, 10, device=where)
+        owner = torch.nn.Parameter(whole[:, ::2])
+        twin = torch.nn.Parameter(whole[:, ::2].clone())
+        optimizers = [case.ours([each], **case.options) for each in (owner, twin)]
+        rest = whole[:, 1::2].clone()
+        for _ in range(3):
+            twin.grad = torch.randn(6, 5, device=where)
+            owner.grad = torch.empty_like(owner).copy_(twin.grad)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.allclose(owner, twin, rtol=1e-6) and torch.equal(whole[:, 1::2], rest), case
+
+
+def test_gradients_changed_in_place_or_replaced(where):
+    optimizer, owners = made(ADAM, where)
+    other, twins = made(ADAM, where)
+    give_gradients(owners, 0)
+    give_gradients(twins, 0)
+    for number in range(3):
+        for owner, twin in zip(owners, twins, strict=True):
+            owner.grad.mul_(0.5)
+            twin.grad.data = twin.grad * 0.5 if number == 1 else twin.grad.mul_(0.5)
+        optimizer.step()
+        other.step()
+    assert equal(owners, twins)
+
+
+def test_parameters_whose_data_is_replaced(where):
+    optimizer, owners = made(ADAM, where)
+    other, twins = made(ADAM, where)
+    for number in range(3):
+        steps(optimizer, owners, number)
+        steps(other, twins, number)
+        for twin in twins:
+            twin.data = twin.data.clone(memory_format=torch.preserve_format)
+    assert equal(owners, twins)
+
+
+@pytest.mark.parametrize("case", [Case("SGD", {"lr": 0.1, "momentum": 0.9}), Case("Adagrad")], ids=str)
+def test_sparse_gradients_as_torch_takes_them(case, where):
+    owner = torch.nn.Parameter(torch.randn(6, 3, device=where))
+    twin = torch.nn.Parameter(owner.detach().clone())
+    optimizer, exact = case.ours([owner], **case.options), case.torchs([twin], **case.options)
+    for number in range(3):
+        indices = torch.tensor([[number, 4]], device=where)
+        gradient = torch.sparse_coo_tensor(indices, torch.randn(2, 3, device=where), (6, 3))
+        owner.grad, twin.grad = gradient, gradient.clone()
+        optimizer.step()
+        exact.step()
+    assert torch.allclose(owner, twin, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Lion", "LARS", "LAMB"])
+def test_sparse_gradients_that_torch_refuses(name, where):
+    owner = torch.nn.Parameter(torch.zeros(3, device=where))
+    owner.grad = torch.zeros(3, device=where).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        getattr(optim, name)([owner]).step()
+
+
+def test_what_is_refused_changes_nothing(where):
+    good = torch.nn.Parameter(torch.ones(3, device=where))
+    bad = torch.nn.Parameter(torch.ones(3, device=where, dtype=torch.complex64))
+    good.grad, bad.grad = torch.ones_like(good), torch.ones_like(bad)
+    with pytest.raises(RuntimeError, match="complex"):
+        optim.SGD([good, bad], lr=0.1).step()
+    assert torch.equal(good, torch.ones_like(good))
+
+
+def test_float64(device):
+    owner = torch.nn.Parameter(torch.ones(3, dtype=torch.float64, device=device))
+    owner.grad = torch.ones_like(owner)
+    with pytest.raises(RuntimeError, match=r"float32, float16 and bfloat16, but got torch\.float64"):
+        optim.SGD([owner], lr=0.1).step()
+
+
+# ---- overflow, scaling, clipping ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("found", [1.0, 2.0])
+def test_a_skipped_step_freezes_everything(case, found, where):
+    """torch sums found_inf over devices and tests for 1; and leaves garbage where the first step is skipped."""
+    optimizer, owners = made(case, where)
+    other, twins = made(case, where)
+    before = values(owners)
+    for number in (0, 1, 2):
+        give_gradients(owners, number)
+        optimizer.found_inf = torch.full((), found if number != 1 else 0.0, device=where)
+        optimizer.step()
+        if number == 0:
+            assert equal(owners, before)
+    del optimizer.found_inf
+    steps(other, twins, 1)
+    assert equal(owners, twins)
+    steps(optimizer, owners, 3)
+    steps(other, twins, 3)
+    assert equal(owners, twins)
+
+
+def test_grad_scaler(where):
+    if where.type == "cuda":
+        pytest.skip("the same on a device needs the scaler of that device")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    optimizer, owners = made(MOMENTUM, where)
+    other, twins = made(MOMENTUM, where)
+    for number in range(4):
+        for owner in owners:
+            owner.grad = None
+        weights = [torch.randn(owner.shape, generator=torch.Generator().manual_seed(number)) for owner in owners]
+        loss = sum((owner * weight).sum() for owner, weight in zip(owners, weights, strict=True))
+        scaler.scale(loss * (torch.inf if number == 2 else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if number != 2:
+            for twin, weight in zip(twins, weights, strict=True):
+                twin.grad = weight.expand(twin.shape).contiguous()
+            other.step()
+    assert scaler.get_scale() == 2.0**9
+    assert close(owners, twins)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_by_norm(case, limit, where):
+    optimizer, owners = made(case, where, max_grad_norm=limit)
+    other, twins = made(case, where)
+    for number in range(3):
+        give_gradients(owners, number)
+        give_gradients(twins, number)
+        kept = [owner.grad.clone() for owner in owners]
+        optimizer.step()
+        norm = torch.nn.utils.clip_grad_norm_(twins, limit)
+        other.step()
+        assert torch.allclose(optimizer.grad_norm, norm, rtol=1e-6)
+        assert equal([owner.grad for owner in owners], kept)
+    assert close(owners, twins)
+
+
+def test_clipping_of_scaled_gradients_and_not_of_those_that_are_none(where):
+    optimizer, owners = made(ADAM, where, max_grad_norm=0.5)
+    give_gradients(owners, 0)
+    norm = torch.nn.utils.get_total_norm([owner.grad for owner in owners[1:]])
+    for owner in owners:
+        owner.grad.mul_(64)
+    owners[0].grad = None
+    optimizer.grad_scale = torch.full((), 64.0, device=where)
+    optimizer.step()
+    assert torch.allclose(optimizer.grad_norm, norm, rtol=1e-6)
+
+
+def test_the_norm_is_of_all_launches(where):
+    halves, owners = parameters(torch.bfloat16, where), parameters(torch.float32, where)
+    give_gradients(halves, 1)
+    give_gradients(owners, 0)
+    expected = torch.nn.utils.get_total_norm([owner.grad.float() for owner in (*halves, *owners)])
+    optimizer = optim.SGD([*halves, *owners], lr=1.0, max_grad_norm=0.25)
+    before = values(owners)
+    optimizer.step()
+    assert torch.allclose(optimizer.grad_norm, expected, rtol=1e-6)
+    moved = [(old - new) / (0.25 / expected) for old, new in zip(before, owners, strict=True)]
+    assert all(torch.allclose(m, o.grad, rtol=1e-3, atol=1e-4) for m, o in zip(moved, owners, strict=True))
+
+
+def test_a_norm_that_is_nan_reaches_all(where):
+    """As with clip_grad_norm_, so that nothing looks trained that is not."""
+    optimizer, owners = made(Case("SGD", {"lr": 0.1}), where, max_grad_norm=1.0)
+    give_gradients(owners, 0)
+    owners[0].grad[0, 0, 0] = torch.nan
+    optimizer.step()
+    assert optimizer.grad_norm.isnan() and all(owner.isnan().all() for owner in owners)
+
+
+def test_clipping_by_value(where):
+    optimizer, owners = made(ADAM, where, max_grad_value=0.5)
+    other, twins = made(ADAM, where)
+    for number in range(2):
+        give_gradients(owners, number)
+        give_gradients(twins, number)
+        torch.nn.utils.clip_grad_value_(twins, 0.5)
+        optimizer.step()
+        other.step()
+    assert equal(owners, twins)
+    owners[0].grad.fill_(torch.nan)
+    optimizer.step()
+    assert owners[0].isnan().all()
+
+
+# ---- groups, schedulers, closures, hooks ----------------------------------------------------------------------------
+
+
+def test_groups_with_different_options_in_one_launch(device):
+    first, second = parameters(device=device), parameters(device=device, seed=1)
+    groups = [{"params": first, "lr": 0.1, "amsgrad": True}, {"params": second, "weight_decay": 0.1, "maximize": True}]
+    optimizer = optim.Adam(groups, lr=0.01)
+    twins = [[torch.nn.Parameter(value) for value in values(owners)] for owners in (first, second)]
+    exact = torch.optim.Adam([{**group, "params": own} for group, own in zip(groups, twins, strict=True)], lr=0.01)
+    for number in range(3):
+        for owners in (first, second, *twins):
+            give_gradients(owners, number)
+        optimizer.step()
+        exact.step()
+    assert close((*first, *second), (*twins[0], *twins[1]))
+    assert len(optimizer._step._parts) == 1
+    assert "max_exp_avg_sq" in optimizer.state[first[0]] and "max_exp_avg_sq" not in optimizer.state[second[0]]
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_scheduler(as_tensor, where):
+    optimizer, owners = made(Case("SGD", {"lr": torch.tensor(0.1, device=where) if as_tensor else 0.1}), where)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for rate in (0.1, 0.05, 0.025):
+        before = values(owners)
+        steps(optimizer, owners, 0)
+        scheduler.step()
+        moved = [before - rate * owner.grad for before, owner in zip(before, owners, strict=True)]
+        assert close(owners, moved)
+
+
+def test_an_option_switched_on_later(where):
+    optimizer, owners = made(Case("RMSprop"), where)
+    steps(optimizer, owners, 0)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.param_groups[0]["centered"] = True
+    steps(optimizer, owners, 1)
+    assert {"momentum_buffer", "grad_avg", "square_avg", "step"} == set(optimizer.state[owners[0]])
+
+
+def test_a_group_added_later(where):
+    optimizer, owners = made(ADAM, where)
+    steps(optimizer, owners, 0)
+    more = parameters(device=where, seed=2)
+    before = values(more)
+    optimizer.add_param_group({"params": more, "lr": 0.1})
+    steps(optimizer, [*owners, *more], 1)
+    assert not any(torch.equal(a, b) for a, b in zip(before, more, strict=True) if a.numel())
+    assert optimizer.state[owners[0]]["step"] == 2 and optimizer.state[more[0]]["step"] == 1
+
+
+def test_a_closure(where):
+    optimizer, (owner, *_) = made(Case("SGD", {"lr": 0.1}), where)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (owner**2).sum()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+def test_hooks(where):
+    optimizer, owners = made(ADAM, where)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    steps(optimizer, owners, 0)
+    assert seen == ["before", "after"]
+
+
+def test_more_tensors_than_one_launch_has_room_for(device):
+    owners = [torch.nn.Parameter(torch.full((3,), float(n), device=device)) for n in range(4100)]
+    for owner in owners:
+        owner.grad = torch.ones_like(owner)
+    optimizer = optim.SGD(owners, lr=1.0, max_grad_norm=1e9)
+    optimizer.step()
+    assert len(optimizer._step._parts) == 2
+    assert all(torch.equal(owner, torch.full_like(owner, n - 1.0)) for n, owner in enumerate(owners))
+
+
+@pytest.mark.parametrize("shapes", [[], [(0,)], [(0,), (0, 3)]], ids=str)
+def test_nothing_to_update(shapes, where):
+    owners = [torch.nn.Parameter(torch.zeros(shape, device=where)) for shape in shapes]
+    owners.append(torch.nn.Parameter(torch.ones(2, device=where)))
+    optimizer = optim.Adam(owners, max_grad_norm=1.0)
+    optimizer.step()
+    for owner in owners[:-1]:
+        owner.grad = torch.zeros_like(owner)
+    optimizer.step()
+    assert all(optimizer.state[owner]["step"] == 1 for owner in owners[:-1]) and owners[-1] not in optimizer.state
+
+
+def test_autograd_notices_the_update(where):
+    optimizer, (owner, *_) = made(ADAM, where)
+    y = (owner**2).sum()
+    owner.grad = torch.ones_like(owner)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+# ---- saving ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", KNOWN, ids=str)
+@pytest.mark.parametrize("from_torch", [False, True], ids=["to torch", "from torch"])
+def test_states_go_both_ways_in_the_middle_of_a_training(case, from_torch, where):
+    _, owners = made(case, where)
+    twins = [torch.nn.Parameter(value) for value in values(owners)]
+    ours, theirs = case.ours(owners, **case.options), case.torchs(twins, **case.options, foreach=False)
+    for number in range(3):
+        steps(ours, owners, number)
+        steps(theirs, twins, number)
+    ours_state, theirs_state = ours.state_dict(), theirs.state_dict()
+    assert _form(ours_state) == _form(theirs_state)
+    if from_torch:
+        ours.load_state_dict(_saved(theirs_state))
+    else:
+        theirs.load_state_dict(_saved(ours_state))
+    for number in range(3, 6):
+        steps(ours, owners, number)
+        steps(theirs, twins, number)
+    assert close(owners, twins)
+
+
+def _form(state_dict):
+    """Keys and shapes."""
+    states = {n: {k: tuple(v.shape) for k, v in held.items()} for n, held in state_dict["state"].items()}
+    return states, [set(group) for group in state_dict["param_groups"]]
+
+
+def _saved(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("through", ["state_dict", "deepcopy", "pickle"])
+def test_a_training_goes_on_bit_for_bit(case, through, where):
+    optimizer, owners = made(case, where, torch.bfloat16, master_weights=True, state_dtype=torch.float32)
+    steps(optimizer, owners, 0, 1)
+    if through == "state_dict":
+        twins = [torch.nn.Parameter(value) for value in values(owners)]
+        other = case.ours(twins, **case.options, master_weights=True)
+        other.load_state_dict(_saved(optimizer.state_dict()))
+    elif through == "deepcopy":
+        other = copy.deepcopy(optimizer)
+    else:
+        other = pickle.loads(pickle.dumps(optimizer))
+    twins = other.param_groups[0]["params"]
+    steps(optimizer, owners, 2, 3)
+    steps(other, twins, 2, 3)
+    assert equal(owners, twins) and twins[0] is not owners[0]
+    for owner, twin in zip(owners, twins, strict=True):
+        for name, held in optimizer.state[owner].items():
+            assert torch.equal(held, other.state[twin][name]) and held.dtype == other.state[twin][name].dtype
+
+
+def test_a_buffer_that_nothing_is_in_is_saved_as_none(where):
+    optimizer, owners = made(MOMENTUM, where)
+    give_gradients(owners, 0)
+    optimizer.found_inf = torch.ones((), device=where)
+    optimizer.step()
+    assert all(held == {"momentum_buffer": None} for held in optimizer.state_dict()["state"].values())
+    del optimizer.found_inf
+    other, twins = made(MOMENTUM, where)
+    other.load_state_dict(_saved(optimizer.state_dict()))
+    for each, own in ((optimizer, owners), (other, twins)):
+        steps(each, own, 1, 2)
+    assert equal(owners, twins)
+
+
+@pytest.mark.parametrize(
+    ("damage", "error"),
+    [
+        (lambda d: d["param_groups"].append(d["param_groups"][0]), ValueError),
+        (lambda d: d["param_groups"][0]["params"].pop(), ValueError),
+        (lambda d: d["state"][0].update(exp_avg=torch.zeros(3, 5)), ValueError),
+        (lambda d: d["state"][0].update(step="three"), ValueError),
+        (lambda d: d.pop("state"), KeyError),
+    ],
+    ids=["groups", "parameters", "shape", "step", "no state"],
+)
+def test_a_bad_state_changes_nothing(damage, error, where):
+    optimizer, owners = made(ADAM, where)
+    other, twins = made(ADAM, where)
+    steps(optimizer, owners, 0)
+    steps(other, twins, 0)
+    bad = copy.deepcopy(optimizer.state_dict())
+    damage(bad)
+    with pytest.raises(error):
+        optimizer.load_state_dict(bad)
+    steps(optimizer, owners, 1)
+    steps(other, twins, 1)
+    assert equal(owners, twins)
+
+
+def test_loading_keeps_the_dtype_of_the_state(where):
+    optimizer, owners = made(ADAM, where, torch.bfloat16, state_dtype=torch.float32)
+    steps(optimizer, owners, 0)
+    for more, dtype in (({}, torch.float32), ({"state_dtype": torch.float16}, torch.float16)):
+        other, twins = made(ADAM, where, torch.bfloat16, **more)
+        other.load_state_dict(_saved(optimizer.state_dict()))
+        steps(other, twins, 1)
+        assert other.state[twins[0]]["exp_avg"].dtype is dtype
+
+
+def test_hooks_of_loading_see_what_is_loaded(where):
+    optimizer, owners = made(ADAM, where, torch.bfloat16, state_dtype=torch.float32)
+    steps(optimizer, owners, 0)
+    saved, seen = _saved(optimizer.state_dict()), []
+    optimizer.register_load_state_dict_pre_hook(lambda _, d: {**d, "state": {}})
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(dict(o.state)))
+    optimizer.load_state_dict(saved)
+    assert seen == [{}]
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("SGD", {"lr": -1.0}, "Invalid learning rate: -1.0"),
+        ("SGD", {"lr": 0.1, "momentum": -1.0}, "Invalid momentum value: -1.0"),
+        ("SGD", {"lr": 0.1, "nesterov": True}, "Nesterov momentum requires a momentum and zero dampening"),
+        ("SGD", {"lr": torch.inf}, "Invalid lr: inf"),
+        ("SGD", {"lr": torch.nan}, "Invalid lr: nan"),
+        ("Adam", {"lr": torch.nan}, "Invalid learning rate: nan"),
+        ("Adam", {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
+        ("Adam", {"eps": torch.inf}, "Invalid eps: inf"),
+        ("AdamW", {"weight_decay": -1}, "Invalid weight_decay value: -1"),
+        ("Adagrad", {"lr_decay": -1.0}, "Invalid lr_decay value: -1.0"),
+        ("RMSprop", {"alpha": -1.0}, "Invalid alpha value: -1.0"),
+        ("Lion", {"betas": (0.9, 1.0)}, "Invalid beta parameter at index 1: 1.0"),
+        ("LARS", {"trust_coefficient": -1.0}, "Invalid trust_coefficient value: -1.0"),
+        ("LAMB", {"lr": torch.tensor([0.1, 0.2])}, "Tensor lr must be 1-element"),
+        ("SGD", {"lr": 0.1, "max_grad_norm": 0.0}, "Invalid max_grad_norm: 0.0"),
+        ("SGD", {"lr": 0.1, "max_grad_value": torch.nan}, "Invalid max_grad_value: nan"),
+        ("SGD", {"lr": 0.1, "state_dtype": torch.int32}, "Invalid state_dtype: torch.int32"),
+    ],
+)
+def test_bad_numbers(name, options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        getattr(optim, name)([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def test_torchs_switches_are_taken():
+    owner = torch.nn.Parameter(torch.zeros(1))
+    optimizer = optim.Adam([owner], foreach=True, capturable=True)
+    assert isinstance(optimizer, torch.optim.Adam) and optimizer.param_groups[0]["foreach"]
+    with pytest.raises(RuntimeError, match="differentiable"):
+        optim.Adam([owner], differentiable=True)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        optim.SGD([], lr=0.1)
+
+
+def test_named_parameters(where):
+    model = torch.nn.Linear(3, 2, device=where)
+    optimizer = optim.AdamW(model.named_parameters(), lr=0.1)
+    for owner in model.parameters():
+        owner.grad = torch.ones_like(owner)
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+def test_signatures_are_torchs_and_ours():
+    import inspect
+
+    names = list(inspect.signature(optim.Adam).parameters)
+    assert names[:2] == ["params", "lr"] and "amsgrad" in names and names[-1] == "seed" and "arguments" not in names

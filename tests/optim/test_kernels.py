@@ -1,0 +1,320 @@
+"""The kernels themselves, compiled for the host: runs and single elements, blocks of many threads, memory, rounding."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gpukern.optim as optim
+from gpukern.optim._fused import host, source, table
+from gpukern.optim._fused.rules import ADAM, LAMB, SGD
+from gpukern.runtime.mode import Mode, force_mode
+from tests.optim.cases import FULL, Case, give_gradients, parameters
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the kernels as the host has them")
+
+
+def stepped(case: Case, offset: int = 0, misaligned_gradient: int = 0, size: int = 5003, **more) -> torch.Tensor:
+    """A parameter of the same values that begins ``offset`` elements into its memory, after three updates."""
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.zeros(size + offset)
+    memory[offset:] = torch.randn(size, generator=generator)
+    owner = torch.nn.Parameter(memory[offset:])
+    optimizer = case.ours([owner], **case.options, **more)
+    for _ in range(3):
+        gradient = torch.zeros(size + misaligned_gradient)
+        gradient[misaligned_gradient:] = torch.randn(size, generator=generator)
+        owner.grad = gradient[misaligned_gradient:]
+        optimizer.step()
+    assert not memory[:offset].any()
+    return owner.detach()
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize(("offset", "misaligned"), [(0, 1), (1, 1), (1, 2), (3, 0), (2, 2)])
+def test_where_tensors_begin_changes_nothing(case, offset, misaligned):
+    # The norms that LARS and LAMB scale by are added up in another order.
+    tolerance = 1e-6 if case.name in ("LARS", "LAMB") else 0
+    assert torch.allclose(stepped(case, offset, misaligned), stepped(case), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 2047, 2048, 2049, 4100])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_element_is_updated_once(size, offset):
+    owner = torch.nn.Parameter(torch.zeros(size + offset)[offset:])
+    owner.grad = torch.ones(size + offset)[offset:]
+    optim.SGD([owner], lr=1.0).step()
+    assert torch.equal(owner.detach(), torch.full((size,), -1.0))
+
+
+def test_most_elements_go_in_runs(monkeypatch):
+    """Of tensors that begin alike, even if in the middle of 16 bytes: a program whose single elements do nothing leaves
+    at most those before the first and after the last run."""
+    text = source.source
+
+    def without_singles(variant, platform):
+        return text(variant, platform).replace("update_at<1>(work, at);", "")
+
+    monkeypatch.setattr(host, "source", without_singles)
+    monkeypatch.setattr(host, "_library", host._library.__wrapped__)
+    for offset, gradient_offset, left in ((0, 0, 3), (1, 1, 6), (3, 3, 4), (0, 1, 5003)):
+        owner = torch.nn.Parameter(torch.zeros(5003 + offset)[offset:])
+        owner.grad = torch.ones(5003 + gradient_offset)[gradient_offset:]
+        optim.SGD([owner], lr=1.0).step()
+        # Each of three chunks has its own first and last run.
+        assert (owner == 0).sum() <= (5003 if left == 5003 else 3 * left), (offset, gradient_offset)
+        assert (left == 5003) is bool((owner == 0).all())
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_many_threads_do_what_one_does(case, monkeypatch):
+    one = stepped(case, max_grad_norm=0.5)
+    monkeypatch.setattr(host.HostProgram.__init__, "__defaults__", (8,))
+    many = stepped(case, max_grad_norm=0.5)
+    # The norms are fp64 sums in another order.
+    assert torch.allclose(many, one, rtol=1e-6)
+
+
+def test_the_last_block_leaves_the_counter_at_zero():
+    owners = parameters()
+    optimizer = optim.LAMB(owners, max_grad_norm=1.0)
+    for number in range(2):
+        give_gradients(owners, number)
+        optimizer.step()
+        assert optimizer._step._parts[0]._held["arrived"] == 0
+    assert all(optimizer.state[owner]["step"] == 2 for owner in owners)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+UPDATE_ALL = """
+import torch
+from tests.optim.cases import FULL, parameters, give_gradients
+for case in FULL[{first}:{last}]:
+    for dtype, more in ((torch.float32, {{}}), (torch.bfloat16, dict(master_weights=True, max_grad_norm=1.0))):
+        owners = parameters(dtype)
+        optimizer = case.ours(owners, **case.options, **more)
+        for number in range(2):
+            give_gradients(owners, number)
+            optimizer.step()
+"""
+
+
+def sanitizers() -> list[str]:
+    """Their libraries, by full paths where there are some."""
+    return [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+
+
+def sanitized(tmp_path, first: int = 0, last: int = 99) -> subprocess.CompletedProcess:
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
+    environment = {
+        **os.environ,
+        **{"GPUKERN_EMULATE": "1", "GPUKERN_HOST_CXXFLAGS": flags, "LD_PRELOAD": ":".join(sanitizers())},
+        # Python's own memory is not the question.
+        **{"ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT), "CXX": "g++"},
+    }
+    script = UPDATE_ALL.format(first=first, last=last)
+    return subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+
+has_sanitizers = shutil.which("g++") is not None and all(map(os.path.isabs, sanitizers()))
+needs_sanitizers = pytest.mark.skipif(not has_sanitizers, reason="g++ has no address sanitizer here")
+
+
+@needs_sanitizers
+def test_no_access_is_out_of_bounds_and_nothing_is_undefined(tmp_path):
+    done = sanitized(tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_sanitizers
+def test_the_sanitizer_sees_an_element_too_many(tmp_path, monkeypatch):
+    package = tmp_path / "gpukern"
+    shutil.copytree(ROOT / "gpukern", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests" / "optim", tmp_path / "tests" / "optim")
+    (tmp_path / "tests" / "__init__.py").touch()
+    text = package / "optim" / "_fused" / "multi_tensor.cuh"
+    right = "const int singles = work.count - work.runs * RUN;"
+    assert right in text.read_text()
+    text.write_text(text.read_text().replace(right, right.replace(";", " + 1;")))
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    done = sanitized(tmp_path, 0, 1)
+    assert done.returncode != 0 and "AddressSanitizer: heap-buffer-overflow" in done.stderr
+
+
+# ---- numbers of 16 bits ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_is_read_and_written_as_torch_does(dtype):
+    """All 65,536 of them, as gradients of a float32 parameter, and rounded from values between them."""
+    bits = torch.arange(65536, dtype=torch.int32).to(torch.int16)
+    every = bits.view(dtype)
+    owner = torch.nn.Parameter(every.clone())
+    owner.grad = torch.zeros_like(owner)
+    optim.SGD([owner], lr=1.0).step()
+    nan = every.isnan()
+    assert torch.equal(owner.detach()[~nan].view(torch.int16), every[~nan].view(torch.int16))
+    assert owner.detach()[nan].isnan().all()
+
+    between = torch.cat([every.float() * factor for factor in (1.0, 1 + 2.0**-9, 1 - 2.0**-10, 1 + 2.0**-12)])
+    between = between[~between.isnan()]
+    state = torch.nn.Parameter(torch.zeros(between.numel()))
+    state.grad = between
+    optimizer = optim.SGD([state], lr=0.0, momentum=0.9, state_dtype=dtype)
+    optimizer.step()
+    assert torch.equal(optimizer.state[state]["momentum_buffer"], between.to(dtype))
+
+
+def test_stochastic_rounding_is_right_on_average_and_the_same_in_every_run(where):
+    def run(seed: int) -> torch.Tensor:
+        owner = torch.nn.Parameter(torch.ones(40_000, dtype=torch.bfloat16, device=where))
+        owner.grad = torch.full_like(owner, 2.0**-10)
+        optimizer = optim.SGD([owner], lr=1.0, stochastic_rounding=True, seed=seed)
+        for _ in range(8):
+            optimizer.step()
+        return owner.detach().float()
+
+    moved = 1 - run(0)
+    # An update of a quarter of the distance to the next number below 1: rounded to the nearest, it would be lost.
+    expected = 8 * 2.0**-10
+    deviation = 2.0**-8 * (8 * 0.25 * 0.75 / 40_000) ** 0.5
+    assert abs(moved.mean() - expected) < 5 * deviation
+    assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
+    plain = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16, device=where))
+    plain.grad = torch.full_like(plain, 2.0**-10)
+    optim.SGD([plain], lr=1.0).step()
+    assert torch.equal(plain.detach(), torch.ones_like(plain))
+
+
+def test_random_bits_of_kernels_and_reference_are_the_same(device):
+    found = []
+    for mode in (None, Mode.REFERENCE):
+        owners = parameters(torch.bfloat16, device)
+        for owner in owners:
+            owner.grad = torch.empty_like(owner).copy_(owner.detach() * 0.01)
+        optimizer = optim.SGD(owners, lr=0.25, stochastic_rounding=True, seed=7)
+        if mode is None:
+            optimizer.step()
+        else:
+            with force_mode(mode):
+                optimizer.step()
+        found.append([owner.detach() for owner in owners])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_stochastic_rounding_never_makes_infinity_or_loses_nan(device):
+    largest = torch.finfo(torch.bfloat16).max
+    owner = torch.nn.Parameter(torch.tensor([largest, -largest, torch.inf, torch.nan], dtype=torch.bfloat16).repeat(99))
+    owner.grad = torch.zeros_like(owner)
+    before = owner.detach().clone()
+    optimizer = optim.SGD([owner], lr=1.0, stochastic_rounding=True)
+    for _ in range(4):
+        optimizer.step()
+    assert torch.equal(owner.detach().nan_to_num(1.0), before.nan_to_num(1.0))
+
+
+# ---- tables and texts -----------------------------------------------------------------------------------------------
+
+
+def test_chunks_cover_every_tensor_once():
+    rows = [table.Row(16 * n, 0, (), 4, size, 0) for n, size in enumerate((5, 0, 4096, 4097, 1))]
+    tensors, chunks = table.tables(rows, 0, 2048)
+    covered = [(int(c["tensor"]), int(c["number"])) for c in chunks]
+    assert covered == [(0, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (4, 0)]
+    assert [int(t["first_chunk"]) for t in tensors] == [0, 1, 1, 3, 6] and list(tensors["chunks"]) == [1, 0, 2, 3, 1]
+
+
+def test_chunk_sizes_fill_the_device():
+    assert table.chunk_size(10**9, 132) == 65536
+    assert table.chunk_size(1000, 132) == 2048
+    for elements in (10**6, 25 * 10**6, 10**8):
+        size = table.chunk_size(elements, 132)
+        assert size in (2048, 65536) or elements / size >= 8 * 132
+
+
+def test_tables_are_laid_out_as_the_compiler_lays_out_structs(tmp_path):
+    variant = source.Variant(LAMB, "float32", "bfloat16", "float16", ("exp_avg", "exp_avg_sq"), 128)
+    wanted = {"Tensor": table.tensor_type(2), "Group": table.group_type(LAMB), "Arguments": table.arguments_type(128)}
+    text = source.source(variant, "host.h") + "\n#include <cstdio>\n#include <cstddef>\nint main() {\n"
+    for name, dtype in wanted.items():
+        text += f'printf("%zu", sizeof({name}));\n'
+        fields = [n for n in dtype.names if name != "Group" or n == "lr_place"]
+        text += "".join(f'printf(" %zu", offsetof({name}, {"lr" if name == "Group" else n}));\n' for n in fields)
+        text += 'printf("\\n");\n'
+    (tmp_path / "layout.cpp").write_text(text + "}\n")
+    command = ["g++", "-std=c++20", "-w", "-pthread", "layout.cpp", "-o", "layout"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    printed = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, (name, dtype) in zip(printed, wanted.items(), strict=True):
+        fields = [n for n in dtype.names if name != "Group" or n == "lr_place"]
+        assert list(map(int, line.split())) == [dtype.itemsize, *(dtype.fields[n][1] for n in fields)], name
+    assert table.arguments_type(table.GRADIENTS[-1]).itemsize <= 32764
+
+
+def test_elementwise_form_is_the_same_rule(tmp_path):
+    """As cupy.ElementwiseKernel has it, here in a loop of the host's."""
+    parameters_text, operation = source.elementwise(ADAM)
+    kinds = {"float32": "float", "float64": "double"}
+    names = [word.split() for word in parameters_text.split(", ")]
+    changed = ["p", *(state.name for state in ADAM.states)]
+    given = ", ".join(
+        f"{'float *' if name in changed or name == 'gradient' else kinds[kind] + ' '}{name}_" for kind, name in names
+    )
+    inside = "".join(
+        f"float &{name} = {name}_[i];" if name in (*changed, "gradient") else f"const double {name} = {name}_;"
+        for _, name in names
+    )
+    text = (
+        f'#include <cmath>\nusing namespace std;\nextern "C" void run(int n, {given}) {{ for (int i = 0; i < n; ++i) {{'
+    )
+    (tmp_path / "e.cpp").write_text(f"{text} {inside} {operation} }} }}")
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
+    subprocess.run(["g++", *flags, "e.cpp", "-o", "e.so"], cwd=tmp_path, check=True)
+    import ctypes
+
+    owner = torch.nn.Parameter(torch.randn(101))
+    owner.grad = torch.randn(101)
+    p, states = owner.detach().clone(), [torch.zeros(101) for _ in ADAM.states]
+    optim.Adam([owner], amsgrad=True, weight_decay=0.1).step()
+    tensors = [ctypes.c_void_p(t.data_ptr()) for t in (owner.grad, p, *states)]
+    numbers = [ctypes.c_double(v) for v in (1e-3, 0.9, 0.999, 1e-8, 0.1, 1, 0, 0, 1)]
+    ctypes.CDLL(str(tmp_path / "e.so")).run(101, tensors[0], *numbers, *tensors[1:])
+    assert torch.equal(p, owner.detach())
+    with pytest.raises(ValueError, match="norms of whole tensors"):
+        source.elementwise(LAMB)
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setattr(host.shutil, "which", lambda name: None)
+    host._compiler.cache_clear()
+    with pytest.raises(RuntimeError, match="there is no C\\+\\+ compiler: install g\\+\\+ or name one in CXX"):
+        host._compiler()
+    host._compiler.cache_clear()
+
+
+def test_programs_are_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = []
+    real = host._compile
+    monkeypatch.setattr(host, "_compile", lambda *given: compiled.append(given) or real(*given))
+    variant = source.Variant(SGD, "float32", "float32", "float32", (), 128)
+    library = host._library.__wrapped__
+    assert library(variant) == library(variant) and len(compiled) == 1
+    assert [path.suffix for path in (tmp_path / "gpukern" / "host").iterdir()] == [".so"]
+
+
+def test_arguments_of_the_size_that_travels():
+    assert table.room_for(1) == 128 and table.room_for(129) == 1024 and table.room_for(4032) == 4032
+    assert np.zeros(1, table.arguments_type(128)).nbytes < 1200
