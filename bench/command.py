@@ -53,8 +53,8 @@ def of(suite: Suite) -> Callable[..., None]:
     def command(
         networks: Annotated[
             list[str], typer.Option("--suite", help="Networks whose layers are taken, or 'all'. Repeatable.")
-        ] = ("resnet50",),
-        batches: Annotated[list[int], typer.Option("--batch", min=1, help="Repeatable.")] = (32,),
+        ] = suite.networks,
+        batches: Annotated[list[int], typer.Option("--batch", min=1, help="Repeatable.")] = suite.batches,
         dtypes: Annotated[list[str], typer.Option("--dtype", help="fp16, bf16, tf32, fp32 or 'all'. Repeatable.")] = (),
         layouts: Annotated[list[str], typer.Option("--layout", help="channels_last, nchw or 'all'. Repeatable.")] = (),
         computed: Annotated[list[str], typer.Option("--computation", help=f"{computations}. Repeatable.")] = (),

@@ -17,7 +17,7 @@ from bench.accuracy import relative_error
 from bench.peers import forget_compiled, torch_at_its_best, without_cudnn
 from bench.results import Candidate, Row
 from bench.suite import Implementation, Suite, Task, Tensors
-from bench.timing import Stopwatch, stopwatches, target_seconds
+from bench.timing import Calls, Stopwatch, stopwatches, target_seconds
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class _Contest:
     def __init__(self, suite: Suite, bound: float, device: torch.device) -> None:
         self._suite, self._bound, self._device = suite, bound, device
         self.candidates: list[Candidate] = []
-        self._calls: dict[int, list[Callable[[], Any]]] = {}
+        self._calls: dict[int, Calls] = {}
+        #: From Python, of those that are called in another way there; none where that fails.
+        self._from_python: dict[int, Calls | None] = {}
         #: Whether a candidate has broken the device for this process.
         self.lost = False
 
@@ -114,40 +116,65 @@ class _Contest:
 
     def _check(self, implementation: Implementation, sets: Sequence[Tensors], reference: torch.Tensor) -> None:
         """Run a candidate once and compare the result with the reference."""
-        candidate = Candidate(implementation.name, implementation.setting, "ok")
+        candidate, index = Candidate(implementation.name, implementation.setting, "ok"), len(self.candidates)
         if implementation.missing:
             self.candidates.append(replace(candidate, status="missing", message=implementation.missing))
             return
         try:
             operands = [implementation.prepare(tensors) for tensors in sets]
-            calls = [partial(implementation.function, *each) for each in operands]
-            with _kept(operands[0]) as changed:
-                output = calls[0]()
-                error = relative_error(self._suite.result(output), reference)
-                spoiled = changed()
-                _spoil(output)
-            self._synchronize()
+            self.candidates.append(self._judged(candidate, implementation.function, operands[0], reference))
         except Exception as problem:
             self.candidates.append(replace(candidate, status="failed", message=_first_line(problem)))
             self._see_whether_lost()
             return
-        if spoiled:
-            candidate = replace(candidate, status="wrong", message="changes its operands")
-        elif error <= self._bound:
-            self._calls[len(self.candidates)] = calls
-            candidate = replace(candidate, error=error)
-        elif math.isfinite(error):
-            message = f"error {error:.2g}, more than {self._bound:.2g}"
-            candidate = replace(candidate, status="wrong", message=message, error=error)
+        if self.candidates[index].status == "ok":
+            self._calls[index] = [partial(implementation.function, *each) for each in operands]
+            if implementation.from_python is not None:
+                self._check_from_python(index, implementation.from_python, operands, reference)
+
+    def _check_from_python(
+        self, index: int, function: Callable[..., Any], operands: Sequence[Tensors], reference: torch.Tensor
+    ) -> None:
+        """If this raises, the candidate is not timed from Python; if it is wrong, so is the candidate."""
+        self._from_python[index] = None
+        try:
+            judged = self._judged(self.candidates[index], function, operands[0], reference)
+        except Exception as problem:
+            self._note(index, f"no eager timing: {_first_line(problem)}")
+            self._see_whether_lost()
+            return
+        if judged.status == "ok":
+            self._from_python[index] = [partial(function, *each) for each in operands]
         else:
-            candidate = replace(candidate, status="wrong", message="not finite, or of another shape")
-        self.candidates.append(candidate)
+            self.candidates[index] = replace(judged, message=f"from Python: {judged.message}")
+            del self._calls[index]
+
+    def _judged(
+        self, candidate: Candidate, function: Callable[..., Any], operands: Tensors, reference: torch.Tensor
+    ) -> Candidate:
+        """``candidate`` with what is to be said of ``function``; it raises what that raises."""
+        with _kept(operands) as changed:
+            output = function(*operands)
+            error = relative_error(self._suite.result(output), reference)
+            spoiled = changed()
+            _spoil(output)
+        self._synchronize()
+        if spoiled:
+            return replace(candidate, status="wrong", message="changes its operands")
+        if error <= self._bound:
+            return replace(candidate, error=max(error, candidate.error or 0.0))
+        if math.isfinite(error):
+            message = f"error {error:.2g}, more than {self._bound:.2g}"
+            return replace(candidate, status="wrong", message=message, error=error)
+        return replace(candidate, status="wrong", message="not finite, or of another shape")
 
     def _time(self, way: type[Stopwatch], method: Method) -> None:
         """Take the samples of all candidates that are right, in one way of timing."""
+        contestants = self._calls | self._from_python if way.way == "eager" else self._calls
+        contestants = {index: calls for index, calls in contestants.items() if calls and index in self._calls}
         # Filled with None first: one that raises while its stopwatch is made drops out as later ones do.
-        watches: dict[int, Stopwatch] = dict.fromkeys(self._calls)
-        for index, calls in self._calls.items():
+        watches: dict[int, Stopwatch] = dict.fromkeys(contestants)
+        for index, calls in contestants.items():
             with self._dropping_out(index, watches, way):
                 if index in watches:
                     watches[index] = way(calls, target_seconds(self._device))

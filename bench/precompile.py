@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 
 import torch
 
@@ -32,19 +34,21 @@ def precompile(
     ``on_done`` hears how many tasks were finished. What does not compile is left for the run to show.
     """
     processes = processes or os.cpu_count() or 1
-    # Neighbours share kernels: shares of consecutive tasks compile fewer of them twice.
-    size = max(1, min(16, len(tasks) // (4 * processes)))
-    shares = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+    shares = _shares(suites()[suite_name].many_kernels, tasks, processes)
+    left = Counter(id(share.tasks) for share in shares)
     # spawn: a fork of a process that has started CUDA cannot use Triton's compiler safely.
     context = multiprocessing.get_context("spawn")
     kernels = 0
     pool = ProcessPoolExecutor(min(processes, len(shares)) or 1, mp_context=context, initializer=_without_gpu)
     try:
-        futures = {pool.submit(_compile, suite_name, share, device): len(share) for share in shares}
+        futures = {pool.submit(_compile, suite_name, share, device): share.tasks for share in shares}
         for future in as_completed(futures):
             with contextlib.suppress(Exception):  # a worker that died, above all: it takes the others' work along
                 kernels += future.result()
-            on_done(futures[future])
+            finished = futures[future]
+            left[id(finished)] -= 1
+            if not left[id(finished)]:
+                on_done(len(finished))
     except BaseException:
         # An interrupted run must save now, not after what was submitted has been compiled.
         for worker in list((pool._processes or {}).values()):
@@ -55,6 +59,25 @@ def precompile(
     return kernels
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What one process does: of the kernels of ``tasks`` those with a number of ``part`` modulo ``parts``."""
+
+    tasks: Sequence[Task]
+    part: int = 0
+    parts: int = 1
+
+
+def _shares(many_kernels: bool, tasks: Sequence[Task], processes: int) -> list[_Share]:
+    if many_kernels:
+        parts = max(1, processes // max(1, len(tasks)))
+        each = [[task] for task in tasks]
+        return [_Share(task, part, parts) for task in each for part in range(parts)]
+    # Neighbours share kernels: shares of consecutive tasks compile fewer of them twice.
+    size = max(1, min(16, len(tasks) // (4 * processes)))
+    return [_Share(tasks[first : first + size]) for first in range(0, len(tasks), size)]
+
+
 def _without_gpu() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
@@ -63,15 +86,17 @@ def _without_gpu() -> None:
 _compiled: set[tuple] = set()
 
 
-def _compile(suite_name: str, tasks: Sequence[Task], device: DeviceSpec) -> int:
+def _compile(suite_name: str, share: _Share, device: DeviceSpec) -> int:
     from gpukern.runtime.compile_only import record_launches
 
     suite, meta = suites()[suite_name], torch.device("meta")
     before = len(_compiled)
-    for task in tasks:
+    for task in share.tasks:
         with record_launches(device) as launches, torch_at_its_best(task.case.dtype), torch.no_grad():
             _call(suite, task, meta)
-        for launch in launches:
+        # In the order of the launches, which is the same in every process.
+        distinct = list({launch.key: launch for launch in launches}.values())
+        for launch in distinct[share.part :: share.parts]:
             if launch.key not in _compiled:
                 _compiled.add(launch.key)
                 with contextlib.suppress(Exception):

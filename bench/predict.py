@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from bench.results import Prediction
@@ -52,4 +53,27 @@ def prediction(task: Task, plan: str, costs: Cost, must: Work, device: DeviceSpe
         predicted_us=costs.seconds * 1e6,
         floor_us=least.seconds * 1e6,
         bound=least.bound,
+    )
+
+
+def total(task: Task, plan: str, parts: Sequence[tuple[int, Prediction]]) -> Prediction:
+    """Of a network that consists of ``parts``, (how many of them, each one's prediction), run one by one."""
+
+    def sum_of(name: str) -> float:
+        return sum(count * getattr(part, name) for count, part in parts)
+
+    memory = sum(count * part.floor_us for count, part in parts if part.bound == "memory")
+    return Prediction(
+        case=task.case,
+        plan=plan,
+        launches=sum_of("launches"),
+        tiles=sum_of("tiles"),
+        waves=sum_of("waves"),
+        efficiency=sum_of("flops") / sum(count * part.flops / part.efficiency for count, part in parts),
+        flops=sum_of("flops"),
+        moved=sum_of("moved"),
+        bytes=sum_of("bytes"),
+        predicted_us=sum_of("predicted_us"),
+        floor_us=sum_of("floor_us"),
+        bound="memory" if memory > sum_of("floor_us") / 2 else "compute",
     )

@@ -75,7 +75,7 @@ def run(
     measured, stopped = 0, ""
     try:
         with _terminated_as_interrupted():
-            if device.type == "cuda" and len(waiting) >= _WORTH_COMPILING_TOGETHER:
+            if _worth_compiling_together(suite, waiting, device):
                 precompile(suite.name, waiting, device_spec(device), on_done=on_compiled)
             for task in waiting:
                 if time.monotonic() >= until:
@@ -150,6 +150,11 @@ class _File:
 
 def _with_uses(row: Row, old: tuple[Use, ...], new: tuple[Use, ...]) -> Row:
     return replace(row, case=replace(row.case, uses=merged(old, new)))
+
+
+def _worth_compiling_together(suite: Suite, waiting: Sequence[Task], device: torch.device) -> bool:
+    many = len(waiting) >= _WORTH_COMPILING_TOGETHER or (suite.many_kernels and bool(waiting))
+    return device.type == "cuda" and many
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+import gpukern
 from bench import results
 from bench.command import RESULTS
 from bench.environment import run_folder, slug
-from bench.report import group_title, page, record
+from bench.report import group_title, is_network, page, record
 from bench.report.summary import summarize
 from bench.results import Results
 from bench.steps import Step, run_stage
@@ -36,17 +38,23 @@ def check(folder: Path) -> list[Step]:
         # PyTorch's allocator hands out parts of large blocks, in which an access out of bounds stays unseen.
         return Step(f"{tool}-{name}", (*command, *pytest), program, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
-    half = "-k", "forward_and_gradients and float16"
+    others = "conv2d_grouped", "conv_transpose2d", "conv_max_pool2d"
+    half, norms = ("-k", "forward_and_gradients and float16"), ("-k", "dtypes_and_layouts and float16")
     return [
         Step("info", (sys.executable, "-c", "from gpukern.cli import app; app()", "info")),
         tests("conv2d", "tests/ops/test_conv2d.py"),
         tests("linear", "tests/ops/test_linear.py"),
         tests("pool2d", "tests/ops/test_pool2d.py"),
         tests("activation", "tests/ops/test_activation.py"),
+        tests("batch-norm", "tests/ops/test_batch_norm.py", "tests/ops/test_conv_batch_norm.py"),
+        tests("fuse", "tests/fuse"),
+        tests("other-convolutions", *(f"tests/ops/test_{name}.py" for name in others)),
         tests("layers", "tests/test_integration.py", "tests/test_convert.py", "tests/test_operators.py"),
         sanitized("memcheck", "conv2d", "tests/ops/test_conv2d.py", *half),
         sanitized("memcheck", "pool2d", "tests/ops/test_pool2d.py", "-k", "dtypes_and_layouts"),
+        sanitized("memcheck", "batch_norm", "tests/ops/test_batch_norm.py", *norms),
         sanitized("racecheck", "conv2d", "tests/ops/test_conv2d.py", *half),
+        sanitized("racecheck", "batch_norm", "tests/ops/test_batch_norm.py", *norms),
         tests("rest-of-ops", "tests/ops", "tests/runtime"),
         sanitized("memcheck", "linear", "tests/ops/test_linear.py", *half),
         sanitized("racecheck", "linear", "tests/ops/test_linear.py", *half),
@@ -74,10 +82,13 @@ def bench(folder: Path) -> list[Step]:
     """The suites against their peers: what most people ask first, first; what compiles for each row, last."""
     step = _suite(folder)
     library, everyone = ("--peers", "library"), ("--peers", "library", "--peers", "compile")
-    everything = "--suite", "all"
+    compilers = *everyone, "--peers", "max-autotune"
+    everything, batches = ("--suite", "all"), ("--batch", "128", "--batch", "32", "--batch", "1")
     return [
+        step("inference", "resnet50", *compilers, "--suite", "resnet50", *batches),
         step("conv", "resnet50-32", *library),
         step("fused", "resnet50-32", *library),
+        step("inference", "all", *everyone),
         step("model", "resnet50-32", *everyone),
         step("pool", "all-32", *library, *everything),
         step("linear", "all-32", *library, *everything),
@@ -90,8 +101,9 @@ def bench(folder: Path) -> list[Step]:
         step("model", "all-32", *library, *everything),
         step("conv", "all-32", *library, *everything),
         step("conv", "resnet50-bf16", *library, "--dtype", "bf16"),
-        step("fused", "compile", *everyone, "--peers", "max-autotune"),
-        step("conv", "compile", *everyone, "--peers", "max-autotune", "--computation", "forward"),
+        step("inference", "compile", *compilers),
+        step("fused", "compile", *compilers),
+        step("conv", "compile", *compilers, "--computation", "forward"),
         step("conv", "resnet50-fp32", *library, "--dtype", "fp32"),
     ]
 
@@ -99,7 +111,7 @@ def bench(folder: Path) -> list[Step]:
 def profile(folder: Path) -> list[Step]:
     """Nsight Compute on gpukern's kernels of the three rows that lose most."""
     sections = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
-    ours = "regex:^(conv2d|linear|max_pool2d|avg_pool2d|to_channels_last|channel_sum|sum_splits|activation).*_kernel$"
+    ours = f"regex:^({'|'.join(kernel_names())})$"
     # The clocks stay as they are: they are the machine's to set.
     ncu = ["ncu", "--clock-control", "none", "--launch-count", "4", "--kernel-name", ours]
     for section in sections:
@@ -109,6 +121,12 @@ def profile(folder: Path) -> list[Step]:
         Step(f"row-{slug(key)}", (*ncu, sys.executable, "-m", "bench.one", str(path), key), "ncu")
         for path, key in worst_rows(folder)
     ]
+
+
+def kernel_names() -> list[str]:
+    """Of all of gpukern's kernels, read off its source: importing them all would need Triton."""
+    sources = (path.read_text(encoding="utf-8") for path in Path(gpukern.__file__).parent.rglob("*.py"))
+    return sorted({name for source in sources for name in re.findall(r"jit(?:\(.*\))?\ndef (\w+_kernel)\(", source)})
 
 
 def _suite(folder: Path, *always: str) -> Callable[..., Step]:
@@ -122,13 +140,16 @@ def _suite(folder: Path, *always: str) -> Callable[..., Step]:
 
 
 def worst_rows(folder: Path, number: int = 3) -> list[tuple[Path, str]]:
-    """(file, key) of the rows where the best peer is furthest ahead, the worst first. Plans are no peers."""
+    """(file, key) of the rows where the best peer is furthest ahead, the worst first.
+
+    Plans are no peers, and of a network a profile of a few launches would show its first layers.
+    """
     found = [
         (line.best.ratio.median, path, line.row.case.key)
         for path, read in _measured(folder)
         for group in summarize(read)
         for line in group.lines
-        if line.best is not None and group.key.suite != "plans"
+        if line.best is not None and group.key.suite != "plans" and not is_network(line.row.case)
     ]
     return [(path, key) for _, path, key in sorted(found)[:number]]
 

@@ -43,6 +43,16 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(statistics.median(ordered), ordered[first], ordered[n - 1 - first], quartiles[0], quartiles[2])
 
 
+def percentile(samples: Sequence[float], share: float) -> float:
+    """The least sample that ``share`` of all do not exceed: one of them, not a value between two.
+
+    Of fewer than 1 / (1 − share) samples it is the largest. ValueError without samples.
+    """
+    if not samples:
+        raise ValueError("no samples")
+    return sorted(samples)[max(math.ceil(share * len(samples)), 1) - 1]
+
+
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     """theirs / ours, round by round: above 1 we are faster. Clock drift, which hits a whole round, cancels.
 

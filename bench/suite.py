@@ -47,6 +47,8 @@ class Implementation:
     prepare: Callable[[Tensors], Tensors] = tuple
     #: Why it cannot run here; it is then shown as missing.
     missing: str = ""
+    #: What calls from Python are timed of, if that is another function: the same, through a CUDA graph of its own.
+    from_python: Callable[..., Any] | None = None
 
 
 def in_mode(setting: str, device: torch.device) -> str:
@@ -66,6 +68,11 @@ class Suite(abc.ABC, Generic[P]):
     layouts: tuple[str, ...] = ("channels_last", "NCHW")
     #: Calls rotate through many sets of tensors, as the real use finds them in device memory and not in the L2 cache.
     cold: bool = True
+    #: A task launches many different kernels: those of one task are compiled by several processes.
+    many_kernels: bool = False
+    #: What is taken where the command line does not say.
+    networks: tuple[str, ...] = ("resnet50",)
+    batches: tuple[int, ...] = (32,)
 
     @abc.abstractmethod
     def problems(self, network: str, batch: int) -> Iterator[tuple[Use, P]]:

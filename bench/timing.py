@@ -65,6 +65,8 @@ class EagerStopwatch:
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._passes = 1
         self.start()
+        self.stop()  # a function that replays a CUDA graph of its own may capture it at its second call
+        self.start()
         self._passes = _passes(self.stop(), len(calls), target)
 
     def start(self) -> None:

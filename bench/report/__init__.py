@@ -48,6 +48,20 @@ def rate(value: float | None, unit: float) -> str:
     return "–" if value is None else f"{value / unit:,.{decimals(value / unit, 3)}f}"
 
 
+def is_network(case: Case) -> bool:
+    """Whether the case is a whole network, which computes images."""
+    return "network" in case.sizes
+
+
+def images_per_second(case: Case, microseconds: float) -> float:
+    return case.batch / microseconds * 1e6
+
+
+def per_second(value: float) -> str:
+    """Three significant digits at least, and never half an image where there are many."""
+    return f"{value:,.{decimals(value, 3)}f}"
+
+
 def count(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
@@ -175,10 +189,18 @@ PREDICTED_COLUMNS = (
 PREDICTED_WORDS = 3
 
 
+def predicted_columns(rows: Sequence[Prediction]) -> tuple[str, ...]:
+    """Of rows that are all networks, or none of them."""
+    networks = any(is_network(row.case) for row in rows)
+    return (*PREDICTED_COLUMNS, "predicted images/s") if networks else PREDICTED_COLUMNS
+
+
 def predicted_cells(row: Prediction) -> list[str]:
+    images = [per_second(images_per_second(row.case, row.predicted_us))] if is_network(row.case) else []
     return [
         case_name(row.case), one_line(row.plan), row.bound, str(row.launches), f"{row.waves:.2f}",
         percent(row.efficiency), micro(row.floor_us), micro(row.predicted_us), ratio(row.predicted_us / row.floor_us),
+        *images,
     ]  # fmt: skip
 
 

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from bench import report as words
+from bench.report import throughput
 from bench.report.summary import Group, Line, Problem, Versus, predicted_groups, summarize
+from bench.report.throughput import Throughput, throughputs
 from bench.results import Prediction, Predictions, Results
 
 _KEY = ["suite", "computation", "dtype", "layout", "batch"]
@@ -61,10 +63,18 @@ def _group(group: Group) -> str:
         f"Best peer: {words.ratio(best.mean)}, {record}. Times: {words.TIMINGS.get(group.timing, 'none')}, "
         "median ± half of its 95 % interval; behind × its interval.",
         table(head, [_line(line, group) for line in group.lines]),
+        *(_throughputs(timing, rows) for timing, rows in throughputs(group)),
         _list(totals),
         _list(_problem(problem) for problem in group.problems),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _throughputs(timing: str, rows: Sequence[Throughput]) -> str:
+    body = [list(map(escape, row.cells)) for row in rows]
+    return f"Images a second, {timing}; p50 and p99 {throughput.CAPTION}.\n\n" + table(
+        throughput.COLUMNS, body, left=throughput.WORDS
+    )
 
 
 def _line(line: Line, group: Group) -> list[str]:
@@ -109,7 +119,7 @@ def _predictions(predictions: Predictions, source: str) -> str:
 
 def _predicted(rows: Sequence[Prediction]) -> str:
     body = [list(map(escape, words.predicted_cells(row))) for row in rows]
-    return table(words.PREDICTED_COLUMNS, body, left=words.PREDICTED_WORDS)
+    return table(words.predicted_columns(rows), body, left=words.PREDICTED_WORDS)
 
 
 def _evidence(evidence: Iterable[tuple[str, str]], source: str) -> str:

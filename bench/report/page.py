@@ -11,7 +11,7 @@ from pathlib import Path
 import jinja2
 
 from bench import report as words
-from bench.report import plots
+from bench.report import plots, throughput
 from bench.report.summary import Group, GroupKey, Tally, predicted_groups, summarize, tallies
 from bench.results import Prediction, Predictions, Results
 
@@ -66,7 +66,7 @@ def render(files: Sequence[tuple[Path, Results | Predictions]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["words"] = words
+    environment.globals |= {"words": words, "throughput": throughput}
     measured = [(path, results) for path, results in files if isinstance(results, Results)]
     predicted = [(path, results) for path, results in files if isinstance(results, Predictions)]
     return environment.get_template("page.html").render(devices=_devices(measured), predicted=_predicted(predicted))

@@ -10,11 +10,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from bench.report import TIMINGS, reason, state
+from bench.report import TIMINGS, is_network, reason, state
 from bench.results import Candidate, Case, Ceilings, Prediction, Predictions, Results, Row
 from bench.stats import Spread, geometric_mean, ratio, spread
 
 BEST = "best peer"
+
+
+Outcome = Literal["win", "loss", "tie"]
+
+
+def outcome(ratio: Spread | None) -> Outcome | None:
+    """A tie: the 95 % interval of the ratio holds 1."""
+    if ratio is None:
+        return None
+    return "win" if ratio.low > 1 else "loss" if ratio.high < 1 else "tie"
 
 
 class GroupKey(NamedTuple):
@@ -37,11 +47,8 @@ class Versus:
     ratio: Spread | None
 
     @property
-    def outcome(self) -> Literal["win", "loss", "tie"] | None:
-        """A tie: the 95 % interval of the ratio holds 1."""
-        if self.ratio is None:
-            return None
-        return "win" if self.ratio.low > 1 else "loss" if self.ratio.high < 1 else "tie"
+    def outcome(self) -> Outcome | None:
+        return outcome(self.ratio)
 
 
 @dataclass(frozen=True)
@@ -239,8 +246,11 @@ def _tally(name: str, found: Sequence[Versus | None]) -> Tally:
 
 
 def _totals(lines: Iterable[Line]) -> Iterable[Total]:
+    """Of layers: a row that is a whole network is its own sum."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
     for line in lines:
+        if is_network(line.row.case):
+            continue
         for use in line.row.case.uses:
             for peer in line.peers:
                 entry = sums[use.network, peer.candidate.name]

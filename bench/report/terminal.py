@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import report as words
+from bench.report import throughput
 from bench.report.summary import Group, GroupKey, Line, Tally, Total, Versus, predicted_groups, summarize, tallies
+from bench.report.throughput import Throughput, throughputs
 from bench.results import Prediction, Predictions, Results
 
 #: Of what goes into a pipe: no window to fit, and nothing may be cut off.
@@ -70,6 +72,9 @@ def _show_results(results: Results, to: Console) -> None:
         fitting = max(1, (to.width - _FIXED) // _PEER)
         for first in range(0, max(1, len(timed)), fitting):
             to.print(_table(group, timed[first : first + fitting]))
+        for timing, rows in throughputs(group):
+            to.print()
+            to.print(_throughput_table(group, timing, rows))
         _notes(group, to)
     if groups:
         to.print()
@@ -105,6 +110,16 @@ def _table(group: Group, peers: Sequence[str]) -> Table:
             words.micro(ours.ours_us),
             *cells,
         )
+    return table
+
+
+def _throughput_table(group: Group, timing: str, rows: Sequence[Throughput]) -> Table:
+    title = f"{words.group_title(group.key)}: images a second, {timing}"
+    table = new_table(title, throughput.CAPTION, throughput.COLUMNS, left=throughput.WORDS)
+    for row in rows:
+        cells = [Text(cell) for cell in row.cells]
+        cells[throughput.RATIO].stylize(_COLOURS.get(row.outcome, ""))
+        table.add_row(*cells, style="bold" if row.ours else "")
     return table
 
 
@@ -161,7 +176,7 @@ def _show_predictions(predictions: Predictions, to: Console) -> None:
 def _predicted_table(key: GroupKey, rows: Sequence[Prediction]) -> Table:
     title = f"{words.group_title(key)}: {words.NOT_MEASURED}"
     caption = "floor: the least that any implementation needs on the device's peaks"
-    table = new_table(title, caption, words.PREDICTED_COLUMNS, left=words.PREDICTED_WORDS)
+    table = new_table(title, caption, words.predicted_columns(rows), left=words.PREDICTED_WORDS)
     for row in rows:
         table.add_row(*map(Text, words.predicted_cells(row)))
     return table

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,48 +12,27 @@ from torch import nn
 
 import gpukern
 from bench.accuracy import DTYPES, network_bound
+from bench.networks import Networks, WholeNetwork, depth, placed, weights
 from bench.peers import both_layouts, compile_for_these_shapes, to_layout
-from bench.results import Prediction, Use
-from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
-from bench.suites.conv import Convolutions
-from bench.suites.linear import Linears
-from bench.suites.pool import Pools
+from bench.predict import total
+from bench.results import Prediction
+from bench.suite import Implementation, Task, Tensors, in_mode, register
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.roofline import Work
 from models.zoo import network
 
 INFERENCE, TRAINING = "inference", "training step"
 
 
-@dataclass(frozen=True)
-class WholeNetwork:
-    name: str
-    batch: int
-
-
-class Models(Suite[WholeNetwork]):
+class Models(Networks):
     name = "model"
     title = "Whole network"
     computations = (INFERENCE, TRAINING)
-    #: A network sweeps through more memory than the cache holds by itself.
-    cold = False
 
-    def problems(self, name: str, batch: int) -> Iterator[tuple[Use, WholeNetwork]]:
-        yield Use(network(name).name, "", 1), WholeNetwork(network(name).name, batch)
-
-    def describe(self, problem: WholeNetwork) -> tuple[str, dict[str, Any]]:
-        found = network(problem.name)
-        size = "×".join(map(str, (problem.batch, *found.input_size)))
-        return f"{found.title}, {size}", {"network": found.name, "input": [problem.batch, *found.input_size]}
-
-    def work(self, task: Task[WholeNetwork]) -> Work:
-        """The sum over convolutions, pools and linear layers, each from memory to memory, as they run one by one."""
-        works = [(part.case.uses[0].count, suite.work(part)) for suite, part in _parts(task)]
-        return Work(sum(n * w.flops for n, w in works), sum(n * w.bytes for n, w in works), task.case.dtype)
+    def trains(self, task: Task[WholeNetwork]) -> bool:
+        return task.case.computation == TRAINING
 
     def bound(self, task: Task[WholeNetwork]) -> float:
-        layers = [m for m in _made(task.problem.name).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        return network_bound(task.case.dtype, len(layers), task.case.computation == TRAINING)
+        return network_bound(task.case.dtype, depth(task.problem.name), self.trains(task))
 
     def tensors(self, task: Task[WholeNetwork], device: torch.device) -> Tensors:
         """Images, and labels: one for each image, or for each pixel where the network has logits for each."""
@@ -66,7 +44,7 @@ class Models(Suite[WholeNetwork]):
     def reference(self, task: Task[WholeNetwork], tensors: Tensors) -> torch.Tensor:
         """The mathematics of the weights and images as the candidates have them, in 16 bit if they have."""
         images, labels = tensors
-        model = copy.deepcopy(_made(task.problem.name)).to(images.device)
+        model = copy.deepcopy(weights(task.problem.name)).to(images.device)
         if task.case.computation == INFERENCE:
             dtype = DTYPES[task.case.dtype]
             with torch.no_grad():
@@ -105,44 +83,9 @@ class Models(Suite[WholeNetwork]):
 
     def predict(self, task: Task[WholeNetwork], device: DeviceSpec) -> Prediction:
         """The sum over what gpukern computes; norms, activations between layers and the loss are not in it."""
-        parts = [(part.case.uses[0].count, suite.predict(part, device)) for suite, part in _parts(task)]
-
-        def total(name: str) -> float:
-            return sum(count * getattr(prediction, name) for count, prediction in parts)
-
-        memory = sum(count * p.floor_us for count, p in parts if p.bound == "memory")
-        return Prediction(
-            case=task.case,
-            plan=f"{sum(count for count, _ in parts)} calls of convolution, pooling and linear layers",
-            launches=total("launches"),
-            tiles=total("tiles"),
-            waves=total("waves"),
-            efficiency=total("flops") / sum(count * p.flops / p.efficiency for count, p in parts),
-            flops=total("flops"),
-            moved=total("moved"),
-            bytes=total("bytes"),
-            predicted_us=total("predicted_us"),
-            floor_us=total("floor_us"),
-            bound="memory" if memory > total("floor_us") / 2 else "compute",
-        )
-
-
-def _parts(task: Task[WholeNetwork]) -> Iterator[tuple[Suite, Task]]:
-    """The network's layers as tasks of their own suites."""
-    for suite in (Convolutions(), Pools(), Linears()):
-        layout = task.case.layout if task.case.layout in suite.layouts else suite.layouts[0]
-        for use, problem in suite.problems(task.problem.name, task.problem.batch):
-            for computation in suite.steps(problem, training=task.case.computation == TRAINING):
-                case = replace(task.case, suite=suite.name, computation=computation, layout=layout, uses=(use,))
-                yield suite, Task(case, problem)
-
-
-@functools.lru_cache(maxsize=1)
-def _made(name: str) -> nn.Module:
-    """The network with the weights that all candidates have, and the reference."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return network(name).make()
+        parts = [(part.case.uses[0].count, suite.predict(part, device)) for suite, part in self.parts(task)]
+        calls = sum(count for count, _ in parts)
+        return total(task, f"{calls} calls of convolution, pooling and linear layers", parts)
 
 
 @functools.cache
@@ -165,9 +108,10 @@ def _implementation(
     @functools.cache
     def made(device: torch.device) -> Callable[..., Any]:
         # At the first call: a candidate that is not run takes no memory.
-        memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-        model = copy.deepcopy(_made(task.problem.name)).to(device, memory_format=memory_format)
-        return _inference(model.to(dtype), transform) if inference else _training_step(model, dtype, transform)
+        if inference:
+            return _inference(placed(weights(task.problem.name), device, dtype, layout), transform)
+        model = placed(weights(task.problem.name), device, torch.float32, layout)
+        return _training_step(model, dtype, transform)
 
     def prepare(tensors: Tensors) -> Tensors:
         images, labels = tensors

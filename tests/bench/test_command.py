@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import cli, results
+from bench import cli, command, results
 from bench import run as run_module
 from bench.results import Ceilings, Predictions, Results
 from gpukern.runtime.mode import Mode, force_mode
@@ -49,7 +49,9 @@ def refused(*arguments: object, status: int = 1) -> str:
 # ---- what the commands show and write ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suite, rows", [("conv", 5), ("fused", 4), ("pool", 6), ("linear", 6), ("model", 2)])
+@pytest.mark.parametrize(
+    "suite, rows", [("conv", 5), ("fused", 4), ("pool", 6), ("linear", 6), ("model", 2), ("inference", 1)]
+)
 def test_the_whole_harness_runs_on_a_cpu(suite, rows, tmp_path):
     ran = bench(suite, *LENET, "--out", tmp_path)
     assert ran.exit_code == 0, ran.output
@@ -59,9 +61,29 @@ def test_the_whole_harness_runs_on_a_cpu(suite, rows, tmp_path):
     assert path.parent.parent.name.startswith("cpu-") and path.name == f"{suite}.json"
     assert all(row.candidates[0].status == "ok" and row.candidates[0].samples["wall"] for row in found.rows)
     assert "<html" in path.with_suffix(".html").read_text()
-    assert f"{rows} rows measured: {path}, page beside it: {suite}.html" in ran.stdout
+    assert f"{rows} row{'s' * (rows > 1)} measured: {path}, page beside it: {suite}.html" in ran.stdout
     assert "gpukern µs" in ran.stdout and "lenet" in ran.stdout and "predicted" not in ran.stdout
     assert found.environment.flags["cudnn.benchmark"] is True
+
+
+def test_images_a_second_are_predicted_of_a_fused_network(tmp_path):
+    ran = bench("inference", "--suite", "lenet", "--batch", 1, "--batch", 32, "--predict", "h100", "--out", tmp_path)
+    assert ran.exit_code == 0, ran.output
+    found = results.read(tmp_path / "predicted" / "h100" / "inference.json")
+    assert isinstance(found, Predictions) and [row.case.batch for row in found.rows] == [1, 32]
+    for row in found.rows:
+        assert f"{row.case.batch / row.predicted_us * 1e6:,.0f}" in ran.stdout
+    assert ran.stdout.count("images/s") == 2 and "gpukern µs" not in ran.stdout
+
+
+def test_networks_and_batches_are_the_suite_s_unless_told_otherwise(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "_predict", lambda suite, chosen, name, out: asked.extend(t.case for t in chosen))
+    bench("inference", "--predict", "h100")
+    networks = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
+    found = sorted((case.sizes["network"], case.batch) for case in asked)
+    assert found == sorted((name, batch) for name in networks for batch in (1, 32, 128))
+    assert {(case.dtype, case.layout) for case in asked} == {("float16", "channels_last")}
 
 
 def test_a_table_for_each_layer_is_predicted(tmp_path):

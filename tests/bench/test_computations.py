@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from bench.accuracy import relative_error
+from bench.networks import weights
 from bench.peers import torch_at_its_best
 from bench.results import Case
 from bench.suite import Selection, Suite, Task, suites, tasks
 from bench.suites.linear import Linear
-from bench.suites.model import _made
 from bench.suites.pool import Kind, Pool
 from gpukern.ops._conv2d.problem import conv_problem
 from gpukern.ops._pool2d.problem import adaptive_problem, pool_problem
@@ -67,11 +67,11 @@ def check(suite: Suite, task: Task, device: torch.device) -> int:
         assert reference.dtype == torch.float64
         found = [each for each in suite.implementations(task, ("library",), device) if not each.missing]
         for each in found:
-            output = suite.result(each.function(*each.prepare(tensors)))
-            error = relative_error(output, reference)
-            assert error <= suite.bound(task), (each.name, task.case.key, error, suite.bound(task))
-            if suite.name != "model":
-                assert output.dtype == tensors[0].dtype, (each.name, task.case.key)
+            for function in filter(None, (each.function, each.from_python)):
+                output = suite.result(function(*each.prepare(tensors)))
+                error = relative_error(output, reference)
+                assert error <= suite.bound(task), (each.name, task.case.key, error, suite.bound(task))
+                assert suite.name == "model" or output.dtype == tensors[0].dtype, (each.name, task.case.key)
     return len(found)
 
 
@@ -122,8 +122,10 @@ def with_narrow_network(monkeypatch):
     monkeypatch.setitem(NETWORKS, "narrow", Network("narrow", "Narrow", narrow, (2, 12, 12)))
 
 
-def model_tasks(dtype: str = "float32", batch: int = 2, network: str = "lenet", layout="channels_last") -> list[Task]:
-    suite = suites()["model"]
+def model_tasks(
+    dtype: str = "float32", batch: int = 2, network: str = "lenet", layout: str = "channels_last", suite=None
+) -> list[Task]:
+    suite = suite or suites()["model"]
     return tasks(suite, Selection((network,), (batch,), (dtype,), (layout,), suite.computations))
 
 
@@ -136,6 +138,12 @@ def test_networks_are_right(dtype, layout, where):
         assert check(suites()["model"], task, where) == 3
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_networks_fused_or_folded_are_right(dtype, where):
+    (task,) = model_tasks(dtype, 3, "narrow", suite=suites()["inference"])
+    assert check(suites()["inference"], task, where) == 3
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_lenet_is_right(dtype):
     with force_mode(Mode.REFERENCE):
@@ -146,7 +154,7 @@ def test_lenet_is_right(dtype):
 def gradients(task: Task, device: torch.device, break_it=lambda model: None, loss=nn.functional.cross_entropy):
     """Of a step on LeNet that a test may break, as an implementation returns them; and images, labels."""
     images, labels = suites()["model"].tensors(task, device)
-    model = copy.deepcopy(_made("lenet")).to(device)
+    model = copy.deepcopy(weights("lenet")).to(device)
     break_it(model)
     return (images, labels), list(torch.autograd.grad(loss(model(images), labels), list(model.parameters())))
 

@@ -278,6 +278,50 @@ def test_one_that_drops_out_takes_no_sample_along(watched, monkeypatch):
     assert status(row)["1"] == ("ok", "no fake timing: RuntimeError: in the third round")
 
 
+# ---- from Python -----------------------------------------------------------------------------------------------------
+
+
+def in_two_ways(from_python, monkeypatch):
+    """One candidate that is called in another way from Python, and one that is not; what was called in each way."""
+    called = []
+
+    class Graph(WallStopwatch):
+        way = "graph"
+
+        def __init__(self, calls, target):
+            called.append((self.way, [call.func for call in calls]))
+            super().__init__(calls, target)
+
+    class Eager(Graph):
+        way = "eager"
+
+    monkeypatch.setattr(module, "stopwatches", lambda device: (Graph, Eager))
+    return run(candidate("gpukern", product, from_python=from_python), candidate("torch", product)), called
+
+
+def test_calls_from_python_may_be_of_another_function(monkeypatch):
+    def replayed(x, w):
+        return product(x, w)
+
+    row, called = in_two_ways(replayed, monkeypatch)
+    assert called == [("graph", [product]), ("graph", [product]), ("eager", [replayed]), ("eager", [product])]
+    assert all(set(each.samples) == {"graph", "eager"} for each in row.candidates)
+
+
+def test_what_python_calls_is_checked_too(monkeypatch):
+    row, called = in_two_ways(shifted, monkeypatch)
+    (name, (state, message)), other = status(row).items()
+    assert (name, state) == ("gpukern", "wrong") and message.startswith("from Python: error ")
+    assert other == ("torch", ("ok", "")) and row.candidates[0].samples == {}
+    assert [functions for _, functions in called] == [[product], [product]]
+
+
+def test_where_that_fails_only_the_calls_from_python_are_missing(monkeypatch):
+    row, _ = in_two_ways(raising(RuntimeError("no graph")), monkeypatch)
+    assert status(row)["gpukern"] == ("ok", "no eager timing: RuntimeError: no graph")
+    assert [set(each.samples) for each in row.candidates] == [{"graph"}, {"graph", "eager"}]
+
+
 # ---- a device that breaks ------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,46 @@ def test_kernels_are_compiled_ahead_and_found_again(script):
     assert found["new"] == 0
 
 
+SHARED = """
+from torch import nn
+
+import bench.precompile as module
+from gpukern.runtime.compile_only import Launch
+from models.zoo import NETWORKS, Network
+
+def narrow():
+    return nn.Sequential(nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+                         nn.Conv2d(16, 16, 1, groups=16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+
+NETWORKS["narrow"] = Network("narrow", "Narrow", narrow, (8, 12, 12))
+suite = suites()["inference"]
+chosen = tasks(suite, Selection(("narrow",), (2,), ("float16",), ("channels_last",), ("forward",)))
+compiled = []
+Launch.compile = lambda launch: compiled.append(launch.key)
+shares = module._shares(True, chosen, 3)
+for share in shares:
+    module._compiled.clear()
+    module._compile("inference", share, H100)
+cpu = torch.device("cpu")
+with torch_at_its_best("float16"), record_launches(H100) as launches, torch.no_grad():
+    suite.implementations(chosen[0], (), cpu)[0].function(*suite.tensors(chosen[0], cpu))
+print(json.dumps({"shares": len(shares), "once": len(compiled) == len(set(compiled)), "kernels": len(compiled),
+                  "same": set(compiled) == {launch.key for launch in launches}}))
+"""
+
+
+def test_processes_share_the_kernels_of_one_fused_network(script):
+    """Each compiles some, together they compile what the network launches, on tensors without memory."""
+    found = script(SHARED)
+    assert found == {"shares": 3, "once": True, "kernels": 4, "same": True}
+
+
+def test_a_task_is_done_when_all_its_parts_are(pool):
+    done = []
+    precompile("inference", ["a", "b"], H100, processes=7, on_done=done.append)
+    assert done == [1, 1]
+
+
 class FakePool:
     """In this process: each share is a future that was finished, or was broken."""
 
@@ -87,10 +127,10 @@ class FakePool:
 
     def submit(self, function, suite, share, device):
         future = Future()
-        if "dies" in share:
+        if "dies" in share.tasks:
             future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
         else:
-            future.set_result(len(share))
+            future.set_result(len(share.tasks))
         return future
 
     def shutdown(self, cancel_futures=False):

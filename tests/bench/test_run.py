@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import results
 from bench import run as module
 from bench.measure import DeviceLost
 from bench.results import Candidate, Ceilings, ResultsError, Row, Use
 from bench.run import Outcome, run
-from bench.suite import Selection, tasks
+from bench.suite import Selection, suites, tasks
 from tests.bench import made_up
 from tests.bench.tiny import CPU, QUICK, Products, candidate, product
 from tests.conftest import ROOT
@@ -309,3 +310,11 @@ def test_a_network_s_newer_layer_names_count(path):
     for resume in (True, False):
         run(suite, [newer], QUICK, CPU, path, resume=resume)
         assert rows(path)["2×1"].case.uses == (Use("lenet", "renamed", 2),)
+
+
+def test_one_network_is_worth_compiling_together_and_few_layers_are_not():
+    def worth(suite: str, rows: int, device: str = "cuda") -> bool:
+        return module._worth_compiling_together(suites()[suite], [None] * rows, torch.device(device))
+
+    assert worth("inference", 1) and worth("model", 1) and worth("conv", 8)
+    assert not worth("inference", 0) and not worth("conv", 7) and not worth("inference", 1, "cpu")

@@ -157,6 +157,11 @@ def test_the_worst_rows_are_profiled(tmp_path):
     results.write(tmp_path / "conv.json", made_up.results(rows))
     # Other plans of gpukern's are nobody to lose against.
     results.write(tmp_path / "plans.json", made_up.results([row(0.1, "e", suite="plans")]))
+    # A profile of a network's first launches says nothing of the others.
+    network = made_up.row(
+        {"graph": [100.0] * 20}, {"cuDNN": {"graph": [10.0] * 20}}, suite="model", sizes={"network": "x"}
+    )
+    results.write(tmp_path / "model.json", made_up.results([network]))
     results.write(tmp_path / "predicted.json", made_up.predictions())
     (tmp_path / "stages.json").write_text("{}")
     assert [key.rpartition("/")[2] for _, key in stages.worst_rows(tmp_path)] == ["a", "b", "c"]
@@ -164,6 +169,31 @@ def test_the_worst_rows_are_profiled(tmp_path):
     assert [step.command[-2:] for step in made] == [(str(path), key) for path, key in stages.worst_rows(tmp_path)]
     assert all(step.needs == "ncu" for step in made)
     assert len({step.name for step in made}) == 3 and made[0].name.endswith("-a")
+
+
+def test_profiles_are_of_all_our_kernels_and_of_no_other(run_python):
+    code = """
+import importlib, json, pkgutil
+import gpukern
+from triton.runtime.jit import JITFunction
+found = set()
+for module in pkgutil.walk_packages(gpukern.__path__, "gpukern."):
+    if not module.name.endswith("__main__"):
+        found |= {n for n, v in vars(importlib.import_module(module.name)).items() if isinstance(v, JITFunction)}
+print(json.dumps(sorted(name for name in found if name.endswith("_kernel"))))
+"""
+    ran = run_python(code)
+    assert ran.returncode == 0, ran.stderr
+    assert stages.kernel_names() == json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_the_aim_is_measured_first(tmp_path):
+    """ResNet-50 for inference at the batch of the aim, with every peer in the row."""
+    command = stages.bench(tmp_path / "device" / "commit")[0].command
+    assert command[3:] == (
+        "inference", "--peers", "library", "--peers", "compile", "--peers", "max-autotune", "--suite", "resnet50",
+        "--batch", "128", "--batch", "32", "--batch", "1", "--out", str(tmp_path), "--resume",
+    )  # fmt: skip
 
 
 def test_headlines_tell_who_won(tmp_path):

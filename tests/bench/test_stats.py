@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from bench.stats import geometric_mean, ratio, spread
+from bench.stats import geometric_mean, percentile, ratio, spread
 
 
 def at_most(k: int, n: int) -> Fraction:
@@ -76,3 +76,12 @@ def test_the_geometric_mean_does_not_depend_on_the_base():
 def test_nothing_is_made_of_nothing_or_of_unequal_rounds(wrong):
     with pytest.raises(ValueError):
         wrong()
+
+
+def test_a_percentile_is_one_of_the_samples():
+    samples = [float(n) for n in range(100, 0, -1)]
+    assert [percentile(samples, share) for share in (0.0, 0.01, 0.5, 0.99, 1.0)] == [1.0, 1.0, 50.0, 99.0, 100.0]
+    # Of few the largest: nobody knows better.
+    assert percentile([3.0, 1.0, 2.0], 0.99) == 3.0
+    with pytest.raises(ValueError, match="no samples"):
+        percentile([], 0.5)

@@ -114,7 +114,7 @@ def test_a_network_asked_for_twice_counts_once():
     assert merged((a, b), (newer,)) == (newer, b)
 
 
-@pytest.mark.parametrize("name", [*LAYERS, "model"])
+@pytest.mark.parametrize("name", [*LAYERS, "model", "inference"])
 def test_different_tasks_have_different_keys(name):
     """Whatever decides the time is in the words: batch, computation, dtype, layout, and every size."""
     suite = suites()[name]
@@ -136,7 +136,7 @@ def test_different_tasks_have_different_keys(name):
         assert all(f"{task.case.batch}×" in task.case.problem for task in found)
 
 
-@pytest.mark.parametrize("name", [*LAYERS, "model"])
+@pytest.mark.parametrize("name", [*LAYERS, "model", "inference"])
 def test_every_suite_has_every_network_that_it_can(name):
     networks = {use.network for task in select(suites()[name], *NETWORKS) for use in task.case.uses}
     without = {"pool": {"convnext_tiny"} - networks, "linear": {"unet"}}.get(name, set())

@@ -153,6 +153,20 @@ def test_calls_from_python_begin_on_an_idle_device(cuda):
     assert cuda.log[-1] == "wait"
 
 
+def test_the_first_call_from_python_does_not_decide_how_many_make_a_sample(cuda):
+    """It may compile, or capture a CUDA graph: a hundred times as long here."""
+    slow = iter([True])
+
+    def call():
+        for _ in range(100 if next(slow, False) else 1):
+            cuda.call()
+
+    watch = EagerStopwatch([call], 10 * CALL)
+    cuda.log.clear()
+    watch.start()
+    assert cuda.log.count("call on default") == 10
+
+
 def test_a_graph_is_warmed_up_captured_and_captured_again_for_the_target(cuda):
     watch = GraphStopwatch([cuda.call] * 3, 12 * CALL)
     warm_up = ["side waits for default", "call on side", "call on side", "default waits for side"]

@@ -1,0 +1,76 @@
+"""Whole networks as the rows of a suite: what all such suites have in common."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.results import Use
+from bench.suite import Suite, Task
+from bench.suites.conv import Convolutions
+from bench.suites.linear import Linears
+from bench.suites.pool import Pools
+from gpukern.runtime.roofline import Work
+from models.zoo import network
+
+
+@dataclass(frozen=True)
+class WholeNetwork:
+    name: str
+    batch: int
+
+
+class Networks(Suite[WholeNetwork]):
+    #: A network sweeps through more memory than the cache holds by itself.
+    cold = False
+    many_kernels = True
+
+    def problems(self, name: str, batch: int) -> Iterator[tuple[Use, WholeNetwork]]:
+        yield Use(network(name).name, "", 1), WholeNetwork(network(name).name, batch)
+
+    def describe(self, problem: WholeNetwork) -> tuple[str, dict[str, Any]]:
+        found = network(problem.name)
+        size = "×".join(map(str, (problem.batch, *found.input_size)))
+        return f"{found.title}, {size}", {"network": found.name, "input": [problem.batch, *found.input_size]}
+
+    def work(self, task: Task[WholeNetwork]) -> Work:
+        """The sum over convolutions, pools and linear layers, each from memory to memory, as they run one by one."""
+        works = [(part.case.uses[0].count, suite.work(part)) for suite, part in self.parts(task)]
+        return Work(sum(n * w.flops for n, w in works), sum(n * w.bytes for n, w in works), task.case.dtype)
+
+    def trains(self, task: Task[WholeNetwork]) -> bool:
+        return False
+
+    def parts(self, task: Task[WholeNetwork]) -> Iterator[tuple[Suite, Task]]:
+        """The network's layers as tasks of their own suites."""
+        for suite in (Convolutions(), Pools(), Linears()):
+            layout = task.case.layout if task.case.layout in suite.layouts else suite.layouts[0]
+            for use, problem in suite.problems(task.problem.name, task.problem.batch):
+                for computation in suite.steps(problem, self.trains(task)):
+                    case = replace(task.case, suite=suite.name, computation=computation, layout=layout, uses=(use,))
+                    yield suite, Task(case, problem)
+
+
+@functools.lru_cache(maxsize=1)
+def weights(name: str) -> nn.Module:
+    """The network with the random weights that all candidates have, and the reference."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return network(name).make()
+
+
+def depth(name: str) -> int:
+    """How many layers of products the network has."""
+    return sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in weights(name).modules())
+
+
+def placed(model: nn.Module, device: torch.device, dtype: torch.dtype, layout: str) -> nn.Module:
+    """A copy, as a candidate runs it."""
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return copy.deepcopy(model).to(device, dtype, memory_format=memory_format)

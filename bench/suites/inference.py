@@ -1,0 +1,196 @@
+"""Whole networks made ready for inference: fused by gpukern, folded by hand, or compiled by PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.fx.experimental import optimization
+
+import gpukern
+from bench.accuracy import DTYPES, network_bound
+from bench.fused_graph import predict_fused
+from bench.layers import layer_calls
+from bench.networks import Networks, WholeNetwork, depth, placed, weights
+from bench.peers import compile_for_these_shapes, to_layout
+from bench.results import Prediction
+from bench.suite import Implementation, Task, Tensors, in_mode, register
+from gpukern.fuse.model import FusedModel
+from gpukern.runtime.device import DeviceSpec
+from models.zoo import network
+
+#: Images that decide the statistics of batch norms.
+_CALIBRATION = 4
+_META = torch.device("meta")
+
+
+class Inference(Networks):
+    name = "inference"
+    title = "Whole network, ready for inference"
+    computations = ("forward",)
+    layouts = ("channels_last",)
+    networks = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
+    batches = (1, 32, 128)
+
+    def bound(self, task: Task[WholeNetwork]) -> float:
+        return network_bound(task.case.dtype, depth(task.problem.name), training=False)
+
+    def tensors(self, task: Task[WholeNetwork], device: torch.device) -> Tensors:
+        images = torch.randn(task.problem.batch, *network(task.problem.name).input_size, device=device)
+        return to_layout(task.case.layout, (images.to(DTYPES[task.case.dtype]),))
+
+    def reference(self, task: Task[WholeNetwork], tensors: Tensors) -> torch.Tensor:
+        """Of the network before anyone rounded or folded its weights."""
+        (images,) = tensors
+        model = placed(trained_alike(task.problem.name), images.device, torch.float64, "NCHW")
+        with torch.no_grad():
+            return model(images.double().contiguous())
+
+    def implementations(
+        self, task: Task[WholeNetwork], peers: Sequence[str], device: torch.device
+    ) -> list[Implementation]:
+        # Where there is nothing to fold it would be the same once more.
+        has_norms = any(isinstance(call.module, nn.BatchNorm2d) for call in layer_calls(task.problem.name, 1))
+        folds = (False, True) if has_norms else (False,)
+        found = [_gpukern(task, device)]
+        for peer, make in (("library", _eager), ("compile", _compiled), ("max-autotune", _max_autotuned)):
+            if peer in peers:
+                found += [make(task, fold, device) for fold in folds]
+        return found
+
+    def predict(self, task: Task[WholeNetwork], device: DeviceSpec) -> Prediction:
+        module = _fused(task.problem.name, DTYPES[task.case.dtype], _META).module
+        (images,) = self.tensors(task, _META)
+        return predict_fused(task, module, images, device)
+
+
+@functools.lru_cache(maxsize=4)
+def trained_alike(name: str) -> nn.Module:
+    """The network in evaluation mode, with statistics and scales in its batch norms that folding cannot ignore.
+
+    The statistics are those of a few random images.
+    """
+    model = _with_scales(name).train()
+    for norm in _norms(model).values():
+        norm.momentum = None  # of these images alone
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        model(torch.randn(_CALIBRATION, *network(name).input_size))
+    return model.eval()
+
+
+def _with_scales(name: str) -> nn.Module:
+    """As small as in trained networks: at 1 a deep network of random weights makes much more of every rounding."""
+    model = copy.deepcopy(weights(name)).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for norm in _norms(model).values():
+            nn.init.uniform_(norm.weight, 0.1, 0.5)
+            nn.init.normal_(norm.bias, 0.0, 0.2)
+    return model
+
+
+def _norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+
+
+# ---- candidates ----------------------------------------------------------------------------------------------------
+
+
+def _gpukern(task: Task[WholeNetwork], device: torch.device) -> Implementation:
+    name, dtype = task.problem.name, DTYPES[task.case.dtype]
+    fused = functools.cache(lambda where: _fused(name, dtype, where))
+    setting = in_mode(f"{task.case.layout}, gpukern.fuse", device)
+    function = _running(lambda where: fused(where).module)
+    if device.type != "cuda":
+        return Implementation("gpukern", setting, function)
+    return Implementation("gpukern", f"{setting}; from Python cuda_graph=True", function, from_python=_running(fused))
+
+
+def _fused(name: str, dtype: torch.dtype, device: torch.device) -> FusedModel:
+    """Without its own verification: whoever is timed here was checked before."""
+    if device.type == "meta":
+        return _fused_sizes(name, dtype)
+    model = copy.deepcopy(trained_alike(name)).to(device)
+    example = torch.randn(2, *network(name).input_size, device=device)
+    return gpukern.fuse(model, example, dtype=dtype, cuda_graph=device.type == "cuda", verify=False)
+
+
+@functools.lru_cache(maxsize=4)
+def _fused_sizes(name: str, dtype: torch.dtype) -> FusedModel:
+    """On the meta device, where only sizes count: statistics are any, but there are biases to be folded."""
+    fused = gpukern.fuse(_with_scales(name), torch.randn(2, *network(name).input_size), dtype=dtype, verify=False)
+    fused.module.to(_META)
+    return fused
+
+
+def _eager(task: Task[WholeNetwork], fold: bool, device: torch.device) -> Implementation:
+    return _peer("PyTorch", "eager, cudnn.benchmark on", task, fold, lambda model: model)
+
+
+def _compiled(task: Task[WholeNetwork], fold: bool, device: torch.device) -> Implementation:
+    return _peer("torch.compile", "mode default, static shapes", task, fold, compile_for_these_shapes)
+
+
+def _max_autotuned(task: Task[WholeNetwork], fold: bool, device: torch.device) -> Implementation:
+    """In CUDA graphs always: ours where all candidates are in one, its own where calls come from Python."""
+    bare, graphed = (
+        functools.partial(compile_for_these_shapes, mode=mode)
+        for mode in ("max-autotune-no-cudagraphs", "max-autotune")
+    )
+    if device.type != "cuda":
+        return _peer("torch.compile max-autotune", "mode max-autotune, static shapes", task, fold, bare)
+    setting = "mode max-autotune-no-cudagraphs, static shapes; from Python max-autotune with its CUDA graphs"
+    return _peer("torch.compile max-autotune", setting, task, fold, bare, graphed)
+
+
+def _peer(
+    name: str,
+    setting: str,
+    task: Task[WholeNetwork],
+    fold: bool,
+    transform: Callable[[nn.Module], Callable],
+    from_python: Callable[[nn.Module], Callable] | None = None,
+) -> Implementation:
+    """``transform`` of the network or, with ``fold``, of the network without batch norms."""
+
+    @functools.cache
+    def model(device: torch.device) -> nn.Module:
+        plain = trained_alike(task.problem.name)
+        return placed(folded(plain) if fold else plain, device, DTYPES[task.case.dtype], task.case.layout)
+
+    def running(make: Callable[[nn.Module], Callable]) -> Callable[..., torch.Tensor]:
+        return _running(lambda device: make(model(device)))
+
+    words = f"{task.case.layout}, {setting}" + (", batch norms folded by torch.fx" if fold else "")
+    return Implementation(
+        f"{name} folded" if fold else name,
+        words,
+        running(transform),
+        from_python=running(from_python) if from_python else None,
+    )
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """By PyTorch's own tool, in the weights' float32. RuntimeError if it leaves a batch norm."""
+    without = optimization.fuse(model)
+    if left := _norms(without):
+        raise RuntimeError(f"torch.fx did not fold {', '.join(left)}")
+    return without
+
+
+def _running(make: Callable[[torch.device], Callable]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What ``make`` makes for a device, for inference. At the first call: what is not run takes no memory."""
+    make = functools.cache(make)
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return make(images.device)(images)
+
+    return run
+
+
+register(Inference())

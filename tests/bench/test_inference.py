@@ -1,0 +1,201 @@
+"""The inference suite beyond its being right: its networks, against whom they run, what they are predicted to cost."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bench.accuracy import relative_error
+from bench.report import images_per_second, predicted_cells, predicted_columns
+from bench.suite import Selection, Task, suites, tasks
+from bench.suites import inference
+from bench.suites.inference import folded, trained_alike
+from gpukern.runtime.device import A100, H100
+from gpukern.runtime.mode import Mode, force_mode
+from models.zoo import NETWORKS
+
+INFERENCE, MODEL = suites()["inference"], suites()["model"]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+EVERYONE = ("library", "compile", "max-autotune")
+
+
+def make(network: str, batch: int = 2, dtype: str = "float16") -> Task:
+    (task,) = tasks(INFERENCE, Selection((network,), (batch,), (dtype,), ("channels_last",), ("forward",)))
+    return task
+
+
+def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+# ---- the networks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    return trained_alike("resnet18")
+
+
+def test_batch_norms_are_such_that_folding_matters(resnet):
+    assert len(norms(resnet)) == 20 and not resnet.training
+    for norm in norms(resnet):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias - norm.running_mean * scale
+        assert scale.std() > 0.01 and shift.std() > 0.05 and (norm.running_var > 0).all()
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def error(model: nn.Module, images: torch.Tensor) -> float:
+    task = make("resnet18", dtype="float32")
+    with torch.no_grad():
+        return relative_error(model(images), INFERENCE.reference(task, (images,)))
+
+
+def test_the_independent_fold_leaves_no_batch_norm_and_is_right(resnet, images):
+    without = folded(resnet)
+    assert not norms(without) and len(norms(resnet)) == 20
+    assert error(without, images) <= INFERENCE.bound(make("resnet18", dtype="float32"))
+
+
+def test_a_fold_that_forgets_something_is_found(resnet, images):
+    """In any layer, at the bound of 16 bit: the network is no one in which a batch norm hardly counts."""
+    bound = INFERENCE.bound(make("resnet18"))
+    for number, forget in ((3, "running_mean"), (10, "bias"), (19, "running_mean")):
+        model = copy.deepcopy(resnet)
+        getattr(norms(model)[number], forget).data.zero_()
+        assert error(model, images) > bound, (number, forget)
+
+
+def test_a_fold_that_leaves_a_batch_norm_is_no_peer(resnet, monkeypatch):
+    monkeypatch.setattr(inference.optimization, "fuse", lambda model: model)
+    with pytest.raises(RuntimeError, match=r"torch\.fx did not fold bn1, layer1\.0\.bn1"):
+        folded(resnet)
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+def test_every_peer_runs_with_and_without_batch_norms():
+    found = INFERENCE.implementations(make("resnet18"), EVERYONE, CUDA)
+    each = ("PyTorch", "torch.compile", "torch.compile max-autotune")
+    assert [i.name for i in found] == ["gpukern", *(name + fold for name in each for fold in ("", " folded"))]
+    assert all(i.name.endswith("folded") == ("folded by torch.fx" in i.setting) for i in found)
+    # Where there is nothing to fold it would be the same twice.
+    names = [i.name for i in INFERENCE.implementations(make("lenet"), EVERYONE, CUDA)]
+    assert names == ["gpukern", *each]
+
+
+def test_those_with_cuda_graphs_of_their_own_use_them_from_python():
+    on_gpu = INFERENCE.implementations(make("resnet18"), EVERYONE, CUDA)
+    own = [i.name for i in on_gpu if i.from_python is not None]
+    assert own == ["gpukern", "torch.compile max-autotune", "torch.compile max-autotune folded"]
+    assert all(("rom Python" in i.setting) == (i.name in own) for i in on_gpu)
+    assert not any(i.from_python for i in INFERENCE.implementations(make("resnet18"), EVERYONE, CPU))
+
+
+def test_gpukern_asks_for_a_cuda_graph_on_a_gpu_only(monkeypatch):
+    asked = []
+
+    class Fused:
+        module = staticmethod(lambda images: "launches")
+
+        def __call__(self, images):
+            return "replayed"
+
+    def fuse(model, example, **options):
+        asked.append((example.shape[0], options))
+        return Fused()
+
+    monkeypatch.setattr(inference.gpukern, "fuse", fuse)
+    task = make("lenet")
+    (images,) = INFERENCE.tensors(task, CPU)
+    # The images decide where the model goes: on a machine without a GPU that is the CPU, whatever is asked for.
+    ours = INFERENCE.implementations(task, (), CUDA)[0]
+    assert (ours.function(images), ours.from_python(images)) == ("launches", "replayed")
+    assert asked == [(2, {"dtype": torch.float16, "cuda_graph": False, "verify": False})]  # and fused once
+
+
+def test_folded_is_what_runs_as_folded(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(inference, "compile_for_these_shapes", lambda model: compiled.append(model) or model)
+    task = make("resnet18", 1, "float32")
+    (images,) = INFERENCE.tensors(task, CPU)
+    plain, without = INFERENCE.implementations(task, ("compile",), CPU)[1:]
+    for each in (plain, without):
+        each.function(images)
+    assert [len(norms(model)) for model in compiled] == [20, 0]
+
+
+def test_max_autotune_has_its_own_graphs_from_python_alone(monkeypatch):
+    modes = []
+
+    def compile_it(model, mode=None):
+        modes.append(mode)
+        return model
+
+    monkeypatch.setattr(inference, "compile_for_these_shapes", compile_it)
+    task = make("lenet", dtype="float32")
+    (images,) = INFERENCE.tensors(task, CPU)
+    *_, compiled, tuned = INFERENCE.implementations(task, EVERYONE, CUDA)
+    results = [compiled.function(images), tuned.function(images), tuned.from_python(images)]
+    assert modes == [None, "max-autotune-no-cudagraphs", "max-autotune"]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    tuned.function(images)
+    assert len(modes) == 3  # compiled once
+    assert not results[0].requires_grad
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def on_any_machine():
+    with force_mode(Mode.REFERENCE):
+        yield
+
+
+@pytest.mark.parametrize("device", [A100, H100], ids=lambda device: device.name)
+def test_a_fused_resnet_is_its_layers_and_eight_residuals(device):
+    task = make("resnet18", 32)
+    found, must = INFERENCE.predict(task, device), INFERENCE.work(task)
+    assert found.plan == "20 conv2d, 1 max_pool2d, 1 adaptive_avg_pool2d, 1 linear"
+    assert found.flops == must.flops
+    residuals = sum(2 * 64 * 56 * 56 // 2**stage for stage in range(4))
+    assert found.bytes == pytest.approx(must.bytes + 2 * 32 * residuals, rel=1e-3)  # and no pass for a batch norm
+    assert found.moved >= found.bytes and found.predicted_us >= found.floor_us
+    # One by one from memory to memory: more than the network as a whole could not beat.
+    assert (
+        found.floor_us
+        >= max(must.flops / device.peaks.matrix_rates["float16"], must.bytes / device.peaks.bandwidth) * 1e6
+    )
+
+
+def test_what_is_no_layer_counts_by_its_bytes():
+    """The gates of squeeze and excite: each is a product of its own, which reads an image and a gate and writes one."""
+    task = make("efficientnet_b0", 32)
+    found, must = INFERENCE.predict(task, H100), INFERENCE.work(task)
+    assert "16 mul" in found.plan and found.launches >= 115
+    assert found.bytes > 1.2 * must.bytes and found.flops == must.flops
+
+
+def test_predictions_count_images():
+    found = INFERENCE.predict(make("lenet", 128), H100)
+    images = 128 / found.predicted_us * 1e6
+    assert math.isclose(images_per_second(found.case, found.predicted_us), images)
+    assert (
+        dict(zip(predicted_columns([found]), predicted_cells(found), strict=True))["predicted images/s"]
+        == f"{images:,.0f}"
+    )
+
+
+def test_unless_told_otherwise_it_measures_what_people_ask_for():
+    assert set(INFERENCE.networks) <= set(NETWORKS) and INFERENCE.batches == (1, 32, 128)
+    assert INFERENCE.dtypes[0] == "float16" and INFERENCE.layouts == ("channels_last",)
