@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -20,45 +16,7 @@ from bench.report.summary import summarize
 from bench.results import Ceilings
 from tests.bench import made_up
 from tests.bench.made_up import results, row
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-VOID = {"meta", "input", "br", "link", "img"}
-
-
-class Parsed(HTMLParser):
-    """Elements by tag with their attributes, and the text; AssertionError where a tag does not match."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        assert len(attrs) == len(dict(attrs)), f"{tag} has an attribute twice"
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open.pop() == tag, f"</{tag}> at {self.getpos()} closes nothing"
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.text.append(data)
-
-    def values(self, attribute: str) -> list[str]:
-        return [attributes[attribute] or "" for _, attributes in self.elements if attribute in attributes]
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
+from tests.browser import Parsed, chromium, needs_browser
 
 
 def files(speeds=(0.8, 1.0)) -> list[tuple[Path, object]]:
@@ -233,16 +191,7 @@ head.click(); say("up", ratios()); head.click(); say("down", ratios());
 </script>"""
 
 
-def chromium(*arguments: str, home: Path) -> str:
-    flags = ["--headless", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={home / 'profile'}"]
-    # Chromium's sandbox refuses to run as root.
-    flags += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-    done = subprocess.run([CHROMIUM, *flags, *arguments], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+@needs_browser
 def test_a_browser_runs_it_without_errors_and_draws_it(html, tmp_path):
     watched = html.replace("<head>", "<head>" + WATCH, 1).replace("</body>", USE + "</body>", 1)
     path, shot = tmp_path / "page.html", tmp_path / "page.png"

@@ -12,7 +12,7 @@ from matplotlib import image
 from gpukern.fuse.page import page
 from gpukern.fuse.report import FusedGroup, NotFused
 from models.resnet import resnet50
-from tests.bench.test_page import CHROMIUM, Parsed, chromium
+from tests.browser import Parsed, chromium, needs_browser
 from tests.fuse.made_up import CHECK, TIMINGS, group, of_network, report
 
 
@@ -118,7 +118,7 @@ say("cut", [...document.querySelectorAll(".picture g, .picture a")].filter(
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
+@needs_browser
 def test_a_browser_runs_it_without_errors_and_draws_it(html, tmp_path):
     path, shot = tmp_path / "page.html", tmp_path / "page.png"
     watched = html.replace("<head>", "<head>" + WATCH, 1).replace("</body>", USE + "</body>", 1)
