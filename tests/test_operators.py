@@ -57,6 +57,15 @@ class Samples:
         x, w = self.image(2, 2, 6, 7, grad=False), self.image(4, 2, 3, 2, grad=False)
         return [(x, w, None, *CONV), (x, w, self.image(4, grad=False), *CONV)]
 
+    def conv2d_max_pool2d(self):
+        x, w, b = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4)
+        return [
+            (x, w, b, *CONV, "silu", 0.0),
+            (x, w, None, *CONV, "tanh", 0.0),
+            (self.image(2, 2, 6, 7, last=True), self.image(4, 1, 3, 3), b, *GROUPED, "leaky_relu", 0.2),
+            (x.detach(), w.detach(), None, *CONV, "none", 0.0),
+        ]
+
     def conv2d_input_grad(self):
         grad, w = self.image(2, 4, 3, 7), self.image(4, 2, 3, 2)
         return [(grad, w, [2, 2, 6, 7], last, *CONV) for last in (False, True)] + [

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule
 from gpukern.ops.activation import activation
 from gpukern.ops.batch_norm import batch_norm
 from gpukern.ops.conv2d import conv2d
+from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.conv_transpose2d import conv_transpose2d
 from gpukern.ops.linear import linear
 from gpukern.ops.pool2d import adaptive_avg_pool2d, avg_pool2d, max_pool2d
@@ -35,6 +36,7 @@ _OPERATORS = (
     avg_pool2d,
     batch_norm,
     conv2d,
+    conv2d_max_pool2d,
     conv_transpose2d,
     linear,
     max_pool2d,

@@ -13,8 +13,8 @@ from gpukern.fuse.affine import is_batch_norm
 from gpukern.fuse.constants import constant
 from gpukern.fuse.fold import Folded, fold
 from gpukern.fuse.match import Match
-from gpukern.fuse.products import activation, image
-from gpukern.fuse.program import Program, arguments, assemble, aten, is_call, value
+from gpukern.fuse.products import activation, image, pool
+from gpukern.fuse.program import Program, arguments, assemble, aten, value
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 
@@ -118,7 +118,7 @@ def _convolution(to: _Lowering, match: Match, weights: Folded, input: Node, resi
     if flat:
         input = to.call(aten.unsqueeze.default, input, 2)
         residual = None if residual is None else to.call(aten.unsqueeze.default, residual, 2)
-    operands = input, to.held(f"{name}_weight", weight), to.held(f"{name}_bias", weights.bias), residual
+    operands = input, to.held(f"{name}_weight", weight), to.held(f"{name}_bias", weights.bias)
     stride, dilation = image(product.stride, 1), image(product.dilation, 1)
     if product.transposed:
         geometry = (stride, image(product.padding, 0), image(product.output_padding, 0), dilation, product.groups)
@@ -127,6 +127,10 @@ def _convolution(to: _Lowering, match: Match, weights: Folded, input: Node, resi
         padding = product.window_padding(tuple(weights.weight.shape[2:]))
         geometry = (stride, padding, dilation, product.groups)
         target = torch.ops.gpukern.conv2d.default
+    if match.pool is not None:
+        target = torch.ops.gpukern.conv2d_max_pool2d.default
+    else:
+        operands = *operands, residual
     geometry = tuple(list(each) if isinstance(each, tuple) else each for each in geometry)
     node = to.call(target, *operands, *geometry, *match.activation)
     return to.call(aten.squeeze.dim, node, 2) if flat else node
@@ -179,7 +183,7 @@ def lower_batch_norm(to: _Lowering, match: Match, name: str) -> Node:
 
 def _lower_one(graph: Graph, node: Node) -> None:
     """By gpukern's operator where there is one."""
-    lowered = _pool(node) or _activation(node)
+    lowered = pool(node) or _activation(node)
     if lowered is None:
         return
     target, args = lowered
@@ -201,25 +205,3 @@ def _activation(node: Node) -> tuple[Any, tuple] | None:
 
 def _first(node: Node) -> str:
     return node.target._schema.arguments[0].name
-
-
-def _pool(node: Node) -> tuple[Any, tuple] | None:
-    if not is_call(node, *_POOLS) or value(node).dtype not in KERNEL_DTYPES or value(node).dim() != 4:
-        return None
-    given = arguments(node)
-    input = given[_first(node)]
-    if node.target is aten.adaptive_avg_pool2d.default:
-        return torch.ops.gpukern.adaptive_avg_pool2d.default, (input, list(given["output_size"]))
-    kernel = _pair(given["kernel_size"])
-    windows = (kernel, _pair(given["stride"]) if given["stride"] else kernel, _pair(given["padding"]))
-    if node.target is aten.max_pool2d.default:
-        return torch.ops.gpukern.max_pool2d.default, (input, *windows, _pair(given["dilation"]), given["ceil_mode"])
-    divisor = given["count_include_pad"], given["divisor_override"]
-    return torch.ops.gpukern.avg_pool2d.default, (input, *windows, [1, 1], given["ceil_mode"], *divisor)
-
-
-_POOLS = (aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
-
-
-def _pair(sizes: Sequence[int]) -> list[int]:
-    return list(sizes) * 2 if len(sizes) == 1 else list(sizes)

@@ -10,15 +10,24 @@ from torch.fx import Node
 
 from gpukern.fuse.affine import Affine, affine, foldable, is_batch_norm
 from gpukern.fuse.constants import constant
-from gpukern.fuse.products import Product, activation, is_product, product
+from gpukern.fuse.products import (
+    MONOTONE,
+    Product,
+    activation,
+    is_epilogue_pool,
+    is_product,
+    product,
+    zeros_around,
+)
 from gpukern.fuse.program import Program, arguments, aten, is_call, module_path, sole_user, value
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 
 @dataclass(frozen=True)
 class Match:
-    """Nodes that one operator will compute: [affine] → ``core`` → affine → + ``residual`` → ``activation``.
+    """Nodes that one operator will compute: [affine] → ``core`` → affine → + ``residual`` → ``activation`` → ``pool``.
 
+    Zeros that ``zeros`` puts around the input are the core's. A monotone activation may also come after the pool.
     ``core`` is a product or, where ``product`` is None, a batch norm that nothing absorbs. ``output`` is the last node,
     whose value the operator computes. A match of the core alone changes who computes it, and fuses nothing.
     """
@@ -32,11 +41,15 @@ class Match:
     residual: Node | None = None
     activation: tuple[str, float] = ("none", 0.0)
     activated: Node | None = None
+    zeros: Node | None = None
+    pool: Node | None = None
 
     @property
     def nodes(self) -> tuple[Node, ...]:
         """In the order of the computation."""
-        found = (*(a.node for a in self.before), self.core, *(a.node for a in self.after), self.add, self.activated)
+        before, after = ([step.node for step in steps] for steps in (self.before, self.after))
+        last = (self.pool, self.activated) if self.output is self.activated else (self.activated, self.pool)
+        found = (*before, self.zeros, self.core, *after, self.add, *last)
         return tuple(node for node in found if node is not None)
 
     @property
@@ -45,17 +58,17 @@ class Match:
 
     @property
     def operator(self) -> str:
+        if self.pool is not None:
+            return "gpukern::conv2d_max_pool2d"
         return "gpukern::batch_norm" if self.product is None else self.product.operator
 
     @property
     def pattern(self) -> str:
         core = "batch_norm" if self.product is None else self.product.kind
-        words = [*(a.name for a in self.before), core, *(a.name for a in self.after)]
-        if self.add is not None:
-            words.append("add")
-        if self.activated is not None:
-            words.append(self.activation[0])
-        return " + ".join(words)
+        words = {step.node: step.name for step in (*self.before, *self.after)}
+        words |= {self.zeros: "pad", self.core: core, self.add: "add", self.pool: "max_pool2d"}
+        words[self.activated] = self.activation[0]
+        return " + ".join(words[node] for node in self.nodes)
 
     @property
     def input(self) -> Node:
@@ -77,11 +90,11 @@ class _Finder:
 
     def find(self) -> list[Match]:
         matches = [self.with_affine(product(node)) for node in self.products()]
-        matches = [self.with_input(match) for match in matches]
+        matches = [self.with_input(self.with_zeros(match)) for match in matches]
         matches += [Match(node, node) for node in self.free_batch_norms()]
         # Of two that meet in an addition the later takes it: the other's result is there by then.
         matches.sort(key=lambda match: self.order[match.output], reverse=True)
-        matches = [self.with_activation(self.with_residual(match)) for match in matches]
+        matches = [self.with_pool(self.with_activation(self.with_residual(match))) for match in matches]
         return sorted(matches, key=lambda match: self.order[match.output])
 
     def products(self) -> Iterator[Node]:
@@ -110,6 +123,17 @@ class _Finder:
             self.taken.add(user)
             match = replace(match, after=(*match.after, step), output=user)
         return match
+
+    def with_zeros(self, match: Match) -> Match:
+        """Zeros that a node of its own puts around the input: the convolution's own padding from now on."""
+        node = match.product.input
+        if not match.product.is_of_images or not self.may_take(node) or sole_user(node) is not match.core:
+            return match
+        zeros = zeros_around(node)
+        if zeros is None:
+            return match
+        self.taken.add(node)
+        return replace(match, zeros=node, product=replace(match.product, input=node.args[0], zeros=zeros))
 
     def with_input(self, match: Match) -> Match:
         """The same of what goes into it, if no zeros are put around that."""
@@ -141,10 +165,20 @@ class _Finder:
         user = sole_user(match.output)
         takes = match.product is None or match.product.takes_activation
         found = activation(user) if takes and self.may_take(user) else None
-        if found is None:
+        if found is None or (match.pool is not None and found[0] not in MONOTONE):
             return match
         self.taken.add(user)
         return replace(match, activation=found, activated=user, output=user)
+
+    def with_pool(self, match: Match) -> Match:
+        """A max pool, and a monotone activation after it if there was none before."""
+        user = sole_user(match.output)
+        takes = match.product is not None and match.product.is_of_images and match.add is None
+        if not takes or not self.may_take(user) or not is_epilogue_pool(user):
+            return match
+        self.taken.add(user)
+        pooled = replace(match, pool=user, output=user)
+        return pooled if match.activated is not None else self.with_activation(pooled)
 
 
 # ---- conditions -----------------------------------------------------------------------------------------------------

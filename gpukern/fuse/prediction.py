@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
 
 from gpukern.explain.answer import chosen, ranked, residual_bytes
-from gpukern.explain.question import Question, convolution, linear
+from gpukern.explain.question import KINDS, Question, convolution, linear
 from gpukern.explain.words import describe_plan
 from gpukern.fuse.program import arguments, value
 from gpukern.ops._conv2d.cost import work
 from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.prepare import Epilogue
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.ops._conv2d.pooled.plan import apart
+from gpukern.ops._conv2d.prepare import Epilogue, pooled_choice
+from gpukern.ops._conv2d.problem import conv_problem, pooled_problem
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.roofline import Work, floor
@@ -30,19 +32,35 @@ class Kernel(NamedTuple):
 
 
 def kernel(node: Node, device: DeviceSpec, channels_last: bool) -> Kernel | None:
-    """Of a call of gpukern::conv2d or gpukern::linear in a shaped graph; None for others."""
+    """Of a call of gpukern::conv2d, also with a max pool, or gpukern::linear in a shaped graph; None for others."""
     question = _question(node, device, channels_last)
     if question is None:
         return None
+    if node.target is torch.ops.gpukern.conv2d_max_pool2d.default:
+        return _with_pool(question)
+    return _alone(question)
+
+
+def _alone(question: Question) -> Kernel:
     plan, _ = chosen(question)
+    return Kernel(describe_plan(plan, question.direction), *_least(question), ranked(question, plan).seconds)
+
+
+def _with_pool(question: Question) -> Kernel:
+    """Of ``question`` and the max pool that follows: one launch or two, as the operator decides."""
+    both = replace(question, problem=pooled_problem(question.problem))
+    launch = question.problem, question.first, question.second, True, *KINDS[question.kind], question.device
+    if pooled_choice(*launch) is not None:
+        return _alone(both)
+    words = f"{_alone(question).plan}, and max_pool2d"
+    return Kernel(words, *_least(both), apart(question.problem, question.operands, question.device))
+
+
+def _least(question: Question) -> tuple[int, float]:
+    """The bytes that must move, and the seconds of the roofline."""
     must = work(question.problem, question.direction, question.operands.itemsize, question.operands.kind)
     moved = must.bytes + residual_bytes(question)
-    return Kernel(
-        describe_plan(plan, question.direction),
-        int(moved),
-        floor(Work(must.flops, moved, must.kind), device.peaks).seconds,
-        ranked(question, plan).seconds,
-    )
+    return int(moved), floor(Work(must.flops, moved, must.kind), question.device.peaks).seconds
 
 
 def _question(node: Node, device: DeviceSpec, channels_last: bool) -> Question | None:
@@ -52,12 +70,12 @@ def _question(node: Node, device: DeviceSpec, channels_last: bool) -> Question |
         kind = _kind(value(node).dtype)
         has_bias = given["bias"] is not None
         return linear(rows, inputs, outputs, Direction.FORWARD, kind, device, has_bias, given["activation"])
-    if node.target is not torch.ops.gpukern.conv2d.default:
+    if node.target not in (torch.ops.gpukern.conv2d.default, torch.ops.gpukern.conv2d_max_pool2d.default):
         return None
     shapes = tuple(value(given["input"]).shape), tuple(value(given["weight"]).shape)
     windows = (tuple(given[name]) for name in ("stride", "padding", "dilation"))
     problem = conv_problem(*shapes, None, *windows, given["groups"])
-    epilogue = Epilogue(given["activation"], given["residual"] is not None)
+    epilogue = Epilogue(given["activation"], given.get("residual") is not None)
     has_bias = given["bias"] is not None
     return convolution(problem, Direction.FORWARD, _kind(value(node).dtype), channels_last, device, has_bias, epilogue)
 

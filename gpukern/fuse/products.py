@@ -1,14 +1,17 @@
-"""Convolutions, transposed convolutions and linear layers, whichever operator they were captured as."""
+"""Convolutions, linear layers and what may follow them, whichever operator they were captured as."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from gpukern.fuse.program import arguments, aten, is_call, value
 from gpukern.ops._conv2d.problem import same_padding
+from gpukern.ops.conv_max_pool2d import WINDOWS
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 _CONVOLUTIONS = {
@@ -30,7 +33,8 @@ class Product:
     """``node`` multiplies ``input`` by ``weight``, [K, C/groups, ...] or, ``transposed``, [C, K/groups, ...].
 
     ``kind`` is "conv2d", "conv_transpose1d", "linear" and so on, ``spatial`` the number of its window's dimensions.
-    ``padding`` has a number for each, or is torch's word.
+    ``padding`` has a number for each, or is torch's word. ``zeros`` lie around the image beside it: see
+    :func:`zeros_around`.
     """
 
     node: Node
@@ -44,6 +48,7 @@ class Product:
     dilation: tuple[int, ...] = ()
     output_padding: tuple[int, ...] = ()
     groups: int = 1
+    zeros: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def transposed(self) -> bool:
@@ -58,7 +63,7 @@ class Product:
     @property
     def padded(self) -> bool:
         """Whether zeros surround the input."""
-        return self.padding == "same" if isinstance(self.padding, str) else any(self.padding)
+        return any(self.zeros) or (self.padding == "same" if isinstance(self.padding, str) else any(self.padding))
 
     @property
     def operator(self) -> str:
@@ -79,8 +84,17 @@ class Product:
     def takes_residual(self) -> bool:
         return self.takes_activation and self.kind != "linear"
 
+    @property
+    def is_of_images(self) -> bool:
+        """Whether gpukern's 2-D convolution computes it, and of images: padded on each side as it likes, and pooled."""
+        return self.operator == "gpukern::conv2d" and self.spatial == 2
+
     def window_padding(self, kernel: tuple[int, ...]) -> tuple[int, int, int, int]:
         """Zeros at the top, bottom, left and right, of one dimension as of an image of height 1."""
+        top, bottom, left, right = (own + other for own, other in zip(self._own(kernel), self.zeros, strict=True))
+        return top, bottom, left, right
+
+    def _own(self, kernel: tuple[int, ...]) -> tuple[int, int, int, int]:
         if isinstance(self.padding, str):
             if self.padding == "valid":
                 return 0, 0, 0, 0
@@ -120,6 +134,19 @@ def product(node: Node) -> Product:
     )
 
 
+def zeros_around(node: Node) -> tuple[int, int, int, int] | None:
+    """Top, bottom, left, right: the zeros that a call puts around images, their numbers known; None for all others."""
+    if not is_call(node, aten.constant_pad_nd.default, aten.pad.default) or value(node).dim() != 4:
+        return None
+    given = arguments(node)
+    sizes = [*given["pad"], 0, 0, 0]
+    of_zeros = given.get("mode", "constant") == "constant" and given["value"] in (None, 0)
+    if not of_zeros or any(type(size) is not int or size < 0 for size in sizes) or any(sizes[4:]):
+        return None
+    left, right, top, bottom = sizes[:4]
+    return top, bottom, left, right
+
+
 # ---- what may follow ------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = {
@@ -150,3 +177,39 @@ def activation(node: Any) -> tuple[str, float] | None:
     if slope < 0:
         return None
     return ("gelu_tanh" if given.get("approximate") == "tanh" else name), slope
+
+
+#: Whose maximum is that of the maximum, so that they may come after a max pool too.
+MONOTONE = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "hardsigmoid", "tanh"))
+
+_POOLS = (aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
+
+
+def pool(node: Node) -> tuple[Any, tuple] | None:
+    """gpukern's operator for a pool of images, with its arguments; None for other calls."""
+    if not is_call(node, *_POOLS) or value(node).dtype not in KERNEL_DTYPES or value(node).dim() != 4:
+        return None
+    given = arguments(node)
+    input = node.args[0]
+    if node.target is aten.adaptive_avg_pool2d.default:
+        return torch.ops.gpukern.adaptive_avg_pool2d.default, (input, list(given["output_size"]))
+    kernel = _pair(given["kernel_size"])
+    windows = (kernel, _pair(given["stride"]) if given["stride"] else kernel, _pair(given["padding"]))
+    if node.target is aten.max_pool2d.default:
+        return torch.ops.gpukern.max_pool2d.default, (input, *windows, _pair(given["dilation"]), given["ceil_mode"])
+    divisor = given["count_include_pad"], given["divisor_override"]
+    return torch.ops.gpukern.avg_pool2d.default, (input, *windows, [1, 1], given["ceil_mode"], *divisor)
+
+
+def _pair(sizes: Sequence[int]) -> list[int]:
+    return list(sizes) * 2 if len(sizes) == 1 else list(sizes)
+
+
+def is_epilogue_pool(node: Any) -> bool:
+    """Whether a call takes the maximum of each 2 × 2 pixels, which gpukern::conv2d_max_pool2d does after a product."""
+    if not is_call(node):
+        return False
+    target, found = (node.target, node.args) if str(node.target).startswith("gpukern.") else pool(node) or (None, ())
+    if target is not torch.ops.gpukern.max_pool2d.default:
+        return False
+    return tuple(tuple(each) if isinstance(each, (list, tuple)) else each for each in found[1:]) == WINDOWS

@@ -61,7 +61,8 @@ def _follows(source: Node | None, inside: dict[Node, Match]) -> bool:
     if source is None:
         return False
     match = inside.get(source)
-    return is_product(source) or (match is not None and match.product is not None)
+    # What follows the pool of a match would have followed a pool without it too.
+    return is_product(source) or (match is not None and match.product is not None and match.pool is None)
 
 
 def _reason(program: Program, node: Node, source: Node | None, inside: dict[Node, Match]) -> str:

@@ -5,7 +5,8 @@ The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16`
 - ``tl.dot`` multiplies those bits as integers;
 - the cast fp32 → bf16 truncates, where every GPU rounds to nearest, ties to even.
 
-Both are mended here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance.
+Both are mended here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance. And
+``tl.reduce`` with a function of one's own, which the interpreter calls for every element, is called for whole slices.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 
 import numpy as np
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
 
 
 def bf16_bits_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -54,6 +55,33 @@ def prepare() -> None:
 
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+    ReduceOps.generic_reduce = _reduce_slices
+
+
+def _reduce_slices(self: ReduceOps, input: tuple) -> list:
+    """Combine the slices of the axis one after the other, in the order in which the interpreter's own loop does."""
+    tensors, axis = self.unravel(input, self.axis)
+    arrays = [tensor.handle.data for tensor in tensors]
+
+    def part(i: int) -> tuple:
+        return tuple(
+            self.to_tensor(np.take(array, i, axis=axis), tensor.dtype)
+            for array, tensor in zip(arrays, tensors, strict=True)
+        )
+
+    total = part(0)
+    for i in range(1, arrays[0].shape[axis]):
+        found = self.combine_fn.fn(*total, *part(i))
+        total = found if isinstance(found, tuple) else (found,)
+    results = []
+    for tensor, array, given in zip(total, arrays, input, strict=True):
+        data = tensor.handle.data
+        if self.keep_dims:
+            data = np.expand_dims(data, axis) if self.axis is not None else np.reshape(data, (1,) * array.ndim)
+        elif self.axis is None:
+            data = data.item()
+        results.append(self.to_tensor(data, given.dtype))
+    return results
 
 
 def _without_bf16(operand: TensorHandle) -> TensorHandle:

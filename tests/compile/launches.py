@@ -17,13 +17,18 @@ import gpukern
 import gpukern.functional as F
 from bench.layers import LayerCall, layer_calls
 from gpukern.convert import REPLACEMENTS
-from gpukern.ops._conv2d.plan import ConvPlan, Variant
+from gpukern.ops._conv2d import launch, planner
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant
+from gpukern.ops._conv2d.prepare import Epilogue, operands_of, shapes
+from gpukern.ops._conv2d.problem import pooled_problem
 from gpukern.ops.activation import ACTIVATIONS, activation
+from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.precision import conv_precision
 from models.zoo import NETWORKS
 from tests.compile.candidates import Requests
-from tests.ops.conv_cases import CASES, Case
+from tests.ops.conv_cases import CASES, Case, as_problem
 
 META = torch.device("meta")
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -66,13 +71,17 @@ def record(device: DeviceSpec, kind: str, what: Selection) -> tuple[list[Launch]
         for run in _operations(dtype, what):
             with requests.recording():
                 run()
-            chosen.update((launch.key, launch) for launch in launches)
+            chosen.update((each.key, each) for each in launches)
             launches.clear()
             for forced in requests.launches(what.candidates):
                 forced()
-                others.update((launch.key, launch) for launch in launches)
+                others.update((each.key, each) for each in launches)
                 launches.clear()
-    return list(chosen.values()), [launch for key, launch in others.items() if key not in chosen]
+        for run, forced in _pooled(dtype, what, device):
+            run()
+            (others if forced else chosen).update((each.key, each) for each in launches)
+            launches.clear()
+    return list(chosen.values()), [each for key, each in others.items() if key not in chosen]
 
 
 @contextlib.contextmanager
@@ -157,6 +166,42 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         yield lambda args=(shape, layout, training, *epilogue): _run_norm(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
+
+
+#: Layers that a max pool follows: those of VGG; of networks for small images; odd sizes.
+POOLED = (
+    *(
+        Case(f"VGG {size}", (batch, channels, size, size), channels, (3, 3), padding=1)
+        for channels, size in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))
+        for batch in (1, 32)
+    ),
+    Case("LeNet's first", (32, 1, 28, 28), 6, (5, 5), padding=2),
+    Case("LeNet's second", (32, 6, 14, 14), 16, (5, 5)),
+    Case("CIFAR's first", (32, 3, 32, 32), 64, (3, 3), padding=1),
+    Case("1x1", (32, 64, 56, 56), 64, (1, 1)),
+    Case("odd", (8, 17, 15, 15), 9, (3, 3), padding=1),
+    Case("stride 2", (32, 64, 56, 56), 64, (3, 3), stride=2, padding=1),
+)
+
+
+def _pooled(dtype: torch.dtype, what: Selection, device: DeviceSpec) -> Iterator[tuple[Callable[[], None], bool]]:
+    """Calls of the convolution with a max pool, and whether one is of a plan that is not chosen."""
+    for case, layout in itertools.product(POOLED, what.layouts):
+        p = as_problem(case)
+        x, w, bias = (
+            _empty(case.input, dtype, layout),
+            _empty(case.weight, dtype, layout),
+            _empty((p.K,), torch.float32),
+        )
+        geometry = p.stride, p.padding, p.dilation, p.groups
+        yield lambda t=(x, w, bias), geometry=geometry: conv2d_max_pool2d(*t, *geometry, "gelu", 0.0), False
+        both, forward, precision = pooled_problem(p), Direction.FORWARD, conv_precision(dtype)
+        strides = x.stride(), w.stride(), _empty(shapes(both, forward)[2], dtype, layout).stride()
+        operands = operands_of(both, forward, strides, True, dtype, precision)
+        for choice in filter(what.candidates, planner.candidates(both, forward, operands, device)):
+            last = layout is torch.channels_last
+            prepared = launch.prepared_for(both, forward, x, w, last, Epilogue("gelu"), choice)
+            yield lambda prepared=prepared, t=(x, w, bias): launch.run(prepared, *t), True
 
 
 def _run_case(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:

@@ -23,7 +23,7 @@ def work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -
     as in an image of odd size at stride 2, the input gradient counts those.
 
     Of the operands' images only rows and columns that a window meets count: 1×1 at stride 2 reads a quarter of x.
-    Bias and activation are left out.
+    Bias, activation and the comparisons of a pool are left out.
     """
     p = problem
     if not _output(p, direction):
@@ -32,7 +32,7 @@ def work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -
     reads = [window_reads(*dimension) for dimension in both]
     x = p.N * p.C * math.prod(len({i for _, i in pairs}) for pairs in reads)
     y = p.N * p.K * math.prod(len({o for o, _ in pairs}) for pairs in reads)
-    elements = sum(_operands(direction, x, y, _filter(p))) + _output(p, direction)
+    elements = sum(_operands(direction, x, y, _filter(p))) + _written(p, direction)
     taps = [dimension.outputs * dimension.taps for dimension in both]
     if direction is Direction.INPUT_GRAD:
         gathered = (sum(pixels * taps for pixels, taps in phases(dimension)) for dimension in both)
@@ -91,7 +91,7 @@ def _rate(plan: ConvPlan, operands: Operands) -> str:
 def copied_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan, itemsize: int) -> int:
     """Of copies into or out of channels_last: each reads and writes its tensor once."""
     operands = _operands(direction, p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, _filter(p))
-    sizes = (*operands, _output(p, direction))
+    sizes = (*operands, _written(p, direction))
     return sum(2 * elements * itemsize for elements, copied in zip(sizes, plan.pack, strict=True) if copied)
 
 
@@ -114,8 +114,13 @@ def _filter(p: ConvProblem) -> int:
     return p.K * p.group_inputs * p.R * p.S
 
 
-def _output(p: ConvProblem, direction: Direction) -> int:
+def _written(p: ConvProblem, direction: Direction) -> int:
     """Elements of what a launch writes."""
+    return _output(p, direction) // (4 if p.pool else 1)
+
+
+def _output(p: ConvProblem, direction: Direction) -> int:
+    """Elements of what a launch computes."""
     if direction is Direction.WEIGHT_GRAD:
         return _filter(p)
     return p.N * (p.K * p.P * p.Q if direction is Direction.FORWARD else p.C * p.H * p.W)

@@ -78,6 +78,7 @@ def key(problem: ConvProblem, direction: Direction, operands: Operands) -> str:
         f"stride {_by(p.stride)} padding {','.join(map(str, p.padding))} dilation {_by(p.dilation)} groups {p.groups}"
     )
     sizes = f"{_by((bucket(p.N), p.C, p.H, p.W))} {_by((p.K, p.R, p.S))}"
+    geometry += " max pool 2x2" * p.pool
     layouts = f"{o.first.value} * {o.second.value} -> {o.output.value}"
     return f"{direction.value}: {sizes} {geometry}; {o.dtype} {o.precision}; {layouts}"
 

@@ -31,6 +31,30 @@ def add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS: tl.constexpr)
 
 
 @triton.jit
+def pooled_columns(y, COLS: tl.constexpr):
+    """The maximum of each 2 × 2 pixels, a NaN if there is one; ``y`` is [channels, rows of COLS pixels].
+
+    Reductions, not halves and their maximum: with Triton 3.6 the tensor cores would wait for those of a split sum.
+    """
+    CHANNELS: tl.constexpr = y.shape[0]
+    PIXELS: tl.constexpr = y.shape[1]
+    y = tl.reduce(y.reshape(CHANNELS, PIXELS // 2, 2), 2, _larger)
+    y = tl.reduce(y.reshape(CHANNELS, PIXELS // 2 // COLS, 2, COLS // 2), 2, _larger)
+    return y.reshape(CHANNELS, PIXELS // 4)
+
+
+@triton.jit
+def pooled_rows(y):
+    """The maximum of each four neighbouring rows, a NaN if there is one; ``y`` is [pixels, channels]."""
+    return tl.reduce(y.reshape(y.shape[0] // 4, 4, y.shape[1]), 1, _larger)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def store_statistics(y, valid, statistics_ptr, tile, tiles, channel, channels, AXIS: tl.constexpr):
     """Write each channel's sum of ``y`` over its valid pixels, of squared deviations from their mean, and their count.
 

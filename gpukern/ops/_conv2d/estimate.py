@@ -72,6 +72,11 @@ def estimate(
     return bound, max(busy, memory) + 0.15 * min(busy, memory) + _LAUNCH * bound.launches
 
 
+def pass_seconds(bytes_moved: int, device: DeviceSpec) -> float:
+    """What a launch is expected to take that does little but move so much."""
+    return bytes_moved / (_MEMORY_SHARE * assumed_peaks(device).bandwidth) + _LAUNCH
+
+
 def _share(plan: ConvPlan) -> float:
     share = _LOOP_SHARE[plan.variant]
     if plan.variant in ELEMENTWISE:

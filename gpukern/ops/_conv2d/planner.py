@@ -36,6 +36,9 @@ class Family(Protocol):
         """(tiles, steps of ``choice.block_k`` that each walks), all that the kernel does."""
 
 
+#: Whose kernels can write the maxima of 2 × 2 pixels.
+POOLING: tuple[Family, ...] = (box, stem, gather)
+
 #: The package of each variant.
 FAMILIES: dict[Variant, Family] = {
     Variant.TAPS: gather,
@@ -90,8 +93,9 @@ def candidates(
 ) -> Iterator[ConvPlan]:
     """Of every kernel, with operands as they are or copied into channels_last."""
     in_full = operands.dtype == "float32" and operands.precision == "ieee"
-    # Of nothing no kernel is launched: the one that can everything stands for it.
-    families = dict.fromkeys(FAMILIES.values()) if problem.N else (gather,)
+    families = POOLING if problem.pool else dict.fromkeys(FAMILIES.values())
+    if not problem.N:
+        families = (gather,)  # Of nothing no kernel is launched: the one that can everything stands for it.
     channels = channels_of(problem, direction)
     for pack in _packs(operands, channels):
         seen = operands.packed(pack, channels)

@@ -18,7 +18,8 @@ from gpukern.ops._conv2d import database
 from gpukern.ops._conv2d.layouts import Shape, Strides, dense_strides, is_channels_last, layout_of
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands
 from gpukern.ops._conv2d.planner import FAMILIES, plan
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.ops._conv2d.pooled import plan as pooled
+from gpukern.ops._conv2d.problem import ConvProblem, pooled_problem
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.tensors import check_kernel_dtype
 
@@ -83,6 +84,8 @@ class Prepared:
 def shapes(p: ConvProblem, direction: Direction) -> tuple[Shape, Shape, Shape]:
     """Of first, second and output."""
     image, result, filter = (p.N, p.C, p.H, p.W), (p.N, p.K, p.P, p.Q), (p.K, p.group_inputs, p.R, p.S)
+    if p.pool:
+        result = p.N, p.K, p.P // 2, p.Q // 2
     return {
         Direction.FORWARD: (image, filter, result),
         Direction.INPUT_GRAD: (result, filter, image),
@@ -113,8 +116,10 @@ def prepare(
     check_kernel_dtype("conv2d", dtype)
     of_first, of_second, of_output = of_all = shapes(problem, direction)
     check_countable(of_first, of_output)
+    if problem.pool:
+        check_countable((problem.N, problem.K, problem.P, problem.Q))  # which is not the output
     if channels_last is None:
-        channels_last = is_channels_last(of_first, first) or is_channels_last(of_second, second)
+        channels_last = _takes_channels_last(of_first, of_second, first, second)
     strides = dense_strides(of_output, channels_last)
     if choice is None:
         operands = operands_of(problem, direction, (first, second, strides), aligned, dtype, precision)
@@ -126,6 +131,41 @@ def prepare(
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
     return Prepared(choice, of_output, strides, request.output, _package(choice).prepare(request, choice))
+
+
+@functools.lru_cache(maxsize=4096)
+def pooled_choice(
+    problem: ConvProblem,
+    first: Strides,
+    second: Strides,
+    aligned: bool,
+    dtype: torch.dtype,
+    precision: str,
+    device: DeviceSpec,
+) -> ConvPlan | None:
+    """The plan of a convolution and the max pool after it as one launch; None where two are expected to be faster."""
+    check_kernel_dtype("conv2d_max_pool2d", dtype)
+    both = pooled_problem(problem)
+    of_first, of_second, _ = shapes(both, Direction.FORWARD)
+    channels_last = _takes_channels_last(of_first, of_second, first, second)
+    of_both, of_convolution = (
+        operands_of(
+            each,
+            Direction.FORWARD,
+            (first, second, dense_strides(shapes(each, Direction.FORWARD)[2], channels_last)),
+            aligned,
+            dtype,
+            precision,
+        )
+        for each in (both, problem)
+    )
+    measured = database.lookup(both, Direction.FORWARD, of_both, device)
+    return measured or pooled.choose(problem, of_both, of_convolution, device)
+
+
+def _takes_channels_last(of_first: Shape, of_second: Shape, first: Strides, second: Strides) -> bool:
+    """torch's rule for what a convolution makes."""
+    return is_channels_last(of_first, first) or is_channels_last(of_second, second)
 
 
 def operands_of(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpukern.runtime.integers import require
 
@@ -39,6 +39,9 @@ class ConvProblem:
     padding: Padding
     dilation: Pair
     groups: int
+    #: Whether the maximum of each 2 × 2 pixels of y is what is written. P and Q are even then, and a launch has neither
+    #: residual nor statistics.
+    pool: bool = False
 
     @property
     def group_inputs(self) -> int:
@@ -109,6 +112,12 @@ def output_size(
         f"({extent[0]} x {extent[1]}). Kernel size can't be greater than actual input size",
     )
     return (padded[0] - extent[0]) // stride[0] + 1, (padded[1] - extent[1]) // stride[1] + 1
+
+
+@functools.lru_cache(maxsize=4096)
+def pooled_problem(problem: ConvProblem) -> ConvProblem:
+    """``problem`` with the maximum of each 2 × 2 pixels for its output; a last odd row or column is not computed."""
+    return replace(problem, P=problem.P // 2 * 2, Q=problem.Q // 2 * 2, pool=True)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._conv2d.epilogue import add_splits, store_statistics
+from gpukern.ops._conv2d.epilogue import add_splits, pooled_columns, store_statistics
 from gpukern.ops._conv2d.indexing import phase_taps, tile_order
 
 
@@ -55,6 +55,7 @@ def conv2d_box_kernel(
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the sum of a tile
     ACTIVATION: tl.constexpr,
+    POOL: tl.constexpr,  # write the maxima of 2 × 2 pixels; rows, columns and those of a part are even
     PRECISION: tl.constexpr,
 ):
     """out[pixel, column] = act(Σ_{tap, c} source[pixel moved by tap, c] · filter[tap, c, column] + bias + residual).
@@ -166,6 +167,7 @@ def conv2d_box_kernel(
             PART_W,
             BLOCK_N,
             ACTIVATION,
+            POOL,
         )
 
 
@@ -189,6 +191,7 @@ def finish(
     PART_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    POOL: tl.constexpr,
 ):
     """Epilogue and store of a part of the tile that is a box itself."""
     PIXELS: tl.constexpr = PART_N * PART_H * PART_W
@@ -198,8 +201,13 @@ def finish(
         acc += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
         acc += residual.load([n0, i0, j0, column0]).reshape(PIXELS, BLOCK_N).T.to(tl.float32)
-    y = apply_activation(acc, ACTIVATION, negative_slope).to(out.dtype)
-    if PHASES:
+    y = apply_activation(acc, ACTIVATION, negative_slope)
+    if POOL:
+        y = pooled_columns(y, PART_W)
+    y = y.to(out.dtype)
+    if POOL:
+        out.store([n0, i0 // 2, j0 // 2, column0], y.T.reshape(PART_N, PART_H // 2, PART_W // 2, BLOCK_N))
+    elif PHASES:
         box = y.T.reshape(PART_N, PART_H, 1, PART_W, BLOCK_N)
         out.store([n0, i0, phase[0], j0, phase[1] + column0], box)
     else:

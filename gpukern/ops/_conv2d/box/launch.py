@@ -16,6 +16,7 @@ from gpukern.ops._conv2d.box.plan import (
     part,
     reads_every_other,
     reads_halves,
+    stored,
     tile_count,
     writes_halves,
 )
@@ -72,7 +73,7 @@ def _descriptors(request: Request, choice: ConvPlan) -> tuple[Described, Describ
     else:
         source = _image(shape, first, *box)
     describe = _in_halves if writes_halves(p, direction) else _image
-    out = describe(request.shapes[2], output, part(choice.box), choice.block_n)
+    out = describe(request.shapes[2], output, stored(p, part(choice.box)), choice.block_n)
     sides = choice.block_n, choice.block_k
     return source, _filter(request.shapes[1], second, sides if direction is Direction.FORWARD else sides[::-1]), out
 
@@ -105,6 +106,7 @@ def _options(request: Request, choice: ConvPlan) -> dict[str, Any]:
         "GROUP_M": choice.group_m,
         "SPLITS": choice.splits,
         "ACTIVATION": request.epilogue.activation,
+        "POOL": p.pool,
         "PRECISION": choice.precision,
         "num_warps": choice.num_warps,
         "num_stages": choice.num_stages,

@@ -51,7 +51,9 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
         shared_memory = stages * (block_m + block_n) * block_k * operands.itemsize + _SHARED_MEMORY_BESIDE
         if shared_memory > device.shared_memory:
             continue
-        box = best_box(block_m, images, rows, cols)
+        box = tile_box(p, direction, block_m)
+        if p.pool and part(box)[1] % 2:
+            continue
         choice = ConvPlan(Variant.BOX, block_m, block_n, block_k, warps, stages, box=box)
         programs = tile_count(p, direction, choice) * len(sums)
         for splits in (1, *_splits(choice, programs, max(sums), device)):
@@ -112,6 +114,21 @@ def reads_halves(p: ConvProblem, direction: Direction) -> bool:
 def writes_halves(p: ConvProblem, direction: Direction) -> bool:
     """Whether ∂L/∂x is written in halves of its rows and columns, by parity."""
     return direction is Direction.INPUT_GRAD and p.stride == (2, 2)
+
+
+def tile_box(p: ConvProblem, direction: Direction, pixels: int) -> Box:
+    """The box of so many pixels that a tile is: of whole windows of 2 × 2 where these are pooled."""
+    images, rows, cols = output_sizes(p, direction)
+    if not p.pool:
+        return best_box(pixels, images, rows, cols)
+    images, rows, cols = best_box(pixels // 4, images, rows // 2, cols // 2)
+    return images, 2 * rows, 2 * cols
+
+
+def stored(p: ConvProblem, box: Box) -> Box:
+    """What of a box of pixels is written."""
+    images, rows, cols = box
+    return (images, rows // 2, cols // 2) if p.pool else box
 
 
 @functools.lru_cache(maxsize=4096)

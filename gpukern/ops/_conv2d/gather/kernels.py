@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._conv2d.epilogue import add_splits, store_statistics
+from gpukern.ops._conv2d.epilogue import add_splits, pooled_rows, store_statistics
 from gpukern.ops._conv2d.indexing import inside_image, phase_taps, split_pixel, taps_inside, tile_order
 
 
@@ -46,6 +46,7 @@ def conv2d_gather_kernel(
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the sum of a tile; one unless VARIANT is "taps"
     ACTIVATION: tl.constexpr,
+    POOL: tl.constexpr,  # out is of the maxima of 2 × 2 pixels: those of one are neighbouring rows of the tile
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
@@ -71,6 +72,9 @@ def conv2d_gather_kernel(
     else:
         rows = sizes.out_h
         cols = sizes.out_w
+        if POOL:
+            rows = 2 * rows
+            cols = 2 * cols
         first_r = 0
         first_s = 0
         taps_h = TAPS_H
@@ -89,8 +93,13 @@ def conv2d_gather_kernel(
 
     pixels = sizes.batch * rows * cols
     pixel = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    # A phase may have no row at all; no division by zero then.
-    n, i, j = split_pixel(pixel, tl.maximum(rows, 1), tl.maximum(cols, 1))
+    if POOL:
+        n, i, j = split_pixel(pixel // 4, sizes.out_h, sizes.out_w)
+        i = 2 * i + pixel % 4 // 2
+        j = 2 * j + pixel % 2
+    else:
+        # A phase may have no row at all; no division by zero then.
+        n, i, j = split_pixel(pixel, tl.maximum(rows, 1), tl.maximum(cols, 1))
     # A pixel beyond the last is given a row that no tap can bring back into the image.
     h0 = tl.where(pixel < pixels, i * ROW_STRIDE + base_h, -(1 << 30))
     w0 = j * COL_STRIDE + base_w
@@ -212,6 +221,10 @@ def conv2d_gather_kernel(
         acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS)
         # The others have nothing to write.
         pixels = tl.where(last, pixels, 0)
+    if POOL:
+        pixels = pixels // 4
+        pixel = pid_m * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
+        n, i, j = split_pixel(pixel, sizes.out_h, sizes.out_w)
     pixel_ok = (pixel < pixels)[:, None]
     if TRANSPOSED:
         i = i * STRIDE_H + phase_h
@@ -224,7 +237,10 @@ def conv2d_gather_kernel(
     place = out_row[:, None] + (out_channel.to(INDEX) * out.c)[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
-    y = apply_activation(acc, ACTIVATION, negative_slope).to(out.ptr.dtype.element_ty)
+    y = apply_activation(acc, ACTIVATION, negative_slope)
+    if POOL:
+        y = pooled_rows(y)
+    y = y.to(out.ptr.dtype.element_ty)
     tl.store(out.ptr + place, y, mask=out_ok)
     if statistics_ptr is not None:
         channels = sizes.columns * sizes.groups

@@ -48,6 +48,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
         "OUT_ALIGN": alignment(output, 1, result[1] if direct else columns),
         "SPLITS": choice.splits,
         "ACTIVATION": request.epilogue.activation,
+        "POOL": p.pool,
         "PRECISION": choice.precision,
         "INDEX": index_type(max(map(reach, request.shapes, (source, weight, output)))),
         **_tile(choice),

@@ -45,6 +45,8 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
         columns, reduction = reduction, columns
     if p.groups > 1 and min(columns, reduction) < _DIRECT_CHANNELS:
         block_n = power_of_two(columns * p.groups, 1, 64)
+        if p.pool:
+            return
         # 16 elements a thread, if the columns fill a tile. Found by compiling: of 4 and of 8, some spill.
         block_m = power_of_two(pixels, 1, 2048 // block_n if block_n >= 16 else 32)
         yield ConvPlan(Variant.DIRECT, block_m, block_n, block_k=1, num_warps=MAX_WARPS, num_stages=1)

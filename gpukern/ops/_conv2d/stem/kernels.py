@@ -38,6 +38,7 @@ def conv2d_stem_kernel(
     BLOCK_K: tl.constexpr,  # at least S · C: beyond them a window reads zeros
     GROUP_M: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    POOL: tl.constexpr,  # as in the box package
     PRECISION: tl.constexpr,
 ):
     """y = act(x ∗ w + bias + residual). Grid: tiles. Transposed as in the ``box`` package, and for the same reason."""
@@ -76,6 +77,7 @@ def conv2d_stem_kernel(
         PART_W=BOX_W,
         BLOCK_N=BLOCK_N,
         ACTIVATION=ACTIVATION,
+        POOL=POOL,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.ops._conv2d.box.plan import box_count, tile_count
+from gpukern.ops._conv2d.box.plan import box_count, stored, tile_count
 from gpukern.ops._conv2d.indexing import Sizes
 from gpukern.ops._conv2d.plan import ConvPlan
 from gpukern.ops._conv2d.prepare import Launch, Request
@@ -38,7 +38,8 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     # The stride of a dimension of one element is never used, but must be one that a descriptor takes.
     run_length = cdiv(p.K, 8) * 8
     strides = (n or run_length, h or run_length, w or run_length, 1)
-    out = Described((p.N, p.P, p.Q, p.K), strides, (*box, block_n)).checked(dtype)
+    height, width = request.shapes[2][2:]
+    out = Described((p.N, height, width, p.K), strides, (*stored(p, box), block_n)).checked(dtype)
 
     pack_grid = (cdiv(of_packed.elements // channels, _PACKED_PIXELS) + p.R * cdiv(p.K, _PACKED_FILTERS),)
     pack_scalars = (
@@ -65,6 +66,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         "BLOCK_K": block_k,
         "GROUP_M": choice.group_m,
         "ACTIVATION": request.epilogue.activation,
+        "POOL": p.pool,
         "PRECISION": choice.precision,
         "num_warps": choice.num_warps,
         "num_stages": choice.num_stages,

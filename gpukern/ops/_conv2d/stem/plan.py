@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gpukern.ops._conv2d.box.plan import best_box, tile_count
+from gpukern.ops._conv2d.box.plan import tile_box, tile_count
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
@@ -49,7 +49,7 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
         too_large = block_m > power_of_two(p.N * p.P * p.Q, 64) or block_n > power_of_two(p.K, 64)
         if too_large or stages * (block_m + block_n) * block_k * operands.itemsize > device.shared_memory // 2:
             continue
-        box = best_box(block_m, p.N, p.P, p.Q)
+        box = tile_box(p, direction, block_m)
         yield ConvPlan(Variant.STEM, block_m, block_n, block_k, warps, stages, box=box)
 
 
