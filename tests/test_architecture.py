@@ -16,6 +16,7 @@ LAYERS = (
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Pure Python: what plans are made of, on any machine.
 TORCH_FREE = (
+    "cache.py",
     "cost.py",
     "database.py",
     "device.py",

@@ -81,14 +81,13 @@ def _group(work: Work, place: int, errors: Sequence[float], kernels: dict[int, A
 
 
 def _kernels(graph: Graph, device: torch.device, channels_last: bool) -> dict[int, Any]:
-    """On a CUDA device the kernel of each match that has one, by its place."""
-    if device.type != "cuda":
-        return {}
+    """The kernel of each match that has one, by its place; on a CPU only what it moves."""
     from gpukern.explain.words import device_called
     from gpukern.fuse.prediction import kernel
 
+    spec = device_called(None) if device.type == "cuda" else None
     found = {
-        node.meta.get("gpukern_match"): kernel(node, device_called(None), channels_last)
+        node.meta.get("gpukern_match"): kernel(node, spec, channels_last)
         for node in graph.nodes
         if node.op == "call_function" and "gpukern_match" in node.meta
     }

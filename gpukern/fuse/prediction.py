@@ -17,25 +17,36 @@ from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.pooled.plan import apart
 from gpukern.ops._conv2d.prepare import Epilogue, pooled_choice
 from gpukern.ops._conv2d.problem import conv_problem, pooled_problem
-from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.device import DEVICES, DeviceSpec
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.roofline import Work, floor
 
+#: To ask for bytes: they are the same on all.
+_ANY = DEVICES["h100"]
+
 
 class Kernel(NamedTuple):
-    """A plan in words, the bytes that must move, and the seconds of the roofline and of the plan."""
+    """A plan in words, the bytes that must move, and the seconds of the roofline and of the plan.
+
+    Without a device there is no plan, and there are no seconds.
+    """
 
     plan: str
     bytes: int
-    floor: float
-    expected: float
+    floor: float | None
+    expected: float | None
 
 
-def kernel(node: Node, device: DeviceSpec, channels_last: bool) -> Kernel | None:
+def kernel(node: Node, device: DeviceSpec | None, channels_last: bool) -> Kernel | None:
     """Of a call of gpukern::conv2d, also with a max pool, or gpukern::linear in a shaped graph; None for others."""
-    question = _question(node, device, channels_last)
+    question = _question(node, device or _ANY, channels_last)
     if question is None:
         return None
+    if device is None:
+        problem = question.problem
+        if node.target is torch.ops.gpukern.conv2d_max_pool2d.default:
+            problem = pooled_problem(problem)
+        return Kernel("", _least(replace(question, problem=problem))[0], None, None)
     if node.target is torch.ops.gpukern.conv2d_max_pool2d.default:
         return _with_pool(question)
     return _alone(question)

@@ -26,6 +26,7 @@ from typing import Any
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.ops._conv2d.planner import candidates
 from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.runtime.cache import cache_folder
 from gpukern.runtime.device import DeviceSpec
 
 #: Of the files. Others are left alone.
@@ -124,9 +125,8 @@ def folders() -> tuple[Path, ...]:
 
 
 def user_folder() -> Path:
-    """In the user's cache directory, of the XDG base directory specification."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "gpukern" / "plans"
+    """Where ``gpukern tune`` puts what it found."""
+    return cache_folder() / "plans"
 
 
 def file_name(device: str) -> str:
