@@ -42,4 +42,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV); PyTorch is large, the first time takes a while ..."
 	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 		$(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e '.[bench,demo,dev]'
+	@# The optimizers want CuPy beside a PyTorch for CUDA, and one for its version.
+	@cuda=$$($(BIN)/python -c 'import torch; print((torch.version.cuda or "").split(".")[0])'); \
+		if [ -n "$$cuda" ]; then \
+			$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[cuda$$cuda]"; fi
 	@touch $@
