@@ -56,7 +56,7 @@ def source_hash() -> str:
     """Of all files of the package ``gpukern``: equal hashes mean equal kernels, whatever the commit says."""
     package = ROOT / "gpukern"
     digest = hashlib.sha256()
-    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json", ".cu")):
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json", ".cuh", ".h")):
         digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -48,6 +48,7 @@ def check(folder: Path) -> list[Step]:
         tests("activation", "tests/ops/test_activation.py"),
         tests("batch-norm", "tests/ops/test_batch_norm.py", "tests/ops/test_conv_batch_norm.py"),
         tests("fuse", "tests/fuse"),
+        tests("optimizers", "tests/optim"),
         tests("other-convolutions", *(f"tests/ops/test_{name}.py" for name in others)),
         tests("layers", "tests/test_integration.py", "tests/test_convert.py", "tests/test_operators.py"),
         sanitized("memcheck", "conv2d", "tests/ops/test_conv2d.py", *half),
@@ -84,10 +85,12 @@ def bench(folder: Path) -> list[Step]:
     library, everyone = ("--peers", "library"), ("--peers", "library", "--peers", "compile")
     compilers = *everyone, "--peers", "max-autotune"
     everything, batches = ("--suite", "all"), ("--batch", "128", "--batch", "32", "--batch", "1")
+    optimizers = (sys.executable, "-m", "bench.optimizers", "--out", str(folder / "optimizers.json"))
     return [
         step("inference", "resnet50", *compilers, "--suite", "resnet50", *batches),
         step("conv", "resnet50-32", *library),
         step("fused", "resnet50-32", *library),
+        Step("optimizers", optimizers),
         step("inference", "all", *everyone),
         step("model", "resnet50-32", *everyone),
         step("pool", "all-32", *library, *everything),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from gpukern.optim._fused import host
 from gpukern.runtime.mode import EMULATE, Mode, mode_of
 from gpukern.runtime.precision import conv_precision, matmul_precision
 from gpukern.version import __version__
@@ -81,12 +83,13 @@ class Info:
 
 
 def gather() -> Info:
-    """Look at this machine. Imports Triton and CuPy; asks ``nvidia-smi`` for the driver."""
+    """Look at this machine. Imports Triton and CuPy; asks ``nvidia-smi`` and the compiler for versions."""
     torch_ = Component("PyTorch", torch.__version__, _torch_build())
     triton = _component("Triton", "triton", ("triton",))
     cupy = _component("CuPy", "cupy", _CUPY_PACKAGES)
     numpy = _component("NumPy", "numpy", ("numpy",))
     driver = Component("NVIDIA driver", driver_version())
+    compiler = _compiler()
     devices, device_problem = _devices()
     return Info(
         components=(
@@ -98,13 +101,14 @@ def gather() -> Info:
             cupy,
             numpy,
             driver,
+            compiler,
         ),
         devices=devices,
         device_problem=device_problem,
         tf32_convolution=conv_precision(torch.float32) == "tf32",
         tf32_matmul=matmul_precision(torch.float32) == "tf32",
-        modes=(_cpu_mode(triton), _cuda_mode(triton, devices, device_problem)),
-        missing=_missing(triton, cupy, driver),
+        modes=(_cpu_mode(triton, compiler), _cuda_mode(triton, cupy, devices, device_problem)),
+        missing=_missing(triton, cupy, driver, compiler),
     )
 
 
@@ -165,6 +169,20 @@ def driver_version() -> str | None:
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
 
 
+def _compiler() -> Component:
+    """Of C++, that compiles the optimizers' kernels for the host."""
+    try:
+        path = host.compiler()
+    except RuntimeError:
+        return Component("C++ compiler", None)
+    try:
+        # "g++ (Debian 12.2.0-14) 12.2.0": in parentheses stands the package.
+        version = re.search(r"\d+(\.\d+)+", re.sub(r"\(.*?\)", "", host.version(path)))
+    except OSError as error:
+        return Component("C++ compiler", "unknown", path, f"cannot be run: {error}")
+    return Component("C++ compiler", version[0] if version else "unknown", path)
+
+
 # ---- devices -------------------------------------------------------------------------------------------------------
 
 
@@ -192,15 +210,17 @@ def _device(index: int) -> Device:
 # ---- what would run ------------------------------------------------------------------------------------------------
 
 
-def _cpu_mode(triton: Component) -> Served:
+def _cpu_mode(triton: Component, compiler: Component) -> Served:
     if mode_of(torch.empty(0)) is Mode.REFERENCE:
         return Served("CPU", Mode.REFERENCE.value, "plain PyTorch; GPUKERN_EMULATE=1 runs the kernels instead")
     if not triton.usable:
         return Served("CPU", None, "GPUKERN_EMULATE=1 is set and Triton cannot be used")
-    return Served("CPU", Mode.EMULATED.value, "GPUKERN_EMULATE=1: the kernels in Triton's interpreter")
+    optimizers = "compiled for the host" if compiler.usable else "not without a C++ compiler"
+    reason = f"GPUKERN_EMULATE=1: the kernels in Triton's interpreter, those of the optimizers {optimizers}"
+    return Served("CPU", Mode.EMULATED.value, reason)
 
 
-def _cuda_mode(triton: Component, devices: tuple[Device, ...], device_problem: str | None) -> Served:
+def _cuda_mode(triton: Component, cupy: Component, devices: tuple[Device, ...], device_problem: str | None) -> Served:
     if EMULATE:
         return Served("CUDA", None, "GPUKERN_EMULATE=1 is set: CUDA tensors are refused")
     if device_problem:
@@ -209,10 +229,11 @@ def _cuda_mode(triton: Component, devices: tuple[Device, ...], device_problem: s
         return Served("CUDA", None, "PyTorch sees no CUDA device")
     if not triton.usable:
         return Served("CUDA", None, "Triton cannot be used")
-    return Served("CUDA", Mode.KERNELS.value, "gpukern's Triton kernels")
+    optimizers = "those of the optimizers through CuPy" if cupy.usable else "no optimizers without CuPy"
+    return Served("CUDA", Mode.KERNELS.value, f"gpukern's Triton kernels, {optimizers}")
 
 
-def _missing(triton: Component, cupy: Component, driver: Component) -> tuple[Missing, ...]:
+def _missing(triton: Component, cupy: Component, driver: Component, compiler: Component) -> tuple[Missing, ...]:
     missing = []
     if not triton.usable:
         missing.append(Missing("Triton", "the kernels, on a GPU or emulated", _triton_install(triton)))
@@ -221,6 +242,9 @@ def _missing(triton: Component, cupy: Component, driver: Component) -> tuple[Mis
         missing.append(Missing("PyTorch with CUDA", "the kernels on this machine's GPU", install))
     if not cupy.usable:
         missing.append(Missing("CuPy", "the optimizers' kernels on a GPU", _cupy_install()))
+    if not compiler.usable:
+        purpose = "the optimizers' kernels emulated (GPUKERN_EMULATE=1)"
+        missing.append(Missing("C++ compiler", purpose, "install g++ 11 or later, or name another in CXX"))
     return tuple(missing)
 
 

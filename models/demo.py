@@ -43,6 +43,9 @@ def main() -> None:
         trainer = _train(device, console)
     except Interrupted as interruption:
         raise typer.Exit(interruption.exit_code) from None
+    except RuntimeError as error:  # on a GPU, CuPy is missing: the message names the package
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
     console.rule("2. Prove the kernels")
     comparisons = _prove(trainer.device, console)
     console.rule("3. Fuse for inference")

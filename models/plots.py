@@ -67,12 +67,10 @@ def plot_convergence(
     below.set(ylabel="held-out accuracy, %", xlabel="training samples seen (dotted: end of an epoch)")
     below.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for axes in (above, below):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
-        axes.set_axisbelow(True)
+        style(axes)
         for end in ends[:: max(1, len(ends) // 30)]:
             axes.axvline(end, color="#999999", linewidth=0.6, linestyle=":")
-    _write(figure, path)
+    write(figure, path)
 
 
 def plot_filters(path: Path, weight: torch.Tensor, columns: int = 5) -> None:
@@ -90,10 +88,18 @@ def plot_filters(path: Path, weight: torch.Tensor, columns: int = 5) -> None:
         cell.set_title(str(index), fontsize=8, color="#666666", pad=2)
     figure.suptitle("First-layer filters: local image templates", fontsize=12)
     figure.colorbar(picture, ax=axes, shrink=0.7, aspect=30, label="weight").outline.set_visible(False)
-    _write(figure, path)
+    write(figure, path)
 
 
-def _write(figure: plt.Figure, path: Path) -> None:
+def style(axes: plt.Axes) -> None:
+    """The look of all curves: little but the curves."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def write(figure: plt.Figure, path: Path) -> None:
+    """As a PNG file, in a folder that is made where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -6,7 +6,6 @@ Samples are shuffled anew every epoch. Kernels run on a GPU, the plain-torch ref
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from gpukern.runtime.mode import mode_of
 from models import checkpoint, data, plots
@@ -66,7 +65,7 @@ def run(trainer: Trainer, path: Path, console: Console, checkpoint_every: int = 
 
     Interrupted, after saving once more, if SIGINT or SIGTERM arrives.
     """
-    with _signals() as received, _progress(console) as progress:
+    with _signals() as received, progress_bar(console) as progress:
         checkpoint.save(path, trainer.state_dict())
         while not trainer.finished:
             _epoch(trainer, path, console, progress, checkpoint_every, received)
@@ -83,23 +82,12 @@ def _epoch(
         label, total=trainer.steps_per_epoch, completed=trainer.position, loss=float("nan"), speed=0.0
     )
     start, samples, first = time.perf_counter(), 0, len(trainer.losses)
-    shown = start
-    while trainer.position < trainer.steps_per_epoch:
-        samples += trainer.step()
-        now = time.perf_counter()
-        if now - shown > 0.1:
-            shown = now
-            progress.update(
-                task, completed=trainer.position, loss=_running_loss(trainer), speed=samples / (now - start)
-            )
+    for seen in steps(trainer, progress, task):
+        samples += seen
         if received or (checkpoint_every and trainer.position % checkpoint_every == 0):
             checkpoint.save(path, trainer.state_dict())
             _stop_if_asked(received)
     losses = trainer.losses[first:]
-    if not all(map(math.isfinite, losses)):
-        raise ValueError(
-            f"the training diverged in epoch {trainer.epoch + 1} (a loss is not finite): try a smaller --lr"
-        )
     speed = samples / (time.perf_counter() - start)
     accuracy = trainer.end_epoch()
     progress.remove_task(task)
@@ -107,12 +95,27 @@ def _epoch(
     console.print(f"{label}   {mean}held-out accuracy {accuracy:.2%}   {speed:,.0f} images/s", highlight=False)
 
 
+def steps(trainer: Trainer, progress: Progress, task: TaskID) -> Iterator[int]:
+    """Take those that are left of the epoch, and show them; how many samples each saw."""
+    start = shown = time.perf_counter()
+    samples, position = 0, trainer.position
+    while trainer.position < trainer.steps_per_epoch:
+        seen = trainer.step()
+        samples += seen
+        now = time.perf_counter()
+        if now - shown > 0.1 or trainer.position == trainer.steps_per_epoch:
+            loss, speed = _running_loss(trainer), samples / (now - start)
+            progress.update(task, advance=trainer.position - position, loss=loss, speed=speed)
+            shown, position = now, trainer.position
+        yield seen
+
+
 def _running_loss(trainer: Trainer) -> float:
     last = trainer.losses[-max(1, plots.WINDOW // trainer.batch_size) :]
     return sum(last) / len(last)
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     """A bar on a terminal, nothing elsewhere."""
     return Progress(
         TextColumn("{task.description}"),
@@ -207,7 +210,7 @@ def main(
         str | None,
         typer.Option(help="1: stochastic; 'all' or 0: batch gradient descent. (default 32)", metavar="INTEGER|all"),
     ] = None,
-    optimizer: Annotated[OptimizerName | None, typer.Option(help="From torch.optim. (default momentum)")] = None,
+    optimizer: Annotated[OptimizerName | None, typer.Option(help="From gpukern.optim. (default momentum)")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate. (default depends on the optimizer)")] = None,
     momentum: Annotated[float | None, typer.Option(min=0, help="For momentum, nesterov. (default 0.9)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights and shuffling. (default 0)")] = None,

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from gpukern import optim
 from models.checkpoint import CheckpointError
 from models.data import Data, Samples
 from models.lenet import LeNet5
 
-Optimizer = torch.optim.Optimizer
-
 #: name → (default learning rate, constructor).
-OPTIMIZERS: dict[str, tuple[float, Callable[..., Optimizer]]] = {
-    "sgd": (0.05, torch.optim.SGD),
-    "momentum": (0.01, torch.optim.SGD),
-    "nesterov": (0.01, torch.optim.SGD),
-    "adagrad": (0.01, torch.optim.Adagrad),
-    "rmsprop": (0.0005, torch.optim.RMSprop),
-    "adam": (0.001, torch.optim.Adam),
-    "adamw": (0.001, torch.optim.AdamW),
+OPTIMIZERS: dict[str, tuple[float, Callable[..., optim.Optimizer]]] = {
+    "sgd": (0.05, optim.SGD),
+    "momentum": (0.01, optim.SGD),
+    "nesterov": (0.01, optim.SGD),
+    "adagrad": (0.01, optim.Adagrad),
+    "rmsprop": (0.0005, optim.RMSprop),
+    "adam": (0.001, optim.Adam),
+    "adamw": (0.001, optim.AdamW),
 }
 #: What checkpoints that do not name them were made with.
 _LATER = {"batch_norm": False}
@@ -57,7 +57,7 @@ class Config:
         if self.momentum is None and self.optimizer in _WITH_MOMENTUM:
             object.__setattr__(self, "momentum", 0.9)
 
-    def make_optimizer(self, parameters: Any) -> Optimizer:
+    def make_optimizer(self, parameters: Any) -> optim.Optimizer:
         options: dict[str, Any] = {"lr": self.lr}
         if self.optimizer in _WITH_MOMENTUM:
             options |= {"momentum": self.momentum, "nesterov": self.optimizer == "nesterov"}
@@ -115,7 +115,14 @@ class Trainer:
         return len(batch)
 
     def end_epoch(self) -> float:
-        """The held-out accuracy after an epoch's last step; shuffles for the next one."""
+        """The held-out accuracy after an epoch's last step; shuffles for the next one.
+
+        ValueError if a loss of this epoch is not finite.
+        """
+        if not all(map(math.isfinite, self.losses[len(self.losses) - self.position :])):
+            raise ValueError(
+                f"the training diverged in epoch {self.epoch + 1} (a loss is not finite): try a smaller learning rate"
+            )
         self.accuracies.append(accuracy(self.model, self.held_out))
         self.epoch, self.position = self.epoch + 1, 0
         self._begin_epoch()

@@ -16,7 +16,8 @@ import gpukern
 from gpukern import info
 from gpukern.cli import app
 from gpukern.info import Component
-from gpukern.runtime.mode import EMULATE
+from gpukern.optim._fused import host
+from gpukern.runtime.mode import EMULATE, Mode
 
 runner = CliRunner()
 
@@ -51,7 +52,17 @@ def test_info_as_json_has_every_part():
     result = runner.invoke(app, ["info", "--json"])
     gathered = json.loads(result.output)
     names = [component["name"] for component in gathered["components"]]
-    assert names == ["gpukern", "Python", "platform", "PyTorch", "Triton", "CuPy", "NumPy", "NVIDIA driver"]
+    assert names == [
+        "gpukern",
+        "Python",
+        "platform",
+        "PyTorch",
+        "Triton",
+        "CuPy",
+        "NumPy",
+        "NVIDIA driver",
+        "C++ compiler",
+    ]
     assert [served["tensors"] for served in gathered["modes"]] == ["CPU", "CUDA"]
     assert len(gathered["devices"]) == torch.cuda.device_count()
 
@@ -106,14 +117,49 @@ def test_several_cupy_packages_are_a_problem(monkeypatch):
 def test_cupy_is_installed_for_pytorchs_cuda(monkeypatch, cuda, extra):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     triton, cupy, driver = Component("Triton", "3.7.1"), Component("CuPy", None), Component("NVIDIA driver", "580.1")
-    (missing,) = info._missing(triton, cupy, driver)
+    (missing,) = info._missing(triton, cupy, driver, Component("C++ compiler", "12.2.0"))
     assert missing.install == f'pip install "gpukern[{extra}]"'
 
 
 def test_cpu_build_beside_a_driver_is_missing_cuda(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     usable = Component("any", "1")
-    assert [missing.name for missing in info._missing(usable, usable, usable)] == ["PyTorch with CUDA"]
+    assert [missing.name for missing in info._missing(usable, usable, usable, usable)] == ["PyTorch with CUDA"]
+
+
+def test_the_compiler_is_reported(monkeypatch, tmp_path):
+    compiler = tmp_path / "my-c++"
+    compiler.write_text("#!/bin/sh\necho 'my-c++ (Some Linux 9.1.0-2) 13.3.0'\n")
+    compiler.chmod(0o755)
+    host.compiler.cache_clear()
+    monkeypatch.setenv("CXX", str(compiler))
+    try:
+        found = info._compiler()
+        assert (found.version, found.detail, found.usable) == ("13.3.0", str(compiler), True)
+        monkeypatch.setattr(host, "version", _not_executable)
+        assert info._compiler().problem == "cannot be run: Exec format error"
+        monkeypatch.setattr(host.shutil, "which", lambda program: None)
+        host.compiler.cache_clear()
+        assert info._compiler() == Component("C++ compiler", None)
+        missing = {missing.name: missing.install for missing in info.gather().missing}
+        assert "g++" in missing["C++ compiler"]
+        assert runner.invoke(app, ["info"]).exit_code == 0
+    finally:
+        host.compiler.cache_clear()
+
+
+def _not_executable(path):
+    raise OSError("Exec format error")
+
+
+def test_what_runs_depends_on_cupy_and_the_compiler(monkeypatch):
+    there, absent = Component("any", "1"), Component("any", None)
+    monkeypatch.setattr(info, "EMULATE", False)
+    told = [info._cuda_mode(there, cupy, (object(),), None).reason for cupy in (there, absent)]
+    assert "optimizers through CuPy" in told[0] and "no optimizers without CuPy" in told[1]
+    monkeypatch.setattr(info, "mode_of", lambda tensor: Mode.EMULATED)
+    told = [info._cpu_mode(there, compiler).reason for compiler in (there, absent)]
+    assert "optimizers compiled for the host" in told[0] and "not without a C++ compiler" in told[1]
 
 
 def test_driver_version_comes_from_nvidia_smi_or_the_kernel(monkeypatch, tmp_path):

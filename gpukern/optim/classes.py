@@ -53,12 +53,7 @@ class Adam(Optimizer, torch.optim.Adam):
     """
 
     _rule = rules.ADAM
-
-    def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return (
-            *(group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["amsgrad"], group["maximize"]),
-            group["decoupled_weight_decay"],
-        )
+    _names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
 
 class AdamW(Adam, torch.optim.AdamW):
@@ -75,6 +70,7 @@ class Lion(Optimizer):
     """
 
     _rule = rules.LION
+    _names = ("lr", "betas", "weight_decay", "maximize")
     _counts = False
 
     def __init__(
@@ -90,9 +86,6 @@ class Lion(Optimizer):
         _check(lr, betas, weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, **options)
-
-    def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["lr"], *group["betas"], group["weight_decay"], group["maximize"]
 
 
 class LARS(Optimizer):
@@ -138,6 +131,7 @@ class LAMB(Optimizer):
     """
 
     _rule = rules.LAMB
+    _names = ("lr", "betas", "eps", "weight_decay", "maximize")
 
     def __init__(
         self,
@@ -153,9 +147,6 @@ class LAMB(Optimizer):
         _check(lr, betas, weight_decay=weight_decay, eps=eps)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, **options)
-
-    def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"]
 
 
 def _check(lr: float | torch.Tensor, betas: tuple[float, float] = (0.0, 0.0), **others: float) -> None:

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from gpukern.optim._fused.entry import Amp, Entry, Settings, in_order_of, kept, local
+from gpukern.optim._fused.entry import Amp, Entry, Settings, in_order_of, is_shard, kept, local
+from gpukern.optim._fused.hyperparameters import Hyperparameters
 from gpukern.optim._fused.rules import Rule
-from gpukern.optim._fused.step import Numbers, Step
+from gpukern.optim._fused.step import Step
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -38,10 +39,15 @@ class Optimizer(torch.optim.Optimizer):
     CUDA graph once a step was made. Arithmetic is in float32 (in float64 for such parameters on a CPU). A parameter may
     have gaps and any strides; a gradient with other strides is copied. Sparse gradients go where torch takes them.
 
-    Raises, beside what torch raises, ValueError for numbers that are infinite, RuntimeError for ``differentiable``.
+    Of a DTensor, as FSDP2 makes parameters, each process updates its shard, and states are DTensors too.
+
+    Raises, beside what torch raises, ValueError for numbers that are infinite, RuntimeError for ``differentiable``, and
+    for shards where norms of whole tensors are needed: with ``max_grad_norm``, and by LARS and LAMB.
     """
 
     _rule: ClassVar[Rule]
+    #: What a group calls the rule's hyperparameters, "betas" for two of them; (): as the rule does.
+    _names: ClassVar[tuple[str, ...]] = ()
     #: Whether torch's class has the number of updates in its state.
     _counts: ClassVar[bool] = True
     _takes_sparse: ClassVar[bool] = False
@@ -87,12 +93,6 @@ class Optimizer(torch.optim.Optimizer):
         if self.defaults.get("differentiable"):
             raise RuntimeError(f"gpukern.optim.{type(self).__name__} does not support differentiable=True")
 
-    # ---- what a subclass says --------------------------------------------------------------------------------------
-
-    def _values(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The hyperparameters of ``group`` in the rule's order, the learning rate first."""
-        return tuple(group[name] for name in self._rule.hyperparameters)
-
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -105,7 +105,13 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbers = [self._numbers(group) for group in self.param_groups]
+        self._update()
+        return loss
+
+    @torch.compiler.disable
+    def _update(self) -> None:
+        """Not to be traced: where tensors lie is nothing that a compiler knows of, and there is nothing to compile."""
+        numbers = self._hyperparameters(self.param_groups)
         if self._step is None or not self._step.fits(self.param_groups, numbers):
             self._step = None
             step = Step(self._rule, self.param_groups, numbers, self._entry, self._settings)
@@ -114,7 +120,6 @@ class Optimizer(torch.optim.Optimizer):
             self._step = step
         amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         self._square_sum = self._step.run(amp)
-        return loss
 
     @property
     def grad_norm(self) -> torch.Tensor | None:
@@ -126,26 +131,20 @@ class Optimizer(torch.optim.Optimizer):
         """Bring the groups' numbers to the device, which :meth:`step` does by itself: for a captured graph that is
         replayed after a scheduler has changed them. Learning rates that are tensors need it not."""
         if self._step is not None:
-            self._step.set_numbers([self._numbers(group) for group in self.param_groups])
+            self._step.set_numbers(self._hyperparameters(self.param_groups))
 
     def _forget(self) -> None:
         """Where tensors lie, after they may have changed."""
         self._step: Step | None = None
         self._square_sum: torch.Tensor | None = None
-
-    def _numbers(self, group: dict[str, Any]) -> Numbers:
-        lr, *rest = self._values(group)
-        on_device = isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
-        if on_device and lr.dtype is not torch.float32:
-            raise ValueError(f"A learning rate on {lr.device} must be float32, got {lr.dtype}")
-        return (lr if on_device else None), (0.0 if on_device else float(lr), *map(float, rest))
+        self._hyperparameters = Hyperparameters(self._names or self._rule.hyperparameters)
 
     # ---- what belongs to a parameter -------------------------------------------------------------------------------
 
     def _entry(self, parameter: torch.Tensor, number: int) -> Entry:
         """``parameter`` of the group ``number`` with its state, made where it is not there yet."""
         self._check(parameter)
-        wanted = kept(self._rule, self._numbers(self.param_groups[number])[1])
+        wanted = kept(self._rule, self._hyperparameters.of(self.param_groups[number])[1])
         names = [state.name for state, needed in zip(self._rule.states, wanted, strict=True) if needed]
         has_master = self._master_weights and parameter.dtype in _HALVES
         # Without anything to keep, torch keeps no empty state either.
@@ -174,8 +173,12 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(f"gpukern.optim.{name} does not take complex parameters")
         if parameter.grad.is_sparse and not self._takes_sparse:
             raise RuntimeError(f"{name} does not support sparse gradients")
-        if local(parameter) is not parameter and self._settings.max_grad_norm:
-            raise RuntimeError("max_grad_norm is of whole gradients, and of a DTensor only a shard is here")
+        if is_shard(parameter):
+            message = "gpukern.optim.{} needs norms of whole tensors, and of a DTensor only a shard is here"
+            if self._rule.norms:
+                raise RuntimeError(message.format(name))
+            if self._settings.max_grad_norm:
+                raise RuntimeError(message.format(f"{name} with max_grad_norm"))
 
     def _state(self, parameter: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
         if held is None:

@@ -67,7 +67,7 @@ def test_the_source_hash_is_that_of_the_package_s_files(checkout):
     (checkout / "bench" / "run.py").write_text("other")
     assert source() == before
     hashes = {before}
-    for name, text in (("kernel.py", "other"), ("plans.json", "{}"), ("new.cu", ""), ("newer.py", "")):
+    for name, text in (("kernel.py", "other"), ("plans.json", "{}"), ("new.cuh", ""), ("newer.py", "")):
         (checkout / "gpukern" / name).write_text(text)
         hashes.add(source())
     (checkout / "gpukern" / "newer.py").rename(checkout / "gpukern" / "renamed.py")

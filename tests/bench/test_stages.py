@@ -122,7 +122,9 @@ def test_steps_are_programs_with_names_of_their_own(stage, tmp_path):
 def test_every_measuring_step_is_a_right_command(stage, tmp_path, run_python):
     """Each is parsed as the command line would, up to the point where it finds no GPU."""
     made = stages.STAGES[stage](tmp_path / "device" / "commit")
-    commands = [step.command[step.command.index("bench") + 1 :] for step in made]
+    # What is no suite has a test of its own command.
+    measuring = [step for step in made if "bench" in step.command]
+    commands = [step.command[step.command.index("bench") + 1 :] for step in measuring]
     code = """
 import json, sys
 from typer.testing import CliRunner

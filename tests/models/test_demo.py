@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import gpukern
 from models import demo
@@ -33,6 +34,20 @@ def test_demo(start):
         assert str(demo.OUT / name) in output
         assert (ROOT / demo.OUT / name).read_bytes().startswith(b"\x89PNG")
     assert "\x1b" not in output
+
+
+def test_it_trains_with_gpukerns_optimizer():
+    assert isinstance(demo.CONFIG.make_optimizer([torch.nn.Parameter(torch.zeros(1))]), gpukern.optim.Adam)
+
+
+def test_what_a_gpu_lacks_is_one_clear_line(monkeypatch, capsys):
+    def fails(device, console):
+        raise RuntimeError("pip install cupy-cuda12x")
+
+    monkeypatch.setattr(demo, "_train", fails)
+    with pytest.raises(demo.typer.Exit) as exit:
+        demo.main()
+    assert exit.value.exit_code == 1 and "error: pip install cupy-cuda12x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
+import gpukern
 from gpukern.runtime.mode import Mode, force_mode
 from models import checkpoint, data
 from models.checkpoint import CheckpointError
@@ -114,6 +116,58 @@ def test_a_training_can_be_prolonged(samples):
     prolonged = Trainer(Config(epochs=2, batch_size=16), samples, CPU)
     prolonged.load_state_dict(short.state_dict())
     assert_same(finish(prolonged), finish(Trainer(Config(epochs=2, batch_size=16), samples, CPU)))
+
+
+TORCHS = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_checkpoints_of_torchs_optimizers_resume(samples, tmp_path, optimizer):
+    """As they were made before gpukern had its own; on a CPU to the same bits."""
+    config = Config(epochs=3, batch_size=16, optimizer=optimizer)
+    before = Trainer(config, samples, CPU)
+    before.optimizer = TORCHS[optimizer](before.model.parameters(), lr=config.lr)
+    for _ in range(3):
+        before.step()
+    checkpoint.save(tmp_path / "checkpoint.pt", before.state_dict())
+    resumed = Trainer(config, samples, CPU)
+    resumed.load_state_dict(checkpoint.load(tmp_path / "checkpoint.pt"))
+    assert_same(finish(resumed), finish(before))
+
+
+def test_the_optimizers_are_gpukerns(samples):
+    for name in OPTIMIZERS:
+        optimizer = Trainer(Config(optimizer=name), samples, CPU).optimizer
+        assert isinstance(optimizer, gpukern.optim.Optimizer) and isinstance(optimizer, type(_torchs(name)))
+        group = optimizer.param_groups[0]
+        assert (group.get("momentum", 0), group.get("nesterov", False)) == {
+            "momentum": (0.9, False),
+            "nesterov": (0.9, True),
+        }.get(name, (0, False))
+
+
+def _torchs(name: str) -> torch.optim.Optimizer:
+    return TORCHS[name]([torch.nn.Parameter(torch.zeros(1))])
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(samples):
+    trainer = Trainer(Config(epochs=2, batch_size=25), samples, CPU)
+    trainer.step()
+    trainer.step()
+    trainer.end_epoch()
+    with torch.no_grad():
+        trainer.model.fc2.bias.fill_(torch.nan)
+    trainer.step()
+    with pytest.raises(ValueError, match="diverged in epoch 2"):
+        trainer.end_epoch()
 
 
 @pytest.mark.parametrize(

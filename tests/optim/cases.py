@@ -95,5 +95,5 @@ def give_gradients(owners: list[torch.nn.Parameter], seed: int, dtype: torch.dty
 def numbers(case: Case) -> dict[str, float]:
     """The hyperparameters by the names of the rule."""
     optimizer = case.ours([torch.nn.Parameter(torch.zeros(1))], **case.options)
-    values = optimizer._values(optimizer.param_groups[0])
-    return {name: float(value) for name, value in zip(optimizer._rule.hyperparameters, values, strict=True)}
+    _, values = optimizer._hyperparameters.of(optimizer.param_groups[0])
+    return dict(zip(optimizer._rule.hyperparameters, values, strict=True))

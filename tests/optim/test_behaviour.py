@@ -5,12 +5,19 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
 
 import gpukern.optim as optim
+from gpukern.runtime.mode import Mode, mode_of
+from tests.device import DEVICE
 from tests.optim.cases import FULL, KNOWN, Case, give_gradients, parameters
+
+of_kernels = pytest.mark.skipif(
+    mode_of(torch.empty(0, device=DEVICE)) is Mode.REFERENCE, reason="of launches, and there are none"
+)
 
 ADAM, MOMENTUM = Case("Adam"), Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2})
 
@@ -88,13 +95,14 @@ def test_gradients_in_another_layout(where):
         assert close(owners, twins) if case.name in ("LARS", "LAMB") else equal(owners, twins), case
 
 
+@of_kernels
 def test_gradients_of_one_element_wide_dimensions_are_not_copied(device):
     owner = torch.nn.Parameter(torch.randn(4, 3, 1, 1, device=device))
     owner.grad = torch.randn(4, 3, 1, 1, device=device).contiguous(memory_format=torch.channels_last)
     optimizer = optim.SGD([owner], lr=0.1)
     optimizer.step()
     (part,) = optimizer._step._parts
-    assert not part._substitutes
+    assert not part._substituted
 
 
 def test_parameters_with_gaps(where):
@@ -124,6 +132,49 @@ def test_gradients_changed_in_place_or_replaced(where):
         optimizer.step()
         other.step()
     assert equal(owners, twins)
+
+
+@pytest.mark.parametrize("more", [{}, {"max_grad_norm": 1.0}], ids=str)
+def test_gradients_are_given_up_by_zero_grad(more, where):
+    """Kept by the optimizer they would take their memory a second time during the next backward."""
+    optimizer, owners = made(ADAM, where, **more)
+    for number in range(3):
+        give_gradients(owners, number)
+        owners[1].grad = None if number == 1 else owners[1].grad
+        memory = [weakref.ref(owner.grad) for owner in owners if owner.grad is not None]
+        optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(reference() is None for reference in memory)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_gradient_that_goes_away_while_others_stay(first, where):
+    optimizer, owners = made(ADAM, where)
+    give_gradients(owners, 0)
+    owners[6].grad = None if first else owners[6].grad
+    optimizer.step()
+    before = values(owners)
+    owners[0].grad = None
+    optimizer.step()
+    moved = [not torch.equal(owner, value) for owner, value in zip(owners, before, strict=True) if owner.numel()]
+    assert not moved[0] and all(moved[1:5]) and moved[5] is not bool(first)
+
+
+@of_kernels
+def test_gradients_that_stay_are_not_looked_at_again(device, monkeypatch):
+    optimizer, owners = made(ADAM, device)
+    give_gradients(owners, 0)
+    owners[1].grad = None
+    optimizer.step()
+    (part,) = optimizer._step._parts
+    looked = []
+    monkeypatch.setattr(part, "_checked", lambda: looked.append(1))
+    for owner in owners:
+        if owner.grad is not None:
+            owner.grad.mul_(0.5)
+    optimizer.step()
+    assert optimizer._step._parts == [part] and not looked
 
 
 def test_parameters_whose_data_is_replaced(where):
@@ -168,6 +219,7 @@ def test_what_is_refused_changes_nothing(where):
     assert torch.equal(good, torch.ones_like(good))
 
 
+@of_kernels
 def test_float64(device):
     owner = torch.nn.Parameter(torch.ones(3, dtype=torch.float64, device=device))
     owner.grad = torch.ones_like(owner)
@@ -360,6 +412,7 @@ def test_hooks(where):
     assert seen == ["before", "after"]
 
 
+@of_kernels
 def test_more_tensors_than_one_launch_has_room_for(device):
     owners = [torch.nn.Parameter(torch.full((3,), float(n), device=device)) for n in range(4100)]
     for owner in owners:
@@ -389,6 +442,25 @@ def test_autograd_notices_the_update(where):
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def test_inside_a_compiled_training_step(where):
+    model = torch.nn.Linear(3, 2, device=where)
+    twin = copy.deepcopy(model)
+    x = torch.randn(4, 3, device=where)
+
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    compiled = torch.compile(step, backend="eager")
+    for each, run in ((model, compiled), (twin, step)):
+        optimizer = optim.Adam(each.parameters(), lr=0.1)
+        for _ in range(3):
+            run(each, optimizer)
+    assert close(model.parameters(), twin.parameters())
+    torch.compiler.reset()
 
 
 # ---- saving ---------------------------------------------------------------------------------------------------------

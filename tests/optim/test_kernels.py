@@ -298,10 +298,10 @@ def test_elementwise_form_is_the_same_rule(tmp_path):
 
 def test_a_missing_compiler_is_told(monkeypatch):
     monkeypatch.setattr(host.shutil, "which", lambda name: None)
-    host._compiler.cache_clear()
+    host.compiler.cache_clear()
     with pytest.raises(RuntimeError, match="there is no C\\+\\+ compiler: install g\\+\\+ or name one in CXX"):
-        host._compiler()
-    host._compiler.cache_clear()
+        host.compiler()
+    host.compiler.cache_clear()
 
 
 def test_programs_are_compiled_once(tmp_path, monkeypatch):

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from gpukern.optim._fused.entry import Amp, Entry, Settings, in_order_of, is_dense, local, places, same_order
+from gpukern.optim._fused.entry import (
+    Amp,
+    Entry,
+    Settings,
+    in_order_of,
+    is_dense,
+    local_gradient,
+    place_of,
+    same_order,
+)
 from gpukern.optim._fused.rules import Rule
 from gpukern.optim._fused.source import Variant
 from gpukern.optim._fused.table import Row, arguments_type, chunk_size, groups_table, room_for, tables
 
-_place = torch.Tensor.data_ptr
-_gradient = operator.attrgetter("grad")
+_place, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
+_gradient, _dtype, _layout = map(operator.attrgetter, ("grad", "dtype", "layout"))
 #: In place of an empty gradient's address, which is 0 like that of none.
 _EMPTY = 16
 #: As many as this host pretends to have.
@@ -36,7 +47,8 @@ class Bundle:
         self._owners = [entry.owner for entry in entries]
         self._parameters = [entry.parameter for entry in entries]
         # Looked at in every step: ``parameter.data`` may have been replaced, and then is elsewhere.
-        self._places = places(self._owners)
+        self._place_of = place_of(self._owners)
+        self._places = list(map(self._place_of, self._owners))
         # A parameter with gaps is updated in a copy without, beside which its states lie.
         self._copies = {
             number: torch.empty_like(parameter)
@@ -45,8 +57,15 @@ class Bundle:
         }
         self._dense = [self._copies.get(number, parameter) for number, parameter in enumerate(self._parameters)]
         self._strides = [dense.stride() for dense in self._dense]
-        self._seen: list[torch.Tensor | None] = []
-        self._substitutes: list[torch.Tensor] = []
+        # Gradients are held no longer than a step: what zero_grad() gives up is free for the next backward.
+        self._seen: list[Callable[[], torch.Tensor | None]] = []
+        #: Of each whether it is not there, empty where all are; None: nothing was looked at.
+        self._missing: list[bool] | None = None
+        self._present: list[torch.Tensor] = []
+        self._substituted = False
+        #: Where in the list those are that there are; None: all.
+        self._numbers: list[int] | None = None
+        self._amp = Amp()
         self._program = _program(self._variant(), self.device)
         self._make_tables()
 
@@ -123,30 +142,64 @@ class Bundle:
     def take_gradients(self) -> bool:
         """Look where the gradients are; False where this bundle no longer fits what is there."""
         gradients = list(map(_gradient, self._owners))
-        if places(self._owners) != self._places:
+        if list(map(self._place_of, self._owners)) != self._places:
             return False
-        if self._substitutes or not _same_objects(gradients, self._seen):
-            self._seen = []
-            taken = self._checked(gradients)
+        kinds = set(map(type, gradients))
+        missing = list(map(operator.is_, gradients, itertools.repeat(None))) if type(None) in kinds else []
+        if self._substituted or missing != self._missing or not self._saw(gradients):
+            self._missing = None
+            taken = gradients if kinds == {torch.Tensor} and self._are_as_expected(gradients) else self._checked()
             if taken is None:
                 return False
-            self._taken, self._seen = taken, gradients
-        self._pointers[: len(self._taken)] = [0 if g is None else _place(g) or _EMPTY for g in self._taken]
+            self._look_at(gradients, taken, missing)
+        else:
+            taken = gradients
+        self._present = self._present_of(taken)
+        found = list(map(_place, self._present))
+        if found != self._gradient_places:
+            self._gradient_places = found
+            numbers = slice(len(found)) if self._numbers is None else self._numbers
+            self._pointers[numbers] = [place or _EMPTY for place in found]
         return True
 
-    def _checked(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor | None] | None:
+    def _are_as_expected(self, gradients: list[torch.Tensor]) -> bool:
+        """Whether nothing of these tensors has to be looked at one by one. Quickly."""
+        return (
+            set(map(_dtype, gradients)) == {self.gradient_dtype}
+            and set(map(_layout, gradients)) == {torch.strided}
+            and list(map(_stride, gradients)) == self._strides
+        )
+
+    def _look_at(
+        self, gradients: list[torch.Tensor | None], taken: list[torch.Tensor | None], missing: list[bool]
+    ) -> None:
+        """Which of the gradients are there, and which objects they are."""
+        self._gradient_places, self._missing = [], missing
+        self._substituted = taken is not gradients and any(map(operator.is_not, taken, gradients))
+        self._numbers = None
+        if missing:
+            self._numbers = [number for number, gradient in enumerate(taken) if gradient is not None]
+            self._pointers[:] = 0
+        self._seen = list(map(weakref.ref, self._present_of(gradients)))
+
+    def _saw(self, gradients: list[torch.Tensor | None]) -> bool:
+        """Whether these are the objects that were looked at: none of those is gone, as none of these is None."""
+        return all(map(operator.is_, self._present_of(gradients), [seen() for seen in self._seen]))
+
+    def _present_of(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        return gradients if self._numbers is None else [gradients[number] for number in self._numbers]
+
+    def _checked(self) -> list[torch.Tensor | None] | None:
         """Local, dense and in the order of their parameters; None where a dtype is another."""
         taken: list[torch.Tensor | None] = []
-        self._substitutes = []
-        for gradient, strides, dense in zip(gradients, self._strides, self._dense, strict=True):
-            gradient = local(gradient)
-            if gradient is not None:
-                if gradient.dtype is not self.gradient_dtype or gradient.layout is not torch.strided:
+        for owner, strides, dense in zip(self._owners, self._strides, self._dense, strict=True):
+            found = local_gradient(owner)
+            if found is not None:
+                if found.dtype is not self.gradient_dtype or found.layout is not torch.strided:
                     return None
-                if gradient.stride() != strides and not same_order(gradient, dense):
-                    gradient = in_order_of(gradient, dense)
-                    self._substitutes.append(gradient)
-            taken.append(gradient)
+                if found.stride() != strides and not same_order(found, dense):
+                    found = in_order_of(found, dense)
+            taken.append(found)
         return taken
 
     def square_sum(self, amp: Amp) -> torch.Tensor:
@@ -166,15 +219,14 @@ class Bundle:
             self._parameters[number].copy_(copy)
         # Autograd must know, or would differentiate with values that are no longer there.
         torch.autograd.graph.increment_version(self._parameters)
+        self._present = []
 
     def _set(self, amp: Amp) -> None:
         for name in ("grad_scale", "found_inf"):
             given = getattr(amp, name)
-            self._arguments[name] = 0 if given is None else _place(given)
-
-
-def _same_objects(these: list, those: list) -> bool:
-    return len(these) == len(those) and all(map(operator.is_, these, those))
+            if given is not getattr(self._amp, name):
+                self._arguments[name] = 0 if given is None else _place(given)
+        self._amp = amp
 
 
 def _program(variant: Variant, device: torch.device) -> Program:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpukern.optim._fused.source import KERNELS, THREADS, Variant, source
+from gpukern.optim._fused.source import THREADS, Variant, kernels, source
 
 _OPTIONS = ("--std=c++17",)
 
@@ -20,24 +20,24 @@ class DeviceProgram:
         cupy = _cupy()
         self._cupy, self._device = cupy, device
         self._streams: dict[int, Any] = {}
-        with cupy.cuda.Device(device), torch.cuda.device(device):
-            # Compiled by NVRTC once for each text and architecture: CuPy keeps the result on disk.
+        with cupy.cuda.Device(device):
+            # Compiled by NVRTC once for each text and architecture: CuPy keeps the result on disk. Loading allocates,
+            # which must not happen while a graph is captured: CuPy loads what it returns a function of.
             module = cupy.RawModule(code=source(variant), options=_OPTIONS)
-            # Loading allocates, which must not happen while a graph is captured.
-            self._kernels = {name: module.get_function(name) for name in KERNELS}
-            for kernel in self._kernels.values():
-                kernel.compile()
+            self._kernels = {name: module.get_function(name) for name in kernels(variant.rule)}
 
     def launch(self, kernel: str, blocks: int, arguments: np.ndarray) -> None:
+        """``arguments`` has one element, which travels by value and may change as soon as this returns."""
         current = torch.cuda.current_stream(self._device)
-        with self._cupy.cuda.Device(self._device), self._stream(current):
-            self._kernels[kernel]((blocks,), (THREADS,), (arguments,))
+        # CuPy keeps what it has loaded by the current device.
+        with self._cupy.cuda.Device(self._device):
+            self._kernels[kernel]((blocks,), (THREADS,), (arguments,), stream=self._stream(current))
 
     def _stream(self, current: torch.cuda.Stream) -> Any:
-        pointer = current.cuda_stream
-        stream = self._streams.get(pointer)
+        """As CuPy's, which is only passed on: what is current in CuPy stays so."""
+        stream = self._streams.get(current.cuda_stream)
         if stream is None:
-            stream = self._streams[pointer] = self._cupy.cuda.Stream.from_external(current)
+            stream = self._streams[current.cuda_stream] = self._cupy.cuda.Stream.from_external(current)
         return stream
 
 

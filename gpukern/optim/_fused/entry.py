@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +57,29 @@ def local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def places(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """Where each, or what is here of it, begins in memory."""
-    return list(map(torch.Tensor.data_ptr, tensors if type(tensors[0]) in _PLAIN else map(local, tensors)))
+def local_gradient(owner: torch.Tensor) -> torch.Tensor | None:
+    """The gradient of what is here of ``owner``. One that is spread in another way, a sum that is still to be made for
+    instance, is brought there: every process does so."""
+    gradient = owner.grad
+    if type(gradient) in _PLAIN or gradient is None:
+        return gradient
+    if getattr(gradient, "placements", None) != getattr(owner, "placements", None):
+        gradient = gradient.redistribute(placements=owner.placements)
+    gradient = local(gradient)
+    # It may still be on its way from other processes.
+    return gradient.wait() if hasattr(gradient, "wait") else gradient
+
+
+def is_shard(tensor: torch.Tensor) -> bool:
+    """Whether only a part of it is here."""
+    return not all(placement.is_replicate() for placement in getattr(tensor, "placements", ()))
+
+
+def place_of(tensors: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], int]:
+    """What tells, quickly, where each of these or what is here of it begins in memory."""
+    if all(type(tensor) in _PLAIN for tensor in tensors):
+        return torch.Tensor.data_ptr
+    return lambda tensor: local(tensor).data_ptr()
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -89,5 +110,10 @@ def in_order_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def kept(rule: Rule, numbers: tuple[float, ...]) -> tuple[bool, ...]:
     """Which states a group of these hyperparameters keeps."""
-    given = dict(zip(rule.hyperparameters, numbers, strict=True))
-    return tuple(not state.when or bool(given[state.when]) for state in rule.states)
+    return tuple([place is None or bool(numbers[place]) for place in _conditions(rule)])
+
+
+@functools.cache
+def _conditions(rule: Rule) -> tuple[int | None, ...]:
+    """Of each state, which hyperparameter decides whether it is kept; None: it always is."""
+    return tuple(rule.hyperparameters.index(state.when) if state.when else None for state in rule.states)

@@ -38,30 +38,31 @@ class HostProgram:
 @functools.cache
 def _library(variant: Variant) -> Path:
     """Compiled once for each text, compiler and flags, and kept in the user's cache."""
-    compiler = _compiler()
+    program = compiler()
     flags = (*_FLAGS, *os.environ.get(_MORE_FLAGS, "").split())
     text = source(variant, "host.h")
-    name = hashlib.sha256("\0".join((_version(compiler), *flags, text)).encode()).hexdigest()[:32]
+    name = hashlib.sha256("\0".join((version(program), *flags, text)).encode()).hexdigest()[:32]
     folder = cache_folder() / "host"
     path = folder / f"{name}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, flags, text, path)
+        _compile(program, flags, text, path)
     return path
 
 
-def _compile(compiler: str, flags: tuple[str, ...], text: str, path: Path) -> None:
+def _compile(program: str, flags: tuple[str, ...], text: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         given, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         given.write_text(text, encoding="utf-8")
-        done = subprocess.run([compiler, *flags, str(given), "-o", str(made)], capture_output=True, text=True)
+        done = subprocess.run([program, *flags, str(given), "-o", str(made)], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{compiler} does not compile the optimizer's kernels:\n{done.stderr}")
+            raise RuntimeError(f"{program} does not compile the optimizer's kernels:\n{done.stderr}")
         os.replace(made, path)  # another process may have been first: it made the same
 
 
 @functools.cache
-def _compiler() -> str:
+def compiler() -> str:
+    """The path of a C++ compiler: that of ``CXX``, g++ or clang++. RuntimeError if there is none."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         if name and (found := shutil.which(name)):
             return found
@@ -72,5 +73,6 @@ def _compiler() -> str:
 
 
 @functools.cache
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+def version(path: str) -> str:
+    """What the compiler at ``path`` says of itself."""
+    return subprocess.run([path, "--version"], capture_output=True, text=True).stdout

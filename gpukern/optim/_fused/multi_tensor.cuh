@@ -1,8 +1,8 @@
 // All parameters of one device and one combination of dtypes, updated in one launch.
 //
 // What source.py puts before this: PARAMETER, GRADIENT and STATE (float, Half or BFloat16), MASTER, STOCHASTIC and TRUST,
-// STATES (their number), GRADIENTS (pointers that travel by value), THREADS, Hyper, Scalars, prepare(), update() and
-// measure(); and device.cuh, for NVRTC, or host.h, for a CPU.
+// STATES (their number), GRADIENTS (pointers that travel by value), THREADS and RESIDENT, Hyper, Scalars, prepare(),
+// update() and measure(); and device.cuh, for NVRTC, or host.h, for a CPU.
 
 typedef unsigned long long u64;
 typedef long long i64;
@@ -42,7 +42,7 @@ struct Arguments {
     const float *found_inf;  // not zero: nothing is done; or null
     double *partial;  // [chunks, 2], the sums of squares of each
     double *norms;  // [tensors, 2], where TRUST
-    double *square_sum;  // of all gradients: written by measure_kernel; the update reads it where max_norm > 0
+    double *square_sum;  // of all gradients: written by square_sum_kernel; the update reads it where max_norm > 0
     double max_norm;
     float max_value;  // gradients are cut to ± this where it is > 0
     int tensor_count;
@@ -204,8 +204,24 @@ DEVICE int misaligned(const Work &work) {
     return -1;
 }
 
-// Fills ``work`` for this block; false where there is nothing to do.
-DEVICE bool begin(const Arguments &all, Work &work, bool clips) {
+// What the block's thread 0 knows of an update: how the gradient is clipped, and the rule's scalars.
+DEVICE void begin_update(const Arguments &all, Work &work) {
+    work.max_value = all.max_value;
+    if (all.max_norm > 0) {
+        // As torch.nn.utils.clip_grad_norm_; a NaN stays one.
+        const double factor = all.max_norm / (sqrt(*all.square_sum) + 1e-6);
+        work.scale = factor > 1 ? 1.f : (float)factor;
+    }
+    Group group = all.groups[work.tensor.group];
+    if (group.lr) group.hyper.lr = *(const float *)group.lr;
+    const float step = *(const float *)work.tensor.step + 1.f;
+    const double *norms = TRUST ? all.norms + 2 * work.number : nullptr;
+    work.scalars = prepare(group.hyper, step, norms ? norms[0] : 0, norms ? norms[1] : 0);
+    work.seed = mixed(all.seed ^ mixed((u32)work.number ^ mixed((u32)step)));
+}
+
+// Fills ``work`` for this block, for the gradient alone or for an update; false where there is nothing to do.
+DEVICE bool begin(const Arguments &all, Work &work, bool updates) {
     const Chunk chunk = all.chunks[blockIdx.x];
     const u64 gradient = all.gradients[chunk.tensor];
     if (threadIdx.x == 0 && gradient) {
@@ -218,19 +234,9 @@ DEVICE bool begin(const Arguments &all, Work &work, bool clips) {
         work.skipped = misaligned(work);
         work.runs = work.skipped < 0 || work.skipped > work.count ? 0 : (work.count - work.skipped) / RUN;
         work.unscale = all.grad_scale ? *all.grad_scale : 1.f;
-        work.max_value = clips ? all.max_value : 0.f;
         work.scale = 1.f;
-        if (clips && all.max_norm > 0) {
-            // As torch.nn.utils.clip_grad_norm_; a NaN stays one.
-            const double factor = all.max_norm / (sqrt(*all.square_sum) + 1e-6);
-            work.scale = factor > 1 ? 1.f : (float)factor;
-        }
-        Group group = all.groups[work.tensor.group];
-        if (group.lr) group.hyper.lr = *(const float *)group.lr;
-        const float step = *(const float *)work.tensor.step + 1.f;
-        const double *norms = TRUST ? all.norms + 2 * chunk.tensor : nullptr;
-        work.scalars = prepare(group.hyper, step, norms ? norms[0] : 0, norms ? norms[1] : 0);
-        work.seed = mixed(all.seed ^ mixed((u32)chunk.tensor ^ mixed((u32)step)));
+        work.max_value = 0.f;
+        if (updates) begin_update(all, work);
     }
     __syncthreads();
     return gradient != 0;
@@ -266,7 +272,7 @@ template <int COUNT> DEVICE void update_at(const Work &work, i64 at) {
     elements.store_to(work, at);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) update_kernel(const Arguments all) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const Arguments all) {
     __shared__ Work work;
     if (all.found_inf && *all.found_inf != 0.f) return;
     if (begin(all, work, true))
@@ -275,91 +281,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) update_kernel(const Argume
     if (is_last(all.arrived))
         for (int t = threadIdx.x; t < all.tensor_count; t += blockDim.x)
             if (all.gradients[t]) *(float *)all.tensors[t].step += 1.f;
-}
-
-// ---- norms, before the update ----
-
-// The sum over the block's threads, in thread 0, always added in the same order.
-DEVICE double block_sum(double mine) {
-    __shared__ double parts[THREADS];
-    parts[threadIdx.x] = mine;
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half && threadIdx.x + half < blockDim.x) parts[threadIdx.x] += parts[threadIdx.x + half];
-    }
-    __syncthreads();
-    const double sum = parts[0];
-    __syncthreads();
-    return sum;
-}
-
-// Leaves the two sums of squares of this block's chunk, zeros where there is nothing to do; whether it is the last.
-template <typename Measure> DEVICE bool leave_partial(const Arguments &all, bool busy, const Work &work, Measure measure) {
-    double first = 0, second = 0;
-    if (busy)
-        walk(work, [&](i64 at) { measure.template at<RUN>(work, at, first, second); },
-             [&](i64 at) { measure.template at<1>(work, at, first, second); });
-    first = block_sum(first);
-    second = block_sum(second);
-    if (threadIdx.x == 0) {
-        all.partial[2 * blockIdx.x] = first;
-        all.partial[2 * blockIdx.x + 1] = second;
-    }
-    return is_last(all.arrived);
-}
-
-struct OfGradient {
-    template <int COUNT> DEVICE void at(const Work &work, i64 at, double &first, double &) const {
-        Elements<COUNT> elements;
-        elements.fetch_gradient(work, at);
-        float sum = 0.f;
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) sum = fmaf(elements.g[i], elements.g[i], sum);
-        first += sum;
-    }
-};
-
-// The sum of the squares of all gradients, for their norm.
-extern "C" __global__ void __launch_bounds__(THREADS) square_sum_kernel(const Arguments all) {
-    __shared__ Work work;
-    const bool busy = begin(all, work, false);
-    if (!leave_partial(all, busy, work, OfGradient())) return;
-    double sum = 0;
-    for (int chunk = threadIdx.x; chunk < (int)gridDim.x; chunk += blockDim.x) sum += all.partial[2 * chunk];
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) *all.square_sum = sum;
-}
-
-struct OfRule {
-    template <int COUNT> DEVICE void at(const Work &work, i64 at, double &first, double &second) const {
-        Elements<COUNT> elements;
-        elements.fetch_from(work, at);
-        float a = 0.f, b = 0.f;
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            float one = 0.f, other = 0.f;
-            elements.measure_one(i, work.scalars, one, other);
-            a = fmaf(one, one, a);
-            b = fmaf(other, other, b);
-        }
-        first += a;
-        second += b;
-    }
-};
-
-// The two norms of each tensor that the rule asks for.
-extern "C" __global__ void __launch_bounds__(THREADS) norms_kernel(const Arguments all) {
-    __shared__ Work work;
-    const bool busy = begin(all, work, true);
-    if (!leave_partial(all, busy, work, OfRule())) return;
-    for (int t = threadIdx.x; t < all.tensor_count; t += blockDim.x) {
-        const double *partial = all.partial + 2 * (i64)all.tensors[t].first_chunk;
-        double first = 0, second = 0;
-        for (int chunk = 0; chunk < all.tensors[t].chunks; ++chunk) {
-            first += partial[2 * chunk];
-            second += partial[2 * chunk + 1];
-        }
-        all.norms[2 * t] = sqrt(first);
-        all.norms[2 * t + 1] = sqrt(second);
-    }
 }

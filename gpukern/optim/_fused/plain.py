@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from gpukern.optim._fused.entry import Amp, Entry, Settings, local, places
+from gpukern.optim._fused.entry import Amp, Entry, Settings, local_gradient, place_of
 from gpukern.optim._fused.reference import UPDATES
 from gpukern.optim._fused.rules import Rule
 
@@ -19,15 +19,17 @@ class Plain:
         self.device = entries[0].parameter.device
         self._rule, self._settings = rule, settings
         self._owners = [entry.owner for entry in entries]
-        self._places = places(self._owners)
+        self._place_of = place_of(self._owners)
+        self._places = list(map(self._place_of, self._owners))
         self._square_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
 
     def set_groups(self, groups: Sequence[tuple[torch.Tensor | None, Sequence[float]]]) -> None:
-        self._groups = groups
+        names = self._rule.hyperparameters
+        self._groups = [(lr, dict(zip(names, values, strict=True))) for lr, values in groups]
 
     def take_gradients(self) -> bool:
-        self._taken = [local(entry.owner.grad) for entry in self.entries]
-        return places(self._owners) == self._places
+        self._taken = list(map(local_gradient, self._owners))
+        return list(map(self._place_of, self._owners)) == self._places
 
     def square_sum(self, amp: Amp) -> torch.Tensor:
         scale = 1.0 if amp.grad_scale is None else amp.grad_scale.item()
@@ -36,9 +38,11 @@ class Plain:
         return self._square_sum
 
     def update(self, amp: Amp) -> None:
+        # Held no longer: what zero_grad() gives up is free for the next backward.
+        taken, self._taken = self._taken, []
         if amp.found_inf is not None and amp.found_inf.item() != 0:
             return
-        for number, (entry, gradient) in enumerate(zip(self.entries, self._taken, strict=True)):
+        for number, (entry, gradient) in enumerate(zip(self.entries, taken, strict=True)):
             if gradient is not None:
                 self._update(number, entry, gradient, amp)
 
@@ -46,23 +50,28 @@ class Plain:
         wide = _wide(entry.parameter)
         gradient = self._clipped(gradient.to_dense().to(wide), amp)
         held = entry.parameter if entry.master is None else entry.master
-        names = [state.name for state in self._rule.states]
-        states = {n: s.to(wide, copy=True) for n, s in zip(names, entry.states, strict=True) if s is not None}
+        # What is wide already is updated where it is, the rest as a copy.
+        updated = held.to(wide)
+        states = {name: state.to(wide) for name, state in self._kept(entry)}
         lr, values = self._groups[entry.group]
-        numbers = dict(zip(self._rule.hyperparameters, values, strict=True))
-        numbers["step"] = entry.step.item() + 1
+        numbers = {**values, "step": entry.step.item() + 1}
         if lr is not None:
             numbers["lr"] = lr.item()
-        updated = UPDATES[self._rule.name](held.to(wide), gradient, states, numbers)
-        for name, state in zip(names, entry.states, strict=True):
-            if state is not None:
-                state.copy_(states[name])
-        if entry.master is not None:
-            entry.master.copy_(updated)
-        if self._settings.stochastic_rounding and entry.parameter.dtype is torch.bfloat16 and entry.master is None:
+        UPDATES[self._rule.name](updated, gradient, states, numbers)
+        for name, state in self._kept(entry):
+            _keep(state, states[name])
+        if entry.master is None and self._settings.stochastic_rounding and held.dtype is torch.bfloat16:
             updated = _rounded_at_random(updated, self._settings.seed, number, int(numbers["step"]))
-        entry.parameter.copy_(updated)
+        _keep(held, updated)
+        if entry.master is not None:
+            entry.parameter.copy_(updated)
         entry.step.add_(1)
+
+    def _kept(self, entry: Entry) -> Iterator[tuple[str, torch.Tensor]]:
+        """The states that there are, by name."""
+        for state, held in zip(self._rule.states, entry.states, strict=True):
+            if held is not None:
+                yield state.name, held
 
     def _clipped(self, gradient: torch.Tensor, amp: Amp) -> torch.Tensor:
         if amp.grad_scale is not None:
@@ -72,6 +81,11 @@ class Plain:
         if limit := self._settings.max_grad_value:
             gradient = gradient.clamp(-limit, limit)
         return gradient
+
+
+def _keep(held: torch.Tensor, updated: torch.Tensor) -> None:
+    if updated is not held:
+        held.copy_(updated)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -26,10 +26,13 @@ class Scalar:
     value: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
-    """An optimizer. ``norms``: the two quantities whose norms over the tensor ``update`` needs as ``first_norm`` and
-    ``second_norm``, as text that sets ``first`` and ``second``; "" where it needs none."""
+    """An optimizer, equal to itself alone: much is kept by rule.
+
+    ``norms``: the two quantities whose norms over the tensor ``update`` needs as ``first_norm`` and ``second_norm``, as
+    text that sets ``first`` and ``second``; "" where it needs none.
+    """
 
     name: str
     hyperparameters: tuple[str, ...]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from gpukern.optim._fused.rules import Rule
 
-#: Threads of a block.
-THREADS = 512
-KERNELS = ("update_kernel", "square_sum_kernel", "norms_kernel")
+#: Threads of a block, and blocks that a multiprocessor has registers for: 80 a thread. Without this promise ptxas aims
+#: at 64 here and there, and spills.
+THREADS, RESIDENT = 256, 3
 
 _HERE = Path(__file__).parent
 _TYPES = {"float32": "float", "float16": "Half", "bfloat16": "BFloat16"}
@@ -37,10 +37,17 @@ class Variant:
 @functools.cache
 def source(variant: Variant, platform: str = "device.cuh") -> str:
     """CUDA C++17 that includes nothing, for NVRTC; with ``platform`` "host.h", C++20 for a compiler of the host."""
-    parts = [_read(platform), _head(variant), _read("multi_tensor.cuh")]
+    parts = [_read(platform), _head(variant), _read("multi_tensor.cuh"), _read("norms.cuh")]
+    if variant.rule.norms:
+        parts.append(_read("trust.cuh"))
     if platform == "host.h":
-        parts += (_host_entry(kernel) for kernel in KERNELS)
+        parts += map(_host_entry, kernels(variant.rule))
     return "\n".join(parts)
+
+
+def kernels(rule: Rule) -> tuple[str, ...]:
+    """Names of those in the source: the update, and what a launch before it may compute."""
+    return ("update_kernel", "square_sum_kernel", *(("norms_kernel",) if rule.norms else ()))
 
 
 def elementwise(rule: Rule) -> tuple[str, str]:
@@ -61,7 +68,7 @@ def _head(variant: Variant) -> str:
     rule = variant.rule
     hyper, scalars = rule.hyperparameters, rule.scalars
     kinds = {"PARAMETER": variant.parameter, "GRADIENT": variant.gradient, "STATE": variant.state}
-    numbers = {"THREADS": THREADS, "STATES": len(variant.states), "GRADIENTS": variant.gradients}
+    numbers = {"THREADS": THREADS, "RESIDENT": RESIDENT, "STATES": len(variant.states), "GRADIENTS": variant.gradients}
     flags = {"MASTER": variant.master, "STOCHASTIC": variant.stochastic, "TRUST": bool(rule.norms)}
     dtypes = "struct BFloat16 { unsigned short bits; };\nstruct Half { unsigned short bits; };\n"
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,14 +10,14 @@ import torch
 
 from gpukern.optim._fused.bundle import Bundle
 from gpukern.optim._fused.entry import Amp, Entry, Settings, kept, local
+from gpukern.optim._fused.hyperparameters import Numbers
 from gpukern.optim._fused.plain import Plain
 from gpukern.optim._fused.rules import Rule
 from gpukern.optim._fused.table import GRADIENTS
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.tensors import check_kernel_dtype
 
-#: A group's hyperparameters in the order of the rule, and its learning rate where that is a tensor on a device.
-Numbers = tuple[torch.Tensor | None, tuple[float, ...]]
+_parameters = operator.itemgetter("params")
 
 
 class Step:
@@ -31,8 +32,8 @@ class Step:
         settings: Settings,
     ) -> None:
         self._rule, self._settings = rule, settings
-        self._numbers, self._kept = list(numbers), [kept(rule, values) for _, values in numbers]
-        self._sizes = [len(group["params"]) for group in groups]
+        self._numbers, self._kept = numbers, [kept(rule, values) for _, values in numbers]
+        self._sizes = _sizes(groups)
         self._waiting: list[torch.Tensor] = []
         found: dict[tuple, list[Entry]] = {}
         for number, group in enumerate(groups):
@@ -55,20 +56,23 @@ class Step:
 
     def fits(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers]) -> bool:
         """Whether :meth:`run` may follow, for gradients that are there now."""
-        if self._sizes != [len(group["params"]) for group in groups]:
+        if self._sizes != _sizes(groups):
             return False
         if any(parameter.grad is not None for parameter in self._waiting):
             return False
-        if [kept(self._rule, values) for _, values in numbers] != self._kept:
-            return False
-        self.set_numbers(numbers)
+        if numbers is not self._numbers:
+            if [kept(self._rule, values) for _, values in numbers] != self._kept:
+                return False
+            self.set_numbers(numbers)
         return all([part.take_gradients() for part in self._parts])
 
     def set_numbers(self, numbers: Sequence[Numbers]) -> None:
         """Hyperparameters that keep the same states; what has not changed is not sent again."""
-        if not _same_numbers(numbers, self._numbers):
-            self._numbers = list(numbers)
-            for part in self._parts:
+        changed = not _same_numbers(numbers, self._numbers)
+        self._numbers = numbers
+        for part in self._parts:
+            # A learning rate on another device may have changed where it is.
+            if changed or any(lr is not None and lr.device != part.device for lr, _ in numbers):
                 part.set_groups(self._on(part.device))
 
     def run(self, amp: Amp) -> torch.Tensor | None:
@@ -94,6 +98,10 @@ class Step:
                 values, lr = (lr.item(), *values[1:]), None
             found.append((lr, values))
         return found
+
+
+def _sizes(groups: Sequence[dict[str, Any]]) -> list[int]:
+    return list(map(len, map(_parameters, groups)))
 
 
 def _same_numbers(these: Sequence[Numbers], those: Sequence[Numbers]) -> bool:

@@ -1,0 +1,122 @@
+"""Steps of optimizers on a GPU: how long they take, checked before they are timed."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import gpukern.optim as optim
+from bench.optimizer_steps import OPTIMIZERS, Sizes, has, ones, shapes
+from bench.timing import EagerStopwatch
+
+#: Of 25.6 million parameters, of 1.1 billion, and of as many groups as a detector with a learning rate for each layer.
+PROBLEMS = ("ResNet-50", "Llama 1.1B", "465 groups")
+_APEX = {"SGD": "FusedSGD", "Adam": "FusedAdam", "AdamW": "FusedAdam", "Adagrad": "FusedAdagrad"}
+_SAMPLES, _SECONDS = 9, 0.1
+DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of a step; ``bandwidth`` is what must be moved, in bytes, by its time. ``problem_found``: why there is none."""
+
+    problem: str
+    optimizer: str
+    candidate: str
+    seconds: float = 0.0
+    bandwidth: float = 0.0
+    problem_found: str = ""
+
+
+def copy_bandwidth(size: int = 2**30) -> float:
+    """Bytes a second that a copy of ``size`` bytes reads and writes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * size / seconds(lambda: target.copy_(source))
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """The median of samples between events, Python included where it is slower."""
+    stopwatch, found = EagerStopwatch([call], _SECONDS), []
+    for _ in range(_SAMPLES):
+        stopwatch.start()
+        found.append(stopwatch.stop())
+    return statistics.median(found)
+
+
+def measure_all(names: Sequence[str]) -> list[Timing]:
+    """Of every problem, in the order of the table."""
+    return [row for problem in PROBLEMS for name in names for row in measure(problem, name)]
+
+
+def measure(problem: str, name: str) -> Iterator[Timing]:
+    """A row for each candidate. RuntimeError where ours is wrong: its time would mean nothing."""
+    sizes = (shapes("ResNet-50") * 3)[:465] if problem == "465 groups" else shapes(problem)
+    for candidate, make in candidates(problem, name, sizes).items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            optimizer, parameters = make()
+            if candidate == "gpukern" and problem == "ResNet-50":
+                check(name, optimizer, parameters, sizes)
+            taken = seconds(optimizer.step)
+        except torch.cuda.OutOfMemoryError:
+            yield Timing(problem, name, candidate, problem_found="out of memory")
+            continue
+        yield Timing(problem, name, candidate, taken, floor(name, sizes) / taken)
+        del optimizer, parameters
+
+
+def candidates(problem: str, name: str, sizes: Sizes) -> dict[str, Callable[[], tuple[Any, list]]]:
+    groups = problem == "465 groups"
+    found = {"gpukern": lambda: ones(name, sizes, optim, groups=groups, device=DEVICE)}
+    for way in ("fused", "foreach"):
+        if has(name, way):
+            found[f"torch {way}"] = lambda way=way: ones(name, sizes, torch.optim, way, groups=groups, device=DEVICE)
+    apex = _apex(name)
+    if apex is not None:
+        found["apex"] = lambda: ones(name, sizes, apex, groups=groups, device=DEVICE)
+    return found
+
+
+def _apex(name: str) -> Any:
+    """As a module in which apex's class has PyTorch's name; None where there is none with the same options."""
+    kind, options = OPTIMIZERS[name]
+    if kind not in _APEX or "amsgrad" in options:
+        return None
+    try:
+        found = getattr(importlib.import_module("apex.optimizers"), _APEX[kind])
+    except ImportError:
+        return None
+    return type("Apex", (), {kind: staticmethod(found)})
+
+
+def check(name: str, optimizer: Any, parameters: list[torch.Tensor], sizes: Sizes) -> None:
+    """Two steps as PyTorch's single-tensor code makes them, within a few roundings of fp32."""
+    if not has(name, "single"):
+        return
+    other, expected = ones(name, sizes, torch.optim, "single", device=DEVICE)
+    for number in range(2):
+        for parameter, twin in zip(parameters, expected, strict=True):
+            parameter.grad.normal_(generator=torch.Generator(DEVICE).manual_seed(number))
+            twin.grad.copy_(parameter.grad)
+        optimizer.step()
+        other.step()
+    for parameter, twin in zip(parameters, expected, strict=True):
+        if not torch.allclose(parameter, twin, rtol=1e-5, atol=1e-7):
+            raise RuntimeError(f"{name}: gpukern's step differs from torch's by {(parameter - twin).abs().max():.1e}")
+
+
+def floor(name: str, sizes: Sizes) -> int:
+    """Bytes that any step must read and write."""
+    kind, options = OPTIMIZERS[name]
+    optimizer = getattr(optim, kind)([torch.nn.Parameter(torch.zeros(1))], **options)
+    (group,) = optimizer.param_groups
+    states = sum(not state.when or bool(group[state.when]) for state in optimizer._rule.states)
+    return 4 * (3 + 2 * states) * sum(torch.Size(size).numel() for size in sizes)

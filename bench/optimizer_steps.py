@@ -1,0 +1,177 @@
+"""Optimizers of the comparison, what PyTorch does in a step of one, and steps of ours that launch nothing.
+
+PyTorch's launches are counted, not estimated: of the operations of its own code for a step, seen as they are
+dispatched, and of the way MultiTensorApply.cuh packs tensors and chunks of them into launches. That has two limits: of
+4 KB of arguments, and of the 32 KB that builds for CUDA 13 use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpukern.optim._fused import bundle
+from gpukern.runtime.mode import Mode, force_mode
+from models.resnet import resnet50
+
+#: Tensors of a launch by how many belong to each element, with a list of numbers beside them if only one, and chunks.
+LIMITS = {"4 KB": ((110, 64, 48, 36, 30), 96, 320), "32 KB": ((770, 448, 336, 252, 210), 672, 2240)}
+_CHUNK = 65536
+#: PyTorch's ways, by its names of them.
+WAYS = ("single", "foreach", "fused")
+
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SGD": ("SGD", {"lr": 1e-3}),
+    "SGD, momentum": ("SGD", {"lr": 1e-3, "momentum": 0.9}),
+    "Adagrad": ("Adagrad", {}),
+    "RMSprop": ("RMSprop", {}),
+    "RMSprop, centered, momentum": ("RMSprop", {"centered": True, "momentum": 0.9}),
+    "Adam": ("Adam", {}),
+    "Adam, amsgrad": ("Adam", {"amsgrad": True}),
+    "AdamW": ("AdamW", {}),
+    "Lion": ("Lion", {}),
+    "LARS": ("LARS", {"momentum": 0.9}),
+    "LAMB": ("LAMB", {}),
+}
+
+
+def shapes(model: str) -> list[tuple[int, ...]]:
+    """Of the parameters of ResNet-50, or of a language model of 1.1 billion."""
+    if model == "ResNet-50":
+        with torch.device("meta"):
+            return [tuple(parameter.shape) for parameter in resnet50().parameters()]
+    layer = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048), *[(5632, 2048)] * 2, (2048, 5632), (2048,), (2048,)]
+    return [(32000, 2048), *layer * 22, (2048,), (32000, 2048)]
+
+
+#: Of tensors.
+Sizes = Sequence[tuple[int, ...]]
+
+
+def ones(
+    name: str, sizes: Sizes, module: Any, way: str = "", *, groups: bool = False, device: str = "cpu"
+) -> tuple[Any, list[torch.nn.Parameter]]:
+    """(optimizer, parameters with gradients) of ``torch.optim`` or ours; ``groups``: each with its own weight decay."""
+    kind, options = OPTIMIZERS[name]
+    parameters = [torch.nn.Parameter(torch.ones(size, device=device)) for size in sizes]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    chosen = {"foreach": way == "foreach"} | ({"fused": True, "foreach": None} if way == "fused" else {})
+    given = [{"params": [p], "weight_decay": n * 1e-6} for n, p in enumerate(parameters)] if groups else parameters
+    return getattr(module, kind)(given, **options, **(chosen if way else {})), parameters
+
+
+def has(name: str, way: str) -> bool:
+    kind = getattr(torch.optim, OPTIMIZERS[name][0], None)
+    return kind is not None and (way != "fused" or kind is not torch.optim.RMSprop)
+
+
+# ---- what PyTorch does in a step ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``tensors`` of each element that it takes or makes, ``reads`` and ``writes`` of them.
+
+    ``lists``: it takes lists of tensors, ``numbers``: and a list of numbers. ``counts``: its tensors are numbers of
+    steps.
+    """
+
+    tensors: int
+    reads: int
+    writes: int
+    lists: bool
+    numbers: bool = False
+    counts: bool = False
+
+
+class Recorder(TorchDispatchMode):
+    """Collects what is dispatched, but for views and what is done with Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        schema = function._schema
+        given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | (kwargs or {})
+        taken = {name: value for name, value in given.items() if _tensors(value)}
+        written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+        made = int(not written and bool(_tensors(result)))
+        if taken and not (made and any(r.alias_info is not None for r in schema.returns)):
+            self.operations.append(_operation(function, taken, given, written, made))
+        return result
+
+
+def _operation(function: Any, taken: dict, given: dict, written: set[str], made: int) -> Operation:
+    counts = all(tensor.dim() == 0 for value in taken.values() for tensor in _tensors(value))
+    # The numbers of steps beside tensors are read and not counted; gradients are written only where they are unscaled.
+    names = [name for name, value in taken.items() if counts or _tensors(value)[0].dim()]
+    writes = sum(name in written and name != "grads" for name in names) + made
+    reads = sum(name != "out" for name in names)
+    lists = any(isinstance(value, (list, tuple)) for value in taken.values())
+    numbers = any(isinstance(v, (list, tuple)) and v and isinstance(v[0], (int, float)) for v in given.values())
+    return Operation(len(names) + made, reads, writes, lists, numbers, counts)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, torch.Tensor)]
+
+
+def operations(name: str, way: str, tensors: int) -> list[Operation]:
+    """Of PyTorch's second step, for parameters of one element. A step number on the CPU costs no launch."""
+    optimizer, _ = ones(name, [(1,)] * tensors, torch.optim, way)
+    optimizer.step()
+    with Recorder() as recorder:
+        optimizer.step()
+    return [each for each in recorder.operations if way == "fused" or not each.counts]
+
+
+def launches(operation: Operation, sizes: Sequence[int], limit: str) -> int:
+    """Of one operation on tensors of these sizes."""
+    if not operation.lists:
+        return 1
+    most, most_with_numbers, blocks = LIMITS[limit]
+    tensors = most_with_numbers if operation.numbers and operation.tensors == 1 else most[operation.tensors - 1]
+    count = in_launch = in_blocks = 0
+    for size in [1] * len(sizes) if operation.counts else sizes:
+        in_launch += 1
+        chunks = -(-size // _CHUNK)
+        for chunk in range(chunks):
+            in_blocks += 1
+            ends = chunk == chunks - 1
+            if in_blocks == blocks or (ends and in_launch == tensors):
+                count, in_blocks, in_launch = count + 1, 0, 0 if ends else 1
+    return count + (in_blocks > 0)
+
+
+# ---- steps that launch nothing --------------------------------------------------------------------------------------
+
+
+class Nothing:
+    """In place of compiled kernels; counts."""
+
+    launched: list[str]
+
+    def __init__(self, *_: Any) -> None:
+        Nothing.launched = []
+
+    def launch(self, kernel: str, blocks: int, arguments: Any) -> None:
+        Nothing.launched.append(kernel)
+
+
+@contextlib.contextmanager
+def stubbed_launch() -> Iterator[None]:
+    """Take the kernels' path on CPU tensors; a launch does nothing."""
+    program, bundle._program = bundle._program, Nothing
+    try:
+        with force_mode(Mode.KERNELS):
+            yield
+    finally:
+        bundle._program = program

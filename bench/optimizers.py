@@ -1,0 +1,220 @@
+"""What a step of an optimizer costs beside PyTorch's: ``python -m bench.optimizers``.
+
+Without a GPU: kernel launches, bytes moved for each parameter, and Python microseconds with the launch replaced by
+nothing. On a GPU also step times, and bandwidth beside a copy's in the same run. ``--write`` and ``--out`` keep the
+figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import gpukern.optim as optim
+from bench import optimizer_device
+from bench.environment import environment
+from bench.optimizer_steps import (
+    LIMITS,
+    OPTIMIZERS,
+    WAYS,
+    Nothing,
+    has,
+    launches,
+    ones,
+    operations,
+    shapes,
+    stubbed_launch,
+)
+from bench.results import write_text
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Of a step; PyTorch's by way, for both limits of a launch's arguments where they matter."""
+
+    model: str
+    optimizer: str
+    gpukern: int
+    torch: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes for each parameter, all in float32. ``floor``: everything read once, and what changes written once."""
+
+    optimizer: str
+    floor: int
+    gpukern: int
+    torch: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Host:
+    """Microseconds of Python. ``cached``: the gradients are where they were; ``checked``: all of them are new."""
+
+    tensors: int
+    groups: int
+    optimizer: str
+    cached: float
+    checked: float
+    torch: dict[str, float]
+
+
+def count_launches(model: str, name: str) -> Launches:
+    sizes = [torch.Size(shape).numel() for shape in shapes(model)]
+    with stubbed_launch():
+        optimizer, _ = ones(name, [(1,)] * len(sizes), optim)
+        optimizer.step()
+        Nothing.launched.clear()
+        optimizer.step()
+    torchs = {}
+    for way in WAYS:
+        if has(name, way):
+            found = operations(name, way, len(sizes))
+            torchs[way] = sorted({sum(launches(each, sizes, limit) for each in found) for limit in LIMITS})[::-1]
+    return Launches(model, name, len(Nothing.launched), torchs)
+
+
+def count_bytes(name: str) -> Moved:
+    optimizer, _ = ones(name, [(1,)], optim)
+    with stubbed_launch():
+        optimizer.step()
+    (part,) = optimizer._step._parts
+    states = len(part._variant().states)
+    floor = 4 * (2 + states + 1 + states)
+    # The pass for the norms reads once more: LARS the parameter and its gradient, LAMB the moments too.
+    norms = {"LARS": 8, "LAMB": 4 * (2 + states)}.get(name, 0)
+    torchs = {
+        way: sum(4 * (each.reads + each.writes) for each in operations(name, way, 1) if not each.counts)
+        for way in WAYS
+        if has(name, way)
+    }
+    return Moved(name, floor, floor + norms, torchs)
+
+
+def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Host:
+    sizes = [(1,)] * tensors
+    with stubbed_launch():
+        optimizer, parameters = ones(name, sizes, optim, groups=groups)
+        cached = microseconds(optimizer.step, rounds)
+        others = itertools.cycle([[torch.ones(1) for _ in parameters] for _ in range(3)])
+
+        def renew() -> None:
+            for parameter, gradient in zip(parameters, next(others), strict=True):
+                parameter.grad = gradient
+
+        checked = microseconds(optimizer.step, rounds, renew)
+    torchs = {
+        way: microseconds(ones(name, sizes, torch.optim, way, groups=groups)[0].step, max(10, rounds // 5))
+        for way in WAYS
+        if has(name, way)
+    }
+    return Host(tensors, tensors if groups else 1, name, cached, checked, torchs)
+
+
+def microseconds(call: Callable[[], Any], rounds: int, before: Callable[[], None] = lambda: None) -> float:
+    """The median of single calls, each after ``before``."""
+    call()
+    found = []
+    for _ in range(rounds):
+        before()
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found) * 1e6
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[Any], title: str, columns: dict[str, Callable[[Any], str]], console: Console) -> None:
+    table = Table(title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    console.print(table)
+
+
+def _way(way: str, form: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda row: form(row.torch[way]) if way in row.torch else "–"
+
+
+def _tables(found: dict[str, list[Any]], console: Console) -> None:
+    for model in dict.fromkeys(row.model for row in found["launches"]):
+        rows = [row for row in found["launches"] if row.model == model]
+        columns = {"optimizer": lambda row: row.optimizer, "gpukern": lambda row: str(row.gpukern)}
+        columns |= {f"torch {way}": _way(way, lambda count: " / ".join(map(str, count))) for way in WAYS}
+        show(rows, f"Launches of a step, {model} (arguments of 4 KB / 32 KB)", columns, console)
+    columns = {"optimizer": lambda row: row.optimizer, "floor": lambda row: str(row.floor)}
+    columns |= {"gpukern": lambda row: str(row.gpukern)} | {f"torch {way}": _way(way, str) for way in WAYS}
+    show(found["bytes"], "Bytes for each parameter, fp32", columns, console)
+    columns = {"optimizer": lambda row: row.optimizer, "gpukern": lambda row: f"{row.cached:.0f}"}
+    columns |= {"new gradients": lambda row: f"{row.checked:.0f}"}
+    columns |= {f"torch {way}": _way(way, lambda us: f"{us:,.0f}") for way in WAYS}
+    for tensors, groups in dict.fromkeys((row.tensors, row.groups) for row in found["host"]):
+        rows = [row for row in found["host"] if (row.tensors, row.groups) == (tensors, groups)]
+        show(rows, f"µs of Python a step, launch stubbed: tensors {tensors}, groups {groups}", columns, console)
+    console.print("torch: with its kernels for tensors of one element, on the CPU.")
+
+
+def _device_columns(copy: float) -> dict[str, Callable[[Any], str]]:
+    return {
+        "problem": lambda row: row.problem,
+        "optimizer": lambda row: row.optimizer,
+        "candidate": lambda row: row.candidate,
+        "ms": lambda row: f"{row.seconds * 1e3:.3f}" if row.seconds else row.problem_found,
+        "GB/s of the floor": lambda row: f"{row.bandwidth / 1e9:,.0f}",
+        "of a copy": lambda row: f"{row.bandwidth / copy:.0%}",
+    }
+
+
+def main(
+    write: Annotated[bool, typer.Option("--write", help="Write bench/results/host/optimizers.json too.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write that file too.")] = None,
+    optimizer: Annotated[list[str], typer.Option(help="Of those in the table; repeatable. All by default.")] = [],  # noqa: B006
+    rounds: Annotated[int, typer.Option(help="Steps of which each time is the median.")] = 200,
+) -> None:
+    """Count, measure and print."""
+    torch.set_num_threads(1)
+    console = Console()
+    names = optimizer or list(OPTIMIZERS)
+    if unknown := set(names) - set(OPTIMIZERS):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected {'; '.join(OPTIMIZERS)}")
+    found: dict[str, list[Any]] = {
+        "launches": [count_launches(model, name) for model in ("ResNet-50", "Llama 1.1B") for name in names],
+        "bytes": [count_bytes(name) for name in names],
+        "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],
+    }
+    _tables(found, console)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about: dict[str, Any] = {"environment": dataclasses.asdict(environment(device))}
+    if device.type == "cuda":
+        copy = optimizer_device.copy_bandwidth()
+        found["device"] = optimizer_device.measure_all(names)
+        title = f"Steps on the device; a copy moves {copy / 1e9:,.0f} GB/s"
+        show(found["device"], title, _device_columns(copy), console)
+        about["copy_bandwidth"] = copy
+    rows = {name: [dataclasses.asdict(row) for row in each] for name, each in found.items()}
+    for path in ([RESULTS / "host" / "optimizers.json"] if write else []) + ([out] if out else []):
+        write_text(path, json.dumps({**about, **rows}, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,90 @@
+"""As much of CuPy as gpukern.optim uses, on a CPU: its kernels run those compiled for the host.
+
+What it checks and copies is what CuPy 14 does, ``cupy/_core/raw.pyx`` and ``cupy/cuda/function.pyx``: an argument that
+is a NumPy array of one element is passed by value, whatever its dtype, and CuPy looks only at where it begins.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gpukern.optim._fused.host import HostProgram
+from gpukern.optim._fused.source import Variant
+
+
+@dataclass
+class Launch:
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    device: int
+    stream: int
+
+
+@dataclass
+class TorchStream:
+    """torch.cuda.Stream: what is asked of it."""
+
+    cuda_stream: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.cuda_stream
+
+
+@dataclass
+class Stub:
+    """``module`` takes CuPy's place. The rest is what it was asked to do."""
+
+    variant: Variant
+    current_device: int = 0
+    sources: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    loaded: list[tuple[str, int]] = field(default_factory=list)
+    wrapped: list[int] = field(default_factory=list)
+    launches: list[Launch] = field(default_factory=list)
+
+    @property
+    def module(self) -> types.SimpleNamespace:
+        stub = self
+
+        class Device:
+            def __init__(self, number: int) -> None:
+                self._number, self._before = number, []
+
+            def __enter__(self) -> None:
+                self._before.append(stub.current_device)
+                stub.current_device = self._number
+
+            def __exit__(self, *problem: object) -> None:
+                stub.current_device = self._before.pop()
+
+        class Stream:
+            @classmethod
+            def from_external(cls, other: Any) -> types.SimpleNamespace:
+                version, pointer = other.__cuda_stream__()
+                assert version == 0
+                stub.wrapped.append(pointer)
+                return types.SimpleNamespace(ptr=pointer)
+
+        class RawModule:
+            def __init__(self, *, code: str, options: tuple[str, ...] = ()) -> None:
+                assert isinstance(options, tuple)
+                stub.sources.append((code, options))
+
+            def get_function(self, name: str) -> Callable[..., None]:
+                stub.loaded.append((name, stub.current_device))
+                return lambda grid, block, args, *, stream=None: stub._run(name, grid, block, args, stream)
+
+        cuda = types.SimpleNamespace(Device=Device, Stream=Stream)
+        return types.SimpleNamespace(cuda=cuda, RawModule=RawModule)
+
+    def _run(self, name: str, grid: tuple, block: tuple, args: tuple, stream: Any) -> None:
+        assert isinstance(grid, tuple) and isinstance(block, tuple) and grid[0] > 0
+        (given,) = args
+        assert isinstance(given, np.ndarray) and given.size == 1
+        self.launches.append(Launch(name, grid, block, self.current_device, stream.ptr))
+        HostProgram(self.variant).launch(name, grid[0], given.copy())

@@ -1,0 +1,46 @@
+"""What each of two processes runs for test_dtensor.py: ``python -m tests.optim.sharded RANK FILE``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+from tests.optim.cases import FULL
+
+
+def gradients(shape: tuple[int, ...], number: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(number))
+
+
+def main(rank: int, path: str) -> None:
+    """Shards of uneven sizes and sums that are still to be made give what one process computes of whole tensors."""
+    dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for case in FULL:
+        for placement in (Shard(0), Shard(1), Replicate()):
+            if case.name in ("LARS", "LAMB") and placement != Replicate():
+                continue
+            whole = torch.nn.Parameter(gradients((7, 5), 99))
+            spread = torch.nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [placement]))
+            optimizers = [case.ours([each], **case.options) for each in (whole, spread)]
+            for number in range(3):
+                whole.grad = gradients((7, 5), number)
+                spread.grad = distribute_tensor(whole.grad.clone(), mesh, [placement])
+                if number == 2:
+                    # Each process has half of the sum.
+                    spread.grad = DTensor.from_local(whole.grad / 2, mesh, [Partial()])
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert torch.equal(spread.full_tensor(), whole), (case, placement)
+    dist.barrier()
+    # Not as usual: threads of gloo that are still there abort the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
