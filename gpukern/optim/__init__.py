@@ -5,6 +5,7 @@ On CUDA tensors the kernels are CUDA C++, compiled and launched through CuPy; on
 """
 
 from gpukern.optim.classes import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from gpukern.optim.elementwise import elementwise_kernel
 from gpukern.optim.optimizer import Optimizer
 
-__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "Optimizer", "RMSprop"]
+__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "Optimizer", "RMSprop", "elementwise_kernel"]

@@ -108,7 +108,7 @@ class Optimizer(torch.optim.Optimizer):
         self._update()
         return loss
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, but for its import, which takes a second
     def _update(self) -> None:
         """Not to be traced: where tensors lie is nothing that a compiler knows of, and there is nothing to compile."""
         numbers = self._hyperparameters(self.param_groups)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -265,9 +266,9 @@ def test_tables_are_laid_out_as_the_compiler_lays_out_structs(tmp_path):
 
 def test_elementwise_form_is_the_same_rule(tmp_path):
     """As cupy.ElementwiseKernel has it, here in a loop of the host's."""
-    parameters_text, operation = source.elementwise(ADAM)
+    *parameters_text, operation = source.elementwise(ADAM)
     kinds = {"float32": "float", "float64": "double"}
-    names = [word.split() for word in parameters_text.split(", ")]
+    names = [word.split() for word in ", ".join(parameters_text).split(", ")]
     changed = ["p", *(state.name for state in ADAM.states)]
     given = ", ".join(
         f"{'float *' if name in changed or name == 'gradient' else kinds[kind] + ' '}{name}_" for kind, name in names
@@ -292,8 +293,18 @@ def test_elementwise_form_is_the_same_rule(tmp_path):
     numbers = [ctypes.c_double(v) for v in (1e-3, 0.9, 0.999, 1e-8, 0.1, 1, 0, 0, 1)]
     ctypes.CDLL(str(tmp_path / "e.so")).run(101, tensors[0], *numbers, *tensors[1:])
     assert torch.equal(p, owner.detach())
-    with pytest.raises(ValueError, match="norms of whole tensors"):
-        source.elementwise(LAMB)
+
+
+def test_the_elementwise_kernel_is_cupy_s(monkeypatch):
+    made = []
+    stub = types.SimpleNamespace(ElementwiseKernel=lambda *texts, name: made.append((texts, name)))
+    monkeypatch.setitem(sys.modules, "cupy", stub)
+    optim.elementwise_kernel("Adam")
+    assert made == [(source.elementwise(ADAM), "adam_elementwise_kernel")]
+    with pytest.raises(ValueError, match="lamb needs norms of whole tensors"):
+        optim.elementwise_kernel("LAMB")
+    with pytest.raises(ValueError, match="unknown optimizer 'AdamX', expected one of SGD"):
+        optim.elementwise_kernel("AdamX")
 
 
 def test_a_missing_compiler_is_told(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.optim.cases import CASES, FULL, Case, give_gradients, numbers, parameters
+from tests.optim.cases import CASES, Case, give_gradients, numbers, parameters
 
 #: Roundings to fp32 in an update, each of at most half an ulp of the largest number that takes part: the products and
 #: sums of the rule, a division, a square root and the scalars that it is made with. 16 is more than any rule has.
@@ -22,10 +22,14 @@ class Exact:
         self.numbers = numbers(case)
         self.values = [self._value(owner).double() for owner in owners]
         self.states = [
-            {k: v.double().clone() for k, v in ours.state.get(owner, {}).items() if isinstance(v, torch.Tensor)}
+            {k: self._stored(v) for k, v in ours.state.get(owner, {}).items() if isinstance(v, torch.Tensor)}
             for owner in owners
         ]
         self.gradients = [None if owner.grad is None else owner.grad.double() for owner in owners]
+
+    def _stored(self, state: torch.Tensor) -> torch.Tensor:
+        """As ours has it when it updates: torch's Adagrad makes its state before it knows of another dtype."""
+        return state.to(self.ours._state_dtype or state.dtype if state.dim() else state.dtype).double()
 
     def _value(self, owner) -> torch.Tensor:
         return self.ours.state.get(owner, {}).get("master", owner.detach()).clone()
@@ -39,7 +43,7 @@ class Exact:
         for twin, state, gradient in zip(twins, self.states, self.gradients, strict=True):
             twin.grad = gradient
             held = {name: value for name, value in state.items() if name != "master"}
-            if number > 0 and held:
+            if held:
                 exact.state[twin].update(held)
                 if "step" in exact.state[twin]:
                     exact.state[twin]["step"] = held["step"].float()
@@ -131,7 +135,7 @@ def test_float32(case, device):
     ten_steps(case, device)
 
 
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "more"),
     [

@@ -50,8 +50,8 @@ def kernels(rule: Rule) -> tuple[str, ...]:
     return ("update_kernel", "square_sum_kernel", *(("norms_kernel",) if rule.norms else ()))
 
 
-def elementwise(rule: Rule) -> tuple[str, str]:
-    """(parameters, operation) of the rule for ``cupy.ElementwiseKernel``: one tensor, every hyperparameter a number.
+def elementwise(rule: Rule) -> tuple[str, str, str]:
+    """What the rule is given, what it changes, and its operation, as ``cupy.ElementwiseKernel`` has it: of one tensor.
 
     The states follow the parameter in their order. Rules that need norms have no such form.
     """
@@ -61,7 +61,7 @@ def elementwise(rule: Rule) -> tuple[str, str]:
     given = ["float32 gradient", *(f"float64 {name}" for name in (*rule.hyperparameters, "step"))]
     changed = ["float32 p", *(f"float32 {name}" for name in names)]
     computed = [f"const float {scalar.name} = (float)({scalar.value});" for scalar in rule.scalars]
-    return ", ".join((*given, *changed)), "\n".join((*computed, "float g = gradient;", rule.update))
+    return ", ".join(given), ", ".join(changed), "\n".join((*computed, "float g = gradient;", rule.update))
 
 
 def _head(variant: Variant) -> str:
