@@ -38,6 +38,8 @@ class Optimizer(torch.optim.Optimizer):
     ``foreach``, ``fused`` and ``capturable`` change nothing: the launch is always one, and always can be captured in a
     CUDA graph once a step was made. Arithmetic is in float32 (in float64 for such parameters on a CPU). A parameter may
     have gaps and any strides; a gradient with other strides is copied. Sparse gradients go where torch takes them.
+    ``torch.amp.GradScaler`` hands over scale and overflow: a skipped step changes nothing, and ``.grad`` stays scaled,
+    which torch's fused optimizers write back divided. On a GPU numbers below 1.2e-38 are taken for zeros.
 
     Of a DTensor, as FSDP2 makes parameters, each process updates its shard, and states are DTensors too.
 
