@@ -89,7 +89,7 @@ def give_gradients(owners: list[torch.nn.Parameter], seed: int, dtype: torch.dty
     generator = torch.Generator().manual_seed(1000 + seed)
     for parameter in owners:
         gradient = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = torch.empty_like(parameter, dtype=dtype).copy_(gradient)
 
 
 def numbers(case: Case) -> dict[str, float]:

@@ -56,9 +56,9 @@ def test_no_gradient_leaves_parameter_state_and_step(case, where):
     exact = case.torchs(twins, **case.options, foreach=False)
     for number in range(4):
         give_gradients(owners, number)
-        # The first is late, the fourth pauses: torch counts the updates of each.
+        # The first is late, the fourth pauses twice: torch counts the updates of each.
         owners[0].grad = owners[0].grad if number > 1 else None
-        owners[3].grad = None if number == 2 else owners[3].grad
+        owners[3].grad = None if number in (1, 2) else owners[3].grad
         for twin, owner in zip(twins, owners, strict=True):
             twin.grad = None if owner.grad is None else owner.grad.clone()
         optimizer.step()
@@ -274,7 +274,7 @@ def test_grad_scaler(where):
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
-@pytest.mark.parametrize("limit", [0.5, 1e6])
+@pytest.mark.parametrize("limit", [0.5, 100.0, 1e6])  # the norm is about 68
 def test_clipping_by_norm(case, limit, where):
     optimizer, owners = made(case, where, max_grad_norm=limit)
     other, twins = made(case, where)
@@ -337,6 +337,13 @@ def test_clipping_by_value(where):
     owners[0].grad.fill_(torch.nan)
     optimizer.step()
     assert owners[0].isnan().all()
+
+
+def test_lion_has_no_direction_at_zero(where):
+    owner = torch.nn.Parameter(torch.ones(5, device=where))
+    owner.grad = torch.zeros_like(owner)
+    optim.Lion([owner], lr=0.1).step()
+    assert torch.equal(owner.detach(), torch.ones_like(owner))
 
 
 # ---- groups, schedulers, closures, hooks ----------------------------------------------------------------------------

@@ -170,6 +170,9 @@ def test_every_half_is_read_and_written_as_torch_does(dtype):
     assert owner.detach()[nan].isnan().all()
 
     between = torch.cat([every.float() * factor for factor in (1.0, 1 + 2.0**-9, 1 - 2.0**-10, 1 + 2.0**-12)])
+    # And what is as near to one as to the next, which goes to the even one.
+    finite = every.float()[:-1].isfinite() & every.float()[1:].isfinite()
+    between = torch.cat([between, ((every.double()[:-1] + every.double()[1:]) / 2).float()[finite]])
     between = between[~between.isnan()]
     state = torch.nn.Parameter(torch.zeros(between.numel()))
     state.grad = between

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.optim.cases import CASES, Case, give_gradients, numbers, parameters
+from tests.optim.cases import CASES, FULL, Case, give_gradients, numbers, parameters
 
 #: Roundings to fp32 in an update, each of at most half an ulp of the largest number that takes part: the products and
 #: sums of the rule, a division, a square root and the scalars that it is made with. 16 is more than any rule has.
@@ -118,11 +118,13 @@ def assert_within(got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor, wh
     )
 
 
-def ten_steps(case: Case, device, dtype=torch.float32, **more) -> None:
+def ten_steps(case: Case, device, dtype=torch.float32, of_gradients: torch.dtype | None = None, **more) -> None:
     owners = parameters(dtype, device)
+    for owner in owners:
+        owner.grad_dtype = of_gradients or dtype
     optimizer = case.ours(owners, **case.options, **more)
     for number in range(STEPS):
-        give_gradients(owners, number)
+        give_gradients(owners, number, of_gradients)
         exact = Exact(case, optimizer, owners)
         before = [value.clone() for value in exact.values]
         exact.step(number)
@@ -151,3 +153,13 @@ def test_float32(case, device):
 )
 def test_dtypes(case, dtype, more, device):
     ten_steps(case, device, dtype, **more)
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "of_gradients"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_gradients_of_another_dtype(case, dtype, of_gradients, device):
+    ten_steps(case, device, dtype, of_gradients, state_dtype=torch.float32)
