@@ -97,3 +97,30 @@ def numbers(case: Case) -> dict[str, float]:
     optimizer = case.ours([torch.nn.Parameter(torch.zeros(1))], **case.options)
     _, values = optimizer._hyperparameters.of(optimizer.param_groups[0])
     return dict(zip(optimizer._rule.hyperparameters, values, strict=True))
+
+
+ADAM, MOMENTUM = Case("Adam"), Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2})
+
+
+def made(case: Case, where, dtype=torch.float32, **more):
+    owners = parameters(dtype, where)
+    return case.ours(owners, **case.options, **more), owners
+
+
+def values(owners) -> list[torch.Tensor]:
+    return [owner.detach().clone() for owner in owners]
+
+
+def equal(these, those) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(these, those, strict=True))
+
+
+def close(these, those) -> bool:
+    """Two fp32 ways of a few updates."""
+    return all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(these, those, strict=True))
+
+
+def steps(optimizer, owners, *seeds: int) -> None:
+    for seed in seeds:
+        give_gradients(owners, seed)
+        optimizer.step()
