@@ -66,19 +66,18 @@ class Bundle:
         #: Where in the list those are that there are; None: all.
         self._numbers: list[int] | None = None
         self._amp = Amp()
-        self._program = _program(self._variant(), self.device)
-        self._make_tables()
+        #: Numbers of the states that any of the parameters keeps.
+        self._kept = [s for s in range(len(rule.states)) if any(entry.states[s] is not None for entry in entries)]
+        variant = self._variant()
+        self._program = _program(variant, self.device)
+        self._make_tables(variant)
 
     # ---- what lies on the device -----------------------------------------------------------------------------------
 
     def _variant(self) -> Variant:
         first = self.entries[0]
         names = (str(dtype).removeprefix("torch.") for dtype in self._dtypes())
-        states = tuple(
-            state.name
-            for number, state in enumerate(self._rule.states)
-            if any(entry.states[number] is not None for entry in self.entries)
-        )
+        states = tuple(self._rule.states[s].name for s in self._kept)
         stochastic = self._settings.stochastic_rounding and first.parameter.dtype is torch.bfloat16
         room = room_for(len(self.entries))
         return Variant(self._rule, *names, states, room, first.master is not None, stochastic)
@@ -87,8 +86,8 @@ class Bundle:
         first = self.entries[0]
         return first.parameter.dtype, self.gradient_dtype, first.state_dtype
 
-    def _make_tables(self) -> None:
-        variant, rows = self._variant(), [self._row(number) for number in range(len(self.entries))]
+    def _make_tables(self, variant: Variant) -> None:
+        rows = [self._row(number) for number in range(len(self.entries))]
         on_device = self.device.type == "cuda"
         processors = (
             torch.cuda.get_device_properties(self.device).multi_processor_count if on_device else _HOST_MULTIPROCESSORS
@@ -117,8 +116,7 @@ class Bundle:
 
     def _row(self, number: int) -> Row:
         entry = self.entries[number]
-        kept = [s for s in range(len(entry.states)) if any(e.states[s] is not None for e in self.entries)]
-        states = tuple(0 if (state := entry.states[s]) is None else _place(state) for s in kept)
+        states = tuple(0 if (state := entry.states[s]) is None else _place(state) for s in self._kept)
         master = 0 if entry.master is None else _place(entry.master)
         dense = self._dense[number]
         return Row(_place(dense), master, states, _place(entry.step), dense.numel(), entry.group)
@@ -231,9 +229,9 @@ class Bundle:
 
 def _program(variant: Variant, device: torch.device) -> Program:
     if device.type == "cuda":
-        from gpukern.optim._fused.cuda import DeviceProgram
+        from gpukern.optim._fused.cuda import device_program
 
-        return DeviceProgram(variant, device.index)
+        return device_program(variant, device.index)
     from gpukern.optim._fused.host import HostProgram
 
     return HostProgram(variant)

@@ -42,6 +42,12 @@ class DeviceProgram:
 
 
 @functools.cache
+def device_program(variant: Variant, device: int) -> DeviceProgram:
+    """Loaded once: parameters that come later, or a state that is loaded, need tables of their own, but no program."""
+    return DeviceProgram(variant, device)
+
+
+@functools.cache
 def _cupy() -> Any:
     try:
         import cupy
