@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpukern.runtime.mode import Mode, force_mode
 from tests.optim.cases import CASES, FULL, Case, give_gradients, numbers, parameters
 
 #: Roundings to fp32 in an update, each of at most half an ulp of the largest number that takes part: the products and
@@ -163,3 +164,16 @@ def test_dtypes(case, dtype, more, device):
 )
 def test_gradients_of_another_dtype(case, dtype, of_gradients, device):
     ten_steps(case, device, dtype, of_gradients, state_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.torchs is not None], ids=str)
+def test_without_kernels_float32_gets_torch_s_bits(case):
+    with force_mode(Mode.REFERENCE):
+        owners, twins = parameters(), parameters()
+        ours, theirs = case.ours(owners, **case.options), case.torchs(twins, **case.options, foreach=False)
+        for number in range(6):
+            give_gradients(owners, number)
+            give_gradients(twins, number)
+            ours.step()
+            theirs.step()
+    assert all(torch.equal(owner, twin) for owner, twin in zip(owners, twins, strict=True))
