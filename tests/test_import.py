@@ -1,4 +1,4 @@
-"""``import gpukern`` is quick, and needs neither Triton nor CuPy."""
+"""``import gpukern`` loads little, and needs neither Triton nor CuPy."""
 
 from __future__ import annotations
 
@@ -30,20 +30,18 @@ Blocker("triton", "cupy").hide()
 """
 
 
-def test_import_takes_little_beyond_torch(run_python):
+def test_import_loads_nothing_beyond_torch(run_python):
+    """Triton alone takes 200 ms, torch._dynamo more than a second."""
     code = """
-import json, sys, time
+import json, sys
 import torch
-before, start = set(sys.modules), time.perf_counter()
+before = set(sys.modules)
 import gpukern
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+print(json.dumps([name for name in set(sys.modules) - before if name.split(".")[0] not in sys.stdlib_module_names]))
 """
-    runs = [json.loads(run_python(code).stdout) for _ in range(3)]
-    # 15 to 25 ms on an idle core of 2023; a stray import of Triton alone takes 200 ms and more.
-    assert min(run["seconds"] for run in runs) < 0.15
-    loaded = {name.split(".")[0] for name in runs[0]["modules"]}
-    assert not loaded & {"triton", "cupy", "typer", "rich", "matplotlib", "sklearn"}
+    loaded = json.loads(run_python(code).stdout)
+    assert "gpukern.optim" in loaded
+    assert not [name for name in loaded if name.split(".")[0] != "gpukern"]
 
 
 def test_emulation_does_not_slow_the_import(run_python):

@@ -7,6 +7,7 @@ leads through h; its body is what reaches t without passing h again.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import re
 from collections.abc import Iterator
@@ -65,6 +66,24 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Body]
                 )
     found = [tuple(i for block in sorted(body) for i in blocks[block]) for _, body in sorted(bodies.items())]
     return [Body(body, sum(set(body) < set(other) for other in found)) for body in found]
+
+
+def shortest_pass(instructions: list[Instruction], labels: dict[str, int], body: Body) -> int:
+    """The fewest instructions that lead once around ``body``: every rare case and slow path is left out."""
+    blocks, successors = _blocks(instructions, labels)
+    inside = {number for number, block in enumerate(blocks) if block.start in set(body.indices)}
+    head = min(inside)
+    # Dijkstra's: of the blocks that are reached, always the nearest.
+    waiting, done = [(len(blocks[head]), head)], set()
+    while waiting:
+        length, block = heapq.heappop(waiting)
+        if head in successors[block]:
+            return length
+        if block not in done:
+            done.add(block)
+            for follower in inside.intersection(successors[block]):
+                heapq.heappush(waiting, (length + len(blocks[follower]), follower))
+    raise ValueError("not a loop: nothing in it leads back to where it begins")
 
 
 def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> tuple[list[range], list[list[int]]]:

@@ -28,11 +28,15 @@ _KERNEL = re.compile(r"^\s*\.section\s+\.text\.(\w+)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Kernel:
-    """``instructions`` counts opcodes in full: "LDG.E.128", ..."""
+    """``instructions`` counts opcodes in full: "LDG.E.128", ...
+
+    ``run``: the fewest of them for the elements that a thread takes at once, where all tensors are aligned.
+    """
 
     registers: int
     stack: int
     shared_memory: int
+    run: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
 
     def count(self, *parts: str) -> int:
@@ -89,12 +93,19 @@ def read(cubin: bytes) -> dict[str, Kernel]:
         usage = _USAGE.findall(_tool("cuobjdump", "-res-usage", str(path)))
         code = _KERNEL.split(_tool("nvdisasm", "-ndf", "-c", str(path)))[1:]
     listings = dict(zip(code[::2], code[1::2], strict=True))
-    return {name: Kernel(*map(int, numbers), _opcodes(listings[name])) for name, *numbers in usage}
+    parsed = {name: control_flow.parse(listing) for name, listing in listings.items()}
+    return {name: Kernel(*map(int, numbers), _run(*parsed[name]), _opcodes(*parsed[name])) for name, *numbers in usage}
 
 
-def _opcodes(listing: str) -> dict[str, int]:
-    instructions, _ = control_flow.parse(listing)
+def _opcodes(instructions: list[control_flow.Instruction], _: dict[str, int]) -> dict[str, int]:
     return dict(collections.Counter(instruction.opcode for instruction in instructions))
+
+
+def _run(instructions: list[control_flow.Instruction], labels: dict[str, int]) -> int:
+    """Of the loops with loads of 16 bytes that with the fewest instructions."""
+    bodies = control_flow.loops(instructions, labels)
+    wide = [body for body in bodies if any(instructions[i].opcode.startswith("LDG.E.128") for i in body.indices)]
+    return min((control_flow.shortest_pass(instructions, labels, body) for body in wide), default=0)
 
 
 def _tool(name: str, *arguments: str) -> str:

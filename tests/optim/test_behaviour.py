@@ -119,6 +119,21 @@ def test_gradients_changed_in_place_or_replaced(where):
     assert equal(owners, twins)
 
 
+def test_gradients_whose_data_gets_another_layout(where):
+    optimizer, owners = made(ADAM, where)
+    other, twins = made(ADAM, where)
+    give_gradients(owners, 0)
+    give_gradients(twins, 0)
+    for number in range(3):
+        if number == 1:
+            for twin in twins:
+                backwards = tuple(reversed(range(twin.dim())))
+                twin.grad.data = twin.grad.permute(backwards).contiguous().permute(backwards)
+        optimizer.step()
+        other.step()
+    assert equal(owners, twins)
+
+
 @pytest.mark.parametrize("more", [{}, {"max_grad_norm": 1.0}], ids=str)
 def test_gradients_are_given_up_by_zero_grad(more, where):
     """Kept by the optimizer they would take their memory a second time during the next backward."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 import gpukern.optim as optim
-from gpukern.optim._fused import host, source, table
+from gpukern.optim._fused import bundle, host, source, table
 from gpukern.optim._fused.rules import ADAM, LAMB, SGD
 from gpukern.runtime.mode import Mode, force_mode
 from tests.optim.cases import FULL, Case, give_gradients, parameters
@@ -23,15 +25,18 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the kernels as the host has them")
 
 
-def stepped(case: Case, offset: int = 0, misaligned_gradient: int = 0, size: int = 5003, **more) -> torch.Tensor:
+def stepped(
+    case: Case, offset: int = 0, misaligned_gradient: int = 0, dtype: torch.dtype = torch.float32, **more
+) -> torch.Tensor:
     """A parameter of the same values that begins ``offset`` elements into its memory, after three updates."""
     generator = torch.Generator().manual_seed(0)
-    memory = torch.zeros(size + offset)
+    size = 5003
+    memory = torch.zeros(size + offset, dtype=dtype)
     memory[offset:] = torch.randn(size, generator=generator)
     owner = torch.nn.Parameter(memory[offset:])
     optimizer = case.ours([owner], **case.options, **more)
     for _ in range(3):
-        gradient = torch.zeros(size + misaligned_gradient)
+        gradient = torch.zeros(size + misaligned_gradient, dtype=dtype)
         gradient[misaligned_gradient:] = torch.randn(size, generator=generator)
         owner.grad = gradient[misaligned_gradient:]
         optimizer.step()
@@ -40,11 +45,26 @@ def stepped(case: Case, offset: int = 0, misaligned_gradient: int = 0, size: int
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
-@pytest.mark.parametrize(("offset", "misaligned"), [(0, 1), (1, 1), (1, 2), (3, 0), (2, 2)])
-def test_where_tensors_begin_changes_nothing(case, offset, misaligned):
-    # The norms that LARS and LAMB scale by are added up in another order.
-    tolerance = 1e-6 if case.name in ("LARS", "LAMB") else 0
-    assert torch.allclose(stepped(case, offset, misaligned), stepped(case), rtol=tolerance, atol=tolerance)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16, "state_dtype": torch.float32},
+        {"dtype": torch.bfloat16, "master_weights": True},
+        {"dtype": torch.bfloat16, "stochastic_rounding": True},
+    ],
+    ids=lambda more: " ".join(f"{name}={value}" for name, value in more.items()),
+)
+def test_where_tensors_begin_changes_nothing(case, more):
+    expected = stepped(case, **more)
+    # The norms that LARS and LAMB scale by are added up in another order, and then the next of 16 bits may be nearer.
+    tolerance = 0.0
+    if case.name in ("LARS", "LAMB"):
+        tolerance = 1e-6 if not more else 2 * torch.finfo(more["dtype"]).eps
+    for offset, misaligned in ((0, 1), (1, 1), (1, 2), (3, 0), (2, 2), (5, 1)):
+        found = stepped(case, offset, misaligned, **more)
+        assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance), (offset, misaligned)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 2047, 2048, 2049, 4100])
@@ -56,23 +76,67 @@ def test_every_element_is_updated_once(size, offset):
     assert torch.equal(owner.detach(), torch.full((size,), -1.0))
 
 
-def test_most_elements_go_in_runs(monkeypatch):
-    """Of tensors that begin alike, even if in the middle of 16 bytes: a program whose single elements do nothing leaves
-    at most those before the first and after the last run."""
+def changed(monkeypatch, *changes: tuple[str, str]) -> None:
+    """Compile the kernels with these changes of their text."""
     text = source.source
 
-    def without_singles(variant, platform):
-        return text(variant, platform).replace("update_at<1>(work, at);", "")
+    def other(variant, platform):
+        found = text(variant, platform)
+        for old, new in changes:
+            assert found.count(old) == 1, old
+            found = found.replace(old, new)
+        return found
 
-    monkeypatch.setattr(host, "source", without_singles)
+    monkeypatch.setattr(host, "source", other)
     monkeypatch.setattr(host, "_library", host._library.__wrapped__)
-    for offset, gradient_offset, left in ((0, 0, 3), (1, 1, 6), (3, 3, 4), (0, 1, 5003)):
-        owner = torch.nn.Parameter(torch.zeros(5003 + offset)[offset:])
-        owner.grad = torch.ones(5003 + gradient_offset)[gradient_offset:]
-        optim.SGD([owner], lr=1.0).step()
-        # Each of three chunks has its own first and last run.
-        assert (owner == 0).sum() <= (5003 if left == 5003 else 3 * left), (offset, gradient_offset)
-        assert (left == 5003) is bool((owner == 0).all())
+
+
+@pytest.mark.parametrize(("offset", "gradient_offset"), [(0, 0), (1, 1), (3, 3), (0, 1), (2, 3)])
+def test_most_elements_go_in_runs(offset, gradient_offset, monkeypatch):
+    """Wherever tensors begin: a program whose single elements do nothing leaves at most those before the first and
+    after the last run of each of three chunks."""
+    changed(monkeypatch, ("i < singles;", "i < 0;"))
+    owner = torch.nn.Parameter(torch.zeros(5003 + offset)[offset:])
+    owner.grad = torch.ones(5003 + gradient_offset)[gradient_offset:]
+    optim.SGD([owner], lr=1.0).step()
+    assert (owner == 0).sum() <= 3 * 6
+
+
+PLAIN, WITH_STATE = Case("SGD", {"lr": 1.0}), Case("SGD", {"lr": 1.0, "momentum": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("case", "offset", "gradient_offset", "wide", "narrow"),
+    # For a run of four elements: each of the tensors is read, all but the gradient are written.
+    [(WITH_STATE, 0, 0, 5, 0), (WITH_STATE, 0, 1, 4, 4), (WITH_STATE, 1, 0, 3, 8), (PLAIN, 3, 3, 3, 0)],
+    ids=str,
+)
+def test_a_tensor_that_begins_elsewhere_is_no_burden_to_the_others(
+    case, offset, gradient_offset, wide, narrow, monkeypatch
+):
+    names = ("wide", "narrow", "agreeing")
+    counters = "".join(f'extern "C" {{ long {name}_count = 0; }}\n' for name in names)
+    starts = {"load16(unsigned int *to": "wide", "store16(unsigned long long to": "wide"}
+    starts |= {"load4(unsigned long long from": "narrow", "store4(unsigned long long to": "narrow"}
+    changes = [("#include <vector>\n", "#include <vector>\n" + counters)]
+    for start, which in starts.items():
+        line = next(line for line in (source._HERE / "host.h").read_text().splitlines() if start in line)
+        changes.append((line, line.replace("{", f"{{ ++{which}_count;", 1)))
+    agreed = "walk_runs<true>(work, body);"
+    changed(monkeypatch, *changes, (agreed, f"++agreeing_count, {agreed}"))
+    owner = torch.nn.Parameter(torch.zeros(4096 + offset)[offset:])
+    owner.grad = torch.ones(4096 + gradient_offset)[gradient_offset:]
+    optimizer = case.ours([owner], **case.options)
+    optimizer.step()
+    library = optimizer._step._parts[0]._program._library
+    counters = {name: ctypes.c_long.in_dll(library, f"{name}_count") for name in names}
+    before = {name: counter.value for name, counter in counters.items()}
+    optimizer.step()
+    counts = {name: counter.value - before[name] for name, counter in counters.items()}
+    # Two chunks; where the first run begins later there is one less in each, and four elements by themselves.
+    runs = 1024 - 2 * (offset == gradient_offset == 3)
+    singles = 3 * 4 * (1024 - runs)
+    assert counts == {"wide": wide * runs, "narrow": narrow * runs + singles, "agreeing": 2 * (narrow == 0)}
 
 
 @pytest.mark.parametrize("case", FULL, ids=str)
@@ -82,6 +146,35 @@ def test_many_threads_do_what_one_does(case, monkeypatch):
     many = stepped(case, max_grad_norm=0.5)
     # The norms are fp64 sums in another order.
     assert torch.allclose(many, one, rtol=1e-6)
+
+
+def huge(size: int) -> torch.Tensor:
+    """bfloat16 zeros that take memory only where they are written."""
+    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.bfloat16)
+
+
+def test_elements_beyond_what_32_bits_count(monkeypatch):
+    """Three chunks of 2³¹ + 77 elements are updated: 4 GB would take their time."""
+    size = 2**31 + 77
+    owner = torch.nn.Parameter(huge(size))
+    owner.grad = huge(size)
+    for place in (3, 2**30 + 3, size - 3):
+        owner.grad[place] = 1.0
+    optimizer = optim.SGD([owner], lr=0.5, momentum=0.9)
+    optimizer.state[owner]["momentum_buffer"] = huge(size)
+    all_tables = table.tables
+
+    def some_tables(*given):
+        tensors, chunks = all_tables(*given)
+        assert len(chunks) == 2**15 + 1
+        return tensors, chunks[[0, 2**14, -1]]
+
+    monkeypatch.setattr(bundle, "tables", some_tables)
+    optimizer.step()
+    for place in (3, 2**30 + 3, size - 3):
+        assert owner[place] == -0.5 and optimizer.state[owner]["momentum_buffer"][place] == 1.0
+    assert owner[4] == owner[2**30 + 4] == owner[size - 1] == 0.0
 
 
 def test_the_last_block_leaves_the_counter_at_zero():
@@ -286,8 +379,6 @@ def test_elementwise_form_is_the_same_rule(tmp_path):
     (tmp_path / "e.cpp").write_text(f"{text} {inside} {operation} }} }}")
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
     subprocess.run(["g++", *flags, "e.cpp", "-o", "e.so"], cwd=tmp_path, check=True)
-    import ctypes
-
     owner = torch.nn.Parameter(torch.randn(101))
     owner.grad = torch.randn(101)
     p, states = owner.detach().clone(), [torch.zeros(101) for _ in ADAM.states]

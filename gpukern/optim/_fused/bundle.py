@@ -144,20 +144,12 @@ class Bundle:
             return False
         kinds = set(map(type, gradients))
         missing = list(map(operator.is_, gradients, itertools.repeat(None))) if type(None) in kinds else []
-        if self._substituted or missing != self._missing or not self._saw(gradients):
+        if self._substituted or missing != self._missing or not self._saw(gradients) or not self._are_there(gradients):
             self._missing = None
             taken = gradients if kinds == {torch.Tensor} and self._are_as_expected(gradients) else self._checked()
             if taken is None:
                 return False
             self._look_at(gradients, taken, missing)
-        else:
-            taken = gradients
-        self._present = self._present_of(taken)
-        found = list(map(_place, self._present))
-        if found != self._gradient_places:
-            self._gradient_places = found
-            numbers = slice(len(found)) if self._numbers is None else self._numbers
-            self._pointers[numbers] = [place or _EMPTY for place in found]
         return True
 
     def _are_as_expected(self, gradients: list[torch.Tensor]) -> bool:
@@ -168,17 +160,27 @@ class Bundle:
             and list(map(_stride, gradients)) == self._strides
         )
 
+    def _are_there(self, gradients: list[torch.Tensor | None]) -> bool:
+        """Whether these, which were looked at, are where they were: ``gradient.data`` may have been replaced, with
+        other strides too."""
+        self._present = self._present_of(gradients)
+        return list(map(_place, self._present)) == self._gradient_places
+
     def _look_at(
         self, gradients: list[torch.Tensor | None], taken: list[torch.Tensor | None], missing: list[bool]
     ) -> None:
         """Which of the gradients are there, and which objects they are."""
-        self._gradient_places, self._missing = [], missing
+        self._missing = missing
         self._substituted = taken is not gradients and any(map(operator.is_not, taken, gradients))
         self._numbers = None
         if missing:
             self._numbers = [number for number, gradient in enumerate(taken) if gradient is not None]
             self._pointers[:] = 0
         self._seen = list(map(weakref.ref, self._present_of(gradients)))
+        self._present = self._present_of(taken)
+        self._gradient_places = list(map(_place, self._present))
+        numbers = slice(len(self._present)) if self._numbers is None else self._numbers
+        self._pointers[numbers] = [place or _EMPTY for place in self._gradient_places]
 
     def _saw(self, gradients: list[torch.Tensor | None]) -> bool:
         """Whether these are the objects that were looked at: none of those is gone, as none of these is None."""

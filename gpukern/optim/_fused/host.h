@@ -27,13 +27,23 @@ static inline unsigned int atomicAdd(unsigned int *place, unsigned int value) {
     return __atomic_fetch_add(place, value, __ATOMIC_SEQ_CST);
 }
 
-DEVICE void load16(void *to, const void *from) {
-    if ((unsigned long long)from % 16) __builtin_trap();  // as on the device
-    memcpy(to, from, 16);
+template <typename Word> DEVICE Word loaded(unsigned long long from) {
+    Word x;
+    memcpy(&x, (const void *)from, sizeof(x));
+    return x;
 }
-DEVICE void store16(void *to, const void *from) {
-    if ((unsigned long long)to % 16) __builtin_trap();
-    memcpy(to, from, 16);
+template <typename Word> DEVICE void store(unsigned long long to, Word x) { memcpy((void *)to, &x, sizeof(x)); }
+DEVICE unsigned int load4(unsigned long long from) { return loaded<unsigned int>(from); }
+DEVICE unsigned int load2(unsigned long long from) { return loaded<unsigned short>(from); }
+DEVICE void store4(unsigned long long to, unsigned int x) { store(to, x); }
+DEVICE void store2(unsigned long long to, unsigned int x) { store(to, (unsigned short)x); }
+DEVICE void load16(unsigned int *to, unsigned long long from) {
+    if (from % 16) __builtin_trap();  // as on the device
+    memcpy(to, (const void *)from, 16);
+}
+DEVICE void store16(unsigned long long to, const unsigned int *from) {
+    if (to % 16) __builtin_trap();
+    memcpy((void *)to, from, 16);
 }
 
 // By powers of two that are exact, and one rounding of the processor's own.
@@ -70,6 +80,23 @@ DEVICE unsigned short float_to_half(float x) {
     }
     bits += 0xfffu + (bits >> 13 & 1u);
     return sign | (unsigned short)((bits - 0x38000000u) >> 13);
+}
+
+DEVICE unsigned int float_to_bfloat(float x) {
+    unsigned int bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+DEVICE void halves_to_floats(unsigned int pair, float &low, float &high) {
+    low = half_to_float(pair & 0xffffu);
+    high = half_to_float(pair >> 16);
+}
+DEVICE unsigned int floats_to_halves(float low, float high) {
+    return float_to_half(low) | (unsigned int)float_to_half(high) << 16;
+}
+DEVICE unsigned int floats_to_bfloats(float low, float high) {
+    return float_to_bfloat(low) | float_to_bfloat(high) << 16;
 }
 
 template <typename Kernel, typename Given>

@@ -1,8 +1,9 @@
 // All parameters of one device and one combination of dtypes, updated in one launch.
 //
-// What source.py puts before this: PARAMETER, GRADIENT and STATE (float, Half or BFloat16), MASTER, STOCHASTIC and TRUST,
-// STATES (their number), GRADIENTS (pointers that travel by value), THREADS and RESIDENT, Hyper, Scalars, prepare(),
-// update() and measure(); and device.cuh, for NVRTC, or host.h, for a CPU.
+// What source.py puts before this: PARAMETER, GRADIENT and STATE (float, Half or BFloat16), MASTER, STOCHASTIC and
+// TRUST, STATES (their number), GRADIENTS (pointers that travel by value), RUN (elements that fill 16 bytes of the
+// narrowest tensor), THREADS and RESIDENT, Hyper, Scalars, prepare(), update() and measure(); and device.cuh, for
+// NVRTC, or host.h, for a CPU.
 
 typedef unsigned long long u64;
 typedef long long i64;
@@ -51,27 +52,31 @@ struct Arguments {
     u64 gradients[GRADIENTS];  // 0 for a tensor without one
 };
 
-// ---- numbers of 16 bits, without the toolkit's headers ----
+// ---- numbers of 16 bits, without the toolkit's headers: two of them in a word ----
 
 DEVICE float as_float(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 DEVICE u32 as_bits(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
 
-DEVICE float widened(float x) { return x; }
-DEVICE float widened(Half x) { return half_to_float(x.bits); }
-DEVICE float widened(BFloat16 x) { return as_float((u32)x.bits << 16); }
+// Elements of a word.
+template <typename T> constexpr int EACH = 4 / sizeof(T);
 
-DEVICE float rounded(float x, float) { return x; }
-DEVICE Half rounded(float x, Half) { return Half{float_to_half(x)}; }
-// To the nearest, of two equally near to the even one. ``added`` is what makes it so, or random bits.
-DEVICE BFloat16 carried(float x, u32 added) { return BFloat16{(u16)((as_bits(x) + added) >> 16)}; }
-DEVICE BFloat16 rounded(float x, BFloat16) {
-    return x != x ? BFloat16{0x7fff} : carried(x, 0x7fffu + (as_bits(x) >> 16 & 1u));
+DEVICE void unpack(float *to, u32 word, float) { *to = as_float(word); }
+DEVICE void unpack(float *to, u32 word, Half) { halves_to_floats(word, to[0], to[1]); }
+DEVICE void unpack(float *to, u32 word, BFloat16) {
+    to[0] = as_float(word << 16);
+    to[1] = as_float(word & 0xffff0000u);
 }
 
-// Up as often as what is cut off is large. Of a number that random bits could carry to infinity, the nearest.
-template <typename T> DEVICE T rounded_at_random(float x, u32) { return rounded(x, T()); }
-template <> DEVICE BFloat16 rounded_at_random<BFloat16>(float x, u32 random) {
-    return (as_bits(x) & 0x7fffffffu) < 0x7f7f0000u ? carried(x, random & 0xffffu) : rounded(x, BFloat16());
+// Rounded to the nearest, of two equally near to the even one.
+DEVICE u32 packed(float only, float, float) { return as_bits(only); }
+DEVICE u32 packed(float low, float high, Half) { return floats_to_halves(low, high); }
+DEVICE u32 packed(float low, float high, BFloat16) { return floats_to_bfloats(low, high); }
+
+// To a bfloat16, up as often as what is cut off is large. Of a number that random bits could carry to infinity, the
+// nearest.
+DEVICE u32 rounded_at_random(float x, u32 random) {
+    const u32 bits = as_bits(x);
+    return (bits & 0x7fffffffu) < 0x7f7f0000u ? (bits + (random & 0xffffu)) >> 16 : floats_to_bfloats(x, 0.f);
 }
 
 // A hash of 32 bits in which every bit of the result depends on every bit of x (Wellons, "Prospecting for hash
@@ -84,38 +89,65 @@ DEVICE u32 mixed(u32 x) {
 
 // ---- elements: one, or a run of whole 16 bytes of every tensor ----
 
-DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
-// 16 bytes of the narrowest.
-constexpr int RUN = 16 / smaller(sizeof(PARAMETER), smaller(sizeof(GRADIENT), STATES > 0 ? sizeof(STATE) : 4));
+// ``AGREE``: in every tensor a run begins at a multiple of 16 bytes. Else each is asked; elements of one that does not
+// go one by one, and the others' at once nevertheless.
+template <int COUNT, bool AGREE> DEVICE bool goes_at_once(u64 place) { return COUNT > 1 && (AGREE || place % 16 == 0); }
 
-template <typename T, int COUNT> DEVICE void fetch(float (&to)[COUNT], u64 place, i64 index) {
-    const T *from = (const T *)place + index;
-    if (COUNT == 1) {
-        to[0] = widened(*from);
+template <typename T, bool AGREE, int COUNT> DEVICE void fetch(float (&to)[COUNT], u64 tensor, i64 index) {
+    const u64 place = tensor + (u64)index * sizeof(T);
+    if (COUNT < EACH<T>) {
+        float some[EACH<T>];
+        unpack(some, load2(place), T());
+        to[0] = some[0];
         return;
     }
-    alignas(16) T run[COUNT];
+    u32 words[(COUNT + EACH<T> - 1) / EACH<T>];
+    constexpr int WORDS = sizeof(words) / 4;
+    if (goes_at_once<COUNT, AGREE>(place)) {
 #pragma unroll
-    for (int part = 0; part < (int)sizeof(run) / 16; ++part) load16((char *)run + 16 * part, (const char *)from + 16 * part);
+        for (int word = 0; word + 4 <= WORDS; word += 4) load16(words + word, place + 4 * word);
+    } else {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) to[i] = widened(run[i]);
-}
-
-template <typename T, int COUNT> DEVICE void put(const T (&run)[COUNT], u64 place, i64 index) {
-    T *to = (T *)place + index;
-    if (COUNT == 1) {
-        *to = run[0];
-        return;
+        for (int word = 0; word < WORDS; ++word) {
+            const u64 at = place + 4 * word;
+            words[word] = EACH<T> == 1 ? load4(at) : load2(at) | load2(at + 2) << 16;
+        }
     }
 #pragma unroll
-    for (int part = 0; part < (int)sizeof(run) / 16; ++part) store16((char *)to + 16 * part, (const char *)run + 16 * part);
+    for (int word = 0; word < WORDS; ++word) unpack(to + word * EACH<T>, words[word], T());
 }
 
-template <typename T, int COUNT> DEVICE void put_rounded(const float (&from)[COUNT], u64 place, i64 index) {
-    alignas(16) T run[COUNT];
+// ``word_of(i)`` is the one that begins with element i.
+template <typename T, int COUNT, bool AGREE, typename Word> DEVICE void put(u64 tensor, i64 index, Word word_of) {
+    const u64 place = tensor + (u64)index * sizeof(T);
+    if (COUNT < EACH<T>) {
+        store2(place, word_of(0));
+        return;
+    }
+    u32 words[(COUNT + EACH<T> - 1) / EACH<T>];
+    constexpr int WORDS = sizeof(words) / 4;
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) run[i] = rounded(from[i], T());
-    put(run, place, index);
+    for (int word = 0; word < WORDS; ++word) words[word] = word_of(word * EACH<T>);
+    if (goes_at_once<COUNT, AGREE>(place)) {
+#pragma unroll
+        for (int word = 0; word + 4 <= WORDS; word += 4) store16(place + 4 * word, words + word);
+    } else {
+#pragma unroll
+        for (int word = 0; word < WORDS; ++word) {
+            const u64 at = place + 4 * word;
+            if (EACH<T> == 1) {
+                store4(at, words[word]);
+            } else {
+                store2(at, words[word]);
+                store2(at + 2, words[word] >> 16);
+            }
+        }
+    }
+}
+
+template <typename T, bool AGREE, int COUNT>
+DEVICE void put_rounded(const float (&from)[COUNT], u64 tensor, i64 index) {
+    put<T, COUNT, AGREE>(tensor, index, [&](int i) { return packed(from[i], from[i + 1 < COUNT ? i + 1 : i], T()); });
 }
 
 // What a chunk is, and what its block knows of it.
@@ -124,47 +156,65 @@ struct Work {
     u64 gradient;
     i64 first;
     int number, count, skipped, runs;
+    bool agree;
     float scale, unscale, max_value;
     u32 seed;
     Scalars scalars;
 };
 
-template <int COUNT> struct Elements {
+template <int COUNT, bool AGREE> struct Elements {
+    static constexpr int SIZE = COUNT;
     float p[COUNT], g[COUNT], states[STATES > 0 ? STATES : 1][COUNT];
 
     DEVICE void fetch_from(const Work &work, i64 at) {
         if (MASTER)
-            fetch<float>(p, work.tensor.master, at);
+            fetch<float, AGREE>(p, work.tensor.master, at);
         else
-            fetch<PARAMETER>(p, work.tensor.parameter, at);
+            fetch<PARAMETER, AGREE>(p, work.tensor.parameter, at);
 #pragma unroll
         for (int s = 0; s < STATES; ++s)
-            if (work.tensor.states[s]) fetch<STATE>(states[s], work.tensor.states[s], at);
+            if (work.tensor.states[s]) fetch<STATE, AGREE>(states[s], work.tensor.states[s], at);
         fetch_gradient(work, at);
     }
 
-    DEVICE void fetch_gradient(const Work &work, i64 at) {
-        fetch<GRADIENT>(g, work.gradient, at);
+    DEVICE void fetch_gradient(const Work &work, i64 at) { fetch<GRADIENT, AGREE>(g, work.gradient, at); }
+
+    // As the rule sees it.
+    DEVICE void finish_gradient(const Work &work) {
+        // Rarely all three, and a division by 1 would cost as much as a fifth of an update.
+        if (work.unscale != 1.f) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            g[i] = g[i] / work.unscale * work.scale;
-            // Comparisons with a NaN are false: it stays.
-            if (work.max_value > 0.f && g[i] > work.max_value) g[i] = work.max_value;
-            if (work.max_value > 0.f && g[i] < -work.max_value) g[i] = -work.max_value;
+            for (int i = 0; i < COUNT; ++i) g[i] /= work.unscale;
+        }
+        if (work.scale != 1.f) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) g[i] *= work.scale;
+        }
+        if (work.max_value > 0.f) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                // Comparisons with a NaN are false: it stays.
+                if (g[i] > work.max_value) g[i] = work.max_value;
+                if (g[i] < -work.max_value) g[i] = -work.max_value;
+            }
         }
     }
 
     DEVICE void store_to(const Work &work, i64 at) const {
-        if (MASTER) put_rounded<float>(p, work.tensor.master, at);
-        alignas(16) PARAMETER run[COUNT];
-#pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-            run[i] = STOCHASTIC && !MASTER ? rounded_at_random<PARAMETER>(p[i], mixed(work.seed ^ mixed((u32)(at + i))))
-                                           : rounded(p[i], PARAMETER());
-        put(run, work.tensor.parameter, at);
+        if (MASTER) put_rounded<float, AGREE>(p, work.tensor.master, at);
+        if (STOCHASTIC && !MASTER)
+            put<PARAMETER, COUNT, AGREE>(work.tensor.parameter, at, [&](int i) {
+                return at_random(work, i, at) | (i + 1 < COUNT ? at_random(work, i + 1, at) << 16 : 0);
+            });
+        else
+            put_rounded<PARAMETER, AGREE>(p, work.tensor.parameter, at);
 #pragma unroll
         for (int s = 0; s < STATES; ++s)
-            if (work.tensor.states[s]) put_rounded<STATE>(states[s], work.tensor.states[s], at);
+            if (work.tensor.states[s]) put_rounded<STATE, AGREE>(states[s], work.tensor.states[s], at);
+    }
+
+    DEVICE u32 at_random(const Work &work, int i, i64 at) const {
+        return rounded_at_random(p[i], mixed(work.seed ^ mixed((u32)(at + i))));
     }
 
     DEVICE void update_one(int i, const Scalars &scalars) {
@@ -186,22 +236,27 @@ template <int COUNT> struct Elements {
 
 // ---- a block takes a chunk ----
 
-template <typename T> DEVICE bool starts_at_16_bytes(u64 place, int skipped) {
+template <typename T> DEVICE int starts_at_16_bytes(u64 place, int skipped) {
     return place == 0 || (place + (u64)skipped * sizeof(T)) % 16 == 0;
 }
 
-// The first elements up to which nothing is aligned, and after which everything is; -1 where tensors disagree. All
-// chunks of a tensor begin alike.
-DEVICE int misaligned(const Work &work) {
+// After how many elements the runs begin: where all tensors are aligned, or as many of them as can be. All chunks of a
+// tensor begin alike.
+DEVICE void align(Work &work) {
+    constexpr int ALL = 2 + MASTER + STATES;
+    int most = -1;
     for (int skipped = 0; skipped < RUN; ++skipped) {
-        bool aligned = starts_at_16_bytes<PARAMETER>(work.tensor.parameter, skipped) &&
-                       starts_at_16_bytes<GRADIENT>(work.gradient, skipped);
-        if (MASTER) aligned = aligned && starts_at_16_bytes<float>(work.tensor.master, skipped);
-        for (int s = 0; s < STATES; ++s)
-            aligned = aligned && starts_at_16_bytes<STATE>(work.tensor.states[s], skipped);
-        if (aligned) return skipped;
+        int aligned = starts_at_16_bytes<PARAMETER>(work.tensor.parameter, skipped) +
+                      starts_at_16_bytes<GRADIENT>(work.gradient, skipped);
+        if (MASTER) aligned += starts_at_16_bytes<float>(work.tensor.master, skipped);
+        for (int s = 0; s < STATES; ++s) aligned += starts_at_16_bytes<STATE>(work.tensor.states[s], skipped);
+        if (aligned > most) {
+            most = aligned;
+            work.skipped = skipped;
+        }
     }
-    return -1;
+    work.agree = most == ALL;
+    work.runs = work.skipped > work.count ? 0 : (work.count - work.skipped) / RUN;
 }
 
 // What the block's thread 0 knows of an update: how the gradient is clipped, and the rule's scalars.
@@ -231,8 +286,7 @@ DEVICE bool begin(const Arguments &all, Work &work, bool updates) {
         work.first = (i64)chunk.number * all.chunk_size;
         const i64 left = work.tensor.size - work.first;
         work.count = left < all.chunk_size ? (int)left : all.chunk_size;
-        work.skipped = misaligned(work);
-        work.runs = work.skipped < 0 || work.skipped > work.count ? 0 : (work.count - work.skipped) / RUN;
+        align(work);
         work.unscale = all.grad_scale ? *all.grad_scale : 1.f;
         work.scale = 1.f;
         work.max_value = 0.f;
@@ -242,12 +296,34 @@ DEVICE bool begin(const Arguments &all, Work &work, bool updates) {
     return gradient != 0;
 }
 
-// Calls ``run`` with the place of each run of this thread, and ``single`` with that of each other element.
-template <typename Runs, typename Singles> DEVICE void walk(const Work &work, Runs run, Singles single) {
-    for (int i = threadIdx.x; i < work.runs; i += blockDim.x) run(work.first + work.skipped + (i64)i * RUN);
+// Runs of this thread, as many at once as ``body`` says: all are on their way before the first is needed.
+template <bool AGREE, typename Body> DEVICE void walk_runs(const Work &work, Body &body) {
+    const int step = blockDim.x;
+    for (int i = threadIdx.x; i < work.runs; i += Body::TOGETHER * step) {
+        Elements<RUN, AGREE> elements[Body::TOGETHER];
+        const i64 at = work.first + work.skipped;
+#pragma unroll
+        for (int k = 0; k < Body::TOGETHER; ++k)
+            if (k == 0 || i + k * step < work.runs) body.fetch(elements[k], work, at + (i64)(i + k * step) * RUN);
+#pragma unroll
+        for (int k = 0; k < Body::TOGETHER; ++k)
+            if (k == 0 || i + k * step < work.runs) body.take(elements[k], work, at + (i64)(i + k * step) * RUN);
+    }
+}
+
+// Has ``body`` fetch and take each run of this thread, and each other element.
+template <typename Body> DEVICE void walk(const Work &work, Body &body) {
+    if (work.agree)
+        walk_runs<true>(work, body);
+    else
+        walk_runs<false>(work, body);
     const int singles = work.count - work.runs * RUN;
-    for (int i = threadIdx.x; i < singles; i += blockDim.x)
-        single(work.first + (work.runs && i >= work.skipped ? i + work.runs * RUN : i));
+    for (int i = threadIdx.x; i < singles; i += blockDim.x) {
+        const i64 at = work.first + (work.runs && i >= work.skipped ? i + work.runs * RUN : i);
+        Elements<1, true> element;
+        body.fetch(element, work, at);
+        body.take(element, work, at);
+    }
 }
 
 // True in all threads of the block that comes last, when what the others wrote can be read.
@@ -264,19 +340,24 @@ DEVICE bool is_last(u32 *arrived) {
     return last;
 }
 
-template <int COUNT> DEVICE void update_at(const Work &work, i64 at) {
-    Elements<COUNT> elements;
-    elements.fetch_from(work, at);
+struct Update {
+    static constexpr int TOGETHER = 1;
+
+    template <typename E> DEVICE void fetch(E &some, const Work &work, i64 at) { some.fetch_from(work, at); }
+
+    template <typename E> DEVICE void take(E &some, const Work &work, i64 at) {
+        some.finish_gradient(work);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) elements.update_one(i, work.scalars);
-    elements.store_to(work, at);
-}
+        for (int i = 0; i < E::SIZE; ++i) some.update_one(i, work.scalars);
+        some.store_to(work, at);
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) update_kernel(const Arguments all) {
     __shared__ Work work;
     if (all.found_inf && *all.found_inf != 0.f) return;
-    if (begin(all, work, true))
-        walk(work, [&](i64 at) { update_at<RUN>(work, at); }, [&](i64 at) { update_at<1>(work, at); });
+    Update update;
+    if (begin(all, work, true)) walk(work, update);
     // Steps are counted when nobody reads them any more.
     if (is_last(all.arrived))
         for (int t = threadIdx.x; t < all.tensor_count; t += blockDim.x)

@@ -15,13 +15,9 @@ DEVICE double block_sum(double mine) {
 }
 
 // Leaves the two sums of squares of this block's chunk, zeros where there is nothing to do; whether it is the last.
-template <typename Measure> DEVICE bool leave_partial(const Arguments &all, bool busy, const Work &work, Measure measure) {
-    double first = 0, second = 0;
-    if (busy)
-        walk(work, [&](i64 at) { measure.template at<RUN>(work, at, first, second); },
-             [&](i64 at) { measure.template at<1>(work, at, first, second); });
-    first = block_sum(first);
-    second = block_sum(second);
+template <typename Measure> DEVICE bool leave_partial(const Arguments &all, bool busy, const Work &work, Measure sums) {
+    if (busy) walk(work, sums);
+    const double first = block_sum(sums.first), second = block_sum(sums.second);
     if (threadIdx.x == 0) {
         all.partial[2 * blockIdx.x] = first;
         all.partial[2 * blockIdx.x + 1] = second;
@@ -29,13 +25,18 @@ template <typename Measure> DEVICE bool leave_partial(const Arguments &all, bool
     return is_last(all.arrived);
 }
 
+// Of this thread's part.
 struct OfGradient {
-    template <int COUNT> DEVICE void at(const Work &work, i64 at, double &first, double &) const {
-        Elements<COUNT> elements;
-        elements.fetch_gradient(work, at);
+    static constexpr int TOGETHER = 4;
+    double first = 0, second = 0;
+
+    template <typename E> DEVICE void fetch(E &some, const Work &work, i64 at) { some.fetch_gradient(work, at); }
+
+    template <typename E> DEVICE void take(E &some, const Work &work, i64) {
+        some.finish_gradient(work);
         float sum = 0.f;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) sum = fmaf(elements.g[i], elements.g[i], sum);
+        for (int i = 0; i < E::SIZE; ++i) sum = fmaf(some.g[i], some.g[i], sum);
         first += sum;
     }
 };

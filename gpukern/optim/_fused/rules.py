@@ -134,7 +134,7 @@ _ADAM_SCALARS = (
     Scalar("smoothing2", "beta2"),
     Scalar("taken2", "1 - beta2"),
     Scalar("rate", "lr / (1 - pow(beta1, step))"),
-    Scalar("root", "sqrt(1 - pow(beta2, step))"),
+    Scalar("unbiased", "1 / sqrt(1 - pow(beta2, step))"),
     Scalar("epsilon", "eps"),
 )
 
@@ -153,7 +153,7 @@ if (of_maxima != 0.f) {
     if (!(max_exp_avg_sq >= exp_avg_sq || max_exp_avg_sq != max_exp_avg_sq)) max_exp_avg_sq = exp_avg_sq;
     second = max_exp_avg_sq;
 }
-p = fmaf(-rate, exp_avg / (sqrtf(second) / root + epsilon), p);
+p = fmaf(-rate, exp_avg / fmaf(sqrtf(second), unbiased, epsilon), p);
 """,
 )
 
@@ -206,7 +206,7 @@ _LAMB_DIRECTION = (
     "g *= sign;\n"
     + _MOMENTS
     + """
-float direction = exp_avg / correction1 / (sqrtf(exp_avg_sq) / root + epsilon);
+float direction = unbiased1 * exp_avg / fmaf(sqrtf(exp_avg_sq), unbiased2, epsilon);
 if (decay != 0.f) direction = fmaf(decay, p, direction);
 """
 )
@@ -220,8 +220,8 @@ LAMB = Rule(
         Scalar("taken1", "1 - beta1"),
         Scalar("smoothing2", "beta2"),
         Scalar("taken2", "1 - beta2"),
-        Scalar("correction1", "1 - pow(beta1, step)"),
-        Scalar("root", "sqrt(1 - pow(beta2, step))"),
+        Scalar("unbiased1", "1 / (1 - pow(beta1, step))"),
+        Scalar("unbiased2", "1 / sqrt(1 - pow(beta2, step))"),
         Scalar("epsilon", "eps"),
         Scalar("rate", "lr * (first_norm > 0 && second_norm > 0 ? first_norm / second_norm : 1)"),
     ),

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from gpukern.optim._fused.rules import Rule
 
-#: Threads of a block, and blocks that a multiprocessor has registers for: 80 a thread. Without this promise ptxas aims
-#: at 64 here and there, and spills.
-THREADS, RESIDENT = 256, 3
+#: Of a block.
+THREADS = 256
+#: Words of 32 bits that a thread loads at once if three blocks are to share a multiprocessor, with 80 registers for
+#: each thread; two blocks of threads that load more keep the memory as busy.
+_WORDS_OF_THREE = 32
 
 _HERE = Path(__file__).parent
 _TYPES = {"float32": "float", "float16": "Half", "bfloat16": "BFloat16"}
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,19 @@ class Variant:
     gradients: int
     master: bool = False
     stochastic: bool = False
+
+    @property
+    def run(self) -> int:
+        """Elements that a thread takes at once: those that fill 16 bytes of the narrowest tensor."""
+        dtypes = (self.parameter, self.gradient, *((self.state,) if self.states else ()))
+        return 16 // min(_SIZES[dtype] for dtype in dtypes)
+
+    @property
+    def resident(self) -> int:
+        """Blocks that a multiprocessor is to have registers for. Without this promise ptxas aims at fewer registers
+        here and there, and spills."""
+        dtypes = ("float32" if self.master else self.parameter, self.gradient, *(self.state for _ in self.states))
+        return 3 if self.run * sum(_SIZES[dtype] for dtype in dtypes) <= 4 * _WORDS_OF_THREE else 2
 
 
 @functools.cache
@@ -68,8 +84,14 @@ def _head(variant: Variant) -> str:
     rule = variant.rule
     hyper, scalars = rule.hyperparameters, rule.scalars
     kinds = {"PARAMETER": variant.parameter, "GRADIENT": variant.gradient, "STATE": variant.state}
-    numbers = {"THREADS": THREADS, "RESIDENT": RESIDENT, "STATES": len(variant.states), "GRADIENTS": variant.gradients}
-    flags = {"MASTER": variant.master, "STOCHASTIC": variant.stochastic, "TRUST": bool(rule.norms)}
+    numbers = {
+        **{"THREADS": THREADS, "RESIDENT": variant.resident, "RUN": variant.run},
+        **{"STATES": len(variant.states), "GRADIENTS": variant.gradients},
+    }
+    flags = {
+        **{"MASTER": variant.master, "STOCHASTIC": variant.stochastic, "TRUST": bool(rule.norms)},
+        "MEASURES_STATES": any(state.name in rule.norms for state in rule.states),
+    }
     dtypes = "struct BFloat16 { unsigned short bits; };\nstruct Half { unsigned short bits; };\n"
     lines = [
         dtypes + "\n".join(f"using {name} = {_TYPES[dtype]};" for name, dtype in kinds.items()),

@@ -1,14 +1,18 @@
 // The norms of each tensor that a rule asks for. After norms.cuh, for rules that have any.
 
 struct OfRule {
-    template <int COUNT> DEVICE void at(const Work &work, i64 at, double &first, double &second) const {
-        Elements<COUNT> elements;
-        elements.fetch_from(work, at);
+    static constexpr int TOGETHER = MEASURES_STATES ? 1 : 2;
+    double first = 0, second = 0;
+
+    template <typename E> DEVICE void fetch(E &some, const Work &work, i64 at) { some.fetch_from(work, at); }
+
+    template <typename E> DEVICE void take(E &some, const Work &work, i64) {
+        some.finish_gradient(work);
         float a = 0.f, b = 0.f;
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
+        for (int i = 0; i < E::SIZE; ++i) {
             float one = 0.f, other = 0.f;
-            elements.measure_one(i, work.scalars, one, other);
+            some.measure_one(i, work.scalars, one, other);
             a = fmaf(one, one, a);
             b = fmaf(other, other, b);
         }
