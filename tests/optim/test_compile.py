@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpukern.optim._fused import rules, source
@@ -171,3 +173,26 @@ def test_too_many_instructions_are_seen():
 def test_what_does_not_compile_says_why():
     with pytest.raises(nvrtc.CompileError, match='identifier "unknown" is undefined'):
         nvrtc.compile_text('extern "C" __global__ void kernel() { unknown(); }', "sm_90", OPTIONS)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if not rule.norms], ids=lambda rule: rule.name)
+def test_the_elementwise_kernel_compiles_as_cupy_writes_it(rule):
+    cupy = pytest.importorskip("cupy")
+    from cupy._core import _carray, _kernel
+
+    given, changed, operation = source.elementwise(rule)
+    kernel = cupy.ElementwiseKernel(given, changed, operation, name="elementwise")
+    # What CuPy knows of arguments when they are there: arrays (1), sizes (2) and numbers (3).
+    kinds = {
+        "float": (1, cupy.ndarray, np.dtype("f4"), 1, True, True),
+        "double": (3, np.float64, np.dtype("f8"), 0, True, True),
+    }
+    sizes = (2, _carray.Indexer, None, 1, True, True)
+    arguments = [_kernel._ArgInfo(*(sizes if p.name == "_ind" else kinds[p.ctype])) for p in kernel.params]
+    text = _kernel._get_elementwise_kernel_code(
+        tuple(arguments), _kernel._TypeMap(()), kernel.params, kernel.operation, kernel.name, kernel.preamble
+    )
+    headers = Path(cupy.__file__).parent / "_core" / "include"
+    folders = ["", *(f"cupy/_cccl/{part}" for part in ("libcudacxx", "thrust", "cub"))]
+    text = "#include <cupy/complex.cuh>\n#include <cupy/carray.cuh>\n" + text
+    assert nvrtc.compile_text(text, "sm_90", (*OPTIONS, *(f"-I{headers / folder}" for folder in folders)))
