@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
@@ -37,9 +38,29 @@ def main(rank: int, path: str) -> None:
                 for optimizer in optimizers:
                     optimizer.step()
             assert torch.equal(spread.full_tensor(), whole), (case, placement)
+    replicated(rank)
     dist.barrier()
     # Not as usual: threads of gloo that are still there abort the process.
     os._exit(0)
+
+
+def replicated(rank: int) -> None:
+    """Under DistributedDataParallel, whose gradients lie in buckets one behind the other and are aligned to nothing."""
+    for case in FULL:
+        torch.manual_seed(7)
+        whole = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Tanh(), torch.nn.Linear(3, 3))
+        copy = torch.nn.parallel.DistributedDataParallel(deepcopy(whole), gradient_as_bucket_view=True)
+        optimizers = [case.ours(model.parameters(), **case.options, max_grad_norm=0.5) for model in (whole, copy)]
+        for number in range(3):
+            x = gradients((8, 5), number)
+            for model, part, optimizer in zip((whole, copy), (x, x[rank::2]), optimizers, strict=True):
+                optimizer.zero_grad()
+                model(part).square().mean().backward()
+                optimizer.step()
+        places = {parameter.grad.data_ptr() % 16 for parameter in copy.parameters()}
+        assert len(places) > 1, places
+        for parameter, twin in zip(whole.parameters(), copy.parameters(), strict=True):
+            assert torch.allclose(parameter, twin, rtol=1e-4, atol=1e-5), (case, parameter, twin)
 
 
 if __name__ == "__main__":
