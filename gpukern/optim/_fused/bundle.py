@@ -26,7 +26,7 @@ from gpukern.optim._fused.source import Variant
 from gpukern.optim._fused.table import Row, arguments_type, chunk_size, groups_table, room_for, tables
 
 _place, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
-_gradient, _dtype, _layout = map(operator.attrgetter, ("grad", "dtype", "layout"))
+_gradient, _dtype = map(operator.attrgetter, ("grad", "dtype"))
 #: In place of an empty gradient's address, which is 0 like that of none.
 _EMPTY = 16
 #: As many as this host pretends to have.
@@ -154,11 +154,11 @@ class Bundle:
 
     def _are_as_expected(self, gradients: list[torch.Tensor]) -> bool:
         """Whether nothing of these tensors has to be looked at one by one. Quickly."""
-        return (
-            set(map(_dtype, gradients)) == {self.gradient_dtype}
-            and set(map(_layout, gradients)) == {torch.strided}
-            and list(map(_stride, gradients)) == self._strides
-        )
+        try:
+            strides = list(map(_stride, gradients))
+        except RuntimeError:  # a sparse one has none
+            return False
+        return strides == self._strides and set(map(_dtype, gradients)) == {self.gradient_dtype}
 
     def _are_there(self, gradients: list[torch.Tensor | None]) -> bool:
         """Whether these, which were looked at, are where they were: ``gradient.data`` may have been replaced, with
@@ -180,11 +180,16 @@ class Bundle:
         self._present = self._present_of(taken)
         self._gradient_places = list(map(_place, self._present))
         numbers = slice(len(self._present)) if self._numbers is None else self._numbers
-        self._pointers[numbers] = [place or _EMPTY for place in self._gradient_places]
+        places = self._gradient_places
+        self._pointers[numbers] = [place or _EMPTY for place in places] if 0 in places else places
 
     def _saw(self, gradients: list[torch.Tensor | None]) -> bool:
         """Whether these are the objects that were looked at: none of those is gone, as none of these is None."""
-        return all(map(operator.is_, self._present_of(gradients), [seen() for seen in self._seen]))
+        present = self._present_of(gradients)
+        # Mostly all are new or none is.
+        if present and present[0] is not self._seen[0]():
+            return False
+        return all(map(operator.is_, present, [seen() for seen in self._seen]))
 
     def _present_of(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor]:
         return gradients if self._numbers is None else [gradients[number] for number in self._numbers]
