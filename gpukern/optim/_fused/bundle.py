@@ -26,7 +26,7 @@ from gpukern.optim._fused.source import Variant
 from gpukern.optim._fused.table import Row, arguments_type, chunk_size, groups_table, room_for, tables
 
 _place, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
-_gradient, _dtype = map(operator.attrgetter, ("grad", "dtype"))
+_gradient, _dtype, _layout = map(operator.attrgetter, ("grad", "dtype", "layout"))
 #: In place of an empty gradient's address, which is 0 like that of none.
 _EMPTY = 16
 #: As many as this host pretends to have.
@@ -156,9 +156,12 @@ class Bundle:
         """Whether nothing of these tensors has to be looked at one by one. Quickly."""
         try:
             strides = list(map(_stride, gradients))
-        except RuntimeError:  # a sparse one has none
+        except RuntimeError:  # a sparse one has none, or zeros
             return False
-        return strides == self._strides and set(map(_dtype, gradients)) == {self.gradient_dtype}
+        if strides != self._strides or set(map(_dtype, gradients)) != {self.gradient_dtype}:
+            return False
+        # Without dimensions a sparse one has those of a dense one.
+        return () not in self._strides or set(map(_layout, gradients)) == {torch.strided}
 
     def _are_there(self, gradients: list[torch.Tensor | None]) -> bool:
         """Whether these, which were looked at, are where they were: ``gradient.data`` may have been replaced, with
