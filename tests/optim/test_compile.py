@@ -134,6 +134,12 @@ def test_most_pointers_and_random_rounding(architecture):
     assert arguments_type(GRADIENTS[-1]).itemsize <= 32764
 
 
+@pytest.mark.parametrize("dtypes", ["bf16", "fp16"])
+def test_gpus_that_round_one_number_at_a_time(dtypes):
+    for kernel in compiled(variant(rules.ADAM, dtypes), "sm_75").values():
+        assert kernel.stack == 0 and kernel.count("LDG", "128") and not kernel.count("LDL")
+
+
 def test_one_element_at_a_time_is_seen():
     given = variant(rules.ADAM, "fp32")
     text = source.source(given)
