@@ -12,11 +12,36 @@ from typing import Any
 import torch
 
 import gpukern.optim as optim
-from bench.optimizer_steps import OPTIMIZERS, Sizes, has, ones, shapes
+from bench.optimizer_steps import OPTIMIZERS, Tensors, has, ones, shapes
 from bench.timing import EagerStopwatch
 
-#: Of 25.6 million parameters, of 1.1 billion, and of as many groups as a detector with a learning rate for each layer.
-PROBLEMS = ("ResNet-50", "Llama 1.1B", "465 groups")
+
+@dataclass(frozen=True)
+class Problem:
+    """What is updated. ``optimizers``: those that it says something new of; None for all."""
+
+    model: str
+    groups: bool = False
+    bucket: bool = False
+    dtype: torch.dtype = torch.float32
+    optimizers: tuple[str, ...] | None = None
+
+    def tensors(self) -> Tensors:
+        sizes = shapes(self.model)
+        sizes = (sizes * 3)[:465] if self.groups else sizes
+        return Tensors(sizes, self.groups, self.bucket, self.dtype, DEVICE)
+
+
+_FEW = ("SGD, momentum", "Adam")
+#: Of 25.6 million parameters, of 1.1 billion, of as many groups as a detector with a learning rate for each layer; and
+#: what is harder to read and to write.
+PROBLEMS = {
+    "ResNet-50": Problem("ResNet-50"),
+    "Llama 1.1B": Problem("Llama 1.1B"),
+    "465 groups": Problem("ResNet-50", groups=True),
+    "ResNet-50, gradients in a bucket": Problem("ResNet-50", bucket=True, optimizers=_FEW),
+    "Llama 1.1B, bfloat16": Problem("Llama 1.1B", dtype=torch.bfloat16, optimizers=_FEW),
+}
 _APEX = {"SGD": "FusedSGD", "Adam": "FusedAdam", "AdamW": "FusedAdam", "Adagrad": "FusedAdagrad"}
 _SAMPLES, _SECONDS = 9, 0.1
 DEVICE = "cuda"
@@ -52,36 +77,42 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def measure_all(names: Sequence[str]) -> list[Timing]:
     """Of every problem, in the order of the table."""
-    return [row for problem in PROBLEMS for name in names for row in measure(problem, name)]
+    return [
+        row
+        for problem, of in PROBLEMS.items()
+        for name in names
+        if of.optimizers is None or name in of.optimizers
+        for row in measure(problem, name)
+    ]
 
 
 def measure(problem: str, name: str) -> Iterator[Timing]:
     """A row for each candidate. RuntimeError where ours is wrong: its time would mean nothing."""
-    sizes = (shapes("ResNet-50") * 3)[:465] if problem == "465 groups" else shapes(problem)
-    for candidate, make in candidates(problem, name, sizes).items():
+    of = PROBLEMS[problem]
+    tensors = of.tensors()
+    for candidate, make in candidates(name, tensors).items():
         gc.collect()
         torch.cuda.empty_cache()
         try:
             optimizer, parameters = make()
-            if candidate == "gpukern" and problem == "ResNet-50":
-                check(name, optimizer, parameters, sizes)
+            if candidate == "gpukern" and of.model == "ResNet-50" and not of.groups:
+                check(name, optimizer, parameters, tensors)
             taken = seconds(optimizer.step)
         except torch.cuda.OutOfMemoryError:
             yield Timing(problem, name, candidate, problem_found="out of memory")
             continue
-        yield Timing(problem, name, candidate, taken, floor(name, sizes) / taken)
+        yield Timing(problem, name, candidate, taken, floor(name, tensors) / taken)
         del optimizer, parameters
 
 
-def candidates(problem: str, name: str, sizes: Sizes) -> dict[str, Callable[[], tuple[Any, list]]]:
-    groups = problem == "465 groups"
-    found = {"gpukern": lambda: ones(name, sizes, optim, groups=groups, device=DEVICE)}
+def candidates(name: str, tensors: Tensors) -> dict[str, Callable[[], tuple[Any, list]]]:
+    found = {"gpukern": lambda: ones(name, tensors, optim)}
     for way in ("fused", "foreach"):
         if has(name, way):
-            found[f"torch {way}"] = lambda way=way: ones(name, sizes, torch.optim, way, groups=groups, device=DEVICE)
+            found[f"torch {way}"] = lambda way=way: ones(name, tensors, torch.optim, way)
     apex = _apex(name)
     if apex is not None:
-        found["apex"] = lambda: ones(name, sizes, apex, groups=groups, device=DEVICE)
+        found["apex"] = lambda: ones(name, tensors, apex)
     return found
 
 
@@ -97,11 +128,11 @@ def _apex(name: str) -> Any:
     return type("Apex", (), {kind: staticmethod(found)})
 
 
-def check(name: str, optimizer: Any, parameters: list[torch.Tensor], sizes: Sizes) -> None:
+def check(name: str, optimizer: Any, parameters: list[torch.Tensor], tensors: Tensors) -> None:
     """Two steps as PyTorch's single-tensor code makes them, within a few roundings of fp32."""
     if not has(name, "single"):
         return
-    other, expected = ones(name, sizes, torch.optim, "single", device=DEVICE)
+    other, expected = ones(name, tensors, torch.optim, "single")
     for number in range(2):
         for parameter, twin in zip(parameters, expected, strict=True):
             parameter.grad.normal_(generator=torch.Generator(DEVICE).manual_seed(number))
@@ -113,10 +144,10 @@ def check(name: str, optimizer: Any, parameters: list[torch.Tensor], sizes: Size
             raise RuntimeError(f"{name}: gpukern's step differs from torch's by {(parameter - twin).abs().max():.1e}")
 
 
-def floor(name: str, sizes: Sizes) -> int:
-    """Bytes that any step must read and write."""
+def floor(name: str, tensors: Tensors) -> int:
+    """Bytes that any step must read and write: the moments are of the parameters' dtype."""
     kind, options = OPTIMIZERS[name]
     optimizer = getattr(optim, kind)([torch.nn.Parameter(torch.zeros(1))], **options)
     (group,) = optimizer.param_groups
     states = sum(not state.when or bool(group[state.when]) for state in optimizer._rule.states)
-    return 4 * (3 + 2 * states) * sum(torch.Size(size).numel() for size in sizes)
+    return tensors.dtype.itemsize * (3 + 2 * states) * sum(torch.Size(size).numel() for size in tensors.sizes)

@@ -53,16 +53,38 @@ def shapes(model: str) -> list[tuple[int, ...]]:
 Sizes = Sequence[tuple[int, ...]]
 
 
-def ones(
-    name: str, sizes: Sizes, module: Any, way: str = "", *, groups: bool = False, device: str = "cpu"
-) -> tuple[Any, list[torch.nn.Parameter]]:
-    """(optimizer, parameters with gradients) of ``torch.optim`` or ours; ``groups``: each with its own weight decay."""
+@dataclass(frozen=True)
+class Tensors:
+    """Parameters of ones with gradients of ones. ``groups``: each with its own weight decay. ``bucket``: the gradients
+    lie one behind the other in memory, as DistributedDataParallel leaves them; after one number, so that none is
+    aligned to more."""
+
+    sizes: Sizes
+    groups: bool = False
+    bucket: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    def made(self) -> list[torch.nn.Parameter]:
+        like = {"dtype": self.dtype, "device": self.device}
+        parameters = [torch.nn.Parameter(torch.ones(size, **like)) for size in self.sizes]
+        if self.bucket:
+            counts = [parameter.numel() for parameter in parameters]
+            _, *gradients = torch.ones(1 + sum(counts), **like).split([1, *counts])
+        else:
+            gradients = [torch.ones_like(parameter) for parameter in parameters]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.view(parameter.shape)
+        return parameters
+
+
+def ones(name: str, tensors: Tensors, module: Any, way: str = "") -> tuple[Any, list[torch.nn.Parameter]]:
+    """(optimizer, its parameters) of ``torch.optim`` or ours."""
     kind, options = OPTIMIZERS[name]
-    parameters = [torch.nn.Parameter(torch.ones(size, device=device)) for size in sizes]
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
+    parameters = tensors.made()
     chosen = {"foreach": way == "foreach"} | ({"fused": True, "foreach": None} if way == "fused" else {})
-    given = [{"params": [p], "weight_decay": n * 1e-6} for n, p in enumerate(parameters)] if groups else parameters
+    decays = [{"params": [p], "weight_decay": n * 1e-6} for n, p in enumerate(parameters)]
+    given = decays if tensors.groups else parameters
     return getattr(module, kind)(given, **options, **(chosen if way else {})), parameters
 
 
@@ -126,7 +148,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def operations(name: str, way: str, tensors: int) -> list[Operation]:
     """Of PyTorch's second step, for parameters of one element. A step number on the CPU costs no launch."""
-    optimizer, _ = ones(name, [(1,)] * tensors, torch.optim, way)
+    optimizer, _ = ones(name, Tensors([(1,)] * tensors), torch.optim, way)
     optimizer.step()
     with Recorder() as recorder:
         optimizer.step()

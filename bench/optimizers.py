@@ -30,6 +30,7 @@ from bench.optimizer_steps import (
     OPTIMIZERS,
     WAYS,
     Nothing,
+    Tensors,
     has,
     launches,
     ones,
@@ -79,7 +80,7 @@ class Host:
 def count_launches(model: str, name: str) -> Launches:
     sizes = [torch.Size(shape).numel() for shape in shapes(model)]
     with stubbed_launch():
-        optimizer, _ = ones(name, [(1,)] * len(sizes), optim)
+        optimizer, _ = ones(name, Tensors([(1,)] * len(sizes)), optim)
         optimizer.step()
         Nothing.launched.clear()
         optimizer.step()
@@ -92,7 +93,7 @@ def count_launches(model: str, name: str) -> Launches:
 
 
 def count_bytes(name: str) -> Moved:
-    optimizer, _ = ones(name, [(1,)], optim)
+    optimizer, _ = ones(name, Tensors([(1,)]), optim)
     with stubbed_launch():
         optimizer.step()
     (part,) = optimizer._step._parts
@@ -109,9 +110,9 @@ def count_bytes(name: str) -> Moved:
 
 
 def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Host:
-    sizes = [(1,)] * tensors
+    of = Tensors([(1,)] * tensors, groups)
     with stubbed_launch():
-        optimizer, parameters = ones(name, sizes, optim, groups=groups)
+        optimizer, parameters = ones(name, of, optim)
         cached = microseconds(optimizer.step, rounds)
         others = itertools.cycle([[torch.ones(1) for _ in parameters] for _ in range(3)])
 
@@ -121,7 +122,7 @@ def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Host:
 
         checked = microseconds(optimizer.step, rounds, renew)
     torchs = {
-        way: microseconds(ones(name, sizes, torch.optim, way, groups=groups)[0].step, max(10, rounds // 5))
+        way: microseconds(ones(name, of, torch.optim, way)[0].step, max(10, rounds // 5))
         for way in WAYS
         if has(name, way)
     }

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench import optimizer_device, optimizer_steps, optimizers
-from bench.optimizer_steps import OPTIMIZERS, Operation
+from bench.optimizer_steps import OPTIMIZERS, Operation, Tensors
 from gpukern.runtime.mode import Mode, force_mode
 
 
@@ -83,13 +83,13 @@ def test_bytes_of_norms():
 
 def test_a_stubbed_step_changes_nothing_and_is_put_back():
     with optimizer_steps.stubbed_launch():
-        optimizer, parameters = optimizer_steps.ones("Adam", [(3,)], optimizers.optim)
+        optimizer, parameters = optimizer_steps.ones("Adam", Tensors([(3,)]), optimizers.optim)
         optimizer.step()
     assert optimizer_steps.Nothing.launched == ["update_kernel"] and torch.equal(parameters[0], torch.ones(3))
     row = optimizers.time_host("Adam", 3, True, rounds=2)
     assert (row.tensors, row.groups) == (3, 3) and min(row.cached, row.checked, *row.torch.values()) > 0
     with force_mode(Mode.REFERENCE):
-        optimizer, parameters = optimizer_steps.ones("Adam", [(3,)], optimizers.optim)
+        optimizer, parameters = optimizer_steps.ones("Adam", Tensors([(3,)]), optimizers.optim)
         optimizer.step()
     assert not torch.equal(parameters[0], torch.ones(3))
 
@@ -106,8 +106,19 @@ def test_every_candidate_is_measured(small):
     rows = optimizer_device.measure_all(["Adam", "Lion"])
     found = [(row.problem, row.optimizer, row.candidate) for row in rows]
     adam = [("Adam", candidate) for candidate in ("gpukern", "torch fused", "torch foreach")]
-    assert found == [(p, *row) for p in optimizer_device.PROBLEMS for row in (*adam, ("Lion", "gpukern"))]
-    assert rows[0].bandwidth == 22 * 28 / 1e-3
+    all_of_them = [*adam, ("Lion", "gpukern")]
+    assert found == [
+        (name, *row) for name, p in optimizer_device.PROBLEMS.items() for row in (adam if p.optimizers else all_of_them)
+    ]
+    bandwidths = {row.problem: row.bandwidth for row in rows if row.optimizer == "Adam"}
+    assert bandwidths["ResNet-50"] == 22 * 28 / 1e-3 and bandwidths["Llama 1.1B, bfloat16"] == 22 * 14 / 1e-3
+
+
+def test_gradients_in_a_bucket():
+    plain, in_bucket = ([p.grad for p in Tensors([(4, 3), (), (5,)], bucket=b).made()] for b in (False, True))
+    assert all(torch.equal(one, other) for one, other in zip(plain, in_bucket, strict=True))
+    assert [(gradient.data_ptr() - in_bucket[0].data_ptr()) // 4 for gradient in in_bucket] == [0, 12, 13]
+    assert in_bucket[0].data_ptr() % 16 == 4
 
 
 def test_a_wrong_step_is_not_timed(small, monkeypatch):
