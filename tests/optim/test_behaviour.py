@@ -377,6 +377,23 @@ def test_a_scheduler(as_tensor, where):
         assert close(owners, moved)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("case", [Case("SGD", {"lr": 0.1}), *KNOWN[1:]], ids=str)
+def test_a_parameter_that_a_group_has_twice_is_updated_twice(case, where):
+    """SGD without momentum: torch's makes a buffer for each of the two."""
+    owners = parameters(device=where)
+    twins = [torch.nn.Parameter(value) for value in values(owners)]
+    optimizer, exact = case.ours([*owners, owners[0]], **case.options), case.torchs([*twins, twins[0]], **case.options)
+    for number in range(3):
+        give_gradients(owners, number)
+        give_gradients(twins, number)
+        optimizer.step()
+        exact.step()
+    assert close(owners, twins)
+    # Not both in one launch, where they would be in each other's way.
+    assert all(len({id(e.owner) for e in p.entries}) == len(p.entries) for p in optimizer._step._parts)
+
+
 def test_an_option_switched_on_later(where):
     optimizer, owners = made(Case("RMSprop"), where)
     steps(optimizer, owners, 0)

@@ -95,51 +95,51 @@ template <int COUNT, bool AGREE> DEVICE bool goes_at_once(u64 place) { return CO
 
 template <typename T, bool AGREE, int COUNT> DEVICE void fetch(float (&to)[COUNT], u64 tensor, i64 index) {
     const u64 place = tensor + (u64)index * sizeof(T);
-    if (COUNT < EACH<T>) {
+    if constexpr (COUNT < EACH<T>) {
         float some[EACH<T>];
         unpack(some, load2(place), T());
         to[0] = some[0];
-        return;
-    }
-    u32 words[(COUNT + EACH<T> - 1) / EACH<T>];
-    constexpr int WORDS = sizeof(words) / 4;
-    if (goes_at_once<COUNT, AGREE>(place)) {
-#pragma unroll
-        for (int word = 0; word + 4 <= WORDS; word += 4) load16(words + word, place + 4 * word);
     } else {
+        constexpr int WORDS = COUNT / EACH<T>;
+        u32 words[WORDS];
+        if (goes_at_once<COUNT, AGREE>(place)) {
 #pragma unroll
-        for (int word = 0; word < WORDS; ++word) {
-            const u64 at = place + 4 * word;
-            words[word] = EACH<T> == 1 ? load4(at) : load2(at) | load2(at + 2) << 16;
+            for (int word = 0; word + 4 <= WORDS; word += 4) load16(words + word, place + 4 * word);
+        } else {
+#pragma unroll
+            for (int word = 0; word < WORDS; ++word) {
+                const u64 at = place + 4 * word;
+                words[word] = EACH<T> == 1 ? load4(at) : load2(at) | load2(at + 2) << 16;
+            }
         }
-    }
 #pragma unroll
-    for (int word = 0; word < WORDS; ++word) unpack(to + word * EACH<T>, words[word], T());
+        for (int word = 0; word < WORDS; ++word) unpack(to + word * EACH<T>, words[word], T());
+    }
 }
 
 // ``word_of(i)`` is the one that begins with element i.
 template <typename T, int COUNT, bool AGREE, typename Word> DEVICE void put(u64 tensor, i64 index, Word word_of) {
     const u64 place = tensor + (u64)index * sizeof(T);
-    if (COUNT < EACH<T>) {
+    if constexpr (COUNT < EACH<T>) {
         store2(place, word_of(0));
-        return;
-    }
-    u32 words[(COUNT + EACH<T> - 1) / EACH<T>];
-    constexpr int WORDS = sizeof(words) / 4;
-#pragma unroll
-    for (int word = 0; word < WORDS; ++word) words[word] = word_of(word * EACH<T>);
-    if (goes_at_once<COUNT, AGREE>(place)) {
-#pragma unroll
-        for (int word = 0; word + 4 <= WORDS; word += 4) store16(place + 4 * word, words + word);
     } else {
+        constexpr int WORDS = COUNT / EACH<T>;
+        u32 words[WORDS];
 #pragma unroll
-        for (int word = 0; word < WORDS; ++word) {
-            const u64 at = place + 4 * word;
-            if (EACH<T> == 1) {
-                store4(at, words[word]);
-            } else {
-                store2(at, words[word]);
-                store2(at + 2, words[word] >> 16);
+        for (int word = 0; word < WORDS; ++word) words[word] = word_of(word * EACH<T>);
+        if (goes_at_once<COUNT, AGREE>(place)) {
+#pragma unroll
+            for (int word = 0; word + 4 <= WORDS; word += 4) store16(place + 4 * word, words + word);
+        } else {
+#pragma unroll
+            for (int word = 0; word < WORDS; ++word) {
+                const u64 at = place + 4 * word;
+                if (EACH<T> == 1) {
+                    store4(at, words[word]);
+                } else {
+                    store2(at, words[word]);
+                    store2(at + 2, words[word] >> 16);
+                }
             }
         }
     }
@@ -181,7 +181,7 @@ template <int COUNT, bool AGREE> struct Elements {
 
     // As the rule sees it.
     DEVICE void finish_gradient(const Work &work) {
-        // Rarely all three, and a division by 1 would cost as much as a fifth of an update.
+        // Rarely any of the three, and a division by 1 would cost as much as a fifth of an update.
         if (work.unscale != 1.f) {
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) g[i] /= work.unscale;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,15 +37,19 @@ class Step:
         self._sizes = _sizes(groups)
         self._waiting: list[torch.Tensor] = []
         found: dict[tuple, list[Entry]] = {}
+        turns: collections.Counter[torch.Tensor] = collections.Counter()
         for number, group in enumerate(groups):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     self._waiting.append(parameter)
                 else:
+                    # One that a group has twice, of which torch warns, is updated twice: not by one launch.
+                    turns[parameter] += 1
                     entry = entry_of(parameter, number)
-                    found.setdefault(_kind(entry, local(parameter.grad), rule), []).append(entry)
+                    kind = _kind(entry, local(parameter.grad), rule)
+                    found.setdefault((turns[parameter], kind), []).append(entry)
         self._parts: list[Bundle | Plain] = []
-        for kind, entries in found.items():
+        for (_, kind), entries in found.items():
             if kind[0] is Mode.REFERENCE:
                 self._parts.append(Plain(rule, entries, settings))
                 continue
