@@ -173,6 +173,8 @@ class Optimizer(torch.optim.Optimizer):
         name = type(self).__name__
         if parameter.is_complex():
             raise RuntimeError(f"gpukern.optim.{name} does not take complex parameters")
+        if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+            raise RuntimeError(f"gpukern.optim.{name} does not take expanded parameters: their elements share memory")
         if parameter.grad.is_sparse and not self._takes_sparse:
             raise RuntimeError(f"{name} does not support sparse gradients")
         if is_shard(parameter):

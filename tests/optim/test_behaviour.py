@@ -219,6 +219,15 @@ def test_what_is_refused_changes_nothing(where):
     assert torch.equal(good, torch.ones_like(good))
 
 
+def test_elements_that_share_memory(where):
+    owner = torch.nn.Parameter(torch.ones(1, 3, device=where).expand(4, 3))
+    owner.grad = torch.ones(4, 3, device=where)
+    for optimizer in (optim.Adam([owner]), torch.optim.Adam([owner])):
+        with pytest.raises(RuntimeError, match="expanded parameters|single memory location"):
+            optimizer.step()
+        assert torch.equal(owner, torch.ones_like(owner))
+
+
 @of_kernels
 def test_float64(device):
     owner = torch.nn.Parameter(torch.ones(3, dtype=torch.float64, device=device))
