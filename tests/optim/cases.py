@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 import gpukern.optim as optim
+from gpukern.runtime.mode import Mode, mode_of
+from tests.device import DEVICE
 
 #: Odd sizes, one element, none, more than a chunk, and one that begins in the middle of 16 bytes.
 SHAPES = ((3, 5, 7), (1,), (0,), (4099,), (2, 9, 1, 1), ())
@@ -99,6 +102,9 @@ def numbers(case: Case) -> dict[str, float]:
     return dict(zip(optimizer._rule.hyperparameters, values, strict=True))
 
 
+of_kernels = pytest.mark.skipif(
+    mode_of(torch.empty(0, device=DEVICE)) is Mode.REFERENCE, reason="of launches, and there are none"
+)
 ADAM, MOMENTUM = Case("Adam"), Case("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2})
 
 
