@@ -38,6 +38,7 @@ def check(folder: Path) -> list[Step]:
         # PyTorch's allocator hands out parts of large blocks, in which an access out of bounds stays unseen.
         return Step(f"{tool}-{name}", (*command, *pytest), program, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
+    norm_layers = "batch_norm_layers", "conv_batch_norm"
     others = "conv2d_grouped", "conv_transpose2d", "conv_max_pool2d"
     half, norms = ("-k", "forward_and_gradients and float16"), ("-k", "dtypes_and_layouts and float16")
     return [
@@ -46,7 +47,7 @@ def check(folder: Path) -> list[Step]:
         tests("linear", "tests/ops/test_linear.py"),
         tests("pool2d", "tests/ops/test_pool2d.py"),
         tests("activation", "tests/ops/test_activation.py"),
-        tests("batch-norm", "tests/ops/test_batch_norm.py", "tests/ops/test_conv_batch_norm.py"),
+        tests("batch-norm", "tests/ops/test_batch_norm.py", *(f"tests/ops/test_{name}.py" for name in norm_layers)),
         tests("fuse", "tests/fuse"),
         tests("optimizers", "tests/optim"),
         tests("other-convolutions", *(f"tests/ops/test_{name}.py" for name in others)),
