@@ -54,13 +54,19 @@ class CompileError(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """None where the wheel is not installed."""
-    try:
-        package = importlib.util.find_spec("nvidia.cuda_nvrtc")
-    except ModuleNotFoundError:
-        return None
-    found = [path for place in package.submodule_search_locations for path in Path(place).glob("lib/libnvrtc.so.*")]
-    return ctypes.CDLL(str(found[0])) if found else None
+    """Of the wheel for CUDA 12, else of that for CUDA 13; None where neither is installed."""
+    for package in ("nvidia.cuda_nvrtc", "nvidia.cu13"):
+        try:
+            found = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        folders = [Path(place, "lib") for place in found.submodule_search_locations] if found else []
+        for path in (path for folder in folders for path in folder.glob("libnvrtc.so.*")):
+            # It looks for its other half by name alone.
+            for half in path.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(half), mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(str(path))
+    return None
 
 
 def compile_text(text: str, architecture: str, options: Sequence[str]) -> bytes:

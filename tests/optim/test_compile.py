@@ -17,7 +17,7 @@ from gpukern.optim._fused.table import GRADIENTS, arguments_type
 from gpukern.runtime.device import A100, B200, H100, DeviceSpec
 from tests.optim import nvrtc
 
-pytestmark = pytest.mark.skipif(nvrtc.library() is None, reason="nvidia-cuda-nvrtc-cu12 is not installed")
+pytestmark = pytest.mark.skipif(nvrtc.library() is None, reason="NVRTC is not installed")
 
 RULES = (rules.SGD, rules.ADAGRAD, rules.RMSPROP, rules.ADAM, rules.LION, rules.LARS, rules.LAMB)
 DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200}
@@ -39,7 +39,7 @@ REGISTERS = 65536
 ON_THEIR_WAY = 32 * 1024
 #: The shortest way's instructions by those that a device can issue in the time that memory takes. LAMB's norms divide
 #: for every element and store none: of 16 bits, an A100 and a B200 wait for that.
-ISSUED = {"update_kernel": 0.85, "square_sum_kernel": 0.5, "norms_kernel": 1.1}
+ISSUED = {"update_kernel": 0.85, "square_sum_kernel": 0.5, "norms_kernel": 1.15}
 
 
 def variant(rule: Rule, dtypes: str, **more) -> Variant:
