@@ -98,7 +98,7 @@ def count_bytes(name: str) -> Moved:
         optimizer.step()
     (part,) = optimizer._step._parts
     states = len(part._variant().states)
-    floor = 4 * (2 + states + 1 + states)
+    ours = 4 * (2 + states + 1 + states)
     # The pass for the norms reads once more: LARS the parameter and its gradient, LAMB the moments too.
     norms = {"LARS": 8, "LAMB": 4 * (2 + states)}.get(name, 0)
     torchs = {
@@ -106,7 +106,7 @@ def count_bytes(name: str) -> Moved:
         for way in WAYS
         if has(name, way)
     }
-    return Moved(name, floor, floor + norms, torchs)
+    return Moved(name, optimizer_device.floor(name, Tensors([(1,)])), ours + norms, torchs)
 
 
 def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Host:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpukern.runtime.control_flow import loops, parse
+from gpukern.runtime.control_flow import Body, loops, parse, shortest_pass
 
 
 def listing(*lines: str) -> str:
@@ -95,3 +95,27 @@ def test_an_indirect_jump_reaches_the_targets_that_are_listed():
 def test_two_jumps_back_to_one_place_are_one_loop():
     code = [".L_x_0:", "FADD R1, R1, R2", "@P0 BRA `(.L_x_0)", "FMUL R1, R1, R2", "@P1 BRA `(.L_x_0)", "EXIT"]
     assert found(*code) == [(["FADD", "BRA", "FMUL", "BRA"], 0)]
+
+
+def test_the_shortest_pass_leaves_out_what_is_rare():
+    code = [
+        "MOV R1, R2",
+        ".L_x_0:",
+        "LDG.E R3, [R4]",
+        "@!P0 BRA `(.L_x_1)",
+        "MUFU.RCP R3, R3",
+        "FMUL R3, R3, R5",
+        ".L_x_1:",
+        "STG.E [R4], R3",
+        "@P1 BRA `(.L_x_0)",
+        "EXIT",
+    ]
+    instructions, labels = parse(listing(*code))
+    (body,) = loops(instructions, labels)
+    assert len(body.indices) == 6 and shortest_pass(instructions, labels, body) == 4
+
+
+def test_what_leads_nowhere_is_no_loop():
+    instructions, labels = parse(listing("MOV R1, R2", "EXIT"))
+    with pytest.raises(ValueError, match="not a loop"):
+        shortest_pass(instructions, labels, Body((0, 1), 0))
