@@ -18,7 +18,8 @@ from gpukern.runtime.device import A100, B200, DEVICES, H100, L4, DeviceSpec, as
 _SHORT_KINDS = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 #: The best known GPU of each architecture.
 _ARCHITECTURES = {"sm80": A100, "sm89": L4, "sm90": H100, "sm100": B200}
-_OPERANDS = {
+#: What kernels take and make, in the order of their operands.
+OPERANDS = {
     Direction.FORWARD: ("x", "w", "y"),
     Direction.INPUT_GRAD: ("dy", "w", "dx"),
     Direction.WEIGHT_GRAD: ("dy", "x", "dw"),
@@ -155,7 +156,7 @@ def describe_plan(plan: ConvPlan, direction: Direction) -> str:
     words = str(replace(plan, pack=(False, False, False)))
     if plan.precision != "ieee":
         words += f", {plan.precision}"
-    copied = [name for name, packed in zip(_OPERANDS[direction], plan.pack, strict=True) if packed]
+    copied = [name for name, packed in zip(OPERANDS[direction], plan.pack, strict=True) if packed]
     return f"{words}, {' and '.join(copied)} copied" if copied else words
 
 

@@ -63,7 +63,7 @@ def cost(
         return Cost(0, 0.0, 1.0, must.bytes, 0, 0.0, must.bytes / bandwidth)
     step = 2 * plan.block_m * plan.block_n * plan.block_k
     done = sum(count * steps * step for count, steps in tiles)
-    rate = device.peaks.matrix_rates[_rate(plan, operands)]
+    rate = device.peaks.matrix_rates[rate_of(plan, operands)]
     compute = in_waves([(count, steps * step) for count, steps in tiles], device.sm_count) / rate
     moved = must.bytes + copied_bytes(p, direction, plan, itemsize) + split_bytes(p, direction, plan)
     stem = plan.variant is Variant.STEM
@@ -82,7 +82,7 @@ def cost(
     )
 
 
-def _rate(plan: ConvPlan, operands: Operands) -> str:
+def rate_of(plan: ConvPlan, operands: Operands) -> str:
     if plan.variant in ELEMENTWISE or (operands.dtype == "float32" and plan.precision == "ieee"):
         return "fma"
     return plan.precision if operands.dtype == "float32" else operands.dtype

@@ -16,9 +16,18 @@ from gpukern.runtime.integers import cdiv, power_of_two, shares
 #: multiplies out of shared memory.
 Tile = tuple[int, int, int, int]
 
-_TILES: tuple[Tile, ...] = ((128, 256, 8, 3), (128, 128, 8, 3), (128, 64, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4))
+_TILES: tuple[Tile, ...] = (
+    (128, 256, 8, 3),
+    (128, 128, 8, 3),
+    (128, 128, 8, 6),
+    (128, 64, 8, 4),
+    (64, 128, 4, 4),
+    (64, 128, 4, 7),
+    (64, 64, 4, 4),
+    (64, 64, 4, 7),
+)
 # Three neighbouring taps meet the same box of dy: fetched once, it is half of all traffic less.
-_THREE_TAPS: tuple[Tile, ...] = ((128, 3 * 128, 8, 3), (128, 3 * 64, 8, 3), (64, 3 * 64, 4, 3))
+_THREE_TAPS: tuple[Tile, ...] = ((128, 3 * 128, 8, 3), (128, 3 * 64, 8, 4), (64, 3 * 64, 4, 3), (64, 3 * 64, 4, 4))
 # Tensor cores take float32 only in runs along the sum, which are the images here: it is transposed by the registers.
 _FLOAT32_TILES: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4))
 # Fewer images fill too little of a box.

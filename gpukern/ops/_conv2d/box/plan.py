@@ -18,7 +18,19 @@ Box = tuple[int, int, int]
 
 # Pixels, channels, warps, stages of 128 bytes along the sum. Up to 128 pixels leave room for two programs on a
 # multiprocessor. Each compiles for sm_90 without a spill, with Triton 3.6 and 3.7, and multiplies out of shared memory.
-_TILES = ((256, 128, 8, 3), (256, 64, 4, 4), (128, 128, 8, 3), (128, 64, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4))
+_TILES = (
+    (256, 128, 8, 3),
+    (256, 64, 4, 4),
+    (128, 128, 8, 3),
+    (128, 128, 8, 5),
+    (128, 128, 4, 3),
+    (128, 64, 4, 3),
+    (128, 64, 4, 4),
+    (64, 128, 4, 3),
+    (64, 128, 4, 4),
+    (64, 128, 4, 6),
+    (64, 64, 4, 4),
+)
 # The tensor cores take float32 only in runs along the sum: for ∂L/∂x the registers transpose the filter on its way.
 _TRANSPOSING_TILES = ((256, 128, 8, 3), (256, 64, 4, 4), (128, 128, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4))
 # Operands that are taken apart into halves pass through the registers too.

@@ -17,13 +17,22 @@ from gpukern.runtime.integers import cdiv, power_of_two, shares
 #: block_m, block_n, warps, stages
 Tile = tuple[int, int, int, int]
 
+# On an H200 small tiles of which several share a multiprocessor are ahead where there are few steps, or much to write:
+# one's loads and stores are hidden by the others' products. Long sums want many stages instead.
 _TILES: tuple[Tile, ...] = (
     (256, 128, 8, 4),
     (128, 256, 8, 4),
     (128, 128, 8, 3),
+    (128, 128, 8, 5),
+    (128, 128, 4, 2),
+    (128, 128, 4, 3),
     (256, 64, 4, 3),
-    (128, 64, 4, 4),
-    (64, 64, 4, 4),
+    (128, 64, 4, 3),
+    (128, 64, 4, 6),
+    (64, 128, 4, 4),
+    (64, 128, 4, 6),
+    (64, 64, 4, 3),
+    (64, 64, 4, 5),
     (32, 64, 4, 6),
     (16, 64, 4, 6),
 )
@@ -35,9 +44,12 @@ _THROUGH_REGISTERS: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4), (32, 6
 _GRAD_TILES: tuple[Tile, ...] = (
     (128, 256, 8, 3),
     (128, 128, 8, 3),
+    (128, 128, 8, 5),
     (128, 64, 8, 4),
-    (64, 128, 4, 4),
-    (64, 64, 4, 4),
+    (64, 128, 4, 6),
+    (64, 128, 4, 8),
+    (64, 64, 4, 6),
+    (64, 64, 4, 8),
 )
 _GRAD_THROUGH_REGISTERS: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4))
 
@@ -113,8 +125,6 @@ def _product(
         programs = tile_count(p, direction, whole)
         for splits in _sum_splits(programs, steps, device) if parts(whole) == 1 else (1,):
             yield replace(whole, splits=splits)
-        if block_m <= 128 and programs >= 4 * device.sm_count:
-            return  # smaller tiles would only read more
 
 
 def _sum_splits(programs: int, steps: int, device: DeviceSpec) -> Iterator[int]:

@@ -1,0 +1,177 @@
+"""``python -m bench.calibrate bench/results/DEVICE/COMMIT/plans.json``: fits the expectations to measured plans.
+
+Prints how wrong :mod:`gpukern.ops._conv2d.estimate` is about each measured plan, and what its choices cost against the
+fastest plan of each row, before and after its constants were fitted; and the fitted constants, to be put there.
+
+The fit is of the logarithm of the seconds, by least squares that an outlier does not bend (soft L1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bench.measured_plans import Measured, read
+from bench.results import ResultsError
+from gpukern.ops._conv2d.estimate import MEASURED, Constants, estimate, expected
+from gpukern.ops._conv2d.plan import ConvPlan
+from gpukern.ops._conv2d.planner import FAMILIES, only_measured
+
+#: Beyond these factors of today's value a constant is no longer what its name says.
+_LEAST, _MOST = 0.2, 4.0
+#: Where the residuals of the logarithms turn from squares to lengths.
+_OUTLIER = 0.15
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured plan, and what it is expected to take under given constants."""
+
+    plan: ConvPlan
+    seconds: float
+    expect: Callable[[Constants], float]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """``error``: the root mean square of log(expected / measured); ``regret``: of each row's choice, its time by the
+    best's, the mean over rows and the worst."""
+
+    error: float
+    regret: float
+    worst: float
+
+
+def samples_of(row: Measured) -> list[Sample]:
+    return [Sample(plan, seconds, _expectation(row, plan)) for plan, seconds in row.seconds.items()]
+
+
+def _expectation(row: Measured, plan: ConvPlan) -> Callable[[Constants], float]:
+    tiles = FAMILIES[plan.variant].tiles(row.problem, row.direction, plan)
+    bound, _ = estimate(row.problem, row.direction, plan, tiles, row.operands, row.device)
+    return lambda constants: expected(
+        row.problem, row.direction, plan, tiles, row.operands, row.device, bound, constants
+    )
+
+
+def quality(rows: Sequence[Sequence[Sample]], constants: Constants) -> Quality:
+    """How good ``constants`` are; plans that are chosen only after they were measured are no choice here."""
+    errors, regrets = [], []
+    for row in rows:
+        guesses = {sample.plan: sample.expect(constants) for sample in row}
+        errors += [math.log(guesses[sample.plan] / sample.seconds) for sample in row]
+        free = [sample for sample in row if not only_measured(sample.plan)]
+        if free:
+            chosen = min(free, key=lambda sample: guesses[sample.plan])
+            regrets.append(chosen.seconds / min(sample.seconds for sample in free))
+    return Quality(math.sqrt(np.mean(np.square(errors))), float(np.mean(regrets)), max(regrets))
+
+
+def fit(rows: Sequence[Sequence[Sample]], start: Constants) -> Constants:
+    """The constants under which the expectations are closest to ``rows``; what no row tells of stays as it is."""
+    from scipy.optimize import least_squares
+
+    samples = [sample for row in rows for sample in row]
+    names = _names(start)
+    factors = np.ones(len(names))
+
+    def residuals(factors: np.ndarray) -> np.ndarray:
+        constants = _scaled(start, names, factors)
+        return np.array([math.log(sample.expect(constants) / sample.seconds) for sample in samples])
+
+    told = _tells(residuals, factors)
+    some = np.flatnonzero(told)
+
+    def of_some(values: np.ndarray) -> np.ndarray:
+        return residuals(_placed(factors, some, values))
+
+    bounds = np.full(len(some), _LEAST), np.array([_most(start, names[index]) for index in some])
+    found = least_squares(of_some, factors[some], bounds=bounds, loss="soft_l1", f_scale=_OUTLIER)
+    return _scaled(start, names, _placed(factors, some, found.x))
+
+
+#: A field of :class:`Constants`, with a key where it holds a mapping.
+Name = tuple[str, object]
+
+
+def _names(constants: Constants) -> list[Name]:
+    """All but one of two that only their product tells of: the kernel that others are measured by stays at 1."""
+    names: list[Name] = []
+    for field in fields(constants):
+        value = getattr(constants, field.name)
+        names += [(field.name, key) for key in value] if isinstance(value, dict) else [(field.name, None)]
+    return [name for name in names if name != ("kernels", max(constants.kernels, key=_is_reference))]
+
+
+def _is_reference(variant: object) -> bool:
+    return MEASURED.kernels[variant] == 1.0
+
+
+def _scaled(start: Constants, names: Sequence[Name], factors: Sequence[float]) -> Constants:
+    changed: dict[str, object] = {}
+    for (field, key), factor in zip(names, factors, strict=True):
+        if key is None:
+            changed[field] = getattr(start, field) * float(factor)
+        else:
+            mapping = changed.setdefault(field, dict(getattr(start, field)))
+            mapping[key] *= float(factor)
+    return replace(start, **changed)
+
+
+def _most(start: Constants, name: Name) -> float:
+    """A share of what there is stays below 1."""
+    field, _ = name
+    limit = 1.0 / getattr(start, field) if field in ("memory", "overlap", "halved") else _MOST
+    return max(limit, 1.0 + 1e-9)
+
+
+def _tells(residuals: Callable[[np.ndarray], np.ndarray], factors: np.ndarray) -> np.ndarray:
+    before, told = residuals(factors), []
+    for index in range(len(factors)):
+        moved = factors.copy()
+        moved[index] *= 1.1
+        told.append(bool(np.any(residuals(moved) != before)))
+    return np.array(told)
+
+
+def _placed(factors: np.ndarray, where: np.ndarray, values: np.ndarray) -> np.ndarray:
+    placed = factors.copy()
+    placed[where] = values
+    return placed
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=__doc__.split("\n\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="plans.json")
+    options = parser.parse_args(arguments)
+    try:
+        rows = [samples_of(row) for path in options.files for row in read(path)]
+    except (ResultsError, OSError) as error:
+        print(f"bench.calibrate: {error}", file=sys.stderr)
+        return 1
+    console = Console()
+    with Console(stderr=True).status("fitting"):
+        fitted = fit(rows, MEASURED)
+    table = Table("constants", "error of log(seconds)", "chosen / fastest, mean", "worst")
+    for name, constants in (("today's", MEASURED), ("fitted", fitted)):
+        found = quality(rows, constants)
+        table.add_row(name, f"{found.error:.3f}", f"{found.regret:.3f}", f"{found.worst:.2f}")
+    console.print(f"{sum(map(len, rows)):,} plans of {len(rows)} rows")
+    console.print(table)
+    for field in fields(fitted):
+        value = getattr(fitted, field.name)
+        shown = {key: round(share, 3) for key, share in value.items()} if isinstance(value, dict) else f"{value:.3g}"
+        console.print(f"{field.name} = {shown}", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

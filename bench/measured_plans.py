@@ -1,0 +1,106 @@
+"""Plans of convolutions that were measured: what the suite ``plans`` left, as problems and plans again."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import results
+from bench.results import Results, ResultsError, Row
+from gpukern.explain.question import convolution
+from gpukern.explain.words import OPERANDS
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
+from gpukern.runtime.device import DEVICES, DeviceSpec
+
+_PLAN = re.compile(
+    r"(?P<variant>[a-z ]+) (?P<m>\d+)×(?P<n>\d+)×(?P<k>\d+)(?: \(box (?P<box>[\d×]+)\))?, (?P<warps>\d+) warps"
+    r"(?:, (?P<stages>\d+) stages)?(?:, (?P<splits>\d+) splits)?(?:, (?P<precision>tf32x3|tf32))?"
+    r"(?:, (?P<copied>[a-z ]+) copied)?"
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One problem on one device, and the seconds of each plan: the median of its samples, the call's own plan first."""
+
+    problem: ConvProblem
+    direction: Direction
+    operands: Operands
+    device: DeviceSpec
+    seconds: dict[ConvPlan, float]
+    row: Row
+    environment: results.Environment
+
+    @property
+    def best(self) -> ConvPlan:
+        return min(self.seconds, key=self.seconds.__getitem__)
+
+
+def read(path: Path) -> list[Measured]:
+    """Every row of a results file whose plans were timed. ResultsError if it holds none, or its device has no peaks."""
+    found = results.read(path)
+    if not isinstance(found, Results):
+        raise ResultsError(f"{path} holds predictions: nothing was measured")
+    rows = list(_measured(found))
+    if not rows:
+        raise ResultsError(f"{path} has no measured plans: python -m bench plans makes them, on a GPU")
+    return rows
+
+
+def device_of(environment: results.Environment) -> DeviceSpec:
+    """The named device that was measured on; ResultsError for another, whose peaks nobody has written down."""
+    for device in DEVICES.values():
+        if device.name.lower() in environment.device.lower():
+            return device
+    raise ResultsError(f"the peaks of {environment.device} are not known: add it to gpukern/runtime/device.py")
+
+
+def plan_called(words: str, direction: Direction) -> ConvPlan:
+    """The inverse of :func:`gpukern.explain.words.describe_plan`; ValueError for other words."""
+    found = _PLAN.fullmatch(words)
+    if found is None:
+        raise ValueError(f"{words!r} describes no plan")
+    copied = (found["copied"] or "").split(" and ")
+    return ConvPlan(
+        Variant(found["variant"]),
+        *(int(found[name]) for name in ("m", "n", "k", "warps")),
+        num_stages=int(found["stages"] or 1),
+        splits=int(found["splits"] or 1),
+        box=tuple(map(int, found["box"].split("×"))) if found["box"] else None,
+        pack=tuple(name in copied for name in OPERANDS[direction]),
+        precision=found["precision"] or "ieee",
+    )
+
+
+def _measured(found: Results) -> Iterator[Measured]:
+    device = device_of(found.environment)
+    for row in found.rows:
+        if row.case.suite != "plans":
+            continue
+        direction = Direction(row.case.computation)
+        seconds = {}
+        for candidate in row.candidates:
+            if samples := candidate.samples.get("graph"):
+                plan = plan_called(candidate.name.removeprefix("gpukern "), direction)
+                seconds[plan] = 1e-6 * statistics.median(samples)
+        if seconds:
+            problem = _problem(row.case.sizes)
+            question = convolution(problem, direction, row.case.dtype, row.case.layout == "channels_last", device)
+            yield Measured(problem, direction, question.operands, device, seconds, row, found.environment)
+
+
+def _problem(sizes: dict) -> ConvProblem:
+    vertical, horizontal = sizes["padding"]
+    return conv_problem(
+        tuple(sizes[name] for name in "NCHW"),
+        (sizes["K"], sizes["C"] // sizes["groups"], sizes["R"], sizes["S"]),
+        None,
+        tuple(sizes["stride"]),
+        (vertical, vertical, horizontal, horizontal),
+        tuple(sizes["dilation"]),
+        sizes["groups"],
+    )
