@@ -1,24 +1,72 @@
-"""Counters that kernels share to find out which of their programs comes last."""
+"""Counters that kernels share to find out which of their programs comes last.
+
+Every launch leaves the zeros behind that it found, so a buffer is cleared once, and whoever follows on its stream can
+have it. Launches that may run at the same time must not share one: each stream has its own, and of launches that are
+captured into a CUDA graph each stream of each capture. A graph is replayed at any time, on any stream and beside any
+other, but its own launches keep the order that their stream had, and it does not run beside itself.
+
+A buffer that was cleared inside a capture would be cleared by a node of the graph in every replay, for each launch a
+node. So captures get buffers that were cleared before: the first launch outside a capture, the usual warm-up, makes
+a stock of them. A buffer that a capture was given is never given again, since nobody tells when a graph is gone: that
+costs 4 KB for each stream of a capture.
+"""
 
 from __future__ import annotations
 
 import torch
 
-_kept: dict[tuple[torch.device, int], torch.Tensor] = {}
+from gpukern.runtime.capture import capture_id
+
+#: Counters of a buffer. Launches that split their sums have fewer tiles than a few for each multiprocessor.
+_SIZE = 1024
+#: Buffers that are cleared together, 256 KB, and how few of them are left when there must be more.
+_STOCK, _FEW = 64, 16
+
+_by_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
+_by_capture: dict[tuple[torch.device, int, int], torch.Tensor] = {}
+_stock: dict[torch.device, list[torch.Tensor]] = {}
 
 
 def zeroed_counters(count: int, device: torch.device) -> torch.Tensor:
-    """``count`` int32 zeros for one launch, which must leave zeros behind.
+    """At least ``count`` int32 zeros for one launch on the current stream, which must leave zeros behind.
 
-    Launches on one stream follow one another and share a buffer, so that nobody has to clear it. A launch that is
-    captured into a CUDA graph, which may be replayed on any stream, gets its own, cleared in the graph.
+    A captured launch gets counters that its graph clears in every replay only where nothing ran before the capture,
+    the stock is used up, ``count`` is beyond a buffer, or the driver does not tell captures apart.
     """
     stream = 0
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(count, dtype=torch.int32, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream
-    kept = _kept.get((device, stream))
+        if torch.cuda.is_current_stream_capturing():
+            captured = _of_capture(count, device, stream)
+            return _zeros(count, device) if captured is None else captured
+        if len(_stock.get(device, ())) < _FEW:
+            _fill_stock(device)
+    kept = _by_stream.get((device, stream))
     if kept is None or kept.numel() < count:
-        kept = _kept[device, stream] = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        kept = _by_stream[device, stream] = _zeros(max(count, _SIZE), device)
     return kept
+
+
+def _of_capture(count: int, device: torch.device, stream: int) -> torch.Tensor | None:
+    capture = capture_id(stream)
+    if capture is None or count > _SIZE:
+        return None
+    kept = _by_capture.get((device, stream, capture))
+    if kept is None:
+        try:
+            kept = _stock[device].pop()  # one step, so that no two threads that capture get the same
+        except LookupError:
+            return None
+        _by_capture[device, stream, capture] = kept
+    return kept
+
+
+def _fill_stock(device: torch.device) -> None:
+    fresh = _zeros(_STOCK * _SIZE, device)
+    # A graph may be replayed on a stream that knows nothing of this one: wait here, once for so many captures.
+    torch.cuda.current_stream(device).synchronize()
+    _stock.setdefault(device, []).extend(fresh.split(_SIZE))
+
+
+def _zeros(count: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)
