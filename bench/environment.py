@@ -63,10 +63,15 @@ def source_hash() -> str:
 
 @functools.cache
 def revision() -> tuple[str | None, bool]:
-    """(commit, whether files differ from it). ``GPUKERN_COMMIT`` stands in where the checkout came without its git."""
+    """(commit, whether files differ from it).
+
+    ``GPUKERN_COMMIT`` goes before what git says: a checkout may have come without its git, or with an older one.
+    """
+    if told := os.environ.get("GPUKERN_COMMIT"):
+        return told, False
     commit = _git("rev-parse", "HEAD")
     if commit is None:
-        return os.environ.get("GPUKERN_COMMIT") or None, False
+        return None, False
     # Results and other files that the measuring itself writes change no code.
     changed = _git("status", "--porcelain", "--untracked-files=all", "--", "gpukern", "bench/*.py", "models")
     return commit, bool(changed)

@@ -4,11 +4,12 @@
 
     seconds = launch · launches + max(busy, memory) + overlap · min(busy, memory)
     memory  = bytes / (bandwidth · share)
-    busy    = waves · (steps · max(products, latency / stages) + first + store · area) + split
+    busy    = waves · (steps · max(products, operands, latency / stages) + first + store · area) + split
 
 ``products`` are the seconds of a step's products for all programs that share a multiprocessor, at a share of the peak
-that depends on the kernel and its tile; a program can have the operands of ``stages`` steps on their way, so that its
-steps come no faster than latency / stages. The constants are fitted to measured plans by ``python -m bench.calibrate``;
+that depends on the kernel and its tile, and ``operands`` those of fetching what is multiplied, from the L2 cache at best;
+a program can have the operands of ``stages`` steps on their way, so that its steps come no faster than latency /
+stages. The constants are fitted to measured plans by ``python -m bench.calibrate``;
 the plan database holds what was measured itself, and goes before.
 """
 
@@ -34,6 +35,8 @@ class Constants:
     launch: float
     #: From asking for a step's operands to having them.
     latency: float
+    #: Bytes a second that a multiprocessor fetches.
+    fetch: float
     #: Of a program, until it multiplies for the first time.
     first: float
     #: Of a program, for what it writes; of a tile of 128 × 128.
@@ -55,34 +58,35 @@ class Constants:
 #: Fitted to bench/results/nvidia-h200: 2,876 plans for ResNet-50's convolutions in float16, channels_last, at batch 32
 #: and 128. Not measured there: grouped, and the kernels outside the tensor cores.
 MEASURED = Constants(
-    launch=0.95e-6,
-    latency=1.31e-6,
-    first=1.44e-6,
-    store=0.33e-6,
-    split=2.2e-6,
-    memory=0.9,
-    overlap=0.41,
+    launch=1.18e-6,
+    latency=1.14e-6,
+    fetch=113e9,
+    first=1.05e-6,
+    store=0.70e-6,
+    split=2.5e-6,
+    memory=0.88,
+    overlap=0.39,
     kernels={
-        Variant.TAPS: 0.765,
-        Variant.FLAT: 0.2,
+        Variant.TAPS: 0.745,
+        Variant.FLAT: 0.163,
         Variant.DIRECT: 0.10,
         Variant.GEMM: 1.0,
-        Variant.BOX: 1.0,
+        Variant.BOX: 0.95,
         Variant.BATCH_BOX: 0.76,
-        Variant.STEM: 0.38,
+        Variant.STEM: 0.366,
         Variant.GROUPED: 0.7,
         Variant.DEPTHWISE: 0.4,
-        Variant.WARP_SPECIALIZED: 1.28,
+        Variant.WARP_SPECIALIZED: 1.25,
     },
     tiles={
-        (64, 64): 0.55,
-        (128, 64): 0.60,
-        (64, 128): 0.69,
-        (128, 128): 0.67,
-        (256, 64): 0.53,
-        (256, 128): 0.67,
+        (64, 64): 0.576,
+        (128, 64): 0.581,
+        (64, 128): 0.690,
+        (128, 128): 0.671,
+        (256, 64): 0.555,
+        (256, 128): 0.722,
     },
-    halved=0.6,
+    halved=0.56,
 )
 
 #: Reading or writing across the runs moves whole sectors of 32 bytes for single elements, most of them from the cache.
@@ -163,7 +167,8 @@ def _busy(
     together = min(resident(plan, itemsize, device), math.ceil(programs / device.sm_count))
     area = plan.block_m * plan.block_n
     products = together * 2 * area * plan.block_k / (rate * _share(plan, constants))
-    step = max(products, constants.latency / max(plan.num_stages, 1))
+    fetched = together * (plan.block_m + plan.block_n) * plan.block_k * itemsize / constants.fetch
+    step = max(products, fetched, constants.latency / max(plan.num_stages, 1))
     waves = programs / (device.sm_count * together)
     if waves <= 3:
         # The more waves there are, the less it matters that they do not end together.

@@ -1,0 +1,171 @@
+"""``python -m bench.publish``: writes what was measured into ``bench/RESULTS.md`` and the README's table, never by hand.
+
+Of everything that ``bench/results`` has of a device, each group of rows (suite, computation, dtype, layout, batch) is
+shown as it was measured last. ``--check`` writes nothing and ends with 1 where the pages are not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench import report as words
+from bench import results
+from bench.environment import ROOT
+from bench.report import markdown
+from bench.report.summary import Group, GroupKey, group_key, summarize
+from bench.report.throughput import Throughput, throughputs
+from bench.results import Results, ResultsError
+
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "bench" / "RESULTS.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- measured: python -m bench.publish -->", "<!-- end of measured -->"
+
+#: gpukern against itself: no news for a reader, and dozens of columns.
+_LEFT_OUT = {"plans"}
+_INTRODUCTION = """# What was measured
+
+Written by `python -m bench.publish` from the files in [`results/`](results), which hold every sample; how it is measured
+is in [README.md](README.md). Losses are shown first. Where a group was measured several times, this is the last time.
+"""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A group as it was measured last: ``run`` has its rows and no others."""
+
+    group: Group
+    run: Results
+    path: Path
+
+
+def newest(folder: Path) -> dict[str, list[Found]]:
+    """Device → its groups, in the order of the suites' names. What is no results file is left out."""
+    found: dict[str, dict[GroupKey, Found]] = {}
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            read = results.read(path)
+        except ResultsError:
+            continue
+        if not isinstance(read, Results) or read.environment.device_type != "cuda":
+            continue
+        of_device = found.setdefault(read.environment.device, {})
+        for group in summarize(read):
+            known = of_device.get(group.key)
+            if group.key.suite in _LEFT_OUT or not group.ok:
+                continue
+            if known is None or known.run.environment.date < read.environment.date:
+                rows = tuple(row for row in read.rows if group_key(row.case) == group.key)
+                of_device[group.key] = Found(group, replace(read, rows=rows), path)
+    return {device: [groups[key] for key in sorted(groups)] for device, groups in found.items() if groups}
+
+
+def page(devices: dict[str, list[Found]], folder: Path) -> str:
+    """RESULTS.md."""
+    parts = [_INTRODUCTION]
+    for device, groups in devices.items():
+        parts.append(f"## {device}\n")
+        for found in groups:
+            source = f"results/{found.path.relative_to(folder)}"
+            parts += [f"### {words.group_title(found.group.key)}\n", markdown.render(found.run, source)]
+    return "\n".join(parts)
+
+
+def block(devices: dict[str, list[Found]]) -> str:
+    """The README's table."""
+    lines = []
+    for device, groups in devices.items():
+        runs = [found.run.environment for found in groups]
+        latest = max(runs, key=lambda made: made.date)
+        rows = [row for found in groups for row in _rows(found)]
+        if not rows:
+            continue
+        lines += [
+            f"**{device}**, driver {latest.driver}, torch {latest.torch}, cuDNN {latest.cudnn}, Triton {latest.triton}, "
+            f"{latest.date[:10]}; float16, channels_last unless said otherwise; × above 1: gpukern is faster.\n",
+            markdown.table(["", "gpukern", "best of PyTorch", "×"], rows),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _rows(found: Found) -> Iterator[list[str]]:
+    group = found.group
+    if timed := throughputs(group):
+        # The first way of timing is the device's own time.
+        yield from _networks(group, timed[0][1])
+    else:
+        yield from _layers(group)
+
+
+def _networks(group: Group, timed: Sequence[Throughput]) -> Iterator[list[str]]:
+    """Images a second of each network."""
+    for ours in (each for each in timed if each.ours):
+        peers = [each for each in timed if not each.ours and each.case.key == ours.case.key]
+        if not peers:
+            continue
+        best = max(peers, key=lambda each: each.images)
+        yield [
+            f"{words.case_name(ours.case)}, {_what(group.key)}, images/s",
+            words.per_second(ours.images),
+            f"{words.per_second(best.images)} ({markdown.escape(best.candidate)})",
+            f"**{words.ratio(best.p50 / ours.p50)}**",
+        ]
+
+
+def _layers(group: Group) -> Iterator[list[str]]:
+    """The sum over a network's layers, where all of them were measured."""
+    for network in group.networks:
+        totals = [each for each in group.totals_of(network).values() if each.covered == each.layers]
+        if not totals:
+            continue
+        best = min(totals, key=lambda each: each.peer_us)
+        yield [
+            f"{network}, {best.layers} × {group.key.suite}, {_what(group.key)}, µs",
+            words.micro(best.ours_us),
+            f"{words.micro(best.peer_us)} ({markdown.escape(best.peer)})",
+            f"**{words.ratio(best.peer_us / best.ours_us)}**",
+        ]
+
+
+def _what(key: GroupKey) -> str:
+    usual = {"float16", "channels_last", ""}
+    return ", ".join([key.computation, f"batch {key.batch}", *(each for each in key[2:4] if each not in usual)])
+
+
+def within(text: str, table: str) -> str:
+    """``text`` with ``table`` between its marks; ValueError where they are missing."""
+    before, found, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ValueError(f"the page has no place for the table: {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n\n{table}\n{END}{after}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, say whether the pages are up to date")
+    options = parser.parse_args(arguments)
+    devices = newest(RESULTS)
+    try:
+        pages = {
+            PAGE: page(devices, RESULTS),
+            README: within(README.read_text(encoding="utf-8"), block(devices)),
+        }
+    except (ValueError, OSError) as error:
+        print(f"bench.publish: {error}", file=sys.stderr)
+        return 1
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if not options.check:
+            results.write_text(path, pages[path])
+        print(f"{path.relative_to(ROOT)}: {'not what the results say' if options.check else 'written'}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
