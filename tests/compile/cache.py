@@ -24,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".cache" / "compile"
 
 _READERS = ("gpukern/runtime/sass.py", "gpukern/runtime/control_flow.py", "tests/compile/worker.py")
-_SOURCES = ("gpukern", "models", "bench/layers.py", "tests/compile", "tests/ops/conv_cases.py")
+_SOURCES = (
+    "gpukern", "models", "bench/layers.py", "bench/lease/stub.py", "bench/lease/stub.c", "tests/compile",
+    "tests/ops/conv_cases.py",
+)  # fmt: skip
 _KEEP_SECONDS = 30 * 24 * 3600
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gpukern.runtime.compile_only import Launch
 from gpukern.runtime.device import A100, B200, H100, H200, L4, RTX_4090, DeviceSpec
@@ -28,11 +28,15 @@ _FEW = Selection(("resnet50",), (32,), _LAST, odd_layouts=())
 
 @dataclass(frozen=True, eq=False)
 class Compilation:
-    """A launch to compile, the devices that get such ones, and the least shared memory a block has on any of them."""
+    """A launch to compile, the devices that get such ones, and the least shared memory a block has on any of them.
+
+    ``alike`` are all launches that it stands for.
+    """
 
     launch: Launch
     devices: tuple[str, ...]
     limit: int
+    alike: list[Launch] = field(default_factory=list)
 
 
 def of_each_configuration(architecture: str, kind: str) -> list[Compilation]:
@@ -74,11 +78,12 @@ def _add(groups: dict[tuple, Compilation], group: tuple, launch: Launch, device:
     """The more demanding launch stands for the group."""
     before = groups.get(group)
     if before is None:
-        groups[group] = Compilation(launch, (device.name,), device.shared_memory)
+        groups[group] = Compilation(launch, (device.name,), device.shared_memory, [launch])
         return
+    before.alike.append(launch)
     demanding = max(before.launch, launch, key=demand)
     devices = tuple(dict.fromkeys((*before.devices, device.name)))
-    groups[group] = Compilation(demanding, devices, min(before.limit, device.shared_memory))
+    groups[group] = Compilation(demanding, devices, min(before.limit, device.shared_memory), before.alike)
 
 
 #: Options that follow from one layer's sizes and addresses, or change what comes after the main loop alone. All others

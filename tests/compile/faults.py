@@ -1,6 +1,7 @@
 """What is wrong with a compiled kernel, by its row (see :mod:`tests.compile.worker`).
 
-Every kernel stays within the device's shared memory and spills no register. One that multiplies matrices uses the
+Every kernel stays within the device's shared memory and spills no register, and a driver refuses none of its launches
+(:mod:`tests.compile.driver`). One that multiplies matrices uses the
 tensor cores, and its main loop
 
 - fetches in advance: it copies asynchronously, and the copies of the first ``num_stages − 1`` steps stand before it;
@@ -45,7 +46,7 @@ def faults(row: dict) -> list[str]:
         found.append(f"{row['shared_memory']} bytes of shared memory, the device has {row['limit']}")
     if multiplies_matrices(row):
         found += _of_products(row)
-    return found
+    return found + row.get("refused", [])
 
 
 def multiplies_matrices(row: dict) -> bool:

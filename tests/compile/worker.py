@@ -12,11 +12,14 @@ import argparse
 import json
 from pathlib import Path
 
+from triton.compiler import CompiledKernel
+
 from gpukern.runtime import sass
 from gpukern.runtime.compile_only import Launch
 from gpukern.runtime.sass import Loop
 from tests.compile.cache import FOLDER, Rows, Selections
-from tests.compile.configurations import every_one, of_each_configuration
+from tests.compile.configurations import Compilation, every_one, of_each_configuration
+from tests.compile.driver import refused, the_stub
 
 
 def describe(launch: Launch) -> dict:
@@ -45,6 +48,7 @@ def describe(launch: Launch) -> dict:
     except Exception as error:
         return row | {"error": _innermost(error)}
     row |= {"registers": registers, "stack": stack, "shared_memory": compiled.metadata.shared, "warnings": warnings}
+    row["metadata"] = _metadata(compiled)
     if read is not None:
         row |= {
             "tensor_core": read.tensor_core,
@@ -53,6 +57,12 @@ def describe(launch: Launch) -> dict:
             "loops": [_describe_loop(loop) for loop in read.loops],
         }
     return row
+
+
+def _metadata(compiled: CompiledKernel) -> dict:
+    """As Triton writes it beside the machine code."""
+    (path,) = (path for name, path in compiled.metadata_group.items() if name.endswith(".json"))
+    return json.loads(Path(path).read_text())
 
 
 def _innermost(error: BaseException) -> str:
@@ -87,10 +97,19 @@ def rows(architecture: str, kind: str, *, every: bool, share: str, folder: Path)
             row = describe(compilation.launch)
             if "error" not in row:
                 cache.put(compilation.launch, row)
-        found.append(row | {"devices": compilation.devices, "limit": compilation.limit})
+        found.append(row | {"devices": compilation.devices, "limit": compilation.limit} | _launched(compilation, row))
     if not any("error" in row for row in found):
         selections.put(name, found)
     return found
+
+
+def _launched(compilation: Compilation, row: dict) -> dict:
+    """How many launches went to the stub driver, and what it refused."""
+    on = the_stub()
+    if on is None or "error" in row:
+        return {"launched": 0, "refused": []}
+    problems = refused(compilation.alike, compilation.launch, row["metadata"], on)
+    return {"launched": len(compilation.alike), "refused": problems}
 
 
 def main() -> None:
