@@ -3,6 +3,7 @@
 # No "from __future__ import annotations": Typer must see the annotations of a function that is made here, closed over
 # its suite.
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import gpukern
 from bench import environment, results
 from bench.accuracy import DTYPES
+from bench.attempt import UNFINISHED
 from bench.measure import Method
 from bench.peers import PEERS
 from bench.report import case_name, count, page, terminal
+from bench.report.summary import common_timing
 from bench.results import Prediction, Predictions, ResultsError, Row
 from bench.run import run
 from bench.suite import Selection, Suite, Task, tasks
@@ -27,9 +30,6 @@ from gpukern.runtime.device import DeviceSpec, named_device
 from models.zoo import NETWORKS, network
 
 RESULTS = environment.ROOT / "bench" / "results"
-
-#: The exit status of a run that left rows for another time (EX_TEMPFAIL of sysexits.h).
-UNFINISHED = 75
 
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"} | {name: name for name in DTYPES}
 _LAYOUTS = {"channels_last": "channels_last", "nhwc": "channels_last", "nchw": "NCHW"}
@@ -217,6 +217,20 @@ class _Bar:
             self._progress.update(self._measuring, description=description)
         else:
             self._progress.advance(self._measuring)
+            if self._progress.disable:
+                typer.echo(_one_line(row), err=True)  # for a log
+
+
+def _one_line(row: Row) -> str:
+    """Who took how long, in microseconds, in the first way of timing that all have."""
+    timing = common_timing(*(each for each in row.candidates if each.samples))
+    said = (
+        f"{each.name} {statistics.median(each.samples[timing]):.1f}"
+        if timing in each.samples
+        else f"{each.name} {each.status}: {each.message}"
+        for each in row.candidates
+    )
+    return f"{case_name(row.case)}, {row.case.computation}: {', '.join(said)} ({timing}, µs)"
 
 
 # ---- predicting ----------------------------------------------------------------------------------------------------

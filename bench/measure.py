@@ -19,6 +19,9 @@ from bench.results import Candidate, Row
 from bench.suite import Implementation, Suite, Task, Tensors
 from bench.timing import Calls, Stopwatch, stopwatches, target_seconds
 
+#: Begins the message of a candidate whom another one kept from being measured.
+NOT_TRIED = "not tried: "
+
 
 @dataclass(frozen=True)
 class Method:
@@ -43,13 +46,28 @@ class DeviceLost(Exception):
         self.row = row
 
 
-def measure(suite: Suite, task: Task, method: Method, device: torch.device) -> Row:
-    """Measure ``task``. Whatever a candidate raises becomes its status; KeyboardInterrupt passes."""
+def measure(
+    suite: Suite,
+    task: Task,
+    method: Method,
+    device: torch.device,
+    *,
+    spared: Sequence[Candidate] = (),
+    on_try: Callable[[Implementation], None] = lambda implementation: None,
+    on_candidate: Callable[[Row], None] = lambda row: None,
+) -> Row:
+    """Measure ``task``. Whatever a candidate raises becomes its status; KeyboardInterrupt passes.
+
+    ``on_try`` hears of each candidate before it runs for the first time, ``on_candidate`` gets the row as it is after
+    each check and after each way of timing: an "ok" without samples was checked and not timed. Those that compile for
+    long come when the others are timed; then all are timed together once more, since a ratio is of samples that were
+    taken side by side. Candidates ``spared`` are not run: they stand in the row as they are.
+    """
     torch.manual_seed(method.seed)
     work = suite.work(task)
     number = _sets(suite, work.bytes, method, device)
     row = Row(task.case, work.flops, work.bytes, work.kind, suite.bound(task), number, int(number * work.bytes), ())
-    contest = _Contest(suite, row.bound, device)
+    contest = _Contest(suite, row.bound, device, on_try, lambda found: on_candidate(replace(row, candidates=found)))
     forget_compiled()
     with torch_at_its_best(task.case.dtype):
         implementations = suite.implementations(task, method.peers, device)
@@ -60,8 +78,8 @@ def measure(suite: Suite, task: Task, method: Method, device: torch.device) -> R
         except Exception as problem:
             contest.fail(implementations, f"no reference to check against: {_first_line(problem)}")
         else:
-            contest.run(implementations, sets, reference, method)
-    row = replace(row, candidates=tuple(contest.candidates))
+            contest.run(implementations, sets, reference, method, {each.name: each for each in spared})
+    row = replace(row, candidates=contest.candidates)
     if contest.lost:
         raise DeviceLost(row)
     return row
@@ -77,20 +95,35 @@ def _sets(suite: Suite, set_bytes: float, method: Method, device: torch.device) 
 class _Contest:
     """The candidates of one row."""
 
-    def __init__(self, suite: Suite, bound: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        bound: float,
+        device: torch.device,
+        on_try: Callable[[Implementation], None],
+        on_change: Callable[[tuple[Candidate, ...]], None],
+    ) -> None:
         self._suite, self._bound, self._device = suite, bound, device
-        self.candidates: list[Candidate] = []
+        self._on_try, self._on_change = on_try, on_change
+        #: By their place in the row.
+        self._found: dict[int, Candidate] = {}
         self._calls: dict[int, Calls] = {}
         #: From Python, of those that are called in another way there; none where that fails.
         self._from_python: dict[int, Calls | None] = {}
         #: Whether a candidate has broken the device for this process.
         self.lost = False
 
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """Those that were tried so far, in the order of the row."""
+        return tuple(self._found[index] for index in sorted(self._found))
+
     def fail(self, implementations: Sequence[Implementation], why: str) -> None:
-        """None of them can run, or be believed."""
-        for each in implementations:
-            status = "missing" if each.missing else "failed"
-            self.candidates.append(Candidate(each.name, each.setting, status, each.missing or why))
+        """None of those that were not tried can run, or be believed."""
+        for index, each in enumerate(implementations):
+            if index not in self._found:
+                status = "missing" if each.missing else "failed"
+                self._found[index] = Candidate(each.name, each.setting, status, each.missing or why)
         self._see_whether_lost()
 
     def run(
@@ -99,35 +132,52 @@ class _Contest:
         sets: Sequence[Tensors],
         reference: torch.Tensor,
         method: Method,
+        spared: dict[str, Candidate],
     ) -> None:
-        """Check each, then time those that are right."""
-        for number, implementation in enumerate(implementations):
-            self._check(implementation, sets, reference)
+        """Check each, then time those that are right; the slow ones one by one after that."""
+        self._found = {i: spared[each.name] for i, each in enumerate(implementations) if each.name in spared}
+        if spared:
+            self._on_change(self.candidates)
+        for together in _by_turns(implementations):
+            before = set(self._calls)
+            for index in together:
+                each = implementations[index]
+                if index in self._found:
+                    continue
+                self._on_try(each)
+                self._check(index, each, sets, reference)
+                if self.lost:
+                    self.fail(implementations, f"{NOT_TRIED}{each.name} broke the device")
+                    break
+                self._on_change(self.candidates)
+            for way in stopwatches(self._device) if not self.lost and set(self._calls) != before else ():
+                self._time(way, method)
+                self._on_change(self.candidates)
             if self.lost:
-                self.fail(implementations[number + 1 :], f"not tried: {implementation.name} broke the device")
+                self.fail(implementations, f"{NOT_TRIED}the device was lost")
                 break
-        for way in stopwatches(self._device) if not self.lost else ():
-            self._time(way, method)
         for index in self._calls:
-            candidate = self.candidates[index]
+            candidate = self._found[index]
             if not candidate.samples:
-                message = candidate.message or "the device was lost before it was timed"
-                self.candidates[index] = replace(candidate, status="failed", message=message)
+                message = candidate.message or f"{NOT_TRIED}the device was lost while others were timed"
+                self._found[index] = replace(candidate, status="failed", message=message)
 
-    def _check(self, implementation: Implementation, sets: Sequence[Tensors], reference: torch.Tensor) -> None:
+    def _check(
+        self, index: int, implementation: Implementation, sets: Sequence[Tensors], reference: torch.Tensor
+    ) -> None:
         """Run a candidate once and compare the result with the reference."""
-        candidate, index = Candidate(implementation.name, implementation.setting, "ok"), len(self.candidates)
+        candidate = Candidate(implementation.name, implementation.setting, "ok")
         if implementation.missing:
-            self.candidates.append(replace(candidate, status="missing", message=implementation.missing))
+            self._found[index] = replace(candidate, status="missing", message=implementation.missing)
             return
         try:
             operands = [implementation.prepare(tensors) for tensors in sets]
-            self.candidates.append(self._judged(candidate, implementation.function, operands[0], reference))
+            self._found[index] = self._judged(candidate, implementation.function, operands[0], reference)
         except Exception as problem:
-            self.candidates.append(replace(candidate, status="failed", message=_first_line(problem)))
+            self._found[index] = replace(candidate, status="failed", message=_first_line(problem))
             self._see_whether_lost()
             return
-        if self.candidates[index].status == "ok":
+        if self._found[index].status == "ok":
             self._calls[index] = [partial(implementation.function, *each) for each in operands]
             if implementation.from_python is not None:
                 self._check_from_python(index, implementation.from_python, operands, reference)
@@ -138,7 +188,7 @@ class _Contest:
         """If this raises, the candidate is not timed from Python; if it is wrong, so is the candidate."""
         self._from_python[index] = None
         try:
-            judged = self._judged(self.candidates[index], function, operands[0], reference)
+            judged = self._judged(self._found[index], function, operands[0], reference)
         except Exception as problem:
             self._note(index, f"no eager timing: {_first_line(problem)}")
             self._see_whether_lost()
@@ -146,7 +196,7 @@ class _Contest:
         if judged.status == "ok":
             self._from_python[index] = [partial(function, *each) for each in operands]
         else:
-            self.candidates[index] = replace(judged, message=f"from Python: {judged.message}")
+            self._found[index] = replace(judged, message=f"from Python: {judged.message}")
             del self._calls[index]
 
     def _judged(
@@ -178,10 +228,13 @@ class _Contest:
             with self._dropping_out(index, watches, way):
                 if index in watches:
                     watches[index] = way(calls, target_seconds(self._device))
-        for index, seconds in self._take_turns(watches, method, way).items():
-            candidate = self.candidates[index]
-            microseconds = [round(s * 1e6, 4) for s in seconds]
-            self.candidates[index] = replace(candidate, samples=candidate.samples | {way.way: microseconds})
+        taken = self._take_turns(watches, method, way)
+        # Samples of an earlier round have nobody at their side now; a lost device takes none along.
+        for index in contestants if not self.lost else ():
+            samples = {name: kept for name, kept in self._found[index].samples.items() if name != way.way}
+            if index in taken:
+                samples[way.way] = [round(s * 1e6, 4) for s in taken[index]]
+            self._found[index] = replace(self._found[index], samples=samples)
 
     def _take_turns(
         self, watches: dict[int, Stopwatch], method: Method, way: type[Stopwatch]
@@ -226,8 +279,9 @@ class _Contest:
                 watches.clear()
 
     def _note(self, index: int, message: str) -> None:
-        candidate = self.candidates[index]
-        self.candidates[index] = replace(candidate, message="; ".join(filter(None, (candidate.message, message))))
+        candidate = self._found[index]
+        said = dict.fromkeys((candidate.message, message))  # the same again when it was timed again
+        self._found[index] = replace(candidate, message="; ".join(filter(None, said)))
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -238,6 +292,12 @@ class _Contest:
             self._synchronize()
         except Exception:
             self.lost = True
+
+
+def _by_turns(implementations: Sequence[Implementation]) -> list[list[int]]:
+    """Their numbers: of all that are quick, then of each slow one alone."""
+    quick = [index for index, each in enumerate(implementations) if not each.slow]
+    return [quick, *([index] for index, each in enumerate(implementations) if each.slow)]
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def compiled(function: Callable[..., Any], name: str, layout: str, mode: str | N
         return compile_for_these_shapes(function, mode)
 
     setting = f"{layout + ', ' if layout else ''}mode {mode or 'default'}, static shapes"
-    return Implementation(name, setting, lambda *tensors: make()(*tensors))
+    return Implementation(name, setting, lambda *tensors: make()(*tensors), slow=True)
 
 
 def compile_for_these_shapes(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:

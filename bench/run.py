@@ -14,17 +14,19 @@ from pathlib import Path
 import torch
 
 from bench import results
+from bench.attempt import PATIENCE, PATIENCE_OF_SLOW, Attempt, Attempts
 from bench.ceilings import ceilings
 from bench.environment import environment, now
-from bench.measure import DeviceLost, Method, measure
+from bench.lease import carried
+from bench.measure import NOT_TRIED, DeviceLost, Method, measure
 from bench.peers import torch_at_its_best
 from bench.precompile import precompile
-from bench.results import Results, ResultsError, Row, Use
-from bench.suite import Suite, Task, merged
+from bench.results import Candidate, Results, ResultsError, Row, Use
+from bench.suite import Implementation, Suite, Task, merged
 from gpukern.runtime.current_device import device_spec
 
-#: Rewriting a large file costs more than a small row: not more often than this, in seconds.
-_SAVE_EVERY = 2.0
+#: Of the time of a run that may go into writing its file, which grows with each row.
+_SAVE_SHARE = 0.1
 #: Starting the processes that compile together takes as long as a few kernels.
 _WORTH_COMPILING_TOGETHER = 8
 
@@ -59,14 +61,19 @@ def run(
 ) -> Outcome:
     """Measure ``tasks`` into ``path``, where rows of other tasks stay.
 
-    ``resume`` leaves out rows that the file has with all candidates that are asked for. ``fresh`` forgets what the
-    file has. ``until`` (of :func:`time.monotonic`) ends the run before the next row. ``on_row`` hears of each task with
-    None before it, and with its row after it; ``on_compiled`` of how many tasks' kernels were compiled ahead.
+    ``resume`` leaves out rows that the file has with all candidates that are asked for, and goes on with one that has
+    some: each is saved as it is checked and as it is timed. What broke the device or hung is left out then, and the
+    others of its row are measured. ``fresh`` forgets what the file has. ``until`` (of :func:`time.monotonic`) ends the
+    run before the next row. ``on_row`` hears of each task with None before it, and with its row after it;
+    ``on_compiled`` of how many tasks' kernels were compiled ahead.
 
     :class:`bench.results.ResultsError` if the file was made on another device, with other versions, other code or
     another method: its rows cannot stand beside new ones.
     """
+    attempts = Attempts(path)
     file = _File(path, method, device, fresh)
+    if resume and (hung := attempts.left()):
+        file.blame(hung)
     found = {task.case.key for task in tasks if resume and file.has(suite, task, method, device)}
     for task in tasks:
         if task.case.key in found:
@@ -74,15 +81,16 @@ def run(
     waiting = [task for task in tasks if task.case.key not in found]
     measured, stopped = 0, ""
     try:
-        with _terminated_as_interrupted():
-            if _worth_compiling_together(suite, waiting, device):
-                precompile(suite.name, waiting, device_spec(device), on_done=on_compiled)
+        with _terminated_as_interrupted(), attempts.going_on():
+            uncompiled = [task for task in waiting if task.case.key not in carried.rows()]
+            if _worth_compiling_together(suite, uncompiled, device):
+                precompile(suite.name, uncompiled, device_spec(device), on_done=on_compiled)
             for task in waiting:
                 if time.monotonic() >= until:
                     stopped = "the time was up"
                     break
                 on_row(task, None)
-                row = measure(suite, task, method, device)
+                row = _measured(suite, task, method, device, file, attempts)
                 file.add(row)
                 measured += 1
                 on_row(task, row)
@@ -99,10 +107,29 @@ def run(
     return Outcome(file.results, measured, len(found), len(waiting) - measured, stopped)
 
 
+def _measured(suite: Suite, task: Task, method: Method, device: torch.device, file: _File, attempts: Attempts) -> Row:
+    def on_try(each: Implementation) -> None:
+        nonlocal current
+        current = Attempt(task.case.key, each.name, each.setting), PATIENCE_OF_SLOW if each.slow else PATIENCE
+        attempts.begin(*current)
+
+    def on_candidate(row: Row) -> None:
+        file.add_unfinished(row)
+        attempts.wait(*current)  # for the timing that follows
+
+    current = Attempt(task.case.key, "", ""), PATIENCE
+    spared = file.spared(task)
+    row = measure(suite, task, method, device, spared=spared, on_try=on_try, on_candidate=on_candidate)
+    attempts.done()
+    return row
+
+
 class _File:
     def __init__(self, path: Path, method: Method, device: torch.device, fresh: bool) -> None:
         self._path = path
-        self._saved_at = 0.0
+        self._saved_at = self._took = 0.0
+        #: By the key of the row.
+        self._blamed: dict[str, tuple[Candidate, ...]] = {}
         with torch_at_its_best("float32"):  # the TF32 settings follow each row's dtype
             made = environment(device)
         described = {name: value for name, value in dataclasses.asdict(method).items() if name != "peers"}
@@ -114,6 +141,8 @@ class _File:
         tempfile.TemporaryFile(dir=path.parent).close()
         self._rows = {row.case.key: row for row in old.rows} if old else {}
         self.results = Results(made, old.ceilings if old else ceilings(device), described, tuple(self._rows.values()))
+        if old is None:
+            self.save()  # measuring the device's own limits takes seconds
 
     def _check(self, old: object, made: results.Environment, method: dict) -> None:
         advice = "choose another --out, or --fresh to replace it"
@@ -128,13 +157,31 @@ class _File:
         if row is None:
             return False
         wanted = {implementation.name for implementation in suite.implementations(task, method.peers, device)}
-        return wanted <= {candidate.name for candidate in row.candidates}
+        return wanted <= {candidate.name for candidate in row.candidates if _is_done(candidate)}
+
+    def spared(self, task: Task) -> tuple[Candidate, ...]:
+        """What failed in a row that is to be finished: it may have kept the others from being measured."""
+        row, blamed = self._rows.get(task.case.key), self._blamed.get(task.case.key, ())
+        return (
+            *blamed,
+            *(each for each in (row.candidates if row else ()) if each.status == "failed" and _is_done(each)),
+        )
+
+    def blame(self, hung: Attempt) -> None:
+        """What an earlier run was at when it was ended."""
+        candidate = Candidate(hung.name, hung.setting, "failed", "it hung, or ended the process")
+        self._blamed[hung.key] = (candidate,)
 
     def add(self, row: Row) -> None:
         known = self._rows.get(row.case.key)
         self._rows[row.case.key] = row if known is None else _with_uses(row, known.case.uses, row.case.uses)
-        if time.monotonic() - self._saved_at > _SAVE_EVERY:
-            self.save()
+        self._save_now_or_later()
+
+    def add_unfinished(self, row: Row) -> None:
+        """Unless the file has more of this row, from a run that got further."""
+        known = self._rows.get(row.case.key)
+        if known is None or _timed(known) <= _timed(row):
+            self.add(row)
 
     def add_uses(self, task: Task) -> None:
         """A network that was measured earlier shares the row with one asked for now."""
@@ -142,10 +189,27 @@ class _File:
         self._rows[task.case.key] = _with_uses(known, known.case.uses, task.case.uses)
 
     def save(self) -> None:
+        begin = time.monotonic()
         made = replace(self.results.environment, date=now())
         self.results = replace(self.results, environment=made, rows=tuple(self._rows.values()))
         results.write(self._path, self.results)
         self._saved_at = time.monotonic()
+        self._took = self._saved_at - begin
+
+    def _save_now_or_later(self) -> None:
+        if (time.monotonic() - self._saved_at) * _SAVE_SHARE >= self._took:
+            self.save()
+
+
+def _is_done(candidate: Candidate) -> bool:
+    """Whether there is no more to be had of it."""
+    if candidate.status == "ok":
+        return any(candidate.samples.values())
+    return not candidate.message.startswith(NOT_TRIED)
+
+
+def _timed(row: Row) -> set[str]:
+    return {each.name for each in row.candidates if any(each.samples.values())}
 
 
 def _with_uses(row: Row, old: tuple[Use, ...], new: tuple[Use, ...]) -> Row:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from bench import results
-from bench.command import UNFINISHED
+from bench.attempt import UNFINISHED
 from bench.environment import ROOT
 
 #: Less than this is not worth starting a step for, in seconds.

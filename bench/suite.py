@@ -49,6 +49,8 @@ class Implementation:
     missing: str = ""
     #: What calls from Python are timed of, if that is another function: the same, through a CUDA graph of its own.
     from_python: Callable[..., Any] | None = None
+    #: It compiles before its first result, for seconds or minutes: the others are timed before that.
+    slow: bool = False
 
 
 def in_mode(setting: str, device: torch.device) -> str:

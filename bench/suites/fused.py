@@ -113,7 +113,8 @@ def _one_pointwise_kernel(task: Task[ConvProblem]) -> Implementation:
     def run(x, w, b, residual) -> torch.Tensor:
         return epilogue.function(torch.nn.functional.conv2d(x, w, None, *geometry), b, residual)
 
-    return Implementation("cuDNN + one kernel", f"{task.case.layout}, torch.compile of the pointwise part", run)
+    setting = f"{task.case.layout}, torch.compile of the pointwise part"
+    return Implementation("cuDNN + one kernel", setting, run, slow=True)
 
 
 register(FusedConvolutions())

@@ -171,6 +171,7 @@ def _peer(
         words,
         running(transform),
         from_python=running(from_python) if from_python else None,
+        slow="torch.compile" in name,
     )
 
 

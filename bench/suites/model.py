@@ -120,7 +120,11 @@ def _implementation(
 
     amp = ", autocast" if not inference and dtype is not torch.float32 else ""
     return Implementation(
-        name, f"{layout}, {setting}{amp}", lambda images, labels: made(images.device)(images, labels), prepare
+        name,
+        f"{layout}, {setting}{amp}",
+        lambda images, labels: made(images.device)(images, labels),
+        prepare,
+        slow="torch.compile" in name,
     )
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,14 +59,14 @@ class Stopping(Products):
 
 
 def test_rows_are_saved_as_they_come(path, monkeypatch):
-    monkeypatch.setattr(module, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(module, "_SAVE_SHARE", 1e9)
     saved = []
     measure_into(path, on_row=lambda task, row: saved.append(len(rows(path)) if row else None))
     assert saved == [None, 1, None, 2, None, 3]
 
 
 def test_a_large_file_is_not_rewritten_for_each_row_but_is_whole_in_the_end(path, monkeypatch):
-    monkeypatch.setattr(module, "_SAVE_EVERY", 1e9)
+    monkeypatch.setattr(module, "_SAVE_SHARE", 0.0)
     written = []
     write = results.write
     monkeypatch.setattr(module.results, "write", lambda *a: (written.append(1), write(*a)))
@@ -110,8 +108,9 @@ def test_a_lost_device_stops_the_run_and_its_row_is_not_tried_again(path, monkey
     measured = []
     real = module.measure
 
-    def measure(suite, task, method, device):
-        row = real(suite, task, method, device)
+    def measure(*given, **options):
+        row = real(*given, **options)
+        task = given[1]
         measured.append(task.case.problem)
         if len(measured) == 2:
             broken = Candidate("gpukern", "", "failed", "broke the device")
@@ -250,11 +249,12 @@ from bench.cli import app
 signal.signal(signal.SIGINT, signal.default_int_handler)
 measure, rows = bench.run.measure, []
 
-def wait_in_the_second(*arguments):
+def wait_in_the_second(*arguments, **options):
     rows.append(arguments)
     if len(rows) == 2:
+        print("waiting", flush=True)
         time.sleep(300)
-    return measure(*arguments)
+    return measure(*arguments, **options)
 
 bench.run.measure = wait_in_the_second
 app(prog_name="python -m bench")
@@ -271,25 +271,15 @@ def bench(out: Path, *options: str, waiting: bool = False) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
 
 
-def wait_for_a_row(out: Path, process: subprocess.Popen) -> Path:
-    """The file, when it has a row and the process is at another one."""
-    for _ in range(1200):
-        for path in out.rglob("conv.json"):
-            if json.loads(path.read_text())["rows"]:
-                return path
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise AssertionError("no row in a minute")
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_process_leaves_its_rows_and_another_completes_them(number, tmp_path):
     process = bench(tmp_path, waiting=True)
-    path = wait_for_a_row(tmp_path, process)
+    assert process.stdout.readline() == "waiting\n", process.communicate()
+    (path,) = tmp_path.rglob("conv.json")
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     (done,) = results.read(path).rows
-    assert [each.name for each in path.parent.glob("*.json")] == ["conv.json"]
+    assert [each.name for each in path.parent.iterdir() if each.suffix != ".html"] == ["conv.json"]
     if number is signal.SIGKILL:
         return
     assert process.returncode == 75, errors
@@ -318,3 +308,103 @@ def test_one_network_is_worth_compiling_together_and_few_layers_are_not():
 
     assert worth("inference", 1) and worth("model", 1) and worth("conv", 8)
     assert not worth("inference", 0) and not worth("conv", 7) and not worth("inference", 1, "cpu")
+
+
+# ---- candidates, not rows ------------------------------------------------------------------------------------------
+
+
+def stopping_at(name: str, problem: BaseException, when: int = 1):
+    """A suite whose candidate ``name`` raises at its call number ``when``; the others are right."""
+    calls = []
+
+    def stopping(x, w):
+        calls.append(1)
+        if len(calls) == when:
+            raise problem
+        return product(x, w)
+
+    names = "gpukern", "torch", "compiled"
+    return Products(
+        *(candidate(each, stopping if each == name else product, slow=each == "compiled") for each in names), layers=1
+    )
+
+
+def states(path: Path) -> dict[str, tuple[str, bool]]:
+    (row,) = results.read(path).rows
+    return {each.name: (each.status, bool(each.samples)) for each in row.candidates}
+
+
+@pytest.mark.parametrize(
+    "name, when, expected",
+    [
+        ("gpukern", 1, None),
+        ("torch", 1, {"gpukern": ("ok", False)}),
+        # While both are timed: each was checked, and reads as not timed.
+        ("torch", 2, {"gpukern": ("ok", False), "torch": ("ok", False)}),
+        # What compiles for long comes last; then nothing of what the others have is lost.
+        ("compiled", 1, {"gpukern": ("ok", True), "torch": ("ok", True)}),
+        ("compiled", 2, {"gpukern": ("ok", True), "torch": ("ok", True), "compiled": ("ok", False)}),
+    ],
+)
+def test_a_stopped_run_loses_one_candidate_and_another_one_goes_on(name, when, expected, path, monkeypatch):
+    monkeypatch.setattr(module, "_SAVE_SHARE", 0.0)
+    outcome = measure_into(path, stopping_at(name, KeyboardInterrupt(), when))
+    assert outcome.stopped == "interrupted" and outcome.left == 1
+    assert (states(path) if outcome.results.rows else None) == expected
+    assert not list(path.parent.glob("*.trying"))
+    outcome = measure_into(path, stopping_at("nobody", KeyboardInterrupt()), resume=True)
+    assert (outcome.measured, outcome.found, outcome.left) == (1, 0, 0)
+    assert states(path) == dict.fromkeys(("gpukern", "torch", "compiled"), ("ok", True))
+
+
+def test_a_second_stop_takes_nothing_of_the_first_away(path):
+    measure_into(path, stopping_at("compiled", KeyboardInterrupt()))
+    before = states(path)
+    assert measure_into(path, stopping_at("torch", KeyboardInterrupt()), resume=True).stopped
+    assert states(path) == before == {"gpukern": ("ok", True), "torch": ("ok", True)}
+
+
+def test_what_broke_the_device_is_left_out_and_the_others_are_measured(path, monkeypatch):
+    """In a new process; here the rest of the row is as if the device had been lost."""
+    measure_into(path, stopping_at("nobody", KeyboardInterrupt()))
+    found = results.read(path)
+    (row,) = found.rows
+    broken = Candidate("gpukern", "", "failed", "an illegal memory access")
+    others = [replace(each, status="failed", message="not tried: gpukern broke", samples={}) for each in row.candidates]
+    results.write(path, replace(found, rows=(replace(row, candidates=(broken, *others[1:])),)))
+    outcome = measure_into(path, stopping_at("gpukern", AssertionError("run again")), resume=True)
+    assert (outcome.measured, outcome.found) == (1, 0)
+    assert states(path) == {"gpukern": ("failed", False), "torch": ("ok", True), "compiled": ("ok", True)}
+    assert results.read(path).rows[0].candidates[0] == broken
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from bench import run as module
+from bench.results import Ceilings
+from tests.bench.test_run import chosen
+from tests.bench.tiny import CPU, QUICK, Products, candidate, product
+
+module.ceilings = lambda device: Ceilings(1e9, {"float32": 1e9})
+module.PATIENCE = 1.0
+
+def hanging(x, w):
+    time.sleep(60)
+
+suite = Products(candidate("gpukern", product), candidate("torch", hanging), layers=1)
+outcome = module.run(suite, chosen(suite), QUICK, CPU, Path(sys.argv[1]), resume=True)
+print(outcome.measured)
+"""
+
+
+def test_a_hang_ends_the_process_and_is_not_waited_for_again(path, run_python):
+    ended = run_python(HANGING, str(path))
+    assert ended.returncode == 75, ended.stderr
+    assert "torch on tiny/forward/float32//2×1 hangs for 1 s; a new process can go on" in ended.stderr
+    assert states(path) == {"gpukern": ("ok", False)}
+    ended = run_python(HANGING, str(path))
+    assert ended.returncode == 0, ended.stderr
+    assert states(path) == {"gpukern": ("ok", True), "torch": ("failed", False)}
+    assert results.read(path).rows[0].candidates[1].message == "it hung, or ended the process"
+    assert not list(path.parent.glob("*.trying"))
