@@ -194,6 +194,7 @@ def main(
     write: Annotated[bool, typer.Option("--write", help="Write bench/results/host/optimizers.json too.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write that file too.")] = None,
     optimizer: Annotated[list[str], typer.Option(help="Of those in the table; repeatable. All by default.")] = [],  # noqa: B006
+    problem: Annotated[list[str], typer.Option(help="Only these, and only on the device; repeatable.")] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Steps of which each time is the median.")] = 200,
 ) -> None:
     """Count, measure and print."""
@@ -202,17 +203,22 @@ def main(
     names = optimizer or list(OPTIMIZERS)
     if unknown := set(names) - set(OPTIMIZERS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected {'; '.join(OPTIMIZERS)}")
-    found: dict[str, list[Any]] = {
-        "launches": [count_launches(model, name) for model in ("ResNet-50", "Llama 1.1B") for name in names],
-        "bytes": [count_bytes(name) for name in names],
-        "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],
-    }
-    _tables(found, console)
+    found: dict[str, list[Any]] = (
+        {}
+        if problem
+        else {
+            "launches": [count_launches(model, name) for model in ("ResNet-50", "Llama 1.1B") for name in names],
+            "bytes": [count_bytes(name) for name in names],
+            "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],
+        }
+    )
+    if not problem:
+        _tables(found, console)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about: dict[str, Any] = {"environment": dataclasses.asdict(environment(device))}
     if device.type == "cuda":
         copy = optimizer_device.copy_bandwidth()
-        found["device"] = optimizer_device.measure_all(names)
+        found["device"] = optimizer_device.measure_all(names, problem or tuple(optimizer_device.PROBLEMS))
         title = f"Steps on the device; a copy moves {copy / 1e9:,.0f} GB/s"
         show(found["device"], title, _device_columns(copy), console)
         about["copy_bandwidth"] = copy

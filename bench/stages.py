@@ -1,4 +1,4 @@
-"""The stages of ``bench/gpu.sh``: check, tune, bench and profile, each a list of steps in the order of their value."""
+"""The stages of ``bench/gpu.sh``, each a list of steps in the order of their value."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ import gpukern
 from bench import results
 from bench.command import RESULTS
 from bench.environment import run_folder, slug
+from bench.lease import carried
+from bench.lease.calls import MINUTES, first, measured, second
 from bench.report import group_title, is_network, page, record
 from bench.report.summary import summarize
 from bench.results import Results
-from bench.steps import Step, run_stage
+from bench.steps import Step, run_stage, suite_step
 
 
 def check(folder: Path) -> list[Step]:
@@ -67,33 +69,37 @@ def check(folder: Path) -> list[Step]:
 
 def tune(folder: Path) -> list[Step]:
     """Other plans beside the chosen ones, for the layers that most of a network's time goes to."""
+
     # Many candidates a row: few samples of each.
-    step = _suite(folder, "--seconds", "0.05")
+    def step(name: str, *options: str) -> Step:
+        return suite_step(folder, "plans", name, *options, "--seconds", "0.05")
+
     return [
-        step("plans", "forward-32", "--computation", "forward"),
-        step("plans", "input-gradient-32", "--computation", "input gradient"),
-        step("plans", "weight-gradient-32", "--computation", "weight gradient"),
-        step("plans", "forward-1", "--computation", "forward", "--batch", "1"),
-        step("plans", "forward-128", "--computation", "forward", "--batch", "128"),
-        step("plans", "mobilenet-32", "--suite", "mobilenet_v2", "--filter", "groups"),
-        step("plans", "tf32-32", "--dtype", "tf32"),
+        step("forward-32", "--computation", "forward"),
+        step("input-gradient-32", "--computation", "input gradient"),
+        step("weight-gradient-32", "--computation", "weight gradient"),
+        step("forward-1", "--computation", "forward", "--batch", "1"),
+        step("forward-128", "--computation", "forward", "--batch", "128"),
+        step("mobilenet-32", "--suite", "mobilenet_v2", "--filter", "groups"),
+        step("tf32-32", "--dtype", "tf32"),
     ]
 
 
 def bench(folder: Path) -> list[Step]:
-    """The suites against their peers: what most people ask first, first; what compiles for each row, last."""
-    step = _suite(folder)
+    """The suites against their peers: what most people ask first, first; who compiles for each row after the libraries,
+    who tries everything last."""
+    step = functools.partial(measured, folder)
     library, everyone = ("--peers", "library"), ("--peers", "library", "--peers", "compile")
     compilers = *everyone, "--peers", "max-autotune"
     everything, batches = ("--suite", "all"), ("--batch", "128", "--batch", "32", "--batch", "1")
     optimizers = (sys.executable, "-m", "bench.optimizers", "--out", str(folder / "optimizers.json"))
     return [
-        step("inference", "resnet50", *compilers, "--suite", "resnet50", *batches),
+        step("inference", "resnet50", *library, "--suite", "resnet50", *batches),
         step("conv", "resnet50-32", *library),
         step("fused", "resnet50-32", *library),
         Step("optimizers", optimizers),
-        step("inference", "all", *everyone),
-        step("model", "resnet50-32", *everyone),
+        step("model", "resnet50-32", *library),
+        step("inference", "all", *library),
         step("pool", "all-32", *library, *everything),
         step("linear", "all-32", *library, *everything),
         step("conv", "resnet50-1", *library, "--batch", "1"),
@@ -105,10 +111,14 @@ def bench(folder: Path) -> list[Step]:
         step("model", "all-32", *library, *everything),
         step("conv", "all-32", *library, *everything),
         step("conv", "resnet50-bf16", *library, "--dtype", "bf16"),
-        step("inference", "compile", *compilers),
-        step("fused", "compile", *compilers),
-        step("conv", "compile", *compilers, "--computation", "forward"),
         step("conv", "resnet50-fp32", *library, "--dtype", "fp32"),
+        step("inference", "resnet50-compile", *everyone, "--suite", "resnet50", *batches),
+        step("inference", "all-compile", *everyone),
+        step("model", "resnet50-compile", *everyone),
+        step("inference", "resnet50-max", *compilers, "--suite", "resnet50", *batches),
+        step("inference", "max", *compilers),
+        step("fused", "max", *compilers),
+        step("conv", "max", *compilers, "--computation", "forward"),
     ]
 
 
@@ -133,14 +143,10 @@ def kernel_names() -> list[str]:
     return sorted({name for source in sources for name in re.findall(r"jit(?:\(.*\))?\ndef (\w+_kernel)\(", source)})
 
 
-def _suite(folder: Path, *always: str) -> Callable[..., Step]:
-    out = str(folder.parent.parent)
-
-    def step(suite: str, name: str, *options: str) -> Step:
-        command = (sys.executable, "-m", "bench", suite, *options, *always, "--out", out, "--resume")
-        return Step(f"{suite}-{name}", command)
-
-    return step
+def more(folder: Path) -> list[Step]:
+    """Whatever is not measured yet: the other suites, other plans, who compiles for long, and compute-sanitizer."""
+    sanitized = [step for step in check(folder) if step.needs]
+    return [*bench(folder), *tune(folder), *sanitized]
 
 
 def worst_rows(folder: Path, number: int = 3) -> list[tuple[Path, str]]:
@@ -178,7 +184,9 @@ def _measured(folder: Path) -> Iterator[tuple[Path, Results]]:
             yield path, read
 
 
-STAGES: dict[str, Callable[[Path], list[Step]]] = {s.__name__: s for s in (check, tune, bench, profile)}
+STAGES: dict[str, Callable[[Path], list[Step]]] = {
+    stage.__name__: stage for stage in (first, second, more, check, tune, bench, profile)
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -194,14 +202,17 @@ def main(arguments: list[str]) -> int:
     place = run_folder(torch.device("cuda"))
     folder = RESULTS / place
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(carried.FOLDER)
+    print(carried.unpack(), flush=True)
     steps = STAGES[stage](folder)
     if not steps:
         print(f"{stage}: nothing to do: no measured rows in {folder}; run bench first", file=sys.stderr)
         return 1
     # After each step: whatever ends this machine, what was done is there.
     pack = functools.partial(_pack, folder, place, os.environ.get("OUT"))
-    status = run_stage(stage, steps, folder, 60 * float(os.environ.get("MINUTES", "9")), after_each=pack)
-    if stage in ("bench", "tune"):
+    minutes = float(os.environ.get("MINUTES") or MINUTES.get(stage, 9))
+    status = run_stage(stage, steps, folder, 60 * minutes, after_each=pack)
+    if stage not in ("check", "profile"):
         files = list(_measured(folder))
         results.write_text(folder / "report.html", page.render(files))
         print("\nagainst the best of the others on each row (above 1: gpukern is faster)")

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -22,8 +23,12 @@ from bench import results
 from bench.attempt import UNFINISHED
 from bench.environment import ROOT
 
+#: Between two looks at what a step has left so far.
+_MEANWHILE = 10.0
 #: Less than this is not worth starting a step for, in seconds.
 _LEAST = 20.0
+#: How often a step may end by itself and leave something: each time a candidate hung or broke the device.
+_TRIES = 4
 #: Between SIGTERM, which saves, and SIGKILL.
 _GRACE = 10.0
 
@@ -37,6 +42,14 @@ class Step:
     #: A program that the machine may lack.
     needs: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    #: In seconds: a step that hangs takes no more from those after it.
+    limit: float = float("inf")
+
+
+def suite_step(folder: Path, suite: str, name: str, *options: str, limit: float = float("inf")) -> Step:
+    """Measure rows of a suite into ``folder``, going on where an earlier step stopped."""
+    command = (sys.executable, "-m", "bench", suite, *options, "--out", str(folder.parent.parent), "--resume")
+    return Step(f"{suite}-{name}", command, limit=limit)
 
 
 @dataclass(frozen=True)
@@ -79,16 +92,20 @@ def run_stage(
             done = state.get(stage, step)
             if done is not None and done.status != "unfinished":
                 continue
-            left = until - time.monotonic()
-            if left < min(_LEAST, seconds):
-                break
-            state.put(stage, step, run_step(step, log, left))
-            after_each()
+            for _ in range(_TRIES):
+                left = until - time.monotonic()
+                if left < min(_LEAST, seconds):
+                    break
+                done = run_step(step, log, min(left, step.limit), after_each)
+                state.put(stage, step, done)
+                after_each()
+                if done.status != "unfinished" or done.seconds > min(left, step.limit) - 2 * _GRACE:
+                    break
     return _verdict(stage, steps, state)
 
 
-def run_step(step: Step, log: TextIO, seconds: float) -> Done:
-    """Run a step for at most ``seconds``, its output going to ``log``."""
+def run_step(step: Step, log: TextIO, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> Done:
+    """Run a step for at most ``seconds``, its output going to ``log``; ``meanwhile`` is called now and then."""
     if step.needs and shutil.which(step.needs) is None:
         return Done("not here", 0.0, f"{step.needs} is not installed")
     print(f"== {step.name}", flush=True)
@@ -106,7 +123,7 @@ def run_step(step: Step, log: TextIO, seconds: float) -> Done:
         start_new_session=True,  # so that its own processes are stopped with it
     )
     try:
-        status = _wait(process, seconds)
+        status = _wait(process, seconds, meanwhile)
     finally:
         _stop(process)
     last = _last_line(Path(log.name), start)
@@ -117,12 +134,14 @@ def run_step(step: Step, log: TextIO, seconds: float) -> Done:
     return Done(known.get(status, "failed"), took, last)
 
 
-def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+def _wait(process: subprocess.Popen, seconds: float, meanwhile: Callable[[], None]) -> int | None:
     """The exit status, or None if it takes longer."""
-    try:
-        return process.wait(max(seconds - _GRACE, 1.0))
-    except subprocess.TimeoutExpired:
-        return None
+    until = time.monotonic() + max(seconds - _GRACE, 1.0)
+    while (left := until - time.monotonic()) > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, _MEANWHILE))
+        meanwhile()
+    return None
 
 
 def _stop(process: subprocess.Popen) -> None:

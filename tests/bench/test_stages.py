@@ -59,6 +59,34 @@ def test_each_step_leaves_its_status_and_last_line(tmp_path, capsys):
     assert "hello" in (tmp_path / "check.log").read_text()
 
 
+def test_a_step_that_ended_by_itself_goes_on_at_once(tmp_path, capsys):
+    """As one does that hung or lost the device: the next process leaves out what did it."""
+    count = tmp_path / "count"
+    write = f"open({str(count)!r}, 'a').write('x'); "
+    code = f"{write}raise SystemExit({UNFINISHED} if len(open({str(count)!r}).read()) < 3 else 0)"
+    seen = []
+    status = run_stage("first", [program("lost", code), program("next", "")], tmp_path, 60, lambda: seen.append(1))
+    assert status == 0 and count.read_text() == "xxx"
+    assert came_to(tmp_path) == {"first/lost": ("passed", ""), "first/next": ("passed", "")}
+    assert len(seen) == 4
+    # Not for ever.
+    count.write_text("")
+    always = program("always", f"{write}raise SystemExit({UNFINISHED})")
+    assert run_stage("first", [always], tmp_path, 60) == UNFINISHED and len(count.read_text()) == steps._TRIES
+
+
+def test_a_step_has_a_limit_of_its_own_and_is_looked_at_meanwhile(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "_GRACE", 0.5)
+    monkeypatch.setattr(steps, "_MEANWHILE", 0.3)
+    seen = []
+    hanging = program("hangs", "import time; print('begun', flush=True); time.sleep(60)", limit=2.0)
+    assert run_stage("first", [hanging, program("next", "")], tmp_path, 60, lambda: seen.append(1)) == UNFINISHED
+    found = came_to(tmp_path)
+    assert found["first/hangs"][0] == "unfinished" and found["first/hangs"][1].endswith("begun")
+    assert found["first/next"][0] == "passed"
+    assert len(seen) >= 4
+
+
 def test_goes_on_where_it_stopped(tmp_path, capsys):
     count = tmp_path / "count"
     first = program("first", f"open({str(count)!r}, 'a').write('x')")
@@ -108,7 +136,7 @@ def test_a_step_that_does_not_listen_is_killed_with_its_children(tmp_path, monke
 # ---- the stages ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["check", "tune", "bench"])
+@pytest.mark.parametrize("stage", ["first", "second", "more", "check", "tune", "bench"])
 def test_steps_are_programs_with_names_of_their_own(stage, tmp_path):
     made = stages.STAGES[stage](tmp_path / "device" / "commit")
     assert len({step.name for step in made}) == len(made)
@@ -118,7 +146,7 @@ def test_steps_are_programs_with_names_of_their_own(stage, tmp_path):
         assert all((ROOT / path).exists() for path in paths)
 
 
-@pytest.mark.parametrize("stage", ["tune", "bench"])
+@pytest.mark.parametrize("stage", ["first", "second", "more"])
 def test_every_measuring_step_is_a_right_command(stage, tmp_path, run_python):
     """Each is parsed as the command line would, up to the point where it finds no GPU."""
     made = stages.STAGES[stage](tmp_path / "device" / "commit")
@@ -146,8 +174,8 @@ print(json.dumps(tried))
     tried = json.loads(outcome.stdout)
     assert [name for name, _, _ in tried] == [words[0] for words in commands]
     assert all(rows > 0 and out == str(tmp_path) for _, rows, out in tried)
-    if stage == "bench":
-        assert {name for name, _, _ in tried} == set(suites()) - {"plans"}
+    if stage == "more":
+        assert {name for name, _, _ in tried} == set(suites())
 
 
 def test_the_worst_rows_are_profiled(tmp_path):
@@ -190,12 +218,40 @@ print(json.dumps(sorted(name for name in found if name.endswith("_kernel"))))
 
 
 def test_the_aim_is_measured_first(tmp_path):
-    """ResNet-50 for inference at the batch of the aim, with every peer in the row."""
+    """ResNet-50 for inference at the batch of the aim."""
     command = stages.bench(tmp_path / "device" / "commit")[0].command
     assert command[3:] == (
-        "inference", "--peers", "library", "--peers", "compile", "--peers", "max-autotune", "--suite", "resnet50",
-        "--batch", "128", "--batch", "32", "--batch", "1", "--out", str(tmp_path), "--resume",
+        "inference", "--peers", "library", "--suite", "resnet50", "--batch", "128", "--batch", "32", "--batch", "1",
+        "--seconds", "0.1", "--out", str(tmp_path), "--resume",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["first", "second", "more", "bench"])
+def test_libraries_come_before_compilers_and_those_that_try_everything_last(stage, tmp_path):
+    folder = tmp_path / "device" / "commit"
+    cost = [
+        2 if "max-autotune" in step.command else 1 if "compile" in step.command else 0
+        for step in stages.STAGES[stage](folder)
+        if "library" in step.command
+    ]
+    assert cost == sorted(cost) and (2 in cost) == (stage in ("more", "bench"))
+
+
+@pytest.mark.parametrize("stage", ["first", "second"])
+def test_no_step_of_a_short_call_takes_all_of_its_time(stage, tmp_path):
+    made = stages.STAGES[stage](tmp_path / "device" / "commit")
+    assert max(step.limit for step in made) <= 60 * stages.MINUTES[stage] / 2
+
+
+def test_rows_of_one_file_are_measured_in_one_way(tmp_path):
+    folder = tmp_path / "device" / "commit"
+    method: dict[str, set] = {}
+    for stage in ("first", "second", "more", "tune", "bench"):
+        for step in stages.STAGES[stage](folder):
+            if "--resume" in step.command:
+                seconds = step.command[step.command.index("--seconds") + 1]
+                method.setdefault(step.command[3], set()).add(seconds)
+    assert set(method) == set(suites()) and all(len(found) == 1 for found in method.values())
 
 
 def test_headlines_tell_who_won(tmp_path):
@@ -231,7 +287,7 @@ def test_without_a_gpu_one_clear_line(stage, tmp_path):
 
 def test_an_unknown_stage():
     outcome = script("everything")
-    assert outcome.returncode == 2 and "check|tune|bench|profile" in outcome.stderr
+    assert outcome.returncode == 2 and "first|second|more|check|tune|bench|profile" in outcome.stderr
 
 
 @pytest.fixture
@@ -241,6 +297,8 @@ def pretended_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(stages, "run_folder", lambda device: Path("made-up-gpu") / "commit")
     monkeypatch.setattr(stages, "RESULTS", tmp_path / "kept")
     monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")  # which a stage sets
+    monkeypatch.setattr(stages.carried, "unpack", lambda: "no kernels")
     before = signal.getsignal(signal.SIGTERM)
     yield tmp_path / "kept" / "made-up-gpu" / "commit"
     signal.signal(signal.SIGTERM, before)

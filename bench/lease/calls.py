@@ -1,0 +1,72 @@
+"""The two calls of a GPU that is there for a quarter of an hour: what is worth most, first.
+
+``first`` says whether the kernels are right and how the forward pass does against cuDNN; what is found there is mended,
+and ``second`` measures the rest. Their kernels are those that ``make lease`` compiles.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from bench.steps import Step, suite_step
+
+#: Of timing for each candidate of a row, in every stage: one method for all rows of a file.
+SECONDS = "0.1"
+MINUTES = {"first": 5.0, "second": 400 / 60}
+_LIBRARY = ("--peers", "library")
+_RESNET = ("--suite", "resnet50")
+#: Those with tests that need a GPU.
+_GPU_TESTS = ("tests/fuse/test_cuda_graph.py", "tests/optim/test_cuda.py", "tests/fuse/test_timing.py", "tests/tune")
+
+
+def measured(folder: Path, suite: str, name: str, *options: str, limit: float = float("inf")) -> Step:
+    """A step whose rows may stand beside those of any other stage."""
+    return suite_step(folder, suite, name, *options, "--seconds", SECONDS, limit=limit)
+
+
+def smoke(folder: Path, kind: str, limit: float, *options: str) -> Step:
+    out = str(folder / f"smoke-{kind}.jsonl")
+    return Step(f"smoke-{kind}", (sys.executable, "-m", "bench.smoke", kind, "--out", out, *options), limit=limit)
+
+
+def optimizer_times(folder: Path, limit: float) -> Step:
+    """Of two optimizers, over ResNet-50's tensors."""
+    few = ("--optimizer", "Adam", "--optimizer", "SGD, momentum", "--problem", "ResNet-50")
+    command = (sys.executable, "-m", "bench.optimizers", *few, "--out", str(folder / "optimizers-few.json"))
+    return Step("optimizers-few", command, limit=limit)
+
+
+def first(folder: Path) -> list[Step]:
+    """Is everything right, and how does the forward pass do? At most five minutes."""
+    inference = (*_LIBRARY, *_RESNET, "--batch", "128", "--batch", "1")
+    return [
+        smoke(folder, "convolutions", 80),
+        measured(folder, "conv", "forward-32", *_LIBRARY, "--computation", "forward", limit=120),
+        smoke(folder, "operators", 60),
+        measured(folder, "inference", "resnet50-128-1", *inference, limit=120),
+        smoke(folder, "optimizers", 40, "--first", "2"),
+        optimizer_times(folder, 40),
+        measured(folder, "linear", "resnet50-32", *_LIBRARY, limit=60),
+        measured(folder, "pool", "resnet50-32", *_LIBRARY, limit=60),
+    ]
+
+
+def second(folder: Path) -> list[Step]:
+    """Gradients, training, depthwise layers, other plans, compilers, tests. At most seven minutes."""
+    gradients = ("--computation", "input gradient", "--computation", "weight gradient")
+    depthwise = ("--suite", "mobilenet_v2", "--filter", "groups", "--computation", "forward")
+    compilers = (*_LIBRARY, "--peers", "compile", *_RESNET, "--batch", "128", "--batch", "1")
+    workers = str(max(1, min(12, (os.cpu_count() or 1) - 2)))
+    pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", workers, "--maxfail=20", *_GPU_TESTS)
+    return [
+        measured(folder, "conv", "gradients-32", *_LIBRARY, *gradients, limit=150),
+        measured(folder, "model", "resnet50-32", *_LIBRARY, limit=90),
+        measured(folder, "conv", "depthwise-32", *_LIBRARY, *depthwise, limit=60),
+        suite_step(folder, "plans", "forward-32", "--computation", "forward", "--seconds", "0.05", limit=100),
+        measured(folder, "fused", "resnet50-32", *_LIBRARY, limit=60),
+        measured(folder, "inference", "resnet50-compile", *compilers, limit=120),
+        # The same shapes in every run: a kernel that was compiled for one serves the next.
+        Step("gpu-tests", pytest, environment={"CI": "1"}, limit=100),
+    ]

@@ -1,0 +1,272 @@
+"""What is tried first on a new GPU: each kernel family, operator and optimizer once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as T
+
+import gpukern.functional as F
+from bench.accuracy import DTYPES, sum_bound
+from bench.peers import torch_at_its_best, without_cudnn
+from gpukern.ops._conv2d import launch, reference
+from gpukern.ops._conv2d.plan import ConvPlan, Direction
+from gpukern.ops._conv2d.planner import ranking
+from gpukern.ops._conv2d.prepare import operands_of, shapes
+from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
+from gpukern.runtime.current_device import device_spec
+
+LAST, PLANES = torch.channels_last, torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A result, what float64 says, and how far apart they may be."""
+
+    actual: torch.Tensor
+    expected: torch.Tensor
+    bound: float
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    #: Everything that is launched; what it yields is compared.
+    run: Callable[[torch.device], Iterator[Compared]]
+
+
+# ---- convolutions --------------------------------------------------------------------------------------------------
+
+#: Input, weight, stride, padding, groups.
+_CONVOLUTIONS = (
+    ((32, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1),
+    ((32, 256, 14, 14), (256, 256, 3, 3), 1, 1, 1),
+    ((32, 128, 56, 56), (128, 128, 3, 3), 2, 1, 1),
+    ((32, 64, 56, 56), (256, 64, 1, 1), 1, 0, 1),
+    ((1, 512, 7, 7), (2048, 512, 1, 1), 1, 0, 1),
+    ((1, 512, 7, 7), (512, 512, 3, 3), 1, 1, 1),
+    ((32, 256, 56, 56), (512, 256, 1, 1), 2, 0, 1),
+    ((32, 3, 224, 224), (64, 3, 7, 7), 2, 3, 1),
+    ((32, 32, 112, 112), (32, 1, 3, 3), 1, 1, 32),
+    ((32, 96, 112, 112), (96, 1, 3, 3), 2, 1, 96),
+    ((8, 128, 28, 28), (128, 4, 3, 3), 1, 1, 32),
+    ((4, 40, 19, 17), (56, 40, 3, 3), 1, 1, 1),
+)
+
+
+def convolutions(device: torch.device) -> Iterator[Case]:
+    """The best plan of every kernel family, in each direction, for layers of all kinds."""
+    for dtype in ("float16", "tf32", "float32"):
+        for images, filters, stride, padding, groups in _CONVOLUTIONS:
+            p = conv_problem(images, filters, None, (stride, stride), (padding,) * 4, (1, 1), groups)
+            if dtype == "float16" or images[0] <= 8 or images[2] <= 60:
+                for direction in Direction:
+                    yield from _families(p, direction, dtype, device)
+
+
+def _families(p: ConvProblem, direction: Direction, dtype: str, device: torch.device) -> Iterator[Case]:
+    of_all = shapes(p, direction)
+    meta = [torch.empty(s, dtype=DTYPES[dtype], device="meta").contiguous(memory_format=LAST) for s in of_all]
+    with torch_at_its_best(dtype):
+        strides = tuple(t.stride() for t in meta)
+        precision = "tf32" if dtype == "tf32" else "ieee"
+        operands = operands_of(p, direction, strides, True, DTYPES[dtype], precision)
+        best: dict[Any, ConvPlan] = {}
+        for ranked in ranking(p, direction, operands, device_spec(device)):
+            best.setdefault(ranked.plan.variant, ranked.plan)
+    sizes = f"{'×'.join(map(str, of_all[0]))} with {'×'.join(map(str, of_all[1]))}, stride {p.stride[0]}"
+    for variant, plan in best.items():
+        name = f"{variant.value} {direction.value} {dtype} {sizes}, {p.groups} groups: {plan}"
+        yield Case(name, lambda device, plan=plan: _planned(p, direction, dtype, plan, device))
+
+
+def _planned(
+    p: ConvProblem, direction: Direction, dtype: str, plan: ConvPlan, device: torch.device
+) -> Iterator[Compared]:
+    of_first, of_second, _ = shapes(p, direction)
+    with torch_at_its_best(dtype):
+        first, second = (_random(size, DTYPES[dtype], LAST, device) for size in (of_first, of_second))
+        prepared = launch.prepared_for(p, direction, first, second, True, choice=plan)
+        actual, _ = launch.run(prepared, first, second)
+        exact = first.double(), second.double()
+        with without_cudnn():
+            if direction is Direction.FORWARD:
+                expected = reference.conv2d(p, *exact, None, None, "none", 0.0)
+            elif direction is Direction.INPUT_GRAD:
+                expected = reference.conv2d_input_grad(p, *exact, True)
+            else:
+                expected = reference.conv2d_weight_grad(p, *exact, True)
+    terms = {
+        Direction.FORWARD: p.group_inputs * p.R * p.S,
+        Direction.INPUT_GRAD: p.group_outputs * p.R * p.S,
+        Direction.WEIGHT_GRAD: p.N * p.P * p.Q,
+    }
+    yield Compared(actual, expected, sum_bound(dtype, terms[direction]))
+
+
+# ---- operators -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """``theirs`` gets, before the tensors, a ReLU with the zeros of our own output: next to zero a rounding decides
+    on which side a sum lies, and with it about its gradient."""
+
+    ours: Callable[..., torch.Tensor]
+    theirs: Callable[..., torch.Tensor]
+    sizes: tuple[tuple[int, ...], ...]
+    product: bool = False
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return T.batch_norm(x, None, None, weight, bias, True)
+
+
+def _our_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **options: Any) -> torch.Tensor:
+    return F.batch_norm(x, None, None, weight, bias, True, **options)
+
+
+_SMALL, _FILTER = (8, 64, 28, 28), (64, 64, 3, 3)
+_OPERATORS = {
+    "relu": _Operator(lambda x: F.relu(x), lambda relu, x: relu(x), ((32, 64, 56, 56),)),
+    "gelu": _Operator(lambda x: F.gelu(x), lambda relu, x: T.gelu(x), ((8, 96, 28, 28),)),
+    "silu": _Operator(lambda x: F.silu(x), lambda relu, x: T.silu(x), ((8, 96, 28, 28),)),
+    "max_pool 3, stride 2": _Operator(
+        lambda x: F.max_pool2d(x, 3, 2, 1), lambda relu, x: T.max_pool2d(x, 3, 2, 1), ((32, 64, 112, 112),)
+    ),
+    "max_pool 2": _Operator(
+        lambda x: F.max_pool2d(x, 2), lambda relu, x: T.max_pool2d(x, 2), ((8, 72, 27, 29),)
+    ),
+    "avg_pool": _Operator(
+        lambda x: F.avg_pool2d(x, 3, 2, 1), lambda relu, x: T.avg_pool2d(x, 3, 2, 1), ((8, 64, 27, 29),)
+    ),
+    "adaptive pool to 1": _Operator(
+        lambda x: F.adaptive_avg_pool2d(x, 1), lambda relu, x: T.adaptive_avg_pool2d(x, 1), ((32, 2048, 7, 7),)
+    ),
+    "adaptive pool to 3": _Operator(
+        lambda x: F.adaptive_avg_pool2d(x, 3), lambda relu, x: T.adaptive_avg_pool2d(x, 3), ((4, 100, 7, 11),)
+    ),
+    "linear": _Operator(
+        lambda *t: F.linear(*t), lambda relu, *t: T.linear(*t), ((32, 2048), (1000, 2048), (1000,)), True
+    ),
+    "linear, odd": _Operator(
+        lambda *t: F.linear(*t), lambda relu, *t: T.linear(*t), ((7, 3, 99), (61, 99), (61,)), True
+    ),
+    "batch_norm": _Operator(_our_norm, lambda relu, *t: _norm(*t), ((32, 256, 56, 56), (256,), (256,))),
+    "batch_norm, small": _Operator(_our_norm, lambda relu, *t: _norm(*t), ((32, 512, 7, 7), (512,), (512,))),
+    "batch_norm of rows": _Operator(_our_norm, lambda relu, *t: _norm(*t), ((64, 500), (500,), (500,))),
+    "batch_norm, residual, relu": _Operator(
+        lambda x, w, b, r: _our_norm(x, w, b, residual=r, activation="relu"),
+        lambda relu, x, w, b, r: relu(_norm(x, w, b) + r),
+        ((32, 256, 14, 14), (256,), (256,), (32, 256, 14, 14)),
+    ),
+    "conv, bias, relu": _Operator(
+        lambda x, w, b: F.conv2d(x, w, b, padding=1, activation="relu"),
+        lambda relu, x, w, b: relu(T.conv2d(x, w, b, padding=1)),
+        (_SMALL, _FILTER, (64,)),
+        True,
+    ),
+    "conv, residual, silu": _Operator(
+        lambda x, w, b, r: F.conv2d(x, w, b, padding=1, residual=r, activation="silu"),
+        lambda relu, x, w, b, r: T.silu(T.conv2d(x, w, b, padding=1) + r),
+        (_SMALL, _FILTER, (64,), _SMALL),
+        True,
+    ),
+    "conv, batch_norm": _Operator(
+        lambda x, w, g, b: _our_norm(F.conv2d(x, w, padding=1), g, b),
+        lambda relu, x, w, g, b: _norm(T.conv2d(x, w, padding=1), g, b),
+        ((32, 64, 28, 28), (128, 64, 3, 3), (128,), (128,)),
+        True,
+    ),
+    "conv_transpose": _Operator(
+        lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1),
+        lambda relu, x, w, b: T.conv_transpose2d(x, w, b, 2, 1),
+        ((8, 64, 14, 14), (64, 32, 4, 4), (32,)),
+        True,
+    ),
+    "conv in groups": _Operator(
+        lambda x, w: F.conv2d(x, w, padding=1, groups=32),
+        lambda relu, x, w: T.conv2d(x, w, padding=1, groups=32),
+        ((8, 128, 28, 28), (128, 4, 3, 3)),
+        True,
+    ),
+    "depthwise 5, stride 2": _Operator(
+        lambda x, w: F.conv2d(x, w, stride=2, padding=2, groups=96),
+        lambda relu, x, w: T.conv2d(x, w, stride=2, padding=2, groups=96),
+        ((8, 96, 29, 27), (96, 1, 5, 5)),
+        True,
+    ),
+    "depthwise 7": _Operator(
+        lambda x, w: F.conv2d(x, w, padding=3, groups=96),
+        lambda relu, x, w: T.conv2d(x, w, padding=3, groups=96),
+        ((8, 96, 28, 28), (96, 1, 7, 7)),
+        True,
+    ),
+}  # fmt: skip
+
+
+def operators(device: torch.device) -> Iterator[Case]:
+    """Each operator and all its gradients, through the public functions."""
+    for dtype in ("float16", "tf32", "bfloat16"):
+        for layout in (LAST, PLANES):
+            for name, operator in _OPERATORS.items():
+                words = f"{name}, {dtype}, {'channels_last' if layout is LAST else 'NCHW'}"
+                yield Case(words, lambda device, a=(operator, dtype, layout): _operated(*a, device))
+
+
+def _operated(operator: _Operator, dtype: str, layout: torch.memory_format, device: torch.device) -> Iterator[Compared]:
+    with torch_at_its_best(dtype):
+        leaves = [_random(size, DTYPES[dtype], layout, device) for size in operator.sizes]
+        if len(leaves) > 1 and leaves[1].dim() > 1:
+            leaves[1].mul_(leaves[1][0].numel() ** -0.5)  # sums as large as what is summed
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        actual = operator.ours(*leaves)
+        grad = _random(actual.shape, DTYPES[dtype], layout, device)
+        actual_grads = torch.autograd.grad(actual, leaves, grad)
+        with without_cudnn():
+            exact = [leaf.detach().double().contiguous().requires_grad_() for leaf in leaves]
+            kept = actual.detach() > 0
+            expected = operator.theirs(lambda x: x * kept, *exact)
+            expected_grads = torch.autograd.grad(expected, exact, grad.double().contiguous())
+    # Sums over all pixels are the longest.
+    terms = leaves[0].numel() // leaves[0].shape[-1 if leaves[0].dim() == 3 else 1]
+    precision = "float32" if dtype == "tf32" and not operator.product else dtype
+    # Through two roundings: a gradient is made of values that were rounded before.
+    bound = 2 * sum_bound(precision, terms)
+    for one, other in zip((actual, *actual_grads), (expected, *expected_grads), strict=True):
+        yield Compared(one, other, bound)
+
+
+# ---- optimizers ----------------------------------------------------------------------------------------------------
+
+
+def optimizers(device: torch.device) -> Iterator[Case]:
+    """Two steps over ResNet-50's tensors; compiled by NVRTC, not by Triton."""
+    from bench.optimizer_steps import OPTIMIZERS
+
+    for name in ("Adam", "SGD, momentum", *OPTIMIZERS):
+        yield Case(name, lambda device, name=name: _stepped(name))
+
+
+def _stepped(name: str) -> Iterator[Compared]:
+    import gpukern.optim as optim
+    from bench import optimizer_device
+    from bench.optimizer_steps import ones
+
+    tensors = optimizer_device.PROBLEMS["ResNet-50"].tensors()
+    optimizer, parameters = ones(name, tensors, optim)
+    optimizer_device.check(name, optimizer, parameters, tensors)  # raises
+    yield from ()
+
+
+def _random(size: Any, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> torch.Tensor:
+    made = torch.randn(tuple(size), device=device).to(dtype)
+    return made.contiguous(memory_format=layout) if made.dim() == 4 else made
+
+
+KINDS: dict[str, Callable[[torch.device], Iterator[Case]]] = {
+    each.__name__: each for each in (convolutions, operators, optimizers)
+}
