@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gate lint format clean
+.PHONY: help demo test gate lease lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ test: $(INSTALLED) ## run the tests, in WORKERS processes (default: one a core, 
 
 gate: $(INSTALLED) ## compile every launch for sm_80 to sm_100 and read the machine code, no GPU needed (make test: a part)
 	@$(BIN)/python -m tests.compile.gate
+
+lease: $(INSTALLED) ## compile what a rented H200 will run and try both calls without one (bench/LEASE.md)
+	@$(BIN)/python -m bench.lease
 
 lint: $(INSTALLED) ## check style
 	@$(BIN)/ruff check .

@@ -44,6 +44,8 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
     #: In seconds: a step that hangs takes no more from those after it.
     limit: float = float("inf")
+    #: Whether it can be tried without a GPU, on the stub driver.
+    dry: bool = True
 
 
 def suite_step(folder: Path, suite: str, name: str, *options: str, limit: float = float("inf")) -> Step:

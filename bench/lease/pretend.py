@@ -1,0 +1,185 @@
+"""A process in which there seems to be an H200, for dry runs: every line runs, and every time is made up.
+
+Tensors on "cuda" are tensors on "meta", without memory, so nothing computes and every check of a value passes. Triton
+is real: kernels come from its cache or its compiler, launchers are its own, and launches go to the stub driver
+(:mod:`bench.lease.stub`). What is compiled meanwhile goes to the file that ``LEASE_LOG`` names, a line each:
+``hit KERNEL``, ``miss KERNEL`` or ``compiler FILE``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+NAME = "NVIDIA H200"
+META = torch.device("meta")
+#: What a time of a GPU is in a dry run, in milliseconds.
+_TIME = 1.0
+
+
+def pretend_gpu() -> None:
+    """From now on, until the process ends."""
+    import triton
+    from triton.runtime import build, driver
+
+    from bench import accuracy
+    from bench.lease.stub import Stub
+    from gpukern.runtime import current_device
+    from gpukern.runtime.device import H200, DeviceSpec
+    from gpukern.runtime.mode import Mode, force_mode
+
+    driver.set_active(Stub(Path(os.environ["TRITON_LIBCUDA_PATH"])).driver())
+    triton.knobs.compilation.listener = _on_compiled
+    real_build = build._build
+
+    def logged_build(name: str, *given: Any, **options: Any) -> Any:
+        _log(f"compiler {name}")
+        return real_build(name, *given, **options)
+
+    build._build = logged_build
+    # As the device that is asked for its limits describes itself.
+    spec = DeviceSpec(NAME, H200.compute_capability, H200.sm_count, H200.shared_memory)
+    _forever(current_device.pretend(spec), force_mode(Mode.KERNELS), _OnMeta())
+    accuracy.relative_error = lambda actual, reference: 0.0
+    torch.compile = lambda function=None, **options: function if function is not None else (lambda each: each)
+    for name, value in _cuda(spec).items():
+        setattr(torch.cuda, name, value)
+
+
+def _on_compiled(*, src: Any, cache_hit: bool, **others: Any) -> None:
+    _log(f"{'hit' if cache_hit else 'miss'} {src.name}")
+
+
+def _log(line: str) -> None:
+    if path := os.environ.get("LEASE_LOG"):
+        with open(path, "a") as file:
+            file.write(line + "\n")
+
+
+_kept: list[Any] = []
+
+
+def _forever(*contexts: Any) -> None:
+    for each in contexts:
+        each.__enter__()
+        _kept.append(each)
+
+
+class _OnMeta(TorchFunctionMode):
+    """Tensors that are asked for on "cuda" come on "meta", and values that are asked for are zeros."""
+
+    def __torch_function__(self, function: Any, types: Any, given: tuple = (), options: dict | None = None) -> Any:
+        if function is torch.device:
+            return function(*given, **(options or {}))
+        options = {name: _moved(each) for name, each in (options or {}).items() if name != "generator"}
+        given = tuple(_moved(each) for each in given)
+        on_meta = bool(given) and isinstance(given[0], torch.Tensor) and given[0].device == META
+        if function is torch.equal:
+            return True
+        if function is torch.allclose:
+            return True
+        if on_meta and function in (torch.Tensor.item, torch.Tensor.__float__):
+            return 0.0
+        if on_meta and function in (torch.Tensor.__bool__, torch.Tensor.__int__):
+            return 0
+        if on_meta and function is torch.Tensor.cpu:
+            return torch.zeros(given[0].shape, dtype=given[0].dtype, device="cpu")
+        return function(*given, **options)
+
+
+def _moved(value: Any) -> Any:
+    if isinstance(value, torch.device) and value.type == "cuda":
+        return META
+    return "meta" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
+
+
+class _Stream:
+    cuda_stream, stream_id, device = 0, 0, META
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    wait_event = record_event = wait_stream
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Event:
+    def __init__(self, *given: Any, **options: Any) -> None:
+        pass
+
+    def record(self, *given: Any) -> None:
+        pass
+
+    synchronize = wait = record
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other: _Event) -> float:
+        return _TIME
+
+
+class _Graph:
+    def __init__(self, *given: Any, **options: Any) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+    reset = replay
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 0)
+
+
+def _cuda(spec: Any) -> dict[str, Any]:
+    """Of ``torch.cuda``."""
+    major, minor = spec.compute_capability
+    properties = SimpleNamespace(
+        name=spec.name,
+        major=major,
+        minor=minor,
+        multi_processor_count=spec.sm_count,
+        shared_memory_per_block_optin=spec.shared_memory,
+        L2_cache_size=60 * 2**20,
+        total_memory=140 * 2**30,
+    )
+
+    def nothing(*given: Any, **options: Any) -> None:
+        return None
+
+    @contextlib.contextmanager
+    def inside(*given: Any, **options: Any) -> Any:
+        yield
+
+    stream = _Stream()
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "get_device_name": lambda device=None: spec.name,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: spec.compute_capability,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": nothing,
+        "is_current_stream_capturing": lambda: False,
+        "current_stream": lambda device=None: stream,
+        "Stream": lambda *given, **options: _Stream(),
+        "stream": inside,
+        "device": inside,
+        "Event": _Event,
+        "CUDAGraph": _Graph,
+        "graph": inside,
+    }
