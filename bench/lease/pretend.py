@@ -34,7 +34,6 @@ def pretend_gpu() -> None:
     from gpukern.runtime.device import H200, DeviceSpec
     from gpukern.runtime.mode import Mode, force_mode
 
-    driver.set_active(Stub(Path(os.environ["TRITON_LIBCUDA_PATH"])).driver())
     triton.knobs.compilation.listener = _on_compiled
     real_build = build._build
 
@@ -43,6 +42,7 @@ def pretend_gpu() -> None:
         return real_build(name, *given, **options)
 
     build._build = logged_build
+    driver.set_active(Stub(Path(os.environ["TRITON_LIBCUDA_PATH"])).driver())
     # As the device that is asked for its limits describes itself.
     spec = DeviceSpec(NAME, H200.compute_capability, H200.sm_count, H200.shared_memory)
     _forever(current_device.pretend(spec), force_mode(Mode.KERNELS), _OnMeta())
