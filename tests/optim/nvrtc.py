@@ -71,6 +71,15 @@ def library() -> ctypes.CDLL | None:
 
 def compile_text(text: str, architecture: str, options: Sequence[str]) -> bytes:
     """Machine code for "sm_90", say."""
+    return _compile(text, architecture, options, "CUBIN")
+
+
+def ptx(text: str, architecture: str, options: Sequence[str]) -> str:
+    """What the machine code is made from."""
+    return _compile(text, architecture, options, "PTX").decode()
+
+
+def _compile(text: str, architecture: str, options: Sequence[str], wanted: str) -> bytes:
     nvrtc, program = library(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None)
     try:
@@ -78,7 +87,7 @@ def compile_text(text: str, architecture: str, options: Sequence[str]) -> bytes:
         failed = nvrtc.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
         if failed:
             raise CompileError(_output(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode())
-        return _output(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+        return _output(getattr(nvrtc, f"nvrtcGet{wanted}Size"), getattr(nvrtc, f"nvrtcGet{wanted}"), program)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

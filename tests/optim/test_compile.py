@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gpukern.optim._fused import rules, source
+from gpukern.optim._fused.machine_code import OPTIONS
 from gpukern.optim._fused.rules import Rule
 from gpukern.optim._fused.source import Variant
 from gpukern.optim._fused.table import GRADIENTS, arguments_type
@@ -21,8 +22,8 @@ pytestmark = pytest.mark.skipif(nvrtc.library() is None, reason="NVRTC is not in
 
 RULES = (rules.SGD, rules.ADAGRAD, rules.RMSPROP, rules.ADAM, rules.LION, rules.LARS, rules.LAMB)
 DEVICES = {"sm_80": A100, "sm_90": H100, "sm_100": B200}
-#: As the package and then CuPy give them.
-OPTIONS = ("--std=c++17", "-ftz=true")
+#: What CuPy adds to those of its own kernels.
+CUPY = ("-ftz=true",)
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: Dtypes of parameter, gradient and state, and whether there are master weights.
 DTYPES = {
@@ -176,6 +177,13 @@ def test_too_many_instructions_are_seen():
     assert any("update_kernel" in each and "of the memory's time" in each for each in found), found
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_nothing_is_flushed_to_zero(rule):
+    text = source.source(variant(rule, "fp32"))
+    assert ".ftz.f32" not in nvrtc.ptx(text, "sm_90", OPTIONS)
+    assert ".ftz.f32" in nvrtc.ptx(text, "sm_90", (*OPTIONS, *CUPY))
+
+
 def test_what_does_not_compile_says_why():
     with pytest.raises(nvrtc.CompileError, match='identifier "unknown" is undefined'):
         nvrtc.compile_text('extern "C" __global__ void kernel() { unknown(); }', "sm_90", OPTIONS)
@@ -201,4 +209,4 @@ def test_the_elementwise_kernel_compiles_as_cupy_writes_it(rule):
     headers = Path(cupy.__file__).parent / "_core" / "include"
     folders = ["", *(f"cupy/_cccl/{part}" for part in ("libcudacxx", "thrust", "cub"))]
     text = "#include <cupy/complex.cuh>\n#include <cupy/carray.cuh>\n" + text
-    assert nvrtc.compile_text(text, "sm_90", (*OPTIONS, *(f"-I{headers / folder}" for folder in folders)))
+    assert nvrtc.compile_text(text, "sm_90", (*OPTIONS, *CUPY, *(f"-I{headers / folder}" for folder in folders)))

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpukern.optim._fused.machine_code import machine_code
 from gpukern.optim._fused.source import THREADS, Variant, kernels, source
-
-_OPTIONS = ("--std=c++17",)
 
 
 class DeviceProgram:
@@ -20,16 +19,17 @@ class DeviceProgram:
         cupy = _cupy()
         self._cupy, self._device = cupy, device
         self._streams: dict[int, Any] = {}
-        with cupy.cuda.Device(device):
-            # Compiled by NVRTC once for each text and architecture: CuPy keeps the result on disk. Loading allocates,
-            # which must not happen while a graph is captured: CuPy loads what it returns a function of.
-            module = cupy.RawModule(code=source(variant), options=_OPTIONS)
+        chosen = cupy.cuda.Device(device)
+        with chosen:
+            # Loading allocates, which must not happen while a graph is captured: all kernels are loaded here.
+            module = cupy.cuda.Module()
+            module.load(machine_code(cupy.cuda.nvrtc, source(variant), int(chosen.compute_capability)))
             self._kernels = {name: module.get_function(name) for name in kernels(variant.rule)}
 
     def launch(self, kernel: str, blocks: int, arguments: np.ndarray) -> None:
         """``arguments`` has one element, which travels by value and may change as soon as this returns."""
         current = torch.cuda.current_stream(self._device)
-        # CuPy keeps what it has loaded by the current device.
+        # A module belongs to the device that was current when it was loaded.
         with self._cupy.cuda.Device(self._device):
             self._kernels[kernel]((blocks,), (THREADS,), (arguments,), stream=self._stream(current))
 
