@@ -38,10 +38,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(THREADS)
 
-# An emulated kernel is slow and its time says nothing: no deadline, few examples. In CI the same ones every time.
+# An emulated kernel is slow and its time says nothing: no deadline, few examples. In CI the same ones every time; on a
+# GPU too, where each new shape would have its kernels compiled, which no cache that was brought along can know.
 hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") or DEVICE.type == "cuda" else "local")
 
 
 @pytest.fixture(scope="session")
