@@ -21,6 +21,7 @@ TORCH_FREE = (
     "database.py",
     "device.py",
     "estimate.py",
+    "exclusions.py",
     "geometry.py",
     "integers.py",
     "plan.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from gpukern.explain.question import Question
@@ -10,8 +11,9 @@ from gpukern.explain.words import describe_plan
 from gpukern.ops._conv2d import database, prepare
 from gpukern.ops._conv2d.cost import work
 from gpukern.ops._conv2d.estimate import estimate
+from gpukern.ops._conv2d.exclusions import Exclusion
 from gpukern.ops._conv2d.plan import ConvPlan
-from gpukern.ops._conv2d.planner import FAMILIES, Ranked, only_measured, plan, ranking
+from gpukern.ops._conv2d.planner import FAMILIES, Ranked, only_measured, plan, ranking, switched_off
 from gpukern.runtime.roofline import Floor, Work, floor
 
 #: Expected times of so many bounds need a word.
@@ -22,7 +24,8 @@ _FAR = 2.5
 class Answer:
     """``work`` and ``floor`` are any implementation's; ``ranking`` holds all plans, the fastest expected first.
 
-    ``measured`` tells whether the plan database chose, not the expectation.
+    ``measured`` tells whether the plan database chose, not the expectation; ``switched_off`` how many plans each
+    exclusion kept out of the ranking.
     """
 
     question: Question
@@ -31,6 +34,7 @@ class Answer:
     chosen: Ranked
     ranking: tuple[Ranked, ...]
     measured: bool
+    switched_off: Mapping[Exclusion, int]
 
     @property
     def intensity(self) -> float:
@@ -57,6 +61,7 @@ def answer(question: Question) -> Answer:
         ranked(question, choice),
         tuple(_with_residual(question, each) for each in ranking(p, direction, operands, question.device)),
         measured,
+        switched_off(p, direction, operands, question.device),
     )
 
 
@@ -105,7 +110,7 @@ def reasons(found: Answer) -> list[str]:
     """Why this plan, in plain sentences."""
     if not found.chosen.cost.launches:
         return ["There is nothing to compute, so nothing is launched."]
-    return [_limit(found), *_comparisons(found)]
+    return [_limit(found), *_comparisons(found), *_switched_off(found)]
 
 
 def _limit(found: Answer) -> str:
@@ -147,6 +152,13 @@ def _comparisons(found: Answer) -> list[str]:
             "a GPU has shown it right and fast."
         )
     return said
+
+
+def _switched_off(found: Answer) -> Iterator[str]:
+    for each, count in found.switched_off.items():
+        major, minor = each.compute_capability
+        words = str(each)
+        yield f"{words[0].upper()}{words[1:]} are switched off on sm_{major}{minor}, {count} here: {each.reason}."
 
 
 def _comparison(which: str, other: Ranked, found: Answer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from gpukern.ops._conv2d.batch_box import plan as batch_box
 from gpukern.ops._conv2d.box import plan as box
 from gpukern.ops._conv2d.depthwise import plan as depthwise
 from gpukern.ops._conv2d.estimate import estimate
+from gpukern.ops._conv2d.exclusions import Exclusion, exclusion
 from gpukern.ops._conv2d.gather import plan as gather
 from gpukern.ops._conv2d.gemm import plan as gemm
 from gpukern.ops._conv2d.geometry import channels_of
@@ -75,8 +77,12 @@ class Ranked:
 
 @functools.lru_cache(maxsize=4096)
 def plan(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> ConvPlan:
-    """The plan that is expected to be the fastest."""
-    return next(r.plan for r in ranking(problem, direction, operands, device) if not only_measured(r.plan))
+    """The plan that is expected to be the fastest; RuntimeError if all are switched off."""
+    for ranked in ranking(problem, direction, operands, device):
+        if not only_measured(ranked.plan):
+            return ranked.plan
+    reasons = "; ".join(f"{each}: {each.reason}" for each in switched_off(problem, direction, operands, device))
+    raise RuntimeError(f"gpukern has no kernel left for {direction.value} of {problem} on {device.name}: {reasons}")
 
 
 def ranking(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> list[Ranked]:
@@ -91,7 +97,19 @@ def ranking(problem: ConvProblem, direction: Direction, operands: Operands, devi
 def candidates(
     problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
 ) -> Iterator[ConvPlan]:
-    """Of every kernel, with operands as they are or copied into channels_last."""
+    """Of every kernel, with operands as they are or copied into channels_last; none that is switched off."""
+    return (each for each in _all(problem, direction, operands, device) if exclusion(each, device) is None)
+
+
+def switched_off(
+    problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
+) -> dict[Exclusion, int]:
+    """What keeps plans of this problem from being candidates, and how many."""
+    applied = (exclusion(each, device) for each in _all(problem, direction, operands, device))
+    return dict(collections.Counter(filter(None, applied)))
+
+
+def _all(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
     in_full = operands.dtype == "float32" and operands.precision == "ieee"
     families = POOLING if problem.pool else dict.fromkeys(FAMILIES.values())
     if not problem.N:
