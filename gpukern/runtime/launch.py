@@ -8,12 +8,16 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.mode import EMULATE
 
 if EMULATE:
     from gpukern.runtime import emulation
 
     emulation.prepare()
+
+#: What Triton, from 3.6 on, says where the driver makes no tensor map of a descriptor: before the launch.
+_REFUSAL = "Failed to create tensor map descriptor"
 
 
 def launch(
@@ -25,19 +29,25 @@ def launch(
     are: packing two dozen keywords once more would cost a microsecond a call.
 
     Every launch happens under its tensors' own device: Triton launches on the current one, whatever the tensors say.
+    DescriptorRefused if the driver takes a descriptor among the arguments for none.
     """
-    if device.type == "cuda":
-        if device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
+    try:
+        if device.type == "cuda":
+            if device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    kernel[grid](*arguments, **options)
+                return
+        elif EMULATE:
+            from gpukern.runtime.emulation_checks import only_memory_of
+
+            with only_memory_of(arguments):
                 kernel[grid](*arguments, **options)
             return
-    elif EMULATE:
-        from gpukern.runtime.emulation_checks import only_memory_of
-
-        with only_memory_of(arguments):
-            kernel[grid](*arguments, **options)
-        return
-    kernel[grid](*arguments, **options)
+        kernel[grid](*arguments, **options)
+    except RuntimeError as problem:
+        if _REFUSAL in str(problem):
+            raise DescriptorRefused(str(problem)) from problem
+        raise
 
 
 def index_type(largest_offset: int) -> tl.dtype:

@@ -1,17 +1,28 @@
-"""Kernels that are switched off: by a line of data."""
+"""Kernels that are switched off: by a line of data, or because the driver refused their descriptors."""
 
 from __future__ import annotations
 
-import pytest
+import itertools
+import warnings
 
+import pytest
+import torch
+import torch.nn.functional as torch_F
+
+import gpukern.functional as F
 from gpukern.explain import answer as answers
 from gpukern.explain import show
 from gpukern.explain.question import convolution
-from gpukern.ops._conv2d import database, exclusions, planner, prepare
+from gpukern.ops._conv2d import database, exclusions, launch, planner, prepare
 from gpukern.ops._conv2d.exclusions import Exclusion
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.ops._conv2d.problem import conv_problem
-from gpukern.runtime.device import A100, B200, H100, H200
+from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
+from gpukern.runtime.current_device import pretend
+from gpukern.runtime.descriptor import DescriptorRefused
+from gpukern.runtime.device import A100, B200, EMULATED, H100, H200
+from tests.device import DEVICE
+from tests.numerics import assert_within, sum_bound
 
 FORWARD = Direction.FORWARD
 HALF = Operands("float16")
@@ -29,6 +40,7 @@ def forget() -> None:
 @pytest.fixture
 def switch_off(monkeypatch):
     """``switch_off(line, ...)`` makes these the data. Nothing of it stays."""
+    monkeypatch.setattr(exclusions, "_found", [])
 
     def change(*lines: Exclusion) -> None:
         monkeypatch.setattr(exclusions, "EXCLUSIONS", lines)
@@ -107,3 +119,138 @@ def test_explain_says_so(switch_off):
     assert answers.reasons(found)[-1] == said == show.as_json(found, "")["reasons"][-1]
     assert not any(EIGHT.applies(each.plan, H100) for each in found.ranking)
     assert not any("switched off" in each for each in answers.reasons(answers.answer(elsewhere)))
+
+
+# ---- by the driver -------------------------------------------------------------------------------------------------
+
+#: What Triton says, 3.6 and 3.7 alike.
+REFUSED = "Triton Error [CUDA]: Failed to create tensor map descriptor: invalid argument\nelemType=6 rank=5"
+needs_descriptors = pytest.mark.skipif(
+    DEVICE.type == "cuda" and torch.cuda.get_device_capability() < (9, 0), reason="a GPU without a copy engine"
+)
+
+
+class Refusing:
+    """In place of a kernel: every launch ends in ``words``."""
+
+    def __init__(self, words: str) -> None:
+        self.words, self.launches = words, 0
+
+    def __getitem__(self, grid):
+        def start(*arguments, **options):
+            self.launches += 1
+            raise RuntimeError(self.words)
+
+        return start
+
+
+@pytest.fixture
+def driver(switch_off, monkeypatch):
+    """``driver(words)`` refuses the stem's windows with these words, of a GPU as small as the emulated one."""
+    from gpukern.ops._conv2d.stem import kernels
+
+    def refuse(words: str, module=kernels, name: str = "conv2d_stem_kernel") -> Refusing:
+        kernel = Refusing(words)
+        monkeypatch.setattr(module, name, kernel)
+        return kernel
+
+    with pretend(EMULATED):
+        yield refuse
+
+
+def layer() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input and weight of a first layer, that the stem's kernel would get, and a bias."""
+    x, w = torch.randn(1, 3, 32, 32), torch.randn(64, 3, 7, 7) * 0.1
+    x, w = (t.to(DEVICE, torch.float16, memory_format=torch.channels_last) for t in (x, w))
+    return x, w, torch.randn(64).to(x)
+
+
+def check(name: str, found: torch.Tensor, make, *operands: torch.Tensor, terms: int) -> None:
+    value = make(*(t.double().cpu() for t in operands))
+    absolute = make(*(t.double().cpu().abs() for t in operands))
+    assert_within(name, found, value, sum_bound(value, absolute, terms, found.dtype, tf32=False))
+
+
+def double_convolution(x, w, b):
+    return torch_F.conv2d(x, w, b, stride=2, padding=3)
+
+
+@needs_descriptors
+def test_a_refused_kernel_is_planned_around_once(driver):
+    kernel, (x, w, b) = driver(REFUSED), layer()
+    with pytest.warns(UserWarning, match=r"plans without its stem kernel on emulated.*invalid argument\)$"):
+        y = F.conv2d(x, w, b, stride=2, padding=3)
+    check("refused", y, double_convolution, x, w, b, terms=148)
+    assert kernel.launches == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = F.conv2d(x, w, b, stride=2, padding=3)
+        F.conv2d(x[:, :, :24], w, b, stride=2, padding=3)
+    assert torch.equal(again, y) and kernel.launches == 1, "the driver is not asked again"
+    operands = Operands("float16", "ieee", Layout.CHANNELS, Layout.CHANNELS)
+    p = conv_problem(x.shape, w.shape, None, (2, 2), (3,) * 4, (1, 1), 1)
+    ((found, _),) = planner.switched_off(p, FORWARD, operands, EMULATED).items()
+    assert found.variant is Variant.STEM and "the driver refused its descriptors (Triton Error" in found.reason
+
+
+@needs_descriptors
+def test_statistics_and_pools_are_planned_around_too(driver):
+    kernel, (x, w, b) = driver(REFUSED), layer()
+    with pytest.warns(UserWarning, match="stem"):
+        y = F.conv2d_batch_norm(x, w, b, None, None, stride=2, padding=3, training=True)
+    expected = torch_F.batch_norm(double_convolution(*(t.double().cpu() for t in (x, w, b))), None, None, training=True)
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=2e-2, atol=2e-2)
+    assert kernel.launches == 1
+    exclusions._found.clear()
+    forget()
+    with pytest.warns(UserWarning, match="stem"):
+        y = conv2d_max_pool2d(x, w, b, (2, 2), (3, 3, 3, 3), (1, 1), 1, "none", 0.0)
+    assert kernel.launches == 2
+
+    def pooled(*operands):
+        return torch_F.max_pool2d(double_convolution(*operands), 2)
+
+    check("pooled", y, pooled, x, w, b, terms=148)
+
+
+@needs_descriptors
+def test_a_linear_layer_is_planned_around(driver):
+    from gpukern.ops._conv2d.gemm import kernels
+
+    gemm = driver(REFUSED, kernels, "conv2d_gemm_kernel")
+    x, w, b = (torch.randn(size).to(DEVICE, torch.float16) for size in ((128, 256), (64, 256), (64,)))
+    with pytest.warns(UserWarning, match="gemm"):
+        y = F.linear(x, w, b)
+    check("linear", y, torch_F.linear, x, w, b, terms=257)
+    assert gemm.launches == 1
+
+
+@needs_descriptors
+def test_who_chose_the_plan_is_told(driver):
+    kernel, (x, w, _) = driver(REFUSED), layer()
+    p = conv_problem(x.shape, w.shape, None, (2, 2), (3,) * 4, (1, 1), 1)
+    operands = Operands("float16", "ieee", Layout.CHANNELS, Layout.CHANNELS)
+    choice = planner.plan(p, FORWARD, operands, EMULATED)
+    assert choice.variant is Variant.STEM
+    with pytest.raises(DescriptorRefused, match="invalid argument"):
+        launch.run(launch.prepared_for(p, FORWARD, x, w, True, choice=choice), x, w)
+    assert kernel.launches == 1 and not exclusions._found
+
+
+@needs_descriptors
+@pytest.mark.parametrize(
+    "words", ["Triton Error [CUDA]: an illegal memory access was encountered", "Triton Error [CUDA]: invalid argument"]
+)
+def test_other_errors_are_not_taken_for_a_refusal(driver, words):
+    kernel, (x, w, b) = driver(words), layer()
+    with pytest.raises(RuntimeError, match=words.replace("[", r"\[")) as raised:
+        F.conv2d(x, w, b, stride=2, padding=3)
+    assert not isinstance(raised.value, DescriptorRefused) and kernel.launches == 1 and not exclusions._found
+
+
+def test_every_kernel_by_descriptors_has_another_beside_it():
+    """Without descriptors there is still a plan, whatever the direction: the gather's."""
+    by_descriptor = {Variant.GEMM, Variant.BOX, Variant.BATCH_BOX, Variant.STEM, Variant.WARP_SPECIALIZED}
+    for p, direction in itertools.product((LAYER, SMALL), Direction):
+        found = planner.ranking(p, direction, HALF, H100)
+        assert any(r.plan.variant not in by_descriptor and not planner.only_measured(r.plan) for r in found)

@@ -1,4 +1,4 @@
-"""Plans that are switched off: what was wrong on a GPU. No torch, no Triton.
+"""Plans that are switched off: what was wrong on a GPU, and what a driver refused. No torch, no Triton.
 
 A plan that is switched off is no candidate: neither planner nor plan database chooses it, and no tool measures it.
 ``gpukern explain`` gives the reason.
@@ -40,7 +40,16 @@ class Exclusion:
 #: One line for each, for instance: Exclusion((9, 0), "3 of 198 launches were wrong on an H200", Variant.BOX, 8)
 EXCLUSIONS: tuple[Exclusion, ...] = ()
 
+#: Found in this process, see ``prepare.plan_without``.
+_found: list[Exclusion] = []
+
 
 def exclusion(plan: ConvPlan, device: DeviceSpec) -> Exclusion | None:
     """The first that applies to ``plan`` on ``device``."""
-    return next((each for each in EXCLUSIONS if each.applies(plan, device)), None)
+    return next((each for each in (*EXCLUSIONS, *_found) if each.applies(plan, device)), None)
+
+
+def exclude(found: Exclusion) -> None:
+    """For the rest of the process. Who plans must forget the plans that were made."""
+    if found not in _found:
+        _found.append(found)

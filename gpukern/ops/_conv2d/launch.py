@@ -8,10 +8,11 @@ from gpukern.ops._conv2d.gather.plan import channel_sum_splits
 from gpukern.ops._conv2d.layouts import Strides
 from gpukern.ops._conv2d.passes import launch as passes
 from gpukern.ops._conv2d.plan import ConvPlan, Direction
-from gpukern.ops._conv2d.prepare import Epilogue, Prepared, prepare
+from gpukern.ops._conv2d.prepare import Epilogue, Prepared, plan_without, prepare
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.ops._image import strides_of
 from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.tensors import check_kernel_dtype
 
@@ -132,7 +133,29 @@ def write(
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
 ) -> torch.Tensor | None:
-    """Fill ``output``; returns its statistics if the launch was prepared to make them."""
+    """Fill ``output``; returns its statistics if the launch was prepared to make them.
+
+    Where the driver refuses a descriptor of the plan, another kernel's takes its place; DescriptorRefused if the caller
+    chose the plan.
+    """
+    try:
+        return _write(prepared, output, first, second, bias, residual, negative_slope)
+    except DescriptorRefused as problem:
+        if prepared.again is None:
+            raise
+        plan_without(prepared.plan, device_spec(first.device), problem)
+    return write(prepared.again(), output, first, second, bias, residual, negative_slope)
+
+
+def _write(
+    prepared: Prepared,
+    output: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    negative_slope: float,
+) -> torch.Tensor | None:
     if output.numel() == 0:
         return None
     if first.numel() == 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,11 +16,13 @@ from typing import NamedTuple
 import torch
 
 from gpukern.ops._conv2d import database
+from gpukern.ops._conv2d.exclusions import Exclusion, exclude
 from gpukern.ops._conv2d.layouts import Shape, Strides, dense_strides, is_channels_last, layout_of
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands
 from gpukern.ops._conv2d.planner import FAMILIES, plan
 from gpukern.ops._conv2d.pooled import plan as pooled
 from gpukern.ops._conv2d.problem import ConvProblem, pooled_problem
+from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.tensors import check_kernel_dtype
 
@@ -72,6 +75,7 @@ class Prepared:
     """A launch but for its tensors.
 
     ``shape`` and ``strides`` are the output's; ``written`` are those of what the kernel writes, before a last copy.
+    ``again`` prepares the same once more, with the plan that is chosen then; None where the caller chose the plan.
     """
 
     plan: ConvPlan
@@ -79,6 +83,7 @@ class Prepared:
     strides: Strides
     written: Strides
     launch: Launch
+    again: Callable[[], Prepared] | None = None
 
 
 def shapes(p: ConvProblem, direction: Direction) -> tuple[Shape, Shape, Shape]:
@@ -121,7 +126,10 @@ def prepare(
     if channels_last is None:
         channels_last = _takes_channels_last(of_first, of_second, first, second)
     strides = dense_strides(of_output, channels_last)
+    again = None
     if choice is None:
+        asked = problem, direction, first, second, channels_last, aligned, dtype, precision, device, epilogue
+        again = functools.partial(prepare, *asked)
         operands = operands_of(problem, direction, (first, second, strides), aligned, dtype, precision)
         measured = database.lookup(problem, direction, operands, device)
         choice = measured or plan(problem, direction, operands, device)
@@ -130,7 +138,7 @@ def prepare(
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
-    return Prepared(choice, of_output, strides, request.output, _package(choice).prepare(request, choice))
+    return Prepared(choice, of_output, strides, request.output, _package(choice).prepare(request, choice), again)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,6 +169,23 @@ def pooled_choice(
     )
     measured = database.lookup(both, Direction.FORWARD, of_both, device)
     return measured or pooled.choose(problem, of_both, of_convolution, device)
+
+
+def plan_without(refused: ConvPlan, device: DeviceSpec, problem: DescriptorRefused) -> None:
+    """Choose no plan of this kernel on GPUs like ``device`` any more, in this process, and say so once.
+
+    What keeps every rule that is written down may still be more than a driver takes, the stem's overlapping windows
+    above all. A driver that refuses one descriptor of a kernel is not asked for the next.
+    """
+    words = str(problem).strip().splitlines()[0]
+    exclude(Exclusion(device.compute_capability, f"the driver refused its descriptors ({words})", refused.variant))
+    for cached in (plan, prepare, pooled_choice):
+        cached.cache_clear()
+    warnings.warn(
+        f"gpukern plans without its {refused.variant.value} kernel on {device.name}: "
+        f"the driver refused a descriptor of {refused} ({words})",
+        stacklevel=2,
+    )
 
 
 def _takes_channels_last(of_first: Shape, of_second: Shape, first: Strides, second: Strides) -> bool:

@@ -7,10 +7,11 @@ import torch
 from gpukern.ops._conv2d.launch import conv2d, prepared_for, run
 from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.pooled.problem import windows_of
-from gpukern.ops._conv2d.prepare import Epilogue, pooled_choice
+from gpukern.ops._conv2d.prepare import Epilogue, plan_without, pooled_choice
 from gpukern.ops._conv2d.problem import ConvProblem, pooled_problem
 from gpukern.ops._pool2d.launch import max_pool2d
 from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.tensors import memory_format_of
 
@@ -23,6 +24,7 @@ def conv2d_max_pool2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
+    device = device_spec(input.device)
     choice = pooled_choice(
         problem,
         input.stride(),
@@ -30,11 +32,15 @@ def conv2d_max_pool2d(
         (input.data_ptr() | weight.data_ptr()) % 16 == 0,
         input.dtype,
         conv_precision(input.dtype),
-        device_spec(input.device),
+        device,
     )
     if choice is None:
         y = conv2d(problem, input, weight, bias, None, activation, negative_slope)
         return max_pool2d(windows_of(problem), y, memory_format_of(input, weight))
     epilogue = Epilogue(activation)
     prepared = prepared_for(pooled_problem(problem), Direction.FORWARD, input, weight, None, epilogue, choice)
-    return run(prepared, input, weight, bias, None, negative_slope)[0]
+    try:
+        return run(prepared, input, weight, bias, None, negative_slope)[0]
+    except DescriptorRefused as refusal:
+        plan_without(choice, device, refusal)
+    return conv2d_max_pool2d(problem, input, weight, bias, activation, negative_slope)
