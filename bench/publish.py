@@ -1,4 +1,4 @@
-"""``python -m bench.publish``: writes what was measured into ``bench/RESULTS.md`` and the README's table, never by hand.
+"""``python -m bench.publish``: writes what was measured into ``bench/RESULTS.md`` and the table of the README.
 
 Of everything that ``bench/results`` has of a device, each group of rows (suite, computation, dtype, layout, batch) is
 shown as it was measured last. ``--check`` writes nothing and ends with 1 where the pages are not what the files say.
@@ -29,8 +29,8 @@ BEGIN, END = "<!-- measured: python -m bench.publish -->", "<!-- end of measured
 _LEFT_OUT = {"plans"}
 _INTRODUCTION = """# What was measured
 
-Written by `python -m bench.publish` from the files in [`results/`](results), which hold every sample; how it is measured
-is in [README.md](README.md). Losses are shown first. Where a group was measured several times, this is the last time.
+Written by `python -m bench.publish` from the files in [`results/`](results), which hold every sample; how it is
+measured is in [README.md](README.md). Losses are shown first. What was measured several times is shown as it was last.
 """
 
 
@@ -79,14 +79,13 @@ def block(devices: dict[str, list[Found]]) -> str:
     """The README's table."""
     lines = []
     for device, groups in devices.items():
-        runs = [found.run.environment for found in groups]
-        latest = max(runs, key=lambda made: made.date)
+        made = max((found.run.environment for found in groups), key=lambda each: each.date)
         rows = [row for found in groups for row in _rows(found)]
         if not rows:
             continue
         lines += [
-            f"**{device}**, driver {latest.driver}, torch {latest.torch}, cuDNN {latest.cudnn}, Triton {latest.triton}, "
-            f"{latest.date[:10]}; float16, channels_last unless said otherwise; × above 1: gpukern is faster.\n",
+            f"**{device}**, driver {made.driver}, torch {made.torch}, cuDNN {made.cudnn}, Triton {made.triton}, "
+            f"{made.date[:10]}; float16, channels_last where nothing else is said; × above 1: gpukern is faster.\n",
             markdown.table(["", "gpukern", "best of PyTorch", "×"], rows),
             "",
         ]

@@ -7,8 +7,8 @@
     busy    = waves · (steps · max(products, operands, latency / stages) + first + store · area) + split
 
 ``products`` are the seconds of a step's products for all programs that share a multiprocessor, at a share of the peak
-that depends on the kernel and its tile, and ``operands`` those of fetching what is multiplied, from the L2 cache at best;
-a program can have the operands of ``stages`` steps on their way, so that its steps come no faster than latency /
+that depends on the kernel and its tile, and ``operands`` those of fetching what is multiplied, from the L2 at best; a
+program can have the operands of ``stages`` steps on their way, so that its steps come no faster than latency /
 stages. The constants are fitted to measured plans by ``python -m bench.calibrate``;
 the plan database holds what was measured itself, and goes before.
 """
