@@ -109,7 +109,7 @@ def _networks(group: Group, timed: Sequence[Throughput]) -> Iterator[list[str]]:
             continue
         best = max(peers, key=lambda each: each.images)
         yield [
-            f"{words.case_name(ours.case)}, {_what(group.key)}, images/s",
+            f"{words.case_name(ours.case)}: {group.key.suite}, {_what(group.key)}, images/s",
             words.per_second(ours.images),
             f"{words.per_second(best.images)} ({markdown.escape(best.candidate)})",
             f"**{words.ratio(best.p50 / ours.p50)}**",
@@ -124,7 +124,7 @@ def _layers(group: Group) -> Iterator[list[str]]:
             continue
         best = min(totals, key=lambda each: each.peer_us)
         yield [
-            f"{network}, {best.layers} × {group.key.suite}, {_what(group.key)}, µs",
+            f"{network}: {best.layers} × {group.key.suite}, {_what(group.key)}, µs",
             words.micro(best.ours_us),
             f"{words.micro(best.peer_us)} ({markdown.escape(best.peer)})",
             f"**{words.ratio(best.peer_us / best.ours_us)}**",

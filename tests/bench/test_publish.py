@@ -39,11 +39,11 @@ def test_what_runs_on_a_cpu_and_plans_are_left_out(tmp_path):
 def test_the_table_has_sums_of_layers_and_images_a_second(tmp_path):
     use = made_up.Use("resnet50", "layer1.conv", 3)
     layer = made_up.row(10.0, {"cuDNN": 20.0, "slower": 40.0}, uses=(use,))
-    sizes = {"name": "resnet50"}
+    sizes = {"network": "resnet50"}
     network = made_up.row(1000.0, {"PyTorch": 3000.0}, suite="inference", problem="resnet50", sizes=sizes)
     written(tmp_path, "gpu/a.json", made_up.results([layer, network]))
     table = publish.block(publish.newest(tmp_path))
-    (line,) = (line for line in table.splitlines() if "3 × conv, forward, batch 32" in line)
+    (line,) = (line for line in table.splitlines() if ": 3 × conv, forward, batch 32" in line)
     ours, theirs, ratio = (float(cell.split()[0].strip("*×")) for cell in line.split("|")[2:5])
     assert "(cuDNN)" in line and (ours, theirs) == pytest.approx((30, 60), rel=0.03)
     assert ratio == pytest.approx(theirs / ours, abs=0.006)
