@@ -148,11 +148,17 @@ def _manifest(python: str, rows: list[str]) -> carried.Carried:
     return carried.Carried(source_hash(), key, "9.0", kernels, sorted(rows))
 
 
+def _ran(row: results.Row) -> bool:
+    """Whether gpukern came to its end on ``row``: what failed before was not compiled either."""
+    return row.candidates[0].status == "ok"
+
+
 def faults(trial: Trial, statuses: dict[str, int], size: int) -> list[str]:
     """What must be mended before a GPU is rented."""
     found = [f"{stage} ended with exit status {status}" for stage, status in statuses.items() if status]
     found += [f"compiled in the second run: {line}" for line in trial.compiled()[:20]]
     found += trial.refusals()[:20]
+    found += [f"{row.case.key}: gpukern {row.candidates[0].message}" for row in trial.rows() if not _ran(row)]
     if not trial.counts()["hit"]:
         found.append("no kernel was launched")
     if size > LARGEST:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ def pretend_gpu() -> None:
 
     from bench import accuracy
     from bench.lease.stub import Stub
-    from gpukern.runtime import current_device
+    from gpukern.runtime import autocast, current_device
     from gpukern.runtime.device import H200, DeviceSpec
     from gpukern.runtime.mode import Mode, force_mode
 
@@ -47,6 +48,12 @@ def pretend_gpu() -> None:
     spec = DeviceSpec(NAME, H200.compute_capability, H200.sm_count, H200.shared_memory)
     _forever(current_device.pretend(spec), force_mode(Mode.KERNELS), _OnMeta())
     accuracy.relative_error = lambda actual, reference: 0.0
+    amp = _Autocast()
+    torch.autocast = amp.region
+    for module in [module for name, module in list(sys.modules.items()) if name.startswith("gpukern.")]:
+        if getattr(module, "autocast", None) is autocast.autocast:
+            module.autocast = amp.cast
+    autocast.autocast = amp.cast
     torch.compile = lambda function=None, **options: function if function is not None else (lambda each: each)
     for name, value in _cuda(spec).items():
         setattr(torch.cuda, name, value)
@@ -97,6 +104,29 @@ def _moved(value: Any) -> Any:
     if isinstance(value, torch.device) and value.type == "cuda":
         return META
     return "meta" if isinstance(value, str) and value.partition(":")[0] == "cuda" else value
+
+
+class _Autocast:
+    """torch's refuses tensors on "meta", and gpukern's kernels for another dtype would be compiled."""
+
+    def __init__(self) -> None:
+        self._dtype: torch.dtype | None = None
+
+    @contextlib.contextmanager
+    def region(self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **options: Any) -> Any:
+        before, self._dtype = self._dtype, (dtype or torch.float16) if enabled else None
+        try:
+            yield
+        finally:
+            self._dtype = before
+
+    def cast(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """:func:`gpukern.runtime.autocast.autocast`."""
+        if self._dtype is None:
+            return tensors
+        return tuple(
+            each.to(self._dtype) if each is not None and each.is_floating_point() else each for each in tensors
+        )
 
 
 class _Stream:
