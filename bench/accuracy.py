@@ -5,13 +5,14 @@ The error against float64 is ‖y − ref‖ / ‖ref‖ (Frobenius), or a sixth
 wrong element in a large result, which the norm does not see, fails the second. For sums of K products of independent
 random operands
 
-    bound = 2 · eps + √K · 2⁻²² (+ 2⁻¹⁰ with TF32)
+    bound = 2 · eps + √K · 2⁻²² (+ 2⁻⁹ with TF32)
 
 - *eps* of the stored dtype: one rounding of the output is at most eps/2 relative, element by element; 2 · eps leaves
   room for implementations that round partial sums to the dtype too (cuBLAS does by default in 16 bit).
 - *√K · 2⁻²²*: each of K fp32 additions errs by at most 2⁻²³ of a partial sum (tensor cores truncate), with random signs
   √K · 2⁻²³ of the final sum's own standard deviation; twice that.
-- *2⁻¹⁰*: both operands of a product rounded to TF32's 11 bits.
+- *2⁻⁹*: both operands of a product cut to TF32's 11 bits, as by other people's Triton kernels
+  (:mod:`gpukern.runtime.precision`); cuDNN and gpukern round them, 2⁻¹⁰.
 
 A wrong index, a missing tap or an unwritten output is off by far more. The tests of the kernels use tighter bounds for
 each element.
@@ -22,6 +23,8 @@ from __future__ import annotations
 import math
 
 import torch
+
+from gpukern.runtime.precision import TF32_CUT
 
 #: What the benchmark calls a dtype → the tensors' dtype. TF32 is a way of multiplying float32.
 DTYPES = {
@@ -38,7 +41,7 @@ _LARGEST = 6
 
 def sum_bound(dtype: str, terms: int) -> float:
     """For sums of ``terms`` products."""
-    tf32 = 2.0**-10 if dtype == "tf32" else 0.0
+    tf32 = TF32_CUT if dtype == "tf32" else 0.0
     return 2 * torch.finfo(DTYPES[dtype]).eps + math.sqrt(max(terms, 1)) * 2.0**-22 + tf32
 
 
@@ -51,7 +54,7 @@ def network_bound(dtype: str, depth: int, training: bool) -> float:
     (ResNet-50, 4 images of 64 × 64). That is a coarse check, never coarser than ½: it finds garbage, a wrong loss or a
     layer left out. What each layer's kernels compute is checked by the layer's own suite.
     """
-    eps = torch.finfo(DTYPES[dtype]).eps + (2.0**-10 if dtype == "tf32" else 0.0)
+    eps = torch.finfo(DTYPES[dtype]).eps + (TF32_CUT if dtype == "tf32" else 0.0)
     return min(8 * depth * eps, 0.5) if training else 4 * math.sqrt(depth) * eps
 
 

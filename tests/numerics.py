@@ -4,10 +4,9 @@ A sum of products of ``terms`` pairs (a convolution, a matrix product) is right 
 
     |y − ref| ≤ ε_sum · (|x| ∗ |w|) + ε_out · |ref| + smallest
 
-- *Products.* Two 16-bit significands multiply exactly in fp32. In TF32 each operand is first rounded to 11 bits, so a
-  product carries a relative error of at most 2 · 2⁻¹¹ = 2⁻¹⁰. The emulated kernels multiply in fp32: 2⁻²⁴.
-  Full fp32 may be three TF32 products: each operand is h + l with 11 bits each, so 2⁻²² of it is lost, and so is
-  l · l' ≤ 2⁻²² of the product: 3 · 2⁻²² in all.
+- *Products.* Two 16-bit significands multiply exactly in fp32. TF32 and three products of it err as derived in
+  :mod:`gpukern.runtime.precision`; our kernels leave it to the
+  tensor cores, which cut operands.
 - *Sum.* Each fp32 addition errs by at most 2⁻²⁴ of the partial sum (2⁻²³ on tensor cores, which truncate), and a
   partial sum is at most ``|x| ∗ |w|``. Rounding errors of random sign add up like a random walk of
   √terms steps. Six standard deviations of it, taken over every element of a test, are never passed by chance: c = 6.
@@ -21,11 +20,11 @@ import math
 
 import torch
 
+from gpukern.runtime.mode import EMULATE
+from gpukern.runtime.precision import TF32_CUT, TF32X3
 from tests.device import DEVICE
 
 FP32_EPS = torch.finfo(torch.float32).eps  # 2⁻²³
-TF32_PRODUCT = 2.0**-10
-TF32X3_PRODUCT = 3 * 2.0**-22
 
 _SMALLEST_SUBNORMAL = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 
@@ -36,9 +35,9 @@ def sum_bound(
     """The bound above: ``reference`` and ``absolute`` (= |x| ∗ |w|) in float64."""
     eps_sum = 6 * FP32_EPS * math.sqrt(max(terms, 1))
     if tf32:
-        eps_sum += TF32_PRODUCT
-    elif dtype is torch.float32 and DEVICE.type == "cuda":
-        eps_sum += TF32X3_PRODUCT
+        eps_sum += TF32_CUT
+    elif dtype is torch.float32:
+        eps_sum += TF32X3
     return eps_sum * absolute + rounding_bound(reference, dtype)
 
 
@@ -63,6 +62,6 @@ def assert_within(name: str, actual: torch.Tensor, reference: torch.Tensor, boun
         )
 
 
-def uses_tf32(device: torch.device, dtype: torch.dtype, precision: str) -> bool:
-    """Whether products are TF32 there: the interpreter computes them in fp32 whatever is asked."""
-    return device.type == "cuda" and dtype is torch.float32 and precision == "tf32"
+def uses_tf32(dtype: torch.dtype, precision: str) -> bool:
+    """Whether the kernels' products of ``dtype`` are TF32. The reference on a CPU has none."""
+    return (EMULATE or DEVICE.type == "cuda") and dtype is torch.float32 and precision == "tf32"

@@ -6,7 +6,7 @@ A result is right when every element is. Of a sum of n products
 
 where ref and |x| ∗ |w| are computed in float64 from the same operands. Rounding errors of random sign walk √n steps of
 at most 2⁻²³ (tensor cores truncate), and six standard deviations are never passed by chance; ε_product is that of
-operands rounded to TF32's 11 bits, or taken apart into three products of such.
+operands cut to TF32's 11 bits, or taken apart into three products of such (:mod:`gpukern.runtime.precision`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from gpukern.ops._conv2d.prepare import prepare
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.mode import Implementations
+from gpukern.runtime.precision import TF32_CUT, TF32X3
 from gpukern.tune.record import Call
 
-_PRODUCT_ERROR = {"ieee": 0.0, "tf32": 2.0**-10, "tf32x3": 2.0**-21}
+_PRODUCT_ERROR = {"ieee": 0.0, "tf32": TF32_CUT, "tf32x3": TF32X3}
 _SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 #: Elements of an image tensor that are computed in float64 at once.
 _CHUNK = 2**25

@@ -85,7 +85,7 @@ def test_the_bound_follows_its_derivation():
     assert sum_bound("float16", 1) == 2 * 2.0**-10 + 2.0**-22
     assert sum_bound("bfloat16", 100) == 2 * 2.0**-7 + 10 * 2.0**-22
     assert sum_bound("float32", 10_000) == 2 * 2.0**-23 + 100 * 2.0**-22
-    assert sum_bound("tf32", 100) == sum_bound("float32", 100) + 2.0**-10
+    assert sum_bound("tf32", 100) == sum_bound("float32", 100) + 2.0**-9
     assert sum_bound("float32", 0) == sum_bound("float32", 1)
     assert network_bound("float32", 100, training=False) == 40 * 2.0**-23
     assert network_bound("bfloat16", 53, training=True) == 0.5  # never coarser

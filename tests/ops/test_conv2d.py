@@ -10,7 +10,7 @@ import torch.nn.functional as torch_F
 
 import gpukern.functional as F
 from gpukern.runtime.mode import Mode, force_mode
-from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.precision import TF32_CUT, conv_precision
 from tests.numerics import assert_within, sum_bound, uses_tf32
 from tests.ops.conv_cases import CASES, Case, truth
 
@@ -29,7 +29,7 @@ def make(case: Case, dtype: torch.dtype, device, memory_format=torch.contiguous_
 
 def check(case: Case, input, weight, bias, grad, results: dict[str, torch.Tensor]) -> None:
     expected = truth(case, input, weight, bias, grad)
-    tf32 = uses_tf32(input.device, input.dtype, conv_precision(input.dtype))
+    tf32 = uses_tf32(input.dtype, conv_precision(input.dtype))
     for name, actual in results.items():
         value = expected.values[name]
         bound = sum_bound(value, expected.absolutes[name], expected.terms[name] + 1, input.dtype, tf32=tf32)
@@ -177,7 +177,7 @@ def test_activation_epilogue(activation, dtype, device):
         "tanh": torch.tanh,
     }[activation]
     value = act(expected.values["output"])
-    tf32 = uses_tf32(device, dtype, conv_precision(dtype))
+    tf32 = uses_tf32(dtype, conv_precision(dtype))
     bound = sum_bound(value, expected.absolutes["output"], 73, dtype, tf32=tf32)
     assert_within(activation, output, value, bound)
     # The gradients are those of the plain convolution for ∂L/∂y · act′(y), as activation_grad makes it (tested alone).
@@ -241,7 +241,7 @@ def test_gradients_of_gradients(device):
     expected = second(torch_F.conv2d, [t.detach().double().cpu().requires_grad_() for t in tensors])
     for got, want in zip(actual, expected, strict=True):
         # Four chained sums of at most 72 terms: relative Frobenius error of 4 · 6 · ε · √72, or TF32's in place of ε.
-        eps = 2.0**-10 if uses_tf32(device, torch.float32, conv_precision(torch.float32)) else 2.0**-23
+        eps = TF32_CUT if uses_tf32(torch.float32, conv_precision(torch.float32)) else 2.0**-23
         assert (got.double().cpu() - want).norm() <= 4 * 6 * eps * 72**0.5 * want.norm()
 
 

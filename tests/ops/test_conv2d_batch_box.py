@@ -55,7 +55,7 @@ def check(p: ConvProblem, grad: torch.Tensor, input: torch.Tensor, plan: ConvPla
     plan = replace(plan, precision=conv_precision(grad.dtype))
     actual, _ = run(prepared_for(p, Direction.WEIGHT_GRAD, grad, input, True, choice=plan), grad, input)
     value, absolute = truth(p, grad, input), truth(p, grad.abs(), input.abs())
-    tf32 = uses_tf32(grad.device, grad.dtype, plan.precision)
+    tf32 = uses_tf32(grad.dtype, plan.precision)
     assert_within(str(plan), actual, value, sum_bound(value, absolute, p.N * p.P * p.Q, grad.dtype, tf32=tf32))
     return actual
 

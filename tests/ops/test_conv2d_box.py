@@ -96,7 +96,7 @@ def check(p: ConvProblem, direction: Direction, first: torch.Tensor, second: tor
     actual, _ = run(prepared_for(p, direction, first, second, True, choice=plan), first, second)
     value, absolute = truth(p, direction, first, second), truth(p, direction, first.abs(), second.abs())
     terms = p.R * p.S * (p.C if direction is Direction.FORWARD else p.K)
-    bound = sum_bound(value, absolute, terms, first.dtype, tf32=uses_tf32(first.device, first.dtype, plan.precision))
+    bound = sum_bound(value, absolute, terms, first.dtype, tf32=uses_tf32(first.dtype, plan.precision))
     assert_within(f"{direction.value}, {plan}", actual, value, bound)
     return actual
 

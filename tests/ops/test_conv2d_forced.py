@@ -112,7 +112,7 @@ def test_every_variant(case, dtype, layout, device):
         operands = operands_of(p, direction, strides, True, dtype, precision)
         value = truth(p, direction, *(t.double().cpu() for t in (first, second)))
         absolute = truth(p, direction, *(t.double().cpu().abs() for t in (first, second)))
-        tf32 = uses_tf32(device, dtype, precision)
+        tf32 = uses_tf32(dtype, precision)
         bound = sum_bound(value, absolute, terms(p, direction), dtype, tf32=tf32)
         for plan in plans(p, direction, operands, device).values():
             prepared = launch.prepared_for(p, direction, first, second, layout == "channels_last", choice=plan)

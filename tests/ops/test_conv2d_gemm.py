@@ -67,7 +67,7 @@ def check(
     actual, _ = run(prepared, first, second)
     value, absolute = truth(p, direction, first, second), truth(p, direction, first.abs(), second.abs())
     terms = {Direction.FORWARD: p.C, Direction.INPUT_GRAD: p.K, Direction.WEIGHT_GRAD: p.N * p.P * p.Q}[direction]
-    tf32 = uses_tf32(first.device, first.dtype, plan.precision)
+    tf32 = uses_tf32(first.dtype, plan.precision)
     assert_within(
         f"{direction.value}, {plan}", actual, value, sum_bound(value, absolute, terms, first.dtype, tf32=tf32)
     )

@@ -102,7 +102,7 @@ def truth(case: Case, *tensors: torch.Tensor | None, activation: str = "none") -
 def bound_of(case: Case, value: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
     x = tensors[0]
     absolute = truth(case, *(None if t is None else t.abs() for t in tensors))
-    tf32 = uses_tf32(x.device, x.dtype, conv_precision(x.dtype))
+    tf32 = uses_tf32(x.dtype, conv_precision(x.dtype))
     return sum_bound(value, absolute, case.input[1] * case.kernel[0] * case.kernel[1] + 2, x.dtype, tf32=tf32)
 
 

@@ -74,7 +74,7 @@ def truth(p: ConvProblem, x, w, bias, name: str = "none") -> tuple[torch.Tensor,
 
 
 def bound(p: ConvProblem, value, absolute, x) -> torch.Tensor:
-    tf32 = uses_tf32(x.device, x.dtype, conv_precision(x.dtype))
+    tf32 = uses_tf32(x.dtype, conv_precision(x.dtype))
     # No activation is steeper than hardswish, 1.5.
     return F.max_pool2d(1.5 * sum_bound(value, absolute, p.group_inputs * p.R * p.S + 1, x.dtype, tf32=tf32), 2)
 

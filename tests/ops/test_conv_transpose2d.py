@@ -65,7 +65,7 @@ def test_against_float64(name, dtype, layout, device):
 
     values, absolutes = truth(*made), truth(*(t.abs() for t in made))
     terms = made[1].numel() + made[3].numel()  # more than any sum has
-    tf32 = uses_tf32(device, dtype, "tf32")
+    tf32 = uses_tf32(dtype, "tf32")
     found = [y.detach(), *(leaf.grad for leaf in leaves)]
     for what, actual, value, absolute in zip(("y", "dx", "dw", "db"), found, values, absolutes, strict=True):
         assert_within(f"{name}, {what}", actual, value, sum_bound(value, absolute, terms, dtype, tf32=tf32))

@@ -30,7 +30,7 @@ def check(input, weight, bias, grad, results) -> None:
     values, absolutes = evaluate(*tensors), evaluate(*(t.abs() for t in tensors))
     rows = grad.numel() // weight.shape[0]
     terms = (weight.shape[1] + 1, weight.shape[0], rows, rows)
-    tf32 = uses_tf32(input.device, input.dtype, matmul_precision(input.dtype))
+    tf32 = uses_tf32(input.dtype, matmul_precision(input.dtype))
     names = ("output", "input gradient", "weight gradient", "bias gradient")
     for name, actual, value, absolute, n in zip(names, results, values, absolutes, terms, strict=True):
         assert actual.dtype == input.dtype

@@ -24,9 +24,10 @@ def test_the_bound_is_that_of_the_tests(kind, direction, device):
     one = check.Check(call, device)
     terms = {Direction.FORWARD: 96, Direction.INPUT_GRAD: 144, Direction.WEIGHT_GRAD: 2 * 3 * 3}[direction]
     expected = sum_bound(one.truth, one.absolute, terms, call.dtype, tf32=kind == "tf32")
-    precision = "tf32" if kind == "tf32" else "ieee"
+    precision = {"tf32": "tf32", "float32": "tf32x3"}.get(kind, "ieee")
     assert torch.equal(one.bound(precision), expected)
-    assert (one.bound("tf32x3") - one.bound("ieee") <= 2.0**-20 * one.absolute).all()
+    for way, product in (("tf32", 2.0**-9), ("tf32x3", 3 * 2.0**-22)):
+        torch.testing.assert_close(one.bound(way) - one.bound("ieee"), product * one.absolute, rtol=1e-9, atol=0.0)
 
 
 def test_an_element_is_wrong_beyond_the_bound_only(device):
