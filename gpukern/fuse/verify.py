@@ -22,6 +22,8 @@ from gpukern.fuse.lower import Lowered
 from gpukern.fuse.match import Match
 from gpukern.fuse.program import Program, assemble
 from gpukern.fuse.report import Verification
+from gpukern.runtime.mode import Mode, mode_of
+from gpukern.runtime.precision import TF32_ROUNDED, conv_precision, matmul_precision
 
 FACTOR = 2.0
 #: The floor in roundings to the dtype, of the output in either model ...
@@ -47,7 +49,7 @@ class Witness:
             # The original overflows in this dtype, and is no measure: roundings of all layers by their square root.
             layers = sum(isinstance(module, (_ConvNd, torch.nn.Linear)) for module in model.modules())
             self.unfused = math.sqrt(max(layers, 1)) * torch.finfo(dtype).eps
-        self.floor = _floor(dtype, self.truth_dtype)
+        self.floor = _floor(dtype, self.truth_dtype) + _tf32(model, inputs, dtype)
         if not any(leaf.is_floating_point() for leaf in self.truth):
             self.floor = max(self.floor, _DISAGREEMENT)
 
@@ -70,6 +72,20 @@ def _floor(dtype: torch.dtype, truth: torch.dtype) -> float:
     wider = torch.finfo(truth).eps < torch.finfo(sums).eps
     of_sums = (_SUMS if wider else _SUMS_OF_TRUTH) * torch.finfo(sums).eps
     return _ROUNDINGS * torch.finfo(dtype).eps + of_sums
+
+
+def _tf32(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> float:
+    """What the floor has more where the fused model's kernels may multiply in TF32.
+
+    The unfused model is no measure of it: cuDNN does so for some layers and not for others, a CPU for none. Operands of
+    each layer are rounded to 11 bits, and errors of random sign add up by the square root of their number.
+    """
+    tensors = leaves(inputs)
+    if dtype is not torch.float32 or not tensors or mode_of(tensors[0]) is Mode.REFERENCE:
+        return 0.0
+    kinds = (_ConvNd, conv_precision(dtype)), (torch.nn.Linear, matmul_precision(dtype))
+    allowed = tuple(kind for kind, precision in kinds if precision == "tf32")
+    return math.sqrt(sum(isinstance(module, allowed) for module in model.modules())) * TF32_ROUNDED
 
 
 def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:

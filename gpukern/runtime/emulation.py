@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter compute bfloat16 as a GPU does. Used only when emulating.
+"""Makes Triton's interpreter compute bfloat16, and TF32, as a GPU does. Used only when emulating.
 
 The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16``. Two of its steps are wrong:
 
@@ -7,6 +7,7 @@ The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16`
 
 Both are mended here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance. And
 ``tl.reduce`` with a function of one's own, which the interpreter calls for every element, is called for whole slices.
+TF32 has a module of its own, ``emulation_tf32.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import functools
 import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
+
+from gpukern.runtime import emulation_tf32
 
 
 def bf16_bits_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -40,6 +43,7 @@ def prepare() -> None:
             "Triton was imported before gpukern, without TRITON_INTERPRET=1, so its interpreter is off: "
             "set GPUKERN_EMULATE=1 and import gpukern first"
         )
+    emulation_tf32.prepare()
     plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def cast_impl(self, src: TensorHandle, dst_type) -> TensorHandle:

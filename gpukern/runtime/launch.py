@@ -35,15 +35,17 @@ def launch(
         if device.type == "cuda":
             if device.index != torch.cuda.current_device():
                 with torch.cuda.device(device):
-                    kernel[grid](*arguments, **options)
+                    kernel[grid](*arguments, **options, enable_fp_fusion=True)
                 return
         elif EMULATE:
             from gpukern.runtime.emulation_checks import only_memory_of
+            from gpukern.runtime.emulation_tf32 import descriptors_round
 
-            with only_memory_of(arguments):
+            with only_memory_of(arguments), descriptors_round(arguments):
                 kernel[grid](*arguments, **options)
             return
-        kernel[grid](*arguments, **options)
+        # Multiplications and additions are fused: Triton's default, which it has announced to change.
+        kernel[grid](*arguments, **options, enable_fp_fusion=True)
     except RuntimeError as problem:
         if _REFUSAL in str(problem):
             raise DescriptorRefused(str(problem)) from problem

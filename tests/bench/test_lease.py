@@ -18,6 +18,7 @@ from bench.environment import source_hash
 from bench.lease import __main__ as lease
 from bench.lease import calls, carried, stub
 from bench.lease.carried import Carried
+from tests.bench import made_up
 from tests.bench.test_run import chosen
 from tests.bench.tiny import QUICK, Products
 
@@ -130,10 +131,20 @@ def test_a_pretended_gpu_launches_on_the_stub_and_tells_what_was_compiled(tmp_pa
 # ---- what make lease objects to ------------------------------------------------------------------------------------
 
 
-def trial(hits: int = 9, compiled: tuple[str, ...] = (), refused: tuple[str, ...] = (), first: float | None = 20.0):
+def trial(
+    hits: int = 9,
+    compiled: tuple[str, ...] = (),
+    refused: tuple[str, ...] = (),
+    first: float | None = 20.0,
+    ours: float | str = 3.0,
+):
     counts = collections.Counter(hit=hits, miss=len(compiled))
     return SimpleNamespace(
-        counts=lambda: counts, compiled=lambda: list(compiled), refusals=lambda: list(refused), first_result=first
+        counts=lambda: counts,
+        compiled=lambda: list(compiled),
+        refusals=lambda: list(refused),
+        rows=lambda: [made_up.row(ours)],
+        first_result=first,
     )
 
 
@@ -148,6 +159,7 @@ def test_nothing_to_object_to():
         (trial(compiled=("compiler __triton_launcher",)), {}, 0, "compiled in the second run: compiler"),
         (trial(refused=("refused tensor map: rank 6",)), {}, 0, "refused tensor map: rank 6"),
         (trial(hits=0), {}, 0, "no kernel was launched"),
+        (trial(ours="failed"), {}, 0, "a problem: gpukern"),
         (trial(first=61.0), {}, 0, "saved after 61.0 s, not within 60"),
         (trial(first=None), {}, 0, "saved after None s"),
         (trial(), {"first": 1}, 0, "first ended with exit status 1"),
