@@ -22,6 +22,8 @@ FOLDER = Path("/tmp/gpukern-lease")
 #: In the checkout, not in git.
 ARCHIVE = ROOT / ".cache" / "lease" / "kernels.tar.xz"
 _MANIFEST = "carried.json"
+#: What Triton leaves of each kernel for people to read, and needs for nothing: it takes what is there of a group.
+_TO_READ = (".source", ".ttir", ".ttgir", ".llir")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def pack(folder: Path, carried: Carried, archive: Path) -> int:
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:xz") as made:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.suffix not in (".source", ".lock"):
+            if path.is_file() and path.suffix not in (*_TO_READ, ".lock"):
                 made.add(path, arcname=str(path.relative_to(folder)))
     return archive.stat().st_size
 

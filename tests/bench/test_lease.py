@@ -29,7 +29,7 @@ HERE = Carried(source_hash(), carried.triton_key(), "9.0", 2, ["conv/forward/flo
 def packed(tmp_path) -> Path:
     """An archive with two kernels."""
     made = tmp_path / "cache"
-    for name in ("AB/one.cubin", "AB/one.json", "AB/one.source", "CD/two.cubin"):
+    for name in ("AB/one.cubin", "AB/one.json", "AB/one.source", "AB/one.llir", "CD/two.cubin"):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         (made / name).write_text(name)
     archive = tmp_path / "new" / "kernels.tar.xz"
