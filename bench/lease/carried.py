@@ -74,6 +74,11 @@ def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str:
     return f"{found.kernels} kernels brought along, for {len(found.rows)} rows"
 
 
+def forget(folder: Path) -> None:
+    """What the kernels in ``folder`` are for; they themselves stay."""
+    (folder / _MANIFEST).unlink(missing_ok=True)
+
+
 def read(folder: Path) -> Carried | None:
     try:
         return Carried(**json.loads((folder / _MANIFEST).read_text()))
