@@ -222,14 +222,14 @@ class _Bar:
 
 
 def _one_line(row: Row) -> str:
-    """Who took how long, in microseconds, in the first way of timing that all have."""
+    """The first candidate and the fastest of the others, in microseconds, in a way of timing that all have."""
     timing = common_timing(*(each for each in row.candidates if each.samples))
-    said = (
-        f"{each.name} {statistics.median(each.samples[timing]):.1f}"
-        if timing in each.samples
-        else f"{each.name} {each.status}: {each.message}"
-        for each in row.candidates
-    )
+    times = {each.name: statistics.median(each.samples[timing]) for each in row.candidates if timing in each.samples}
+    first, *others = row.candidates
+    fastest = sorted((each for each in others if each.name in times), key=lambda each: times[each.name])
+    bad = [each for each in row.candidates if each.status != "ok"]
+    said = [f"{each.name} {times[each.name]:.1f}" for each in (first, *fastest[:4]) if each.name in times]
+    said += [f"{each.name} {each.status}: {each.message}" for each in bad[:4]]
     return f"{case_name(row.case)}, {row.case.computation}: {', '.join(said)} ({timing}, µs)"
 
 
