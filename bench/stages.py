@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import os
 import re
 import signal
@@ -227,12 +229,17 @@ def main(arguments: list[str]) -> int:
 
 
 def _pack(folder: Path, place: Path, out: str | None) -> None:
-    """All files of ``folder`` as one archive in ``out``, to be unpacked in bench/results."""
+    """All files of ``folder`` as an archive in ``out``, to be unpacked in bench/results; a step may be writing them."""
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         partial = Path(out) / ".results.tar.gz"
         with tarfile.open(partial, "w:gz") as archive:
-            archive.add(folder, arcname=str(place))
+            for path in sorted(folder.iterdir()):
+                with contextlib.suppress(FileNotFoundError):  # it was there a moment ago
+                    content = path.read_bytes()
+                    about = archive.gettarinfo(path, str(place / path.name))
+                    about.size = len(content)
+                    archive.addfile(about, io.BytesIO(content))
         partial.replace(Path(out) / "results.tar.gz")
 
 

@@ -332,6 +332,26 @@ def test_packed_after_each_step(pretended_gpu, monkeypatch, tmp_path, capsys):
     assert "made-up-gpu/commit/stages.json" in came_to(pretended_gpu)["check/second"][1]
 
 
+def test_packing_survives_a_file_that_is_gone_or_grows(pretended_gpu, monkeypatch, tmp_path):
+    pretended_gpu.mkdir(parents=True)
+    for name in ("conv.json", "conv.trying", "first.log"):
+        (pretended_gpu / name).write_text("as it was")
+    read = Path.read_bytes
+
+    def changing(path: Path) -> bytes:
+        if path.name == "conv.trying":
+            path.unlink()
+        content = read(path)
+        path.write_bytes(content + b" and more")
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", changing)
+    stages._pack(pretended_gpu, Path("made-up-gpu") / "commit", str(tmp_path / "out"))
+    shutil.unpack_archive(tmp_path / "out" / "results.tar.gz", tmp_path / "home")
+    found = {path.name: path.read_text() for path in (tmp_path / "home" / "made-up-gpu" / "commit").iterdir()}
+    assert found == {"conv.json": "as it was", "first.log": "as it was"}
+
+
 def test_profile_before_bench(pretended_gpu, capsys):
     assert stages.main(["profile"]) == 1
     assert "run bench first" in capsys.readouterr().err
