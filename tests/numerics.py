@@ -5,8 +5,8 @@ A sum of products of ``terms`` pairs (a convolution, a matrix product) is right 
     |y − ref| ≤ ε_sum · (|x| ∗ |w|) + ε_out · |ref| + smallest
 
 - *Products.* Two 16-bit significands multiply exactly in fp32. TF32 and three products of it err as derived in
-  :mod:`gpukern.runtime.precision`; our kernels leave it to the
-  tensor cores, which cut operands.
+  :mod:`gpukern.runtime.precision`; our kernels round what they
+  multiply, on a GPU and emulated.
 - *Sum.* Each fp32 addition errs by at most 2⁻²⁴ of the partial sum (2⁻²³ on tensor cores, which truncate), and a
   partial sum is at most ``|x| ∗ |w|``. Rounding errors of random sign add up like a random walk of
   √terms steps. Six standard deviations of it, taken over every element of a test, are never passed by chance: c = 6.
@@ -21,7 +21,7 @@ import math
 import torch
 
 from gpukern.runtime.mode import EMULATE
-from gpukern.runtime.precision import TF32_CUT, TF32X3
+from gpukern.runtime.precision import TF32_ROUNDED, TF32X3
 from tests.device import DEVICE
 
 FP32_EPS = torch.finfo(torch.float32).eps  # 2⁻²³
@@ -35,7 +35,7 @@ def sum_bound(
     """The bound above: ``reference`` and ``absolute`` (= |x| ∗ |w|) in float64."""
     eps_sum = 6 * FP32_EPS * math.sqrt(max(terms, 1))
     if tf32:
-        eps_sum += TF32_CUT
+        eps_sum += TF32_ROUNDED
     elif dtype is torch.float32:
         eps_sum += TF32X3
     return eps_sum * absolute + rounding_bound(reference, dtype)

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 import gpukern
 import gpukern.nn as ours
 from gpukern.runtime.mode import Mode, force_mode
-from gpukern.runtime.precision import TF32_CUT, conv_precision
+from gpukern.runtime.precision import TF32_ROUNDED, conv_precision
 from tests.numerics import FP32_EPS, uses_tf32
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -147,7 +147,7 @@ def test_values_gradients_and_statistics(case, dtype, device):
     # Two layers with sums of each kind, through which errors grow by their condition, and roundings of what is between.
     eps = 4 * 6 * FP32_EPS * (TERMS**0.5 + PIXELS**0.5) + 8 * torch.finfo(dtype).eps
     if uses_tf32(dtype, conv_precision(dtype)):
-        eps += 4 * TF32_CUT
+        eps += 4 * TF32_ROUNDED
     for _ in range(2):
         x.requires_grad_()
         leaf = x.detach().cpu().double().requires_grad_()

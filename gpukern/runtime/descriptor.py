@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -35,6 +36,12 @@ class Described:
         descriptor.round_f32_to_tf32 = False
         return descriptor
 
+    def operand(self, dtype: torch.dtype, precision: str) -> Described:
+        """Itself, :meth:`checked`, as an operand of products of ``precision``: for those of TF32 it rounds."""
+        self.checked(dtype)
+        rounds = dtype is torch.float32 and precision == "tf32"
+        return _Rounding(self.shape, self.strides, self.block) if rounds else self
+
     def checked(self, dtype: torch.dtype) -> Described:
         """Itself; raises ValueError for what the copy engine cannot do."""
         sixteen = 16 // dtype.itemsize
@@ -45,3 +52,27 @@ class Described:
         if min(self.shape) < 1 or any(not 1 <= size <= 256 for size in self.block) or self.block[-1] < sixteen:
             raise ValueError(f"a box holds 1 to 256 elements a dimension, 16 bytes at least in the last: {self}")
         return self
+
+
+class _Rounding(Described):
+    """The copy engine rounds fp32 to TF32 on the way: tensor cores would cut it, see ``runtime/precision.py``."""
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        descriptor = super().of(tensor)
+        descriptor.round_f32_to_tf32 = True
+        return descriptor
+
+
+if not hasattr(TensorDescriptor, "round_f32_to_tf32"):
+    # Triton 3.6, which has no such field. What later versions do for it is to name another element type to the driver.
+    from triton.backends.nvidia import driver
+
+    _TFLOAT32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
+    _plain = driver.make_tensordesc_arg
+
+    def _make_tensordesc_arg(descriptor: Any, metadata: dict | None) -> list:
+        if metadata is not None and getattr(descriptor, "round_f32_to_tf32", False):
+            metadata = {**metadata, "elem_type": _TFLOAT32}
+        return _plain(descriptor, metadata)
+
+    driver.make_tensordesc_arg = _make_tensordesc_arg

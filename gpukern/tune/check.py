@@ -6,7 +6,8 @@ A result is right when every element is. Of a sum of n products
 
 where ref and |x| ∗ |w| are computed in float64 from the same operands. Rounding errors of random sign walk √n steps of
 at most 2⁻²³ (tensor cores truncate), and six standard deviations are never passed by chance; ε_product is that of
-operands cut to TF32's 11 bits, or taken apart into three products of such (:mod:`gpukern.runtime.precision`).
+operands cut to TF32's 11 bits, or taken apart into three products of such (:mod:`gpukern.runtime.precision`). All
+kernels round operands, but many leave it to the copy engine, and one that cut them would be no reason to refuse a plan.
 """
 
 from __future__ import annotations

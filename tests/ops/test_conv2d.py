@@ -10,7 +10,7 @@ import torch.nn.functional as torch_F
 
 import gpukern.functional as F
 from gpukern.runtime.mode import Mode, force_mode
-from gpukern.runtime.precision import TF32_CUT, conv_precision
+from gpukern.runtime.precision import TF32_ROUNDED, conv_precision
 from tests.numerics import assert_within, sum_bound, uses_tf32
 from tests.ops.conv_cases import CASES, Case, truth
 
@@ -241,7 +241,7 @@ def test_gradients_of_gradients(device):
     expected = second(torch_F.conv2d, [t.detach().double().cpu().requires_grad_() for t in tensors])
     for got, want in zip(actual, expected, strict=True):
         # Four chained sums of at most 72 terms: relative Frobenius error of 4 · 6 · ε · √72, or TF32's in place of ε.
-        eps = TF32_CUT if uses_tf32(torch.float32, conv_precision(torch.float32)) else 2.0**-23
+        eps = TF32_ROUNDED if uses_tf32(torch.float32, conv_precision(torch.float32)) else 2.0**-23
         assert (got.double().cpu() - want).norm() <= 4 * 6 * eps * 72**0.5 * want.norm()
 
 

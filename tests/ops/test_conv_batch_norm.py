@@ -8,7 +8,7 @@ import torch.nn.functional as T
 
 import gpukern.functional as F
 from gpukern.runtime.mode import Mode, force_mode
-from gpukern.runtime.precision import TF32_CUT, conv_precision
+from gpukern.runtime.precision import TF32_ROUNDED, conv_precision
 from tests.numerics import FP32_EPS, uses_tf32
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -54,7 +54,7 @@ def test_values_and_gradients(layout, activation, dtype, device):
     # Of the convolution, of the sums over pixels, and the roundings of its output, of y and of gradients.
     eps = 6 * FP32_EPS * (TERMS**0.5 + PIXELS**0.5) + 4 * torch.finfo(dtype).eps
     if uses_tf32(dtype, conv_precision(dtype)):
-        eps += TF32_CUT
+        eps += TF32_ROUNDED
     assert_close("output", output, expected, eps)
     for name, actual, wanted in zip(("mean", "var"), running, double_running, strict=True):
         assert_close(name, actual, wanted, eps)

@@ -19,8 +19,8 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     p, dtype = request.problem, request.dtype
     taps, channels = p.R * p.S, choice.block_n // together(choice)
     of_grad, of_source, _ = request.shapes
-    grad = _batch_inside(of_grad, request.first, (choice.block_k, choice.block_m)).checked(dtype)
-    source = _batch_inside(of_source, request.second, (choice.block_k, channels)).checked(dtype)
+    grad = _batch_inside(of_grad, request.first, (choice.block_k, choice.block_m)).operand(dtype, choice.precision)
+    source = _batch_inside(of_source, request.second, (choice.block_k, channels)).operand(dtype, choice.precision)
     output = Described(
         (choice.splits, p.K, taps, p.C),
         (p.K * taps * p.C, taps * p.C, p.C, 1),

@@ -31,7 +31,9 @@ from gpukern.runtime.launch import launch
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
     p, direction = request.problem, request.direction
-    source, filter, out = (d.checked(request.dtype) for d in _descriptors(request, choice))
+    *operands, out = _descriptors(request, choice)
+    source, filter = (described.operand(request.dtype, choice.precision) for described in operands)
+    out.checked(request.dtype)
     tiles, phases = tile_count(p, direction, choice), 4 if writes_halves(p, direction) else 1
     partial_size = tiles * phases * choice.splits * choice.block_m * choice.block_n if choice.splits > 1 else 0
     scalars, options = _scalars(request), _options(request, choice)

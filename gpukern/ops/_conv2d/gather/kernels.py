@@ -10,6 +10,7 @@ import triton.language as tl
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._conv2d.epilogue import add_splits, pooled_rows, store_statistics
 from gpukern.ops._conv2d.indexing import inside_image, phase_taps, split_pixel, taps_inside, tile_order
+from gpukern.ops._conv2d.tf32 import rounded
 
 
 @triton.jit
@@ -154,7 +155,7 @@ def conv2d_gather_kernel(
                 a = tl.load(source_row[:, None] + moved[None, :], mask=inside, other=0.0)
                 b_mask = flat_ok[:, None] & column_ok[None, :]
                 b = tl.load(filter_column[None, :] + taken[:, None], mask=b_mask, other=0.0)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                acc = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), acc, input_precision=PRECISION)
         else:
             # One flat loop over taps and channel blocks with counters carried along: the leanest form of the main loop.
             # Where there are at most 32 taps, which of them lie inside the image is one bit mask a pixel.
@@ -202,7 +203,7 @@ def conv2d_gather_kernel(
                 b_offset = tl.multiple_of(taken + k * filter.reduction, FILTER_ALIGN)
                 a = tl.load(source_row[:, None] + a_offset[None, :], mask=a_mask, other=0.0)
                 b = tl.load(filter_column[None, :] + b_offset[:, None], mask=b_mask, other=0.0)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                acc = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), acc, input_precision=PRECISION)
                 # Selects, not branches: behind a branch Triton fetches each step's operands when they are needed, and
                 # none ahead.
                 c += BLOCK_K

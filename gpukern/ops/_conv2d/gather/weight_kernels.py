@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._conv2d.indexing import inside_image, split_pixel, tile_order
+from gpukern.ops._conv2d.tf32 import rounded
 
 
 @triton.jit
@@ -102,6 +103,9 @@ def conv2d_weight_grad_kernel(
         if DIRECT:
             acc += dy.to(tl.float32) * x.to(tl.float32)
         else:
+            # Not movable: loaded in the order of the product, each element would bring its own pixel to work out.
+            dy = rounded(dy, PRECISION, MOVABLE=False)
+            x = rounded(x, PRECISION, MOVABLE=False)
             acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
 
     target = out.ptr + tl.program_id(2).to(tl.int64) * out_split

@@ -30,6 +30,7 @@ def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
     columns, reduction = (p.K, p.C) if forward else (p.C, p.K)
     pieces = parts(choice)
     source = _images(request.shapes[0], request.first, request, choice, (choice.block_m, choice.block_k))
+    source = source.operand(request.dtype, choice.precision)
     output = _images(request.shapes[2], request.output, request, choice, (choice.block_m // pieces, choice.block_n))
     filter, across_sum = _filter(request, choice, forward)
     images, pixels = matrices(p, choice)
@@ -76,6 +77,7 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     p = request.problem
     grad = _images(request.shapes[0], request.first, request, choice, (choice.block_k, choice.block_m))
     source = _images(request.shapes[1], request.second, request, choice, (choice.block_k, choice.block_n))
+    grad, source = (described.operand(request.dtype, choice.precision) for described in (grad, source))
     of_partial = torch.float32 if choice.splits > 1 else request.dtype
     output = Described((choice.splits, p.K, p.C), (p.K * p.C, p.C, 1), (1, choice.block_m, choice.block_n)).checked(
         of_partial
@@ -111,7 +113,8 @@ def _filter(request: Request, choice: ConvPlan, forward: bool) -> tuple[Describe
     rows, runs, stride = (K, C, k) if along_inputs else (C, K, c)
     across_sum = along_inputs != forward
     box = (choice.block_k, choice.block_n) if across_sum else (choice.block_n, choice.block_k)
-    return Described((rows, runs), (_whole(stride or runs, request.dtype), 1), box).checked(request.dtype), across_sum
+    described = Described((rows, runs), (_whole(stride or runs, request.dtype), 1), box)
+    return described.operand(request.dtype, choice.precision), across_sum
 
 
 def _whole(stride: int, dtype: torch.dtype) -> int:

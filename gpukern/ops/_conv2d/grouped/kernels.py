@@ -12,6 +12,7 @@ import triton.language as tl
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._conv2d.epilogue import store_statistics
 from gpukern.ops._conv2d.indexing import phase_taps, split_pixel, taps_inside
+from gpukern.ops._conv2d.tf32 import rounded
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def sum_over_taps(
         a_mask = ((bits & 1) != 0) & k_ok[None, :]
         a = tl.load(a_row + (r * source_h + s * source_w), mask=a_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         b = tl.load(b_place + (r * filter_r + s * filter_s), mask=b_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), acc, input_precision=PRECISION)
         bits = bits >> 1
         # Selects, no branch: behind one the loads of a step would not be fetched ahead.
         wraps = s + 1 == taps_w

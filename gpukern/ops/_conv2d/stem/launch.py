@@ -33,8 +33,9 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         (p.N, p.P, p.R, p.Q, window(p, itemsize)),
         (step_n, step_p, row, step_q, 1),
         (box[0], box[1], 1, box[2], block_k),
-    ).checked(dtype)
-    filter_rows = Described((p.R, p.K, block_k), (p.K * block_k, block_k, 1), (1, block_n, block_k)).checked(dtype)
+    ).operand(dtype, choice.precision)
+    filter_rows = Described((p.R, p.K, block_k), (p.K * block_k, block_k, 1), (1, block_n, block_k))
+    filter_rows = filter_rows.operand(dtype, choice.precision)
     # The stride of a dimension of one element is never used, but must be one that a descriptor takes.
     run_length = cdiv(p.K, 8) * 8
     strides = (n or run_length, h or run_length, w or run_length, 1)
