@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import gpukern
-from gpukern.fuse.verify import cast, distance, leaves
+from gpukern.fuse.verify import Witness, cast, distance, leaves
 from gpukern.runtime.mode import Mode, force_mode, mode_of
 from models.zoo import NETWORKS as NETWORK_MODELS
 from tests.device import DEVICE
@@ -79,6 +79,20 @@ def test_the_kernels_compute_it(name, operators, dtype, device):
         fused = gpukern.fuse(model.to(device), tuple(tensor.to(device) for tensor in example), dtype=dtype)
     assert [group.operator for group in fused.report.fused] == [f"gpukern::{name}" for name in operators.split()]
     assert fused.report.verification.passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("allowed, layers", [(True, 4), (False, 0)])
+def test_the_floor_allows_for_tf32_in_kernels_only(allowed, layers, dtype, device):
+    """Convolutions alone: TF32 is not allowed in matrix products."""
+    convolutions = [torch.nn.Conv2d(2, 2, 1) for _ in range(4)]
+    model = torch.nn.Sequential(*convolutions, torch.nn.Linear(5, 3)).to(device)
+    inputs = (torch.randn(1, 2, 4, 5, device=device),)
+    with torch.backends.cudnn.flags(allow_tf32=allowed):
+        plain = Witness(model, inputs, dtype).floor
+        with force_mode(KERNELS):
+            floor = Witness(model, inputs, dtype).floor
+    assert floor - plain == pytest.approx(layers**0.5 * 2.0**-10 if dtype is torch.float32 else 0.0)
 
 
 #: Of networks of the benchmark: batch norms, and each pattern with how often it is found.
