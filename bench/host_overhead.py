@@ -41,13 +41,13 @@ class Empty(torch.autograd.Function):
 @contextlib.contextmanager
 def stubbed_launch() -> Iterator[None]:
     """Take the kernels' path on CPU tensors; a launch does nothing."""
-    launch = JITFunction.__getitem__
-    JITFunction.__getitem__ = lambda kernel, grid: _nothing
+    launch = JITFunction.run
+    JITFunction.run = _nothing
     try:
         with force_mode(Mode.KERNELS):
             yield
     finally:
-        JITFunction.__getitem__ = launch
+        JITFunction.run = launch
 
 
 def _nothing(*arguments, **options) -> None:

@@ -25,8 +25,10 @@ def launch(
 ) -> None:
     """Run ``kernel`` over ``grid`` on ``device`` and its current stream.
 
-    ``options`` are compile-time arguments and Triton's own (``num_warps``, ``num_stages``). Both are passed on as they
-    are: packing two dozen keywords once more would cost a microsecond a call.
+    ``options`` are compile-time arguments and Triton's own (``num_warps``, ``num_stages``). Multiplications and
+    additions are fused in every kernel: Triton 3.9 wants to be told, 3.10 will not fuse by itself.
+
+    ``kernel.run`` is what ``kernel[grid]`` calls: packing two dozen keywords once more costs a microsecond a call.
 
     Every launch happens under its tensors' own device: Triton launches on the current one, whatever the tensors say.
     DescriptorRefused if the driver takes a descriptor among the arguments for none.
@@ -35,17 +37,16 @@ def launch(
         if device.type == "cuda":
             if device.index != torch.cuda.current_device():
                 with torch.cuda.device(device):
-                    kernel[grid](*arguments, **options, enable_fp_fusion=True)
+                    kernel.run(*arguments, **options, grid=grid, warmup=False, enable_fp_fusion=True)
                 return
         elif EMULATE:
             from gpukern.runtime.emulation_checks import only_memory_of
             from gpukern.runtime.emulation_tf32 import descriptors_round
 
             with only_memory_of(arguments), descriptors_round(arguments):
-                kernel[grid](*arguments, **options)
+                kernel.run(*arguments, **options, grid=grid, warmup=False, enable_fp_fusion=True)
             return
-        # Multiplications and additions are fused: Triton's default, which it has announced to change.
-        kernel[grid](*arguments, **options, enable_fp_fusion=True)
+        kernel.run(*arguments, **options, grid=grid, warmup=False, enable_fp_fusion=True)
     except RuntimeError as problem:
         if _REFUSAL in str(problem):
             raise DescriptorRefused(str(problem)) from problem

@@ -62,6 +62,7 @@ def test_machine_code(architecture, kind, share):
     assert not bad, "\n".join(bad)
     # On the stub driver all or, where it cannot be compiled, none.
     assert len({bool(row["launched"]) for row in rows}) == 1
+    assert all(row["options"]["enable_fp_fusion"] == "True" for row in rows)
     # Full fp32 runs outside of the tensor cores where that is faster.
     assert kind == "float32" or any(row["tensor_core"] == TENSOR_CORE[architecture] for row in rows)
 
