@@ -27,6 +27,7 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 import gpukern
+from bench.peers import torch_at_its_best
 from bench.report.markdown import table
 from bench.results import write_text
 
@@ -75,7 +76,12 @@ class Row:
 
 
 def measure(name: str) -> Row:
-    """Build, capture, fuse in fp32 and compare."""
+    """Build, capture, fuse in fp32 and compare; without TF32, whose errors would hide those of a fusion."""
+    with torch_at_its_best("float32"):
+        return _measure(name)
+
+
+def _measure(name: str) -> Row:
     torch.manual_seed(0)
     model = randomised(build(name))
     parameters = sum(p.numel() for p in model.parameters())

@@ -31,7 +31,7 @@ TORCH_FREE = (
     "roofline.py",
 )
 #: What runs on the device.
-KERNELS = ("epilogue.py", "functions.py", "indexing.py", "kernels.py", "weight_kernels.py")
+KERNELS = ("epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
 
 
 def imported(path: Path) -> set[str]:

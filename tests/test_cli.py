@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import gpukern
@@ -290,3 +293,25 @@ def test_explain_without_triton_predicts(run_python):
     result = run_python(code, *CONV[1:-1], "--direction", "all")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("expected µs") == 3 and result.stdout.count("not compiled: Triton is not installed") == 3
+
+
+def test_no_option_is_named_like_its_placeholder():
+    """Some versions of Typer and click take such a metavar for the option's name: --layer became --LAYER."""
+
+    def commands(command, path=()):
+        yield path, command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from commands(inner, (*path, name))
+
+    seen = 0
+    for path, command in commands(typer.main.get_command(app)):
+        for parameter in command.params:
+            for flag in [flag for flag in parameter.opts if flag.startswith("--")]:
+                assert flag == flag.lower(), (path, flag)
+                seen += 1
+    assert seen > 20
+    for source in (Path(gpukern.__file__).parent).rglob("*.py"):
+        for name, metavar in re.findall(
+            r"(\w+): Annotated\[[^=]*?typer\.Option\(metavar=\"(\w+)\"", source.read_text()
+        ):
+            assert name != metavar.lower(), f"{source}: name the option --{name} in so many words"

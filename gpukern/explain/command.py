@@ -40,7 +40,9 @@ _Arch = Annotated[
         help=f"{', '.join(DEVICES)}, or sm_80, sm_89, sm_90, sm_100. Default: the GPU that is here, else h100.",
     ),
 ]
-_Directions = Annotated[str, typer.Option(metavar="DIRECTION", help="forward, input-grad, weight-grad or all.")]
+_Directions = Annotated[
+    str, typer.Option("--direction", metavar="DIRECTION", help="forward, input-grad, weight-grad or all.")
+]
 _Epilogue = Annotated[
     str,
     typer.Option(
@@ -72,7 +74,7 @@ def conv(
     dtype: _Dtype = "fp16",
     arch: _Arch = None,
     direction: _Directions = "forward",
-    layout: Annotated[str, typer.Option(metavar="LAYOUT", help="channels_last or NCHW.")] = "channels_last",
+    layout: Annotated[str, typer.Option("--layout", metavar="LAYOUT", help="channels_last or NCHW.")] = "channels_last",
     epilogue: _Epilogue = "",
     top: _Top = 6,
     as_json: _Json = False,

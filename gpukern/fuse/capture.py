@@ -90,10 +90,19 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch.export warns of its own affairs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Without what torch.export warns of its own affairs, and as on a machine without cuDNN.
+
+    On a GPU PyTorch asks whether the batch is small enough for cuDNN (batch norm of float32: 65,535 images), and
+    torch.export takes the answer for a limit of the model, under which no batch size is free any more.
+    """
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def has_batch(inputs: tuple) -> bool:

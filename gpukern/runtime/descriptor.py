@@ -9,10 +9,6 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-class DescriptorRefused(RuntimeError):
-    """The driver makes no tensor map of a descriptor that keeps all the rules below; nothing was launched."""
-
-
 @dataclass(frozen=True)
 class Described:
     """A descriptor but for its tensor: sizes and strides in elements, the last stride 1, and the box that is fetched.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.mode import EMULATE
+from gpukern.runtime.refusal import DescriptorRefused
 
 if EMULATE:
     from gpukern.runtime import emulation

@@ -25,7 +25,8 @@ def tune(
     model: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="A model, as a function that makes it.")] = "",
     input: Annotated[str, typer.Option(metavar="NxCxHxW", help="The sizes of the model's input.")] = "",
     layer: Annotated[
-        list[str], typer.Option(metavar="LAYER", help='"32x64x56x56 64x3x3 --stride 2 --padding 1". Repeatable.')
+        list[str],
+        typer.Option("--layer", metavar="LAYER", help='"32x64x56x56 64x3x3 --stride 2 --padding 1". Repeatable.'),
     ] = [],  # noqa: B006 - Typer's own copy
     layers: Annotated[list[Path], typer.Option(metavar="FILE", help="A JSON list of such layers. Repeatable.")] = [],  # noqa: B006
     batch: Annotated[str, typer.Option(help="Batch sizes in place of the given one, 1,32,128.")] = "",

@@ -116,3 +116,17 @@ def test_networks(name):
     assert report.verification.truth == "float64" and report.verification.argmax_agreement == 1
     assert report.after.operators <= report.before.operators - 2 * norms + patterns.get(NORM, 0)
     assert report.after.activation_bytes < report.before.activation_bytes / 2
+
+
+def test_a_model_is_captured_as_without_cudnn(monkeypatch):
+    """Else what PyTorch asks of a batch before it calls cuDNN becomes a limit of the fused model, on a GPU alone."""
+    seen, export = [], torch.export.export
+
+    def watching(*given, **options):
+        seen.append(torch.backends.cudnn.enabled)
+        return export(*given, **options)
+
+    monkeypatch.setattr(torch.export, "export", watching)
+    before = torch.backends.cudnn.enabled
+    gpukern.fuse(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval(), torch.randn(2, 3, 9, 9))
+    assert seen and not any(seen) and torch.backends.cudnn.enabled is before

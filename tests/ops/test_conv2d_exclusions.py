@@ -19,8 +19,8 @@ from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Vari
 from gpukern.ops._conv2d.problem import conv_problem
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.runtime.current_device import pretend
-from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.device import A100, B200, EMULATED, H100, H200
+from gpukern.runtime.refusal import DescriptorRefused
 from tests.device import DEVICE
 from tests.numerics import assert_within, sum_bound
 

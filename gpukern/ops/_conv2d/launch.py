@@ -12,8 +12,8 @@ from gpukern.ops._conv2d.prepare import Epilogue, Prepared, plan_without, prepar
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.ops._image import strides_of
 from gpukern.runtime.current_device import device_spec
-from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.refusal import DescriptorRefused
 from gpukern.runtime.tensors import check_kernel_dtype
 
 

@@ -22,8 +22,8 @@ from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands
 from gpukern.ops._conv2d.planner import FAMILIES, plan
 from gpukern.ops._conv2d.pooled import plan as pooled
 from gpukern.ops._conv2d.problem import ConvProblem, pooled_problem
-from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.refusal import DescriptorRefused
 from gpukern.runtime.tensors import check_kernel_dtype
 
 

@@ -11,8 +11,8 @@ from gpukern.ops._conv2d.prepare import Epilogue, plan_without, pooled_choice
 from gpukern.ops._conv2d.problem import ConvProblem, pooled_problem
 from gpukern.ops._pool2d.launch import max_pool2d
 from gpukern.runtime.current_device import device_spec
-from gpukern.runtime.descriptor import DescriptorRefused
 from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.refusal import DescriptorRefused
 from gpukern.runtime.tensors import memory_format_of
 
 
