@@ -19,7 +19,7 @@ from gpukern.ops._conv2d.cost import work
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Variant
 from gpukern.ops._conv2d.planner import only_measured, plan, ranking
 from gpukern.ops._conv2d.problem import conv_problem
-from gpukern.runtime.device import A100, B200, H100, L4, RTX_4090
+from gpukern.runtime.device import A100, B200, B300, GH200, H100, L4, RTX_3090, RTX_4090, RTX_5090
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = Direction
 CONV2 = words.problem_called("32x64x56x56", "64x3x3", padding="1")
@@ -71,11 +71,21 @@ def test_what_is_no_convolution_is_told(given, message):
 
 
 def test_devices_by_name_and_by_architecture(monkeypatch):
-    for name, device in (("h100", H100), ("RTX 4090", RTX_4090), ("sm_80", A100), ("SM89", L4), ("sm_100", B200)):
+    named = {"h100": H100, "RTX 4090": RTX_4090, "rtx-5090": RTX_5090, "GH200": GH200}
+    best = {
+        "sm_80": A100,
+        "SM86": RTX_3090,
+        "SM89": L4,
+        "sm_90": H100,
+        "sm_100": B200,
+        "sm_103": B300,
+        "sm_120": RTX_5090,
+    }
+    for name, device in {**named, **best}.items():
         assert words.device_called(name) is device
     assert words.device_called(None) is H100
     for name in ("sm_75", "sm_9", "", "tpu"):
-        with pytest.raises(ValueError, match=r"known are a100.*sm_100"):
+        with pytest.raises(ValueError, match=r"known are a100.*sm_100.*sm_120"):
             words.device_called(name)
     # The GPU that is here comes without its peaks.
     monkeypatch.setattr(words.torch.cuda, "is_available", lambda: True)

@@ -37,7 +37,7 @@ _Arch = Annotated[
     str | None,
     typer.Option(
         metavar="DEVICE",
-        help=f"{', '.join(DEVICES)}, or sm_80, sm_89, sm_90, sm_100. Default: the GPU that is here, else h100.",
+        help=f"{', '.join(DEVICES)}, or {', '.join(words.ARCHITECTURES)}. Default: the GPU that is here, else h100.",
     ),
 ]
 _Directions = Annotated[

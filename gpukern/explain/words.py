@@ -13,11 +13,31 @@ from gpukern.ops._conv2d.prepare import Epilogue
 from gpukern.ops._conv2d.problem import ConvProblem, Padding, Pair, conv_problem, same_padding
 from gpukern.ops.activation import ACTIVATIONS
 from gpukern.runtime.current_device import device_spec
-from gpukern.runtime.device import A100, B200, DEVICES, H100, L4, DeviceSpec, assumed_peaks, named_device
+from gpukern.runtime.device import (
+    A100,
+    B200,
+    B300,
+    DEVICES,
+    H100,
+    L4,
+    RTX_3090,
+    RTX_5090,
+    DeviceSpec,
+    assumed_peaks,
+    named_device,
+)
 
 _SHORT_KINDS = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
 #: The best known GPU of each architecture.
-_ARCHITECTURES = {"sm80": A100, "sm89": L4, "sm90": H100, "sm100": B200}
+ARCHITECTURES = {
+    "sm_80": A100,
+    "sm_86": RTX_3090,
+    "sm_89": L4,
+    "sm_90": H100,
+    "sm_100": B200,
+    "sm_103": B300,
+    "sm_120": RTX_5090,
+}
 #: What kernels take and make, in the order of their operands.
 OPERANDS = {
     Direction.FORWARD: ("x", "w", "y"),
@@ -35,15 +55,15 @@ def device_called(name: str | None) -> DeviceSpec:
             return H100
         here = device_spec(torch.device("cuda"))
         return replace(here, peaks=assumed_peaks(here))
-    architecture = name.lower().replace("_", "")
-    if architecture in _ARCHITECTURES:
-        return _ARCHITECTURES[architecture]
+    short = name.lower().replace("_", "")
+    for architecture, best in ARCHITECTURES.items():
+        if short == architecture.replace("_", ""):
+            return best
     try:
         return named_device(name)
     except ValueError:
         raise ValueError(
-            f"no device or architecture is called {name!r}; known are {', '.join(DEVICES)}, "
-            + ", ".join(key.replace("sm", "sm_") for key in _ARCHITECTURES)
+            f"no device or architecture is called {name!r}; known are {', '.join((*DEVICES, *ARCHITECTURES))}"
         ) from None
 
 

@@ -34,6 +34,19 @@ class DeviceSpec:
     shared_memory: int
     peaks: Peaks | None = None
 
+    @property
+    def copies_boxes(self) -> bool:
+        """Whether there is a copy engine (TMA), which descriptors are for."""
+        return self.compute_capability >= (9, 0)
+
+    @property
+    def multiplies_from_shared_memory(self) -> bool:
+        """Whether tensor cores read their operands there (wgmma, tcgen05), not from registers (mma.sync).
+
+        GeForce and RTX PRO of the Blackwell generation (12.x) have neither instruction.
+        """
+        return (9, 0) <= self.compute_capability < (12, 0)
+
 
 def _peaks(terabytes: float, *, half: float, tf32: float, float32: float) -> Peaks:
     """From TB/s and TFLOP/s; tensor cores multiply float16 and bfloat16 at one rate."""
@@ -43,10 +56,17 @@ def _peaks(terabytes: float, *, half: float, tf32: float, float32: float) -> Pea
 
 
 # Shared memory of a block: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
-# (8.0: 163 KB, 8.9: 99 KB, 9.0 and 10.0: 227 KB). Rates are dense: data sheets print twice as much for 2:4 sparsity.
+# (8.0: 163 KB; 8.6, 8.9 and 12.0: 99 KB; 9.0, 10.0 and 10.3: 227 KB). Rates are dense: data sheets print twice as much
+# for 2:4 sparsity.
 
 # NVIDIA A100 Tensor Core GPU data sheet, column A100 80GB SXM; SMs: NVIDIA A100 architecture whitepaper.
 A100 = DeviceSpec("A100", (8, 0), 108, shared_memory=163 * 1024, peaks=_peaks(2.039, half=312, tf32=156, float32=19.5))
+# NVIDIA Ampere GA102 GPU architecture whitepaper, GeForce RTX 3090: the row "with FP32 Accumulate", half of the 142.
+RTX_3090 = DeviceSpec(
+    "RTX 3090", (8, 6), 82, shared_memory=99 * 1024, peaks=_peaks(0.936, half=71.2, tf32=35.6, float32=35.6)
+)
+# NVIDIA A10 Tensor Core GPU data sheet; SMs: the whitepaper above. It sums in fp32 as fast as in fp16.
+A10 = DeviceSpec("A10", (8, 6), 72, shared_memory=99 * 1024, peaks=_peaks(0.6, half=125, tf32=62.5, float32=31.2))
 # NVIDIA L4 Tensor Core GPU data sheet, whose 242 and 120 are sparse; SMs: NVIDIA Ada GPU architecture whitepaper.
 # Unlike a GeForce, it sums in fp32 as fast as in fp16.
 L4 = DeviceSpec("L4", (8, 9), 58, shared_memory=99 * 1024, peaks=_peaks(0.3, half=121, tf32=60, float32=30.3))
@@ -62,12 +82,35 @@ H100 = DeviceSpec(
 H200 = DeviceSpec(
     "H200", (9, 0), 132, shared_memory=227 * 1024, peaks=_peaks(4.8, half=989.4, tf32=494.7, float32=66.9)
 )
+# NVIDIA GH200 Grace Hopper Superchip data sheet, with 96 GB of HBM3 (144 GB of HBM3e: 4.9 TB/s): the H100's chip.
+GH200 = DeviceSpec(
+    "GH200", (9, 0), 132, shared_memory=227 * 1024, peaks=_peaks(4.0, half=989.4, tf32=494.7, float32=66.9)
+)
 # NVIDIA Blackwell data sheet, one GPU of an HGX B200 at 1000 W (4.5 and 2.2 PFLOP/s are sparse). Its 7.7 TB/s are of
 # the 180 GB version; the NVIDIA Blackwell architecture brief and the DGX B200 data sheet (64 TB/s for eight) have 8.
 # That brief's 80 TFLOP/s of fp32 need a clock beyond 2 GHz. SMs: what the device reports, 74 of each of two dies.
 B200 = DeviceSpec("B200", (10, 0), 148, shared_memory=227 * 1024, peaks=_peaks(8.0, half=2250, tf32=1100, float32=75))
+# NVIDIA Blackwell Ultra data sheet, one GPU of an HGX B300 (its 18 PFLOP/s of TF32 and 36 of 16 bits are of eight, and
+# sparse): the B200's rates. SMs: what the device reports. One of a GB300 NVL72 has a clock that is a tenth higher.
+B300 = DeviceSpec("B300", (10, 3), 148, shared_memory=227 * 1024, peaks=_peaks(8.0, half=2250, tf32=1125, float32=75))
+# NVIDIA RTX Blackwell GPU architecture whitepaper, GeForce RTX 5090: the row "with FP32 Accumulate", half of the 419.
+RTX_5090 = DeviceSpec(
+    "RTX 5090", (12, 0), 170, shared_memory=99 * 1024, peaks=_peaks(1.792, half=209.5, tf32=104.8, float32=104.8)
+)
 
-DEVICES = {"a100": A100, "l4": L4, "rtx4090": RTX_4090, "h100": H100, "h200": H200, "b200": B200}
+DEVICES = {
+    "a100": A100,
+    "rtx3090": RTX_3090,
+    "a10": A10,
+    "l4": L4,
+    "rtx4090": RTX_4090,
+    "h100": H100,
+    "h200": H200,
+    "gh200": GH200,
+    "b200": B200,
+    "b300": B300,
+    "rtx5090": RTX_5090,
+}
 
 
 def named_device(name: str) -> DeviceSpec:
@@ -81,14 +124,15 @@ def named_device(name: str) -> DeviceSpec:
 def assumed_peaks(device: DeviceSpec) -> Peaks:
     """The peaks of ``device``, or for one that was only asked for its limits what a relative of it would have.
 
-    That is the named device whose name is part of the device's, else the newest that is no newer, its rates taken per
-    multiprocessor. Good enough to choose between plans, and used for nothing else.
+    That is the device with the longest name that is part of its own ("NVIDIA GH200 480GB" is no H200), else the newest
+    that is no newer, its rates taken per multiprocessor. Good enough to choose between plans, and used for nothing
+    else.
     """
     if device.peaks is not None:
         return device.peaks
     named = [d for d in DEVICES.values() if d.name.lower() in device.name.lower()]
     older = [d for d in DEVICES.values() if d.compute_capability <= device.compute_capability] or [A100]
-    relative = max(named or older, key=lambda d: d.compute_capability)
+    relative = max(named, key=lambda d: len(d.name)) if named else max(older, key=lambda d: d.compute_capability)
     share = device.sm_count / relative.sm_count
     rates = {kind: rate * share for kind, rate in relative.peaks.matrix_rates.items()}
     return Peaks(relative.peaks.bandwidth * share, rates)

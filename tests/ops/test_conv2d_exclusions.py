@@ -136,12 +136,9 @@ class Refusing:
     def __init__(self, words: str) -> None:
         self.words, self.launches = words, 0
 
-    def __getitem__(self, grid):
-        def start(*arguments, **options):
-            self.launches += 1
-            raise RuntimeError(self.words)
-
-        return start
+    def run(self, *arguments, **options):
+        self.launches += 1
+        raise RuntimeError(self.words)
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ _FEWEST_IMAGES = 32
 
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
-    if direction is not Direction.WEIGHT_GRAD or device.compute_capability < (9, 0) or not _serves(p, operands):
+    if direction is not Direction.WEIGHT_GRAD or not device.copies_boxes or not _serves(p, operands):
         return
     half = operands.dtype != "float32"
     # As long as wastes no product: 96 images are three boxes of 32.

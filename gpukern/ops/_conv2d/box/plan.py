@@ -47,7 +47,7 @@ _SHARED_MEMORY_BESIDE = 1024
 
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
-    if device.compute_capability < (9, 0) or not _serves(p, direction, operands):
+    if not device.copies_boxes or not _serves(p, direction, operands):
         return
     images, rows, cols = output_sizes(p, direction)
     columns, _ = channels(p, direction)

@@ -68,8 +68,8 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
             continue
         seen.add(tile)
         # Operands of wgmma, which takes 64 rows or more, stay in shared memory; otherwise a long step fills registers.
-        half = operands.dtype != "float32" and not flat
-        long_step = half and _has_wgmma(device) and block_m >= 64 and not narrow and _whole_steps(reduction, 64)
+        half = operands.dtype != "float32" and not flat and device.multiplies_from_shared_memory
+        long_step = half and block_m >= 64 and not narrow and _whole_steps(reduction, 64)
         block_k = 16 if full_fp32 else power_of_two(reduction * (p.R * p.S if flat else 1), 16, 64 if long_step else 32)
         programs = cdiv(pixels, block_m) * cdiv(columns, tile[1]) * p.groups * phases
         steps = p.R * p.S * cdiv(reduction, block_k)
@@ -165,11 +165,6 @@ def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[int]:
 def _whole_steps(reduction: int, longest: int) -> bool:
     """Whether steps of ``longest``, or of the next power of two, end where the channels do."""
     return reduction % power_of_two(reduction, 16, longest) == 0
-
-
-def _has_wgmma(device: DeviceSpec) -> bool:
-    """Hopper multiplies straight from shared memory; before it, operands pass through the registers."""
-    return device.compute_capability >= (9, 0)
 
 
 def pixel_splits(pixels: int, block_k: int, programs: int, device: DeviceSpec) -> int:

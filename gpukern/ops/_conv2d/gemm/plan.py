@@ -63,7 +63,7 @@ _BESIDE_BUFFERS = 512
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
     planes = operands.first is Layout.PLANES
-    if device.compute_capability < (9, 0) or not _is_product(p, direction, operands):
+    if not device.copies_boxes or not _is_product(p, direction, operands):
         return
     if operands.dtype == "float32" and operands.precision == "ieee":
         return

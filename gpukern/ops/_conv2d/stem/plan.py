@@ -38,7 +38,7 @@ class Packed(NamedTuple):
 
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
-    if device.compute_capability < (9, 0) or not _serves(p, direction, operands):
+    if not device.copies_boxes or not _serves(p, direction, operands):
         return
     block_k = power_of_two(window(p, operands.itemsize), 16)
     if block_k * operands.itemsize > _LONGEST_WINDOW:
