@@ -54,7 +54,8 @@ def load(directory: Path | None = None) -> Data:
     """The IDX files in ``directory``, or scikit-learn's digits where there is none.
 
     Images are normalised to zero mean and unit variance with the mean and the deviation of the training set.
-    FileNotFoundError for missing files, ValueError for broken ones, both naming the file.
+    FileNotFoundError for missing files, ValueError for broken ones, both naming the file; RuntimeError where
+    scikit-learn is not installed.
     """
     arrays = _digits() if directory is None else _idx_directory(directory)
     train, train_labels, held_out, held_out_labels = arrays
@@ -74,8 +75,11 @@ def load(directory: Path | None = None) -> Data:
 
 def _digits() -> tuple[np.ndarray, ...]:
     """1,797 digits of 8 × 8, resized bilinearly; each class is divided in the same proportion."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ModuleNotFoundError as error:
+        raise RuntimeError("scikit-learn is missing, of the extra demo: pip install -e '.[demo]'") from error
 
     digits = load_digits()
     small = torch.from_numpy(digits.images.astype(np.float32)).unsqueeze(1)

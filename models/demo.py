@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import gpukern
@@ -43,8 +44,8 @@ def main() -> None:
         trainer = _train(device, console)
     except Interrupted as interruption:
         raise typer.Exit(interruption.exit_code) from None
-    except RuntimeError as error:  # on a GPU, CuPy is missing: the message names the package
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    except RuntimeError as error:  # CuPy, on a GPU, or scikit-learn is missing: the message names the package
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     console.rule("2. Prove the kernels")
     comparisons = _prove(trainer.device, console)
@@ -108,7 +109,7 @@ def _fuse(trainer: Trainer, console: Console) -> bool:
         try:
             fused = gpukern.fuse(trainer.model.eval(), (images,))
         except FusionError as error:
-            console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+            console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
             return False
     fused.save(OUT / FUSED)
     fused.report.to_html(OUT / PAGE)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from models.paths import SURFACES, Surface, path
 from models.plots import WINDOW, batch_sizes, plt, style, trailing_mean, write
@@ -47,7 +46,7 @@ def plot_losses(picture: Path, trainers: Sequence[Trainer], title: str) -> None:
     write(figure, picture)
 
 
-def _label_ends(axes: Axes, ends: Mapping[str, float], rates: Mapping[str, float]) -> None:
+def _label_ends(axes: plt.Axes, ends: Mapping[str, float], rates: Mapping[str, float]) -> None:
     """Names beside the ends of their curves, one at least a line above the other."""
     if not ends:
         return
@@ -83,7 +82,7 @@ def plot_paths(picture: Path, surfaces: Sequence[Surface] = SURFACES) -> None:
     write(figure, picture)
 
 
-def _panel(axes: Axes, surface: Surface, name: str) -> None:
+def _panel(axes: plt.Axes, surface: Surface, name: str) -> None:
     left, right, bottom, top = surface.frame
     title, colour = LOOKS[name]
     _contours(axes, surface)
@@ -113,7 +112,7 @@ def _cut(surface: Surface, inside: np.ndarray, outside: np.ndarray) -> np.ndarra
     return inside + np.nanmin(share) * (outside - inside)
 
 
-def _contours(axes: Axes, surface: Surface) -> None:
+def _contours(axes: plt.Axes, surface: Surface) -> None:
     left, right, bottom, top = surface.frame
     x, y = np.meshgrid(np.linspace(left, right, 200), np.linspace(bottom, top, 200))
     values = surface.value(x, y)

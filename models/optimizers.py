@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from models import data as datasets
 from models.optimizer_plots import LOOKS, plot_losses, plot_paths
@@ -80,7 +81,7 @@ def main(
                       f"{len(samples.held_out):,} held-out images from {samples.name}", highlight=False)  # fmt: skip
         trainers = compare(epochs, samples, where, console)
     except (OSError, ValueError, RuntimeError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     plot_losses(out / LOSS_PLOT, trainers, f"LeNet-5 on {samples.name}, each optimizer with its learning rate")
     plot_paths(out / PATHS_PLOT)

@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    # Only programs draw: better before the training than after it.
+    raise SystemExit("error: matplotlib is missing, of the extra demo: pip install -e '.[demo]'") from None
 
 matplotlib.use("Agg")
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from gpukern.runtime.mode import mode_of
@@ -242,7 +243,7 @@ def main(
         console.print(f"{interruption}: saved {out / CHECKPOINT}; go on with --resume", highlight=False)
         raise typer.Exit(interruption.exit_code) from None
     except (checkpoint.CheckpointError, OSError, ValueError, RuntimeError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

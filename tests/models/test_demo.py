@@ -50,6 +50,18 @@ def test_what_a_gpu_lacks_is_one_clear_line(monkeypatch, capsys):
     assert exit.value.exit_code == 1 and "error: pip install cupy-cuda12x" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("program", ["demo", "train", "optimizers"])
+@pytest.mark.parametrize("module, package", [("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")])
+def test_what_a_bare_install_lacks_is_one_clear_line(program, module, package, run_python, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where some write
+    result = run_python(
+        f"import runpy, sys; sys.modules[{module!r}] = None; runpy.run_module('models.{program}', {{}}, '__main__')"
+    )
+    printed = result.stdout + result.stderr
+    assert result.returncode == 1 and "Traceback" not in printed
+    assert f"error: {package} is missing, of the extra demo: pip install -e '.[demo]'" in printed
+
+
 @pytest.mark.parametrize(
     ("accuracy", "error", "fused", "code"),
     [(0.99, 1e-7, True, 0), (0.96, 1e-7, True, 1), (0.99, 1.0, True, 1), (0.99, 1e-7, False, 1)],
