@@ -8,18 +8,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gpukern.runtime.compile_only import Launch
-from gpukern.runtime.device import A100, B200, H100, H200, L4, RTX_4090, DeviceSpec
+from gpukern.runtime.device import A100, B200, H100, H200, L4, RTX_4090, RTX_5090, DeviceSpec
 from tests.compile.launches import LAYOUTS, Selection, record
 
 #: What ``make test`` compiles for: the first device's architecture, for the plans of all. Code for the L4 differs from
 #: the A100's in its limits, which hold here all the same.
-ARCHITECTURES: dict[str, tuple[DeviceSpec, ...]] = {"sm_80": (A100, L4), "sm_90": (H100,), "sm_100": (B200,)}
+ARCHITECTURES: dict[str, tuple[DeviceSpec, ...]] = {
+    "sm_80": (A100, L4),
+    "sm_90": (H100,),
+    "sm_100": (B200,),
+    "sm_120": (RTX_5090,),
+}
 #: What ``make gate`` compiles for.
 ALL_ARCHITECTURES: dict[str, tuple[DeviceSpec, ...]] = {
     "sm_80": (A100,),
     "sm_89": (L4, RTX_4090),
     "sm_90": (H100, H200),
     "sm_100": (B200,),
+    "sm_120": (RTX_5090,),
 }
 
 _LAST = LAYOUTS[:1]  # channels_last
@@ -57,7 +63,7 @@ def every_one(architecture: str, kind: str) -> list[Compilation]:
 
 
 def _selection(architecture: str, kind: str) -> Selection:
-    if architecture == "sm_100" or kind == "bfloat16":
+    if architecture in ("sm_100", "sm_120") or kind == "bfloat16":
         return _FEW  # the plans are those of sm_90, and of float16
     # Plans look at the layout before they look at the dtype, and what is odd differs in the products alone.
     return Selection(odd_layouts=_LAST) if kind == "float16" else Selection(layouts=_LAST, odd_layouts=())

@@ -1,4 +1,4 @@
-"""Every configuration that plans choose compiles for sm_80, sm_90 and sm_100 to the machine code that was meant.
+"""Every configuration that plans choose compiles for sm_80 to sm_120 to the machine code that was meant.
 
 No GPU is needed: Triton compiles for a named architecture and ships a disassembler. See ``README.md`` for what is
 compiled here and what only by ``make gate``.
@@ -29,8 +29,10 @@ PIECES = [
     ("sm_90", "bfloat16", "0/1"),
     ("sm_100", "float16", "0/1"),
     ("sm_80", "bfloat16", "0/1"),
+    ("sm_120", "float16", "0/1"),
+    ("sm_120", "float32", "0/1"),
 ]
-TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
 
 
 def compile_piece(architecture: str, kind: str, share: str, *options: str) -> list[dict]:

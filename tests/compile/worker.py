@@ -12,6 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
+import triton
 from triton.compiler import CompiledKernel
 
 from gpukern.runtime import sass
@@ -30,6 +31,7 @@ def describe(launch: Launch) -> dict:
     names = launch.function.arg_names
     row = {
         "kernel": launch.kernel,
+        "triton": triton.__version__,
         "capability": launch.device.compute_capability,
         "limit": launch.device.shared_memory,
         "dtypes": launch.dtypes,

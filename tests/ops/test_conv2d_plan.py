@@ -15,7 +15,7 @@ from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Vari
 from gpukern.ops._conv2d.planner import FAMILIES, only_measured, plan, ranking
 from gpukern.ops._conv2d.problem import conv_problem, same_padding
 from gpukern.ops._image import strides_of
-from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4
+from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4, RTX_5090
 from gpukern.runtime.tensors import memory_format_of
 from tests.ops.conv_cases import CASES, as_problem
 
@@ -81,6 +81,34 @@ def test_on_hopper_large_layers_are_read_by_descriptors():
         assert plan(problem(64, 256, 14, 14, 1024, 1, 1), direction, HALF, H100).variant in BY_DESCRIPTOR
 
 
+def test_blackwell_without_wgmma_reads_by_descriptors_into_registers():
+    """The copy engine is there; sums must leave registers for operands, and Hopper's warp-specialised kernel is not."""
+    found = [
+        ranked.plan
+        for operands, direction in itertools.product(
+            (HALF, Operands("float32", "tf32"), Operands("float32", "ieee")), Direction
+        )
+        for ranked in ranking(RESNET_3X3, direction, operands, RTX_5090)
+    ]
+    assert {Variant.BOX, Variant.BATCH_BOX} < {choice.variant for choice in found}
+    assert Variant.WARP_SPECIALIZED not in {choice.variant for choice in found}
+    sums = {
+        (choice.precision, choice.block_m * choice.block_n // (32 * choice.num_warps))
+        for choice in found
+        if choice.variant in BY_DESCRIPTOR
+    }
+    assert max(count for precision, count in sums if precision != "tf32x3") == 96
+    assert max(count for precision, count in sums if precision == "tf32x3") == 32
+    # Steps of the gather are as short as before Hopper, for the same reason.
+    steps = {
+        device: max(
+            c.plan.block_k for c in ranking(RESNET_3X3, FORWARD, HALF, device) if c.plan.variant is Variant.TAPS
+        )
+        for device in (L4, H100, RTX_5090)
+    }
+    assert steps == {L4: 32, H100: 64, RTX_5090: 32}
+
+
 def test_rows_that_no_descriptor_describes_are_gathered():
     odd = Operands("float16", "ieee", Layout.CHANNELS, Layout.CHANNELS, Layout.CHANNELS)
     assert not variants(RESNET_3X3, FORWARD, odd) & BY_DESCRIPTOR
@@ -110,7 +138,7 @@ LAYOUTS_OF_ALL = (Layout.PIXEL_RUNS, Layout.PLANES, Layout.STRIDED)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_plan_is_launchable(case):
     p = as_problem(case)
-    devices = (A100, H100, L4, B200, EMULATED)
+    devices = (A100, H100, L4, B200, RTX_5090, EMULATED)
     for direction, kind, layout, device in itertools.product(Direction, KINDS, LAYOUTS_OF_ALL, devices):
         operands = Operands(*kind, layout, layout, layout)
         ranked = ranking(p, direction, operands, device)

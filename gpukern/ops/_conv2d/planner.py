@@ -55,6 +55,8 @@ FAMILIES: dict[Variant, Family] = {
     Variant.WARP_SPECIALIZED: warp_specialized,
 }
 
+_BY_DESCRIPTORS = (Variant.GEMM, Variant.BOX, Variant.BATCH_BOX, Variant.STEM)
+
 
 def only_measured(plan: ConvPlan) -> bool:
     """Whether nothing but a GPU can show that ``plan`` is right: it is chosen only where the plan database says so.
@@ -120,7 +122,21 @@ def _all(problem: ConvProblem, direction: Direction, operands: Operands, device:
         for precision in ("ieee", "tf32x3") if in_full else (operands.precision,):
             for family in families:
                 for candidate in family.candidates(problem, direction, replace(seen, precision=precision), device):
-                    yield replace(candidate, pack=pack, precision=precision)
+                    choice = replace(candidate, pack=pack, precision=precision)
+                    if _leaves_registers(choice, device):
+                        yield choice
+
+
+def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
+    """Whether the sums of a tile that is read by descriptors leave registers for its operands, where they need any.
+
+    Tiles are Hopper's, whose operands stay in shared memory. Found by compiling for sm_120: 96 sums a thread fit,
+    of 192 some spill; beside operands that are taken apart into halves 32 fit, and of 64 some spill.
+    """
+    if device.multiplies_from_shared_memory or plan.variant not in _BY_DESCRIPTORS:
+        return True
+    sums = plan.block_m * plan.block_n // (32 * plan.num_warps)
+    return sums <= (32 if plan.precision == "tf32x3" else 96)
 
 
 def _packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:
