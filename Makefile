@@ -7,12 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Written last, so that an interrupted installation is repaired by the next make.
 INSTALLED := $(VENV)/.installed
+# Without constraints.txt: what has come out since.
+LATEST := .venv-latest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gate lease lint format clean
+.PHONY: help demo test test-latest gate lease lint format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## train LeNet-5 on handwritten digits and check the kernels against the reference
 	@$(BIN)/python -m models.demo
@@ -20,7 +22,14 @@ demo: $(INSTALLED) ## train LeNet-5 on handwritten digits and check the kernels 
 test: $(INSTALLED) ## run the tests, in WORKERS processes (default: one a core, at most 8)
 	@$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist worksteal $(PYTEST_ARGS)
 
-gate: $(INSTALLED) ## compile every launch for sm_80 to sm_100 and read the machine code, no GPU needed (make test: a part)
+test-latest: ## run the tests on the newest PyTorch, Triton, NumPy and timm, in .venv-latest (3 GB; not in CI)
+	@$(LATEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(LATEST)
+	@$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		torch torchvision triton numpy timm -e '.[bench,demo,dev]'
+	@$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|triton|numpy|timm) '
+	@$(LATEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist worksteal $(PYTEST_ARGS)
+
+gate: $(INSTALLED) ## compile every launch for sm_80 to sm_120 and read the machine code, no GPU needed (make test: a part)
 	@$(BIN)/python -m tests.compile.gate
 
 lease: $(INSTALLED) ## compile what a rented H200 will run and try both calls without one (bench/LEASE.md)
@@ -34,8 +43,8 @@ format: $(INSTALLED) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean: ## remove .venv and what tools left behind
-	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-latest and what tools left behind
+	rm -rf $(VENV) $(LATEST) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,9 @@ class Attempt:
 class Attempts:
     """The file, and the watchdog for what it names."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path.with_suffix(".trying")
+    def __init__(self, path: Path, save: Callable[[], None] = lambda: None) -> None:
+        """``save`` writes down what is known already, before a process that hangs is ended."""
+        self._path, self._save = path.with_suffix(".trying"), save
         self._timer: threading.Timer | None = None
 
     def left(self) -> Attempt | None:
@@ -62,7 +63,7 @@ class Attempts:
     def wait(self, attempt: Attempt, seconds: float) -> None:
         """Another ``seconds`` for it."""
         self._stop()
-        self._timer = threading.Timer(seconds, _give_up, (attempt, seconds))
+        self._timer = threading.Timer(seconds, _give_up, (attempt, seconds, self._save))
         self._timer.daemon = True
         self._timer.start()
 
@@ -75,8 +76,10 @@ class Attempts:
             self._timer.cancel()
 
 
-def _give_up(attempt: Attempt, seconds: float) -> None:
+def _give_up(attempt: Attempt, seconds: float, save: Callable[[], None]) -> None:
     """A thread that waits for a device cannot be stopped; the process can."""
+    with contextlib.suppress(Exception):
+        save()
     print(f"bench: {attempt.name} on {attempt.key} hangs for {seconds:.0f} s; a new process can go on", file=sys.stderr)
     sys.stderr.flush()
     os._exit(UNFINISHED)

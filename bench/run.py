@@ -70,8 +70,8 @@ def run(
     :class:`bench.results.ResultsError` if the file was made on another device, with other versions, other code or
     another method: its rows cannot stand beside new ones.
     """
-    attempts = Attempts(path)
     file = _File(path, method, device, fresh)
+    attempts = Attempts(path, file.save)
     if resume and (hung := attempts.left()):
         file.blame(hung)
     found = {task.case.key for task in tasks if resume and file.has(suite, task, method, device)}
