@@ -7,6 +7,7 @@ shown as it was measured last. ``--check`` writes nothing and ends with 1 where 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -75,12 +76,12 @@ def page(devices: dict[str, list[Found]], folder: Path) -> str:
     return "\n".join(parts)
 
 
-def block(devices: dict[str, list[Found]]) -> str:
+def block(devices: dict[str, list[Found]], folder: Path) -> str:
     """The README's table."""
     lines = []
     for device, groups in devices.items():
         made = max((found.run.environment for found in groups), key=lambda each: each.date)
-        rows = [row for found in groups for row in _rows(found)]
+        rows = [row for found in groups for row in _rows(found)] + _optimizers(folder, device)
         if not rows:
             continue
         lines += [
@@ -112,7 +113,7 @@ def _networks(group: Group, timed: Sequence[Throughput]) -> Iterator[list[str]]:
             f"{words.case_name(ours.case)}: {group.key.suite}, {_what(group.key)}, images/s",
             words.per_second(ours.images),
             f"{words.per_second(best.images)} ({markdown.escape(best.candidate)})",
-            f"**{words.ratio(best.p50 / ours.p50)}**",
+            _times(best.p50 / ours.p50),
         ]
 
 
@@ -127,8 +128,36 @@ def _layers(group: Group) -> Iterator[list[str]]:
             f"{network}: {best.layers} × {group.key.suite}, {_what(group.key)}, µs",
             words.micro(best.ours_us),
             f"{words.micro(best.peer_us)} ({markdown.escape(best.peer)})",
-            f"**{words.ratio(best.peer_us / best.ours_us)}**",
+            _times(best.peer_us / best.ours_us),
         ]
+
+
+def _optimizers(folder: Path, device: str) -> list[list[str]]:
+    """Steps that ``bench.optimizers`` timed last on ``device``."""
+    files = []
+    for path in sorted(folder.rglob("*.json")):
+        read = json.loads(path.read_text(encoding="utf-8"))
+        steps_of = read.get("device") if isinstance(read, dict) else None
+        if isinstance(steps_of, list) and read["environment"]["device"] == device:
+            files.append((read["environment"]["date"], steps_of))
+    steps: dict[tuple[str, str], dict[str, float]] = {}
+    for row in max(files, default=("", []), key=lambda file: file[0])[1]:
+        if row["seconds"]:
+            steps.setdefault((row["optimizer"], row["problem"]), {})[row["candidate"]] = 1e6 * row["seconds"]
+    rows = []
+    for (optimizer, problem), times in steps.items():
+        ours = times.pop("gpukern", None)
+        if ours and times:
+            best = min(times, key=times.__getitem__)
+            theirs = f"{words.micro(times[best])} ({best})"
+            rows.append(
+                [f"step of {optimizer}: {problem}, float32, µs", words.micro(ours), theirs, _times(times[best] / ours)]
+            )
+    return rows
+
+
+def _times(ratio: float) -> str:
+    return f"**{words.ratio(ratio)}**"
 
 
 def _what(key: GroupKey) -> str:
@@ -153,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         pages = {
             PAGE: page(devices, RESULTS),
-            README: within(README.read_text(encoding="utf-8"), block(devices)),
+            README: within(README.read_text(encoding="utf-8"), block(devices, RESULTS)),
         }
     except (ValueError, OSError) as error:
         print(f"bench.publish: {error}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from bench import publish, results
@@ -42,12 +44,27 @@ def test_the_table_has_sums_of_layers_and_images_a_second(tmp_path):
     sizes = {"network": "resnet50"}
     network = made_up.row(1000.0, {"PyTorch": 3000.0}, suite="inference", problem="resnet50", sizes=sizes)
     written(tmp_path, "gpu/a.json", made_up.results([layer, network]))
-    table = publish.block(publish.newest(tmp_path))
+    table = publish.block(publish.newest(tmp_path), tmp_path)
     (line,) = (line for line in table.splitlines() if ": 3 × conv, forward, batch 32" in line)
     ours, theirs, ratio = (float(cell.split()[0].strip("*×")) for cell in line.split("|")[2:5])
     assert "(cuDNN)" in line and (ours, theirs) == pytest.approx((30, 60), rel=0.03)
     assert ratio == pytest.approx(theirs / ours, abs=0.006)
     assert "images/s" in table and "(PyTorch) | **" in table and made_up.DEVICE in table
+
+
+def test_the_table_has_steps_of_optimizers(tmp_path):
+    written(
+        tmp_path, "gpu/a.json", made_up.results([made_up.row(10.0, {"cuDNN": 20.0}, uses=(made_up.Use("n", "l", 1),))])
+    )
+    for day, ours in (("2001-01-01", 9e-4), ("2001-01-02", 2e-4)):
+        names = {"gpukern": ours, "torch fused": 5e-4, "torch foreach": 8e-4, "apex": 0.0}
+        steps = [
+            {"problem": "P", "optimizer": "Adam", "candidate": name, "seconds": taken} for name, taken in names.items()
+        ]
+        file = {"environment": {"device": made_up.DEVICE, "date": day}, "device": steps}
+        (tmp_path / f"{day}.json").write_text(json.dumps(file))
+    table = publish.block(publish.newest(tmp_path), tmp_path)
+    assert "| step of Adam: P, float32, µs | 200.0 | 500.0 (torch fused) | **2.50×** |" in table
 
 
 def test_the_table_goes_between_its_marks():

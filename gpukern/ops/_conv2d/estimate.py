@@ -35,8 +35,10 @@ class Constants:
     launch: float
     #: From asking for a step's operands to having them.
     latency: float
-    #: Bytes a second that a multiprocessor fetches.
+    #: Bytes a second that a multiprocessor fetches ...
     fetch: float
+    #: ... and fetches of the stem's windows: short rows, each a request of its own.
+    windows: float
     #: Of a program, until it multiplies for the first time.
     first: float
     #: Of a program, for what it writes; of a tile of 128 × 128.
@@ -61,6 +63,7 @@ MEASURED = Constants(
     launch=1.18e-6,
     latency=1.14e-6,
     fetch=113e9,
+    windows=25e9,
     first=1.05e-6,
     store=0.70e-6,
     split=2.5e-6,
@@ -73,7 +76,7 @@ MEASURED = Constants(
         Variant.GEMM: 1.0,
         Variant.BOX: 0.95,
         Variant.BATCH_BOX: 0.76,
-        Variant.STEM: 0.366,
+        Variant.STEM: 0.9,
         Variant.GROUPED: 0.7,
         Variant.DEPTHWISE: 0.4,
         Variant.WARP_SPECIALIZED: 1.25,
@@ -167,7 +170,8 @@ def _busy(
     together = min(resident(plan, itemsize, device), math.ceil(programs / device.sm_count))
     area = plan.block_m * plan.block_n
     products = together * 2 * area * plan.block_k / (rate * _share(plan, constants))
-    fetched = together * (plan.block_m + plan.block_n) * plan.block_k * itemsize / constants.fetch
+    rate_of_fetching = constants.windows if plan.variant is Variant.STEM else constants.fetch
+    fetched = together * (plan.block_m + plan.block_n) * plan.block_k * itemsize / rate_of_fetching
     step = max(products, fetched, constants.latency / max(plan.num_stages, 1))
     waves = programs / (device.sm_count * together)
     if waves <= 3:
