@@ -53,9 +53,10 @@ def read(path: Path) -> list[Measured]:
 
 def device_of(environment: results.Environment) -> DeviceSpec:
     """The named device that was measured on; ResultsError for another, whose peaks nobody has written down."""
-    for device in DEVICES.values():
-        if device.name.lower() in environment.device.lower():
-            return device
+    # A GH200 is no H200, though the one name is in the other.
+    named = [device for device in DEVICES.values() if device.name.lower() in environment.device.lower()]
+    if named:
+        return max(named, key=lambda device: len(device.name))
     raise ResultsError(f"the peaks of {environment.device} are not known: add it to gpukern/runtime/device.py")
 
 

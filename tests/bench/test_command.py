@@ -199,7 +199,7 @@ def test_another_method_is_refused_by_name(tmp_path):
         (("--cpu", "--layout", "chwn"), "--layout chwn: expected one of channels_last, nhwc, nchw"),
         (("--cpu", "--computation", "back"), "--computation back: expected one of forward, input gradient"),
         (("--cpu", "--peers", "tvm"), "--peers tvm: expected one of library, compile, max-autotune, flaggems"),
-        (("--predict", "rtx1"), "no device is called 'rtx1'; known are a100, l4, rtx4090, h100"),
+        (("--predict", "rtx1"), "no device is called 'rtx1'; known are a100, rtx3090, a10, l4, rtx4090, h100"),
         (("--cpu", "--filter", "nothing like it"), "no row of this suite fits these options"),
         (("--predict", "h100", "--batch", 10**15), "Storage size calculation overflowed"),
     ],

@@ -139,3 +139,8 @@ def test_every_bundled_plan_is_offered():
 def test_the_commands_say_what_is_wrong(module, tmp_path, capsys):
     assert module.main([str(file(tmp_path, {offered()[0].plan: 1e-5}, suite="conv"))]) == 1
     assert "no measured plans" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, device", [("NVIDIA H200", "H200"), ("NVIDIA GH200 480GB", "GH200")])
+def test_a_device_is_the_one_of_the_longest_name(name, device):
+    assert measured_plans.device_of(made_up.environment(device=name)).name == device
