@@ -86,6 +86,15 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture
+def full_fp32() -> Iterator[None]:
+    """Convolutions of fp32 in full, for tests whose bounds know no TF32, which PyTorch allows by default."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``run_python(code, *args, **environment)``: a fresh interpreter, in reference mode unless told otherwise."""

@@ -44,13 +44,7 @@ LAYERS = {
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def no_tf32():
-    """On a GPU torch's convolutions use TF32 unless told otherwise, with errors a thousand times larger."""
-    convolutions = torch.backends.cudnn.conv
-    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
-    yield
-    convolutions.fp32_precision = before
+pytestmark = pytest.mark.usefixtures("full_fp32")
 
 
 @pytest.fixture

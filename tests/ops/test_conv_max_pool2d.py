@@ -331,7 +331,7 @@ def test_splits_give_the_same_bits_every_time(device):
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "tanh", "silu"])
-def test_gradients(activation, where):
+def test_gradients(activation, where, full_fp32):
     """Computed again, by the gradients of convolution, activation and pool: without ATen on a GPU."""
     p = as_problem(TINY)
     x, w, bias = (t.requires_grad_() for t in tensors(TINY, torch.float32, where, "channels_last"))
