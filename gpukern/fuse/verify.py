@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.lower import Lowered
@@ -24,6 +24,8 @@ from gpukern.fuse.program import Program, assemble
 from gpukern.fuse.report import Verification
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.precision import TF32_ROUNDED, conv_precision, matmul_precision
+
+aten = torch.ops.aten
 
 FACTOR = 2.0
 #: The floor in roundings to the dtype, of the output in either model ...
@@ -41,15 +43,15 @@ class Witness:
 
     def __init__(self, model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> None:
         self.inputs = inputs
-        self.truth_dtype, truth = _truth(model, inputs)
+        with _Products() as products:
+            self.truth_dtype, truth = _truth(model, inputs)
         self.truth = leaves(truth)
         unfused = leaves(_in_dtype(model, inputs, dtype))
         self.unfused = distance(unfused, self.truth)
         if not math.isfinite(self.unfused):
             # The original overflows in this dtype, and is no measure: roundings of all layers by their square root.
-            layers = sum(isinstance(module, (_ConvNd, torch.nn.Linear)) for module in model.modules())
-            self.unfused = math.sqrt(max(layers, 1)) * torch.finfo(dtype).eps
-        self.floor = _floor(dtype, self.truth_dtype) + _tf32(model, inputs, dtype)
+            self.unfused = math.sqrt(max(products.convolutions + products.matrices, 1)) * torch.finfo(dtype).eps
+        self.floor = _floor(dtype, self.truth_dtype) + _tf32(products, inputs, dtype)
         if not any(leaf.is_floating_point() for leaf in self.truth):
             self.floor = max(self.floor, _DISAGREEMENT)
 
@@ -74,7 +76,20 @@ def _floor(dtype: torch.dtype, truth: torch.dtype) -> float:
     return _ROUNDINGS * torch.finfo(dtype).eps + of_sums
 
 
-def _tf32(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> float:
+class _Products(TorchDispatchMode):
+    """Counts convolutions and matrix products, whatever a model is made of: modules, functions, an exported graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = self.matrices = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.convolutions += func.overloadpacket in (aten.convolution, aten._convolution)
+        self.matrices += func.overloadpacket in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+        return func(*args, **(kwargs or {}))
+
+
+def _tf32(products: _Products, inputs: tuple, dtype: torch.dtype) -> float:
     """What the floor has more where the fused model's kernels may multiply in TF32.
 
     The unfused model is no measure of it: cuDNN does so for some layers and not for others, a CPU for none. Operands of
@@ -83,9 +98,8 @@ def _tf32(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> float:
     tensors = leaves(inputs)
     if dtype is not torch.float32 or not tensors or mode_of(tensors[0]) is Mode.REFERENCE:
         return 0.0
-    kinds = (_ConvNd, conv_precision(dtype)), (torch.nn.Linear, matmul_precision(dtype))
-    allowed = tuple(kind for kind, precision in kinds if precision == "tf32")
-    return math.sqrt(sum(isinstance(module, allowed) for module in model.modules())) * TF32_ROUNDED
+    kinds = (products.convolutions, conv_precision(dtype)), (products.matrices, matmul_precision(dtype))
+    return math.sqrt(sum(count for count, precision in kinds if precision == "tf32")) * TF32_ROUNDED
 
 
 def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:

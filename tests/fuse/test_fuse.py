@@ -95,6 +95,21 @@ def test_the_floor_allows_for_tf32_in_kernels_only(allowed, layers, dtype, devic
     assert floor - plain == pytest.approx(layers**0.5 * 2.0**-10 if dtype is torch.float32 else 0.0)
 
 
+def test_the_floor_counts_layers_of_any_model(device):
+    """Functions and exported graphs have no modules to count."""
+
+    class Functions(torch.nn.Module):
+        def forward(self, x):
+            w = torch.ones(2, 2, 1, 1, device=x.device, dtype=x.dtype)
+            return torch.nn.functional.conv2d(torch.nn.functional.conv2d(x, w), w)
+
+    x = torch.randn(1, 2, 4, 5, device=device)
+    for model in (Functions(), torch.export.export(Functions(), (x,)).module()):
+        with force_mode(KERNELS):
+            floor = Witness(model, (x,), torch.float32).floor
+        assert floor > 2**0.5 * 2.0**-10
+
+
 #: Of networks of the benchmark: batch norms, and each pattern with how often it is found.
 NETWORKS = {
     "resnet18": (20, {f"{NORM} + relu": 9, f"{NORM} + add + relu": 8, NORM: 3}),
