@@ -147,9 +147,9 @@ def kernel_names() -> list[str]:
 
 
 def more(folder: Path) -> list[Step]:
-    """Whatever is not measured yet: the other suites, other plans, who compiles for long, and compute-sanitizer."""
+    """Whatever is not measured yet: other plans, the other suites, who compiles for long, and compute-sanitizer."""
     sanitized = [step for step in check(folder) if step.needs]
-    return [*bench(folder), *tune(folder), *sanitized]
+    return [*tune(folder), *bench(folder), *sanitized]
 
 
 def worst_rows(folder: Path, number: int = 3) -> list[tuple[Path, str]]:
