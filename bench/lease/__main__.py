@@ -41,12 +41,30 @@ def python() -> str:
     installed = VENV / "installed.txt"
     if not installed.exists() or installed.read_text() != REQUIREMENTS.read_text():
         print("installing the GPU machine's software; PyTorch is large, this takes minutes ...", flush=True)
-        subprocess.run(
-            [os.environ.get("LEASE_BASE_PYTHON", "python3.12"), "-m", "venv", "--clear", str(VENV)], check=True
+        base = os.environ.get("LEASE_BASE_PYTHON", "python3.12")
+        _succeed(
+            [base, "-m", "venv", "--clear", str(VENV)],
+            f"{base} makes no venv; the GPU machine's Python, for which launchers are compiled, is 3.12: "
+            "LEASE_BASE_PYTHON=/path/to/python3.12 make lease",
         )
-        subprocess.run([str(made), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS)], check=True)
+        _succeed(
+            [str(made), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS)],
+            f"pip cannot install {REQUIREMENTS.relative_to(ROOT)}; with a Python that has what is in it: "
+            "LEASE_PYTHON=/path/to/python make lease",
+        )
         installed.write_text(REQUIREMENTS.read_text())
     return str(made)
+
+
+def _succeed(command: list[str], otherwise: str) -> None:
+    """Run ``command``; if it fails, end with what to do about it, below what it said itself."""
+    try:
+        failed = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        print(error, file=sys.stderr)
+        failed = 1
+    if failed:
+        sys.exit(f"bench.lease: {otherwise}")
 
 
 class Trial:

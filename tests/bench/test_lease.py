@@ -187,3 +187,14 @@ def test_versions_are_pinned_that_decide_about_kernels():
     lines = lease.REQUIREMENTS.read_text().splitlines()
     pinned = {line.partition("==")[0] for line in lines if "==" in line}
     assert {"torch", "triton"} <= pinned
+
+
+def test_without_python_3_12_it_says_what_to_type(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("LEASE_PYTHON", raising=False)
+    monkeypatch.setattr(lease, "VENV", tmp_path / "venv")
+    for base in (str(tmp_path / "missing"), shutil.which("false")):
+        monkeypatch.setenv("LEASE_BASE_PYTHON", base)
+        with pytest.raises(SystemExit, match=r"LEASE_BASE_PYTHON=/path/to/python3\.12 make lease"):
+            lease.python()
+    # No half-made venv is taken for a whole one.
+    assert not (tmp_path / "venv" / "installed.txt").exists()
