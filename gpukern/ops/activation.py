@@ -27,7 +27,8 @@ import torch
 
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator, needs_operator
+from gpukern.runtime.operator import Operator, is_lazy, needs_operator
+from gpukern.runtime.transforms import Batch, sum_jvp, total
 
 ACTIVATIONS = ("none", *PROPERTIES)
 
@@ -74,6 +75,27 @@ def _activation_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return activation_grad(grad, saved, *ctx.epilogue), None, None
 
 
+def _activation_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor:
+    return through_activation(tangents[0], arguments[0], output, *arguments[1:])
+
+
+def through_activation(
+    tangent: torch.Tensor | None, input: torch.Tensor | None, output: torch.Tensor, name: str, negative_slope: float
+) -> torch.Tensor | None:
+    """The tangent of ``act(input)``. Only an activation that :func:`needs_input` reads ``input``."""
+    if tangent is None or name == "none":
+        return tangent
+    return activation_grad(tangent, input if needs_input(name) else output, name, negative_slope)
+
+
+def affine_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    """The tangent of ``operator(x, w, bias[, residual], …, activation, negative_slope)``: linear or a convolution."""
+    *inner, name, negative_slope = arguments
+    tangent = sum_jvp(operator, (*inner, "none", 0.0), tangents, output)
+    before = operator(*inner, "none", 0.0) if needs_input(name) else None
+    return through_activation(tangent, before, output, name, negative_slope)
+
+
 activation = Operator(
     "activation",
     "(Tensor input, str name, float negative_slope) -> Tensor",
@@ -81,6 +103,8 @@ activation = Operator(
     fake=_activation_fake,
     save=_activation_save,
     backward=_activation_backward,
+    jvp=_activation_jvp,
+    batch=Batch(images=(0,)),
 )
 
 
@@ -101,7 +125,7 @@ class _Inplace(torch.autograd.Function):
 
 def activation_(input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     """Overwrite ``input`` with ``act(input)`` and return it. RuntimeError for a leaf that requires a gradient."""
-    if needs_operator((input,)):
+    if needs_operator((input,)) or is_lazy(input):
         source = input.clone() if input.requires_grad and needs_input(name) else input
         return input.copy_(activation(source, name, negative_slope))
     if input.requires_grad and torch.is_grad_enabled():
@@ -132,6 +156,14 @@ def _activation_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     return by_grad, by_saved, None, None
 
 
+def activation_grad_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor:
+    (grad, saved, *epilogue), (dgrad, dsaved) = arguments, tangents
+    return total(
+        None if dgrad is None else activation_grad(dgrad, saved, *epilogue),
+        None if dsaved is None else activation_grad_grad(grad, dsaved, saved, epilogue[0]),
+    )
+
+
 activation_grad = Operator(
     "activation_grad",
     "(Tensor grad, Tensor saved, str name, float negative_slope) -> Tensor",
@@ -139,6 +171,8 @@ activation_grad = Operator(
     fake=_activation_grad_fake,
     save=_activation_grad_save,
     backward=_activation_grad_backward,
+    jvp=activation_grad_jvp,
+    batch=Batch(images=(0, 1)),
 )
 
 
@@ -158,4 +192,5 @@ activation_grad_grad = Operator(
     "(Tensor grad, Tensor grad_grad, Tensor saved, str name) -> Tensor",
     forward=_activation_grad_grad,
     fake=_activation_grad_grad_fake,
+    batch=Batch(images=(0, 1, 2)),
 )
