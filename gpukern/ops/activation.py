@@ -4,10 +4,10 @@
 name             y = act(x)                                     act′
 ===============  =============================================  ===================================================
 ``relu``         max(x, 0)                                      [y > 0]
-``relu6``        min(max(x, 0), 6)                              [0 < y < 6]
-``leaky_relu``   x where x > 0, else negative_slope · x         1 where y > 0, else slope
+``relu6``        min(max(x, 0), 6)                              [0 < x < 6]
+``leaky_relu``   x where x > 0, else negative_slope · x         1 where x > 0, else slope
 ``sigmoid``      σ(x) = 1 / (1 + exp(−x))                       y (1 − y)
-``hardsigmoid``  min(max(x + 3, 0), 6) / 6                      1/6 where 0 < y < 1, else 0
+``hardsigmoid``  min(max(x + 3, 0), 6) / 6                      1/6 where −3 < x < 3, else 0
 ``tanh``         tanh(x)                                        1 − y²
 ``silu``         x σ(x)                                         σ(x) (1 + x (1 − σ(x)))
 ``gelu``         x Φ(x), Φ(x) = (1 + erf(x/√2)) / 2             Φ(x) + x exp(−x²/2) / √(2π)
@@ -15,8 +15,9 @@ name             y = act(x)                                     act′
 ``hardswish``    x · hardsigmoid(x)                             0 to x = −3, 1 from x = 3, x/3 + 1/2 between
 ===============  =============================================  ===================================================
 
-Where the derivative is written in terms of the output, a fused epilogue keeps no pre-activation. The others
-(:func:`needs_input`) are not functions of the output, so a backward pass needs what went into the activation.
+Where the derivative is written in terms of the output, a fused epilogue keeps no pre-activation. For the others
+(:func:`needs_input`) a backward pass keeps what went into the activation: their derivative is not a function of the
+output, or torch keeps the input too, so that networks change the result in place (``out = act(x); out += shortcut``).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def check_activation(name: str | None, negative_slope: float) -> str:
 
 
 def needs_input(name: str) -> bool:
-    """Whether the derivatives of the activation are taken from its input, not from its output.
+    """Whether the derivatives of the activation are taken from its input, not from its output, as torch's are.
 
     A fused epilogue that stores the output only cannot be differentiated for these.
     """
@@ -109,11 +110,11 @@ activation = Operator(
 
 
 class _Inplace(torch.autograd.Function):
-    """``x ← act(x)``. Where the derivatives need the input, a copy of it is kept."""
+    """``x ← act(x)``. Where torch's derivatives need the input, a copy of it is kept."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-        copy = input.clone() if needs_input(name) else None
+        copy = input.clone() if needs_input(name) and not PROPERTIES[name].in_place_keeps_result else None
         _implementations.of(input).activation_(input, name, negative_slope)
         ctx.mark_dirty(input)
         ctx.save_for_backward(input if copy is None else copy)

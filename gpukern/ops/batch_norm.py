@@ -263,9 +263,7 @@ def _gradients_plainly(grad, input, weight, bias, other, mean, var, training, *o
     *epilogue, wants_x, wants_parameters, wants_inner = others
     gradients = reference.gradients_of(grad, input, weight, bias, other, mean, var, training, *epilogue)
     wants = wants_x, wants_parameters, wants_parameters, wants_inner
-    return tuple(
-        each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True)
-    )
+    return tuple(each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True))
 
 
 def _gradients_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:

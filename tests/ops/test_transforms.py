@@ -14,7 +14,6 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import gpukern
 import gpukern.functional as F
 from gpukern.ops.activation import ACTIVATIONS
-from gpukern.runtime.mode import Mode, mode_of
 
 pytestmark = pytest.mark.usefixtures("full_fp32")
 
@@ -112,14 +111,13 @@ def test_tangents_of_every_operand(name, where):
     (ours, theirs), _ = CASES[name]
     operands = _operands(name)
     along = tuple(torch.randn_like(t) for t in operands)
-    for moving in [range(len(operands)), *([i] for i in range(len(operands)))]:
-        only = tuple(t if i in moving else torch.zeros_like(t) for i, t in enumerate(along))
-        expected = jvp(theirs, _doubled(operands), _doubled(only))
-        _close(jvp(ours, _to(operands, where), _to(only, where)), expected)
-        with forward_ad.dual_level():
-            given = _to(operands, where)
-            dual = [forward_ad.make_dual(given[i], along[i].to(where)) if i in moving else given[i] for i in range(len(given))]
-            _close(tuple(forward_ad.unpack_dual(ours(*dual))), expected)
+    given = _to(operands, where)
+    for i in range(len(operands)):
+        only = tuple(t if i == place else torch.zeros_like(t) for place, t in enumerate(along))
+        _close(jvp(ours, given, _to(only, where)), jvp(theirs, _doubled(operands), _doubled(only)))
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(t, d) for t, d in zip(given, _to(along, where), strict=True)]
+        _close(tuple(forward_ad.unpack_dual(ours(*dual))), jvp(theirs, _doubled(operands), _doubled(along)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -135,7 +133,7 @@ def test_gradients_and_jacobians(name, where):
     _close(grad(squares(ours), every)(*given), grad(squares(theirs), every)(*_doubled(operands)))
     y, pull = vjp(ours, *given)
     _close(pull(y), vjp(theirs, *_doubled(operands))[1](y.cpu().double()))
-    if mode_of(given[0]) is Mode.REFERENCE or len(operands) == 1:  # emulated, each column is a launch
+    if len(operands) == 1 or name in ("batch_norm, training", "linear, silu"):  # each column is a launch
         expected = jacrev(theirs, every)(*_doubled(operands))
         _close(jacrev(ours, every)(*given), expected)
         _close(jacfwd(ours, every)(*given), expected)
@@ -231,15 +229,3 @@ def test_what_has_no_derivative_says_so(where):
     image = torch.randn(2, 2, 3, 3, device=where)
     with pytest.raises(RuntimeError, match="running statistics"):
         jvp(lambda m: F.batch_norm(image, m, var), (mean,), (mean,))
-
-
-def test_a_fused_and_an_exported_network(where):
-    """Their operators are called as registered, not through the functions."""
-    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2)).eval()
-    x, along = torch.randn(2, 2, 6, 6), torch.randn(2, 2, 6, 6)
-    expected = jvp(model, (x,), (along,))
-    exported = torch.export.export(gpukern.convert(model), (x,)).module()
-    for network in (gpukern.fuse(model, x), exported):
-        _close(jvp(network, (x,), (along,)), expected)
-        with forward_ad.dual_level():
-            _close(tuple(forward_ad.unpack_dual(network(forward_ad.make_dual(x, along)))), expected)

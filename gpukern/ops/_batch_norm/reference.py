@@ -121,7 +121,9 @@ def batch_norm_backward(
     """
     layout = memory_format_of(input)
     wants = wants_input, wants_parameters, wants_parameters, wants_inner
-    gradients = gradients_of(grad, input, weight, bias, other, mean, variance, training, eps, activation, negative_slope)
+    gradients = gradients_of(
+        grad, input, weight, bias, other, mean, variance, training, eps, activation, negative_slope
+    )
     kept = [each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True)]
     if wants_input:
         kept[0] = kept[0].contiguous(memory_format=layout)
