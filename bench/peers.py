@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bench.suite import Implementation, Tensors
+from gpukern.runtime.precision import fp32_products
 
 #: By what they cost: the compiling ones take seconds (max-autotune: up to a minute) a case before anything is timed.
 PEERS = ("library", "compile", "max-autotune", "flaggems")
@@ -26,14 +27,15 @@ PEERS = ("library", "compile", "max-autotune", "flaggems")
 @contextlib.contextmanager
 def torch_at_its_best(dtype: str) -> Iterator[None]:
     """The settings of torch under which every candidate runs. gpukern follows the TF32 ones too."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = True, False
-    cudnn.allow_tf32 = matmul.allow_tf32 = dtype == "tf32"
+    precision = "tf32" if dtype == "tf32" else "ieee"
     try:
-        yield
+        with fp32_products(precision, precision):
+            yield
     finally:
-        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 @contextlib.contextmanager

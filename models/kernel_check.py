@@ -20,6 +20,7 @@ import typer
 
 from gpukern import summary
 from gpukern.runtime.mode import Mode, force_mode, mode_of
+from gpukern.runtime.precision import fp32_products
 from models import checkpoint, data
 from models.data import Samples
 from models.lenet import LeNet5
@@ -49,7 +50,7 @@ def check(model: LeNet5, samples: Samples) -> list[Comparison]:
     with force_mode(Mode.REFERENCE):
         logits_bound, gradient_bound = _bounds(len(samples), hasattr(model, "bn1"))
     choices: dict[str, torch.Tensor] = {}
-    with torch.backends.cudnn.flags(allow_tf32=False):  # the bounds are those of fp32 products
+    with fp32_products("ieee"):  # the bounds are those of fp32 products
         logits = _forward(model, samples.images, partial(_record_choice, choices))
         loss_gradient = _loss_gradient(logits, samples.labels)
         kernels = _gradients(model, logits, loss_gradient.to(logits.dtype))

@@ -32,6 +32,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from gpukern.runtime.mode import EMULATE, Mode, force_mode  # noqa: E402
+from gpukern.runtime.precision import fp32_products  # noqa: E402
 from tests.device import DEVICE  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,10 +90,8 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture
 def full_fp32() -> Iterator[None]:
     """Convolutions of fp32 in full, for tests whose bounds know no TF32, which PyTorch allows by default."""
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    with fp32_products("ieee"):
+        yield
 
 
 @pytest.fixture(scope="session")

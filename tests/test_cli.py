@@ -21,6 +21,7 @@ from gpukern.cli import app
 from gpukern.info import Component
 from gpukern.optim._fused import host
 from gpukern.runtime.mode import EMULATE, Mode
+from gpukern.runtime.precision import fp32_products
 
 runner = CliRunner()
 
@@ -77,14 +78,9 @@ def test_info_on_a_terminal_is_a_table(monkeypatch):
 
 
 def test_info_follows_the_tf32_flags():
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert info.gather().tf32_matmul
-        torch.set_float32_matmul_precision("highest")
-        assert not info.gather().tf32_matmul
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for precision in ("tf32", "ieee"):
+        with fp32_products(precision, precision):
+            assert info.gather().tf32_convolution is info.gather().tf32_matmul is (precision == "tf32")
 
 
 def test_broken_imports_are_reported(monkeypatch):

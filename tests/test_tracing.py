@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.func import jvp
 
 import gpukern
 from gpukern.runtime.mode import Mode, force_mode
@@ -149,3 +151,23 @@ def test_tensors_without_memory(memory_format):
     assert len({(t.shape, t.stride()) for t in convolved}) == 1
     assert (x_grad.shape, x_grad.stride()) == (x.shape, x.stride())
     assert [g.stride() for g in gradients] == [p.stride() for p in model.parameters()]
+
+
+def test_tangents_of_a_fused_and_an_exported_network():
+    """Their operators are called as registered, not through the functions."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2)).eval()
+    x, along = torch.randn(2, 2, 6, 6), torch.randn(2, 2, 6, 6)
+    expected = jvp(model, (x,), (along,))
+    exported = torch.export.export(gpukern.convert(model), (x,)).module()
+    for network in (gpukern.fuse(model, x), exported):
+        torch.testing.assert_close(jvp(network, (x,), (along,)), expected)
+        with forward_ad.dual_level():
+            dual = network(forward_ad.make_dual(x, along))
+            torch.testing.assert_close(tuple(forward_ad.unpack_dual(dual)), expected)
+
+
+def test_a_compiled_tangent():
+    layer, x, along = nn.Conv2d(2, 3, 3), torch.randn(2, 2, 5, 5), torch.randn(2, 2, 5, 5)
+    ours = gpukern.convert(layer)
+    compiled = torch.compile(lambda x, along: jvp(ours, (x,), (along,)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, along), jvp(layer, (x,), (along,)))

@@ -50,13 +50,14 @@ def conv2d(
     activation:
         gpukern's extension, one of :data:`gpukern.ops.activation.ACTIVATIONS`: ``"relu"``, ``"relu6"``,
         ``"leaky_relu"`` (with ``negative_slope``), ``"sigmoid"``, ``"hardsigmoid"``, ``"tanh"``, ``"silu"``,
-        ``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``. It and the residual cost no extra pass over memory, but that
-        training with one of the last four keeps what went into it.
+        ``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``. It and the residual cost no extra pass over memory, but in
+        training: all but relu, sigmoid and tanh keep what goes into them, as torch's do, in a pass of their own.
 
     Returns
     -------
     [N, K, P, Q] with P = ⌊(H + 2·padding − dilation·(R−1) − 1)/stride⌋ + 1, in channels_last if input or weight is.
-    Products are accumulated in fp32; for fp32 operands ``torch.backends.cudnn.allow_tf32`` decides about TF32.
+    Products are accumulated in fp32; for fp32 operands ``torch.backends.cudnn.conv.fp32_precision``, which the old
+    ``torch.backends.cudnn.allow_tf32`` sets too, decides about TF32.
 
     Raises
     ------

@@ -22,8 +22,9 @@ def linear(
     r"""``y = act(x Wᵀ + b)``: input [*, in_features], weight [out_features, in_features] give [*, out_features].
 
     ``activation`` and ``negative_slope`` as in :func:`conv2d`. Accumulates in fp32; for fp32 operands
-    ``torch.set_float32_matmul_precision`` decides about TF32. Raises RuntimeError for sizes, dtypes or devices that do
-    not fit, TypeError and ValueError as :func:`conv2d` does.
+    ``torch.backends.cuda.matmul.fp32_precision``, which the old ``torch.set_float32_matmul_precision`` and
+    ``torch.backends.cuda.matmul.allow_tf32`` set too, decides about TF32. Raises RuntimeError for sizes, dtypes or
+    devices that do not fit, TypeError and ValueError as :func:`conv2d` does.
     """
     check_tensors("linear", input, weight, bias)
     input, weight, bias = autocast(input, weight, bias)

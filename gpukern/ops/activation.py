@@ -4,10 +4,10 @@
 name             y = act(x)                                     act′
 ===============  =============================================  ===================================================
 ``relu``         max(x, 0)                                      [y > 0]
-``relu6``        min(max(x, 0), 6)                              [0 < y < 6]
-``leaky_relu``   x where x > 0, else negative_slope · x         1 where y > 0, else slope
+``relu6``        min(max(x, 0), 6)                              [0 < x < 6]
+``leaky_relu``   x where x > 0, else negative_slope · x         1 where x > 0, else slope
 ``sigmoid``      σ(x) = 1 / (1 + exp(−x))                       y (1 − y)
-``hardsigmoid``  min(max(x + 3, 0), 6) / 6                      1/6 where 0 < y < 1, else 0
+``hardsigmoid``  min(max(x + 3, 0), 6) / 6                      1/6 where −3 < x < 3, else 0
 ``tanh``         tanh(x)                                        1 − y²
 ``silu``         x σ(x)                                         σ(x) (1 + x (1 − σ(x)))
 ``gelu``         x Φ(x), Φ(x) = (1 + erf(x/√2)) / 2             Φ(x) + x exp(−x²/2) / √(2π)
@@ -15,8 +15,9 @@ name             y = act(x)                                     act′
 ``hardswish``    x · hardsigmoid(x)                             0 to x = −3, 1 from x = 3, x/3 + 1/2 between
 ===============  =============================================  ===================================================
 
-Where the derivative is written in terms of the output, a fused epilogue keeps no pre-activation. The others
-(:func:`needs_input`) are not functions of the output, so a backward pass needs what went into the activation.
+Where the derivative is written in terms of the output, a fused epilogue keeps no pre-activation. For the others
+(:func:`needs_input`) a backward pass keeps what went into the activation: their derivative is not a function of the
+output, or torch keeps the input too, so that networks change the result in place (``out = act(x); out += shortcut``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import torch
 
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator, needs_operator
+from gpukern.runtime.operator import Operator, is_lazy, needs_operator
+from gpukern.runtime.transforms import Batch, sum_jvp, total
 
 ACTIVATIONS = ("none", *PROPERTIES)
 
@@ -48,7 +50,7 @@ def check_activation(name: str | None, negative_slope: float) -> str:
 
 
 def needs_input(name: str) -> bool:
-    """Whether the derivatives of the activation are taken from its input, not from its output.
+    """Whether the derivatives of the activation are taken from its input, not from its output, as torch's are.
 
     A fused epilogue that stores the output only cannot be differentiated for these.
     """
@@ -74,6 +76,27 @@ def _activation_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return activation_grad(grad, saved, *ctx.epilogue), None, None
 
 
+def _activation_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor:
+    return through_activation(tangents[0], arguments[0], output, *arguments[1:])
+
+
+def through_activation(
+    tangent: torch.Tensor | None, input: torch.Tensor | None, output: torch.Tensor, name: str, negative_slope: float
+) -> torch.Tensor | None:
+    """The tangent of ``act(input)``. Only an activation that :func:`needs_input` reads ``input``."""
+    if tangent is None or name == "none":
+        return tangent
+    return activation_grad(tangent, input if needs_input(name) else output, name, negative_slope)
+
+
+def affine_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    """The tangent of ``operator(x, w, bias[, residual], …, activation, negative_slope)``: linear or a convolution."""
+    *inner, name, negative_slope = arguments
+    tangent = sum_jvp(operator, (*inner, "none", 0.0), tangents, output)
+    before = operator(*inner, "none", 0.0) if needs_input(name) else None
+    return through_activation(tangent, before, output, name, negative_slope)
+
+
 activation = Operator(
     "activation",
     "(Tensor input, str name, float negative_slope) -> Tensor",
@@ -81,15 +104,17 @@ activation = Operator(
     fake=_activation_fake,
     save=_activation_save,
     backward=_activation_backward,
+    jvp=_activation_jvp,
+    batch=Batch(images=(0,)),
 )
 
 
 class _Inplace(torch.autograd.Function):
-    """``x ← act(x)``. Where the derivatives need the input, a copy of it is kept."""
+    """``x ← act(x)``. Where torch's derivatives need the input, a copy of it is kept."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-        copy = input.clone() if needs_input(name) else None
+        copy = input.clone() if needs_input(name) and not PROPERTIES[name].in_place_keeps_result else None
         _implementations.of(input).activation_(input, name, negative_slope)
         ctx.mark_dirty(input)
         ctx.save_for_backward(input if copy is None else copy)
@@ -101,7 +126,7 @@ class _Inplace(torch.autograd.Function):
 
 def activation_(input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     """Overwrite ``input`` with ``act(input)`` and return it. RuntimeError for a leaf that requires a gradient."""
-    if needs_operator((input,)):
+    if needs_operator((input,)) or is_lazy(input):
         source = input.clone() if input.requires_grad and needs_input(name) else input
         return input.copy_(activation(source, name, negative_slope))
     if input.requires_grad and torch.is_grad_enabled():
@@ -132,6 +157,14 @@ def _activation_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     return by_grad, by_saved, None, None
 
 
+def activation_grad_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor:
+    (grad, saved, *epilogue), (dgrad, dsaved) = arguments, tangents
+    return total(
+        None if dgrad is None else activation_grad(dgrad, saved, *epilogue),
+        None if dsaved is None else activation_grad_grad(grad, dsaved, saved, epilogue[0]),
+    )
+
+
 activation_grad = Operator(
     "activation_grad",
     "(Tensor grad, Tensor saved, str name, float negative_slope) -> Tensor",
@@ -139,6 +172,8 @@ activation_grad = Operator(
     fake=_activation_grad_fake,
     save=_activation_grad_save,
     backward=_activation_grad_backward,
+    jvp=activation_grad_jvp,
+    batch=Batch(images=(0, 1)),
 )
 
 
@@ -158,4 +193,5 @@ activation_grad_grad = Operator(
     "(Tensor grad, Tensor grad_grad, Tensor saved, str name) -> Tensor",
     forward=_activation_grad_grad,
     fake=_activation_grad_grad_fake,
+    batch=Batch(images=(0, 1, 2)),
 )

@@ -19,10 +19,11 @@ import torch
 
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_sizes
-from gpukern.ops.activation import needs_input
+from gpukern.ops.activation import needs_input, through_activation
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, needs_operator
 from gpukern.runtime.tensors import check_alike, memory_format_of
+from gpukern.runtime.transforms import Batch
 
 _implementations = Implementations("gpukern.ops._batch_norm")
 
@@ -150,6 +151,24 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple:
     )
 
 
+def _batch_norm_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    input, weight, bias, residual, mean, var, *epilogue = arguments
+    if tangents[4] is not None or tangents[5] is not None:
+        raise RuntimeError("batch_norm is not differentiable with respect to its running statistics")
+    return norm_jvp((input, weight, bias, residual), mean, var, False, epilogue, tangents[:4], output)
+
+
+def norm_jvp(operands, mean, var, training: bool, epilogue, tangents, output) -> torch.Tensor | None:
+    """The tangent of ``act(z)``, from those of x, weight, bias and residual."""
+    (input, weight, _, _), (eps, activation, negative_slope) = operands, epilogue
+    tangent = reference.tangent_of(input, weight, mean, var, training, eps, *tangents)
+    before = None
+    if needs_input(activation):
+        before = reference.normalize(*operands, mean, var, eps)[0].to(output.dtype)
+    tangent = None if tangent is None else tangent.to(output.dtype)
+    return through_activation(tangent, before, output, activation, negative_slope)
+
+
 #: The inference operator: ``act((x − mean) · weight / √(var + eps) + bias + residual)``, one pass and one rounding.
 batch_norm = Operator(
     "batch_norm",
@@ -159,6 +178,8 @@ batch_norm = Operator(
     fake=_batch_norm_fake,
     save=_batch_norm_save,
     backward=_backward,
+    jvp=_batch_norm_jvp,
+    batch=Batch(images=(0, 3)),
 )
 
 
@@ -192,6 +213,11 @@ def _training_save(ctx: Any, arguments: tuple, outputs: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _training_jvp(operator: Operator, arguments: tuple, tangents: tuple, outputs: tuple) -> tuple:
+    output, mean, var = outputs
+    return norm_jvp(arguments[:4], mean, var, True, arguments[4:], tangents, output), None, None
+
+
 #: y, and the batch's mean and biased variance, which have no gradients of their own.
 batch_norm_training = Operator(
     "batch_norm_training",
@@ -201,6 +227,7 @@ batch_norm_training = Operator(
     fake=_training_fake,
     save=_training_save,
     backward=_backward,
+    jvp=_training_jvp,
 )
 
 
@@ -229,14 +256,21 @@ def _gradients_save(ctx: Any, arguments: tuple, outputs: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _gradients_plainly(grad, input, weight, bias, other, mean, var, training, *others) -> tuple[torch.Tensor, ...]:
+    """:data:`batch_norm_backward` in plain torch, through the statistics too if they are the batch's."""
+    if training:
+        mean, var = reference.statistics(input)
+    *epilogue, wants_x, wants_parameters, wants_inner = others
+    gradients = reference.gradients_of(grad, input, weight, bias, other, mean, var, training, *epilogue)
+    wants = wants_x, wants_parameters, wants_parameters, wants_inner
+    return tuple(each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True))
+
+
 def _gradients_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-    training = ctx.state[0]
     with torch.enable_grad():
         # Aliases of what was saved: gradients by them alone, and through them any higher order.
         tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        if training:
-            tensors[5:] = reference.statistics(tensors[1])
-        outputs = reference.batch_norm_backward(*tensors, *ctx.state)
+        outputs = _gradients_plainly(*tensors, *ctx.state)
     needed = [i for i in range(5) if ctx.needs_input_grad[i]]
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
     found: list[torch.Tensor | None] = [None] * (7 + len(ctx.state))
@@ -263,4 +297,5 @@ batch_norm_backward = Operator(
     fake=_gradients_fake,
     save=_gradients_save,
     backward=_gradients_backward,
+    plain=_gradients_plainly,
 )

@@ -12,11 +12,12 @@ import torch
 
 from gpukern.ops._conv2d.problem import ConvProblem, Padding, Pair, conv_problem, output_size
 from gpukern.ops.activation import activation as apply_activation
-from gpukern.ops.activation import activation_grad, needs_input
+from gpukern.ops.activation import activation_grad, activation_grad_jvp, affine_jvp, needs_input
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import as_memory_format, check_alike, check_bias, memory_format_of
+from gpukern.runtime.transforms import Batch, bilinear_jvp, linear_jvp
 
 _implementations = Implementations("gpukern.ops._conv2d")
 
@@ -148,6 +149,8 @@ conv2d = Operator(
     fake=_conv2d_fake,
     save=_conv2d_save,
     backward=_conv2d_backward,
+    jvp=affine_jvp,
+    batch=Batch(images=(0, 3)),
 )
 
 
@@ -215,6 +218,8 @@ conv2d_input_grad = Operator(
     fake=_input_grad_fake,
     save=_input_grad_save,
     backward=_input_grad_backward,
+    jvp=bilinear_jvp,
+    batch=Batch(images=(0,), sizes=2),
 )
 
 
@@ -253,6 +258,7 @@ conv2d_weight_grad = Operator(
     fake=_weight_grad_fake,
     save=_weight_grad_save,
     backward=_weight_grad_backward,
+    jvp=bilinear_jvp,
 )
 
 
@@ -282,6 +288,7 @@ channel_sum = Operator(
     fake=_channel_sum_fake,
     save=_channel_sum_save,
     backward=_channel_sum_backward,
+    jvp=linear_jvp,
 )
 
 
@@ -296,10 +303,16 @@ def _activation_grad_sum_fake(grad, output, activation, negative_slope) -> tuple
     return torch.empty_like(output), grad.new_empty(grad.shape[1])
 
 
+def _activation_grad_sum_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: tuple) -> tuple:
+    inner = activation_grad_jvp(operator, arguments, tangents, output[0])
+    return inner, channel_sum(inner)
+
+
 #: ``∂L/∂z`` of ``y = act(z)`` and its sum over all but the channels, ``∂L/∂b``: one pass instead of two.
 activation_grad_sum = Operator(
     "activation_grad_sum",
     "(Tensor grad, Tensor output, str activation, float negative_slope) -> (Tensor, Tensor)",
     forward=_activation_grad_sum,
     fake=_activation_grad_sum_fake,
+    jvp=_activation_grad_sum_jvp,
 )

@@ -13,8 +13,9 @@ import torch
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_several_values, check_sizes
 from gpukern.ops._conv2d.problem import Padding, Pair, conv_problem, output_size
-from gpukern.ops.batch_norm import batch_norm_backward, check_numbers, kept_for_backward
-from gpukern.ops.conv2d import channel_sum, conv2d_input_grad, conv2d_weight_grad
+from gpukern.ops.activation import affine_jvp
+from gpukern.ops.batch_norm import batch_norm_backward, check_numbers, kept_for_backward, norm_jvp
+from gpukern.ops.conv2d import channel_sum, conv2d, conv2d_input_grad, conv2d_weight_grad
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, needs_operator
 from gpukern.runtime.tensors import check_alike, memory_format_of
@@ -126,6 +127,16 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_z: torch.Tensor | None, 
     )
 
 
+def _jvp(operator: Operator, arguments: tuple, tangents: tuple, outputs: tuple) -> tuple:
+    input, weight, bias, norm_weight, norm_bias, residual, *rest = arguments
+    output, z, mean, var = outputs
+    geometry, epilogue = rest[:4], rest[4:]
+    of_z = affine_jvp(conv2d, (input, weight, bias, None, *geometry, "none", 0.0), (*tangents[:3], None), z)
+    operands = z, norm_weight, norm_bias, residual
+    of_y = norm_jvp(operands, mean, var, True, epilogue, (of_z, *tangents[3:]), output)
+    return of_y, torch.zeros_like(z) if of_z is None else of_z, None, None
+
+
 def _is_last(tensor: torch.Tensor) -> bool:
     return memory_format_of(tensor) is torch.channels_last
 
@@ -139,4 +150,5 @@ conv2d_batch_norm = Operator(
     fake=_fake,
     save=_save,
     backward=_backward,
+    jvp=_jvp,
 )

@@ -15,12 +15,13 @@ from gpukern.ops._conv2d.problem import Padding, Pair, conv_problem
 from gpukern.ops._conv2d.problem import output_size as convolved_size
 from gpukern.ops._pool2d.problem import output_size as pooled_size
 from gpukern.ops.activation import activation as apply_activation
-from gpukern.ops.activation import activation_grad, needs_input
+from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum, conv2d, conv2d_input_grad, conv2d_weight_grad
-from gpukern.ops.pool2d import max_pool2d_backward, max_pool2d_with_taps
+from gpukern.ops.pool2d import max_pool2d_backward, max_pool2d_gather, max_pool2d_with_taps
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import check_alike, check_bias, memory_format_of
+from gpukern.runtime.transforms import Batch
 
 _implementations = Implementations("gpukern.ops._conv2d.pooled")
 
@@ -85,6 +86,15 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     )
 
 
+def _jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    inner = (*arguments[:3], None, *arguments[3:])
+    y = conv2d(*inner)
+    tangent = affine_jvp(conv2d, inner, (*tangents, None), y)
+    if tangent is None:
+        return None
+    return max_pool2d_gather(tangent, max_pool2d_with_taps(y, *WINDOWS)[1], *WINDOWS)
+
+
 def _is_last(tensor: torch.Tensor) -> bool:
     return memory_format_of(tensor) is torch.channels_last
 
@@ -100,4 +110,6 @@ conv2d_max_pool2d = Operator(
     fake=_fake,
     save=_save,
     backward=_backward,
+    jvp=_jvp,
+    batch=Batch(images=(0,)),
 )

@@ -11,12 +11,13 @@ import torch
 
 from gpukern.ops._conv2d.problem import ConvProblem, Pair, transposed_problem, transposed_size
 from gpukern.ops.activation import activation as apply_activation
-from gpukern.ops.activation import activation_grad, needs_input
+from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weight_grad
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import check_alike, check_bias, memory_format_of
+from gpukern.runtime.transforms import Batch
 
 _implementations = Implementations("gpukern.ops._conv2d")
 
@@ -125,4 +126,6 @@ conv_transpose2d = Operator(
     fake=_fake,
     save=_save,
     backward=_backward,
+    jvp=affine_jvp,
+    batch=Batch(images=(0, 3)),
 )

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from gpukern.ops.activation import activation as apply_activation
-from gpukern.ops.activation import activation_grad, needs_input
+from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import check_alike, check_bias
+from gpukern.runtime.transforms import Batch, bilinear_jvp
 
 _implementations = Implementations("gpukern.ops._linear")
 
@@ -100,6 +101,8 @@ linear = Operator(
     fake=_linear_fake,
     save=_linear_save,
     backward=_linear_backward,
+    jvp=affine_jvp,
+    batch=Batch(images=(0,)),
 )
 
 
@@ -131,4 +134,5 @@ linear_weight_grad = Operator(
     fake=_weight_grad_fake,
     save=_weight_grad_save,
     backward=_weight_grad_backward,
+    jvp=bilinear_jvp,
 )

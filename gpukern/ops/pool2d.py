@@ -14,10 +14,15 @@ from gpukern.ops._pool2d.problem import Pair, adaptive_problem, check_adaptive, 
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import as_memory_format, memory_format_of
+from gpukern.runtime.transforms import Batch, linear_jvp
 
 _implementations = Implementations("gpukern.ops._pool2d")
 
 _GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+
+_BATCH = Batch(images=(0,))
+#: Beside the shape of the pool's input.
+_BATCH_OF_GRADIENTS = Batch(images=(0,), sizes=1)
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -75,6 +80,10 @@ def _max_pool2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return grad_input, *(None,) * 5
 
 
+def _max_pool2d_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor:
+    return max_pool2d_gather(tangents[0], max_pool2d_with_taps(*arguments)[1], *arguments[1:])
+
+
 #: For inference: the maximum alone.
 max_pool2d = Operator(
     "max_pool2d",
@@ -83,6 +92,8 @@ max_pool2d = Operator(
     fake=_max_pool2d_fake,
     save=_max_pool2d_save,
     backward=_max_pool2d_backward,
+    jvp=_max_pool2d_jvp,
+    batch=_BATCH,
 )
 
 
@@ -112,6 +123,10 @@ def _with_taps_backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tuple:
     return max_pool2d_backward(grad, taps, ctx.shape, ctx.channels_last, *ctx.geometry), *(None,) * 5
 
 
+def _with_taps_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: tuple) -> tuple:
+    return max_pool2d_gather(tangents[0], output[1], *arguments[1:]), None
+
+
 #: The maximum and its taps, in the form that the mode's own kernels read.
 max_pool2d_with_taps = Operator(
     "max_pool2d_with_taps",
@@ -120,6 +135,8 @@ max_pool2d_with_taps = Operator(
     fake=_with_taps_fake,
     save=_with_taps_save,
     backward=_with_taps_backward,
+    jvp=_with_taps_jvp,
+    batch=_BATCH,
 )
 
 
@@ -138,6 +155,7 @@ max_pool2d_indices = Operator(
     f"(Tensor taps, SymInt[] input_shape, {_GEOMETRY}) -> Tensor",
     forward=_indices,
     fake=_indices_fake,
+    batch=Batch(images=(0,), sizes=1),
 )
 
 
@@ -167,6 +185,8 @@ max_pool2d_backward = Operator(
     fake=_scatter_fake,
     save=_scatter_save,
     backward=_scatter_backward,
+    jvp=linear_jvp,
+    batch=Batch(images=(0, 1), sizes=2),
 )
 
 
@@ -198,6 +218,8 @@ max_pool2d_gather = Operator(
     fake=_gather_fake,
     save=_gather_save,
     backward=_gather_backward,
+    jvp=linear_jvp,
+    batch=Batch(images=(0, 1)),
 )
 
 
@@ -232,6 +254,8 @@ avg_pool2d = Operator(
     fake=_avg_pool2d_fake,
     save=_linear_save,
     backward=_avg_pool2d_backward,
+    jvp=linear_jvp,
+    batch=_BATCH,
 )
 
 
@@ -259,6 +283,8 @@ avg_pool2d_backward = Operator(
     fake=_grad_fake,
     save=_avg_grad_save,
     backward=_avg_grad_backward,
+    jvp=linear_jvp,
+    batch=_BATCH_OF_GRADIENTS,
 )
 
 
@@ -287,6 +313,8 @@ adaptive_avg_pool2d = Operator(
     fake=_adaptive_fake,
     save=_linear_save,
     backward=_adaptive_backward,
+    jvp=linear_jvp,
+    batch=_BATCH,
 )
 
 
@@ -307,4 +335,6 @@ adaptive_avg_pool2d_backward = Operator(
     fake=_grad_fake,
     save=_avg_grad_save,
     backward=_adaptive_grad_backward,
+    jvp=linear_jvp,
+    batch=_BATCH_OF_GRADIENTS,
 )

@@ -3,7 +3,10 @@
 Crossing PyTorch's operator boundary costs tens of microseconds in Python, so eager calls use a
 ``torch.autograd.Function`` or, when nothing requires a gradient, go straight to the computation. ``torch.compile``,
 ``torch.export``, ``make_fx`` and every other tracer see the registered ``torch.library`` operator ``gpukern::<name>``.
-Both ways share the same forward, ``save`` and ``backward`` functions.
+Both ways share the same forward, ``save`` and ``backward`` functions. What ``torch.func`` and forward-mode
+differentiation make of an operator is in :mod:`gpukern.runtime.transforms`.
+
+Behind this door a computation meets tensors whose memory holds their values, and no autocast.
 """
 
 from __future__ import annotations
@@ -12,6 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from gpukern.runtime.mode import Mode, mode_of
+from gpukern.runtime.transforms import Batch, register_transforms, tuples
 
 _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -31,7 +38,15 @@ class Operator:
         ``save(ctx, arguments, output)`` stores on ``ctx`` what ``backward`` needs.
     backward:
         ``backward(ctx, *grads)`` returns one gradient or None per argument. It calls Operators itself, so that
-        gradients of gradients work.
+        gradients of gradients work. Without one, asking for a gradient is an error.
+    jvp:
+        ``jvp(operator, arguments, tangents, output)`` returns the tangent of each output, None for what has none, from
+        those of the tensor arguments, of which some are None.
+    batch:
+        which arguments carry the batch; without it ``vmap`` calls the operator for one after the other.
+    plain:
+        the same computation in plain torch operations, which then takes the place of ``save``, ``backward`` and
+        ``jvp`` under ``torch.func`` and in forward mode.
     """
 
     def __init__(
@@ -43,32 +58,39 @@ class Operator:
         fake: Callable[..., Any],
         save: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        jvp: Callable[..., Any] | None = None,
+        batch: Batch | None = None,
+        plain: Callable[..., Any] | None = None,
     ) -> None:
-        self._forward = forward
+        self._forward = _without_autocast(forward)
         definition = torch.library.custom_op(
             f"gpukern::{name}",
-            lambda *arguments: forward(*_tuples(arguments)),
+            lambda *arguments: self._forward(*tuples(arguments)),
             mutates_args=(),
             schema=schema,
         )
         definition.register_fake(fake)
         if backward is not None:
             definition.register_autograd(
-                backward, setup_context=lambda ctx, inputs, output: save(ctx, _tuples(inputs), output)
+                backward, setup_context=lambda ctx, inputs, output: save(ctx, tuples(inputs), output)
             )
         self.overload = getattr(torch.ops.gpukern, name).default
         self._tensors = sum(
             str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in self.overload._schema.arguments
         )
-        self._apply = None
-        if backward is not None:
-            self._apply = _autograd_function(name, self._tensors, forward, save, backward).apply
+        if backward is None:
+            save, backward = _save_nothing, _refuse(name)
+        register_transforms(self, name, definition, self._tensors, save, backward, jvp, batch, plain)
+        self._apply = _autograd_function(name, self._tensors, self._forward, save, backward).apply
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = arguments[: self._tensors]
         if needs_operator(tensors):
             return self.overload(*arguments)
-        if self._apply is not None and torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and is_lazy(tensor):
+                return self(*map(resolved, tensors), *arguments[self._tensors :])
+        if torch.is_grad_enabled():
             for tensor in tensors:
                 if tensor is not None and tensor.requires_grad:
                     return self._apply(*tensors, arguments[self._tensors :])
@@ -76,11 +98,13 @@ class Operator:
 
 
 def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether a tracer, a dispatch mode, a function transform or a tensor subclass must see the registered operator."""
+    """Whether a tracer, a dispatch mode, a function transform, forward-mode differentiation or a tensor subclass must
+    see the registered operator."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     ):
         return True
     for tensor in tensors:  # noqa: SIM110 - any() and its generator take twice as long
@@ -89,9 +113,41 @@ def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return False
 
 
-def _tuples(arguments: tuple) -> tuple:
-    """``arguments`` with tuples for lists: the operator boundary makes lists of them, which no cache takes as keys."""
-    return tuple(tuple(argument) if isinstance(argument, list) else argument for argument in arguments)
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a real ``tensor`` holds other values than the tensor: negated ones, or none for zeros."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
+def resolved(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """``tensor`` with its values in memory, differentiably. Registered operators have PyTorch's dispatcher for this."""
+    if tensor is None or not is_lazy(tensor):
+        return tensor
+    return tensor.resolve_neg() if tensor.is_neg() else tensor.clone()
+
+
+def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` in the dtypes that it is given: what autocast means was decided before, at the function's door."""
+
+    def run(*arguments: Any) -> Any:
+        # Of the implementations only the reference calls operators that autocast knows.
+        if not torch._C._is_any_autocast_enabled() or mode_of(arguments[0]) is not Mode.REFERENCE:
+            return forward(*arguments)
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return forward(*arguments)
+
+    return run
+
+
+def _save_nothing(ctx: Any, arguments: tuple, output: Any) -> None:
+    outputs = output if isinstance(output, tuple) else (output,)
+    ctx.mark_non_differentiable(*(each for each in outputs if not each.is_floating_point()))
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        raise RuntimeError(f"gpukern::{name} has no derivative: gpukern offers no derivative of this order")
+
+    return backward
 
 
 def _autograd_function(

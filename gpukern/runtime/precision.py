@@ -11,6 +11,10 @@ Relative errors of one product x · w, beside which its rounding in the fp32 sum
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 TF32_ROUNDED = 2.0**-10
@@ -19,14 +23,75 @@ TF32X3 = 3 * 2.0**-22
 
 
 def conv_precision(dtype: torch.dtype) -> str:
-    """Triton's ``input_precision`` for a convolution: ``"tf32"`` where ``torch.backends.cudnn`` allows it for fp32."""
+    """Triton's ``input_precision`` for a convolution: follows ``torch.backends.cudnn.conv.fp32_precision``."""
     if dtype is not torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """Triton's ``input_precision`` for a matrix product: follows ``torch.set_float32_matmul_precision``."""
+    """Triton's ``input_precision`` for a matrix product: follows ``torch.backends.cuda.matmul.fp32_precision``."""
     if dtype is not torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+@contextlib.contextmanager
+def fp32_products(conv: str | None = None, matmul: str | None = None) -> Iterator[None]:
+    """fp32 convolutions and matrix products in ``"ieee"`` or ``"tf32"``, torch's and gpukern's; None: as they are.
+
+    Afterwards each flag has its own value again, or inherits again what it inherited. A convolution's flag is reached
+    through ``torch.backends.cudnn.fp32_precision``, which it follows until it is given a value of its own: torch's
+    default, TF32 unless a flag above says otherwise, is not to be had again after that. Meanwhile torch does not say
+    what the old ``torch.backends.cudnn.allow_tf32`` is where the two disagree; that of matrix products is set too.
+    """
+    above, cuda = torch.backends, torch.backends.cudnn
+    own_above = above.fp32_precision
+    own_cuda = _own(cuda, above, own_above)
+    convolutions, products = cuda.conv, torch.backends.cuda.matmul
+    own_matmul, own_conv = _own(products, cuda, own_cuda), None
+    # The old word for matrix products, which says of CPUs what it says of GPUs.
+    cpu = torch.backends.mkldnn.matmul
+    own_cpu = _own(cpu, above, own_above)
+    old_matmul = _old_matmul_precision(products, own_matmul)
+    allowed = (matmul or products.fp32_precision) == "tf32"
+    try:
+        if conv is not None and convolutions.fp32_precision != conv:
+            before = convolutions.fp32_precision
+            cuda.fp32_precision = conv
+            if convolutions.fp32_precision != conv:
+                own_conv = before
+                convolutions.fp32_precision = conv
+        if (products.fp32_precision == "tf32") is not allowed:
+            products.allow_tf32 = allowed
+        yield
+    finally:
+        if own_conv is not None:
+            convolutions.fp32_precision = own_conv
+        cuda.fp32_precision = own_cuda
+        torch.set_float32_matmul_precision(old_matmul)
+        products.fp32_precision = own_matmul
+        cpu.fp32_precision = own_cpu
+
+
+def _own(flag: Any, above: Any, aboves: str) -> str:
+    """The value that ``flag`` was given, "none" where it follows the flag ``above``, whose own value is ``aboves``."""
+    other = "ieee" if flag.fp32_precision == "tf32" else "tf32"
+    try:
+        above.fp32_precision = other
+        follows = flag.fp32_precision == other
+    finally:
+        above.fp32_precision = aboves
+    return "none" if follows else flag.fp32_precision
+
+
+def _old_matmul_precision(products: Any, own: str) -> str:
+    """``torch.get_float32_matmul_precision()``, which torch tells only where the new flag says the same."""
+    try:
+        for value in (own, "ieee", "tf32"):
+            products.fp32_precision = value
+            with contextlib.suppress(RuntimeError):
+                return torch.get_float32_matmul_precision()
+    finally:
+        products.fp32_precision = own
+    return "highest"

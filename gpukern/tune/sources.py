@@ -20,6 +20,7 @@ from gpukern.ops._conv2d.layouts import dense_strides, is_channels_last
 from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.prepare import shapes
 from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.runtime.precision import fp32_products
 from gpukern.tune.record import Call, calls_of
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
@@ -110,22 +111,8 @@ def calls_of_model(
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     image = torch.randn(*shape, device=device).to(KINDS[kind][0], memory_format=memory_format)
-    with _precision(KINDS[kind][1]):
+    with fp32_products(KINDS[kind][1], KINDS[kind][1]):
         return calls_of(model, [image], directions)
-
-
-@contextlib.contextmanager
-def _precision(precision: str) -> Iterator[None]:
-    """Of products of float32, in convolutions and matrix products."""
-    flags = torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = [flag.fp32_precision for flag in flags]
-    for flag in flags:
-        flag.fp32_precision = precision
-    try:
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.fp32_precision = value
 
 
 @contextlib.contextmanager

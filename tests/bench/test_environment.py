@@ -150,14 +150,14 @@ def test_of_this_machine():
 
 
 def test_the_flags_are_those_in_force_and_put_back():
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = flags(), cudnn.allow_tf32, matmul.allow_tf32
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = flags(), conv.fp32_precision, matmul.fp32_precision
     for dtype in ("tf32", "float32", "float16"):
         with torch_at_its_best(dtype):
             assert flags()["cudnn.benchmark"] is True and flags()["cudnn.deterministic"] is False
-            assert cudnn.allow_tf32 is matmul.allow_tf32 is (dtype == "tf32")
-    assert (flags(), cudnn.allow_tf32, matmul.allow_tf32) == before
+            assert (conv.fp32_precision == "tf32") is matmul.allow_tf32 is (dtype == "tf32")
+    assert (flags(), conv.fp32_precision, matmul.fp32_precision) == before
     with pytest.raises(KeyError), torch_at_its_best("tf32"):
         raise KeyError
-    assert (flags(), cudnn.allow_tf32, matmul.allow_tf32) == before
+    assert (flags(), conv.fp32_precision, matmul.fp32_precision) == before
     assert flags()["threads"] == torch.get_num_threads() and os.environ is not None

@@ -5,7 +5,6 @@ They run on tensors without memory while launches are recorded: a new kernel is 
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.precision import conv_precision, fp32_products
 from models.zoo import NETWORKS
 from tests.compile.candidates import Requests
 from tests.ops.conv_cases import CASES, Case, as_problem
@@ -67,7 +66,8 @@ def record(device: DeviceSpec, kind: str, what: Selection) -> tuple[list[Launch]
     requests = Requests()
     chosen: dict[tuple, Launch] = {}
     others: dict[tuple, Launch] = {}
-    with _allow_tf32(tf32), record_launches(device) as launches:
+    precision = "tf32" if tf32 else "ieee"
+    with fp32_products(precision, precision), record_launches(device) as launches:
         for run in _operations(dtype, what):
             with requests.recording():
                 run()
@@ -82,19 +82,6 @@ def record(device: DeviceSpec, kind: str, what: Selection) -> tuple[list[Launch]
             (others if forced else chosen).update((each.key, each) for each in launches)
             launches.clear()
     return list(chosen.values()), [each for key, each in others.items() if key not in chosen]
-
-
-@contextlib.contextmanager
-def _allow_tf32(allowed: bool) -> Iterator[None]:
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = allowed
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
 
 
 def _operations(dtype: torch.dtype, what: Selection) -> Iterator[Callable[[], None]]:

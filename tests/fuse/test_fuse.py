@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 import gpukern
 from gpukern.fuse.verify import Witness, cast, distance, leaves
 from gpukern.runtime.mode import Mode, force_mode, mode_of
+from gpukern.runtime.precision import fp32_products
 from models.zoo import NETWORKS as NETWORK_MODELS
 from tests.device import DEVICE
 from tests.fuse.networks import CASES, NORM, lively
@@ -88,7 +89,7 @@ def test_the_floor_allows_for_tf32_in_kernels_only(allowed, layers, dtype, devic
     convolutions = [torch.nn.Conv2d(2, 2, 1) for _ in range(4)]
     model = torch.nn.Sequential(*convolutions, torch.nn.Linear(5, 3)).to(device)
     inputs = (torch.randn(1, 2, 4, 5, device=device),)
-    with torch.backends.cudnn.flags(allow_tf32=allowed):
+    with fp32_products("tf32" if allowed else "ieee"):
         plain = Witness(model, inputs, dtype).floor
         with force_mode(KERNELS):
             floor = Witness(model, inputs, dtype).floor

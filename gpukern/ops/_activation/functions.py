@@ -51,7 +51,7 @@ def activation_backward(grad, saved, NAME: tl.constexpr, negative_slope):
         out = grad * saved * (1.0 - saved)
     elif NAME == "hardsigmoid":
         # Unlike the other clamps, torch's gives no gradient for a NaN.
-        out = tl.where((saved > 0.0) & (saved < 1.0), grad * (1.0 / 6.0), 0.0)
+        out = tl.where((saved > -3.0) & (saved < 3.0), grad * (1.0 / 6.0), 0.0)
     elif NAME == "tanh":
         out = grad * (1.0 - saved * saved)
     elif NAME == "silu":

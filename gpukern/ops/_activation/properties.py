@@ -6,18 +6,21 @@ from typing import NamedTuple
 
 
 class Properties(NamedTuple):
-    #: act′ is not a function of the output: a backward pass must keep the input of the activation
+    #: a backward pass keeps the input of the activation: act′ is not a function of the output, or torch keeps the input
+    #: too, and lets the result be changed in place
     needs_input: bool = False
+    #: in place, torch keeps the result all the same: act′ is that function of either
+    in_place_keeps_result: bool = False
     #: act″ is zero wherever it is defined
     piecewise_linear: bool = False
 
 
 PROPERTIES = {
     "relu": Properties(piecewise_linear=True),
-    "relu6": Properties(piecewise_linear=True),
-    "leaky_relu": Properties(piecewise_linear=True),
+    "relu6": Properties(needs_input=True, piecewise_linear=True),
+    "leaky_relu": Properties(needs_input=True, in_place_keeps_result=True, piecewise_linear=True),
     "sigmoid": Properties(),
-    "hardsigmoid": Properties(piecewise_linear=True),
+    "hardsigmoid": Properties(needs_input=True, piecewise_linear=True),
     "tanh": Properties(),
     "silu": Properties(needs_input=True),
     "gelu": Properties(needs_input=True),

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from gpukern.ops._activation.properties import PROPERTIES
+
+
+def _identity_at_last(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """``function(x)``, which is x where x is large: torch multiplies by 2 or 6 on the way, which overflows, and its
+    vectorized gelu multiplies infinity by zero."""
+    return torch.where(x > 2.0**64, x, function(x))
+
 
 _VALUES = {
     "relu": F.relu,
@@ -17,9 +25,9 @@ _VALUES = {
     "hardsigmoid": F.hardsigmoid,
     "tanh": torch.tanh,
     "silu": F.silu,
-    "gelu": F.gelu,
+    "gelu": functools.partial(_identity_at_last, F.gelu),
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "hardswish": F.hardswish,
+    "hardswish": functools.partial(_identity_at_last, F.hardswish),
 }
 
 
@@ -54,7 +62,7 @@ def _grad(grad: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: fl
     if name == "leaky_relu":
         return torch.where(saved > 0, grad, grad * negative_slope)
     if name == "hardsigmoid":
-        return torch.where((saved > 0) & (saved < 1), grad / 6, 0)
+        return torch.where((saved > -3) & (saved < 3), grad / 6, 0)
     if name == "hardswish":
         inner = grad * (saved / 3 + 0.5)
         return torch.where(saved <= -3, 0, torch.where(saved < 3, inner, grad))

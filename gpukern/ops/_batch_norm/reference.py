@@ -11,6 +11,7 @@ from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.ops._conv2d.reference import conv2d
 from gpukern.runtime.tensors import memory_format_of
+from gpukern.runtime.transforms import total
 
 
 def batch_norm(
@@ -55,7 +56,7 @@ def batch_norm_training(
     if running is not None and input.numel():
         update(running, mean, variance, input.numel() // input.shape[1])
     # The difference first: with a large mean, torch's kernel for given statistics would lose it to cancellation.
-    z, _, _ = _normalize(input, weight, bias, residual, mean, variance, eps)
+    z, _, _ = normalize(input, weight, bias, residual, mean, variance, eps)
     return _finish(z, input, activation, negative_slope), mean, variance
 
 
@@ -118,7 +119,24 @@ def batch_norm_backward(
     activation's derivative needs its input, else y, or None where there was no residual or no activation: then all
     follows from x.
     """
-    z, normal, inverse = _normalize(input, weight, bias, None, mean, variance, eps)
+    layout = memory_format_of(input)
+    wants = wants_input, wants_parameters, wants_parameters, wants_inner
+    gradients = gradients_of(
+        grad, input, weight, bias, other, mean, variance, training, eps, activation, negative_slope
+    )
+    kept = [each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True)]
+    if wants_input:
+        kept[0] = kept[0].contiguous(memory_format=layout)
+    if wants_inner:
+        kept[3] = kept[3].clone(memory_format=layout)
+    return tuple(kept)
+
+
+def gradients_of(
+    grad, input, weight, bias, other, mean, variance, training: bool, eps: float, activation: str, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The formulas of :func:`batch_norm_backward`, in whatever layout they give."""
+    z, normal, inverse = normalize(input, weight, bias, None, mean, variance, eps)
     g = grad.to(z.dtype)
     if activation != "none":
         needs_input = PROPERTIES[activation].needs_input
@@ -134,18 +152,40 @@ def batch_norm_backward(
         count = input.numel() // input.shape[1]
         grad_input = g - _channels(grad_bias / count, input) - normal * _channels(grad_weight / count, input)
     scale = inverse if weight is None else inverse * _channels(weight, input)
-    layout = memory_format_of(input)
-    parameters = (bias if weight is None else weight) if wants_parameters else mean
-    nothing = input.new_empty(0)
+    parameters = next((t for t in (weight, bias) if t is not None), mean)
     return (
-        (grad_input * scale).to(input.dtype).contiguous(memory_format=layout) if wants_input else nothing,
-        grad_weight.to(parameters.dtype) if wants_parameters else nothing.clone(),
-        grad_bias.to(parameters.dtype) if wants_parameters else nothing.clone(),
-        g.to(input.dtype).clone(memory_format=layout) if wants_inner else nothing.clone(),
+        (grad_input * scale).to(input.dtype),
+        grad_weight.to(parameters.dtype),
+        grad_bias.to(parameters.dtype),
+        g.to(input.dtype),
     )
 
 
-def _normalize(input, weight, bias, residual, mean, variance, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tangent_of(
+    input, weight, mean, variance, training: bool, eps: float, dinput, dweight, dbias, dresidual
+) -> torch.Tensor | None:
+    """The tangent of ``z = x̂ · weight + bias + residual``, at least fp32, from those that are not None.
+
+    ``∂x̂ = (∂x − mean(∂x) − x̂ · mean(x̂ · ∂x)) / σ`` with the batch's statistics, else ``∂x / σ``.
+    """
+    _, normal, inverse = normalize(input, None, None, None, mean, variance, eps)
+    parts = []
+    if dinput is not None:
+        d = dinput.to(normal.dtype)
+        if training and input.numel():
+            pixels = _pixels(input)
+            d = d - d.mean(pixels, keepdim=True) - normal * (normal * d).mean(pixels, keepdim=True)
+        parts.append(d * (inverse if weight is None else inverse * _channels(weight, input)))
+    if dweight is not None:
+        parts.append(normal * _channels(dweight, input))
+    if dbias is not None:
+        parts.append(_channels(dbias.to(normal.dtype), input).expand(normal.shape))
+    if dresidual is not None:
+        parts.append(dresidual.to(normal.dtype))
+    return total(*parts)
+
+
+def normalize(input, weight, bias, residual, mean, variance, eps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(z, x̂, 1/σ), at least fp32; z = x̂ · weight + bias + residual."""
     dtype = torch.promote_types(input.dtype, torch.float32)
     inverse = _channels(torch.rsqrt(variance.to(dtype) + eps), input)

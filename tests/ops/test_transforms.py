@@ -1,0 +1,231 @@
+"""``torch.func`` and forward mode give the derivatives of torch's own functions, of every operand, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as T
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+
+import gpukern
+import gpukern.functional as F
+from gpukern.ops.activation import ACTIVATIONS
+
+pytestmark = pytest.mark.usefixtures("full_fp32")
+
+
+def _activated(convolve: Callable, name: str) -> tuple[Callable, Callable]:
+    """Ours with an activation in the epilogue, torch's after it."""
+
+    def ours(*operands: torch.Tensor) -> torch.Tensor:
+        return convolve(F)(*operands, activation=name)
+
+    def theirs(*operands: torch.Tensor) -> torch.Tensor:
+        z = convolve(T)(*operands)
+        return T.gelu(z, approximate="tanh") if name == "gelu_tanh" else getattr(T, name)(z)
+
+    return ours, theirs
+
+
+def _both(call: Callable[[Any], Callable]) -> tuple[Callable, Callable]:
+    return call(F), call(T)
+
+
+_STATISTICS = torch.tensor([0.3, -0.2]), torch.tensor([0.5, 1.5])
+
+
+def _frozen(functions: Any) -> Callable:
+    def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return functions.batch_norm(x, *(s.to(x) for s in _STATISTICS), weight, bias)
+
+    return call
+
+
+def _fused_norm(x, filters, bias, weight, shift):
+    return F.conv2d_batch_norm(x, filters, bias, None, None, weight, shift, activation="silu")
+
+
+def _norm_of_conv(x, filters, bias, weight, shift):
+    return T.silu(T.batch_norm(T.conv2d(x, filters, bias), None, None, weight, shift, training=True))
+
+
+#: (ours, torch's), and the shapes of the operands.
+CASES: dict[str, tuple[tuple[Callable, Callable], tuple[tuple[int, ...], ...]]] = {
+    "conv2d": (_both(lambda f: lambda x, w, b: f.conv2d(x, w, b, 2, 1)), ((2, 2, 4, 5), (3, 2, 3, 3), (3,))),
+    "conv2d, groups": (_both(lambda f: lambda x, w: f.conv2d(x, w, groups=2)), ((2, 2, 3, 4), (4, 1, 2, 2))),
+    "conv2d, gelu": (_activated(lambda f: f.conv2d, "gelu"), ((1, 2, 3, 4), (3, 2, 2, 2), (3,))),
+    "conv2d, tanh": (_activated(lambda f: f.conv2d, "tanh"), ((1, 2, 3, 4), (3, 2, 2, 2), (3,))),
+    "conv_transpose2d": (
+        _both(lambda f: lambda x, w, b: f.conv_transpose2d(x, w, b, 2, 1, 1)),
+        ((2, 2, 2, 3), (2, 3, 3, 3), (3,)),
+    ),
+    "linear": (_both(lambda f: f.linear), ((2, 3), (4, 3), (4,))),
+    "linear, silu": (_activated(lambda f: f.linear, "silu"), ((3, 3), (2, 3), (2,))),
+    "batch_norm": (_both(_frozen), ((3, 2, 2, 2), (2,), (2,))),
+    "batch_norm, training": (
+        _both(lambda f: lambda x, w, b: f.batch_norm(x, None, None, w, b, training=True)),
+        ((3, 2, 2, 2), (2,), (2,)),
+    ),
+    "conv2d_batch_norm": ((_fused_norm, _norm_of_conv), ((2, 2, 3, 3), (3, 2, 2, 2), (3,), (3,), (3,))),
+    "max_pool2d": (_both(lambda f: lambda x: f.max_pool2d(x, 3, 2, 1)), ((2, 2, 4, 5),)),
+    "avg_pool2d": (_both(lambda f: lambda x: f.avg_pool2d(x, 3, 2, 1)), ((2, 2, 4, 5),)),
+    "adaptive_avg_pool2d": (_both(lambda f: lambda x: f.adaptive_avg_pool2d(x, (2, 3))), ((2, 2, 4, 5),)),
+    "conv2d, then max_pool2d": (
+        (
+            lambda x, w, b: torch.ops.gpukern.conv2d_max_pool2d(x, w, b, [1, 1], [0] * 4, [1, 1], 1, "silu", 0.0),
+            lambda x, w, b: T.max_pool2d(T.silu(T.conv2d(x, w, b)), 2),
+        ),
+        ((1, 2, 4, 5), (3, 2, 1, 2), (3,)),
+    ),
+    **{
+        name: (_both(lambda f, name=name: getattr(f, name)), ((7,),))
+        for name in ACTIVATIONS
+        if name not in ("none", "gelu_tanh")
+    },
+}
+
+
+def _operands(name: str) -> tuple[torch.Tensor, ...]:
+    # Away from the kinks of activations, where a derivative is anything.
+    return tuple(torch.randn(shape) + 0.01 for shape in CASES[name][1])
+
+
+def _close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4, check_dtype=False, check_device=False)
+
+
+def _doubled(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.double() for tensor in tensors)
+
+
+def _to(tensors: tuple[torch.Tensor, ...], where: torch.device) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.to(where) for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tangents_of_every_operand(name, where):
+    (ours, theirs), _ = CASES[name]
+    operands = _operands(name)
+    along = tuple(torch.randn_like(t) for t in operands)
+    given = _to(operands, where)
+    for i in range(len(operands)):
+        only = tuple(t if i == place else torch.zeros_like(t) for place, t in enumerate(along))
+        _close(jvp(ours, given, _to(only, where)), jvp(theirs, _doubled(operands), _doubled(only)))
+    with forward_ad.dual_level():
+        dual = [forward_ad.make_dual(t, d) for t, d in zip(given, _to(along, where), strict=True)]
+        _close(tuple(forward_ad.unpack_dual(ours(*dual))), jvp(theirs, _doubled(operands), _doubled(along)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_and_jacobians(name, where):
+    (ours, theirs), _ = CASES[name]
+    operands = _operands(name)
+    every = tuple(range(len(operands)))
+    given = _to(operands, where)
+
+    def squares(function: Callable) -> Callable:
+        return lambda *tensors: function(*tensors).square().sum()
+
+    _close(grad(squares(ours), every)(*given), grad(squares(theirs), every)(*_doubled(operands)))
+    y, pull = vjp(ours, *given)
+    _close(pull(y), vjp(theirs, *_doubled(operands))[1](y.cpu().double()))
+    if len(operands) == 1 or name in ("batch_norm, training", "linear, silu"):  # each column is a launch
+        expected = jacrev(theirs, every)(*_doubled(operands))
+        _close(jacrev(ours, every)(*given), expected)
+        _close(jacfwd(ours, every)(*given), expected)
+
+
+#: torch has no forward mode over the backward of its own.
+_NOT_IN_TORCH = ("hardsigmoid",)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in _NOT_IN_TORCH])
+def test_second_derivatives(name, where):
+    """Forward over reverse, of all operands along a direction."""
+    (ours, theirs), _ = CASES[name]
+    operands = _operands(name)
+    along = tuple(torch.randn_like(t) for t in operands)
+    every = tuple(range(len(operands)))
+
+    def cubes(function: Callable) -> Callable:
+        return lambda *tensors: function(*tensors).pow(3).sum()
+
+    expected = jvp(grad(cubes(theirs), every), _doubled(operands), _doubled(along))
+    _close(jvp(grad(cubes(ours), every), _to(operands, where), _to(along, where)), expected)
+
+
+def test_hessian(where):
+    x, w, b = (torch.randn(shape) for shape in ((2, 3), (2, 3), (2,)))
+
+    def loss(linear: Callable, square: Callable) -> Callable:
+        return lambda *operands: square(linear(*operands)).sum()
+
+    every = 0, 1, 2
+    expected = hessian(loss(T.linear, T.silu), every)(*_doubled((x, w, b)))
+    _close(hessian(loss(F.linear, F.silu), every)(*_to((x, w, b), where)), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_mapped_operands(name, where):
+    """vmap over one operand, over all of them, and gradients of each sample."""
+    (ours, theirs), _ = CASES[name]
+    operands = _operands(name)
+    count = 2
+    for mapped in [range(len(operands)), *([i] for i in range(len(operands)))]:
+        stacked = tuple(torch.stack([t, t.flip(0)], 1) if i in mapped else t for i, t in enumerate(operands))
+        dims = tuple(1 if i in mapped else None for i in range(len(operands)))
+        expected = vmap(theirs, dims)(*_doubled(stacked))
+        assert expected.shape[0] == count
+        _close(vmap(ours, dims)(*_to(stacked, where)), expected)
+
+    def loss(function: Callable) -> Callable:
+        return lambda *tensors: function(*tensors).square().sum()
+
+    dims = (1, *(None,) * (len(operands) - 1))
+    stacked = (torch.stack([operands[0], 2 * operands[0]], 1), *operands[1:])
+    which = len(operands) - 1
+    expected = vmap(grad(loss(theirs), which), dims)(*_doubled(stacked))
+    _close(vmap(grad(loss(ours), which), dims)(*_to(stacked, where)), expected)
+
+
+def test_a_models_parameters(where):
+    """``functional_call`` moves parameters, not inputs; an ensemble maps over them."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.ReLU6()).eval()
+    ours = gpukern.convert(model).to(where)
+    x = torch.randn(2, 2, 4, 5)
+    parameters = dict(model.named_parameters())
+    along = {key: torch.randn_like(value) for key, value in parameters.items()}
+
+    def tangent(which: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+        given = [{key: t.detach().to(device, dtype) for key, t in each.items()} for each in (parameters, along)]
+        return jvp(lambda p: functional_call(which, p, (x.to(device, dtype),)), (given[0],), (given[1],))
+
+    theirs = torch.nn.Sequential(*model).double()
+    parameters = {key: value.detach().float() for key, value in parameters.items()}
+    _close(tangent(ours, where, torch.float32), tangent(theirs, torch.device("cpu"), torch.float64))
+
+    layers = [torch.nn.Linear(3, 2) for _ in range(2)]
+    rows = torch.randn(4, 3)
+    stacked, _ = stack_module_state(layers)
+    expected = torch.stack([layer(rows) for layer in layers])
+    base = gpukern.convert(layers[0]).to(where)
+    stacked = {key: value.detach().to(where) for key, value in stacked.items()}
+    _close(vmap(lambda p: functional_call(base, p, (rows.to(where),)))(stacked), expected)
+
+
+def test_what_has_no_derivative_says_so(where):
+    x = torch.randn(3, device=where, requires_grad=True)
+    (first,) = torch.autograd.grad(F.sigmoid(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no derivative of this order"):
+        torch.autograd.grad(second.sum(), x)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        jvp(lambda t: torch.ops.gpukern.activation_grad_grad(t, t, t, "tanh"), (x.detach(),), (x.detach(),))
+    mean, var = torch.zeros(2, device=where), torch.ones(2, device=where)
+    image = torch.randn(2, 2, 3, 3, device=where)
+    with pytest.raises(RuntimeError, match="running statistics"):
+        jvp(lambda m: F.batch_norm(image, m, var), (mean,), (mean,))
