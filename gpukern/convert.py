@@ -6,7 +6,6 @@ class of the object. Its parameters, hooks, mode and name in the model stay what
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,8 +184,7 @@ def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
     memo: dict[int, object] = {}
     for module in modules_in(model):
         if isinstance(module, torch.jit.ScriptModule):
-            memo.setdefault(id(module), copy.copy(module))  # its tensors live in C++; this copy shares them
-            continue
+            continue  # its tensors live in C++, where no memo is asked for them
         # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
         for values in (module._parameters, module._buffers, vars(module)):
             memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))

@@ -113,8 +113,6 @@ def _restore(model: torch.nn.Module, copied: torch.nn.Module, share_tensors: boo
             raise CopyError(f"copy.deepcopy {where} gives the very same module")
         if twin.training != module.training:
             twin.training = module.training
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
         _restore_tensors(module, twin, where, share_tensors)
         for hooks in _HOOKS:
             if len(getattr(twin, hooks, ())) != len(getattr(module, hooks, ())):

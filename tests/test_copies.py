@@ -431,3 +431,19 @@ def note(called: list, name: str, function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return noting
+
+
+# ---- TorchScript -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_layers_inside_torchscript_are_the_copys_with_the_same_tensors(how):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    inner = torch.jit.script(layers) if how == "script" else torch.jit.trace(layers, images())
+    model = nn.Sequential(inner, nn.ReLU()).eval()
+    converted = gpukern.convert(model)
+    pointers = [[t.data_ptr() for t in (*m.parameters(), *m.buffers())] for m in (model, converted)]
+    assert pointers[0] == pointers[1]
+    converted.train()
+    assert all(m.training for m in converted.modules()) and not any(m.training for m in model.modules())
