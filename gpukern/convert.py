@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import gpukern.nn
 from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
+from gpukern.nn.leaf import mark
 from gpukern.nn.sequential import is_plain, runs, subclass_of
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
@@ -275,6 +276,7 @@ def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
         properties = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         replacement = type(type(module).__name__, (replacement,), properties)
     module.__class__ = replacement
+    mark(module)
 
 
 def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:

@@ -8,10 +8,13 @@ Both ways share the same forward, ``save`` and ``backward`` functions.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from gpukern.runtime.mode import Mode, mode_of
 
 _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -76,7 +79,12 @@ class Operator:
 
 
 def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    """Whether a tracer, a dispatch mode, a function transform or a tensor subclass must see the registered operator."""
+    """Whether a tracer, a dispatch mode, a function transform or a tensor subclass must see the registered operator.
+
+    RuntimeError where TorchScript traces: it would record the sizes and the mode of one call for all.
+    """
+    if torch._C._is_tracing():
+        _check_torchscript(tensors)
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -87,6 +95,17 @@ def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
         if type(tensor) not in _PLAIN_TENSORS:
             return True
     return False
+
+
+def _check_torchscript(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    exporter = sys.modules.get("torch.onnx._internal.torchscript_exporter._globals")
+    if exporter is None or not exporter.GLOBALS.in_onnx_export:
+        raise RuntimeError(
+            "gpukern's operators are not traced by torch.jit.trace: use torch.export.export or torch.compile"
+        )
+    # The reference is made of torch's operators, which torch.onnx.export(dynamo=False) knows.
+    if mode_of(tensors[0]) is not Mode.REFERENCE:
+        raise RuntimeError("gpukern's kernels are not traced by torch.onnx.export(dynamo=False): use dynamo=True")
 
 
 def _tuples(arguments: tuple) -> tuple:
