@@ -2,8 +2,11 @@
 
 from gpukern import functional, nn, optim
 from gpukern.convert import convert
+from gpukern.flops import register_formulas
 from gpukern.fuse import fuse, load
 from gpukern.summary import summary
 from gpukern.version import __version__
 
 __all__ = ["__version__", "convert", "functional", "fuse", "load", "nn", "optim", "summary"]
+
+register_formulas()

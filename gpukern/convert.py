@@ -6,7 +6,6 @@ class of the object. Its parameters, hooks, mode and name in the model stay what
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ import torch
 from torch.nn.utils import parametrize
 
 import gpukern.nn
+from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
+from gpukern.nn.leaf import mark
 from gpukern.nn.sequential import is_plain, runs, subclass_of
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
@@ -145,11 +146,14 @@ def convert(
     class derived from both. The report lists them under ``together``.
 
     Names, ``state_dict``, hooks, training mode, devices, ``requires_grad``, parametrizations and layers shared between
-    several places are kept. Layers that gpukern cannot serve stay torch's; the report lists them with the reason.
+    several places are kept. Functions, bound methods and weak references that the model keeps, hooks among them, refer
+    to the copy where they refer to the model. Layers that gpukern cannot serve stay torch's; the report lists them with
+    the reason.
 
     Raises
     ------
-    TypeError if ``model`` is no module; RuntimeError if it cannot be copied (``inplace=True`` needs no copy).
+    TypeError if ``model`` is no module; RuntimeError if it cannot be copied, or if a function would go on calling a
+    module of the original: one that finds it in a list, an object or a global (``inplace=True`` needs no copy).
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert() takes a torch.nn.Module, got {type(model).__name__}")
@@ -158,6 +162,7 @@ def convert(
     replaced: list[Layer] = []
     already: list[Layer] = []
     left: list[LeftLayer] = []
+    classes: dict[torch.nn.Module, type[torch.nn.Module]] = {}
     for name, module in list(_layers(model, "", set())):
         kind = _torch_type(module)
         reason = _why_not(module, kind)
@@ -165,9 +170,11 @@ def convert(
             left.append(LeftLayer(name, kind.__name__, reason))
         elif kind in REPLACEMENTS:
             _replace(module, kind)
+            classes[module] = kind
             replaced.append(Layer(name, kind.__name__))
         else:
             already.append(Layer(name, kind.__name__))
+    exchange_methods(model, classes)
     together = [group for name, module in model.named_modules() for group in _compute_together(module, name)]
     report = ConversionReport(tuple(replaced), tuple(already), tuple(left), tuple(together))
     return (model, report) if return_report else model
@@ -176,20 +183,18 @@ def convert(
 def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
     """A deep copy of all but the tensors that modules hold."""
     memo: dict[int, object] = {}
-    modules = list(model.modules())  # kept alive, so that no id in the memo is given to another object
-    for module in modules:
+    for module in modules_in(model):
         if isinstance(module, torch.jit.ScriptModule):
-            memo.setdefault(id(module), copy.copy(module))  # its tensors live in C++; this copy shares them
-            continue
+            continue  # its tensors live in C++, where no memo is asked for them
         # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
         for values in (module._parameters, module._buffers, vars(module)):
             memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))
     try:
-        return copy.deepcopy(model, memo)
+        return deep_copy(model, memo, share_tensors=True)
     except Exception as error:
+        why = str(error) if isinstance(error, CopyError) else f"{type(error).__name__}: {error}"
         raise RuntimeError(
-            f"convert() could not copy the model ({type(error).__name__}: {error}); "
-            "gpukern.convert(model, inplace=True) needs no copy"
+            f"convert() could not copy the model ({why}); gpukern.convert(model, inplace=True) needs no copy"
         ) from error
 
 
@@ -271,6 +276,7 @@ def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
         properties = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
         replacement = type(type(module).__name__, (replacement,), properties)
     module.__class__ = replacement
+    mark(module)
 
 
 def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:

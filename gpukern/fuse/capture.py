@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from gpukern.convert import REPLACEMENTS
+from gpukern.copies import deep_copy
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.program import InputSpec, Program, arguments, aten
 from gpukern.fuse.written_out import write_out
@@ -36,7 +36,7 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
             if isinstance(held, torch.Tensor) and held.grad_fn is not None:
                 memo[id(held)] = held.detach().clone()
     try:
-        copied = copy.deepcopy(model, memo)
+        copied = deep_copy(model, memo, share_tensors=False)
     except Exception as error:
         raise FusionError(f"the model cannot be copied: {type(error).__name__}: {error}") from error
     for module in copied.modules():

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 
 from gpukern import functional as F
+from gpukern.nn.leaf import Leaf
 
 
-class ReLU(torch.nn.ReLU):
+class ReLU(Leaf, torch.nn.ReLU):
     """``torch.nn.ReLU`` on gpukern's kernels."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "relu"}
@@ -18,7 +19,7 @@ class ReLU(torch.nn.ReLU):
         return F.relu(input, inplace=self.inplace)
 
 
-class ReLU6(torch.nn.ReLU6):
+class ReLU6(Leaf, torch.nn.ReLU6):
     """``torch.nn.ReLU6`` on gpukern's kernels."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "relu6"}
@@ -27,7 +28,7 @@ class ReLU6(torch.nn.ReLU6):
         return F.relu6(input, inplace=self.inplace)
 
 
-class LeakyReLU(torch.nn.LeakyReLU):
+class LeakyReLU(Leaf, torch.nn.LeakyReLU):
     """``torch.nn.LeakyReLU`` on gpukern's kernels; ``negative_slope`` must not be negative."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -38,7 +39,7 @@ class LeakyReLU(torch.nn.LeakyReLU):
         return {"activation": "leaky_relu", "negative_slope": self.negative_slope}
 
 
-class Sigmoid(torch.nn.Sigmoid):
+class Sigmoid(Leaf, torch.nn.Sigmoid):
     """``torch.nn.Sigmoid`` on gpukern's kernels."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "sigmoid"}
@@ -47,7 +48,7 @@ class Sigmoid(torch.nn.Sigmoid):
         return F.sigmoid(input)
 
 
-class Hardsigmoid(torch.nn.Hardsigmoid):
+class Hardsigmoid(Leaf, torch.nn.Hardsigmoid):
     """``torch.nn.Hardsigmoid`` on gpukern's kernels."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "hardsigmoid"}
@@ -56,7 +57,7 @@ class Hardsigmoid(torch.nn.Hardsigmoid):
         return F.hardsigmoid(input, inplace=self.inplace)
 
 
-class Tanh(torch.nn.Tanh):
+class Tanh(Leaf, torch.nn.Tanh):
     """``torch.nn.Tanh`` on gpukern's kernels."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "tanh"}
@@ -65,7 +66,7 @@ class Tanh(torch.nn.Tanh):
         return F.tanh(input)
 
 
-class SiLU(torch.nn.SiLU):
+class SiLU(Leaf, torch.nn.SiLU):
     """``torch.nn.SiLU`` on gpukern's kernels."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "silu"}
@@ -74,7 +75,7 @@ class SiLU(torch.nn.SiLU):
         return F.silu(input, inplace=self.inplace)
 
 
-class GELU(torch.nn.GELU):
+class GELU(Leaf, torch.nn.GELU):
     """``torch.nn.GELU`` on gpukern's kernels, in both its forms."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -86,7 +87,7 @@ class GELU(torch.nn.GELU):
         return {"none": {"activation": "gelu"}, "tanh": {"activation": "gelu_tanh"}}.get(self.approximate)
 
 
-class Hardswish(torch.nn.Hardswish):
+class Hardswish(Leaf, torch.nn.Hardswish):
     """``torch.nn.Hardswish`` on gpukern's kernels."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "hardswish"}

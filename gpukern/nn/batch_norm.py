@@ -6,10 +6,11 @@ import torch
 
 from gpukern import functional as F
 from gpukern.nn.conv import Conv2d
+from gpukern.nn.leaf import Leaf
 from gpukern.ops.activation import check_activation
 
 
-class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
     """What the layers share: torch's bookkeeping around :func:`gpukern.functional.batch_norm`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 
 from gpukern import functional as F
+from gpukern.nn.leaf import Leaf
 
 
-class Conv2d(torch.nn.Conv2d):
+class Conv2d(Leaf, torch.nn.Conv2d):
     """``torch.nn.Conv2d`` on gpukern's kernels. See :func:`gpukern.functional.conv2d`.
 
     For a ``padding_mode`` other than ``"zeros"`` the border is made by ``torch.nn.functional.pad`` first.
@@ -28,7 +29,7 @@ class Conv2d(torch.nn.Conv2d):
         return F.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, **epilogue)
 
 
-class ConvTranspose2d(torch.nn.ConvTranspose2d):
+class ConvTranspose2d(Leaf, torch.nn.ConvTranspose2d):
     """``torch.nn.ConvTranspose2d`` on gpukern's kernels. See :func:`gpukern.functional.conv_transpose2d`."""
 
     def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import torch
 
 from gpukern import functional as F
+from gpukern.nn.leaf import Leaf
 
 
-class Linear(torch.nn.Linear):
+class Linear(Leaf, torch.nn.Linear):
     """``torch.nn.Linear`` on gpukern's kernels. See :func:`gpukern.functional.linear`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

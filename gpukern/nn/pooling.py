@@ -3,9 +3,10 @@ from __future__ import annotations
 import torch
 
 from gpukern import functional as F
+from gpukern.nn.leaf import Leaf
 
 
-class MaxPool2d(torch.nn.MaxPool2d):
+class MaxPool2d(Leaf, torch.nn.MaxPool2d):
     """``torch.nn.MaxPool2d`` on gpukern's kernels. See :func:`gpukern.functional.max_pool2d`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -14,7 +15,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
         )
 
 
-class AvgPool2d(torch.nn.AvgPool2d):
+class AvgPool2d(Leaf, torch.nn.AvgPool2d):
     """``torch.nn.AvgPool2d`` on gpukern's kernels. See :func:`gpukern.functional.avg_pool2d`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -29,7 +30,7 @@ class AvgPool2d(torch.nn.AvgPool2d):
         )
 
 
-class AdaptiveAvgPool2d(torch.nn.AdaptiveAvgPool2d):
+class AdaptiveAvgPool2d(Leaf, torch.nn.AdaptiveAvgPool2d):
     """``torch.nn.AdaptiveAvgPool2d`` on gpukern's kernels. See :func:`gpukern.functional.adaptive_avg_pool2d`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
+from gpukern.nn.leaf import refuse_script
 from gpukern.nn.linear import Linear
 
 _ACTIVATIONS = frozenset((GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh))
@@ -63,6 +64,9 @@ class Sequential(torch.nn.Sequential):
         for step in steps:
             input = children[step](input) if type(step) is int else _compute(input, children, step)
         return input
+
+    def __prepare_scriptable__(self):
+        refuse_script(self)
 
 
 def runs(kinds: tuple[type, ...]) -> tuple[Run, ...]:

@@ -11,6 +11,7 @@ Behind this door a computation meets tensors whose memory holds their values, an
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,12 @@ class Operator:
 
 def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """Whether a tracer, a dispatch mode, a function transform, forward-mode differentiation or a tensor subclass must
-    see the registered operator."""
+    see the registered operator.
+
+    RuntimeError where TorchScript traces: it would record the sizes and the mode of one call for all.
+    """
+    if torch._C._is_tracing():
+        _check_torchscript(tensors)
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -148,6 +154,17 @@ def _refuse(name: str) -> Callable[..., Any]:
         raise RuntimeError(f"gpukern::{name} has no derivative: gpukern offers no derivative of this order")
 
     return backward
+
+
+def _check_torchscript(tensors: tuple[torch.Tensor | None, ...]) -> None:
+    exporter = sys.modules.get("torch.onnx._internal.torchscript_exporter._globals")
+    if exporter is None or not exporter.GLOBALS.in_onnx_export:
+        raise RuntimeError(
+            "gpukern's operators are not traced by torch.jit.trace: use torch.export.export or torch.compile"
+        )
+    # The reference is made of torch's operators, which torch.onnx.export(dynamo=False) knows.
+    if mode_of(tensors[0]) is not Mode.REFERENCE:
+        raise RuntimeError("gpukern's kernels are not traced by torch.onnx.export(dynamo=False): use dynamo=True")
 
 
 def _autograd_function(

@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import torch
+
+
+class Leaf(torch.nn.Module):
+    """What makes a layer one node of a graph that ``torch.fx`` traces, as the ``torch.nn`` layer that it stands for is.
+
+    Tracers of ``torch.fx`` take for one what an object calls its Python module, if that begins with ``torch.nn``.
+    TorchScript's compiler, which knows no registered operator of Python's, is refused.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        layer = super().__new__(cls)
+        if cls.__module__.startswith("gpukern.nn"):  # a user's subclass is looked into, as one of torch's is
+            mark(layer)
+        return layer
+
+    def __prepare_scriptable__(self):
+        refuse_script(self)
+
+
+def mark(layer: torch.nn.Module) -> None:
+    """Make ``layer`` a node by itself for ``torch.fx``; its class keeps its own name, by which it is pickled."""
+    vars(layer)["__module__"] = "torch.nn"
+
+
+def refuse_script(layer: torch.nn.Module) -> None:
+    raise RuntimeError(
+        f"gpukern.nn.{type(layer).__name__} is not compiled by torch.jit.script: "
+        "use torch.export.export or torch.compile"
+    )
