@@ -35,19 +35,23 @@ def example(
     """One tensor for each input, a batch of one or more."""
     if isinstance(input_size, torch.Tensor):
         return (input_size,)
-    inputs = list(input_size)
+    inputs = list(input_size) if isinstance(input_size, Sequence) else [input_size]
     if inputs and all(isinstance(each, torch.Tensor) for each in inputs):
         return tuple(inputs)
     several = bool(inputs) and all(isinstance(each, (list, tuple, torch.Size)) for each in inputs)
     sizes = [tuple(each) for each in inputs] if several else [tuple(inputs)]
-    if not all(isinstance(n, int) for size in sizes for n in size):
+    if not isinstance(input_size, Sequence) or not all(isinstance(n, int) for size in sizes for n in size):
         raise TypeError(f"expected sizes, a list of sizes, or tensors, got {input_size!r}")
     batched = _is_batch(sizes[0], _dimensions(model))
-    return tuple(_zeros(model, size if batched else (1, *size), first) for first, size in _numbered(sizes))
-
-
-def _numbered(sizes: list[tuple[int, ...]]) -> list[tuple[bool, tuple[int, ...]]]:
-    return [(number == 0, size) for number, size in enumerate(sizes)]
+    like, looks_up = _like(model), _looks_up(model)
+    return tuple(
+        torch.zeros(
+            size if batched else (1, *size),
+            dtype=torch.long if looks_up and number == 0 else like.dtype,
+            device=like.device,
+        )
+        for number, size in enumerate(sizes)
+    )
 
 
 def _is_batch(size: tuple[int, ...], spatial: int | None) -> bool:
@@ -70,10 +74,13 @@ def _dimensions(model: torch.nn.Module) -> int | None:
     return next((number for number in known if number is not None), None)
 
 
-def _zeros(model: torch.nn.Module, size: tuple[int, ...], first: bool) -> torch.Tensor:
-    """Of the model's own dtype and on its device; whole numbers where the first layer looks them up."""
+def _like(model: torch.nn.Module) -> torch.Tensor:
+    """A tensor of the model's own dtype and device."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    like = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+
+
+def _looks_up(model: torch.nn.Module) -> bool:
+    """Whether the first layer takes whole numbers."""
     layers = (module for module in model.modules() if not any(module.children()))
-    looks_up = isinstance(next(layers, None), (torch.nn.Embedding, torch.nn.EmbeddingBag))
-    return torch.zeros(size, dtype=torch.long if looks_up and first else like.dtype, device=like.device)
+    return isinstance(next(layers, None), (torch.nn.Embedding, torch.nn.EmbeddingBag))

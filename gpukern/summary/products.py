@@ -31,7 +31,7 @@ def _of_bilinear(*given: Any) -> int:
     return math.prod(torch.broadcast_shapes(*shapes))
 
 
-#: Multiply-adds of operators that torch's own counter leaves out. A matrix times a vector does not count there nor here:
+#: Products of operators that torch's own counter leaves out. A matrix times a vector counts neither there nor here:
 #: it is how spectral_norm looks at a weight.
 _MORE: dict[Any, Callable[..., int]] = {
     aten.addbmm: lambda bias, a, b, *_, **__: a.numel() * b.shape[2],

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gpukern.summary import layers
 from gpukern.summary.products import Products, in_parts
 from gpukern.summary.table import Row, Size
-from gpukern.summary.views import ALL, View, ViewsBetweenLayers, tensors, through_layer
+from gpukern.summary.views import ALL, SOME, View, ViewsBetweenLayers, tensors, through_layer
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Recorder:
             for name, module in self._model.named_modules():
                 if _is_watched(name, module):
                     handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
-                    handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+                    handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
             with in_parts(), ViewsBetweenLayers(self._views), Products(self._count):
                 yield
         finally:
@@ -92,8 +92,6 @@ class Recorder:
             call.line.output_size = tuple(output[0].shape[1:])
 
     def _leave(self, module: torch.nn.Module, args: tuple, kwargs: dict, result: Any) -> None:
-        while self._calls[-1].module is not module:  # whose forward raised, and that was caught
-            self._calls.pop()
         call = self._calls.pop()
         given, made = tensors((args, kwargs)), tensors(result)
         if not call.whole:
@@ -133,7 +131,7 @@ class Recorder:
             layers.weight_size(line.layer) if line.whole else (),
             sum(parameter.numel() for parameter in new),
             round(line.products / self._batch),
-            "all" if line.view == ALL else line.view and line.view.size,
+            "all" if line.view == ALL else None if line.view in (None, SOME) else line.view.size,
         )
 
 

@@ -28,31 +28,35 @@ class View:
 
 #: The view of an element that depends on the whole input.
 ALL = View((), ())
+#: What one element sees is not known, but all of a sample together see everything.
+SOME = View((), (0,))
 
 
 def _union(views: list[View | None]) -> View | None:
     """The view of an element computed from one element of each: that of the longest path."""
     if ALL in views:
         return ALL
-    if None in views or len({view.step for view in views}) > 1:
+    if None in views:
         return None
+    if len({view.step for view in views}) > 1:
+        return SOME
     return View(tuple(max(sizes) for sizes in zip(*(view.size for view in views), strict=True)), views[0].step)
 
 
-def _through_window(view: View, window: Window) -> View | None:
+def _through_window(view: View, window: Window) -> View:
     if len(view.size) != len(window.kernel):
-        return None
+        return SOME
     dimensions = zip(view.size, view.step, window.kernel, window.dilation, strict=True)
     size = tuple(r + d * (k - 1) * j for r, j, k, d in dimensions)
     return View(size, tuple(j * s for j, s in zip(view.step, window.stride, strict=True)))
 
 
-def _through_adaptive_pool(view: View, input_size: Size, output_size: Size) -> View | None:
+def _through_adaptive_pool(view: View, input_size: Size, output_size: Size) -> View:
     """A pool to one element sees everything; one whose windows are all alike is an ordinary pool."""
     if math.prod(output_size) == 1:
         return ALL
     if len(input_size) != len(view.size) or any(i % o for i, o in zip(input_size, output_size, strict=True)):
-        return None
+        return SOME
     kernel = tuple(i // o for i, o in zip(input_size, output_size, strict=True))
     return _through_window(view, Window(kernel, kernel, (0,) * len(kernel), (1,) * len(kernel)))
 
@@ -76,6 +80,13 @@ _ALONG = {
 _DEFAULT = {"normalize": 1}
 #: Those make a tensor like another, and do not read that.
 _UNREAD = re.compile(r"\w+_like|new_\w+")
+#: Those take a part of a tensor and leave the others.
+_PICKS = re.compile(
+    r"__getitem__|select|narrow|index_select|masked_select|gather|take|take_along_dim|chunk|split|tensor_split|unbind|"
+    r"unfold|as_strided|diagonal|topk|grid_sample|diff|pad"
+)
+#: Convolutions and pools as functions, of batches.
+_WINDOWS = re.compile(r"(conv|avg_pool|max_pool)[123]d|max_pool[123]d_with_indices")
 
 
 class ViewsBetweenLayers(TorchFunctionMode):
@@ -95,46 +106,65 @@ class ViewsBetweenLayers(TorchFunctionMode):
         if inputs and not _UNREAD.fullmatch(name):
             view = _union([self._views[tensor] for tensor in inputs])
             for tensor in tensors(result):
-                self._views[tensor] = (
-                    view if view in (None, ALL) else _after(name, view, inputs[0], tensor, args, kwargs)
-                )
+                after = view if view in (None, ALL) else _after(name, view, inputs[0], tensor, args, kwargs)
+                picked = _PICKS.fullmatch(name) or tensor.shape[:1] != inputs[0].shape[:1]
+                self._views[tensor] = None if after == SOME and picked else after
         return result
 
 
-def _after(name: str, view: View, input: torch.Tensor, output: torch.Tensor, args: tuple, kwargs: dict) -> View | None:
+def _after(name: str, view: View, input: torch.Tensor, output: torch.Tensor, args: tuple, kwargs: dict) -> View:
     """The view of the elements of ``output``, which the function ``name`` made of ``input``."""
-    if name in ("group_norm", "native_group_norm"):
+    if re.fullmatch(r"adaptive_(avg|max)_pool[123]d(_with_indices)?", name):
+        return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
+    if view == SOME:
+        return view
+    if name == "group_norm":
         return ALL  # through the mean and the variance of the whole image
     if name == "instance_norm":
         return ALL if _argument(args, kwargs, 5, "use_input_stats", True) else view
     if name in ("layer_norm", "rms_norm"):
         # Of the last dimension alone it is a row: neither a window nor everything.
-        return ALL if len(_argument(args, kwargs, 1, "normalized_shape", ())) >= len(view.size) else None
-    if re.fullmatch(r"adaptive_(avg|max)_pool[123]d", name):
-        return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
+        return ALL if len(_argument(args, kwargs, 1, "normalized_shape", ())) >= len(view.size) else SOME
+    if _WINDOWS.fullmatch(name):
+        return _through_window(view, _window_of(name, len(view.size), args, kwargs))
     if name in _ALONG:
         along = _argument(args, kwargs, _ALONG[name], "dim", kwargs.get("axis", _DEFAULT.get(name)))
         if not isinstance(along, torch.Tensor):  # max of two tensors
             return _along(name, view, input.dim(), along)
     elif not _POINTWISE.fullmatch(name):
-        return None
+        return SOME
     if output.shape[2:] == input.shape[2:]:
         return view
     # Flattened, one row for each sample.
     whole = output.dim() == 2 and output.shape[0] == input.shape[0] and output.numel() == input.numel()
-    return view if whole else None
+    return view if whole else SOME
 
 
-def _along(name: str, view: View, rank: int, along: int | Sequence[int] | None) -> View | None:
+def _along(name: str, view: View, rank: int, along: int | Sequence[int] | None) -> View:
     if along is None and name.endswith(("softmax", "softmin")):
         along = 0 if rank in (0, 1, 3) else 1
     if rank != len(view.size) + 2:
-        return None
+        return SOME
     along = range(rank) if along is None or along == () else [along] if isinstance(along, int) else along
     positions = {dimension % rank for dimension in along} - {0, 1}
     if not positions:
         return view
-    return ALL if len(positions) == len(view.size) else None
+    return ALL if len(positions) == len(view.size) else SOME
+
+
+def _window_of(name: str, spatial: int, args: tuple, kwargs: dict) -> Window:
+    """Of F.conv2d(input, weight, bias, stride, padding, dilation) and F.max_pool2d(input, kernel_size, stride, …)."""
+
+    def each(value: int | Sequence[int]) -> Size:
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * spatial if len(values) == 1 else values
+
+    conv = name.startswith("conv")
+    first = _argument(args, kwargs, 1, "weight" if conv else "kernel_size", None)
+    kernel = tuple(first.shape[2:]) if conv else each(first)
+    stride = _argument(args, kwargs, 3 if conv else 2, "stride", None)
+    dilation = 1 if name.startswith("avg") else _argument(args, kwargs, 5 if conv else 4, "dilation", 1)
+    return Window(kernel, each(stride or (1 if conv else kernel)), (0,) * len(kernel), each(dilation))
 
 
 def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any) -> Any:
@@ -169,15 +199,17 @@ def through_layer(
     """The view of the elements of ``output``. ``features``: the network's input has no positions, only features."""
     view = views.get(input)
     if isinstance(layer, torch.nn.Linear):
-        # Flattened, every feature is an input; of rows that are places or tokens it is not known which those are.
-        return ALL if view == ALL or (input.dim() == 2 and (features or view is not None)) else None
+        # Of a sample in one row everything; of rows that are places or tokens it is not known which those are.
+        if view == ALL or (input.dim() == 2 and (features or view is not None)):
+            return ALL
+        return view and SOME
     if view is None or view == ALL:
         return view
     if isinstance(layer, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)):
         return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
     found = window(layer)
     if found is not None:
-        return _through_window(view, found)
+        return _through_window(view, found) if input.shape[0] == output.shape[0] else None
     pointwise = any(kind.__module__ in _POINTWISE_MODULES for kind in type(layer).__mro__)
     if pointwise and not isinstance(layer, _ALONG_A_DIMENSION):
         return view
