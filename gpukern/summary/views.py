@@ -209,7 +209,7 @@ def through_layer(
         return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
     found = window(layer)
     if found is not None:
-        return _through_window(view, found) if input.shape[0] == output.shape[0] else None
+        return _through_window(view, found)
     pointwise = any(kind.__module__ in _POINTWISE_MODULES for kind in type(layer).__mro__)
     if pointwise and not isinstance(layer, _ALONG_A_DIMENSION):
         return view

@@ -133,6 +133,11 @@ def test_folders(tmp_path):
         load_weights(tmp_path)
 
 
+def test_nothing_is_downloaded():
+    with pytest.raises(WeightsError, match="is an address, and nothing is downloaded: name a file"):
+        load_weights("https://example.org/resnet50.pth")
+
+
 def test_the_contents_count_and_not_the_ending(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     torch.save(STATE, tmp_path / "saved.safetensors")

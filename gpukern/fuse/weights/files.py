@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ def read(path: Path) -> Any:
 
     Nothing but tensors and plain values is unpickled. WeightsError, which names the file and what it is, for others.
     """
+    if re.match(r"[a-z-]{2,}:/", str(path)):  # of "https://", a Path keeps one
+        raise WeightsError(f"{path} is an address, and nothing is downloaded: name a file")
     if path.is_dir():
         raise WeightsError(f"{path} is {foreign.of_folder(path)}")
     if not path.is_file():

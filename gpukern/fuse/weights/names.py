@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from gpukern.fuse.weights.states import State
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 #: What averaging models keep beside the weights.
 _COUNTERS = {"n_averaged", "steps", "num_updates", "decay"}
+#: Prefixes that are tried.
+_PREFIXES = 8
 #: Names that published files still have: torchvision's DenseNet ("." in a name was allowed once), and the first norms.
 _RENAMED = (
     (re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])(?=\.)"), r"\1\2"),
@@ -48,14 +51,16 @@ def fits(state: State, own: Mapping[str, torch.Tensor]) -> list[Fit]:
     """How the names of ``state`` can be those of a model whose ``state_dict`` is ``own``: the best for each prefix."""
     theirs, ours = _bare(state.tensors), _bare(own)
     back = {bare: name for name, bare in ours.items()}
-    found = {""} | {
+    found = Counter(
         bare[: len(bare) - len(name)]
         for bare in theirs.values()
         for name in _endings(bare)
         if name in back or any(new in back for new in _older(name))
-    }
+    )
+    # Under the prefix of the whole model there are most.
+    prefixes = ["", *(prefix for prefix, _ in found.most_common(_PREFIXES))]
     outer = _common(back)  # the model is in a module of its own, and the file's is not
-    candidates = [_fit(state, theirs, own, back, prefix) for prefix in sorted(found)]
+    candidates = [_fit(state, theirs, own, back, prefix) for prefix in prefixes]
     if outer and all(candidate.missing for candidate in candidates):
         inner = {name.removeprefix(outer): whole for name, whole in back.items()}
         candidates.append(_fit(state, theirs, own, inner, ""))
