@@ -75,7 +75,7 @@ def fuse(
     place = _place(device)
     shapes = [_checked("--input", shape_called, each) for each in input]
     torch.manual_seed(seed)
-    with _step(f"making {model}"):
+    with _step(f"making {model}"), _told_of_weights() as notes:
         made = _checked("MODEL", load_model, model, weights).to(place)
     inputs = tuple(torch.randn(shape, device=place) for shape in shapes)
     settings = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
@@ -83,7 +83,8 @@ def fuse(
     steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
     with _step(f"fusing: {', '.join(steps)}"):
         fused, told, problem = _fused(made, inputs, dtype=kind, skip=skip, strict=strict, **settings)
-    notes = ["The weights are random: none were given"] if model.startswith(_ZOOS) and weights is None else []
+    if model.startswith(_ZOOS) and weights is None:
+        notes.append("The weights are random: none were given")
     told = replace(told, model=model, notes=(*told.notes, *notes))
     with _step("writing"):  # before anything is printed: whoever reads that may stop early
         written = [*_write(told.to_html, report, "the report"), *_write(told.to_json, json, "the report")]
@@ -119,12 +120,29 @@ def explain_model(
 
 def _checked(name: str, read: Callable[..., T], *given: Any) -> T:
     """What ``read`` makes of it; what it does not find or understand is a wrong use of the parameter ``name``."""
-    from gpukern.fuse.sources import SourceError
+    from gpukern.fuse.errors import SourceError, WeightsError
 
     try:
         return read(*given)
     except SourceError as problem:
-        raise typer.BadParameter(str(problem), param_hint=name) from None
+        hint = "--weights" if isinstance(problem, WeightsError) else name
+        raise typer.BadParameter(str(problem), param_hint=hint) from None
+
+
+@contextlib.contextmanager
+def _told_of_weights() -> Iterator[list[str]]:
+    """What is said inside of the file of weights, for the report's notes; other warnings go where they would."""
+    from gpukern.fuse.errors import WeightsWarning
+
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        yield notes
+    for warning in caught:
+        if issubclass(warning.category, WeightsWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def _check_files(report: Path | None = None, json: Path | None = None, save: Path | None = None) -> None:

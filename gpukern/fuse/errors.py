@@ -17,3 +17,15 @@ class FusionError(RuntimeError):
     def __init__(self, message: str, report: FusionReport | None = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class SourceError(ValueError):
+    """There is no such model, or a file does not hold what is wanted of it."""
+
+
+class WeightsError(SourceError):
+    """A file of weights cannot be read, holds no weights, or holds those of another model."""
+
+
+class WeightsWarning(UserWarning):
+    """Of several states in a file one was taken, or some of its tensors were left out."""

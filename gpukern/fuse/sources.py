@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 import warnings
 import zipfile
@@ -13,23 +14,18 @@ from typing import Any
 
 import torch
 
+from gpukern.fuse.archive import check_archive
+from gpukern.fuse.errors import SourceError, WeightsError, WeightsWarning
 from gpukern.fuse.report import IN_ARCHIVE, FusionReport
+from gpukern.fuse.weights.files import SUFFIXES, read
+from gpukern.fuse.weights.load import fill, load_weights
 from gpukern.tune.sources import model_called
 
-#: Files that :func:`load_weights` can read.
-WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+__all__ = ["SourceError", "WeightsError", "load_model", "load_weights", "saved_report", "shape_called"]
 
-#: Names that checkpoints of training programs give to the model's own state.
-_NESTED = ("model_state_dict", "state_dict", "model")
 #: Training programs whose checkpoints tell what they trained: their format, and what makes a model of the state. From
 #: here, not from the file: that shall not choose what code runs.
 _TRAINED = {"gpukern models.train checkpoint, version 1": "models.trained:network"}
-#: Names listed in a message, at most.
-_LISTED = 5
-
-
-class SourceError(ValueError):
-    """There is no such model, or a file does not hold what is wanted of it."""
 
 
 def load_model(name: str, weights: str | Path | None = None) -> torch.nn.Module:
@@ -45,11 +41,19 @@ def load_model(name: str, weights: str | Path | None = None) -> torch.nn.Module:
     ``checkpoint.pt``                   what ``python -m models.train`` trained
     ==================================  ============================================================================
 
-    ``weights``: see :func:`load_weights`. SourceError for whatever is missing, unknown, broken or does not fit.
+    ``weights``: see :func:`fill`. SourceError for whatever is missing, unknown, broken or does not fit; WeightsError,
+    which is one, where ``weights`` are to blame.
     """
     model = _made(name)
     if weights is not None:
-        _fill(model, load_weights(weights), Path(weights))
+        fill(model, weights)
+        if getattr(model, "transform_input", None) is False:  # torchvision sets it with its own weights
+            warnings.warn(
+                f"{name} is made with transform_input=False; torchvision's own weights of it expect True: for those, "
+                "name a factory that sets it",
+                WeightsWarning,
+                stacklevel=2,
+            )
     return model.eval()
 
 
@@ -57,7 +61,7 @@ def _made(name: str) -> torch.nn.Module:
     package, colon, rest = name.partition(":")
     if name.endswith(".pt2"):
         return _exported(Path(name))
-    if Path(name).suffix in WEIGHTS:
+    if Path(name).suffix in SUFFIXES:
         return _trained(Path(name))
     if colon and package in _ZOOS:
         return _ZOOS[package](rest)
@@ -71,9 +75,10 @@ def _made(name: str) -> torch.nn.Module:
 
 def _trained(path: Path) -> torch.nn.Module:
     """Of a checkpoint that says what it is of."""
-    if not path.is_file():
-        raise SourceError(f"there is no file {path}")
-    state = None if path.suffix == ".safetensors" else _pickled(path)
+    try:
+        state = read(path)
+    except WeightsError as problem:  # here it is the model that is to blame
+        raise SourceError(str(problem)) from problem
     maker = _TRAINED.get(state.get("format")) if isinstance(state, dict) else None
     if maker is None:
         raise SourceError(
@@ -97,7 +102,15 @@ def _called(name: str, *arguments: Any) -> torch.nn.Module:
 
 def _of_torchvision(name: str) -> torch.nn.Module:
     models = _package("torchvision.models", "torchvision")
-    return _of_zoo("torchvision", name, models.list_models(), lambda: models.get_model(name, weights=None))
+    return _of_zoo(
+        "torchvision", name, models.list_models(), lambda: models.get_model(name, **_no_weights(models, name))
+    )
+
+
+def _no_weights(models: Any, name: str) -> dict[str, None]:
+    """None for each argument that means a download: with ``weights=None`` alone, a backbone's weights are fetched."""
+    asked = inspect.signature(models.get_model_builder(name)).parameters
+    return {"weights": None, **{each: None for each in asked if each.startswith("weights_")}}
 
 
 def _of_timm(name: str) -> torch.nn.Module:
@@ -158,100 +171,13 @@ def saved_report(path: str | Path) -> FusionReport:
 
 def _extra(path: Path) -> str | None:
     """The text of the report in a .pt2 file, None if it has none; SourceError unless it is an intact archive."""
-    _check_archive(path, ".pt2 file")
+    check_archive(path, ".pt2 file")
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(f"extra/{IN_ARCHIVE}")]
         try:
             return archive.read(names[0]).decode("utf-8") if names else None
         except UnicodeDecodeError as problem:
             raise SourceError(f"{path} holds a report that cannot be read: {problem}") from problem
-
-
-def _check_archive(path: Path, kind: str) -> None:
-    """``torch.save`` and ``torch.export.save`` write zip archives; torch does not compare checksums on loading."""
-    if not path.is_file():
-        raise SourceError(f"there is no file {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (OSError, zipfile.BadZipFile, EOFError) as problem:
-        raise SourceError(f"{path} is no {kind}, or is cut off: {problem}") from problem
-    if broken is not None:
-        raise SourceError(f"{path} is damaged: wrong checksum of {broken}")
-
-
-# ---- weights -------------------------------------------------------------------------------------------------------
-
-
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """The ``state_dict`` in a file, on the CPU: .safetensors, or what ``torch.save`` wrote.
-
-    Of a training program's checkpoint it is the part called model, state_dict or model_state_dict; the "module." that
-    DistributedDataParallel puts before every name is taken off. SourceError for anything else. Nothing but tensors and
-    plain values is unpickled.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise SourceError(f"there is no file {path}")
-    if path.suffix not in WEIGHTS:
-        raise SourceError(f"{path}: weights come from {', '.join(WEIGHTS)} files")
-    state = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-    while isinstance(state, dict) and (
-        inner := next((state[n] for n in _NESTED if isinstance(state.get(n), dict)), None)
-    ):
-        state = inner
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise SourceError(f"{path} holds no state_dict: expected tensors by name")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state
-
-
-def _safetensors(path: Path) -> dict[str, torch.Tensor]:
-    load_file = _package("safetensors.torch", "safetensors").load_file
-    try:
-        return load_file(path)
-    except Exception as problem:  # SafetensorError, and what torch makes of unknown dtypes
-        raise SourceError(f"{path} is no .safetensors file, or is cut off: {problem}") from problem
-
-
-def _pickled(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        _check_archive(path, "file of torch.save")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # whatever pickle or torch make of foreign bytes
-        short = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        raise SourceError(
-            f"{path} cannot be loaded as weights, it is damaged or holds other things: {short}"
-        ) from problem
-
-
-def _fill(model: torch.nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
-    own = model.state_dict()
-    wrong = [
-        f"{name} is {_by(state[name])}, the model's {_by(own[name])}"
-        for name in own
-        if name in state and isinstance(own[name], torch.Tensor) and state[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise SourceError(f"{path} does not fit the model: {_listed(wrong)}")
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as problem:
-        raise SourceError(f"{path} does not fit the model: {problem}") from problem
-    lines = [f"{words}: {_listed(names)}" for words, names in (("missing", missing), ("unknown", unexpected)) if names]
-    if lines:
-        raise SourceError(f"{path} does not fit the model; {'; '.join(lines)}")
-
-
-def _by(tensor: torch.Tensor) -> str:
-    return "×".join(map(str, tensor.shape)) or "a number"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------

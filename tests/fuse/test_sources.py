@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from gpukern.fuse import sources
+from gpukern.fuse.errors import WeightsWarning
 from gpukern.fuse.report import IN_ARCHIVE
 from gpukern.fuse.sources import SourceError, load_model, load_weights, saved_report, shape_called
 from models import checkpoint
@@ -42,6 +44,12 @@ def zoo(monkeypatch, name: str, **contents) -> None:
         monkeypatch.setitem(sys.modules, name.partition(".")[0], types.ModuleType(name.partition(".")[0]))
 
 
+def torchvision_with(monkeypatch, get_model, names, builder) -> None:
+    """Whose models are all built by a function like ``builder``."""
+    parts = {"list_models": lambda: names, "get_model": get_model, "get_model_builder": lambda name: builder}
+    zoo(monkeypatch, "torchvision.models", **parts)
+
+
 # ---- names ---------------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +65,7 @@ def test_a_model_zoo_is_asked_without_its_own_weights(monkeypatch):
         asked.append((name, given))
         return tiny()
 
-    zoo(monkeypatch, "torchvision.models", list_models=lambda: ["resnet18", "resnet50"], get_model=get_model)
+    torchvision_with(monkeypatch, get_model, ["resnet18", "resnet50"], lambda weights=None, progress=True: None)
     zoo(monkeypatch, "timm", list_models=lambda: ["resnet50"], create_model=get_model)
     assert isinstance(load_model("torchvision:resnet50"), nn.Sequential)
     assert isinstance(load_model("timm:resnet50.a1_in1k"), nn.Sequential)
@@ -68,11 +76,54 @@ def test_a_model_zoo_is_asked_without_its_own_weights(monkeypatch):
         load_model("timm:xyz")
 
 
+@pytest.mark.parametrize("argument", ["weights_backbone", "weights_encoder"])
+def test_no_part_of_a_zoos_model_asks_for_weights_of_its_own(monkeypatch, argument):
+    """torchvision's segmentation and detection models fetch a backbone's weights unless that is declined too."""
+    asked = []
+
+    def builder(*, weights=None, progress=True, num_classes=None, **given):
+        raise AssertionError
+
+    signature = inspect.signature(builder)
+    extra = inspect.Parameter(argument, inspect.Parameter.KEYWORD_ONLY, default="IMAGENET1K_V1")
+    builder.__signature__ = signature.replace(parameters=[*list(signature.parameters.values())[:-1], extra])
+    torchvision_with(monkeypatch, lambda name, **given: asked.append(given) or tiny(), ["fcn_resnet50"], builder)
+    load_model("torchvision:fcn_resnet50")
+    assert asked == [{"weights": None, argument: None}]
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "lraspp_mobilenet_v3_large", "ssd300_vgg16"])
+def test_torchvision_fetches_nothing(monkeypatch, name):
+    pytest.importorskip("torchvision")
+    from torchvision.models import _api
+
+    def refuse(url, **_):
+        raise AssertionError(f"asked for {url}")
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", refuse)
+    with torch.device("meta"):
+        assert isinstance(load_model(f"torchvision:{name}"), nn.Module)
+
+
+def test_weights_that_come_with_an_option_of_the_model(monkeypatch, tmp_path):
+    """Of torchvision's GoogLeNet and Inception: the file says nothing of it, and the results would be others."""
+
+    def get_model(name, **given):
+        model = tiny()
+        model.transform_input = False
+        return model
+
+    torchvision_with(monkeypatch, get_model, ["googlenet"], lambda weights=None: None)
+    torch.save(tiny().state_dict(), tmp_path / "googlenet.pth")
+    with pytest.warns(WeightsWarning, match="torchvision:googlenet is made with transform_input=False"):
+        load_model("torchvision:googlenet", tmp_path / "googlenet.pth")
+
+
 def test_a_model_that_the_zoo_cannot_make(monkeypatch):
     def get_model(name, **given):
         raise TypeError("needs scipy")
 
-    zoo(monkeypatch, "torchvision.models", list_models=lambda: ["inception"], get_model=get_model)
+    torchvision_with(monkeypatch, get_model, ["inception"], lambda weights=None: None)
     with pytest.raises(SourceError, match="torchvision:inception cannot be made: TypeError: needs scipy"):
         load_model("torchvision:inception")
 

@@ -1,0 +1,86 @@
+"""The model that is meant, and tensors of zeros for what it takes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from gpukern.summary.layers import dimensions
+
+_KINDS = {1: "[C, L]", 2: "[C, H, W]", 3: "[C, D, H, W]"}
+
+
+def original(model: object) -> torch.nn.Module:
+    """The module whose layers are Python's: of what torch.compile or gpukern.fuse made, the one inside."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "summary() watches the calls of Python modules, and TorchScript has compiled this one: pass the original"
+        )
+    if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
+        return original(model._orig_mod)
+    if isinstance(model, torch.nn.Module):
+        return model
+    inner = getattr(model, "module", None)
+    if isinstance(inner, torch.nn.Module):  # gpukern.fuse's FusedModel
+        return inner
+    hint = ": pass its .module()" if callable(inner) else ""
+    raise TypeError(f"summary() takes a torch.nn.Module, and got {type(model).__name__}{hint}")
+
+
+def example(
+    model: torch.nn.Module, input_size: Sequence[int] | torch.Tensor | Sequence[Sequence[int] | torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """One tensor for each input, a batch of one or more."""
+    if isinstance(input_size, torch.Tensor):
+        return (input_size,)
+    inputs = list(input_size) if isinstance(input_size, Sequence) else [input_size]
+    if inputs and all(isinstance(each, torch.Tensor) for each in inputs):
+        return tuple(inputs)
+    several = bool(inputs) and all(isinstance(each, (list, tuple, torch.Size)) for each in inputs)
+    sizes = [tuple(each) for each in inputs] if several else [tuple(inputs)]
+    if not isinstance(input_size, Sequence) or not all(isinstance(n, int) for size in sizes for n in size):
+        raise TypeError(f"expected sizes, a list of sizes, or tensors, got {input_size!r}")
+    batched = _is_batch(sizes[0], _dimensions(model))
+    like, looks_up = _like(model), _looks_up(model)
+    return tuple(
+        torch.zeros(
+            size if batched else (1, *size),
+            dtype=torch.long if looks_up and number == 0 else like.dtype,
+            device=like.device,
+        )
+        for number, size in enumerate(sizes)
+    )
+
+
+def _is_batch(size: tuple[int, ...], spatial: int | None) -> bool:
+    """Whether ``size`` has the batch dimension: the model's first layers tell, else its rank does."""
+    rank = len(size)
+    if spatial is not None and rank in (spatial + 1, spatial + 2):
+        return rank == spatial + 2
+    if rank not in (1, 2, 3, 4):
+        kind = _KINDS.get(spatial or 2)
+        raise ValueError(
+            f"expected {kind} or [features], with or without the batch size, got {list(size)}: "
+            "for another layout pass a tensor, the batch first"
+        )
+    return rank % 2 == 0
+
+
+def _dimensions(model: torch.nn.Module) -> int | None:
+    """Spatial dimensions of the first layer that tells."""
+    known = (dimensions(module) for module in model.modules())
+    return next((number for number in known if number is not None), None)
+
+
+def _like(model: torch.nn.Module) -> torch.Tensor:
+    """A tensor of the model's own dtype and device."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
+
+
+def _looks_up(model: torch.nn.Module) -> bool:
+    """Whether the first layer takes whole numbers."""
+    layers = (module for module in model.modules() if not any(module.children()))
+    return isinstance(next(layers, None), (torch.nn.Embedding, torch.nn.EmbeddingBag))

@@ -1,0 +1,216 @@
+"""What one element of each tensor sees of the network's input: its receptive field."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gpukern.summary.layers import Window, window
+from gpukern.summary.table import Size
+
+
+@dataclass(frozen=True)
+class View:
+    """Per dimension: how much of the input an element sees, and how far its neighbour's view lies beside it."""
+
+    size: Size
+    step: Size
+
+
+#: The view of an element that depends on the whole input.
+ALL = View((), ())
+#: What one element sees is not known, but all of a sample together see everything.
+SOME = View((), (0,))
+
+
+def _union(views: list[View | None]) -> View | None:
+    """The view of an element computed from one element of each: that of the longest path."""
+    if ALL in views:
+        return ALL
+    if None in views:
+        return None
+    if len({view.step for view in views}) > 1:
+        return SOME
+    return View(tuple(max(sizes) for sizes in zip(*(view.size for view in views), strict=True)), views[0].step)
+
+
+def _through_window(view: View, window: Window) -> View:
+    if len(view.size) != len(window.kernel):
+        return SOME
+    dimensions = zip(view.size, view.step, window.kernel, window.dilation, strict=True)
+    size = tuple(r + d * (k - 1) * j for r, j, k, d in dimensions)
+    return View(size, tuple(j * s for j, s in zip(view.step, window.stride, strict=True)))
+
+
+def _through_adaptive_pool(view: View, input_size: Size, output_size: Size) -> View:
+    """A pool to one element sees everything; one whose windows are all alike is an ordinary pool."""
+    if math.prod(output_size) == 1:
+        return ALL
+    if len(input_size) != len(view.size) or any(i % o for i, o in zip(input_size, output_size, strict=True)):
+        return SOME
+    kernel = tuple(i // o for i, o in zip(input_size, output_size, strict=True))
+    return _through_window(view, Window(kernel, kernel, (0,) * len(kernel), (1,) * len(kernel)))
+
+
+# ---- functions -----------------------------------------------------------------------------------------------------
+
+#: Functions that compute each output element from elements of the same place, or only arrange elements anew.
+_POINTWISE = re.compile(
+    r"_*[ir]?(add|sub|mul|div|truediv|pow)_*|cat|concat|relu6?_?|leaky_relu_?|prelu|[sc]?elu_?|gelu|silu_?|mish|softplus|"
+    r"sigmoid_?|tanh_?|hardswish_?|hardsigmoid_?|hardtanh_?|log_?sigmoid|clamp(_min|_max)?_?|where|sqrt|rsqrt|square|exp|"
+    r"neg|abs|(alpha_|feature_)?dropout[123]?d?|batch_norm|local_response_norm|channel_shuffle|flatten|view|reshape|"
+    r"contiguous|clone|detach|to|type|float|double|half|bfloat16|chunk|split|unbind"
+)
+#: Functions along dimensions, normalizing or summing: where in the arguments these are.
+_ALONG = {
+    **dict.fromkeys(("softmax", "log_softmax", "softmin", "mean", "sum", "amax", "amin", "max", "min", "prod"), 1),
+    **dict.fromkeys(("std", "var", "var_mean", "std_mean", "logsumexp", "median"), 1),
+    **dict.fromkeys(("normalize", "norm", "vector_norm"), 2),
+}
+#: What of it F.normalize does without being told.
+_DEFAULT = {"normalize": 1}
+#: Those make a tensor like another, and do not read that.
+_UNREAD = re.compile(r"\w+_like|new_\w+")
+#: Those take a part of a tensor and leave the others.
+_PICKS = re.compile(
+    r"__getitem__|select|narrow|index_select|masked_select|gather|take|take_along_dim|chunk|split|tensor_split|unbind|"
+    r"unfold|as_strided|diagonal|topk|grid_sample|diff|pad"
+)
+#: Convolutions and pools as functions, of batches.
+_WINDOWS = re.compile(r"(conv|avg_pool|max_pool)[123]d|max_pool[123]d_with_indices")
+
+
+class ViewsBetweenLayers(TorchFunctionMode):
+    """Follows views through what a forward does between its layers: branches, norms, gates, reshapes."""
+
+    def __init__(self, views: WeakTensorKeyDictionary) -> None:
+        super().__init__()
+        self._views = views
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        # Tensors without an entry do not depend on the input: parameters, constants. Inside a layer this runs as well;
+        # the layer's hook then has the last word.
+        inputs = [tensor for tensor in tensors((args, kwargs)) if tensor in self._views]
+        if inputs and not _UNREAD.fullmatch(name):
+            view = _union([self._views[tensor] for tensor in inputs])
+            for tensor in tensors(result):
+                after = view if view in (None, ALL) else _after(name, view, inputs[0], tensor, args, kwargs)
+                picked = _PICKS.fullmatch(name) or tensor.shape[:1] != inputs[0].shape[:1]
+                self._views[tensor] = None if after == SOME and picked else after
+        return result
+
+
+def _after(name: str, view: View, input: torch.Tensor, output: torch.Tensor, args: tuple, kwargs: dict) -> View:
+    """The view of the elements of ``output``, which the function ``name`` made of ``input``."""
+    if re.fullmatch(r"adaptive_(avg|max)_pool[123]d(_with_indices)?", name):
+        return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
+    if view == SOME:
+        return view
+    if name == "group_norm":
+        return ALL  # through the mean and the variance of the whole image
+    if name == "instance_norm":
+        return ALL if _argument(args, kwargs, 5, "use_input_stats", True) else view
+    if name in ("layer_norm", "rms_norm"):
+        # Of the last dimension alone it is a row: neither a window nor everything.
+        return ALL if len(_argument(args, kwargs, 1, "normalized_shape", ())) >= len(view.size) else SOME
+    if _WINDOWS.fullmatch(name):
+        return _through_window(view, _window_of(name, len(view.size), args, kwargs))
+    if name in _ALONG:
+        along = _argument(args, kwargs, _ALONG[name], "dim", kwargs.get("axis", _DEFAULT.get(name)))
+        if not isinstance(along, torch.Tensor):  # max of two tensors
+            return _along(name, view, input.dim(), along)
+    elif not _POINTWISE.fullmatch(name):
+        return SOME
+    if output.shape[2:] == input.shape[2:]:
+        return view
+    # Flattened, one row for each sample.
+    whole = output.dim() == 2 and output.shape[0] == input.shape[0] and output.numel() == input.numel()
+    return view if whole else SOME
+
+
+def _along(name: str, view: View, rank: int, along: int | Sequence[int] | None) -> View:
+    if along is None and name.endswith(("softmax", "softmin")):
+        along = 0 if rank in (0, 1, 3) else 1
+    if rank != len(view.size) + 2:
+        return SOME
+    along = range(rank) if along is None or along == () else [along] if isinstance(along, int) else along
+    positions = {dimension % rank for dimension in along} - {0, 1}
+    if not positions:
+        return view
+    return ALL if len(positions) == len(view.size) else SOME
+
+
+def _window_of(name: str, spatial: int, args: tuple, kwargs: dict) -> Window:
+    """Of F.conv2d(input, weight, bias, stride, padding, dilation) and F.max_pool2d(input, kernel_size, stride, …)."""
+
+    def each(value: int | Sequence[int]) -> Size:
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * spatial if len(values) == 1 else values
+
+    conv = name.startswith("conv")
+    first = _argument(args, kwargs, 1, "weight" if conv else "kernel_size", None)
+    kernel = tuple(first.shape[2:]) if conv else each(first)
+    stride = _argument(args, kwargs, 3 if conv else 2, "stride", None)
+    dilation = 1 if name.startswith("avg") else _argument(args, kwargs, 5 if conv else 4, "dilation", 1)
+    return Window(kernel, each(stride or (1 if conv else kernel)), (0,) * len(kernel), each(dilation))
+
+
+def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, default)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """Those in lists, tuples and dictionaries, however deep."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+# ---- layers --------------------------------------------------------------------------------------------------------
+
+#: Layers of these modules and their subclasses see what their input sees.
+_POINTWISE_MODULES = frozenset(
+    f"torch.nn.modules.{module}" for module in ("activation", "batchnorm", "dropout", "flatten", "padding")
+)
+#: But for these, which look along a dimension: the functions that they call say how.
+_ALONG_A_DIMENSION = (
+    torch.nn.MultiheadAttention, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin, torch.nn.Softmax2d,
+    torch.nn.GLU, _InstanceNorm,
+)  # fmt: skip
+
+
+def through_layer(
+    layer: torch.nn.Module, input: torch.Tensor, output: torch.Tensor, views: WeakTensorKeyDictionary, features: bool
+) -> View | None:
+    """The view of the elements of ``output``. ``features``: the network's input has no positions, only features."""
+    view = views.get(input)
+    if isinstance(layer, torch.nn.Linear):
+        # Of a sample in one row everything; of rows that are places or tokens it is not known which those are.
+        if view == ALL or (input.dim() == 2 and (features or view is not None)):
+            return ALL
+        return view and SOME
+    if view is None or view == ALL:
+        return view
+    if isinstance(layer, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)):
+        return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
+    found = window(layer)
+    if found is not None:
+        return _through_window(view, found)
+    pointwise = any(kind.__module__ in _POINTWISE_MODULES for kind in type(layer).__mro__)
+    if pointwise and not isinstance(layer, _ALONG_A_DIMENSION):
+        return view
+    return views.get(output)
