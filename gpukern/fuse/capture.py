@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
 import warnings
 from collections.abc import Iterator
@@ -13,11 +12,11 @@ import torch
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from gpukern.convert import REPLACEMENTS
 from gpukern.fuse.errors import FusionError
+from gpukern.fuse.given import check_weights, devices_of, duplicate
 from gpukern.fuse.program import InputSpec, Program, arguments, aten
 from gpukern.fuse.written_out import write_out
 
@@ -26,19 +25,9 @@ _PLAIN = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
 
 
 def private_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy in evaluation mode that shares nothing with ``model``. FusionError if it cannot be copied."""
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise FusionError("the model has lazy layers, whose sizes are not known yet: call it once before")
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for held in vars(module).values():
-            # What torch.nn.utils.weight_norm computed: no deepcopy takes it.
-            if isinstance(held, torch.Tensor) and held.grad_fn is not None:
-                memo[id(held)] = held.detach().clone()
-    try:
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise FusionError(f"the model cannot be copied: {type(error).__name__}: {error}") from error
+    """A copy in evaluation mode with tensors of its own. FusionError if it cannot be copied, or lacks its weights."""
+    check_weights(model)
+    copied = duplicate(model)
     for module in copied.modules():
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
@@ -75,7 +64,9 @@ def _export(
         with quiet():
             exported = torch.export.export(model, inputs).run_decompositions({})
     except Exception as error:
-        raise FusionError(f"torch.export cannot capture the model: {first_line(error)}") from error
+        where = devices_of(model, pytree.tree_leaves(inputs))
+        told = f"{first_line(error)}{where and '; '}{where}"
+        raise FusionError(f"torch.export cannot capture the model: {told}") from error
     if dynamic_batch:
         notes.append(f"The batch size is fixed, as in the example: {why}")
     return exported, False

@@ -91,6 +91,13 @@ def _device(inputs: tuple) -> torch.device:
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise TypeError("fuse() needs an example: a tensor, or a tuple of arguments with a tensor among them")
+    for tensor in tensors:
+        if tensor.is_meta:
+            raise FusionError("the example is on the meta device: fuse() needs its values")
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise FusionError(
+                f"the example is sparse or quantized ({tensor.layout}, {tensor.dtype}): fuse() takes dense ones"
+            )
     return tensors[0].device
 
 

@@ -6,7 +6,6 @@ floor of a few roundings: two models that both round as they must can differ by 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpukern.fuse.errors import FusionError
+from gpukern.fuse.given import duplicate
 from gpukern.fuse.lower import Lowered
 from gpukern.fuse.match import Match
 from gpukern.fuse.program import Program, assemble
@@ -109,7 +109,7 @@ def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:
             continue
         try:
             with torch.no_grad():
-                return dtype, copy.deepcopy(model).to(dtype)(*cast(inputs, dtype))
+                return dtype, duplicate(model).to(dtype)(*cast(inputs, dtype))
         except (RuntimeError, TypeError) as error:
             # A model that makes fp32 tensors of its own cannot run in fp64.
             failure = error
@@ -119,7 +119,7 @@ def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:
 def _in_dtype(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Any:
     """What the unfused model returns in ``dtype``, its batch norms in fp32 where that can be: the stricter measure."""
     for keep in (True, False):
-        typed = copy.deepcopy(model).to(dtype)
+        typed = duplicate(model).to(dtype)
         if keep:
             exact = dict(model.named_modules())
             for name, module in list(typed.named_modules()):
