@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern.fuse.calls import Signature
 from gpukern.fuse.capture import export_any_batch, first_line, quiet
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.files import replacing
@@ -72,7 +73,8 @@ def _interface_as_text(interface: Interface) -> str:
         for spec in interface.inputs
     ]
     specs = {"in_spec": pytree.treespec_dumps(interface.in_spec), "out_spec": pytree.treespec_dumps(interface.out_spec)}
-    return json.dumps({"inputs": inputs, **specs, "channels_last": interface.channels_last})
+    called = {"constants": interface.constants, "signature": interface.signature.plain()}
+    return json.dumps({"inputs": inputs, **specs, "channels_last": interface.channels_last, **called})
 
 
 def _interface_of(text: str) -> Interface:
@@ -82,4 +84,5 @@ def _interface_of(text: str) -> Interface:
         for spec in found["inputs"]
     )
     specs = (pytree.treespec_loads(found[name]) for name in ("in_spec", "out_spec"))
-    return Interface(tuple(inputs), *specs, found["channels_last"])
+    called = tuple(found["constants"]), Signature.from_plain(found["signature"])
+    return Interface(tuple(inputs), *specs, found["channels_last"], *called)

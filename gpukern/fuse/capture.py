@@ -6,6 +6,7 @@ import contextlib
 import operator
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from gpukern.convert import REPLACEMENTS
+from gpukern.fuse.calls import Signature
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.given import check_weights, devices_of, duplicate
 from gpukern.fuse.program import InputSpec, Program, arguments, aten
@@ -46,7 +48,9 @@ def capture(model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, *, dy
         **dict(exact.named_buffers(remove_duplicate=False)),
     }
     leaves = frozenset(name for name, module in model.named_modules() if not dict(module.named_children()))
-    return _program(exported, weights, inputs, dynamic, leaves, notes)
+    program = _program(exported, weights, inputs, dynamic, leaves, notes)
+    given = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(inputs))
+    return replace(program, given=given, signature=Signature.of(exact))
 
 
 def _export(

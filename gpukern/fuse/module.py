@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,23 +10,58 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from gpukern.fuse.calls import AS_IN_THE_EXAMPLE, Signature, text, told
 from gpukern.fuse.direct import call_directly
 from gpukern.fuse.program import InputSpec, Program
+
+#: In the place of a tensor of the example.
+_TENSOR = object()
 
 
 @dataclass(frozen=True)
 class Interface:
     """How a fused model is called: the leaves of its arguments (None for what is no tensor), how these are arranged,
-    and how the results are. ``channels_last``: whether images are made so."""
+    and how the results are. ``channels_last``: whether images are made so. ``constants``: in their
+    places the example's numbers, flags and words (None for tensors); ``signature``: of the original.
+    """
 
     inputs: tuple[InputSpec | None, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     channels_last: bool
+    constants: tuple[Any, ...]
+    signature: Signature
 
     @classmethod
     def of(cls, program: Program, channels_last: bool) -> Interface:
-        return cls(program.inputs, program.in_spec, program.out_spec, channels_last)
+        specs = program.in_spec, program.out_spec
+        return cls(program.inputs, *specs, channels_last, program.given, program.signature)
+
+    @functools.cached_property
+    def arguments(self) -> tuple[str | None, ...]:
+        """The text of each argument in the example, None for one with tensors in it."""
+        leaves = [_TENSOR if spec else each for spec, each in zip(self.inputs, self.constants, strict=True)]
+        return tuple(text(argument) for argument in pytree.tree_unflatten(leaves, self.in_spec))
+
+    def example_of(self, place: int) -> Any:
+        """An argument without tensors, as it was in the example."""
+        return pytree.tree_unflatten(self.constants, self.in_spec)[place]
+
+    def other_structure(self, inputs: tuple) -> str:
+        """What to say of ``inputs`` that are arranged otherwise than the example."""
+        expected = pytree.tree_unflatten(self.constants, self.in_spec)
+        for place, (given, example) in enumerate(zip(inputs, expected, strict=True)):
+            now, before = pytree.tree_structure(given), pytree.tree_structure(example)
+            if now != before:
+                words = f"{self.signature.name(place)} was {_arrangement(before)}, got {_arrangement(now)}"
+                return f"expected arguments as in the example: {words}"
+        return f"expected arguments as in the example, {self.in_spec}"
+
+    def named(self, number: int) -> str:
+        """How a leaf is called in a message: "argument 'sizes'[1]"."""
+        paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(self.inputs)), self.in_spec))
+        (place, *inner), _ = paths[number]
+        return f"{self.signature.name(place.idx)}{pytree.keystr(tuple(inner))}"
 
 
 class FusedModule(torch.nn.Module):
@@ -45,21 +81,38 @@ class FusedModule(torch.nn.Module):
         # A graph is traced anew where it is unpickled, and has the registered operators again.
         self.network = call_directly(self.network)
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """TypeError or ValueError for what is not like the example; the batch may be another where it is free."""
-        return pytree.tree_unflatten(self.network(*self.prepared(inputs)), self.interface.out_spec)
+        prepared = self.prepared(self.bound(inputs, named))
+        return pytree.tree_unflatten(self.network(*prepared), self.interface.out_spec)
+
+    def bound(self, inputs: tuple, named: dict[str, Any]) -> tuple:
+        """The arguments by place, as many as in the example."""
+        arguments = self.interface.arguments
+        if not named and len(inputs) == len(arguments):
+            return inputs
+        return self.interface.signature.bound(inputs, named, arguments)
 
     def prepared(self, inputs: tuple) -> list[Any]:
         """The leaves of the arguments, as the network takes them."""
+        interface = self.interface
+        inputs = tuple(
+            interface.example_of(place) if each is AS_IN_THE_EXAMPLE else each for place, each in enumerate(inputs)
+        )
         leaves, structure = pytree.tree_flatten(inputs)
-        if structure != self.interface.in_spec:
-            raise TypeError(f"expected arguments as in the example, {self.interface.in_spec}, got {structure}")
-        return [self._prepared(*each) for each in enumerate(zip(leaves, self.interface.inputs, strict=True))]
+        if structure != interface.in_spec:
+            raise TypeError(interface.other_structure(inputs))
+        known = zip(leaves, interface.inputs, interface.constants, strict=True)
+        return [self._prepared(number, *each) for number, each in enumerate(known)]
 
-    def _prepared(self, number: int, given: tuple[Any, InputSpec | None]) -> Any:
-        leaf, spec = given
+    def _prepared(self, number: int, leaf: Any, spec: InputSpec | None, constant: Any) -> Any:
         if spec is None:
-            return leaf
+            if leaf is not constant and text(leaf) != text(constant):
+                raise ValueError(
+                    f"{self.interface.named(number)} was {told(constant)} in the example, got {told(leaf)}: "
+                    "fuse the model with it"
+                )
+            return constant
         if not isinstance(leaf, torch.Tensor):
             raise TypeError(f"expected a tensor as input {number}, got {type(leaf).__name__}")
         _check_sizes(number, leaf, spec)
@@ -69,6 +122,11 @@ class FusedModule(torch.nn.Module):
             return leaf.to(spec.dtype)
         format = torch.channels_last if self.interface.channels_last else torch.contiguous_format
         return leaf.to(dtype=spec.dtype, memory_format=format)
+
+
+def _arrangement(structure: pytree.TreeSpec) -> str:
+    """As "[*, *]"."""
+    return str(pytree.tree_unflatten(["*"] * structure.num_leaves, structure)).replace("'*'", "*")
 
 
 def _check_sizes(number: int, leaf: torch.Tensor, spec: InputSpec) -> None:

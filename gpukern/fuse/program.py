@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import TreeSpec
+
+from gpukern.fuse.calls import Signature
 
 aten = torch.ops.aten
 
@@ -33,7 +35,8 @@ class Program:
     ``graph`` has a placeholder for each leaf of the arguments, a ``get_attr`` for each tensor in ``constants`` (the
     model's own, unrounded) and returns a flat tuple. Each node's ``meta["val"]`` tells shape and dtype, ``meta`` also
     the module it stands in. ``modules`` are the graphs of control flow. ``inputs`` has None for what is no tensor.
-    ``leaves`` are the paths of modules without children.
+    ``leaves`` are the paths of modules without children, ``given`` what of the example is no tensor (None for those),
+    ``signature`` that of the model's ``forward``.
     """
 
     graph: Graph
@@ -45,6 +48,8 @@ class Program:
     dynamic_batch: bool
     leaves: frozenset[str]
     notes: tuple[str, ...] = ()
+    given: tuple[Any, ...] = ()
+    signature: Signature = field(default_factory=Signature)
 
     def with_graph(self, graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> Program:
         return replace(self, graph=graph, constants=self.constants if constants is None else constants)
