@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern.fuse.batch import export_any_batch
 from gpukern.fuse.calls import Signature
-from gpukern.fuse.capture import export_any_batch, first_line, quiet
+from gpukern.fuse.capture import first_line, quiet
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.files import replacing
 from gpukern.fuse.model import FusedModel
@@ -31,8 +32,11 @@ def save(path: str | os.PathLike[str], module: FusedModule, report: FusionReport
     prepared = tuple(module.prepared(example))
     try:
         with quiet(), torch.no_grad():
-            export = export_any_batch if free else torch.export.export
-            exported = export(module.network, prepared)
+            if free:
+                names = tuple(spec and spec.batch for spec in module.interface.inputs)
+                exported = export_any_batch(module.network, prepared, names)
+            else:
+                exported = torch.export.export(module.network, prepared)
     except Exception as error:  # export raises of all kinds
         raise FusionError(f"torch.export cannot capture the fused network: {first_line(error)}") from error
     extra = {IN_ARCHIVE: report.to_json(), _INTERFACE: _interface_as_text(module.interface)}
@@ -69,20 +73,20 @@ def read(path: str | os.PathLike[str], cuda_graph: bool) -> FusedModel:
 
 def _interface_as_text(interface: Interface) -> str:
     inputs = [
-        None if spec is None else {"sizes": spec.sizes, "dtype": str(spec.dtype).removeprefix("torch.")}
+        spec and {"sizes": spec.sizes, "dtype": str(spec.dtype).removeprefix("torch."), "batch": spec.batch}
         for spec in interface.inputs
     ]
     specs = {"in_spec": pytree.treespec_dumps(interface.in_spec), "out_spec": pytree.treespec_dumps(interface.out_spec)}
-    called = {"constants": interface.constants, "signature": interface.signature.plain()}
+    called = {"constants": interface.constants, "signature": interface.signature.plain(), "apart": interface.apart}
     return json.dumps({"inputs": inputs, **specs, "channels_last": interface.channels_last, **called})
 
 
 def _interface_of(text: str) -> Interface:
     found = json.loads(text)
     inputs = (
-        None if spec is None else InputSpec(tuple(spec["sizes"]), getattr(torch, spec["dtype"]))
+        spec and InputSpec(tuple(spec["sizes"]), getattr(torch, spec["dtype"]), spec["batch"])
         for spec in found["inputs"]
     )
     specs = (pytree.treespec_loads(found[name]) for name in ("in_spec", "out_spec"))
-    called = tuple(found["constants"]), Signature.from_plain(found["signature"])
+    called = tuple(found["constants"]), Signature.from_plain(found["signature"]), tuple(found["apart"])
     return Interface(tuple(inputs), *specs, found["channels_last"], *called)

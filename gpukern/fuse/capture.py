@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import warnings
 from collections.abc import Iterator
@@ -10,12 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from gpukern.convert import REPLACEMENTS
+from gpukern.fuse.batch import Free, choices, export_any_batch
 from gpukern.fuse.calls import Signature
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.given import check_weights, devices_of, duplicate
@@ -42,28 +44,29 @@ def capture(model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, *, dy
     FusionError, with what torch.export said, if it cannot be captured.
     """
     notes: list[str] = []
-    exported, dynamic = _export(model, inputs, dynamic_batch, notes)
+    exported, free = _export(model, inputs, dynamic_batch, notes)
     weights = {
         **dict(exact.named_parameters(remove_duplicate=False)),
         **dict(exact.named_buffers(remove_duplicate=False)),
     }
     leaves = frozenset(name for name, module in model.named_modules() if not dict(module.named_children()))
-    program = _program(exported, weights, inputs, dynamic, leaves, notes)
+    program = _program(exported, weights, inputs, free, leaves, notes)
     given = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(inputs))
     return replace(program, given=given, signature=Signature.of(exact))
 
 
 def _export(
     model: torch.nn.Module, inputs: tuple, dynamic_batch: bool, notes: list[str]
-) -> tuple[ExportedProgram, bool]:
-    if dynamic_batch and has_batch(inputs):
-        try:
-            with quiet():
-                return export_any_batch(model, inputs).run_decompositions({}), True
-        except Exception as error:  # export raises of all kinds; whether it is the batch's fault the next try shows
-            why = first_line(error)
-    elif dynamic_batch:
-        why = "no first dimension that all inputs share"
+) -> tuple[ExportedProgram, Free | None]:
+    """With the free dimensions, None if there are none."""
+    if dynamic_batch:
+        why = "no input has a first dimension"
+        for free in choices(inputs, functools.partial(_takes, model)):
+            try:
+                with quiet():
+                    return export_any_batch(model, inputs, free).run_decompositions({}), free
+            except Exception as error:  # export raises of all kinds; whether it is the batch's fault the next try shows
+                why = first_line(error)
     try:
         with quiet():
             exported = torch.export.export(model, inputs).run_decompositions({})
@@ -73,7 +76,16 @@ def _export(
         raise FusionError(f"torch.export cannot capture the model: {told}") from error
     if dynamic_batch:
         notes.append(f"The batch size is fixed, as in the example: {why}")
-    return exported, False
+    return exported, None
+
+
+def _takes(model: torch.nn.Module, inputs: tuple) -> bool:
+    try:
+        with torch.no_grad():
+            duplicate(model)(*inputs)
+    except Exception:  # whatever a model raises
+        return False
+    return True
 
 
 def first_line(error: Exception) -> str:
@@ -100,27 +112,6 @@ def quiet() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
-def has_batch(inputs: tuple) -> bool:
-    """Whether all tensors have a first dimension, of one size for all."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-    return bool(tensors) and all(t.dim() for t in tensors) and len({t.shape[0] for t in tensors}) == 1
-
-
-def export_any_batch(model: torch.nn.Module, inputs: tuple) -> ExportedProgram:
-    """``model`` with a free size of all tensors' first dimension."""
-
-    def of_two(leaf: Any) -> Any:
-        # torch.export takes a size of 1 for a constant.
-        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.shape[0] == 1 else leaf
-
-    inputs = pytree.tree_map(of_two, inputs)
-    shapes, batch = ShapesCollection(), Dim("batch")
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, torch.Tensor):
-            shapes[leaf] = {0: batch}
-    return torch.export.export(model, inputs, dynamic_shapes=shapes)
-
-
 # ---- from torch.export's program to ours -----------------------------------------------------------------------------
 
 
@@ -128,7 +119,7 @@ def _program(
     exported: ExportedProgram,
     weights: dict[str, torch.Tensor],
     inputs: tuple,
-    dynamic: bool,
+    free: Free | None,
     leaves: frozenset[str],
     notes: list[str],
 ) -> Program:
@@ -158,10 +149,19 @@ def _program(
     _check_state(graph, held, changed, notes)
     write_out(graph)
     _normalize(graph)
-    given = tuple(_input_spec(leaf, dynamic) for leaf in pytree.tree_leaves(inputs))
+    tensors = pytree.tree_leaves(inputs)
+    given = tuple(map(_input_spec, tensors, free or [None] * len(tensors)))
     positional = pytree.tree_structure(inputs)
     return Program(
-        graph, constants, modules, given, positional, exported.call_spec.out_spec, dynamic, leaves, tuple(notes)
+        graph,
+        constants,
+        modules,
+        given,
+        positional,
+        exported.call_spec.out_spec,
+        free is not None,
+        leaves,
+        tuple(notes),
     )
 
 
@@ -177,11 +177,11 @@ def _outputs(exported: ExportedProgram, notes: list[str]) -> tuple:
     return tuple(returned)
 
 
-def _input_spec(leaf: Any, dynamic: bool) -> InputSpec | None:
+def _input_spec(leaf: Any, batch: str | None) -> InputSpec | None:
     if not isinstance(leaf, torch.Tensor):
         return None
     sizes = tuple(leaf.shape)
-    return InputSpec((None, *sizes[1:]) if dynamic and sizes else sizes, leaf.dtype)
+    return InputSpec((None, *sizes[1:]) if batch else sizes, leaf.dtype, batch)
 
 
 def _simplify_batch_norm(graph: Graph) -> None:

@@ -21,8 +21,9 @@ _TENSOR = object()
 @dataclass(frozen=True)
 class Interface:
     """How a fused model is called: the leaves of its arguments (None for what is no tensor), how these are arranged,
-    and how the results are. ``channels_last``: whether images are made so. ``constants``: in their
-    places the example's numbers, flags and words (None for tensors); ``signature``: of the original.
+    and how the results are. ``channels_last``: whether images are made so. ``constants``: the example's numbers, flags
+    and words in their places (None for tensors). ``signature``: of the original. ``apart``: sizes that a free batch
+    must not have.
     """
 
     inputs: tuple[InputSpec | None, ...]
@@ -31,6 +32,7 @@ class Interface:
     channels_last: bool
     constants: tuple[Any, ...]
     signature: Signature
+    apart: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, program: Program, channels_last: bool) -> Interface:
@@ -103,7 +105,25 @@ class FusedModule(torch.nn.Module):
         if structure != interface.in_spec:
             raise TypeError(interface.other_structure(inputs))
         known = zip(leaves, interface.inputs, interface.constants, strict=True)
-        return [self._prepared(number, *each) for number, each in enumerate(known)]
+        prepared = [self._prepared(number, *each) for number, each in enumerate(known)]
+        self._check_batch(prepared)
+        return prepared
+
+    def _check_batch(self, leaves: list[Any]) -> None:
+        sizes: dict[str, int] = {}
+        for number, (leaf, spec) in enumerate(zip(leaves, self.interface.inputs, strict=True)):
+            if spec is None or spec.batch is None:
+                continue
+            size = leaf.shape[0]
+            if sizes.setdefault(spec.batch, size) != size:
+                raise ValueError(
+                    f"expected inputs of one batch size, got {sizes[spec.batch]} and {size} (input {number})"
+                )
+            if size in self.interface.apart:
+                raise ValueError(
+                    f"expected a batch of another size than {size}, which is a case of its own for the original: "
+                    "fuse the model for that size"
+                )
 
     def _prepared(self, number: int, leaf: Any, spec: InputSpec | None, constant: Any) -> Any:
         if spec is None:

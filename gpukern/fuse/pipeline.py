@@ -6,15 +6,18 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern.fuse import batch, chance
 from gpukern.fuse.account import Work, account
+from gpukern.fuse.batch import BatchMatters
 from gpukern.fuse.capture import capture, private_copy
 from gpukern.fuse.constants import evaluate_constants
 from gpukern.fuse.errors import FusionError
+from gpukern.fuse.evidence import Evidence, gather, require_meaning, require_rest
+from gpukern.fuse.given import duplicate
 from gpukern.fuse.lower import Lowered, lower
 from gpukern.fuse.match import Match, find
 from gpukern.fuse.model import FusedModel
@@ -46,12 +49,43 @@ def run(
         raise RuntimeError(f"cuda_graph=True needs the model and its inputs on a CUDA device, got {device}")
     exact = private_copy(model)
     notes = _notes_on(model)
-    dtype = dtype or _dtype_of(exact, inputs)
+    own = _dtype_of(exact, inputs)
+    dtype = dtype or own
     if dtype not in _DTYPES:
         raise ValueError(f"fuse() computes in one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    inputs = _telling(inputs, notes)
+    with torch.no_grad():
+        evidence = gather(exact, inputs, own) if verify else None
+        if evidence is not None:
+            inputs, notes = evidence.inputs, [*notes, *evidence.notes]
+        settings = {"channels_last": channels_last, "skip": skip, "strict": strict}
+        fusing = functools.partial(_fused, exact, inputs, dtype, evidence, device, cuda_graph, **settings)
+        try:
+            fused = fusing(notes, dynamic_batch)
+        except BatchMatters as problem:
+            fused = fusing([*notes, f"The batch size is fixed, as in the example: {problem}"], False)
+        if measure and device.type == "cuda":
+            fused.report = beside(fused, exact, inputs, channels_last)
+    return fused
+
+
+def _fused(
+    exact: torch.nn.Module,
+    inputs: tuple,
+    dtype: torch.dtype,
+    evidence: Evidence | None,
+    device: torch.device,
+    cuda_graph: bool,
+    notes: list[str],
+    dynamic_batch: bool,
+    *,
+    channels_last: bool,
+    skip: Sequence[str],
+    strict: bool,
+) -> FusedModel:
+    """``exact``, a private copy, fused. BatchMatters where its batch cannot be free."""
     with torch.no_grad():
         captured = capture(private_copy(exact).to(dtype), exact, cast(inputs, dtype), dynamic_batch=dynamic_batch)
+        notes = [*notes, *_on_chance(captured, evidence)]
         program = evaluate_constants(captured)
         matches = find(program, skip)
         unfused = left(program, matches, skip)
@@ -64,19 +98,57 @@ def run(
         lowered, module = build(matches)
         found, errors = None, []
         prepared = module.prepared(inputs)
-        if verify:
+        alone = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
+        if alone:
+            batch.require_that_it_runs(module, inputs)
+        if evidence is not None:
             witness = Witness(exact, inputs, dtype)
             found = witness.judge(module)
+            if alone and not found.passed:
+                raise BatchMatters("a batch of one is a case of its own for the model")
             errors = group_errors(program, matches, lowered, prepared)
+        if found is not None and found.passed:
+            require_meaning(found.unfused, found.bound)
+            require_rest(exact, inputs, dtype, evidence.outputs, module)
+            if captured.dynamic_batch:
+                notes += _at_other_sizes(exact, inputs, dtype, module, captured.free)
         work = Work(exact, captured, program, matches, lowered, unfused, channels_last)
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
         if found is not None and not found.passed:
             told = blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
-        fused = FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
-        if measure and device.type == "cuda":
-            fused.report = beside(fused, exact, inputs, channels_last)
-    return fused
+    return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
+
+
+def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
+    """A note on a model that is random, if nothing shall be proved; FusionError if something shall, of one that keeps a
+    state too."""
+    draws = chance.draws(captured.graph)
+    if evidence is None:
+        return [f"The model is random, by {'; '.join(draws)}"] if draws else []
+    if draws or evidence.difference:
+        why = f"it draws random numbers, by {'; '.join(draws)}" if draws else "it is random, or keeps a state"
+        raise FusionError(
+            "nothing can be proved: two calls of the original with the same example differ by "
+            f"{evidence.difference:.3g} of its size; {why}. Make it repeat itself in evaluation mode, or fuse with "
+            "verify=False, unproved"
+        )
+    return []
+
+
+def _at_other_sizes(
+    exact: torch.nn.Module, inputs: tuple, dtype: torch.dtype, module: FusedModule, free: batch.Free
+) -> list[str]:
+    """Compare ``module`` with the original for other sizes of the batch, and let it refuse those that it must."""
+    apart = batch.sizes_apart(
+        lambda given: duplicate(exact).to(dtype)(*cast(given, dtype)),
+        module,
+        lambda given: Witness(exact, given, dtype).judge(module),
+        inputs,
+        free,
+    )
+    module.interface = replace(module.interface, apart=apart)
+    return ["The batch size is free but for 1, which is a case of its own for the model"] if 1 in apart else []
 
 
 def _build(program: Program, channels_last: bool, matches: Sequence[Match]) -> tuple[Lowered, FusedModule]:
@@ -118,21 +190,6 @@ def _notes_on(model: torch.nn.Module) -> list[str]:
             notes.append(f"{name} is not finite in {buffer.dtype}")
             warnings.warn(f"gpukern.fuse: {name} of the model is not finite in {buffer.dtype}", stacklevel=4)
     return notes
-
-
-def _telling(inputs: tuple, notes: list[str]) -> tuple:
-    """``inputs`` with random numbers for tensors that are all of one value: those would prove next to nothing."""
-
-    def telling(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or leaf.numel() < 2:
-            return leaf
-        if not (leaf == leaf.flatten()[0]).all():
-            return leaf
-        notes.append("An example input has one value throughout: verified with random numbers in its place")
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
-
-    return pytree.tree_map(telling, inputs)
 
 
 def _require_all(unfused: Sequence[Left]) -> None:

@@ -17,10 +17,12 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A tensor that the model takes: its sizes (None for the batch where that is free) and dtype."""
+    """A tensor that the model takes: its sizes (None for the batch where that is free) and dtype; ``batch``: the name
+    of the free size, which is one for all inputs that call it so."""
 
     sizes: tuple[int | None, ...]
     dtype: torch.dtype
+    batch: str | None = None
 
     @property
     def is_image(self) -> bool:
@@ -50,6 +52,11 @@ class Program:
     notes: tuple[str, ...] = ()
     given: tuple[Any, ...] = ()
     signature: Signature = field(default_factory=Signature)
+
+    @property
+    def free(self) -> tuple[str | None, ...]:
+        """Of each leaf of the arguments the name of its free batch."""
+        return tuple(spec and spec.batch for spec in self.inputs)
 
     def with_graph(self, graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> Program:
         return replace(self, graph=graph, constants=self.constants if constants is None else constants)

@@ -35,7 +35,7 @@ _SUMS, _SUMS_OF_TRUTH = 16.0, 64.0
 #: Bytes of parameters in fp64 beyond which fp32 is the truth.
 _LARGEST = 2e9
 #: Of outputs that are no floating-point numbers, as classes of pixels: so many may differ.
-_DISAGREEMENT = 0.01
+DISAGREEMENT = 0.01
 
 
 class Witness:
@@ -53,7 +53,7 @@ class Witness:
             self.unfused = math.sqrt(max(products.convolutions + products.matrices, 1)) * torch.finfo(dtype).eps
         self.floor = _floor(dtype, self.truth_dtype) + _tf32(products, inputs, dtype)
         if not any(leaf.is_floating_point() for leaf in self.truth):
-            self.floor = max(self.floor, _DISAGREEMENT)
+            self.floor = max(self.floor, DISAGREEMENT)
 
     def judge(self, module: torch.nn.Module) -> Verification:
         """How far ``module`` is from the truth."""
