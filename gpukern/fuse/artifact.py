@@ -21,6 +21,8 @@ from gpukern.fuse.report import IN_ARCHIVE, FusionReport
 
 #: The name in the archive of how the network is called; by it and the report a fused model is told from others.
 _INTERFACE = "gpukern_interface.json"
+#: Fields of it that JSON can hold.
+_AS_IT_IS = ("channels_last", "constants", "apart", "may_lack_it")
 
 
 def save(path: str | os.PathLike[str], module: FusedModule, report: FusionReport, example: tuple, free: bool) -> None:
@@ -77,8 +79,8 @@ def _interface_as_text(interface: Interface) -> str:
         for spec in interface.inputs
     ]
     specs = {"in_spec": pytree.treespec_dumps(interface.in_spec), "out_spec": pytree.treespec_dumps(interface.out_spec)}
-    called = {"constants": interface.constants, "signature": interface.signature.plain(), "apart": interface.apart}
-    return json.dumps({"inputs": inputs, **specs, "channels_last": interface.channels_last, **called})
+    given = {name: getattr(interface, name) for name in _AS_IT_IS}
+    return json.dumps({"inputs": inputs, **specs, **given, "signature": interface.signature.plain()})
 
 
 def _interface_of(text: str) -> Interface:
@@ -87,6 +89,6 @@ def _interface_of(text: str) -> Interface:
         spec and InputSpec(tuple(spec["sizes"]), getattr(torch, spec["dtype"]), spec["batch"])
         for spec in found["inputs"]
     )
-    specs = (pytree.treespec_loads(found[name]) for name in ("in_spec", "out_spec"))
-    called = tuple(found["constants"]), Signature.from_plain(found["signature"]), tuple(found["apart"])
-    return Interface(tuple(inputs), *specs, found["channels_last"], *called)
+    specs = {name: pytree.treespec_loads(found[name]) for name in ("in_spec", "out_spec")}
+    given = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in _AS_IT_IS}
+    return Interface(inputs=tuple(inputs), **specs, **given, signature=Signature.from_plain(found["signature"]))

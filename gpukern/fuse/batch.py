@@ -6,6 +6,7 @@ torch.export takes a free size to be 2 or more. What a model does for a batch of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,27 +92,54 @@ def require_that_it_runs(module: Callable[..., Any], inputs: tuple) -> None:
         raise BatchMatters("a batch of one is a case of its own for the model") from error
 
 
+def why_fixed(error: Exception) -> str | None:
+    """What torch.export says of a free batch, in words; None if its error is about something else."""
+    text = str(error)
+    if constant := re.search(
+        r"marked batch\w* as dynamic but your code specialized it to be a constant \((\d+)\)", text
+    ):
+        return f"the model computes with {constant[1]} as a number"
+    if guard := re.search(r"satisfy the generated guard (.+)", text):
+        condition = re.sub(r"L(\[[^]]*\])+(\.\w+)*\.size\(\)\[0\]", "batch", guard[1]).rstrip(".")
+        return f"the model does otherwise for sizes without {condition}"
+    return None
+
+
 def sizes_apart(
     original: Callable[[tuple], Any],
     module: Callable[..., Any],
     judge: Callable[[tuple], Verification],
     inputs: tuple,
     free: Free,
-) -> tuple[int, ...]:
-    """Sizes of the batch, 0 or 1, that the fused ``module`` must not take, because the original does otherwise for
-    them or fails. ``judge`` verifies the module for arguments; FusionError if the original fails for those.
+) -> dict[str, list[int]]:
+    """Of each free dimension the sizes, 0 or 1, that the fused ``module`` must not take, because the original does
+    otherwise for them or fails. ``judge`` verifies the module for arguments; FusionError if the original fails there.
 
     BatchMatters where another size goes wrong.
     """
-    apart = [] if _same_shapes(original, module, resized(inputs, free, 0)) else [0]
-    for size in _SIZES:
-        given = resized(inputs, free, size)
-        if size == size_of(inputs, free) or _is_right(module, judge, given):
-            continue
-        if size != 1:
-            raise BatchMatters(f"with a batch of {size} the result is not the original's")
-        apart.append(size)
-    return tuple(apart)
+    apart: dict[str, list[int]] = {}
+    for each in dict.fromkeys(filter(None, free)):
+        alone = tuple(name if name == each else None for name in free)
+        if not _same_shapes(original, module, resized(inputs, alone, 0)):
+            apart.setdefault(each, []).append(0)
+        for size in _SIZES:
+            given = resized(inputs, alone, size)
+            if size == size_of(inputs, alone) or _is_right(module, judge, given):
+                continue
+            if size != 1:
+                raise BatchMatters(f"with a batch of {size} the result is not the original's")
+            apart.setdefault(each, []).append(1)
+    return apart
+
+
+def may_lack_it(module: Callable[..., Any], judge: Callable[[tuple], Verification], inputs: tuple, free: Free) -> bool:
+    """Whether all inputs but the first that have the batch may have a size of 1 in its place, as in an example of one
+    image they could have meant."""
+    places = [place for place, name in enumerate(free) if name]
+    if len(places) < 2 or len({name for name in free if name}) > 1 or size_of(inputs, free) != 1:
+        return False
+    first = tuple(name if place == places[0] else None for place, name in enumerate(free))
+    return _is_right(module, judge, resized(inputs, first, 3))
 
 
 def _is_right(module: Callable[..., Any], judge: Callable[[tuple], Verification], given: tuple) -> bool:

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from gpukern.convert import REPLACEMENTS
-from gpukern.fuse.batch import Free, choices, export_any_batch
+from gpukern.fuse.batch import Free, choices, export_any_batch, why_fixed
 from gpukern.fuse.calls import Signature
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.given import check_weights, devices_of, duplicate
@@ -66,7 +66,7 @@ def _export(
                 with quiet():
                     return export_any_batch(model, inputs, free).run_decompositions({}), free
             except Exception as error:  # export raises of all kinds; whether it is the batch's fault the next try shows
-                why = first_line(error)
+                why = why_fixed(error) or first_line(error)
     try:
         with quiet():
             exported = torch.export.export(model, inputs).run_decompositions({})

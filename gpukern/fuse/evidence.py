@@ -20,6 +20,8 @@ from gpukern.fuse.verify import DISAGREEMENT, FACTOR, cast, distance
 
 #: Roundings by which two calls may differ: on a GPU sums are added in any order.
 _ROUNDINGS = 16.0
+#: A bound that lets errors pass which one would see.
+_WIDE = 0.1
 _NOTHING = "nothing can be proved by this example"
 _INSTEAD = "give another example, or fuse with verify=False, unproved"
 
@@ -49,6 +51,8 @@ def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidenc
             f"The original is not finite in {1 - found.finite:.0%} of its output for the example: "
             "there it is proved only that the fused model is not finite either"
         )
+    if not any(map(_is_floating, tensors)):
+        notes.append(f"No output is of floating-point numbers: {DISAGREEMENT:.0%} of the elements may differ")
     difference = distance(_tensors(found.second), tensors)
     if difference <= _ROUNDINGS * torch.finfo(dtype).eps:
         difference = 0.0
@@ -56,13 +60,15 @@ def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidenc
     return Evidence(found.inputs, found.first, difference, tuple(notes))
 
 
-def require_meaning(unfused: float, bound: float) -> None:
-    """FusionError where the bound of a verification would let a model pass that returns zeros."""
+def on_bound(unfused: float, bound: float) -> list[str]:
+    """A note where the bound of a verification is wide; FusionError where it would let a model of zeros pass."""
     if not bound < 1:
         raise FusionError(
             f"{_NOTHING}: in the fused model's dtype the original is {unfused:.3g} of its size from the truth, and "
             f"with {bound:.3g} allowed a model that returns zeros would pass; {_INSTEAD}"
         )
+    told = f"The proof is weak: an error of {bound:.2g} is allowed, the original has one of {unfused:.2g} in this dtype"
+    return [told] if bound > _WIDE else []
 
 
 def require_rest(
@@ -157,7 +163,7 @@ def _best(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> tuple[_C
     if given.finite == 1:
         return given, []
     other = _tried(model, pytree.tree_map(_fractions, inputs), dtype)
-    if other is None or other.finite <= given.finite:
+    if other is None or other.finite <= given.finite or (given.finite and other.finite < 1):
         return given, []
     return other, [
         f"The original is finite in {given.finite:.0%} of its output for the example: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ _TENSOR = object()
 class Interface:
     """How a fused model is called: the leaves of its arguments (None for what is no tensor), how these are arranged,
     and how the results are. ``channels_last``: whether images are made so. ``constants``: the example's numbers, flags
-    and words in their places (None for tensors). ``signature``: of the original. ``apart``: sizes that a free batch
-    must not have.
+    and words in their places (None for tensors). ``signature``: of the original. ``apart``: the sizes that a free
+    batch, by its name, must not have. ``may_lack_it``: whether all inputs but the first may have a batch of 1.
     """
 
     inputs: tuple[InputSpec | None, ...]
@@ -32,7 +32,8 @@ class Interface:
     channels_last: bool
     constants: tuple[Any, ...]
     signature: Signature
-    apart: tuple[int, ...] = ()
+    apart: dict[str, list[int]] = field(default_factory=dict)
+    may_lack_it: bool = False
 
     @classmethod
     def of(cls, program: Program, channels_last: bool) -> Interface:
@@ -115,11 +116,11 @@ class FusedModule(torch.nn.Module):
             if spec is None or spec.batch is None:
                 continue
             size = leaf.shape[0]
-            if sizes.setdefault(spec.batch, size) != size:
+            if sizes.setdefault(spec.batch, size) != size and not (self.interface.may_lack_it and size == 1):
                 raise ValueError(
                     f"expected inputs of one batch size, got {sizes[spec.batch]} and {size} (input {number})"
                 )
-            if size in self.interface.apart:
+            if size in self.interface.apart.get(spec.batch, ()):
                 raise ValueError(
                     f"expected a batch of another size than {size}, which is a case of its own for the original: "
                     "fuse the model for that size"

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -16,13 +17,14 @@ from gpukern.fuse.batch import BatchMatters
 from gpukern.fuse.capture import capture, private_copy
 from gpukern.fuse.constants import evaluate_constants
 from gpukern.fuse.errors import FusionError
-from gpukern.fuse.evidence import Evidence, gather, require_meaning, require_rest
+from gpukern.fuse.evidence import Evidence, gather, on_bound, require_rest
 from gpukern.fuse.given import duplicate
 from gpukern.fuse.lower import Lowered, lower
 from gpukern.fuse.match import Match, find
 from gpukern.fuse.model import FusedModel
 from gpukern.fuse.module import FusedModule, Interface
 from gpukern.fuse.program import Program, aten, is_call
+from gpukern.fuse.report import Verification
 from gpukern.fuse.timing import beside
 from gpukern.fuse.verify import Witness, blame, cast, group_errors
 from gpukern.fuse.why import Left, left
@@ -108,7 +110,7 @@ def _fused(
                 raise BatchMatters("a batch of one is a case of its own for the model")
             errors = group_errors(program, matches, lowered, prepared)
         if found is not None and found.passed:
-            require_meaning(found.unfused, found.bound)
+            notes += on_bound(found.unfused, found.bound)
             require_rest(exact, inputs, dtype, evidence.outputs, module)
             if captured.dynamic_batch:
                 notes += _at_other_sizes(exact, inputs, dtype, module, captured.free)
@@ -128,10 +130,10 @@ def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
         return [f"The model is random, by {'; '.join(draws)}"] if draws else []
     if draws or evidence.difference:
         why = f"it draws random numbers, by {'; '.join(draws)}" if draws else "it is random, or keeps a state"
+        how = f": two calls of it with the same example differ by {evidence.difference:.2g} of its size"
         raise FusionError(
-            "nothing can be proved: two calls of the original with the same example differ by "
-            f"{evidence.difference:.3g} of its size; {why}. Make it repeat itself in evaluation mode, or fuse with "
-            "verify=False, unproved"
+            f"nothing can be proved of a model that does not repeat itself{how if evidence.difference else ''}; {why}. "
+            "Make it repeat itself in evaluation mode, or fuse with verify=False, unproved"
         )
     return []
 
@@ -140,15 +142,20 @@ def _at_other_sizes(
     exact: torch.nn.Module, inputs: tuple, dtype: torch.dtype, module: FusedModule, free: batch.Free
 ) -> list[str]:
     """Compare ``module`` with the original for other sizes of the batch, and let it refuse those that it must."""
-    apart = batch.sizes_apart(
-        lambda given: duplicate(exact).to(dtype)(*cast(given, dtype)),
-        module,
-        lambda given: Witness(exact, given, dtype).judge(module),
-        inputs,
-        free,
-    )
-    module.interface = replace(module.interface, apart=apart)
-    return ["The batch size is free but for 1, which is a case of its own for the model"] if 1 in apart else []
+
+    def original(given: tuple) -> Any:
+        return duplicate(exact).to(dtype)(*cast(given, dtype))
+
+    def judge(given: tuple) -> Verification:
+        return Witness(exact, given, dtype).judge(module)
+
+    apart = batch.sizes_apart(original, module, judge, inputs, free)
+    module.interface = replace(module.interface, apart=apart, may_lack_it=True)
+    lacking = batch.may_lack_it(module, judge, inputs, free)
+    module.interface = replace(module.interface, may_lack_it=lacking)
+    if not any(1 in sizes for sizes in apart.values()):
+        return []
+    return ["The batch size is free but for 1, which is a case of its own for the model"]
 
 
 def _build(program: Program, channels_last: bool, matches: Sequence[Match]) -> tuple[Lowered, FusedModule]:
