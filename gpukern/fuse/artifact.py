@@ -116,7 +116,7 @@ def read(path: str | os.PathLike[str], cuda_graph: bool) -> FusedModel:
 
 def _interface_as_text(interface: Interface) -> str:
     inputs = [
-        spec and {"sizes": spec.sizes, "dtype": str(spec.dtype).removeprefix("torch."), "batch": spec.batch}
+        spec and {"sizes": spec.sizes, "dtype": _name(spec.dtype), "batch": spec.batch, "example": _name(spec.example)}
         for spec in interface.inputs
     ]
     specs = {"in_spec": pytree.treespec_dumps(interface.in_spec), "out_spec": pytree.treespec_dumps(interface.out_spec)}
@@ -124,10 +124,18 @@ def _interface_as_text(interface: Interface) -> str:
     return json.dumps({"inputs": inputs, **specs, **given, "signature": interface.signature.plain()})
 
 
+def _name(dtype: torch.dtype | None) -> str | None:
+    return dtype and str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return name and getattr(torch, name)
+
+
 def _interface_of(text: str) -> Interface:
     found = json.loads(text)
     inputs = (
-        spec and InputSpec(tuple(spec["sizes"]), getattr(torch, spec["dtype"]), spec["batch"])
+        spec and InputSpec(tuple(spec["sizes"]), _dtype(spec["dtype"]), spec["batch"], _dtype(spec["example"]))
         for spec in found["inputs"]
     )
     specs = {name: pytree.treespec_loads(found[name]) for name in ("in_spec", "out_spec")}

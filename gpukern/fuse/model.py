@@ -15,9 +15,12 @@ class FusedModel:
 
     ``module`` is an ``nn.Module`` without parameters, its weights are buffers. It takes the arguments of the example,
     by place or by name, and returns what the model did, in dicts and tuples as they were, in the dtype that it was
-    fused for. Floating-point tensors are cast to that dtype. Numbers, flags, words and None are constants in it: a call
-    with others than the example's raises ValueError, and so does one with an argument that the example left at its
-    default. ``report`` says what was done.
+    fused for. ``report`` says what was done.
+
+    Floating-point tensors are cast to that dtype, with a warning if the example was in another one; other tensors must
+    be of the example's dtype, or a call raises TypeError. Autocast has no effect, and a warning says so. Numbers,
+    flags, words and None are constants: a call with others than the example's raises ValueError, and so does one with
+    an argument that the example left at its default.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +71,8 @@ class Interface:
 class FusedModule(torch.nn.Module):
     """Takes and returns what the model did, in the dtype it was fused for. For inference: it has buffers only.
 
-    Floating-point inputs are cast to that dtype and, images, made channels_last if that was asked for, once, here.
+    Floating-point inputs are cast to that dtype, with a warning if it is not the example's either, and, images, made
+    channels_last if that was asked for, once, here. Autocast has no effect, and a warning says so.
     """
 
     def __init__(self, network: GraphModule, interface: Interface) -> None:
@@ -78,6 +80,7 @@ class FusedModule(torch.nn.Module):
         self.network = call_directly(network)
         self.interface = interface
         self.training = False
+        self._told: set[str] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -87,7 +90,22 @@ class FusedModule(torch.nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """TypeError or ValueError for what is not like the example; the batch may be another where it is free."""
         prepared = self.prepared(self.bound(inputs, named))
-        return pytree.tree_unflatten(self.network(*prepared), self.interface.out_spec)
+        return pytree.tree_unflatten(self._run(prepared), self.interface.out_spec)
+
+    def _run(self, prepared: list[Any]) -> tuple:
+        device = next(leaf.device.type for leaf in prepared if isinstance(leaf, torch.Tensor))
+        # Tensors without memory have no autocast, and asking for it raises.
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return self.network(*prepared)
+        self._tell("a fused model ignores autocast: it computes in the dtype that it was fused for")
+        with torch.autocast(device, enabled=False):
+            return self.network(*prepared)
+
+    def _tell(self, words: str) -> None:
+        """A warning, once for each model."""
+        if words not in self._told and not torch.compiler.is_compiling():
+            self._told.add(words)
+            warnings.warn(f"gpukern: {words}", stacklevel=2)
 
     def bound(self, inputs: tuple, named: dict[str, Any]) -> tuple:
         """The arguments by place, as many as in the example."""
@@ -138,7 +156,11 @@ class FusedModule(torch.nn.Module):
             raise TypeError(f"expected a tensor as input {number}, got {type(leaf).__name__}")
         _check_sizes(number, leaf, spec)
         if not spec.dtype.is_floating_point or not leaf.is_floating_point():
+            if leaf.dtype is not spec.dtype:
+                raise TypeError(f"expected input {number} of {spec.dtype}, got {leaf.dtype}")
             return leaf
+        if leaf.dtype not in (spec.dtype, spec.example):
+            self._tell(f"input {number} is {leaf.dtype}, and is cast to {spec.dtype}, for which the model was fused")
         if not spec.is_image:
             return leaf.to(spec.dtype)
         format = torch.channels_last if self.interface.channels_last else torch.contiguous_format

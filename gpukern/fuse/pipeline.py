@@ -23,7 +23,7 @@ from gpukern.fuse.lower import Lowered, lower
 from gpukern.fuse.match import Match, find
 from gpukern.fuse.model import FusedModel
 from gpukern.fuse.module import FusedModule, Interface
-from gpukern.fuse.program import Program, aten, is_call
+from gpukern.fuse.program import InputSpec, Program, aten, is_call
 from gpukern.fuse.report import Verification
 from gpukern.fuse.timing import beside
 from gpukern.fuse.verify import Witness, blame, cast, group_errors
@@ -55,7 +55,9 @@ def run(
     dtype = dtype or own
     if dtype not in _DTYPES:
         raise ValueError(f"fuse() computes in one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    with torch.no_grad():
+    if torch.is_autocast_enabled(device.type):
+        notes.append("Autocast was on: a fused model ignores it, and so does its proof")
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         evidence = gather(exact, inputs, own) if verify else None
         if evidence is not None:
             inputs, notes = evidence.inputs, [*notes, *evidence.notes]
@@ -87,6 +89,7 @@ def _fused(
     """``exact``, a private copy, fused. BatchMatters where its batch cannot be free."""
     with torch.no_grad():
         captured = capture(private_copy(exact).to(dtype), exact, cast(inputs, dtype), dynamic_batch=dynamic_batch)
+        captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
         notes = [*notes, *_on_chance(captured, evidence)]
         program = evaluate_constants(captured)
         matches = find(program, skip)
@@ -120,6 +123,10 @@ def _fused(
             told = blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
     return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
+
+
+def _as_given(spec: InputSpec | None, leaf: Any) -> InputSpec | None:
+    return spec and replace(spec, example=leaf.dtype)
 
 
 def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:

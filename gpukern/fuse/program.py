@@ -18,11 +18,12 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class InputSpec:
     """A tensor that the model takes: its sizes (None for the batch where that is free) and dtype; ``batch``: the name
-    of the free size, which is one for all inputs that call it so."""
+    of the free size, which is one for all inputs that call it so; ``example``: the dtype that the example had."""
 
     sizes: tuple[int | None, ...]
     dtype: torch.dtype
     batch: str | None = None
+    example: torch.dtype | None = None
 
     @property
     def is_image(self) -> bool:
