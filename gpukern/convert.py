@@ -18,6 +18,7 @@ import gpukern.nn
 from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
 from gpukern.nn.leaf import mark
 from gpukern.nn.sequential import is_plain, runs, subclass_of
+from gpukern.runtime import kept
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
         # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
         for values in (module._parameters, module._buffers, vars(module)):
             memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))
+    kept.fill(memo, model)
     try:
         return deep_copy(model, memo, share_tensors=True)
     except Exception as error:

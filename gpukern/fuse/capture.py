@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, Node
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from gpukern.convert import REPLACEMENTS
-from gpukern.copies import deep_copy
+from gpukern.fuse.batch import Free, choices, export_any_batch, why_fixed
+from gpukern.fuse.calls import Signature
 from gpukern.fuse.errors import FusionError
+from gpukern.fuse.given import check_weights, devices_of, duplicate
 from gpukern.fuse.program import InputSpec, Program, arguments, aten
 from gpukern.fuse.written_out import write_out
 
@@ -26,19 +29,9 @@ _PLAIN = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
 
 
 def private_copy(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy in evaluation mode that shares nothing with ``model``. FusionError if it cannot be copied."""
-    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise FusionError("the model has lazy layers, whose sizes are not known yet: call it once before")
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for held in vars(module).values():
-            # What torch.nn.utils.weight_norm computed: no deepcopy takes it.
-            if isinstance(held, torch.Tensor) and held.grad_fn is not None:
-                memo[id(held)] = held.detach().clone()
-    try:
-        copied = deep_copy(model, memo, share_tensors=False)
-    except Exception as error:
-        raise FusionError(f"the model cannot be copied: {type(error).__name__}: {error}") from error
+    """A copy in evaluation mode with tensors of its own. FusionError if it cannot be copied, or lacks its weights."""
+    check_weights(model)
+    copied = duplicate(model)
     for module in copied.modules():
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
@@ -51,34 +44,48 @@ def capture(model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, *, dy
     FusionError, with what torch.export said, if it cannot be captured.
     """
     notes: list[str] = []
-    exported, dynamic = _export(model, inputs, dynamic_batch, notes)
+    exported, free = _export(model, inputs, dynamic_batch, notes)
     weights = {
         **dict(exact.named_parameters(remove_duplicate=False)),
         **dict(exact.named_buffers(remove_duplicate=False)),
     }
     leaves = frozenset(name for name, module in model.named_modules() if not dict(module.named_children()))
-    return _program(exported, weights, inputs, dynamic, leaves, notes)
+    program = _program(exported, weights, inputs, free, leaves, notes)
+    given = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(inputs))
+    return replace(program, given=given, signature=Signature.of(exact))
 
 
 def _export(
     model: torch.nn.Module, inputs: tuple, dynamic_batch: bool, notes: list[str]
-) -> tuple[ExportedProgram, bool]:
-    if dynamic_batch and has_batch(inputs):
-        try:
-            with quiet():
-                return export_any_batch(model, inputs).run_decompositions({}), True
-        except Exception as error:  # export raises of all kinds; whether it is the batch's fault the next try shows
-            why = first_line(error)
-    elif dynamic_batch:
-        why = "no first dimension that all inputs share"
+) -> tuple[ExportedProgram, Free | None]:
+    """With the free dimensions, None if there are none."""
+    if dynamic_batch:
+        why = "no input has a first dimension"
+        for free in choices(inputs, functools.partial(_takes, model)):
+            try:
+                with quiet():
+                    return export_any_batch(model, inputs, free).run_decompositions({}), free
+            except Exception as error:  # export raises of all kinds; whether it is the batch's fault the next try shows
+                why = why_fixed(error) or first_line(error)
     try:
         with quiet():
             exported = torch.export.export(model, inputs).run_decompositions({})
     except Exception as error:
-        raise FusionError(f"torch.export cannot capture the model: {first_line(error)}") from error
+        where = devices_of(model, pytree.tree_leaves(inputs))
+        told = f"{first_line(error)}{where and '; '}{where}"
+        raise FusionError(f"torch.export cannot capture the model: {told}") from error
     if dynamic_batch:
         notes.append(f"The batch size is fixed, as in the example: {why}")
-    return exported, False
+    return exported, None
+
+
+def _takes(model: torch.nn.Module, inputs: tuple) -> bool:
+    try:
+        with torch.no_grad():
+            duplicate(model)(*inputs)
+    except Exception:  # whatever a model raises
+        return False
+    return True
 
 
 def first_line(error: Exception) -> str:
@@ -105,27 +112,6 @@ def quiet() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
-def has_batch(inputs: tuple) -> bool:
-    """Whether all tensors have a first dimension, of one size for all."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-    return bool(tensors) and all(t.dim() for t in tensors) and len({t.shape[0] for t in tensors}) == 1
-
-
-def export_any_batch(model: torch.nn.Module, inputs: tuple) -> ExportedProgram:
-    """``model`` with a free size of all tensors' first dimension."""
-
-    def of_two(leaf: Any) -> Any:
-        # torch.export takes a size of 1 for a constant.
-        return torch.cat([leaf, leaf]) if isinstance(leaf, torch.Tensor) and leaf.shape[0] == 1 else leaf
-
-    inputs = pytree.tree_map(of_two, inputs)
-    shapes, batch = ShapesCollection(), Dim("batch")
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, torch.Tensor):
-            shapes[leaf] = {0: batch}
-    return torch.export.export(model, inputs, dynamic_shapes=shapes)
-
-
 # ---- from torch.export's program to ours -----------------------------------------------------------------------------
 
 
@@ -133,7 +119,7 @@ def _program(
     exported: ExportedProgram,
     weights: dict[str, torch.Tensor],
     inputs: tuple,
-    dynamic: bool,
+    free: Free | None,
     leaves: frozenset[str],
     notes: list[str],
 ) -> Program:
@@ -163,10 +149,19 @@ def _program(
     _check_state(graph, held, changed, notes)
     write_out(graph)
     _normalize(graph)
-    given = tuple(_input_spec(leaf, dynamic) for leaf in pytree.tree_leaves(inputs))
+    tensors = pytree.tree_leaves(inputs)
+    given = tuple(map(_input_spec, tensors, free or [None] * len(tensors)))
     positional = pytree.tree_structure(inputs)
     return Program(
-        graph, constants, modules, given, positional, exported.call_spec.out_spec, dynamic, leaves, tuple(notes)
+        graph,
+        constants,
+        modules,
+        given,
+        positional,
+        exported.call_spec.out_spec,
+        free is not None,
+        leaves,
+        tuple(notes),
     )
 
 
@@ -182,11 +177,11 @@ def _outputs(exported: ExportedProgram, notes: list[str]) -> tuple:
     return tuple(returned)
 
 
-def _input_spec(leaf: Any, dynamic: bool) -> InputSpec | None:
+def _input_spec(leaf: Any, batch: str | None) -> InputSpec | None:
     if not isinstance(leaf, torch.Tensor):
         return None
     sizes = tuple(leaf.shape)
-    return InputSpec((None, *sizes[1:]) if dynamic and sizes else sizes, leaf.dtype)
+    return InputSpec((None, *sizes[1:]) if batch else sizes, leaf.dtype, batch)
 
 
 def _simplify_batch_norm(graph: Graph) -> None:

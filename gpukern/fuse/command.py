@@ -69,6 +69,8 @@ def fuse(
     """
     import torch
 
+    from gpukern.fuse.errors import FusionError
+    from gpukern.fuse.given import check_weights
     from gpukern.fuse.sources import load_model, shape_called
 
     _check_files(report, json, save)
@@ -76,8 +78,15 @@ def fuse(
     shapes = [_checked("--input", shape_called, each) for each in input]
     torch.manual_seed(seed)
     with _step(f"making {model}"), _told_of_weights() as notes:
-        made = _checked("MODEL", load_model, model, weights).to(place)
-    inputs = tuple(torch.randn(shape, device=place) for shape in shapes)
+        made = _checked("MODEL", load_model, model, weights)
+    try:
+        check_weights(made)
+        made = made.to(place)
+        inputs = tuple(torch.randn(shape, device=place) for shape in shapes)
+    except FusionError as problem:
+        _fail(str(problem))
+    except Exception as problem:  # no memory, as a rule
+        _fail(f"the model and its input cannot be put on {place}: {_short(problem)}")
     settings = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
     kind = None if dtype is None else _dtype(dtype)
     steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
@@ -193,6 +202,9 @@ def _fused(
         _fail(str(problem))
     except RuntimeError as problem:  # a CUDA graph without CUDA, no memory
         _fail(str(problem))
+    except Exception as problem:  # whatever a model raises when it is called
+        _require_that_it_runs(model, inputs)
+        _fail(f"the model cannot be fused: {_short(problem)}")
 
 
 def _require_that_it_runs(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -240,6 +252,8 @@ def _write(write: Callable[[Path], Any], path: Path | None, what: str) -> Iterat
         write(path)
     except (OSError, FusionError) as problem:
         yield f"{what} could not be written to {path}: {problem}", False
+    except Exception as problem:  # torch's writers raise of all kinds
+        yield f"{what} could not be written to {path}: {_short(problem)}", False
     else:
         yield f"{what} is in {path}", True
 
@@ -250,6 +264,10 @@ def _tell(written: list[tuple[str, bool]]) -> None:
         typer.echo(words if good else f"gpukern fuse: {words}", err=True)
     if not all(good for _, good in written):
         raise typer.Exit(1)
+
+
+def _short(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
 
 
 def _fail(problem: str) -> NoReturn:

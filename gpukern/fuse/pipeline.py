@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern.fuse import batch, chance
 from gpukern.fuse.account import Work, account
+from gpukern.fuse.batch import BatchMatters
 from gpukern.fuse.capture import capture, private_copy
 from gpukern.fuse.constants import evaluate_constants
 from gpukern.fuse.errors import FusionError
+from gpukern.fuse.evidence import Evidence, gather, on_bound, require_rest
+from gpukern.fuse.given import duplicate
 from gpukern.fuse.lower import Lowered, lower
 from gpukern.fuse.match import Match, find
 from gpukern.fuse.model import FusedModel
 from gpukern.fuse.module import FusedModule, Interface
-from gpukern.fuse.program import Program, aten, is_call
+from gpukern.fuse.program import InputSpec, Program, aten, is_call
+from gpukern.fuse.report import Verification
 from gpukern.fuse.timing import beside
 from gpukern.fuse.verify import Witness, blame, cast, group_errors
 from gpukern.fuse.why import Left, left
@@ -46,12 +51,46 @@ def run(
         raise RuntimeError(f"cuda_graph=True needs the model and its inputs on a CUDA device, got {device}")
     exact = private_copy(model)
     notes = _notes_on(model)
-    dtype = dtype or _dtype_of(exact, inputs)
+    own = _dtype_of(exact, inputs)
+    dtype = dtype or own
     if dtype not in _DTYPES:
         raise ValueError(f"fuse() computes in one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    inputs = _telling(inputs, notes)
+    if torch.is_autocast_enabled(device.type):
+        notes.append("Autocast was on: a fused model ignores it, and so does its proof")
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        evidence = gather(exact, inputs, own) if verify else None
+        if evidence is not None:
+            inputs, notes = evidence.inputs, [*notes, *evidence.notes]
+        settings = {"channels_last": channels_last, "skip": skip, "strict": strict}
+        fusing = functools.partial(_fused, exact, inputs, dtype, evidence, device, cuda_graph, **settings)
+        try:
+            fused = fusing(notes, dynamic_batch)
+        except BatchMatters as problem:
+            fused = fusing([*notes, f"The batch size is fixed, as in the example: {problem}"], False)
+        if measure and device.type == "cuda":
+            fused.report = beside(fused, exact, inputs, channels_last)
+    return fused
+
+
+def _fused(
+    exact: torch.nn.Module,
+    inputs: tuple,
+    dtype: torch.dtype,
+    evidence: Evidence | None,
+    device: torch.device,
+    cuda_graph: bool,
+    notes: list[str],
+    dynamic_batch: bool,
+    *,
+    channels_last: bool,
+    skip: Sequence[str],
+    strict: bool,
+) -> FusedModel:
+    """``exact``, a private copy, fused. BatchMatters where its batch cannot be free."""
     with torch.no_grad():
         captured = capture(private_copy(exact).to(dtype), exact, cast(inputs, dtype), dynamic_batch=dynamic_batch)
+        captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
+        notes = [*notes, *_on_chance(captured, evidence)]
         program = evaluate_constants(captured)
         matches = find(program, skip)
         unfused = left(program, matches, skip)
@@ -64,19 +103,66 @@ def run(
         lowered, module = build(matches)
         found, errors = None, []
         prepared = module.prepared(inputs)
-        if verify:
+        alone = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
+        if alone:
+            batch.require_that_it_runs(module, inputs)
+        if evidence is not None:
             witness = Witness(exact, inputs, dtype)
             found = witness.judge(module)
+            if alone and not found.passed:
+                raise BatchMatters("a batch of one is a case of its own for the model")
             errors = group_errors(program, matches, lowered, prepared)
+        if found is not None and found.passed:
+            notes += on_bound(found.unfused, found.bound)
+            require_rest(exact, inputs, dtype, evidence.outputs, module)
+            if captured.dynamic_batch:
+                notes += _at_other_sizes(exact, inputs, dtype, module, captured.free)
         work = Work(exact, captured, program, matches, lowered, unfused, channels_last)
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
         if found is not None and not found.passed:
             told = blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
-        fused = FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
-        if measure and device.type == "cuda":
-            fused.report = beside(fused, exact, inputs, channels_last)
-    return fused
+    return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
+
+
+def _as_given(spec: InputSpec | None, leaf: Any) -> InputSpec | None:
+    return spec and replace(spec, example=leaf.dtype)
+
+
+def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
+    """A note on a model that is random, if nothing shall be proved; FusionError if something shall, of one that keeps a
+    state too."""
+    draws = chance.draws(captured.graph)
+    if evidence is None:
+        return [f"The model is random, by {'; '.join(draws)}"] if draws else []
+    if draws or evidence.difference:
+        why = f"it draws random numbers, by {'; '.join(draws)}" if draws else "it is random, or keeps a state"
+        how = f": two calls of it with the same example differ by {evidence.difference:.2g} of its size"
+        raise FusionError(
+            f"nothing can be proved of a model that does not repeat itself{how if evidence.difference else ''}; {why}. "
+            "Make it repeat itself in evaluation mode, or fuse with verify=False, unproved"
+        )
+    return []
+
+
+def _at_other_sizes(
+    exact: torch.nn.Module, inputs: tuple, dtype: torch.dtype, module: FusedModule, free: batch.Free
+) -> list[str]:
+    """Compare ``module`` with the original for other sizes of the batch, and let it refuse those that it must."""
+
+    def original(given: tuple) -> Any:
+        return duplicate(exact).to(dtype)(*cast(given, dtype))
+
+    def judge(given: tuple) -> Verification:
+        return Witness(exact, given, dtype).judge(module)
+
+    apart = batch.sizes_apart(original, module, judge, inputs, free)
+    module.interface = replace(module.interface, apart=apart, may_lack_it=True)
+    lacking = batch.may_lack_it(module, judge, inputs, free)
+    module.interface = replace(module.interface, may_lack_it=lacking)
+    if not any(1 in sizes for sizes in apart.values()):
+        return []
+    return ["The batch size is free but for 1, which is a case of its own for the model"]
 
 
 def _build(program: Program, channels_last: bool, matches: Sequence[Match]) -> tuple[Lowered, FusedModule]:
@@ -91,6 +177,13 @@ def _device(inputs: tuple) -> torch.device:
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise TypeError("fuse() needs an example: a tensor, or a tuple of arguments with a tensor among them")
+    for tensor in tensors:
+        if tensor.is_meta:
+            raise FusionError("the example is on the meta device: fuse() needs its values")
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise FusionError(
+                f"the example is sparse or quantized ({tensor.layout}, {tensor.dtype}): fuse() takes dense ones"
+            )
     return tensors[0].device
 
 
@@ -111,21 +204,6 @@ def _notes_on(model: torch.nn.Module) -> list[str]:
             notes.append(f"{name} is not finite in {buffer.dtype}")
             warnings.warn(f"gpukern.fuse: {name} of the model is not finite in {buffer.dtype}", stacklevel=4)
     return notes
-
-
-def _telling(inputs: tuple, notes: list[str]) -> tuple:
-    """``inputs`` with random numbers for tensors that are all of one value: those would prove next to nothing."""
-
-    def telling(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or leaf.numel() < 2:
-            return leaf
-        if not (leaf == leaf.flatten()[0]).all():
-            return leaf
-        notes.append("An example input has one value throughout: verified with random numbers in its place")
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
-
-    return pytree.tree_map(telling, inputs)
 
 
 def _require_all(unfused: Sequence[Left]) -> None:

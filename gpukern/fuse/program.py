@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import TreeSpec
 
+from gpukern.fuse.calls import Signature
+
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A tensor that the model takes: its sizes (None for the batch where that is free) and dtype."""
+    """A tensor that the model takes: its sizes (None for the batch where that is free) and dtype; ``batch``: the name
+    of the free size, which is one for all inputs that call it so; ``example``: the dtype that the example had."""
 
     sizes: tuple[int | None, ...]
     dtype: torch.dtype
+    batch: str | None = None
+    example: torch.dtype | None = None
 
     @property
     def is_image(self) -> bool:
@@ -33,7 +38,8 @@ class Program:
     ``graph`` has a placeholder for each leaf of the arguments, a ``get_attr`` for each tensor in ``constants`` (the
     model's own, unrounded) and returns a flat tuple. Each node's ``meta["val"]`` tells shape and dtype, ``meta`` also
     the module it stands in. ``modules`` are the graphs of control flow. ``inputs`` has None for what is no tensor.
-    ``leaves`` are the paths of modules without children.
+    ``leaves`` are the paths of modules without children, ``given`` what of the example is no tensor (None for those),
+    ``signature`` that of the model's ``forward``.
     """
 
     graph: Graph
@@ -45,6 +51,13 @@ class Program:
     dynamic_batch: bool
     leaves: frozenset[str]
     notes: tuple[str, ...] = ()
+    given: tuple[Any, ...] = ()
+    signature: Signature = field(default_factory=Signature)
+
+    @property
+    def free(self) -> tuple[str | None, ...]:
+        """Of each leaf of the arguments the name of its free batch."""
+        return tuple(spec and spec.batch for spec in self.inputs)
 
     def with_graph(self, graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> Program:
         return replace(self, graph=graph, constants=self.constants if constants is None else constants)

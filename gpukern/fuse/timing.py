@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from gpukern.copies import deep_copy
+from gpukern.fuse.given import duplicate
 from gpukern.fuse.report import FusionReport, Timing
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def beside(fused: FusedModel, model: torch.nn.Module, inputs: tuple, channels_la
 
     plain_inputs = pytree.tree_map(prepared, inputs)
     try:
-        plain = deep_copy(model, {}, share_tensors=False).to(dtype)
+        plain = duplicate(model).to(dtype)
         if channels_last:
             plain = plain.to(memory_format=torch.channels_last)
         before = time_forward(plain, plain_inputs, plain)

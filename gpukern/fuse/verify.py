@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpukern.copies import deep_copy
 from gpukern.fuse.errors import FusionError
+from gpukern.fuse.given import duplicate
 from gpukern.fuse.lower import Lowered
 from gpukern.fuse.match import Match
 from gpukern.fuse.program import Program, assemble
@@ -35,7 +35,7 @@ _SUMS, _SUMS_OF_TRUTH = 16.0, 64.0
 #: Bytes of parameters in fp64 beyond which fp32 is the truth.
 _LARGEST = 2e9
 #: Of outputs that are no floating-point numbers, as classes of pixels: so many may differ.
-_DISAGREEMENT = 0.01
+DISAGREEMENT = 0.01
 
 
 class Witness:
@@ -53,7 +53,7 @@ class Witness:
             self.unfused = math.sqrt(max(products.convolutions + products.matrices, 1)) * torch.finfo(dtype).eps
         self.floor = _floor(dtype, self.truth_dtype) + _tf32(products, inputs, dtype)
         if not any(leaf.is_floating_point() for leaf in self.truth):
-            self.floor = max(self.floor, _DISAGREEMENT)
+            self.floor = max(self.floor, DISAGREEMENT)
 
     def judge(self, module: torch.nn.Module) -> Verification:
         """How far ``module`` is from the truth."""
@@ -109,7 +109,7 @@ def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:
             continue
         try:
             with torch.no_grad():
-                return dtype, deep_copy(model, {}, share_tensors=False).to(dtype)(*cast(inputs, dtype))
+                return dtype, duplicate(model).to(dtype)(*cast(inputs, dtype))
         except (RuntimeError, TypeError) as error:
             # A model that makes fp32 tensors of its own cannot run in fp64.
             failure = error
@@ -119,7 +119,7 @@ def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:
 def _in_dtype(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Any:
     """What the unfused model returns in ``dtype``, its batch norms in fp32 where that can be: the stricter measure."""
     for keep in (True, False):
-        typed = deep_copy(model, {}, share_tensors=False).to(dtype)
+        typed = duplicate(model).to(dtype)
         if keep:
             exact = dict(model.named_modules())
             for name, module in list(typed.named_modules()):

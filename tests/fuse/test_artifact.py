@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
+import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import torch
 import gpukern
 from gpukern.fuse import FusionError
 from gpukern.runtime.mode import Mode, force_mode
+from tests.conftest import ROOT
 from tests.fuse.networks import conv, net, norm, one
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -144,3 +148,101 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         gpukern.fuse(*one()).save(tmp_path / "nowhere" / "a.pt2")
+
+
+# ---- what is in a file -----------------------------------------------------------------------------------------------
+
+
+SAVE = """
+import sys, torch, gpukern
+from tests.fuse.test_artifact import Telling
+torch.manual_seed(0)
+model, x = Telling().eval(), torch.randn(2, 3, 8, 8)
+gpukern.fuse(model, (x, {"by": torch.rand(8, 1, 1)})).save(sys.argv[1])
+"""
+
+
+class Telling(torch.nn.Module):
+    """Its file and the names in its code are what a saved model must not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Linear(8, 4)
+
+    def forward(self, x, scale):
+        nobodys_business = self.b(self.a(x)) * scale["by"]
+        pooled = torch.nn.functional.max_pool2d(torch.relu(nobodys_business), 2)
+        return {"logits": self.c(pooled.mean((2, 3))), "pooled": pooled}
+
+
+def contents(path) -> bytes:
+    """Of all entries, with their names."""
+    with zipfile.ZipFile(path) as archive:
+        return b"\n".join(entry.filename.encode() + archive.read(entry) for entry in archive.infolist())
+
+
+def test_two_processes_write_the_same_bytes_and_no_path(tmp_path, run_python):
+    paths = tmp_path / "a.pt2", tmp_path / "another name.pt2"
+    for number, path in enumerate(paths):
+        run = run_python(SAVE, str(path), PYTHONHASHSEED=str(number + 1))
+        assert path.exists(), run.stderr
+    first, second = (path.read_bytes() for path in paths)
+    assert first == second
+    told = contents(paths[0])
+    for word in (
+        str(ROOT),
+        str(tmp_path),
+        sys.prefix,
+        "site-packages",
+        "nobodys_business",
+        "test_artifact.py",
+        ".draft",
+    ):
+        assert word.encode() not in told, word
+    assert b"/home/" not in told and b"/usr/" not in told and b"another name" not in contents(paths[1])
+
+
+def test_a_loaded_model_saves_the_same_again_without_the_example(tmp_path):
+    model, (x,) = network()
+    x[:, :, 0, 0] = 12345.678
+    fused = gpukern.fuse(model, x)
+    fused.save(tmp_path / "a.pt2")
+    gpukern.load(tmp_path / "a.pt2").save(tmp_path / "b.pt2")
+    told = [contents(tmp_path / name) for name in ("a.pt2", "b.pt2")]
+    pixel = x[0, 0, 0, 0].numpy().tobytes()
+    assert pixel * 2 not in told[0] and told[0].count(pixel) == 0
+    assert str(ROOT).encode() not in told[1]
+    exported = torch.export.load(tmp_path / "b.pt2")
+    assert not any(leaf.any() for leaf in exported.example_inputs[0])
+
+
+def test_paths_in_a_report_stay_at_home(tmp_path):
+    fused = gpukern.fuse(*one())
+    fused.report = replace(
+        fused.report, model="/home/me/nets/r50.pt2", notes=("weights of C:\\mine\\w.pth, 1/2 of them", "in ./here")
+    )
+    fused.save(tmp_path / "a.pt2")
+    report = gpukern.load(tmp_path / "a.pt2").report
+    assert report.model == "r50.pt2" and report.notes == ("weights of w.pth, 1/2 of them", "in ./here")
+    assert fused.report.model == "/home/me/nets/r50.pt2"
+
+
+PLAIN = """
+import sys, torch
+if sys.argv[2:]:
+    import gpukern
+exported = torch.export.load(sys.argv[1])
+print([tuple(each.shape) for each in exported.module()(*exported.example_inputs[0])])
+"""
+
+
+def test_torch_alone_loads_it_after_an_import_and_the_file_says_so(tmp_path, run_python):
+    path = tmp_path / "a.pt2"
+    gpukern.fuse(*one()).save(path)
+    run = run_python(PLAIN, str(path), "import")
+    assert run.stdout == "[(2, 4, 7, 7)]\n", run.stderr
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        (hint,) = (name for name in names if name.endswith("extra/README.txt"))
+        assert "import gpukern" in archive.read(hint).decode()
+    assert all(name.startswith("import_gpukern_before_torch_export_load/") for name in names)

@@ -1,0 +1,58 @@
+"""What a model holds besides its weights, and what a copy of the model gets of it.
+
+A model that has run may keep activations, which are part of a graph of autograd: :func:`copy.deepcopy` refuses those.
+Locks, files and Python modules have no copies at all.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import threading
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+#: What a copy has in common with the original: none of it is computed with.
+_COMMON = (
+    *(types.ModuleType, io.IOBase, threading.Thread, threading.local),
+    *(type(threading.Lock()), type(threading.RLock()), torch.cuda.Stream, torch.cuda.Event),
+)
+#: What :func:`copy.deepcopy` does not look into.
+_ATOMS = (
+    *(type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType),
+    *(types.CodeType, types.FrameType, types.GeneratorType, torch.dtype, torch.device, torch.fx.Node),
+)
+
+
+def fill(memo: dict[int, Any], model: torch.nn.Module) -> None:
+    """Put into ``memo``, for :func:`copy.deepcopy` of ``model``, what that could not copy, wherever it is held.
+
+    Of a tensor that autograd computed the copy gets the values alone; Python modules, locks, threads, streams and open
+    files it has in common with the original.
+    """
+    for held in _reached(model):
+        if id(held) in memo:
+            continue
+        if isinstance(held, _COMMON):
+            memo[id(held)] = held
+        elif isinstance(held, torch.Tensor) and held.grad_fn is not None:
+            memo[id(held)] = held.detach().clone()
+
+
+def _reached(model: torch.nn.Module) -> Iterator[Any]:
+    """Everything in the attributes of the model's modules: containers, objects of any class, what is bound to hooks."""
+    seen: set[int] = set()
+    waiting: list[Any] = [model]
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen or isinstance(held, _ATOMS):
+            continue
+        seen.add(id(held))
+        yield held
+        if isinstance(held, torch.Tensor):
+            waiting += vars(held).values()
+        elif not isinstance(held, _COMMON):
+            waiting += gc.get_referents(held)
