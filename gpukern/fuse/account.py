@@ -43,7 +43,8 @@ def account(
     """``prepared``: the leaves of the example as the graph takes them; ``errors``: of each match, if they are known."""
     captured, lowered = work.captured, work.lowered
     before = describe.shaped(captured.graph, captured.constants, captured.modules, prepared)
-    after = describe.shaped(lowered.module.graph, dict(lowered.module.named_buffers()), captured.modules, prepared)
+    held = dict(lowered.module.named_buffers(remove_duplicate=False))
+    after = describe.shaped(lowered.module.graph, held, captured.modules, prepared)
     fusing = [place for place, match in enumerate(work.matches) if match.fuses]
     numbers = {place: number for number, place in enumerate(fusing)}
     of_node = {node: numbers[place] for place in fusing for node in work.matches[place].nodes}

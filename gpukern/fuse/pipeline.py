@@ -20,6 +20,7 @@ from gpukern.fuse.match import Match, find
 from gpukern.fuse.model import FusedModel
 from gpukern.fuse.module import FusedModule, Interface
 from gpukern.fuse.program import Program, aten, is_call
+from gpukern.fuse.settle import settle
 from gpukern.fuse.timing import beside
 from gpukern.fuse.verify import Witness, blame, cast, group_errors
 from gpukern.fuse.why import Left, left
@@ -52,7 +53,8 @@ def run(
     inputs = _telling(inputs, notes)
     with torch.no_grad():
         captured = capture(private_copy(exact).to(dtype), exact, cast(inputs, dtype), dynamic_batch=dynamic_batch)
-        program = evaluate_constants(captured)
+        evaluated = evaluate_constants(captured)
+        program = settle(evaluated, skip)
         matches = find(program, skip)
         unfused = left(program, matches, skip)
         if strict:
