@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gpukern.fuse.account import Work, account
+from gpukern.fuse.alone import judge_alone, what_is_wrong
 from gpukern.fuse.capture import capture, private_copy
 from gpukern.fuse.constants import evaluate_constants
 from gpukern.fuse.errors import FusionError
@@ -22,8 +23,8 @@ from gpukern.fuse.module import FusedModule, Interface
 from gpukern.fuse.program import Program, aten, is_call
 from gpukern.fuse.settle import settle
 from gpukern.fuse.timing import beside
-from gpukern.fuse.verify import Witness, blame, cast, group_errors
-from gpukern.fuse.why import Left, left
+from gpukern.fuse.verify import Witness, blame, cast
+from gpukern.fuse.why import Left, left, require_account
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -57,6 +58,7 @@ def run(
         program = settle(evaluated, skip)
         matches = find(program, skip)
         unfused = left(program, matches, skip)
+        require_account(evaluated, program, matches, unfused)
         if strict:
             _require_all(unfused)
         if channels_last and any(is_call(node, aten.as_strided.default) for node in program.graph.nodes):
@@ -64,16 +66,18 @@ def run(
             notes.append("The model reads tensors by strides of its own: not channels_last")
         build = functools.partial(_build, program, channels_last)
         lowered, module = build(matches)
-        found, errors = None, []
+        found, alone = None, []
         prepared = module.prepared(inputs)
         if verify:
-            witness = Witness(exact, inputs, dtype)
+            witness = Witness(exact, inputs, dtype, channels_last=channels_last)
             found = witness.judge(module)
-            errors = group_errors(program, matches, lowered, prepared)
+            alone = judge_alone(program, matches, lowered, prepared, dtype)
+            found = replace(found, wrong=what_is_wrong(alone) or "")
         work = Work(exact, captured, program, matches, lowered, unfused, channels_last)
+        errors = [each.error for each in alone]
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
         if found is not None and not found.passed:
-            told = blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
+            told = found.wrong or blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
         fused = FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
         if measure and device.type == "cuda":

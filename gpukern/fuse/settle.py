@@ -101,6 +101,8 @@ def _why_no_layer(program: Program, source: Node, skip: Sequence[str]) -> str | 
     if source.op == "placeholder":
         return f"the model's input {source.name}"
     layer = _layer(program, source)
+    if layer is None and is_product(source):
+        return f"{operation(source)}, {title(source)}, which was left as it is"
     if layer is None:
         return f"{operation(source)}, {title(source)}: no convolution or linear layer"
     by = skipped_by(layer.node, skip)
