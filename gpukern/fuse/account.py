@@ -13,6 +13,7 @@ from torch.fx import Graph
 from gpukern.fuse import describe
 from gpukern.fuse.lower import Lowered
 from gpukern.fuse.match import Match
+from gpukern.fuse.moving import PART_OF
 from gpukern.fuse.program import Program, value
 from gpukern.fuse.report import FusedGroup, FusionReport, Verification
 from gpukern.fuse.why import Left
@@ -47,7 +48,9 @@ def account(
     after = describe.shaped(lowered.module.graph, held, captured.modules, prepared)
     fusing = [place for place, match in enumerate(work.matches) if match.fuses]
     numbers = {place: number for number, place in enumerate(fusing)}
-    of_node = {node: numbers[place] for place in fusing for node in work.matches[place].nodes}
+    of_node = {
+        node.meta.get(PART_OF, node.name): numbers[place] for place in fusing for node in work.matches[place].nodes
+    }
     kernels = _kernels(after, device, work.channels_last)
     return FusionReport(
         model=type(work.model).__name__,

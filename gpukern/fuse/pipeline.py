@@ -73,7 +73,7 @@ def run(
             found = witness.judge(module)
             alone = judge_alone(program, matches, lowered, prepared, dtype)
             found = replace(found, wrong=what_is_wrong(alone) or "")
-        work = Work(exact, captured, program, matches, lowered, unfused, channels_last)
+        work = Work(exact, captured, evaluated, matches, lowered, unfused, channels_last)
         errors = [each.error for each in alone]
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
         if found is not None and not found.passed:
