@@ -1,9 +1,10 @@
 """How many batch norms ``gpukern.fuse`` folds, over the models people have: ``python -m bench.fusion [--write]``.
 
 A batch norm counts as foldable if what it normalises is a convolution's, a transposed convolution's or a matrix
-product's result that nothing else uses: counted on torch.export's own graph, not by the code that fuses. Weights and
-statistics are random, so that no layer is an identity; no pretrained file is needed. Errors are against the original in
-float64, measured here once more.
+product's result that nothing else uses, or several such results that are concatenated, viewed otherwise or permuted:
+counted on torch.export's own graph, not by the code that fuses. One counts as folded if the fused graph has it no more.
+Weights and statistics are random, so that no layer is an identity; no pretrained file is needed. Each model is verified
+as its user's would be; errors are against the original in float64, measured here once more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import operator
 import statistics
 import sys
 import time
@@ -45,9 +47,9 @@ TIMM = (
     "repvgg_a0", "hrnet_w18_small", "darknet53", "cspdarknet53", "cspresnet50", "ghostnet_100", "ghostnetv2_100",
     "dla34", "vovnet39a", "selecsls42b", "hardcorenas_a", "rexnet_100", "fbnetc_100", "spnasnet_100", "xception41",
     "inception_v4", "dpn68", "tinynet_a", "lcnet_050", "semnasnet_075", "res2net50_26w_4s", "skresnet18",
-    "ecaresnet50t", "mobileone_s0", "convnext_atto",
+    "ecaresnet50t", "mobileone_s0", "convnext_atto", "selecsls42", "mixnet_s", "levit_128s",
 )  # fmt: skip
-SIDES = {"inception_v3": 96, "inception_v4": 96, "xception41": 96, "alexnet": 96, "vgg11_bn": 64, "googlenet": 64}
+SIDES = {"inception_v3": 96, "inception_v4": 96, "xception41": 96, "alexnet": 96, "levit_128s": 224}
 
 _ATEN = torch.ops.aten
 _NORMS = (_ATEN._native_batch_norm_legit_no_training.default,)
@@ -55,6 +57,11 @@ _PRODUCERS = (
     _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default, _ATEN.convolution.default, _ATEN.linear.default,
     _ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.addmm.default, _ATEN.conv2d.padding,
 )  # fmt: skip
+_BETWEEN = (
+    _ATEN.cat.default, _ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default, _ATEN.permute.default,
+    _ATEN.transpose.int, _ATEN.clone.default, _ATEN.squeeze.dims, _ATEN.unsqueeze.default, operator.getitem,
+)  # fmt: skip
+_PARTS = (_ATEN.split.Tensor, _ATEN.split_with_sizes.default)
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def _measure(name: str) -> Row:
     norms, foldable = count(model, images)
     start = time.perf_counter()
     try:
-        fused = gpukern.fuse(model, (images,), verify=False)
+        fused = gpukern.fuse(model, (images,))
     except Exception as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         seconds = time.perf_counter() - start
@@ -101,7 +108,8 @@ def _measure(name: str) -> Row:
         others = torch.randn(3, 3, side, side)  # another batch size
         actual, plain = _flat(fused.module(others)), _flat(model(others))
         truth = _flat(model.double()(others.double()))
-    folded = sum(group.pattern.count("batch_norm") for group in report.fused if group.operator != "gpukern::batch_norm")
+    calls = [node for node in fused.module.network.graph.nodes if node.op == "call_function"]
+    folded = norms - sum("batch_norm" in str(node.target) for node in calls)
     return Row(
         name, parameters, norms, foldable, folded, len(report.fused), report.before.operators, report.after.operators,
         _distance(actual, truth), _distance(plain, truth), seconds,
@@ -111,12 +119,12 @@ def _measure(name: str) -> Row:
 def build(name: str) -> torch.nn.Module:
     """``torchvision:NAME`` or ``timm:NAME``, in evaluation mode."""
     source, _, called = name.partition(":")
+    # Beside a torch for CPUs its compiled operators do not load, which no classifier needs; timm imports it too.
+    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
     if source == "timm":
         import timm
 
         return timm.create_model(called, pretrained=False).eval()
-    # Beside a torch for CPUs its compiled operators do not load, which no classifier needs.
-    sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
     import torchvision
 
     options = {"aux_logits": False} if called in ("googlenet", "inception_v3") else {}
@@ -138,11 +146,22 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def count(model: torch.nn.Module, images: torch.Tensor) -> tuple[int, int]:
-    """(batch norms, those that follow what nothing else uses) in torch.export's graph."""
+    """(batch norms, those that follow layers whose results nothing else uses) in torch.export's graph."""
     graph = torch.export.export(model, (images,)).run_decompositions({}).graph
     norms = [node for node in graph.nodes if node.target in _NORMS]
-    foldable = [n for n in norms if n.args[0].target in _PRODUCERS and len(n.args[0].users) == 1]
-    return len(norms), len(foldable)
+    return len(norms), sum(_follows_layers(norm.args[0], direct=True) for norm in norms)
+
+
+def _follows_layers(node: torch.fx.Node, direct: bool = False) -> bool:
+    if node.target in _PARTS:
+        return _follows_layers(node.args[0])
+    if len(node.users) != 1:
+        return False
+    if node.target in _PRODUCERS:
+        # The features of a linear layer over more than rows are the last dimension, and the second is normalised.
+        return not direct or node.target is not _ATEN.linear.default or node.meta["val"].dim() == 2
+    tensors = [each for each in node.all_input_nodes if not isinstance(each.meta["val"], torch.SymInt)]
+    return node.target in _BETWEEN and all(map(_follows_layers, tensors))
 
 
 def _flat(output) -> torch.Tensor:
@@ -168,17 +187,20 @@ def _cells(row: Row) -> tuple[str, ...]:
 def summary(rows: list[Row]) -> str:
     foldable, folded = sum(r.foldable for r in rows), sum(min(r.folded, r.foldable) for r in rows)
     share = folded / foldable if foldable else 1.0
+    refused = [r.model for r in rows if r.problem]
     wrong = [r.model for r in rows if not r.error <= 10 * max(r.unfused_error, 1e-7)]
     return (
-        f"{len(rows)} models, {sum(r.norms for r in rows):,} batch norms; of {foldable:,} that follow a layer whose "
-        f"result nothing else uses, {folded:,} were folded ({share:.1%}). Wrong: {', '.join(wrong) or 'none'}. "
-        f"Captured and fused in {statistics.median(r.seconds for r in rows):.1f} s in the median."
+        f"{len(rows)} models, {sum(r.norms for r in rows):,} batch norms; of {foldable:,} that follow layers whose "
+        f"results nothing else uses, {folded:,} were folded ({share:.1%}). Refused: {', '.join(refused) or 'none'}. "
+        f"Wrong: {', '.join(wrong) or 'none'}. "
+        f"Captured, fused and verified in {statistics.median(r.seconds for r in rows):.1f} s in the median."
     )
 
 
 _LEGEND = """\
-*foldable*: batch norms whose input is the result of a convolution or a fully-connected layer that nothing else uses,
-counted on torch.export's graph; a few more are folded into the convolution that follows. *operators*: of a forward
+*foldable*: batch norms whose input is the result of a convolution or a fully-connected layer that nothing else uses, or
+several such results concatenated, viewed otherwise or permuted: counted on torch.export's graph; *folded*: those that
+the fused graph has no more, of which a few went into the layer that follows. *operators*: of a forward
 pass, before → after. *error*: ‖y − truth‖ / ‖truth‖ of the fused model at another batch size than the example's, the
 truth being the original in float64; *unfused*: the original in float32."""
 

@@ -13,6 +13,7 @@ from torch.fx import Graph
 from gpukern.fuse import describe
 from gpukern.fuse.lower import Lowered
 from gpukern.fuse.match import Match
+from gpukern.fuse.moving import PART_OF
 from gpukern.fuse.program import Program, value
 from gpukern.fuse.report import FusedGroup, FusionReport, Verification
 from gpukern.fuse.why import Left
@@ -43,10 +44,13 @@ def account(
     """``prepared``: the leaves of the example as the graph takes them; ``errors``: of each match, if they are known."""
     captured, lowered = work.captured, work.lowered
     before = describe.shaped(captured.graph, captured.constants, captured.modules, prepared)
-    after = describe.shaped(lowered.module.graph, dict(lowered.module.named_buffers()), captured.modules, prepared)
+    held = dict(lowered.module.named_buffers(remove_duplicate=False))
+    after = describe.shaped(lowered.module.graph, held, captured.modules, prepared)
     fusing = [place for place, match in enumerate(work.matches) if match.fuses]
     numbers = {place: number for number, place in enumerate(fusing)}
-    of_node = {node: numbers[place] for place in fusing for node in work.matches[place].nodes}
+    of_node = {
+        node.meta.get(PART_OF, node.name): numbers[place] for place in fusing for node in work.matches[place].nodes
+    }
     kernels = _kernels(after, device, work.channels_last)
     return FusionReport(
         model=type(work.model).__name__,

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from gpukern.fuse.constants import all_constant, constant
-from gpukern.fuse.program import Program, arguments, aten, is_call, value
+from gpukern.fuse.program import Program, arguments, aten, is_call, operation, value
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ def affine(program: Program, node: Node, input: Node) -> Affine | None:
 
 def is_batch_norm(node: Any) -> bool:
     return is_call(node, aten.batch_norm.default)
+
+
+def is_any_batch_norm(node: Any) -> bool:
+    """The same, in the forms too that return statistics, or are gpukern's."""
+    return is_call(node) and "batch_norm" in operation(node)
 
 
 def foldable(program: Program, node: Node) -> bool:

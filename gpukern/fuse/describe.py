@@ -88,9 +88,9 @@ def constants_of(lowered: Lowered) -> int:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def picture_before(graph: Graph, groups: Mapping[Node, int]) -> tuple[GraphNode, ...]:
-    """``groups``: the number of the group that a node became part of."""
-    return _picture(graph, groups.get, operation)
+def picture_before(graph: Graph, groups: Mapping[str, int]) -> tuple[GraphNode, ...]:
+    """``groups``: the number of the group that a node, by its name, became part of; the last of several."""
+    return _picture(graph, lambda node: groups.get(node.name), operation)
 
 
 def picture_after(graph: Graph, matches: Sequence[Match], numbers: Mapping[int, int]) -> tuple[GraphNode, ...]:

@@ -35,6 +35,19 @@ def lower(program: Program, matches: Sequence[Match], *, channels_last: bool) ->
     return _Lowering(program, channels_last).lower(matches)
 
 
+def rounded(program: Program, graph: Graph) -> dict[str, torch.Tensor]:
+    """The constants of ``program`` that ``graph`` uses as they are, in the dtype that they were captured in."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in program.constants:
+            dtype = value(node).dtype
+            if all(is_batch_norm(user) for user in node.users):
+                # A variance beyond 65504 is infinite in fp16, and its channel would be zero.
+                dtype = torch.promote_types(dtype, torch.float32)
+            found[node.target] = program.constants[node.target].to(dtype)
+    return found
+
+
 class _Lowering:
     def __init__(self, program: Program, channels_last: bool) -> None:
         self.program = program
@@ -59,7 +72,7 @@ class _Lowering:
         self.graph.eliminate_dead_code()
         for node in list(self.graph.nodes):
             _lower_one(self.graph, node)
-        self.keep_constants()
+        self.constants |= rounded(self.program, self.graph)
         self.graph.lint()
         module = assemble(self.graph, self.constants, self.program.modules)
         return Lowered(module, tuple(node.name for node in new), tuple(folded))
@@ -80,16 +93,6 @@ class _Lowering:
             return None
         self.constants[name] = tensor
         return self.graph.create_node("get_attr", name, name=name)
-
-    def keep_constants(self) -> None:
-        """Those that are still used as they were, rounded to the dtype that they were captured in."""
-        for node in self.graph.nodes:
-            if node.op == "get_attr" and node.target in self.program.constants:
-                dtype = value(node).dtype
-                if all(is_batch_norm(user) for user in node.users):
-                    # A variance beyond 65504 is infinite in fp16, and its channel would be zero.
-                    dtype = torch.promote_types(dtype, torch.float32)
-                self.constants[node.target] = self.program.constants[node.target].to(dtype)
 
     # ---- matches ----
 

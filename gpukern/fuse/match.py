@@ -99,7 +99,7 @@ class _Finder:
 
     def products(self) -> Iterator[Node]:
         for node in self.order:
-            if is_product(node) and self.may_take(node) and _understood(self.program, product(node)):
+            if is_product(node) and self.may_take(node) and understood(self.program, product(node)):
                 self.taken.add(node)
                 yield node
 
@@ -191,7 +191,7 @@ def skipped_by(node: Node, skip: Sequence[str]) -> str | None:
     return next((pattern for pattern in skip if any(fnmatch.fnmatchcase(path, pattern) for path in paths)), None)
 
 
-def _understood(program: Program, found: Product) -> bool:
+def understood(program: Program, found: Product) -> bool:
     """Whether a product's weight and bias are constants, and its numbers real."""
     output = value(found.node)
     if output is None or not output.is_floating_point() or constant(program, found.weight) is None:

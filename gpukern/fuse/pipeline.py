@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from gpukern.fuse import batch, chance
 from gpukern.fuse.account import Work, account
+from gpukern.fuse.alone import judge_alone, what_is_wrong
 from gpukern.fuse.batch import BatchMatters
 from gpukern.fuse.capture import capture, private_copy
 from gpukern.fuse.constants import evaluate_constants
@@ -25,9 +26,10 @@ from gpukern.fuse.model import FusedModel
 from gpukern.fuse.module import FusedModule, Interface
 from gpukern.fuse.program import InputSpec, Program, aten, is_call
 from gpukern.fuse.report import Verification
+from gpukern.fuse.settle import settle
 from gpukern.fuse.timing import beside
-from gpukern.fuse.verify import Witness, blame, cast, group_errors
-from gpukern.fuse.why import Left, left
+from gpukern.fuse.verify import Witness, blame, cast
+from gpukern.fuse.why import Left, left, require_account
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -91,9 +93,11 @@ def _fused(
         captured = capture(private_copy(exact).to(dtype), exact, cast(inputs, dtype), dynamic_batch=dynamic_batch)
         captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
         notes = [*notes, *_on_chance(captured, evidence)]
-        program = evaluate_constants(captured)
+        evaluated = evaluate_constants(captured)
+        program = settle(evaluated, skip)
         matches = find(program, skip)
         unfused = left(program, matches, skip)
+        require_account(evaluated, program, matches, unfused)
         if strict:
             _require_all(unfused)
         if channels_last and any(is_call(node, aten.as_strided.default) for node in program.graph.nodes):
@@ -101,26 +105,28 @@ def _fused(
             notes.append("The model reads tensors by strides of its own: not channels_last")
         build = functools.partial(_build, program, channels_last)
         lowered, module = build(matches)
-        found, errors = None, []
+        found, alone = None, []
         prepared = module.prepared(inputs)
-        alone = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
-        if alone:
+        of_one = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
+        if of_one:
             batch.require_that_it_runs(module, inputs)
         if evidence is not None:
-            witness = Witness(exact, inputs, dtype)
+            witness = Witness(exact, inputs, dtype, channels_last=channels_last)
             found = witness.judge(module)
-            if alone and not found.passed:
+            if of_one and not found.passed:
                 raise BatchMatters("a batch of one is a case of its own for the model")
-            errors = group_errors(program, matches, lowered, prepared)
+            alone = judge_alone(program, matches, lowered, prepared, dtype)
+            found = replace(found, wrong=what_is_wrong(alone) or "")
         if found is not None and found.passed:
             notes += on_bound(found.unfused, found.bound)
             require_rest(exact, inputs, dtype, evidence.outputs, module)
             if captured.dynamic_batch:
-                notes += _at_other_sizes(exact, inputs, dtype, module, captured.free)
-        work = Work(exact, captured, program, matches, lowered, unfused, channels_last)
+                notes += _at_other_sizes(exact, inputs, dtype, module, captured.free, channels_last)
+        work = Work(exact, captured, evaluated, matches, lowered, unfused, channels_last)
+        errors = [each.error for each in alone]
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
         if found is not None and not found.passed:
-            told = blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
+            told = found.wrong or blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
     return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
 
@@ -146,7 +152,7 @@ def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
 
 
 def _at_other_sizes(
-    exact: torch.nn.Module, inputs: tuple, dtype: torch.dtype, module: FusedModule, free: batch.Free
+    exact: torch.nn.Module, inputs: tuple, dtype: torch.dtype, module: FusedModule, free: batch.Free, channels_last: bool
 ) -> list[str]:
     """Compare ``module`` with the original for other sizes of the batch, and let it refuse those that it must."""
 
@@ -154,7 +160,7 @@ def _at_other_sizes(
         return duplicate(exact).to(dtype)(*cast(given, dtype))
 
     def judge(given: tuple) -> Verification:
-        return Witness(exact, given, dtype).judge(module)
+        return Witness(exact, given, dtype, channels_last=channels_last).judge(module)
 
     apart = batch.sizes_apart(original, module, judge, inputs, free)
     module.interface = replace(module.interface, apart=apart, may_lack_it=True)

@@ -32,7 +32,7 @@ class FusedGroup:
     "gpukern::conv2d", or "aten::convolution" where only the weights were folded. ``dtype`` is the group's own, ``note``
     why it differs from the model's. ``plan`` is the kernel's, for the example's shapes on the model's device; "" where
     the kernel has none. Seconds and bytes are those of the roofline; None where nothing is known of the device.
-    ``error`` is ‖y − truth‖ / ‖truth‖ of the group's output in the verification.
+    ``error`` is ‖y − truth‖ / ‖truth‖ of the group's output in the verification, given what it takes in the truth.
     """
 
     modules: tuple[str, ...]
@@ -89,7 +89,7 @@ class Verification:
 
     ``truth`` is the dtype in which the original was run for the truth. ``error`` may be ``factor`` times ``unfused``
     plus ``floor``. ``argmax_agreement`` is the share of rows whose largest element is where the truth's is, None for
-    outputs without rows.
+    outputs without rows. ``wrong`` says which group goes wrong where all are given the original's own values; "": none.
     """
 
     truth: str
@@ -98,6 +98,7 @@ class Verification:
     factor: float
     floor: float
     argmax_agreement: float | None
+    wrong: str = ""
 
     @property
     def bound(self) -> float:
@@ -105,7 +106,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return self.error <= self.bound  # a NaN does not
+        return self.error <= self.bound and not self.wrong  # a NaN does not
 
 
 @dataclass(frozen=True)

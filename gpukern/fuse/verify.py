@@ -1,27 +1,31 @@
 """Proof by example: the fused model beside the original in fp64, and whose fault it is where it is no longer the same.
 
 The fused model must be no further from the truth than ``FACTOR`` times the unfused model in the same dtype is, plus a
-floor of a few roundings: two models that both round as they must can differ by so much by chance.
+floor of a few roundings: two models that both round as they must can differ by so much by chance. Where it is, the
+unfused model is run some more times, in the fused one's memory format, which is enough to double the error of a long
+sum on a CPU, and ``spread`` tells from them how far a right model may be. Faults of one layer that are smaller
+than this are for ``alone`` to find.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Interpreter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpukern.fuse.errors import FusionError
 from gpukern.fuse.given import duplicate
-from gpukern.fuse.lower import Lowered
 from gpukern.fuse.match import Match
-from gpukern.fuse.program import Program, assemble
 from gpukern.fuse.report import Verification
+from gpukern.fuse.spread import DRAWS, perturb, spread
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.precision import TF32_ROUNDED, conv_precision, matmul_precision
 
@@ -39,10 +43,17 @@ DISAGREEMENT = 0.01
 
 
 class Witness:
-    """What the original returns for ``inputs``, in truth and in ``dtype``. ``model`` is a private copy."""
+    """What the original returns for ``inputs``, in truth and in ``dtype``. ``model`` is a private copy.
 
-    def __init__(self, model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> None:
+    ``channels_last``: whether the fused model has images in that format.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, inputs: tuple, dtype: torch.dtype, *, channels_last: bool = False
+    ) -> None:
         self.inputs = inputs
+        self._model, self._dtype = model, dtype
+        self._packed = torch.channels_last if channels_last else torch.contiguous_format
         with _Products() as products:
             self.truth_dtype, truth = _truth(model, inputs)
         self.truth = leaves(truth)
@@ -51,7 +62,7 @@ class Witness:
         if not math.isfinite(self.unfused):
             # The original overflows in this dtype, and is no measure: roundings of all layers by their square root.
             self.unfused = math.sqrt(max(products.convolutions + products.matrices, 1)) * torch.finfo(dtype).eps
-        self.floor = _floor(dtype, self.truth_dtype) + _tf32(products, inputs, dtype)
+        self.floor = _floor(dtype, self.truth_dtype) + tf32(products.convolutions, products.matrices, inputs, dtype)
         if not any(leaf.is_floating_point() for leaf in self.truth):
             self.floor = max(self.floor, DISAGREEMENT)
 
@@ -59,7 +70,7 @@ class Witness:
         """How far ``module`` is from the truth."""
         with torch.no_grad():
             outputs = leaves(module(*self.inputs))
-        return Verification(
+        found = Verification(
             truth=str(self.truth_dtype).removeprefix("torch."),
             error=distance(outputs, self.truth),
             unfused=self.unfused,
@@ -67,13 +78,35 @@ class Witness:
             floor=self.floor,
             argmax_agreement=_argmax_agreement(outputs, self.truth),
         )
+        if found.passed or not math.isfinite(found.error):
+            return found
+        unfused, factor = self._spread
+        return replace(found, unfused=unfused, factor=factor)
+
+    @functools.cached_property
+    def _spread(self) -> tuple[float, float]:
+        """The error of the unfused model over draws of it, and the factor of one more: no less than was known."""
+        generator = torch.Generator().manual_seed(0)
+        change = functools.partial(perturb, generator=generator)
+        draws = [leaves(_in_dtype(self._model, self.inputs, self._dtype, self._packed, change)) for _ in range(DRAWS)]
+        found = [(self.unfused, FACTOR)]
+        for number, truth in enumerate(self.truth):
+            errors = [_error(draw[number], truth) for draw in draws]
+            if truth.is_floating_point() and all(error is not None for error in errors):
+                found.append(spread(errors))
+        unfused, factors = zip(*found, strict=True)
+        return max(unfused), max(factors)
 
 
 def _floor(dtype: torch.dtype, truth: torch.dtype) -> float:
     sums = torch.promote_types(dtype, torch.float32)
     wider = torch.finfo(truth).eps < torch.finfo(sums).eps
-    of_sums = (_SUMS if wider else _SUMS_OF_TRUTH) * torch.finfo(sums).eps
-    return _ROUNDINGS * torch.finfo(dtype).eps + of_sums
+    return floor(dtype, _SUMS if wider else _SUMS_OF_TRUTH)
+
+
+def floor(dtype: torch.dtype, sums: float) -> float:
+    """What right models may differ by, whatever the unfused one's error: ``sums`` are roundings to what adds up."""
+    return _ROUNDINGS * torch.finfo(dtype).eps + sums * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 class _Products(TorchDispatchMode):
@@ -83,14 +116,18 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self.convolutions = self.matrices = 0
 
+    #: Branches of control flow too.
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.convolutions += func.overloadpacket in (aten.convolution, aten._convolution)
-        self.matrices += func.overloadpacket in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+        packet = getattr(func, "overloadpacket", None)
+        self.convolutions += packet in (aten.convolution, aten._convolution)
+        self.matrices += packet in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
         return func(*args, **(kwargs or {}))
 
 
-def _tf32(products: _Products, inputs: tuple, dtype: torch.dtype) -> float:
-    """What the floor has more where the fused model's kernels may multiply in TF32.
+def tf32(convolutions: int, matrices: int, inputs: Sequence[Any], dtype: torch.dtype) -> float:
+    """For so many layers: what the floor has more where the fused model's kernels may multiply in TF32.
 
     The unfused model is no measure of it: cuDNN does so for some layers and not for others, a CPU for none. Operands of
     each layer are rounded to 11 bits, and errors of random sign add up by the square root of their number.
@@ -98,7 +135,7 @@ def _tf32(products: _Products, inputs: tuple, dtype: torch.dtype) -> float:
     tensors = leaves(inputs)
     if dtype is not torch.float32 or not tensors or mode_of(tensors[0]) is Mode.REFERENCE:
         return 0.0
-    kinds = (products.convolutions, conv_precision(dtype)), (products.matrices, matmul_precision(dtype))
+    kinds = (convolutions, conv_precision(dtype)), (matrices, matmul_precision(dtype))
     return math.sqrt(sum(count for count, precision in kinds if precision == "tf32")) * TF32_ROUNDED
 
 
@@ -116,21 +153,43 @@ def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:
     raise FusionError(f"the model fails for the example: {type(failure).__name__}: {failure}") from failure
 
 
-def _in_dtype(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Any:
-    """What the unfused model returns in ``dtype``, its batch norms in fp32 where that can be: the stricter measure."""
-    for keep in (True, False):
+def _in_dtype(
+    model: torch.nn.Module,
+    inputs: tuple,
+    dtype: torch.dtype,
+    packed: torch.memory_format = torch.contiguous_format,
+    change: Callable[[torch.nn.Module], None] | None = None,
+) -> Any:
+    """What the unfused model returns in ``dtype``, its batch norms in fp32 where that can be: the stricter measure.
+
+    Images and their weights are ``packed``, where the model takes them so. ``change`` is done to it before, in place.
+    """
+    formats = dict.fromkeys((packed, torch.contiguous_format))
+    for keep, format in itertools.product((True, False), formats):
         typed = duplicate(model).to(dtype)
         if keep:
             exact = dict(model.named_modules())
             for name, module in list(typed.named_modules()):
                 if isinstance(module, _BatchNorm):
                     module.float().load_state_dict(exact[name].state_dict())
+        if change is not None:
+            change(typed)
+        given = cast(inputs, dtype)
+        if format is not torch.contiguous_format:
+            for parameter in typed.parameters():
+                parameter.data = _packed(parameter.data, format)
+            given = pytree.tree_map(functools.partial(_packed, format=format), given)
         try:
             with torch.no_grad():
-                return typed(*cast(inputs, dtype))
+                return typed(*given)
         except (RuntimeError, TypeError) as error:
             failure = error
     raise FusionError(f"the model fails in {dtype}: {type(failure).__name__}: {failure}") from failure
+
+
+def _packed(leaf: Any, format: torch.memory_format) -> Any:
+    is_image = isinstance(leaf, torch.Tensor) and leaf.dim() == 4 and leaf.is_floating_point()
+    return leaf.contiguous(memory_format=format) if is_image else leaf
 
 
 def cast(inputs: Any, dtype: torch.dtype) -> Any:
@@ -161,15 +220,19 @@ def distance(outputs: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> 
 
 
 def _relative(y: torch.Tensor, truth: torch.Tensor) -> float:
+    error = _error(y, truth)
+    return math.inf if error is None else error.norm().item()
+
+
+def _error(y: torch.Tensor, truth: torch.Tensor) -> torch.Tensor | None:
+    """(y − truth) / ‖truth‖ where the truth is finite; None if ``y`` is not finite just there."""
     kind = torch.complex128 if truth.is_complex() else torch.float64
     y, truth = y.to(kind), truth.to(kind)
     finite = truth.isfinite()
     if not torch.equal(y.isfinite(), finite):
-        return math.inf
+        return None
     y, truth = torch.where(finite, y, 0), torch.where(finite, truth, 0)
-    size = truth.norm().item()
-    difference = (y - truth).norm().item()
-    return difference / size if size else difference
+    return (y - truth) / (truth.norm().item() or 1.0)
 
 
 def _argmax_agreement(outputs: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float | None:
@@ -200,42 +263,3 @@ def blame(found: Verification, matches: Sequence[Match], judge: Callable[[Sequen
     guilty = matches[bad - 1]
     names = ", ".join(dict.fromkeys(node.name for node in guilty.nodes))
     return f"{told}. To blame is {guilty.pattern} ({names}), by {guilty.operator}"
-
-
-# ---- the error of each group ----------------------------------------------------------------------------------------
-
-
-def group_errors(program: Program, matches: Sequence[Match], lowered: Lowered, inputs: Sequence[Any]) -> list[float]:
-    """‖y − truth‖ / ‖truth‖ of each match's output within the whole; empty where the program cannot run in fp64.
-
-    ``inputs`` are the leaves of an example as the fused module prepares them.
-    """
-    exact = {name: held.double() if held.is_floating_point() else held for name, held in program.constants.items()}
-    graph, _ = program.copy()
-    try:
-        truth = _record(
-            assemble(graph, exact, program.modules),
-            cast(list(inputs), torch.float64),
-            [match.output.name for match in matches],
-        )
-    except (RuntimeError, TypeError):
-        return []
-    found = _record(lowered.module, inputs, lowered.names)
-    return [distance([y], [t]) for y, t in zip(found, truth, strict=True)]
-
-
-def _record(module: GraphModule, inputs: Sequence[Any], names: Sequence[str]) -> list[torch.Tensor]:
-    """The values of nodes, by their names, in a run for ``inputs``."""
-    values = {}
-    wanted = set(names)
-
-    class Recorder(Interpreter):
-        def run_node(self, node: torch.fx.Node) -> Any:
-            result = super().run_node(node)
-            if node.name in wanted:
-                values[node.name] = result
-            return result
-
-    with torch.no_grad():
-        Recorder(module).run(*inputs)
-    return [values[name] for name in names]

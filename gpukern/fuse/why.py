@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from gpukern.fuse.affine import foldable, is_batch_norm
+from gpukern.fuse.affine import foldable, is_any_batch_norm, is_batch_norm
 from gpukern.fuse.constants import constant
+from gpukern.fuse.errors import FusionError
 from gpukern.fuse.match import Match, skipped_by, why_no_residual
+from gpukern.fuse.moving import PART_OF
 from gpukern.fuse.products import activation, is_product, product
 from gpukern.fuse.program import Program, arguments, aten, is_call, operation, title, value
 from gpukern.fuse.report import NotFused
+from gpukern.fuse.settle import downward, upward
 
 
 @dataclass(frozen=True)
 class Left:
     """``asked`` where the caller wanted it so; ``follows`` where it takes what a convolution or linear layer made."""
 
+    node: Node
     told: NotFused
     follows: bool
     asked: bool
@@ -37,13 +41,36 @@ def left(program: Program, matches: Sequence[Match], skip: Sequence[str]) -> lis
         source = _source(node, inside)
         if asked is None and source is not None and skipped_by(source, skip) is not None:
             asked = skipped_by(source, skip)
-        reason = f"skipped, by {asked!r}" if asked else _reason(program, node, source, inside)
-        found.append(Left(NotFused(title(node), reason), _follows(source, inside), asked is not None))
+        reason = f"skipped, by {asked!r}" if asked else _reason(program, node, source, inside, skip)
+        found.append(Left(node, NotFused(title(node), reason), _follows(source, inside), asked is not None))
+    for node in _in_branches(program):
+        if is_any_batch_norm(node):
+            found.append(Left(node, NotFused(title(node), "inside a branch of control flow"), False, False))
     return found
 
 
+def require_account(evaluated: Program, program: Program, matches: Sequence[Match], unfused: Sequence[Left]) -> None:
+    """FusionError unless each batch norm of ``evaluated``, which became ``program``, is in a group or told of."""
+    accounted = {node for match in matches if match.fuses for node in match.nodes} | {each.node for each in unfused}
+    known = [*program.graph.nodes, *_in_branches(program)]
+    silent = {node.meta.get(PART_OF, node.name) for node in known if is_any_batch_norm(node) and node not in accounted}
+    kept = {node.meta.get(PART_OF, node.name) for node in known}
+    lost = {node.name for node in evaluated.graph.nodes if is_any_batch_norm(node)} - kept
+    if silent or lost:
+        names = ", ".join(sorted(silent | lost))
+        raise FusionError(f"of the batch norms {names} nothing can be said: they are neither fused nor left")
+
+
+def _in_branches(program: Program) -> Iterator[Node]:
+    """The nodes of graphs that control flow chooses from."""
+    for module in program.modules.values():
+        for inner in module.modules():
+            if isinstance(inner, GraphModule):
+                yield from inner.graph.nodes
+
+
 def _interesting(node: Node, inside: dict[Node, Match]) -> bool:
-    if is_batch_norm(node) or activation(node) is not None:
+    if is_any_batch_norm(node) or activation(node) is not None:
         return True
     if is_product(node):
         return node not in inside
@@ -65,13 +92,21 @@ def _follows(source: Node | None, inside: dict[Node, Match]) -> bool:
     return is_product(source) or (match is not None and match.product is not None and match.pool is None)
 
 
-def _reason(program: Program, node: Node, source: Node | None, inside: dict[Node, Match]) -> str:
+def _reason(program: Program, node: Node, source: Node | None, inside: dict[Node, Match], skip: Sequence[str]) -> str:
     if is_product(node):
         return _why_no_match(program, node)
-    if is_batch_norm(node):
+    if is_any_batch_norm(node):
         why = _why_batch_norm(program, node)
         if why:
             return why
+        # Both ways: neither into what comes before it nor into what follows.
+        before = upward(program, node, skip) or _why_not_after(node, source, inside)
+        after = downward(program, node, skip)
+        return f"{before}; {after}" if isinstance(after, str) else str(before)
+    return _why_not_after(node, source, inside)
+
+
+def _why_not_after(node: Node, source: Node | None, inside: dict[Node, Match]) -> str:
     if source is None or source.op == "placeholder":
         return "follows the model's input"
     called = title(source)
@@ -86,6 +121,8 @@ def _reason(program: Program, node: Node, source: Node | None, inside: dict[Node
 
 
 def _why_batch_norm(program: Program, node: Node) -> str | None:
+    if not is_batch_norm(node):
+        return f"{operation(node)} returns its statistics too, and the model uses them"
     given = arguments(node)
     if given["training"] or given["running_mean"] is None:
         return "normalises by statistics of the batch, which differ from call to call"
