@@ -152,7 +152,12 @@ def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
 
 
 def _at_other_sizes(
-    exact: torch.nn.Module, inputs: tuple, dtype: torch.dtype, module: FusedModule, free: batch.Free, channels_last: bool
+    exact: torch.nn.Module,
+    inputs: tuple,
+    dtype: torch.dtype,
+    module: FusedModule,
+    free: batch.Free,
+    channels_last: bool,
 ) -> list[str]:
     """Compare ``module`` with the original for other sizes of the batch, and let it refuse those that it must."""
 
