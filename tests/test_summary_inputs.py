@@ -72,6 +72,12 @@ def test_several_inputs_and_tensors():
     assert summary(ids, torch.zeros(2, 7, dtype=torch.int32)).multiply_adds == 7 * 18
 
 
+def test_an_empty_batch_is_described_as_one_sample():
+    model = nn.Conv2d(3, 4, 3)
+    assert summary(model, (0, 3, 8, 8)) == summary(model, (3, 8, 8))
+    assert summary(model, torch.zeros(0, 3, 8, 8)).rows[-1].output_size == (4, 6, 6)
+
+
 def test_dtype_and_device_are_the_models():
     for model in (nn.Conv2d(1, 1, 1).double(), nn.BatchNorm2d(1, affine=False).double(), nn.Conv2d(1, 1, 1).bfloat16()):
         assert summary(model, (1, 2, 2)).rows[-1].output_size == (1, 2, 2)

@@ -196,6 +196,29 @@ def test_what_torchs_counter_leaves_out(directions):
     assert summary(bilinear, (4,)).multiply_adds == 48
 
 
+def test_parameters_that_attention_reads_are_its_own():
+    told = summary(MODELS["multi-head"](), (16, 4, 4))
+    assert told.parameters == told.rows[-1].parameters == 4 * 16 * 17 and not told.notes
+
+
+def test_of_two_branches_the_one_that_is_taken():
+    def either(x, f, g):
+        return torch.cond(x.sum() > 0, lambda x: f(x), lambda x: g(x), (x,))
+
+    model = Called(either, f=nn.Conv2d(16, 4, 3), g=nn.Conv2d(16, 4, 1))
+    assert summary(model, (16, 4, 4)).multiply_adds == 16 * 4 * 16
+
+
+def test_operators_without_a_formula_are_noted():
+    @torch.library.custom_op("gpukern_tests::product", mutates_args=())
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b
+
+    told = summary(Called(lambda x: product(product(x, x), x)), (16, 4, 4))
+    (note,) = told.notes
+    assert note.startswith("There is no formula for gpukern_tests::product") and told.multiply_adds == 0
+
+
 def test_inference_mode_inside_the_model():
     model = Called(torch.inference_mode()(lambda x, f, c: f(c(x).flatten(2))), f=nn.Linear(4, 3), c=nn.Conv2d(16, 8, 3))
     assert summary(model, (16, 4, 4)).multiply_adds == 4 * 8 * 144 + 8 * 4 * 3

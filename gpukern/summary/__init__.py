@@ -46,7 +46,7 @@ def summary(
 
     model = original(model)
     inputs = example(model, input_size)
-    recorder = Recorder(model, inputs, inputs[0].shape[0] if inputs[0].dim() else 1)
+    recorder = Recorder(model, inputs, max(1, *inputs[0].shape[:1]))
     with torch.no_grad(), _eval_mode(model):
         with recorder.watching():
             model(*inputs)

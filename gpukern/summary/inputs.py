@@ -46,7 +46,7 @@ def example(
     like, looks_up = _like(model), _looks_up(model)
     return tuple(
         torch.zeros(
-            size if batched else (1, *size),
+            (max(size[0], 1), *size[1:]) if batched else (1, *size),
             dtype=torch.long if looks_up and number == 0 else like.dtype,
             device=like.device,
         )

@@ -42,18 +42,28 @@ _MORE: dict[Any, Callable[..., int]] = {
 }
 
 
+#: Whose operators are products only where there is a formula.
+_WITHOUT_PRODUCTS = ("aten", "prim", "prims", "gpukern", "profiler")
+
+
 class Products(TorchDispatchMode):
     """Calls ``found(multiply_adds, output)`` for every operator that multiplies matrices or convolves.
 
     The formulas are those of :mod:`torch.utils.flop_counter`, with whatever was registered there, and :data:`_MORE`.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, found: Callable[[int, Any], None]) -> None:
         super().__init__()
         self._found = found
+        #: Operators that are neither torch's nor gpukern's and have no formula, in order.
+        self.unknown: dict[str, None] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return self._higher_order(func, args, kwargs)
         packet = func._overloadpacket
         formula, own = flop_counter.flop_registry.get(packet), _MORE.get(packet)
         if formula is None and own is None:
@@ -66,7 +76,18 @@ class Products(TorchDispatchMode):
             self._found(formula(*args, **kwargs, out_val=result) // 2, result)
         elif own is not None:
             self._found(own(*args, **kwargs), result)
+        elif func.namespace not in _WITHOUT_PRODUCTS:
+            self.unknown[packet._qualified_op_name] = None
         return result
+
+    def _higher_order(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Of torch.cond the branch that is taken; what is inside of others is not seen."""
+        if func is torch.ops.higher_order.cond:
+            taken, left, operands = args[1:4]
+            with self:
+                return (taken if args[0] else left)(*operands)
+        self.unknown[func.name()] = None
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

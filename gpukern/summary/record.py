@@ -56,6 +56,7 @@ class Recorder:
             self._inputs.append(Row("", "Input", tuple(tensor.shape[1:]), receptive_field=ones or None))
         self._lines: list[_Line] = []
         self._calls: list[_Call] = []
+        self._called: set[torch.nn.Module] = set()
 
     # ---- while it runs ---------------------------------------------------------------------------------------------
 
@@ -67,13 +68,19 @@ class Recorder:
                 if _is_watched(name, module):
                     handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
                     handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
-            with in_parts(), ViewsBetweenLayers(self._views), Products(self._count):
+            products = Products(self._count)
+            with in_parts(), ViewsBetweenLayers(self._views), products:
                 yield
+            self.notes.extend(
+                f"There is no formula for {name}: if it multiplies matrices, that is not counted."
+                for name in products.unknown
+            )
         finally:
             for handle in handles:
                 handle.remove()
 
     def _enter(self, name: str, module: torch.nn.Module, args: tuple) -> None:
+        self._called.add(module)
         self._calls.append(_Call(name, module, layers.is_whole(module)))
 
     def _count(self, products: int, result: Any) -> None:
@@ -122,7 +129,10 @@ class Recorder:
         return (*self._inputs, *(self._row(line, counted) for line in self._lines))
 
     def _row(self, line: _Line, counted: set[torch.nn.Parameter]) -> Row:
-        new = set(layers.parameters(line.layer)) - counted if line.whole else set()
+        # Layers inside that are not called are read by it, as attention reads its projection.
+        owners = [module for module in line.layer.modules() if module is line.layer or module not in self._called]
+        own = {parameter for module in owners for parameter in layers.parameters(module)} if line.whole else set()
+        new = own - counted
         counted.update(new)
         return Row(
             line.name,

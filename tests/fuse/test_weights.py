@@ -175,6 +175,18 @@ def test_what_is_left_of_other_networks_is_named(tmp_path):
     assert holds(model) and told == ["left out of 'state_dict.model.': criterion.weight, metric.total"]
 
 
+def test_a_backbone_and_a_head_under_names_of_their_own(tmp_path):
+    trunk = {f"backbone.{name}": held for name, held in STATE.items() if not name.startswith("fc.")}
+    head = {"head.fc.weight": STATE["fc.weight"], "head.fc.bias": STATE["fc.bias"]}
+    model, told = filled(tmp_path, {"state_dict": trunk | head | {"neck.scale": torch.ones(1)}})
+    assert holds(model) and told[0] == "'state_dict.backbone.' was taken, and of other parts: fc.weight, fc.bias"
+    assert told[1] == "left out of 'state_dict.backbone.': neck.scale"
+    second = {name.replace("head", "auxiliary_head"): held for name, held in head.items()}
+    for held in (trunk, trunk | head | second):
+        with pytest.raises(WeightsError, match=r"missing: fc\.weight, fc\.bias"):
+            filled(tmp_path, held)
+
+
 # ---- names of old --------------------------------------------------------------------------------------------------
 
 

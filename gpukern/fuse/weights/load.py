@@ -12,7 +12,7 @@ import torch
 from gpukern.fuse.errors import WeightsError, WeightsWarning
 from gpukern.fuse.weights.files import read
 from gpukern.fuse.weights.foreign import listed
-from gpukern.fuse.weights.names import Fit, fits, is_auxiliary, missing, plain, unwrapped
+from gpukern.fuse.weights.names import Fit, completed, fits, is_auxiliary, missing, plain, unwrapped
 from gpukern.fuse.weights.states import State, is_averaged, rank, states, without
 
 
@@ -44,7 +44,10 @@ def fill(model: torch.nn.Module, path: str | Path) -> None:
     if whole:
         chosen = _choose(whole, path)
     else:
-        chosen = min(found, key=lambda fit: (len(fit.missing), len(fit.tensors), rank(fit.label)))
+        closest = min(found, key=lambda fit: (len(fit.missing), len(fit.tensors), rank(fit.label)))
+        chosen = completed(closest, own)
+        if chosen is not closest:
+            _warn(f"{path}: {closest.label!r} was taken, and of other parts: {listed(closest.missing)}")
     _copy(model, own, chosen, path)
     _tell(chosen, found, own, path)
 

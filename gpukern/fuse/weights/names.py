@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -83,6 +83,18 @@ def _fit(
         elif bare not in _COUNTERS:
             tensors[short] = state.tensors[name]
     return Fit(state, prefix, tensors, tuple(others), tuple(missing(own, tensors)))
+
+
+def completed(fit: Fit, own: Mapping[str, torch.Tensor]) -> Fit:
+    """With what is missing under another prefix, where just one has it: MMLab's ``backbone.`` and ``head.``."""
+    tensors, others = dict(fit.tensors), list(fit.others)
+    for name in fit.missing:
+        there = [other for other in others if unwrapped(other).endswith(f".{unwrapped(name)}")]
+        if len(there) == 1:
+            tensors[name] = fit.state.tensors[there[0]]
+            others.remove(there[0])
+    lacking = tuple(missing(own, tensors))
+    return fit if lacking or not fit.prefix else replace(fit, tensors=tensors, others=tuple(others), missing=())
 
 
 def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
