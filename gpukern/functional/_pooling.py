@@ -114,7 +114,10 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
         output_size = [
             size if wanted is None else wanted for wanted, size in zip(output_size, input.shape[2:], strict=True)
         ]
-    return _pool2d.adaptive_avg_pool2d(input, as_pair("output_size", output_size))
+    size = as_pair("output_size", output_size)
+    if size == (1, 1) and 0 in input.shape[2:]:
+        return input.mean((2, 3), keepdim=True)  # of no pixels: NaN, as torch's
+    return _pool2d.adaptive_avg_pool2d(input, size)
 
 
 def _window(kernel_size, stride) -> tuple[tuple[int, int], tuple[int, int]]:
