@@ -44,9 +44,7 @@ def check_activation(name: str | None, negative_slope: float) -> str:
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
     if name == "leaky_relu" and negative_slope < 0:
-        raise ValueError(
-            f"leaky_relu needs negative_slope >= 0: its derivative is taken from the output; got {negative_slope}"
-        )
+        raise ValueError(f"leaky_relu: gpukern takes no negative_slope below 0, but got {negative_slope}")
     return name
 
 

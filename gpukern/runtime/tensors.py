@@ -30,9 +30,9 @@ def check_bias(operation: str, input: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def check_floating(operation: str, input: torch.Tensor) -> None:
-    """Raise RuntimeError unless ``input`` is real floating point."""
+    """Raise NotImplementedError, torch's RuntimeError for a dtype, unless ``input`` is real floating point."""
     if not input.is_floating_point():
-        raise RuntimeError(f"{operation} is not implemented for {input.dtype}: expected a floating-point tensor")
+        raise NotImplementedError(f"{operation} is not implemented for {input.dtype}: expected a floating-point tensor")
 
 
 def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
@@ -78,6 +78,6 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_kernel_dtype(operation: str, dtype: torch.dtype) -> None:
-    """Raise RuntimeError unless the kernels take ``dtype``."""
+    """Raise NotImplementedError, which is a RuntimeError, unless the kernels take ``dtype``."""
     if dtype not in KERNEL_DTYPES:
-        raise RuntimeError(f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {dtype}")
+        raise NotImplementedError(f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {dtype}")
