@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gpukern.ops import activation as _activation
-from gpukern.runtime.arguments import check_tensors
+from gpukern.runtime.arguments import as_float, check_tensors
 from gpukern.runtime.tensors import check_floating
 
 
@@ -49,6 +49,8 @@ def gelu(input: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
 
     Raises RuntimeError for another ``approximate``.
     """
+    if not isinstance(approximate, str):
+        raise TypeError(f"approximate must be a str, got {approximate!r}")
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"approximate argument must be either none or tanh, got {approximate!r}")
     return _elementwise("gelu" if approximate == "none" else "gelu_tanh", input, inplace=False)
@@ -62,6 +64,7 @@ def hardswish(input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
 def _elementwise(name: str, input: torch.Tensor, inplace: bool, negative_slope: float = 0.0) -> torch.Tensor:
     check_tensors(name, input)
     check_floating(name, input)
+    negative_slope = as_float("negative_slope", negative_slope)
     _activation.check_activation(name, negative_slope)
     compute = _activation.activation_ if inplace else _activation.activation
     return compute(input, name, negative_slope)

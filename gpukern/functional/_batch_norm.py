@@ -11,7 +11,7 @@ from gpukern.ops import batch_norm as _batch_norm
 from gpukern.ops import conv_batch_norm as _conv_batch_norm
 from gpukern.ops._batch_norm.problem import check_several_values
 from gpukern.ops.activation import check_activation
-from gpukern.runtime.arguments import as_pair, check_tensors
+from gpukern.runtime.arguments import as_bool, as_float, as_int, as_pair, check_tensors
 from gpukern.runtime.autocast import autocast
 from gpukern.runtime.integers import require
 from gpukern.runtime.tensors import check_floating
@@ -59,14 +59,17 @@ def batch_norm(
     ------
     RuntimeError for sizes, dtypes or devices that do not fit and for running statistics that require a gradient or,
     without ``training``, are missing; ValueError for one value per channel in training, for one running statistic
-    without the other, an ``eps`` that is not positive in training, and for an unknown activation; TypeError for
-    arguments of a wrong type. As ``torch.nn.functional.batch_norm``, before anything is computed.
+    without the other, an ``eps`` that is negative or, in training, not positive, and for an unknown activation;
+    TypeError for arguments of a wrong type. As ``torch.nn.functional.batch_norm``, before anything is computed.
     """
-    check_tensors("batch_norm", input, running_mean, running_var, weight, bias, residual)
+    check_tensors("batch_norm", input, optional=(running_mean, running_var, weight, bias, residual))
     check_floating("batch_norm", input)
-    _check_statistics(running_mean, running_var, training, momentum, eps)
+    momentum, eps = as_float("momentum", momentum), as_float("eps", eps)
+    _check_statistics(running_mean, running_var, training, eps)
     if training:
         check_several_values(input.shape)
+    if input.dim() == 1 and not input.numel():
+        return input.clone()  # as torch's, whatever the channels
     return _batch_norm.apply(
         input,
         running_mean,
@@ -75,22 +78,21 @@ def batch_norm(
         bias,
         residual,
         training,
-        float(momentum),
-        float(eps),
+        momentum,
+        eps,
         check_activation(activation, negative_slope),
         negative_slope,
     )
 
 
-def _check_statistics(running_mean, running_var, training: bool, momentum: float, eps: float) -> None:
-    for name, value in (("momentum", momentum), ("eps", eps)):
-        if not isinstance(value, (float, int)):
-            raise TypeError(f"batch_norm(): {name} must be a float, not {type(value).__name__}")
-    if training:
+def _check_statistics(running_mean, running_var, training: bool, eps: float) -> None:
+    if as_bool("training", training):
         if (running_mean is None) is not (running_var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
         if eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    elif eps < 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
         if statistic is None:
             require(training, f"{name} must be defined in evaluation mode")
@@ -131,9 +133,10 @@ def conv2d_batch_norm(
             residual=residual, activation=activation, negative_slope=negative_slope,
         )  # fmt: skip
     tensors = bias, running_mean, running_var, norm_weight, norm_bias, residual
-    check_tensors("conv2d_batch_norm", input, weight, *tensors)
+    check_tensors("conv2d_batch_norm", input, weight, optional=tensors)
     require(input.dim() == 4, f"conv2d_batch_norm: expected a batch [N, C, H, W], got size {list(input.shape)}")
-    _check_statistics(running_mean, running_var, training, momentum, eps)
+    momentum, eps = as_float("momentum", momentum), as_float("eps", eps)
+    _check_statistics(running_mean, running_var, training, eps)
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     input, weight, bias, residual = autocast(input, weight, bias, residual)
     return _conv_batch_norm.apply(
@@ -148,9 +151,9 @@ def conv2d_batch_norm(
         stride,
         sides(padding, weight, stride, dilation),
         dilation,
-        groups,
-        float(momentum),
-        float(eps),
+        as_int("groups", groups),
+        momentum,
+        eps,
         check_activation(activation, negative_slope),
         negative_slope,
     )

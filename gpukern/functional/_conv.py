@@ -10,7 +10,7 @@ from gpukern.ops import conv2d as _conv2d
 from gpukern.ops import conv_transpose2d as _conv_transpose2d
 from gpukern.ops._conv2d.problem import same_padding
 from gpukern.ops.activation import check_activation
-from gpukern.runtime.arguments import as_pair, check_batched_or_not, check_tensors
+from gpukern.runtime.arguments import as_int, as_pair, check_batched_or_not, check_tensors
 from gpukern.runtime.autocast import autocast
 from gpukern.runtime.tensors import check_alike
 
@@ -64,7 +64,7 @@ def conv2d(
     RuntimeError for sizes, dtypes or devices that do not fit; TypeError for arguments of a wrong type; ValueError for
     an unknown activation. As ``torch.nn.functional.conv2d``, before anything is computed.
     """
-    check_tensors("conv2d", input, weight, bias, residual)
+    check_tensors("conv2d", input, weight, optional=(bias, residual))
     if input.dim() != 4 and check_batched_or_not("conv2d", input):
         return conv2d(
             input.unsqueeze(0), weight, bias, stride, padding, dilation, groups,
@@ -84,7 +84,7 @@ def conv2d(
         stride,
         padding,
         dilation,
-        groups,
+        as_int("groups", groups),
         check_activation(activation, negative_slope),
         negative_slope,
     )
@@ -130,7 +130,7 @@ def conv_transpose2d(
     output_padding + 1. All else, gpukern's extensions too, is as in :func:`conv2d`. Raises as
     ``torch.nn.functional.conv_transpose2d``, before anything is computed.
     """
-    check_tensors("conv_transpose2d", input, weight, bias, residual)
+    check_tensors("conv_transpose2d", input, weight, optional=(bias, residual))
     if input.dim() != 4 and check_batched_or_not("conv_transpose2d", input):
         return conv_transpose2d(
             input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation,
@@ -151,7 +151,7 @@ def conv_transpose2d(
         padding,
         extra,
         dilation,
-        groups,
+        as_int("groups", groups),
         check_activation(activation, negative_slope),
         negative_slope,
     )

@@ -26,7 +26,9 @@ def linear(
     ``torch.backends.cuda.matmul.allow_tf32`` set too, decides about TF32. Raises RuntimeError for sizes, dtypes or
     devices that do not fit, TypeError and ValueError as :func:`conv2d` does.
     """
-    check_tensors("linear", input, weight, bias)
+    check_tensors("linear", input, weight, optional=(bias,))
+    if bias is not None and bias.dim() == 0:
+        bias = bias.reshape(1)
     input, weight, bias = autocast(input, weight, bias)
     if bias is not None and bias.dtype is not input.dtype:
         check_alike("linear", input, bias)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gpukern.ops import pool2d as _pool2d
-from gpukern.runtime.arguments import as_pair, check_batched_or_not, check_tensors
+from gpukern.runtime.arguments import as_bool, as_int, as_pair, check_batched_or_not, check_tensors
 from gpukern.runtime.tensors import check_floating
 
 
@@ -56,8 +56,8 @@ def max_pool2d(
         stride,
         as_pair("padding", padding),
         as_pair("dilation", dilation),
-        _flag("ceil_mode", ceil_mode),
-        _flag("return_indices", return_indices),
+        as_bool("ceil_mode", ceil_mode),
+        bool(return_indices),
     )
 
 
@@ -83,17 +83,15 @@ def avg_pool2d(
             input.unsqueeze(0), kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         ).squeeze(0)
     kernel, stride = _window(kernel_size, stride)
-    if type(divisor_override) not in (int, type(None)):
-        raise TypeError(f"divisor_override must be an int or None, got {divisor_override!r}")
     return _pool2d.avg_pool2d(
         input,
         kernel,
         stride,
         as_pair("padding", padding),
         (1, 1),
-        _flag("ceil_mode", ceil_mode),
-        _flag("count_include_pad", count_include_pad),
-        divisor_override,
+        as_bool("ceil_mode", ceil_mode),
+        as_bool("count_include_pad", count_include_pad),
+        None if divisor_override is None else as_int("divisor_override", divisor_override),
     )
 
 
@@ -114,7 +112,10 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
         output_size = [
             size if wanted is None else wanted for wanted, size in zip(output_size, input.shape[2:], strict=True)
         ]
-    return _pool2d.adaptive_avg_pool2d(input, as_pair("output_size", output_size))
+    size = as_pair("output_size", output_size)
+    if size == (1, 1) and 0 in input.shape[2:]:
+        return input.mean((2, 3), keepdim=True)  # of no pixels: NaN, as torch's
+    return _pool2d.adaptive_avg_pool2d(input, size)
 
 
 def _window(kernel_size, stride) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -123,9 +124,3 @@ def _window(kernel_size, stride) -> tuple[tuple[int, int], tuple[int, int]]:
     if stride is None or (isinstance(stride, (tuple, list)) and not stride):
         return kernel, kernel
     return kernel, as_pair("stride", stride)
-
-
-def _flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
-    return value

@@ -29,6 +29,7 @@ import torch
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, is_lazy, needs_operator
+from gpukern.runtime.tensors import elementwise_like
 from gpukern.runtime.transforms import Batch, sum_jvp, total
 
 ACTIVATIONS = ("none", *PROPERTIES)
@@ -43,9 +44,7 @@ def check_activation(name: str | None, negative_slope: float) -> str:
     if name not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}, expected one of {', '.join(ACTIVATIONS)}")
     if name == "leaky_relu" and negative_slope < 0:
-        raise ValueError(
-            f"leaky_relu needs negative_slope >= 0: its derivative is taken from the output; got {negative_slope}"
-        )
+        raise ValueError(f"leaky_relu: gpukern takes no negative_slope below 0, but got {negative_slope}")
     return name
 
 
@@ -62,7 +61,7 @@ def _activation(input: torch.Tensor, name: str, negative_slope: float) -> torch.
 
 
 def _activation_fake(input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return torch.empty_like(input)
+    return elementwise_like(input)
 
 
 def _activation_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
@@ -142,7 +141,7 @@ def _activation_grad(grad: torch.Tensor, saved: torch.Tensor, name: str, negativ
 
 
 def _activation_grad_fake(grad: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return torch.empty_like(saved)
+    return elementwise_like(saved)
 
 
 def _activation_grad_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
@@ -184,7 +183,7 @@ def _activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, saved: to
 def _activation_grad_grad_fake(
     grad: torch.Tensor, grad_grad: torch.Tensor, saved: torch.Tensor, name: str
 ) -> torch.Tensor:
-    return torch.empty_like(saved)
+    return elementwise_like(saved)
 
 
 #: Second order; third derivatives are not offered.

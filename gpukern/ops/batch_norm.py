@@ -22,7 +22,7 @@ from gpukern.ops._batch_norm.problem import Running, check_sizes
 from gpukern.ops.activation import needs_input, through_activation
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, needs_operator
-from gpukern.runtime.tensors import check_alike, memory_format_of
+from gpukern.runtime.tensors import check_alike, format_kept_by
 from gpukern.runtime.transforms import Batch
 
 _implementations = Implementations("gpukern.ops._batch_norm")
@@ -100,7 +100,7 @@ def check_numbers(input: torch.Tensor, channels: int, **numbers: torch.Tensor | 
 
 
 def _empty_like(input: torch.Tensor) -> torch.Tensor:
-    return input.new_empty(input.shape).to(memory_format=memory_format_of(input))
+    return input.new_empty(input.shape).to(memory_format=format_kept_by(input))
 
 
 def kept_for_backward(residual: torch.Tensor | None, output: torch.Tensor, activation: str) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from gpukern.ops.batch_norm import batch_norm_backward, check_numbers, kept_for_
 from gpukern.ops.conv2d import channel_sum, conv2d, conv2d_input_grad, conv2d_weight_grad
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, needs_operator
-from gpukern.runtime.tensors import check_alike, memory_format_of
+from gpukern.runtime.tensors import check_alike, format_kept_by, memory_format_of
 
 _implementations = Implementations("gpukern.ops._batch_norm")
 
@@ -86,8 +86,8 @@ def _forward(input, weight, bias, norm_weight, norm_bias, residual, *others) -> 
 def _fake(*arguments) -> tuple[torch.Tensor, ...]:
     input, weight = arguments[:2]
     shape = _check(*arguments[:10])
-    layout = memory_format_of(input, weight)
-    y, z = (input.new_empty(shape).to(memory_format=layout) for _ in range(2))
+    z = input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
+    y = z.new_empty(shape).to(memory_format=format_kept_by(z))
     dtype = torch.promote_types(input.dtype, torch.float32)
     return y, z, *(input.new_empty(shape[1], dtype=dtype) for _ in range(2))
 

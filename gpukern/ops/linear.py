@@ -5,6 +5,7 @@ Differentiable to any order: the input gradient is again a linear layer, with th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def apply(input, weight, bias, activation: str, negative_slope: float) -> torch.
     *leading, features = input.shape
     if input.dim() == 2:
         return linear(input, weight, bias, activation, negative_slope)
-    rows = input.reshape(-1, features) if features else input.new_empty((torch.Size(leading).numel(), 0))
+    # Of rows without features, reshape cannot tell how many there are.
+    rows = input.reshape(-1 if features else math.prod(leading), features)
     return linear(rows, weight, bias, activation, negative_slope).reshape(*leading, weight.shape[0])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -17,7 +18,8 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     if isinstance(value, (bool, float, str)):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     try:
-        numbers = tuple(operator.index(v) for v in value) if isinstance(value, Sequence) else (operator.index(value),)
+        given = value if isinstance(value, Sequence) else (value,)
+        numbers = tuple(_index(v) for v in given)
     except TypeError:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}") from None
     if len(numbers) not in (1, 2):
@@ -27,11 +29,50 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def check_tensors(function: str, input: torch.Tensor, *others: torch.Tensor | None) -> None:
-    """Raise TypeError for anything that is no tensor; only ``others`` may be None."""
-    for tensor in (input, *others):
-        if not isinstance(tensor, torch.Tensor) and (tensor is not None or tensor is input):
+def as_int(name: str, value: int) -> int:
+    """``value``, or the number that a tensor of one integer holds. TypeError for anything else, as torch raises it."""
+    if type(value) is int:
+        return value
+    try:
+        return _index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+
+
+def as_float(name: str, value: float) -> float:
+    """``value`` of a number, or of a tensor without dimensions. TypeError for anything else, as torch raises it."""
+    if isinstance(value, (float, int)) or (isinstance(value, torch.Tensor) and value.dim() == 0):
+        return float(value)
+    raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def as_bool(name: str, value: bool) -> bool:
+    """``value``. TypeError unless it is a bool, as torch raises it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
+def _index(value: Any) -> int:
+    """As torch takes integers: no bool, of no kind."""
+    if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype is torch.bool):
+        raise TypeError("a bool is no integer here")
+    return operator.index(value)
+
+
+def check_tensors(function: str, *tensors: torch.Tensor, optional: tuple[torch.Tensor | None, ...] = ()) -> None:
+    """Raise TypeError for anything that is no tensor, of which only the ``optional`` may be None.
+
+    NotImplementedError for tensors without strides, sparse ones for example.
+    """
+    for tensor in tensors:
+        if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{function}(): expected a Tensor, but got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise NotImplementedError(f"{function}(): expected a tensor of torch.strided, but got {tensor.layout}")
+    for tensor in optional:
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{function}(): expected a Tensor or None, but got {type(tensor).__name__}")
 
 
 def check_batched_or_not(function: str, input: torch.Tensor) -> bool:

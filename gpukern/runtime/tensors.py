@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from gpukern.runtime.strides import is_channels_last
+
 
 def check_alike(operation: str, input: torch.Tensor, *others: torch.Tensor | None) -> None:
     """Raise RuntimeError, as torch does, unless all tensors share ``input``'s dtype and device."""
@@ -28,17 +30,42 @@ def check_bias(operation: str, input: torch.Tensor, bias: torch.Tensor | None) -
 
 
 def check_floating(operation: str, input: torch.Tensor) -> None:
-    """Raise RuntimeError unless ``input`` is real floating point."""
+    """Raise NotImplementedError, torch's RuntimeError for a dtype, unless ``input`` is real floating point."""
     if not input.is_floating_point():
-        raise RuntimeError(f"{operation} is not implemented for {input.dtype}: expected a floating-point tensor")
+        raise NotImplementedError(f"{operation} is not implemented for {input.dtype}: expected a floating-point tensor")
 
 
 def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
-    """channels_last if any 4-D tensor is laid out so and not also contiguous (torch's own rule for convolutions)."""
+    """What torch makes of such operands: channels_last if the strides of any 4-D tensor run that way."""
     for tensor in tensors:
-        if tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        if tensor.dim() == 4 and is_channels_last(tensor.shape, tensor.stride()):
             return torch.channels_last
     return torch.contiguous_format
+
+
+def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
+    """The layout in which torch's batch norm keeps a tensor: NCHW where it is dense in both, else as strides run."""
+    if tensor.is_contiguous() or tensor.dim() != 4:
+        return torch.contiguous_format
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return memory_format_of(tensor)
+
+
+def elementwise_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, as torch's element-wise operators lay their result out: dense, in the order of ``tensor``."""
+    # Unlike empty_like, they give a contiguous tensor's result the usual strides, of dimensions of one element too.
+    if tensor.is_contiguous():
+        return tensor.new_empty(tensor.shape)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(tensor, memory_format=torch.channels_last)
+    return torch.empty_like(tensor)
+
+
+def laid_out(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """``tensor``, dense in ``memory_format``, to the strides of dimensions of one element."""
+    # contiguous() leaves those alone where both formats are one, and to() a tensor with gaps.
+    return tensor.contiguous(memory_format=memory_format).to(memory_format=memory_format)
 
 
 def as_memory_format(channels_last: bool) -> torch.memory_format:
@@ -51,6 +78,6 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_kernel_dtype(operation: str, dtype: torch.dtype) -> None:
-    """Raise RuntimeError unless the kernels take ``dtype``."""
+    """Raise NotImplementedError, which is a RuntimeError, unless the kernels take ``dtype``."""
     if dtype not in KERNEL_DTYPES:
-        raise RuntimeError(f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {dtype}")
+        raise NotImplementedError(f"{operation}: gpukern's kernels take float32, float16 and bfloat16, but got {dtype}")

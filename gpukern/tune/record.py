@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from gpukern.convert import convert
 from gpukern.explain.words import describe
 from gpukern.ops._conv2d import prepare as common
-from gpukern.ops._conv2d.layouts import Shape, Strides, dense_strides, is_channels_last
+from gpukern.ops._conv2d.layouts import Shape, Strides, dense_strides
 from gpukern.ops._conv2d.plan import Direction, Operands
 from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.runtime.strides import is_channels_last
 
 
 class Call(NamedTuple):

@@ -16,11 +16,12 @@ import torch
 
 from gpukern.explain.question import KINDS
 from gpukern.explain.words import problem_called, sizes_called
-from gpukern.ops._conv2d.layouts import dense_strides, is_channels_last
+from gpukern.ops._conv2d.layouts import dense_strides
 from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.prepare import shapes
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.precision import fp32_products
+from gpukern.runtime.strides import is_channels_last
 from gpukern.tune.record import Call, calls_of
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
@@ -60,7 +61,7 @@ def calls_of_layer(
     dtype, precision = KINDS[kind]
     x, w, y = shapes(problem, Direction.FORWARD)
     image, filter = (dense_strides(shape, channels_last) for shape in (x, w))
-    # PyTorch's rule for a result; a tensor of one channel is in both layouts, and counts as NCHW.
+    # PyTorch's rule for a result.
     grad = dense_strides(y, is_channels_last(x, image) or is_channels_last(w, filter))
     operands = {
         Direction.FORWARD: (image, filter, None),

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from gpukern.ops._conv2d.cost import ELEMENTWISE
-from gpukern.ops._conv2d.layouts import alignment, dense_strides, is_channels_last
+from gpukern.ops._conv2d.layouts import alignment, dense_strides
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.ops._conv2d.planner import FAMILIES, only_measured, plan, ranking
 from gpukern.ops._conv2d.problem import conv_problem, same_padding
 from gpukern.ops._image import strides_of
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4, RTX_5090
-from gpukern.runtime.tensors import memory_format_of
+from gpukern.runtime.strides import is_channels_last
 from tests.ops.conv_cases import CASES, as_problem
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = Direction
@@ -221,6 +221,12 @@ def _layouts():
     yield "expanded batch", torch.empty(1, 5, 8, 24).permute(0, 3, 1, 2).expand(3, 24, 5, 8)
     yield "one pixel", torch.empty(3, 24, 1, 1)
     yield "one channel", torch.empty(3, 1, 5, 8)
+    yield "one channel in channels_last", torch.empty(3, 1, 5, 8, memory_format=torch.channels_last)
+    yield "one pixel in channels_last", torch.empty(3, 24, 1, 1, memory_format=torch.channels_last)
+    yield "one column", torch.empty(3, 1, 5, 1)
+    yield "one number an image", torch.empty(3, 1, 1, 1)
+    yield "one channel of several", torch.empty(3, 5, 8, 40).permute(0, 3, 1, 2)[:, :1]
+    yield "swapped", torch.empty(1, 8, 1, 24).permute(0, 3, 2, 1)
 
 
 LAYOUTS = tuple(_layouts())
@@ -229,7 +235,8 @@ LAYOUTS = tuple(_layouts())
 @pytest.mark.parametrize("tensor", [t for _, t in LAYOUTS], ids=[name for name, _ in LAYOUTS])
 def test_layouts_are_torchs(tensor):
     """The layout rules that launches are prepared with, on strides alone, against PyTorch's on tensors."""
-    assert is_channels_last(tensor.shape, tensor.stride()) == (memory_format_of(tensor) is torch.channels_last)
+    theirs = torch.nn.functional.max_pool2d(tensor, 1)  # is laid out as torch takes its input to be
+    assert is_channels_last(tensor.shape, tensor.stride()) == is_channels_last(theirs.shape, theirs.stride())
     for channels_last, memory_format in ((True, torch.channels_last), (False, torch.contiguous_format)):
         for shape in (tensor.shape, (0, *tensor.shape[1:])):
             expected = torch.empty(shape, memory_format=memory_format)

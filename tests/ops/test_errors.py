@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as torch_F
 
+import gpukern
 import gpukern.functional as F
 from gpukern.runtime.mode import Mode, force_mode
 from tests.device import DEVICE
@@ -110,3 +113,186 @@ def test_unknown_activation(no_launch):
             call("selu", 0.0)
         with pytest.raises(ValueError, match="negative_slope"):
             call("leaky_relu", -0.5)
+
+
+# ---- every option of every function --------------------------------------------------------------------------------
+
+_NO_OPTION = (
+    None, "x", 1.5, True, -1, 0, (1, 2, 3), (1, 1.5), (None, 1), (True, 2), torch.tensor(1.5), object(),
+    float("nan"), float("inf"), 1j, {}, torch.tensor([1, 1]),
+)  # fmt: skip
+square = torch.randn(4, 4, 3, 3, device=DEVICE)
+four = torch.rand(4, device=DEVICE)
+#: What the other arguments are, and the names of the options.
+OPTIONS = {
+    "conv2d": ({"input": x, "weight": square}, "input weight bias stride padding dilation groups"),
+    "conv_transpose2d": (
+        {"input": x, "weight": square},
+        "input weight bias stride padding dilation groups output_padding",
+    ),
+    "linear": ({"input": m, "weight": v[:, :8]}, "input weight bias"),
+    "max_pool2d": ({"input": x, "kernel_size": 3}, "input kernel_size stride padding dilation ceil_mode"),
+    "avg_pool2d": (
+        {"input": x, "kernel_size": 3},
+        "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
+    ),
+    "adaptive_avg_pool2d": ({"input": x}, "output_size"),
+    "batch_norm": (
+        {"input": x, "running_mean": four, "running_var": four},
+        "input weight bias running_mean running_var training momentum eps",
+    ),
+    "batch_norm, training": (
+        {"input": x, "running_mean": four, "running_var": four, "training": True},
+        "weight bias running_mean running_var momentum eps",
+    ),
+    "leaky_relu": ({"input": x}, "input negative_slope"),
+    "gelu": ({"input": x}, "input approximate"),
+    **{name: ({"input": x}, "input inplace") for name in ("relu", "relu6", "hardsigmoid", "silu", "hardswish")},
+}
+#: What torch says of these comes from the middle of its own code.
+ACCIDENTS = (
+    ("adaptive_avg_pool2d", "output_size", {}),
+    ("adaptive_avg_pool2d", "output_size", "x"),
+    ("leaky_relu", "negative_slope", 1j),
+)
+
+
+def _raised(function, arguments) -> type[Exception] | None:
+    try:
+        function(**arguments)
+    except Exception as problem:
+        return type(problem)
+    return None
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_torch_refuses_is_refused(name, no_launch):
+    """Every option with things that it is not: where torch raises, the same error, and nothing is launched."""
+    given, options = OPTIONS[name]
+    ours, theirs = (getattr(module, name.partition(",")[0]) for module in (F, torch_F))
+    refused = 0
+    for option in options.split():
+        for value in _NO_OPTION:
+            if any((name, option, repr(value)) == (*accident[:2], repr(accident[2])) for accident in ACCIDENTS):
+                continue
+            if isinstance(value, torch.Tensor) and option in ("input", "eps", "training", "inplace", "output_size"):
+                continue  # an input of another rank; or torch asks whether it is true, or takes it
+            # Fresh statistics: torch's call may update them.
+            arguments = {key: t.clone() if isinstance(t, torch.Tensor) else t for key, t in given.items()}
+            expected = _raised(theirs, {**arguments, option: value})
+            if expected is None:
+                continue
+            refused += 1
+            for mode in (None, Mode.REFERENCE):
+                kept = {key: t.clone() if isinstance(t, torch.Tensor) else t for key, t in arguments.items()}
+                if mode is None:
+                    found = _raised(ours, {**arguments, option: value})
+                else:
+                    with force_mode(mode):
+                        found = _raised(ours, {**arguments, option: value})
+                assert found is expected, f"{option}={value!r}"
+                assert all(torch.equal(kept[key], t) for key, t in arguments.items() if isinstance(t, torch.Tensor))
+    assert refused > 5
+
+
+IMAGES = {
+    "spatial size 0": lambda f: f.conv2d(x[:, :, :0], square, padding=2),
+    "spatial size 0, width": lambda f: f.conv2d(x[..., :0], square, padding=2),
+    "one image of size 0": lambda f: f.conv2d(x[0, :, :0], square, padding=2),
+    "transposed, size 0": lambda f: f.conv_transpose2d(x[:, :, :0], square),
+    "max pool of size 0": lambda f: f.max_pool2d(x[:, :, :0], 2, padding=1),
+    "average of size 0": lambda f: f.avg_pool2d(x[:, :, :0], 2, padding=1),
+    "adaptive of size 0": lambda f: f.adaptive_avg_pool2d(x[:, :, :0], 2),
+    "integers, conv": lambda f: f.conv2d(x.int(), square),
+    "integers, average": lambda f: f.avg_pool2d(x.int(), 2),
+    "integers, gelu": lambda f: f.gelu(x.int()),
+    "integers, batch_norm": lambda f: f.batch_norm(x.int(), four, four),
+    "sparse, max_pool2d": lambda f: f.max_pool2d(x.to_sparse(), 2),
+    "sparse, silu": lambda f: f.silu(x.to_sparse()),
+    "sparse, batch_norm": lambda f: f.batch_norm(x.to_sparse(), four, four),
+    "one value a channel": lambda f: f.batch_norm(x[:1, :, :1, :1], None, None, training=True),
+    "statistics of another length": lambda f: f.batch_norm(x, four[:3], four[:3]),
+    "one statistic": lambda f: f.batch_norm(x, four, None),
+    "eps below 0": lambda f: f.batch_norm(x, four, four, eps=-1e-5),
+    "eps below 0 in training": lambda f: f.batch_norm(x, four.clone(), four.clone(), training=True, eps=-1e-5),
+    "eps 0 in training": lambda f: f.batch_norm(x, None, None, training=True, eps=0.0),
+    "gelu's other form": lambda f: f.gelu(x, approximate="erf"),
+}
+MODULES = {
+    "batch norm, eps below 0": lambda nn: nn.BatchNorm2d(4, eps=-1.0).to(DEVICE).eval()(x),
+    "batch norm, eps below 0 in training": lambda nn: nn.BatchNorm2d(4, eps=-1.0).to(DEVICE)(x),
+    "batch norm of rank 3": lambda nn: nn.BatchNorm2d(4).to(DEVICE)(x[0]),
+    "rows of rank 4": lambda nn: nn.BatchNorm1d(4).to(DEVICE)(x),
+    "channels": lambda nn: nn.BatchNorm2d(3).to(DEVICE)(x),
+    "convolution of size 0": lambda nn: nn.Conv2d(4, 2, 3, padding=2).to(DEVICE)(x[:, :, :0]),
+    "convolution, channels": lambda nn: nn.Conv2d(3, 2, 3).to(DEVICE)(x),
+    "transposed, output size": lambda nn: nn.ConvTranspose2d(4, 2, 3).to(DEVICE)(x, [50, 50]),
+    "linear, features": lambda nn: nn.Linear(3, 2).to(DEVICE)(x),
+    "linear of None": lambda nn: nn.Linear(3, 2).to(DEVICE)(None),
+    "pool": lambda nn: nn.MaxPool2d(9)(x),
+    "gelu": lambda nn: nn.GELU("erf")(x),
+}
+
+
+@pytest.mark.parametrize("name", [*IMAGES, *MODULES])
+def test_images_and_modules(name, no_launch):
+    call, ours, theirs = (IMAGES[name], F, torch_F) if name in IMAGES else (MODULES[name], gpukern.nn, torch.nn)
+    expected = _raised(call, {"f" if name in IMAGES else "nn": theirs})
+    assert expected is not None
+    for mode in (contextlib.nullcontext(), force_mode(Mode.REFERENCE)):
+        with mode, pytest.raises(expected) as raised:
+            call(ours)
+        assert raised.type is expected
+        assert len(str(raised.value)) > 20
+
+
+def test_a_batch_norm_of_size_0_is_given_back(where):
+    empty, numbers = torch.randn(0, device=where, requires_grad=True), torch.ones(0, device=where)
+    for training in (False, True):
+        y = F.batch_norm(empty, numbers, numbers, training=training)
+        assert y.shape == (0,) and torch.autograd.grad(y.sum(), empty)[0].shape == (0,)
+
+
+# ---- sums of nothing -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_sums_of_nothing_are_what_is_added_to_them(dtype, where):
+    """A layer without input features gives its bias, through its activation; so do their gradients."""
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(where, dtype).requires_grad_()
+
+    bias, residual = made(4), made(2, 4, 3, 3)
+    plain = bias.expand(2, 3, 3, 4).movedim(-1, 1)
+    cases = (
+        ((made(3, 0), made(4, 0), bias), F.linear, bias.expand(3, 4)),
+        ((made(2, 3, 0), made(4, 0), bias), F.linear, bias.expand(2, 3, 4)),
+        ((made(0), made(4, 0), bias), F.linear, bias),
+        ((made(3, 0), made(4, 0), bias), lambda *t: F.linear(*t, activation="sigmoid"), bias.sigmoid().expand(3, 4)),
+        ((made(3, 0), made(4, 0)), lambda *t: F.linear(*t, activation="sigmoid"), torch.full((3, 4), 0.5)),
+        ((made(2, 0, 5, 5), made(4, 0, 3, 3), bias), F.conv2d, plain),
+        (
+            (made(2, 0, 5, 5), made(4, 0, 3, 3), bias, residual),
+            lambda x, w, b, r: F.conv2d(x, w, b, residual=r, activation="tanh"),
+            (plain.float() + residual.float()).tanh(),
+        ),
+    )
+    for operands, function, expected in cases:
+        y = function(*operands)
+        tolerance = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(y.float().cpu(), expected.float().cpu(), rtol=tolerance, atol=tolerance)
+        grads = torch.autograd.grad(y, operands, torch.ones_like(y))
+        assert [g.shape for g in grads] == [t.shape for t in operands]
+        if function in (F.linear, F.conv2d):
+            assert torch.equal(grads[2], torch.full_like(bias, y.numel() / 4))
+    for gone in ((made(0, 3), made(4, 3), bias), (made(3, 5), made(0, 5), made(0))):
+        y = F.linear(*gone)
+        assert all(not g.any() for g in torch.autograd.grad(y, gone, torch.ones_like(y)))
+    z, total, squares = torch.ops.gpukern.conv2d_statistics(
+        *(t.detach() for t in (made(2, 0, 5, 5), made(4, 0, 3, 3), bias)), [1, 1], [0] * 4, [1, 1], 1
+    )
+    assert torch.allclose(total, z.float().sum((0, 2, 3)), rtol=1e-3) and squares.abs().max() < 1e-3
+    y = F.conv2d_batch_norm(made(2, 0, 5, 5), made(4, 0, 3, 3), bias, None, None, None, bias)
+    torch.testing.assert_close(y.float(), plain.float(), rtol=1e-2, atol=5e-2)
+    assert F.adaptive_avg_pool2d(made(2, 3, 0, 4), 1).isnan().all()

@@ -8,14 +8,14 @@ import triton
 from gpukern.ops._activation import kernels
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.runtime.launch import index_type, launch
-from gpukern.runtime.tensors import check_kernel_dtype
+from gpukern.runtime.tensors import check_kernel_dtype, elementwise_like
 
 # 1024 elements on 4 warps are 8 for each thread: one 16-byte access in half precision, two in fp32.
 _BLOCK = 1024
 
 
 def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return _run(kernels.activation_kernel, torch.empty_like(x), (x,), negative_slope, NAME=name)
+    return _run(kernels.activation_kernel, elementwise_like(x), (x,), negative_slope, NAME=name)
 
 
 def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
@@ -27,13 +27,13 @@ def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
 
 
 def activation_grad(grad: torch.Tensor, saved: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return _run(kernels.activation_grad_kernel, torch.empty_like(saved), (grad, saved), negative_slope, NAME=name)
+    return _run(kernels.activation_grad_kernel, elementwise_like(saved), (grad, saved), negative_slope, NAME=name)
 
 
 def activation_grad_grad(grad: torch.Tensor, grad_grad: torch.Tensor, saved: torch.Tensor, name: str) -> torch.Tensor:
     if PROPERTIES[name].piecewise_linear:
         return torch.zeros_like(saved)
-    return _run(kernels.activation_grad_grad_kernel, torch.empty_like(saved), (grad, grad_grad, saved), NAME=name)
+    return _run(kernels.activation_grad_grad_kernel, elementwise_like(saved), (grad, grad_grad, saved), NAME=name)
 
 
 def _run(kernel, out: torch.Tensor, operands: tuple[torch.Tensor, ...], *scalars: float, NAME: str) -> torch.Tensor:
@@ -41,7 +41,11 @@ def _run(kernel, out: torch.Tensor, operands: tuple[torch.Tensor, ...], *scalars
     check_kernel_dtype(NAME, out.dtype)
     if out.numel() == 0:
         return out
-    dense = [t if t.stride() == out.stride() else torch.empty_like(out).copy_(t) for t in operands]
+    contiguous = out.is_contiguous()
+    dense = [
+        t if t.stride() == out.stride() or (contiguous and t.is_contiguous()) else torch.empty_like(out).copy_(t)
+        for t in operands
+    ]
     size = out.numel()
     launch(
         kernel,

@@ -14,6 +14,7 @@ from gpukern.ops._conv2d.prepare import Epilogue
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launch import launch
+from gpukern.runtime.operator import resolved
 from gpukern.runtime.tensors import check_kernel_dtype
 
 #: Partial results that a program which puts them together has on their way to it: 16 of each thread.
@@ -119,10 +120,13 @@ def conv2d_batch_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
     z, statistics = run(prepared, input, filters, filters_bias)
+    if statistics is None:  # no pixels, or no channels to sum over
+        output, mean, variance = batch_norm_training(
+            z, weight, bias, residual, eps, activation, negative_slope, running
+        )
+        return output, z, mean, variance
     mean, variance = (torch.empty(z.shape[1], dtype=torch.float32, device=z.device) for _ in range(2))
     output = empty_like(z)
-    if statistics is None:  # no pixels
-        return output, z, mean.zero_(), variance.zero_()
     norm = _norm(mean, variance, weight, bias)
     _merge(statistics, norm, running)
     _write(output, z, residual, norm, eps, activation, negative_slope)
@@ -150,7 +154,7 @@ _NOT_RUNNING = functions.Running(None, None)
 def _pointers(running: Running | None) -> functions.Running:
     if running is None:
         return _NOT_RUNNING
-    return functions.Running(_flat(running.mean), _flat(running.variance))
+    return functions.Running(*(_flat(resolved(t)) for t in (running.mean, running.variance)))
 
 
 def _keep(running: Running | None, pointers: functions.Running) -> None:

@@ -10,7 +10,7 @@ from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.ops._conv2d.reference import conv2d
-from gpukern.runtime.tensors import memory_format_of
+from gpukern.runtime.tensors import format_kept_by, laid_out
 from gpukern.runtime.transforms import total
 
 
@@ -38,7 +38,7 @@ def batch_norm(
 
 def _finish(z: torch.Tensor, input: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:
     y = activations.activation(z, activation, negative_slope)
-    return y.to(input.dtype).contiguous(memory_format=memory_format_of(input))
+    return laid_out(y.to(input.dtype), format_kept_by(input))
 
 
 def batch_norm_training(
@@ -119,14 +119,14 @@ def batch_norm_backward(
     activation's derivative needs its input, else y, or None where there was no residual or no activation: then all
     follows from x.
     """
-    layout = memory_format_of(input)
+    layout = format_kept_by(input)
     wants = wants_input, wants_parameters, wants_parameters, wants_inner
     gradients = gradients_of(
         grad, input, weight, bias, other, mean, variance, training, eps, activation, negative_slope
     )
     kept = [each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True)]
     if wants_input:
-        kept[0] = kept[0].contiguous(memory_format=layout)
+        kept[0] = laid_out(kept[0], layout)
     if wants_inner:
         kept[3] = kept[3].clone(memory_format=layout)
     return tuple(kept)

@@ -15,7 +15,7 @@ from gpukern.ops._image import Image
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.launch import index_type, reach
-from gpukern.runtime.tensors import memory_format_of
+from gpukern.runtime.tensors import format_kept_by
 
 NOTHING = Image(None, 0, 0, 0, 0)
 
@@ -68,4 +68,4 @@ def _prepared(
 
 def empty_like(input: torch.Tensor) -> torch.Tensor:
     """Uninitialised, dense, in ``input``'s layout."""
-    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=format_kept_by(input))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._conv2d.gather.plan import channel_sum_splits
 from gpukern.ops._conv2d.layouts import Strides
 from gpukern.ops._conv2d.passes import launch as passes
@@ -53,8 +54,10 @@ def conv2d_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     prepared = prepared_for(problem, Direction.FORWARD, input, weight, None, Epilogue(statistics=True))
     output, statistics = run(prepared, input, weight, bias)
-    if statistics is None:
-        return output, *(torch.zeros(problem.K, dtype=torch.float32, device=output.device) for _ in range(2))
+    if statistics is None:  # no pixels, or no channels to sum over
+        values = output.to(torch.float32)
+        total, pixels = values.sum((0, 2, 3)), max(output.numel() // max(problem.K, 1), 1)
+        return output, total, (values - (total / pixels)[:, None, None]).square().sum((0, 2, 3))
     return output, *passes.merge_statistics(statistics)
 
 
@@ -159,8 +162,8 @@ def _write(
     if output.numel() == 0:
         return None
     if first.numel() == 0:
-        output.zero_()  # the weight gradient of no images
-        return None
+        # Sums of nothing: the weight gradient of no images, a linear layer without features.
+        return _write_empty_sums(prepared, output, bias, residual, negative_slope)
     statistics = None
     if prepared.launch.row_tiles:
         size = (3, prepared.launch.row_tiles, prepared.shape[1])
@@ -183,6 +186,23 @@ def _write(
     if pack_output:
         passes.copy_image(written, output)
     return statistics
+
+
+def _write_empty_sums(
+    prepared: Prepared,
+    output: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    negative_slope: float,
+) -> None:
+    """What the epilogue makes of zeros, in fp32 and rounded once."""
+    sums = torch.zeros_like(output, dtype=torch.float32)
+    if bias is not None:
+        sums += bias.view(-1, *(1,) * (output.dim() - 2))
+    if residual is not None:
+        sums += residual
+    activation = prepared.activation
+    output.copy_(sums if activation == "none" else activate(sums, activation, negative_slope))
 
 
 def _lies_like(tensor: torch.Tensor, strides: Strides) -> bool:

@@ -17,13 +17,8 @@ def dense_strides(shape: Shape, channels_last: bool) -> Strides:
     return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)
 
 
-def is_channels_last(shape: Shape, strides: Strides) -> bool:
-    """Whether a tensor is dense in channels_last and not also contiguous."""
-    return _is_dense(shape, strides, True) and not _is_dense(shape, strides, False)
-
-
-def _is_dense(shape: Shape, strides: Strides, channels_last: bool) -> bool:
-    wanted = dense_strides(shape, channels_last)
+def _is_dense(shape: Shape, strides: Strides) -> bool:
+    wanted = dense_strides(shape, channels_last=False)
     return all(size == 1 or s == w for size, s, w in zip(shape, strides, wanted, strict=True))
 
 
@@ -42,7 +37,7 @@ def layout_of(shape: Shape, strides: Strides, itemsize: int, aligned: bool) -> L
                 return Layout.CHANNELS
         if n == 1 and h == w == 0 and aligned and c % sixteen == 0:
             return Layout.TRANSPOSED
-        if aligned and _is_dense(shape, strides, False):
+        if aligned and _is_dense(shape, strides):
             return Layout.PLANES
     return Layout.STRIDED
 

@@ -17,13 +17,14 @@ import torch
 
 from gpukern.ops._conv2d import database
 from gpukern.ops._conv2d.exclusions import Exclusion, exclude
-from gpukern.ops._conv2d.layouts import Shape, Strides, dense_strides, is_channels_last, layout_of
+from gpukern.ops._conv2d.layouts import Shape, Strides, dense_strides, layout_of
 from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands
 from gpukern.ops._conv2d.planner import FAMILIES, plan
 from gpukern.ops._conv2d.pooled import plan as pooled
 from gpukern.ops._conv2d.problem import ConvProblem, pooled_problem
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.refusal import DescriptorRefused
+from gpukern.runtime.strides import is_channels_last
 from gpukern.runtime.tensors import check_kernel_dtype
 
 
@@ -83,6 +84,7 @@ class Prepared:
     strides: Strides
     written: Strides
     launch: Launch
+    activation: str
     again: Callable[[], Prepared] | None = None
 
 
@@ -138,7 +140,15 @@ def prepare(
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
-    return Prepared(choice, of_output, strides, request.output, _package(choice).prepare(request, choice), again)
+    return Prepared(
+        choice,
+        of_output,
+        strides,
+        request.output,
+        _package(choice).prepare(request, choice),
+        epilogue.activation,
+        again,
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -104,6 +104,10 @@ def output_size(
         f"given weight of size {list(weight_shape)}, expected bias to have shape [{K}], "
         f"but got {list(bias_shape or ())} instead",
     )
+    require(
+        H != 0 and W != 0,
+        f"expected an input of non-empty height and width (batch and channels may be empty), got {list(input_shape)}",
+    )
     padded = H + padding[0] + padding[1], W + padding[2] + padding[3]
     extent = dilation[0] * (R - 1) + 1, dilation[1] * (S - 1) + 1
     require(

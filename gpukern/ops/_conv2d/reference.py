@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from gpukern.ops._activation.reference import activation, activation_grad
 from gpukern.ops._conv2d.problem import ConvProblem
-from gpukern.runtime.tensors import as_memory_format
+from gpukern.runtime.tensors import as_memory_format, laid_out, memory_format_of
 
 
 def conv2d(
@@ -20,10 +20,16 @@ def conv2d(
     negative_slope: float,
 ) -> torch.Tensor:
     """``act(x ∗ w + b + residual)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
+    layout = memory_format_of(input, weight)
     padded, padding = _pad(problem, input)
     padded, weight, added = _alike(padded, weight, bias, residual)
-    y = F.conv2d(padded, weight, bias, problem.stride, padding, problem.dilation, problem.groups)
-    return activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+    if problem.C:
+        y = F.conv2d(padded, weight, bias, problem.stride, padding, problem.dilation, problem.groups)
+    else:  # sums of nothing, where torch forgets the output's channels
+        y = padded.new_zeros(problem.N, problem.K, problem.P, problem.Q)
+        y = y if bias is None else y + bias[:, None, None]
+    y = activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+    return laid_out(y, layout)
 
 
 def conv_transpose2d(
@@ -36,7 +42,7 @@ def conv_transpose2d(
     negative_slope: float,
 ) -> torch.Tensor:
     """``act(x ∗ᵀ w + b + residual)``: [N, K, P, Q] with [K, C/G, R, S] gives [N, C, H, W]."""
-    p = problem
+    p, layout = problem, memory_format_of(input, weight)
     # What the convolution's last window leaves over.
     extra = (
         (p.H + 2 * p.padding[0] - p.dilation[0] * (p.R - 1) - 1) % p.stride[0],
@@ -44,7 +50,8 @@ def conv_transpose2d(
     )
     given, weight, added = _alike(input, weight, bias, residual)
     y = F.conv_transpose2d(given, weight, bias, p.stride, (p.padding[0], p.padding[2]), extra, p.groups, p.dilation)
-    return activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+    y = activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+    return laid_out(y, layout)
 
 
 def _alike(
@@ -74,7 +81,7 @@ def conv2d_input_grad(
     """``∂L/∂x`` [N, C, H, W] from ``∂L/∂y`` [N, K, P, Q]."""
     image = grad.new_empty(problem.N, problem.C, problem.H, problem.W)
     grad_input, _ = _backward(problem, grad, image, weight, (True, False, False))
-    return grad_input.contiguous(memory_format=as_memory_format(channels_last))
+    return laid_out(grad_input, as_memory_format(channels_last))
 
 
 def conv2d_weight_grad(
@@ -83,7 +90,7 @@ def conv2d_weight_grad(
     """``∂L/∂w`` [K, C/G, R, S] from ``∂L/∂y`` [N, K, P, Q] and ``x``."""
     weight = grad.new_empty(problem.K, problem.group_inputs, problem.R, problem.S)
     _, grad_weight = _backward(problem, grad, input, weight, (False, True, False))
-    return grad_weight.contiguous(memory_format=as_memory_format(channels_last))
+    return laid_out(grad_weight, as_memory_format(channels_last))
 
 
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:

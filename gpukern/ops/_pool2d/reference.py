@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem
+from gpukern.runtime.tensors import laid_out
 
 _aten = torch.ops.aten
 
@@ -19,7 +20,7 @@ def taps_dtype(kernel: tuple[int, int]) -> torch.dtype:
 
 def max_pool2d(problem: PoolProblem, input: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     """``y[p, q] = max_{r,s} x[window]``: [N, C, H, W] gives [N, C, P, Q]."""
-    return F.max_pool2d(input, *_geometry(problem)).contiguous(memory_format=memory_format)
+    return laid_out(F.max_pool2d(input, *_geometry(problem)), memory_format)
 
 
 def max_pool2d_with_taps(
@@ -27,12 +28,12 @@ def max_pool2d_with_taps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The maximum and where it was found, both [N, C, P, Q]."""
     output, taps = F.max_pool2d(input, *_geometry(problem), return_indices=True)
-    return output.contiguous(memory_format=memory_format), taps.contiguous(memory_format=memory_format)
+    return laid_out(output, memory_format), laid_out(taps, memory_format)
 
 
 def max_pool2d_indices(problem: PoolProblem, taps: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     """torch's int64 indices h·W + w [N, C, P, Q]."""
-    return taps.clone(memory_format=memory_format)
+    return laid_out(taps, memory_format).clone()
 
 
 def max_pool2d_backward(
@@ -42,7 +43,7 @@ def max_pool2d_backward(
     grad_input = _aten.max_pool2d_with_indices_backward(
         grad, _image(problem, grad, memory_format), *_geometry(problem), taps
     )
-    return grad_input.contiguous(memory_format=memory_format)
+    return laid_out(grad_input, memory_format)
 
 
 def max_pool2d_gather(
@@ -50,7 +51,7 @@ def max_pool2d_gather(
 ) -> torch.Tensor:
     """``y[p, q] = image[tap of (p, q)]``: [N, C, H, W] gives [N, C, P, Q]."""
     gathered = image.flatten(2).gather(2, taps.flatten(2)).unflatten(2, (problem.P, problem.Q))
-    return gathered.contiguous(memory_format=memory_format)
+    return laid_out(gathered, memory_format)
 
 
 def avg_pool2d(
@@ -61,7 +62,7 @@ def avg_pool2d(
         output = F.adaptive_avg_pool2d(input, (problem.P, problem.Q))
     else:
         output = F.avg_pool2d(input, *_average(problem))
-    return output.contiguous(memory_format=memory_format)
+    return laid_out(output, memory_format)
 
 
 def avg_pool2d_backward(
@@ -75,7 +76,7 @@ def avg_pool2d_backward(
         grad_input = image.zero_()
     else:
         grad_input = _aten._adaptive_avg_pool2d_backward(grad, image)
-    return grad_input.contiguous(memory_format=memory_format)
+    return laid_out(grad_input, memory_format)
 
 
 def _geometry(problem: PoolProblem) -> tuple:

@@ -1,0 +1,19 @@
+"""What the strides of a tensor say of its layout. No torch, no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """torch's rule, ``suggest_memory_format()``: C before W before H before N, whether the tensor is dense or not.
+
+    A dimension of one element has a stride all the same, and it tells an image of one channel in channels_last, of
+    strides (H·W, 1, W, 1), from the same memory in NCHW, (H·W, H·W, W, 1). Where nothing tells, as for one pixel of
+    [N, 1, 1, 1], it is NCHW.
+    """
+    (N, C, H, W), (n, c, h, w) = shape, strides
+    if not (c > 0 and c * C <= w and w * W <= h and h * H <= n):
+        return False
+    # Of a tracer's batch nothing may be asked, and an example is never empty.
+    return C != 0 and H != 0 and W != 0 and h * H != c and not (type(N) is int and N == 0)
