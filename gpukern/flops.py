@@ -5,44 +5,20 @@ It counts two operations for each product of convolutions and matrices, in the p
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
 
 from gpukern.ops._conv2d.problem import output_size
-
-_COUNTER = "torch.utils.flop_counter"
+from gpukern.runtime.when_imported import when_imported
 
 Shape = Sequence[int]
 
 
 def register_formulas() -> None:
     """Register them now or when torch's counter is imported, which imports Triton and is not needed before."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
-
-
-class _WhenImported(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module: ModuleType) -> None:
-            execute(module)
-            _register(module)
-
-        spec.loader.exec_module = execute_and_register
-        return spec
+    when_imported("torch.utils.flop_counter", _register)
 
 
 def _register(counter: ModuleType) -> None:

@@ -10,7 +10,20 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 #: Each may import from itself and from what comes before it.
 LAYERS = (
-    *("version", "runtime", "ops", "flops", "functional", "nn", "optim", "copies", "convert", "summary", "info"),
+    *(
+        "version",
+        "runtime",
+        "ops",
+        "flops",
+        "onnx",
+        "functional",
+        "nn",
+        "optim",
+        "copies",
+        "convert",
+        "summary",
+        "info",
+    ),
     *("explain", "tune", "fuse", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,6 +31,7 @@ class Adagrad(Optimizer, torch.optim.Adagrad):
     """
 
     _rule = rules.ADAGRAD
+    _begins: ClassVar = {"sum": "initial_accumulator_value"}
     _takes_sparse = True
 
 

@@ -10,7 +10,7 @@ from gpukern.optim._fused.source import elementwise
 #: By the name of the class.
 _RULES = {
     **{"SGD": rules.SGD, "Adagrad": rules.ADAGRAD, "RMSprop": rules.RMSPROP, "Adam": rules.ADAM},
-    **{"Lion": rules.LION, "LARS": rules.LARS, "LAMB": rules.LAMB},
+    **{"AdamW": rules.ADAM, "Lion": rules.LION, "LARS": rules.LARS, "LAMB": rules.LAMB},
 }
 
 
@@ -23,12 +23,13 @@ def elementwise_kernel(name: str) -> Any:
         adam = gpukern.optim.elementwise_kernel("Adam")
         adam(g, lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled, step, p, exp_avg, exp_avg_sq, maxima)
 
-    The text of the update is the one that :class:`~gpukern.optim.Optimizer` launches for all tensors at once.
-    ValueError for an unknown name, and for LARS and LAMB, which need norms of whole tensors first; ImportError without
-    CuPy.
+    AdamW's kernel is Adam's, called with ``decoupled`` = 1. The text of the update is the one that
+    :class:`~gpukern.optim.Optimizer` launches for all tensors at once. ValueError for an unknown name, and for LARS and
+    LAMB, which need norms of whole tensors first; ImportError without CuPy.
     """
     if name not in _RULES:
-        raise ValueError(f"unknown optimizer {name!r}, expected one of {', '.join(_RULES)}")
+        known = [each for each, rule in _RULES.items() if not rule.norms]
+        raise ValueError(f"unknown optimizer {name!r}, expected one of {', '.join(known)}")
     texts = elementwise(_RULES[name])
     import cupy
 

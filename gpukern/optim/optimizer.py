@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -41,6 +42,10 @@ class Optimizer(torch.optim.Optimizer):
     ``torch.amp.GradScaler`` hands over scale and overflow: a skipped step changes nothing, and ``.grad`` stays scaled,
     which torch's fused optimizers write back divided. On a GPU numbers below 1.2e-38 are taken for zeros.
 
+    What is put into :attr:`state`, or taken out of it, holds from the next step on; a parameter whose state is empty
+    begins anew. Where the kernels run, states whose ``data`` was replaced are noticed at once if it was that of all,
+    else in the course of as many steps as there are parameters: put another tensor in its place instead.
+
     Of a DTensor, as FSDP2 makes parameters, each process updates its shard, and states are DTensors too.
 
     Raises, beside what torch raises, ValueError for numbers that are infinite, RuntimeError for ``differentiable``, and
@@ -50,6 +55,8 @@ class Optimizer(torch.optim.Optimizer):
     _rule: ClassVar[Rule]
     #: What a group calls the rule's hyperparameters, "betas" for two of them; (): as the rule does.
     _names: ClassVar[tuple[str, ...]] = ()
+    #: Which of a group's entries a state begins with; others begin with zeros.
+    _begins: ClassVar[dict[str, str]] = {}
     #: Whether torch's class has the number of updates in its state.
     _counts: ClassVar[bool] = True
     _takes_sparse: ClassVar[bool] = False
@@ -88,6 +95,7 @@ class Optimizer(torch.optim.Optimizer):
         self._state_dtype, self._master_weights = state_dtype, master_weights
         self._settings = Settings(max_grad_norm or 0.0, max_grad_value or 0.0, stochastic_rounding, seed)
         self._hidden_steps: dict[torch.Tensor, torch.Tensor] = {}
+        self._counted: dict[torch.Tensor, tuple[Any, ...]] = {}
         self._forget()
         super().__init__(*arguments, **options)
         for name, value in self.defaults.items():
@@ -114,10 +122,10 @@ class Optimizer(torch.optim.Optimizer):
     def _update(self) -> None:
         """Not to be traced: where tensors lie is nothing that a compiler knows of, and there is nothing to compile."""
         numbers = self._hyperparameters(self.param_groups)
-        if self._step is None or not self._step.fits(self.param_groups, numbers):
+        if self._step is None or not self._step.fits(self.param_groups, numbers, self.state):
             self._step = None
-            step = Step(self._rule, self.param_groups, numbers, self._entry, self._settings)
-            if not step.fits(self.param_groups, numbers):
+            step = Step(self._rule, self.param_groups, numbers, self._entry, self.state, self._settings)
+            if not step.fits(self.param_groups, numbers, self.state):
                 raise RuntimeError("gpukern.optim: parameters or gradients changed during the step")
             self._step = step
         amp = Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -151,12 +159,20 @@ class Optimizer(torch.optim.Optimizer):
         has_master = self._master_weights and parameter.dtype in _HALVES
         # Without anything to keep, torch keeps no empty state either.
         state = self.state[parameter] if names or self._counts or has_master else {}
+        if self._counts:
+            # Of what depends on a hyperparameter, which may have been changed since, torch's classes make nothing anew.
+            always = [each.name for each in self._rule.states if not each.when]
+            for name in ("step", *always) if state else ():
+                if state.get(name) is None:
+                    raise KeyError(name)
         step = self._step_of(parameter, state)
         for name in names:
-            state[name] = self._state(parameter, state.get(name))
+            state[name] = self._state(name, parameter, state.get(name), self.param_groups[number])
         if has_master:
             held = state.get("master")
             state["master"] = in_order_of(parameter.detach().float() if held is None else held, parameter)
+        if not self._counts:
+            self._counted[parameter] = self._moments(state)
         return Entry(
             owner=parameter,
             parameter=local(parameter.detach()),
@@ -176,7 +192,8 @@ class Optimizer(torch.optim.Optimizer):
         if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
             raise RuntimeError(f"gpukern.optim.{name} does not take expanded parameters: their elements share memory")
         if parameter.grad.is_sparse and not self._takes_sparse:
-            raise RuntimeError(f"{name} does not support sparse gradients")
+            advice = ", please consider SparseAdam instead" if isinstance(self, torch.optim.Adam) else ""
+            raise RuntimeError(f"{'Adam' if advice else name} does not support sparse gradients{advice}")
         if is_shard(parameter):
             message = "gpukern.optim.{} needs norms of whole tensors, and of a DTensor only a shard is here"
             if self._rule.norms:
@@ -184,17 +201,31 @@ class Optimizer(torch.optim.Optimizer):
             if self._settings.max_grad_norm:
                 raise RuntimeError(message.format(f"{name} with max_grad_norm"))
 
-    def _state(self, parameter: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+    def _state(
+        self, name: str, parameter: torch.Tensor, held: torch.Tensor | None, group: dict[str, Any]
+    ) -> torch.Tensor:
         if held is None:
-            return torch.zeros_like(parameter, dtype=self._state_dtype or parameter.dtype, requires_grad=False)
+            begin = float(group[self._begins[name]]) if name in self._begins else 0.0
+            return torch.full_like(parameter, begin, dtype=self._state_dtype or parameter.dtype, requires_grad=False)
+        if held.shape != parameter.shape or held.device != parameter.device:
+            raise RuntimeError(
+                f"{name} of a parameter of shape {list(parameter.shape)} on {parameter.device} has shape "
+                f"{list(held.shape)} and is on {held.device}"
+            )
         return in_order_of(held.to(self._state_dtype or held.dtype), parameter)
+
+    def _moments(self, state: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(state.get(each.name) for each in self._rule.states)
 
     def _step_of(self, parameter: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
         """The number of updates so far, fp32 [], beside the parameter."""
         device = local(parameter).device
         if not self._counts:
-            if parameter not in self._hidden_steps:
-                begun = any(isinstance(state.get(each.name), torch.Tensor) for each in self._rule.states)
+            moments = self._moments(state)
+            same = map(operator.is_, moments, self._counted.get(parameter, moments))
+            if parameter not in self._hidden_steps or not all(same):
+                # What the user put there, or what was loaded, is not to be begun anew; what was taken away is.
+                begun = any(isinstance(moment, torch.Tensor) for moment in moments)
                 self._hidden_steps[parameter] = torch.full((), float(begun), device=device)
             return self._hidden_steps[parameter]
         step = state.get("step", 0.0)
@@ -210,26 +241,35 @@ class Optimizer(torch.optim.Optimizer):
         packed = super().state_dict()
         for number, parameter in enumerate(self._in_order()):
             # A step that was skipped for an overflow has made buffers, and nothing is in them yet.
-            if number in packed["state"] and parameter in self._hidden_steps and not self._hidden_steps[parameter]:
+            if number in packed["state"] and self._has_nothing_yet(parameter):
                 names = {each.name for each in self._rule.states}
                 held = packed["state"][number]
                 packed["state"][number] = {name: None if name in names else held[name] for name in held}
         return packed
 
+    def _has_nothing_yet(self, parameter: torch.Tensor) -> bool:
+        if parameter not in self._hidden_steps or self._hidden_steps[parameter]:
+            return False
+        moments = self._moments(self.state[parameter])
+        return all(map(operator.is_, moments, self._counted.get(parameter, moments)))
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What :meth:`state_dict` of this class, or of torch's, gave.
 
-        Moments stay in the dtype that they are in, unless ``state_dtype`` says another. ValueError, with nothing
-        changed, for what does not fit.
+        Moments stay in the dtype that they are in, unless ``state_dtype`` says another. A state without its number of
+        updates takes that of its group, where other libraries have it. ValueError, with nothing changed, for what does
+        not fit, and for a state in which a moment is missing.
         """
         given: list[dict[str, Any]] = []
 
-        def check(_: Any, final: dict[str, Any]) -> None:
+        def check(_: Any, final: dict[str, Any]) -> dict[str, Any]:
             self._check_loadable(final)
-            given.append(final)
+            given.append(self._with_steps(final))
+            return given[0]
 
         def restore(_: Any) -> None:
             self._hidden_steps.clear()
+            self._counted.clear()
             self._forget()
             for number, parameter in enumerate(self._in_order()):
                 for name, value in given[0]["state"].get(number, {}).items():
@@ -249,7 +289,13 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
         for number, parameter in enumerate(self._in_order()):
-            for name, value in state_dict["state"].get(number, {}).items():
+            held = state_dict["state"].get(number, {})
+            lacking = self._lacking(held, _group_of(state_dict, number)) if held else []
+            if lacking:
+                raise ValueError(
+                    f"loaded state dict lacks {', '.join(lacking)} for parameter {number}; it has {', '.join(held)}"
+                )
+            for name, value in held.items():
                 is_moment = isinstance(value, torch.Tensor) and name != "step"
                 if (is_moment and value.shape != parameter.shape) or (name == "step" and not _is_number(value)):
                     got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
@@ -257,16 +303,38 @@ class Optimizer(torch.optim.Optimizer):
                         f"loaded state dict has {name} {got} for parameter {number}, which is {list(parameter.shape)}"
                     )
 
+    def _lacking(self, held: dict[str, Any], group: dict[str, Any]) -> list[str]:
+        """Names of what a parameter of ``group`` needs and ``held`` has not."""
+        wanted = kept(self._rule, self._hyperparameters.of({**self.defaults, **group})[1])
+        names = [each.name for each, needed in zip(self._rule.states, wanted, strict=True) if needed]
+        if not self._counts:
+            # None is what torch's classes save before the first update.
+            return [name for name in names if name not in held]
+        steps = [] if _is_number(held.get("step")) or _is_number(group.get("step")) else ["step"]
+        return [*(name for name in names if not isinstance(held.get(name), torch.Tensor)), *steps]
+
+    def _with_steps(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The group's number of updates for a parameter that has none of its own."""
+        if not self._counts:
+            return state_dict
+        states = dict(state_dict["state"])
+        for number, held in states.items():
+            step = _group_of(state_dict, number).get("step")
+            if held and held.get("step") is None and _is_number(step):
+                states[number] = {**held, "step": torch.tensor(float(step))}
+        return {**state_dict, "state": states}
+
     def _in_order(self) -> list[torch.Tensor]:
         """All parameters, as state_dict() numbers them."""
         return list(dict.fromkeys(parameter for group in self.param_groups for parameter in group["params"]))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_state_dtype", "_master_weights", "_settings", "_hidden_steps")
+        own = ("_state_dtype", "_master_weights", "_settings", "_hidden_steps", "_counted")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_counted", {})  # of an optimizer that was pickled before there was this
         self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -277,6 +345,11 @@ def _check_finite(name: str, value: Any) -> None:
     for each in value if isinstance(value, (tuple, list)) else (value,):
         if isinstance(each, (float, torch.Tensor)) and not math.isfinite(each):
             raise ValueError(f"Invalid {name}: {each}")
+
+
+def _group_of(state_dict: dict[str, Any], number: int) -> dict[str, Any]:
+    """The group of the parameter that is saved under this number."""
+    return next((group for group in state_dict["param_groups"] if number in group["params"]), {})
 
 
 def _is_number(value: Any) -> bool:

@@ -88,10 +88,19 @@ def test_the_elementwise_kernel_is_cupy_s(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", stub)
     optim.elementwise_kernel("Adam")
     assert made == [(source.elementwise(ADAM), "adam_elementwise_kernel")]
+    optim.elementwise_kernel("AdamW")
+    assert made[1:] == [(source.elementwise(ADAM), "adamw_elementwise_kernel")]
     with pytest.raises(ValueError, match="lamb needs norms of whole tensors"):
         optim.elementwise_kernel("LAMB")
-    with pytest.raises(ValueError, match="unknown optimizer 'AdamX', expected one of SGD"):
+    with pytest.raises(ValueError, match="unknown optimizer 'AdamX', expected one of SGD") as refused:
         optim.elementwise_kernel("AdamX")
+    # Those that it names it takes, and no other.
+    names = str(refused.value).split("expected one of ")[1].split(", ")
+    for name in names:
+        optim.elementwise_kernel(name)
+    assert {*names, "LARS", "LAMB"} == {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {
+        "Optimizer"
+    }
 
 
 def test_a_missing_compiler_is_told(monkeypatch):

@@ -49,6 +49,7 @@ class Bundle:
         # Looked at in every step: ``parameter.data`` may have been replaced, and then is elsewhere.
         self._place_of = place_of(self._owners)
         self._places = list(map(self._place_of, self._owners))
+        self._shapes = [owner.shape for owner in self._owners]
         # A parameter with gaps is updated in a copy without, beside which its states lie.
         self._copies = {
             number: torch.empty_like(parameter)
@@ -57,6 +58,11 @@ class Bundle:
         }
         self._dense = [self._copies.get(number, parameter) for number, parameter in enumerate(self._parameters)]
         self._strides = [dense.stride() for dense in self._dense]
+        self._state_places = [
+            [(held, _place(held)) for held in (*entry.states, entry.master, entry.step) if held is not None]
+            for entry in entries
+        ]
+        self._turn = 0
         # Gradients are held no longer than a step: what zero_grad() gives up is free for the next backward.
         self._seen: list[Callable[[], torch.Tensor | None]] = []
         #: Of each whether it is not there, empty where all are; None: nothing was looked at.
@@ -140,7 +146,7 @@ class Bundle:
     def take_gradients(self) -> bool:
         """Look where the gradients are; False where this bundle no longer fits what is there."""
         gradients = list(map(_gradient, self._owners))
-        if list(map(self._place_of, self._owners)) != self._places:
+        if list(map(self._place_of, self._owners)) != self._places or not self._is_untouched():
             return False
         kinds = set(map(type, gradients))
         missing = list(map(operator.is_, gradients, itertools.repeat(None))) if type(None) in kinds else []
@@ -150,6 +156,22 @@ class Bundle:
             if taken is None:
                 return False
             self._look_at(gradients, taken, missing)
+        return True
+
+    def _is_untouched(self) -> bool:
+        """Whether the sizes and the states of the first parameter, and of another in every step, are what they were.
+
+        What is replaced in the optimizer's state is always noticed, and so is a parameter that is elsewhere. This is
+        for the ``data`` of states, and for a parameter that became shorter where it lies. Whoever does so, to keep
+        states in the host's memory for instance, does so for all; to look at all would take as long as all the rest.
+        """
+        self._turn = (self._turn + 1) % len(self.entries)
+        for number in (0, self._turn):
+            if self._owners[number].shape != self._shapes[number]:
+                return False
+            for held, place in self._state_places[number]:
+                if _place(held) != place:
+                    return False
         return True
 
     def _are_as_expected(self, gradients: list[torch.Tensor]) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from gpukern.optim._fused.bundle import Bundle
 from gpukern.optim._fused.entry import Amp, Entry, Settings, kept, local
@@ -21,8 +22,21 @@ from gpukern.runtime.tensors import check_kernel_dtype
 _parameters = operator.itemgetter("params")
 
 
+class _Another(Exception):
+    """Two tensors are not the same object."""
+
+
+class _ObjectsOnly(TorchFunctionMode):
+    """Lists and dicts ask whether two elements are one object before they ask for equality, which is refused here: so
+    they are compared object by object, at the speed of C."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise _Another
+
+
 class Step:
-    """For the parameters that have had a gradient. ``entry_of`` gives what belongs to one, making it at first."""
+    """For the parameters that have had a gradient. ``entry_of`` gives what belongs to one, making it at first, and
+    ``states`` is where it keeps that."""
 
     def __init__(
         self,
@@ -30,11 +44,12 @@ class Step:
         groups: Sequence[dict[str, Any]],
         numbers: Sequence[Numbers],
         entry_of: Callable[[torch.Tensor, int], Entry],
+        states: Mapping[torch.Tensor, dict[str, Any]],
         settings: Settings,
     ) -> None:
         self._rule, self._settings = rule, settings
         self._numbers, self._kept = numbers, [kept(rule, values) for _, values in numbers]
-        self._sizes = _sizes(groups)
+        self._parameters = _parameters_of(groups)
         self._waiting: list[torch.Tensor] = []
         found: dict[tuple, list[Entry]] = {}
         turns: collections.Counter[torch.Tensor] = collections.Counter()
@@ -58,10 +73,21 @@ class Step:
                 self._parts.append(Bundle(rule, entries[first : first + GRADIENTS[-1]], kind[3], settings))
         for part in self._parts:
             part.set_groups(self._on(part.device))
+        # Copies: the user may change what is in the dicts, and may put others in their places.
+        self._states = [dict(held) for held in states.values()]
 
-    def fits(self, groups: Sequence[dict[str, Any]], numbers: Sequence[Numbers]) -> bool:
+    def fits(
+        self,
+        groups: Sequence[dict[str, Any]],
+        numbers: Sequence[Numbers],
+        states: Mapping[torch.Tensor, dict[str, Any]],
+    ) -> bool:
         """Whether :meth:`run` may follow, for gradients that are there now."""
-        if self._sizes != _sizes(groups):
+        try:
+            with _ObjectsOnly():
+                if _parameters_of(groups) != self._parameters or list(states.values()) != self._states:
+                    return False
+        except Exception:  # _Another, or whatever the user's own notes raise when they are compared
             return False
         if any(parameter.grad is not None for parameter in self._waiting):
             return False
@@ -105,8 +131,8 @@ class Step:
         return found
 
 
-def _sizes(groups: Sequence[dict[str, Any]]) -> list[int]:
-    return list(map(len, map(_parameters, groups)))
+def _parameters_of(groups: Sequence[dict[str, Any]]) -> list[list[torch.Tensor]]:
+    return list(map(list, map(_parameters, groups)))
 
 
 def _same_numbers(these: Sequence[Numbers], those: Sequence[Numbers]) -> bool:
