@@ -103,13 +103,13 @@ def _fused(
         lowered, module = build(matches)
         found, errors = None, []
         prepared = module.prepared(inputs)
-        alone = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
-        if alone:
+        doubled = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
+        if doubled:
             batch.require_that_it_runs(module, inputs)
         if evidence is not None:
             witness = Witness(exact, inputs, dtype)
             found = witness.judge(module)
-            if alone and not found.passed:
+            if doubled and not found.passed:
                 raise BatchMatters("a batch of one is a case of its own for the model")
             errors = group_errors(program, matches, lowered, prepared)
         if found is not None and found.passed:
