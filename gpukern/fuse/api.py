@@ -39,7 +39,9 @@ def fuse(
         any module that torch.export captures; one in training mode is put in evaluation mode on the copy, with a
         warning.
     example_inputs:
-        a tensor, or a tuple of the arguments. Random values prove more than constant ones.
+        a tensor, or a tuple of the arguments. Random values prove more than constant ones, which are exchanged for
+        random ones in the proof, as are those for which the original is nowhere finite; a note says so. Numbers, flags
+        and words become constants of the fused model.
     dtype:
         what to compute in, the model's by default. A layer whose weights the dtype cannot hold stays in float32.
     channels_last:
@@ -47,9 +49,12 @@ def fuse(
     cuda_graph:
         on a CUDA device, capture the launches per input shape and replay them.
     dynamic_batch:
-        leave the batch size free. Where the model does not allow that, a note in the report says so.
+        leave the batch size free. Where the model does not allow that, a note in the report says so. Inputs whose first
+        dimension is another than that of the images have no batch.
     verify:
-        compare with the original in float64: see :mod:`gpukern.fuse.verify`.
+        compare with the original in float64: see :mod:`gpukern.fuse.verify`; where the batch is free, at other sizes
+        too, and a size of 0 or 1 that the original treats as a case of its own is refused by calls. Without it none of
+        that is done.
     measure:
         on a CUDA device, time the model as it was and as it is, count their kernels, and put that in the report. A
         hundred passes of each.
@@ -61,8 +66,9 @@ def fuse(
     Raises
     ------
     TypeError for what is no module, ValueError for an unknown dtype, RuntimeError for ``cuda_graph`` without a CUDA
-    device; FusionError if the model cannot be captured, if the verification fails (it names the fused group to blame,
-    and has the report as its ``report``), or with ``strict``.
+    device; FusionError if the model lacks its weights or cannot be copied or captured, if the verification fails (it
+    names the fused group to blame, and has the report as its ``report``) or can prove nothing (the original is random
+    or keeps a state, or returns nothing finite, or the same for another example), or with ``strict``.
     """
     from gpukern.fuse.pipeline import run
 

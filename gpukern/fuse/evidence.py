@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gpukern.fuse.errors import FusionError
-from gpukern.fuse.given import duplicate
+from gpukern.fuse.given import devices_of, duplicate
 from gpukern.fuse.verify import DISAGREEMENT, FACTOR, cast, distance
 
 #: Roundings by which two calls may differ: on a GPU sums are added in any order.
@@ -42,7 +42,7 @@ def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidenc
     found, notes = _best(model, inputs, dtype)
     tensors = [leaf for leaf in found.first if isinstance(leaf, torch.Tensor)]
     if not any(leaf.numel() for leaf in tensors):
-        what = "no tensor" if not tensors else "no elements"
+        what = "no elements" if tensors else f"no tensor, but {', '.join(type(leaf).__name__ for leaf in found.first)}"
         raise FusionError(f"{_NOTHING}: the original returns {what}; {_INSTEAD}")
     if found.finite == 0:
         raise FusionError(f"{_NOTHING}: the original returns no finite number; {_INSTEAD}")
@@ -133,7 +133,9 @@ def _calls(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> _Calls:
             failure = error
         else:
             return _Calls(inputs, *results)
-    raise FusionError(f"the model fails for the example: {type(failure).__name__}: {failure}") from failure
+    where = devices_of(model, pytree.tree_leaves(inputs))
+    told = f"{type(failure).__name__}: {failure}{where and '; '}{where}"
+    raise FusionError(f"the model fails for the example: {told}") from failure
 
 
 def _fresh(inputs: tuple) -> tuple:
@@ -200,13 +202,20 @@ def _fractions(leaf: Any) -> Any:
     return _noise(leaf).sigmoid()
 
 
-def _shuffled(leaf: Any) -> Any:
-    """Another example of numbers of the same size."""
-    if not isinstance(leaf, torch.Tensor) or leaf.dtype is torch.bool:
-        return leaf
-    order = torch.randperm(leaf.numel(), generator=torch.Generator().manual_seed(0)).to(leaf.device)
-    mixed = leaf.flatten()[order].view(leaf.shape)
-    return mixed * (1 - _noise(leaf).sigmoid() / 4) if leaf.is_floating_point() else mixed
+def _another(inputs: tuple) -> tuple:
+    """Another example of numbers of the same size. Indices beside images stay, and rows of numbers, which may be boxes
+    with indices, shrink a little: out of range they could end a process on a GPU."""
+    floating = any(isinstance(leaf, torch.Tensor) and leaf.is_floating_point() for leaf in pytree.tree_leaves(inputs))
+
+    def other(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.dtype is torch.bool or floating > leaf.is_floating_point():
+            return leaf
+        if leaf.dim() >= 3 or not floating:
+            order = torch.randperm(leaf.numel(), generator=torch.Generator().manual_seed(0)).to(leaf.device)
+            leaf = leaf.flatten()[order].view(leaf.shape)
+        return leaf * (1 - _noise(leaf).sigmoid() / 4) if leaf.is_floating_point() else leaf
+
+    return pytree.tree_map(other, inputs)
 
 
 # ---- outputs that tell nothing ---------------------------------------------------------------------------------------
@@ -214,7 +223,7 @@ def _shuffled(leaf: Any) -> Any:
 
 def _dull(model: torch.nn.Module, found: _Calls, dtype: torch.dtype) -> Iterator[str]:
     """Notes on outputs that are the same for another example. FusionError if all of them are."""
-    other = _tried(model, pytree.tree_map(_shuffled, found.inputs), dtype)
+    other = _tried(model, _another(found.inputs), dtype)
     if other is None or len(other.first) != len(found.first):
         return
     pairs = [

@@ -107,13 +107,13 @@ def _fused(
         lowered, module = build(matches)
         found, alone = None, []
         prepared = module.prepared(inputs)
-        of_one = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
-        if of_one:
+        doubled = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
+        if doubled:
             batch.require_that_it_runs(module, inputs)
         if evidence is not None:
             witness = Witness(exact, inputs, dtype, channels_last=channels_last)
             found = witness.judge(module)
-            if of_one and not found.passed:
+            if doubled and not found.passed:
                 raise BatchMatters("a batch of one is a case of its own for the model")
             alone = judge_alone(program, matches, lowered, prepared, dtype)
             found = replace(found, wrong=what_is_wrong(alone) or "")

@@ -147,8 +147,8 @@ def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:
         try:
             with torch.no_grad():
                 return dtype, duplicate(model).to(dtype)(*cast(inputs, dtype))
-        except (RuntimeError, TypeError) as error:
-            # A model that makes fp32 tensors of its own cannot run in fp64.
+        except Exception as error:  # whatever a model raises
+            # One that makes fp32 tensors of its own, or asks for them, cannot run in fp64.
             failure = error
     raise FusionError(f"the model fails for the example: {type(failure).__name__}: {failure}") from failure
 
@@ -182,7 +182,7 @@ def _in_dtype(
         try:
             with torch.no_grad():
                 return typed(*given)
-        except (RuntimeError, TypeError) as error:
+        except Exception as error:  # whatever a model raises
             failure = error
     raise FusionError(f"the model fails in {dtype}: {type(failure).__name__}: {failure}") from failure
 

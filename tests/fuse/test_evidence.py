@@ -12,7 +12,7 @@ from torch import nn
 
 import gpukern
 from gpukern.fuse import FusionError
-from gpukern.fuse.evidence import on_bound, require_rest
+from gpukern.fuse.evidence import _another, on_bound, require_rest
 from gpukern.runtime.mode import Mode, force_mode
 from tests.fuse.networks import Net, conv, lively, norm
 
@@ -151,6 +151,20 @@ def test_a_model_that_takes_no_other_numbers_keeps_its_example():
 
     report = gpukern.fuse(made(function), torch.full((2, 4, 7, 7), 0.5), dynamic_batch=False).report
     assert report.notes == ("An example input has one value throughout: it proves little",)
+
+
+def test_another_example_keeps_what_may_be_an_index():
+    images, boxes, rows = (
+        torch.randn(2, 3, 4, 4),
+        torch.tensor([[0.0, 1, 2, 3, 4], [1, 2, 3, 4, 5]]),
+        torch.tensor([1, 0]),
+    )
+    other, shrunk, same = _another((images, boxes, rows))
+    assert same is rows and (shrunk <= boxes).all() and (shrunk >= 0.75 * boxes).all()
+    assert (other != images).all() and other.abs().max() <= images.abs().max()
+    tokens = torch.arange(30).view(3, 10)
+    (mixed,) = _another((tokens,))
+    assert not torch.equal(mixed, tokens) and torch.equal(mixed.flatten().sort().values, tokens.flatten())
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import gpukern
 from gpukern.cli import app
 from gpukern.fuse import FusionError
+from gpukern.fuse.given import devices_of
 from gpukern.runtime.mode import Mode, force_mode
 from tests.fuse.networks import NORM, conv, norm, one
 
@@ -170,6 +171,13 @@ def test_an_example_without_values_is_refused():
         gpukern.fuse(model, x.to("meta"))
     with pytest.raises(FusionError, match="the example is sparse or quantized"):
         gpukern.fuse(model, x.to_sparse())
+
+
+def test_devices_that_differ_are_told_of():
+    """Without a GPU: of a model whose weights are not where the example is."""
+    model = on_meta()
+    assert devices_of(model, [torch.zeros(2), 3]) == "the example is on cpu, of the model's tensors 0.weight on meta"
+    assert devices_of(one()[0], [torch.zeros(2)]) == ""
 
 
 # ---- from the command line -------------------------------------------------------------------------------------------

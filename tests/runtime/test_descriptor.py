@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,9 @@ def element_type(monkeypatch):
         monkeypatch.setattr(driver, "_active", SimpleNamespace(utils=utils))
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
-        make_tensordesc_arg(described.of(torch.empty(64, 32)), METADATA)
+        # Triton 3.9 has a third parameter, which it does not use.
+        rest = [None] * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
+        make_tensordesc_arg(described.of(torch.empty(64, 32)), METADATA, *rest)
         return made[0]
 
     return of
