@@ -74,7 +74,7 @@ def run(
             alone = judge_alone(program, matches, lowered, prepared, dtype)
             found = replace(found, wrong=what_is_wrong(alone) or "")
         work = Work(exact, captured, evaluated, matches, lowered, unfused, channels_last)
-        errors = [each.error for each in alone]
+        errors = [each.in_whole for each in alone]
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
         if found is not None and not found.passed:
             told = found.wrong or blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
