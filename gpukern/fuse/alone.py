@@ -18,17 +18,23 @@ from gpukern.fuse.lower import Lowered, rounded
 from gpukern.fuse.match import Match
 from gpukern.fuse.program import Program, assemble
 from gpukern.fuse.spread import f_quantile
-from gpukern.fuse.verify import FACTOR, cast, floor, tf32
+from gpukern.fuse.verify import FACTOR, cast, distance, floor, tf32
 
 #: The floor in roundings of sums: half of that for a whole model.
 _SUMS = 8.0
+#: Directions of an error at least: pixels and samples have some of their own.
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
 class Alone:
-    """‖y − truth‖ of a match over the size of what it computes, the unfused operators' own, and what would do."""
+    """‖y − truth‖ of a match over the size of what it computes, the unfused operators' own, and what would do.
+
+    ``in_whole``: its output's error where the layers before it have theirs.
+    """
 
     match: Match
+    in_whole: float
     error: float
     unfused: float
     bound: float
@@ -54,6 +60,7 @@ def judge_alone(
         return []
     forced = dict(zip(lowered.names, forced.values(), strict=True))
     found = _Recorder(lowered.module, lowered.names, forced).values_for(inputs)
+    whole = _Recorder(lowered.module, lowered.names).values_for(inputs)
     judged = []
     for match, name, lowered_name, source in zip(matches, names, lowered.names, sources, strict=True):
         exact = truth[name]
@@ -61,16 +68,17 @@ def judge_alone(
         size = max(_norm(exact), _norm(truth[source])) or 1.0
         error, unfused = (_norm(each.double() - exact) / size for each in (found[lowered_name], own[name]))
         if not math.isfinite(unfused):
-            # It overflows in the unfused model, if only there.
-            error, unfused = (0.0, 0.0) if not exact.isfinite().all() else (error, torch.finfo(dtype).eps)
-        judged.append(Alone(match, error, unfused, _bound(match, unfused, exact, inputs, dtype)))
+            error = unfused = 0.0  # it overflows in the unfused model too, and is no measure
+        in_whole = distance([whole[lowered_name]], [exact])
+        judged.append(Alone(match, in_whole, error, unfused, _bound(match, unfused, exact, inputs, dtype)))
     return judged
 
 
 def _bound(match: Match, unfused: float, exact: torch.Tensor, inputs: Sequence[Any], dtype: torch.dtype) -> float:
     """The errors of pixels are alike where weights were rounded, those of channels are not: as many are drawn."""
     channels = exact.shape[-1] if match.core.target is torch.ops.aten.linear.default else exact.shape[1]
-    by_chance = math.sqrt(f_quantile(channels, channels))
+    directions = max(channels, _FEWEST)
+    by_chance = math.sqrt(f_quantile(directions, directions))
     convolves = match.product is not None and match.product.spatial > 0
     multiplies = match.product is not None and not convolves
     return FACTOR * by_chance * unfused + floor(dtype, _SUMS) + tf32(convolves, multiplies, inputs, dtype)

@@ -123,7 +123,7 @@ def _fused(
             if captured.dynamic_batch:
                 notes += _at_other_sizes(exact, inputs, dtype, module, captured.free, channels_last)
         work = Work(exact, captured, evaluated, matches, lowered, unfused, channels_last)
-        errors = [each.error for each in alone]
+        errors = [each.in_whole for each in alone]
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
         if found is not None and not found.passed:
             told = found.wrong or blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))

@@ -32,7 +32,7 @@ class FusedGroup:
     "gpukern::conv2d", or "aten::convolution" where only the weights were folded. ``dtype`` is the group's own, ``note``
     why it differs from the model's. ``plan`` is the kernel's, for the example's shapes on the model's device; "" where
     the kernel has none. Seconds and bytes are those of the roofline; None where nothing is known of the device.
-    ``error`` is ‖y − truth‖ / ‖truth‖ of the group's output in the verification, given what it takes in the truth.
+    ``error`` is ‖y − truth‖ / ‖truth‖ of the group's output in the verification.
     """
 
     modules: tuple[str, ...]

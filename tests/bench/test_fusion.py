@@ -35,6 +35,31 @@ def test_counts_what_follows_a_result_of_one_use():
     assert fusion.count(Branches().eval(), torch.randn(2, 3, 16, 16)) == (3, 1)
 
 
+class Apart(nn.Module):
+    """Five batch norms: after a concatenation, half of the channels and rows; after a concatenation with what is no
+    layer, and across the features of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.linear = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for channels in (8, 2, 7))
+        self.rows = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(2))
+
+    def forward(self, x):
+        y = self.norms[0](torch.cat([self.first(x), self.second(x)], 1)).relu()
+        half = self.norms[1](self.first(x.neg()).chunk(2, 1)[0]).relu()
+        none = self.norms[2](torch.cat([self.second(x.abs()), x[:, :, 1:-1, 1:-1].exp()], 1)).relu()
+        rows = x.mean(1)[:, :4, :4]
+        one = self.rows[0](self.linear(rows).flatten(0, 1)).relu()
+        return y.mean() + half.mean() + none.mean() + one.mean() + self.rows[1](self.linear(rows.exp())).relu().mean()
+
+
+def test_counts_what_only_moves_part_from_its_layer(monkeypatch):
+    monkeypatch.setattr(fusion, "build", lambda name: Apart().eval())
+    row = fusion.measure("torchvision:apart")
+    assert (row.norms, row.foldable, row.folded) == (5, 3, 3) and not row.problem
+
+
 def test_a_row(branches):
     row = fusion.measure("torchvision:branches")
     assert (row.norms, row.foldable, row.folded) == (3, 1, 1) and not row.problem
