@@ -19,6 +19,7 @@ import torch  # noqa: E402
 # Before anything imports gpukern or Triton, both of which look at the environment once.
 if not torch.cuda.is_available():
     os.environ.setdefault("GPUKERN_EMULATE", "1")
+    os.environ.setdefault("GPUKERN_EMULATE_TF32", "1")
 
 import random  # noqa: E402
 import subprocess  # noqa: E402

@@ -1,5 +1,7 @@
 """TF32 in the interpreter, which multiplies in fp32 whatever is asked: operands as the tensor cores take them.
 
+With ``GPUKERN_EMULATE_TF32=1``, set before the import; without it fp32 is multiplied in full, as torch does on a CPU.
+
 - ``tl.dot`` of fp32 with ``input_precision="tf32"``: the low 13 bits of both operands are cut;
 - with ``"tf32x3"``: three products of rounded halves, as Triton makes them;
 - ``cvt.rna.tf32.f32`` in inline assembly, and loads through a descriptor that rounds.
@@ -17,6 +19,8 @@ import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gpukern.runtime.mode import EMULATE_TF32
 
 _LOW = np.uint32(0x1FFF)
 
@@ -71,7 +75,7 @@ def prepare() -> None:
         def product(x, y, z) -> TensorHandle:
             return plain_dot(self, TensorHandle(x, tl.float32), TensorHandle(y, tl.float32), z, precision, *rest)
 
-        if not a.dtype.scalar == b.dtype.scalar == tl.float32:
+        if not EMULATE_TF32 or not a.dtype.scalar == b.dtype.scalar == tl.float32:
             return plain_dot(self, a, b, acc, precision, *rest)
         if precision == ir.INPUT_PRECISION.TF32:
             return product(cut_to_tf32(a.data), cut_to_tf32(b.data), acc)
@@ -87,11 +91,12 @@ def prepare() -> None:
     def create_inline_asm(self, assembly, constraints, values, types, pure, pack) -> TensorHandle:
         if not assembly.startswith("cvt.rna.tf32.f32 "):
             raise NotImplementedError(f"emulated inline assembly: {assembly}")
-        return _Results([TensorHandle(round_to_tf32(values[0].data), tl.float32)])
+        rounded = round_to_tf32(values[0].data) if EMULATE_TF32 else values[0].data
+        return _Results([TensorHandle(rounded, tl.float32)])
 
     def create_make_tensor_descriptor(self, *args, **named):
         descriptor = plain_descriptor(self, *args, **named)
-        descriptor.rounds = _rounding.pop(0) if _rounding else False
+        descriptor.rounds = EMULATE_TF32 and bool(_rounding) and _rounding.pop(0)
         return descriptor
 
     def create_descriptor_load(self, descriptor, *rest) -> TensorHandle:

@@ -26,6 +26,9 @@ EMULATE = os.environ.get("GPUKERN_EMULATE", "") not in ("", "0")
 if EMULATE:
     # Triton decides when a kernel is decorated, and its own library is decorated on import: set it before either.
     os.environ["TRITON_INTERPRET"] = "1"
+#: Whether emulated kernels round fp32 to TF32 where a GPU does. Off, since torch multiplies in full fp32 on a CPU
+#: whatever its flags allow; the tests switch it on.
+EMULATE_TF32 = os.environ.get("GPUKERN_EMULATE_TF32", "") not in ("", "0")
 
 
 class Mode(enum.Enum):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpukern.runtime.mode import EMULATE
+from gpukern.runtime.mode import EMULATE, EMULATE_TF32
 
-if not EMULATE:
+if not (EMULATE and EMULATE_TF32):
     pytest.skip("only the interpreter is taught TF32", allow_module_level=True)
 
 import triton
@@ -88,3 +88,22 @@ def test_rounding_in_a_kernel():
     x, y = torch.randn(64), torch.empty(64)
     launch(rounding_kernel, (1,), x.device, (x, y, 64), {})
     assert torch.equal(y, torch.from_numpy(round_to_tf32(x.numpy()))) and not torch.equal(x, y)
+
+
+def test_unasked_emulation_multiplies_in_full(run_python):
+    """As torch does on a CPU, for products of TF32 and of three TF32 products."""
+    run = run_python(
+        "import torch, gpukern.functional as F\n"
+        "torch.manual_seed(0)\n"
+        "for allow in (True, False):\n"
+        "    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allow\n"
+        "    x, w = torch.rand(2, 16, 6, 6), torch.rand(8, 16, 3, 3)\n"
+        "    truth = torch.nn.functional.conv2d(x.double(), w.double())\n"
+        "    assert ((F.conv2d(x, w) - truth).norm() / truth.norm()) < 1e-6\n"
+        "    a, b = torch.rand(5, 40), torch.rand(7, 40)\n"
+        "    truth = a.double() @ b.double().t()\n"
+        "    assert ((F.linear(a, b) - truth).norm() / truth.norm()) < 1e-6\n",
+        GPUKERN_EMULATE="1",
+        GPUKERN_EMULATE_TF32="0",
+    )
+    assert run.returncode == 0, run.stderr
