@@ -104,11 +104,12 @@ def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
 
     RuntimeError where TorchScript traces: it would record the sizes and the mode of one call for all.
     """
+    if torch.compiler.is_compiling():
+        return True
     if torch._C._is_tracing():
         _check_torchscript(tensors)
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
