@@ -24,7 +24,7 @@ CALLS: dict[str, Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]] = {
     "adaptive_avg_pool2d": lambda f: lambda x: f.adaptive_avg_pool2d(x, 2),
     **{
         name: (lambda f, name=name: getattr(f, name))
-        for name in "relu relu6 leaky_relu sigmoid hardsigmoid tanh silu gelu hardswish".split()
+        for name in ["relu", "relu6", "leaky_relu", "sigmoid", "hardsigmoid", "tanh", "silu", "gelu", "hardswish"]
     },
 }
 
