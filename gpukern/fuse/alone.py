@@ -90,9 +90,9 @@ def what_is_wrong(judged: Sequence[Alone]) -> str | None:
         if not each.error <= each.bound:
             names = ", ".join(dict.fromkeys(node.name for node in each.match.nodes))
             return (
-                f"the fused model is wrong in {each.match.pattern} ({names}), by {each.match.operator}: given the "
-                f"original's own values it has an error of {each.error:.3g}, while the unfused layers have "
-                f"{each.unfused:.3g} and {each.bound:.3g} would do"
+                f"the fused model is wrong: given the original's own values a group has an error of {each.error:.3g}, "
+                f"while the unfused layers have {each.unfused:.3g} and {each.bound:.3g} would do. To blame is "
+                f"{each.match.pattern} ({names}), by {each.match.operator}"
             )
     return None
 

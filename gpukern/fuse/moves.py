@@ -37,7 +37,6 @@ _RESIZED = frozenset(
     )
 )  # fmt: skip
 _AVERAGES = frozenset((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default))
-_MAXIMA = frozenset((aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default))
 
 #: In place of a channel that is not among those that are followed.
 FOREIGN = -1.0
@@ -47,14 +46,9 @@ def moves(node: Any) -> bool:
     return is_call(node) and node.target in MOVES
 
 
-def is_maximum(node: Any) -> bool:
-    """Whether it lets a scale of each channel through where that is not negative."""
-    return is_call(node) and node.target in _MAXIMA
-
-
 def carries(node: Any) -> bool:
     """Whether a constant scale and shift of each channel may as well come before ``node`` as after it."""
-    return moves(node) or is_maximum(node) or _averages(node)
+    return moves(node) or _averages(node)
 
 
 def _averages(node: Any) -> bool:
@@ -119,7 +113,7 @@ def _run(node: Node, labels: Mapping[Node, Any], batch: int) -> Any:
 
 
 def _averaged(node: Node, labels: torch.Tensor, batch: int) -> torch.Tensor | None:
-    """A mean or maximum is of one channel only if all its elements bear one number."""
+    """A mean is of one channel only if all its elements bear one number."""
     if node.target is aten.mean.dim:
         dims = arguments(node)["dim"]
         keep = arguments(node)["keepdim"]

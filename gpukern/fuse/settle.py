@@ -4,7 +4,7 @@
     flatten(bn(x)) w = bn'(flatten(x)) w
 
 The program computes the same in exact arithmetic, and matching finds the pairs that it knows. ``moves`` tells what is
-a move; averages and maxima of a channel's pixels are as good for a scale and a shift.
+a move; averages of a channel's pixels are as good for a batch norm.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.fx import Node
 
-from gpukern.fuse.affine import Affine, affine
+from gpukern.fuse.affine import Affine, affine, is_batch_norm
 from gpukern.fuse.match import skipped_by, understood
-from gpukern.fuse.moves import FOREIGN, Flow, carries, flow, is_maximum, moves, numbered
+from gpukern.fuse.moves import FOREIGN, Flow, carries, flow, moves, numbered
 from gpukern.fuse.moving import Place, move_after, move_before
 from gpukern.fuse.products import Product, activation, is_product, product
 from gpukern.fuse.program import Program, is_call, operation, sole_user, title, value, value_of_any
@@ -50,15 +50,13 @@ def upward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | s
 
     None for other nodes, and for those that follow no move.
     """
-    step = _affine(program, node)
-    if step is None or not carries(node.args[0]) or skipped_by(node, skip):
+    step, through = _affine(program, node), _through(node)
+    if step is None or not through(node.args[0]) or skipped_by(node, skip):
         return None
-    sources, between = _cone(node.args[0], carries)
+    sources, _ = _cone(node.args[0], through)
     why = next(filter(None, (_why_no_layer(program, source, skip) for source in sources)), None)
     if why:
         return f"follows {operation(node.args[0])} of {why}"
-    if (step.scale < 0).any() and any(map(is_maximum, between)):
-        return f"scales by negative numbers, after a maximum of what {', '.join(map(title, sources))} computes"
     homes = _same_for_all(node, lambda batch: _homes(program, node, sources, batch))
     if isinstance(homes, str):
         return homes
@@ -71,7 +69,7 @@ def _homes(program: Program, node: Node, sources: Sequence[Node], batch: int) ->
     for source, count in zip(sources, _channels(sources), strict=True):
         starts[source] = numbered(source, _channel_dim(source), first, batch)
         first += count
-    found = flow(program.graph, starts, batch, carries)
+    found = flow(program.graph, starts, batch, _through(node))
     names = ", ".join(map(title, sources))
     arrived = found.labels.get(node.args[0])
     if not isinstance(arrived, torch.Tensor):
@@ -157,9 +155,7 @@ def downward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] |
 
 
 def _takers(program: Program, step: Affine, batch: int, skip: Sequence[str]) -> list[Place] | str:
-    found = flow(program.graph, {step.node: numbered(step.node, 1, 0, batch)}, batch, carries)
-    if (step.scale < 0).any() and any(map(is_maximum, found.labels)):
-        return "scales by negative numbers, before a maximum"
+    found = flow(program.graph, {step.node: numbered(step.node, 1, 0, batch)}, batch, _through(step.node))
     places = []
     for user, operand in found.sinks:
         why = _why_not_into(program, user, operand, skip)
@@ -199,6 +195,11 @@ def _affine(program: Program, node: Node) -> Affine | None:
     if not isinstance(first, Node) or node.all_input_nodes.count(first) != 1:
         return None
     return affine(program, node, first)
+
+
+def _through(node: Node) -> Callable[[Node], bool]:
+    """By what ``node`` may move: plain arithmetic stays with the pools that it follows or precedes."""
+    return carries if is_batch_norm(node) else moves
 
 
 def _same_for_all(node: Node, at: Callable[[int], _Found]) -> _Found:
