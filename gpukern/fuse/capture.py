@@ -97,7 +97,7 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch.export warns of its own affairs, and as on a machine without cuDNN.
+    """Without what torch.export warns of its own affairs and does to the flags, and as on a machine without cuDNN.
 
     On a GPU PyTorch asks whether the batch is small enough for cuDNN (batch norm of float32: 65,535 images), and
     torch.export takes the answer for a limit of the model, under which no batch size is free any more.
@@ -105,11 +105,37 @@ def quiet() -> Iterator[None]:
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _products_left_alone():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.cudnn.enabled = before
+
+
+@contextlib.contextmanager
+def _products_left_alone() -> Iterator[None]:
+    """Inside, nobody who switches cuDNN or oneDNN off and on again touches how they multiply fp32.
+
+    torch.export reads all of their flags to put them back. That fails where ``torch.backends.cudnn.conv`` was given a
+    precision and recurrent layers were not, and elsewhere leaves convolutions with a precision of their own, which no
+    longer follows ``torch.backends.fp32_precision``.
+    """
+    backends = torch.backends.cudnn, torch.backends.mkldnn
+    try:
+        for backend in backends:
+            backend.set_flags = functools.partial(_switch, backend)
+        yield
+    finally:
+        for backend in backends:
+            vars(backend).pop("set_flags", None)  # the module's own shows again behind it
+
+
+def _switch(backend: Any, _enabled: bool | None = None) -> tuple[bool]:
+    """``set_flags`` of a backend, as far as its first flag; what it was before."""
+    before = backend.enabled
+    if _enabled is not None:
+        backend.enabled = _enabled
+    return (before,)
 
 
 # ---- from torch.export's program to ours -----------------------------------------------------------------------------

@@ -102,6 +102,28 @@ def test_the_state_comes_back(run_python):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_fuse_leaves_them_alone(run_python, tmp_path):
+    """torch.export, which it uses, gives convolutions a value of their own, or fails where they have one."""
+    code = _SEEN + (
+        "import json, os, sys\n"
+        "conv = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.BatchNorm2d(2)).eval()\n"
+        "for words, setting in json.loads(sys.argv[1]).items():\n"
+        "    child = os.fork()\n"
+        "    if child:\n"
+        "        assert os.waitpid(child, 0)[1] == 0, words\n"
+        "        continue\n"
+        "    exec(setting)\n"
+        "    own_cuda = torch.backends.cudnn.fp32_precision if words.startswith('cuda') else 'none'\n"
+        "    before, on_cpu = answers(), torch.backends.mkldnn.fp32_precision\n"
+        "    fused = gpukern.fuse(conv, torch.randn(2, 2, 3, 3))\n"
+        "    fused.save(sys.argv[2])\n"
+        "    os._exit(before != answers() or on_cpu != torch.backends.mkldnn.fp32_precision)\n"
+    )
+    states = {words: _STATES[words] for words in ("untouched", "all inherit tf32", "a convolution's own", "cuda's own")}
+    done = run_python(code, json.dumps(states), str(tmp_path / "fused.pt2"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_an_error_puts_them_back_too():
     before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     for precision in ("ieee", "tf32"):
