@@ -15,6 +15,7 @@ from bench.suite import Task
 from bench.suites.linear import Linear
 from bench.suites.pool import Kind, Pool, Pools
 from gpukern.explain.question import Epilogue
+from gpukern.fuse.capture import quiet
 from gpukern.fuse.program import arguments, is_call, is_view, operation, value
 from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.problem import conv_problem
@@ -36,7 +37,8 @@ def predict_fused(task: Task, module: torch.nn.Module, image: torch.Tensor, devi
 
 def launching(module: torch.nn.Module, image: torch.Tensor) -> list[Node]:
     """The operators of a pass, in order, as torch.export sees them: all that is no view."""
-    graph = torch.export.export(module, (image,)).graph
+    with quiet():
+        graph = torch.export.export(module, (image,)).graph
     return [node for node in graph.nodes if is_call(node) and not is_view(node)]
 
 

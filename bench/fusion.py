@@ -32,6 +32,7 @@ import gpukern
 from bench.peers import torch_at_its_best
 from bench.report.markdown import table
 from bench.results import write_text
+from gpukern.fuse.capture import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 #: torchvision's and timm's names, and sides of the images other than 64.
@@ -147,7 +148,8 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
 
 def count(model: torch.nn.Module, images: torch.Tensor) -> tuple[int, int]:
     """(batch norms, those that follow layers whose results nothing else uses) in torch.export's graph."""
-    graph = torch.export.export(model, (images,)).run_decompositions({}).graph
+    with quiet():
+        graph = torch.export.export(model, (images,)).run_decompositions({}).graph
     norms = [node for node in graph.nodes if node.target in _NORMS]
     return len(norms), sum(_follows_layers(norm.args[0], direct=True) for norm in norms)
 
