@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.runtime.precision import fp32_products
 from gpukern.tune import command, measure, session, sources
 from gpukern.tune.progress import Progress
 from gpukern.tune.record import calls_of
@@ -41,7 +42,7 @@ def test_a_layer_in_words_is_that_of_a_model(words, layer, channels_last, device
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     image = torch.randn(problem.N, problem.C, problem.H, problem.W, device=device).to(memory_format=memory_format)
     model = layer.to(device, memory_format=memory_format)
-    with sources._precision("ieee"):
+    with fp32_products("ieee", "ieee"):
         recorded = calls_of(model, [image], input_gradient=True)
     said = sources.calls_of_layer(problem, "float32", channels_last, list(Direction))
     assert set(distinct(said)) == set(distinct(recorded))

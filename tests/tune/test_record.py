@@ -11,7 +11,8 @@ from gpukern.ops._conv2d import database, launch
 from gpukern.ops._conv2d.plan import Direction
 from gpukern.ops._conv2d.prepare import prepare
 from gpukern.ops._linear import launch as linear
-from gpukern.tune import TuneError, sources, tune
+from gpukern.runtime.precision import fp32_products
+from gpukern.tune import TuneError, tune
 from gpukern.tune.record import calls_of
 from tests.tune.tools import Clock
 
@@ -75,10 +76,10 @@ def test_a_tuned_model_finds_every_plan(folder, device, few, monkeypatch):
 
 def test_tf32_is_as_the_flags_say(device):
     model, image = nn.Conv2d(16, 16, 1).to(device), torch.randn(1, 16, 2, 2, device=device)
-    with sources._precision("tf32"):
+    with fp32_products("tf32", "tf32"):
         (call,) = calls_of(model, [image], [Direction.FORWARD])
     assert (call.precision, call.operands.precision, str(call)[-4:]) == ("tf32", "tf32", "tf32")
-    with sources._precision("ieee"):
+    with fp32_products("ieee", "ieee"):
         (call,) = calls_of(model, [image], [Direction.FORWARD])
     assert call.precision == "ieee"
 
