@@ -29,6 +29,8 @@ from bench.lease import calls, carried
 VENV = ROOT / ".cache" / "lease" / "venv"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 LARGEST = 20e6
+#: Of the device that :mod:`bench.lease.pretend` pretends.
+_RESULTS = Path("bench") / "results" / "nvidia-h200"
 #: Compiling takes longer than the calls may; so does everything on fewer cores.
 _MINUTES_TO_COMPILE = "60"
 
@@ -75,6 +77,8 @@ class Trial:
         self._stub_log = scratch / "stub.log"
         self._python = python
         _copy(self.tree)
+        # Rows that were measured on the device would be taken for this trial's.
+        shutil.rmtree(self.tree / _RESULTS, ignore_errors=True)
         if archive is not None:
             place = self.tree / carried.ARCHIVE.relative_to(ROOT)
             place.parent.mkdir(parents=True)
@@ -101,7 +105,7 @@ class Trial:
                 self.first_result = time.monotonic() - begin
 
     def rows(self) -> Iterator[results.Row]:
-        for path in (self.tree / "bench" / "results").glob("nvidia-h200/*/*.json"):
+        for path in (self.tree / _RESULTS).glob("*/*.json"):
             try:
                 yield from results.read(path).rows
             except (results.ResultsError, OSError):

@@ -189,6 +189,13 @@ def test_versions_are_pinned_that_decide_about_kernels():
     assert {"torch", "triton"} <= pinned
 
 
+def test_a_trial_begins_without_the_rows_of_the_device(tmp_path):
+    measured = list((lease.ROOT / "bench" / "results" / "nvidia-h200").glob("*/conv.json"))
+    assert measured  # else this shows nothing
+    trial = lease.Trial("python", tmp_path, None)
+    assert list(trial.rows()) == []
+
+
 def test_without_python_3_12_it_says_what_to_type(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("LEASE_PYTHON", raising=False)
     monkeypatch.setattr(lease, "VENV", tmp_path / "venv")
