@@ -89,6 +89,13 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture
+def reference_mode() -> Iterator[None]:
+    """Plain torch serves every tensor, in files that test what is made of models, not the kernels."""
+    with force_mode(Mode.REFERENCE):
+        yield
+
+
+@pytest.fixture
 def full_fp32() -> Iterator[None]:
     """Convolutions of fp32 in full, for tests whose bounds know no TF32, which PyTorch allows by default."""
     with fp32_products("ieee"):

@@ -14,15 +14,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 import gpukern
 from gpukern.convert import REPLACEMENTS, ConversionReport
-from gpukern.runtime.mode import Mode, force_mode
 from tests.resnet import resnet18
 
-
-@pytest.fixture(autouse=True)
-def reference_mode():
-    """Conversion is what is tested here, not the kernels."""
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 
 LAYERS = [

@@ -13,14 +13,8 @@ import torch
 from torch import nn
 
 import gpukern
-from gpukern.runtime.mode import Mode, force_mode
 
-
-@pytest.fixture(autouse=True)
-def reference_mode():
-    """Copying is what is tested here, not the kernels."""
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 
 class Net(nn.Module):

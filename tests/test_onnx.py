@@ -9,14 +9,8 @@ import torch
 from torch import nn
 
 import gpukern
-from gpukern.runtime.mode import Mode, force_mode
 
-
-@pytest.fixture(autouse=True)
-def reference_mode():
-    """What is decomposed calls no kernel."""
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 
 class Residual(nn.Module):

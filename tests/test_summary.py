@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from gpukern.runtime.mode import Mode, force_mode
 from gpukern.summary import summary
 from models.lenet import LeNet5
 from tests.resnet import resnet18
+
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 LECTURE = [
     ("Input", (1, 28, 28), ()),
@@ -24,12 +25,6 @@ LECTURE = [
     ("ReLU", (500,), ()),
     ("Linear (500 -> 10)", (10,), (500, 10)),
 ]
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
 
 
 def test_lenet_is_the_lectures_table():

@@ -13,14 +13,9 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpukern
-from gpukern.runtime.mode import Mode, force_mode
 from gpukern.summary import summary
 
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 
 class Called(nn.Module):

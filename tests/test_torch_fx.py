@@ -13,13 +13,10 @@ from torch.nn.utils import parametrizations
 import gpukern
 from gpukern.runtime.mode import Mode, force_mode
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def reference_mode():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 
 class Residual(nn.Module):

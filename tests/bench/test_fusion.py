@@ -10,14 +10,8 @@ import torch
 from torch import nn
 
 from bench import fusion
-from gpukern.runtime.mode import Mode, force_mode
 
-
-@pytest.fixture(autouse=True)
-def in_reference_mode():
-    """As the command is run; emulated, the proof of a model takes a minute."""
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 
 class Branches(nn.Module):

@@ -15,8 +15,9 @@ from bench.suite import Selection, Task, suites, tasks
 from bench.suites import inference
 from bench.suites.inference import folded, trained_alike
 from gpukern.runtime.device import A100, H100
-from gpukern.runtime.mode import Mode, force_mode
 from models.zoo import NETWORKS
+
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 INFERENCE, MODEL = suites()["inference"], suites()["model"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -154,12 +155,6 @@ def test_max_autotune_has_its_own_graphs_from_python_alone(monkeypatch):
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def on_any_machine():
-    with force_mode(Mode.REFERENCE):
-        yield
 
 
 @pytest.mark.parametrize("device", [A100, H100], ids=lambda device: device.name)

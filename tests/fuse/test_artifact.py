@@ -13,17 +13,13 @@ import torch
 
 import gpukern
 from gpukern.fuse import FusionError
-from gpukern.runtime.mode import Mode, force_mode
 from tests.conftest import ROOT
 from tests.fuse.networks import conv, net, norm, one
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 
 def network():

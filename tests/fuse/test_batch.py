@@ -10,18 +10,14 @@ from torch.utils import _pytree as pytree
 
 import gpukern
 from gpukern.fuse.batch import resized
-from gpukern.runtime.mode import Mode, force_mode
 from tests.fuse.networks import Net, conv, lively, norm
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 SIZES = (0, 1, 2, 3, 5, 8)
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
 
 
 def made(function) -> nn.Module:

@@ -14,18 +14,14 @@ from gpukern.fuse import FusionError, affine, pipeline
 from gpukern.fuse.report import FusionReport
 from gpukern.fuse.spread import DRAWS, f_quantile, perturb, spread
 from gpukern.fuse.verify import FACTOR, Witness
-from gpukern.runtime.mode import Mode, force_mode
 from tests.fuse.networks import conv, lively, net, norm
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
 
 
 # ---- right models ----------------------------------------------------------------------------------------------------

@@ -13,18 +13,14 @@ from torch import nn
 import gpukern
 from gpukern.fuse import FusionError
 from gpukern.fuse.evidence import _another, on_bound, require_rest
-from gpukern.runtime.mode import Mode, force_mode
 from tests.fuse.networks import Net, conv, lively, norm
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 X = torch.randn(2, 4, 7, 7)
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
 
 
 def made(function) -> nn.Module:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 import gpukern
 from gpukern.fuse.verify import Witness, cast, distance, leaves
-from gpukern.runtime.mode import Mode, force_mode, mode_of
+from gpukern.runtime.mode import force_mode, mode_of
 from gpukern.runtime.precision import fp32_products
 from models.zoo import NETWORKS as NETWORK_MODELS
 from tests.device import DEVICE
@@ -19,13 +19,10 @@ from tests.fuse.networks import CASES, NORM, lively
 #: ‖y − ref‖ / ‖ref‖ of a few layers in fp32: a dozen roundings.
 BOUND = 12 * torch.finfo(torch.float32).eps
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 
 def truth(model, inputs):

@@ -15,22 +15,19 @@ from gpukern.fuse.match import find
 from gpukern.fuse.prediction import kernel
 from gpukern.fuse.verify import cast, distance, leaves
 from gpukern.runtime.device import A100, H100
-from gpukern.runtime.mode import Mode, force_mode, mode_of
+from gpukern.runtime.mode import force_mode, mode_of
 from tests.device import DEVICE
 from tests.fuse.networks import NORM, conv, net, norm
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 #: ‖y − ref‖ / ‖ref‖ of a few layers in fp32.
 BOUND = 12 * torch.finfo(torch.float32).eps
 #: The kernels, emulated where there is no GPU.
 KERNELS = mode_of(torch.empty(0, device=DEVICE))
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
 
 
 def fused(function, *shape: int, **layers: nn.Module):

@@ -13,16 +13,12 @@ from torch import nn
 import gpukern
 from gpukern.fuse import FusionError, pipeline
 from gpukern.fuse.verify import cast, distance, leaves
-from gpukern.runtime.mode import Mode, force_mode
 from tests.fuse.networks import NORM, conv, net, norm, one, residual
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 
 def patterns(fused) -> list[str]:

@@ -15,16 +15,12 @@ import gpukern
 from gpukern.cli import app
 from gpukern.fuse import FusionError
 from gpukern.fuse.given import devices_of
-from gpukern.runtime.mode import Mode, force_mode
 from tests.fuse.networks import NORM, conv, norm, one
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 
 # ---- what a model keeps ----------------------------------------------------------------------------------------------

@@ -12,19 +12,15 @@ from torch import nn
 import gpukern
 from gpukern.fuse import FusionError, pipeline
 from gpukern.fuse.verify import distance, leaves
-from gpukern.runtime.mode import Mode, force_mode
 from tests.fuse.networks import NORM, Case, net
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 #: ‖y − ref‖ / ‖ref‖ of a few layers in fp32: a dozen roundings.
 BOUND = 12 * torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
 
 
 def conv(out: int, of: int = 4, kernel: int = 1, **options) -> nn.Conv2d:

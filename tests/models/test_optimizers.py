@@ -7,18 +7,13 @@ import re
 import numpy as np
 import pytest
 
-from gpukern.runtime.mode import Mode, force_mode
 from models import optimizer_plots, plots
 from models.optimizer_plots import LOOKS, plot_losses, plot_paths
 from models.paths import BOWL, SADDLE, SURFACES, path
 from models.trainer import OPTIMIZERS, Config
 from tests.models.idx import write_dataset
 
-
-@pytest.fixture(autouse=True)
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 
 def test_paths_are_those_of_the_lectures_formulas():

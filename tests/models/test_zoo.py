@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpukern
 from gpukern.convert import REPLACEMENTS
-from gpukern.runtime.mode import Mode, force_mode
 from models.blocks import StochasticDepth
 from models.convnext import ConvNeXtTiny, LayerNorm2d
 from models.efficientnet import EfficientNetB0
@@ -25,6 +24,8 @@ from models.unet import UNet
 from models.vgg import VGG16
 from models.zoo import NETWORKS, network
 from tests.resnet import as_if_trained
+
+pytestmark = pytest.mark.usefixtures("reference_mode")
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -60,13 +61,6 @@ SMALL = {
     "convnext_tiny": (NETWORKS["convnext_tiny"].make, (3, 64, 64)),
     "unet": (partial(UNet, width=8), (3, 32, 48)),
 }
-
-
-@pytest.fixture(autouse=True)
-def reference_mode():
-    """The networks are what is tested here, not the kernels."""
-    with force_mode(Mode.REFERENCE):
-        yield
 
 
 def on_meta(make):

@@ -79,48 +79,38 @@ def contexts():
 """
 
 
-def test_the_state_comes_back(run_python):
-    code = _SEEN + (
-        "import json, os, sys\n"
-        "states = json.loads(sys.argv[1])\n"
-        "for words, setting in states.items():\n"
-        "    child = os.fork()\n"
-        "    if child:\n"
-        "        assert os.waitpid(child, 0)[1] == 0, words\n"
-        "        continue\n"
-        "    exec(setting)\n"
-        "    own_cuda = torch.backends.cudnn.fp32_precision if words.startswith('cuda') else 'none'\n"
-        "    before = answers()\n"
-        "    contexts()\n"
-        "    if before != answers():\n"
-        "        print(words, before, answers(), sep='\\n')\n"
-        "        os._exit(1)\n"
-        "    os._exit(0)\n"
-    )
+#: The state is that of a process, and torch's first one is not to be had again: a fork for each.
+_EACH = """
+import json, os, sys
+for words, setting in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, words
+        continue
+    exec(setting)
+    own_cuda = torch.backends.cudnn.fp32_precision if words.startswith("cuda") else "none"
+    before, on_cpu = answers(), torch.backends.mkldnn.fp32_precision
+    work()
+    if before != answers() or on_cpu != torch.backends.mkldnn.fp32_precision:
+        print(words, before, answers(), sep="\\n", flush=True)
+        os._exit(1)
+    os._exit(0)
+"""
 
-    done = run_python(code, json.dumps(_STATES))
+
+def test_the_state_comes_back(run_python):
+    done = run_python(f"{_SEEN}work = contexts\n{_EACH}", json.dumps(_STATES))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_fuse_leaves_them_alone(run_python, tmp_path):
     """torch.export, which it uses, gives convolutions a value of their own, or fails where they have one."""
-    code = _SEEN + (
-        "import json, os, sys\n"
-        "conv = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.BatchNorm2d(2)).eval()\n"
-        "for words, setting in json.loads(sys.argv[1]).items():\n"
-        "    child = os.fork()\n"
-        "    if child:\n"
-        "        assert os.waitpid(child, 0)[1] == 0, words\n"
-        "        continue\n"
-        "    exec(setting)\n"
-        "    own_cuda = torch.backends.cudnn.fp32_precision if words.startswith('cuda') else 'none'\n"
-        "    before, on_cpu = answers(), torch.backends.mkldnn.fp32_precision\n"
-        "    fused = gpukern.fuse(conv, torch.randn(2, 2, 3, 3))\n"
-        "    fused.save(sys.argv[2])\n"
-        "    os._exit(before != answers() or on_cpu != torch.backends.mkldnn.fp32_precision)\n"
+    work = (
+        "layers = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), torch.nn.BatchNorm2d(2)).eval()\n"
+        "work = lambda: gpukern.fuse(layers, torch.randn(2, 2, 3, 3)).save(sys.argv[2])\n"
     )
     states = {words: _STATES[words] for words in ("untouched", "all inherit tf32", "a convolution's own", "cuda's own")}
-    done = run_python(code, json.dumps(states), str(tmp_path / "fused.pt2"))
+    done = run_python(f"{_SEEN}{work}{_EACH}", json.dumps(states), str(tmp_path / "fused.pt2"))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
