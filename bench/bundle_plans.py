@@ -13,8 +13,8 @@ from pathlib import Path
 
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
-from gpukern.ops._conv2d import database
-from gpukern.ops._conv2d.planner import candidates, plan
+from gpukern.conv import database
+from gpukern.conv.planner import candidates, plan
 from gpukern.tune.measure import GAIN
 
 

@@ -1,6 +1,6 @@
 """``python -m bench.calibrate bench/results/DEVICE/COMMIT/plans.json``: fits the expectations to measured plans.
 
-Prints how wrong :mod:`gpukern.ops._conv2d.estimate` is about each measured plan, and what its choices cost against the
+Prints how wrong :mod:`gpukern.conv.estimate` is about each measured plan, and what its choices cost against the
 fastest plan of each row, before and after its constants were fitted; and the fitted constants, to be put there.
 
 The fit is of the logarithm of the seconds, by least squares that an outlier does not bend (soft L1).
@@ -21,9 +21,9 @@ from rich.table import Table
 
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
-from gpukern.ops._conv2d.estimate import MEASURED, Constants, estimate, expected
-from gpukern.ops._conv2d.plan import ConvPlan, Variant
-from gpukern.ops._conv2d.planner import FAMILIES, only_measured
+from gpukern.conv.estimate import MEASURED, Constants, estimate, expected
+from gpukern.conv.plan import ConvPlan, Variant
+from gpukern.conv.planner import FAMILIES, only_measured
 
 #: Beyond these factors of today's value a constant is no longer what its name says.
 _LEAST, _MOST = 0.2, 4.0

@@ -14,11 +14,11 @@ from bench.results import Prediction
 from bench.suite import Task
 from bench.suites.linear import Linear
 from bench.suites.pool import Kind, Pool, Pools
-from gpukern.explain.question import Epilogue
-from gpukern.fuse.capture import quiet
-from gpukern.fuse.program import arguments, is_call, is_view, operation, value
-from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.conv.plan import Direction
+from gpukern.conv.problem import conv_problem
+from gpukern.explain.query import Epilogue
+from gpukern.fusion.capture import quiet
+from gpukern.fusion.program import arguments, is_call, is_view, operation, value
 from gpukern.ops._pool2d.problem import adaptive_problem, pool_problem
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work

@@ -32,7 +32,7 @@ import gpukern
 from bench.peers import torch_at_its_best
 from bench.report.markdown import table
 from bench.results import write_text
-from gpukern.fuse.capture import quiet
+from gpukern.fusion.capture import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
 #: torchvision's and timm's names, and sides of the images other than 64.

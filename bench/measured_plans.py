@@ -10,10 +10,10 @@ from pathlib import Path
 
 from bench import results
 from bench.results import Results, ResultsError, Row
-from gpukern.explain.question import convolution
-from gpukern.explain.words import OPERANDS
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.explain.formatting import OPERANDS
+from gpukern.explain.query import convolution
 from gpukern.runtime.device import DEVICES, DeviceSpec
 
 _PLAN = re.compile(
@@ -61,7 +61,7 @@ def device_of(environment: results.Environment) -> DeviceSpec:
 
 
 def plan_called(words: str, direction: Direction) -> ConvPlan:
-    """The inverse of :func:`gpukern.explain.words.describe_plan`; ValueError for other words."""
+    """The inverse of :func:`gpukern.explain.formatting.describe_plan`; ValueError for other words."""
     found = _PLAN.fullmatch(words)
     if found is None:
         raise ValueError(f"{words!r} describes no plan")

@@ -14,7 +14,7 @@ import torch
 import gpukern.optim as optim
 from bench.optimizer_steps import OPTIMIZERS, Tensors, has, ones, shapes
 from bench.timing import EagerStopwatch
-from gpukern.optim._fused.entry import kept
+from gpukern.optim._fused.param_state import kept
 
 
 @dataclass(frozen=True)

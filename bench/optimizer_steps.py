@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpukern.optim._fused import bundle
+from gpukern.optim._fused import tensor_group
 from gpukern.runtime.mode import Mode, force_mode
 from models.resnet import resnet50
 
@@ -191,9 +191,9 @@ class Nothing:
 @contextlib.contextmanager
 def stubbed_launch() -> Iterator[None]:
     """Take the kernels' path on CPU tensors; a launch does nothing."""
-    program, bundle._program = bundle._program, Nothing
+    program, tensor_group._program = tensor_group._program, Nothing
     try:
         with force_mode(Mode.KERNELS):
             yield
     finally:
-        bundle._program = program
+        tensor_group._program = program

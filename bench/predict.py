@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from bench.results import Prediction
 from bench.suite import Task
-from gpukern.explain.answer import answer
-from gpukern.explain.question import Epilogue, Question, convolution, linear
-from gpukern.explain.words import describe_plan
-from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv.plan import Direction
+from gpukern.conv.problem import ConvProblem
+from gpukern.explain.formatting import describe_plan
+from gpukern.explain.query import Epilogue, Question, convolution, linear
+from gpukern.explain.ranking import answer
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, floor
 

@@ -25,11 +25,11 @@ from bench.report.markdown import table as markdown_table
 from bench.report.terminal import console, new_table
 from bench.results import write_text
 from bench.suite import suites
-from gpukern.explain import words
-from gpukern.explain.answer import Answer, answer
+from gpukern.conv.plan import Direction
+from gpukern.explain import formatting
 from gpukern.explain.compiled import CannotCompile, Compiled, compiled
-from gpukern.explain.question import Question, convolution, linear
-from gpukern.ops._conv2d.plan import Direction
+from gpukern.explain.query import Question, convolution, linear
+from gpukern.explain.ranking import Answer, answer
 from gpukern.runtime.device import DeviceSpec
 from gpukern.version import __version__
 from models.zoo import network as find
@@ -94,7 +94,7 @@ def row(layer: Layer, compiles: bool) -> Row:
         layer=layer.name,
         count=layer.count,
         problem=layer.problem,
-        plan=words.describe_plan(found.chosen.plan, layer.question.direction),
+        plan=formatting.describe_plan(found.chosen.plan, layer.question.direction),
         launches=found.chosen.cost.launches,
         expected_us=found.chosen.seconds * 1e6,
         bound_us=found.chosen.cost.seconds * 1e6,
@@ -219,8 +219,8 @@ def main(
 ) -> None:
     """Every layer of a network against the roofline of a device that need not be here."""
     made = _read("--network", find, network)
-    on, kind = _read("--device", words.device_called, device), _read("--dtype", words.kind_called, dtype)
-    directions = _read("--direction", words.directions_called, direction)
+    on, kind = _read("--device", formatting.device_called, device), _read("--dtype", formatting.kind_called, dtype)
+    directions = _read("--direction", formatting.directions_called, direction)
     if len(directions) > 1:
         raise typer.BadParameter("one at a time", param_hint="--direction")
     heading = f"{made.title} on {on.name}: {directions[0].value}, {kind}, channels_last"

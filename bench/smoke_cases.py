@@ -12,11 +12,11 @@ import torch.nn.functional as T
 import gpukern.functional as F
 from bench.accuracy import DTYPES, sum_bound
 from bench.peers import torch_at_its_best, without_cudnn
-from gpukern.ops._conv2d import launch, reference
-from gpukern.ops._conv2d.plan import ConvPlan, Direction
-from gpukern.ops._conv2d.planner import ranking
-from gpukern.ops._conv2d.prepare import operands_of, shapes
-from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
+from gpukern.conv import launch, reference
+from gpukern.conv.plan import ConvPlan, Direction
+from gpukern.conv.planner import ranking
+from gpukern.conv.prepare import operands_of, shapes
+from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.runtime.current_device import device_spec
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format

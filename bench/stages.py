@@ -53,7 +53,7 @@ def check(folder: Path) -> list[Step]:
         tests("pool2d", "tests/ops/test_pool2d.py"),
         tests("activation", "tests/ops/test_activation.py"),
         tests("batch-norm", "tests/ops/test_batch_norm.py", *(f"tests/ops/test_{name}.py" for name in norm_layers)),
-        tests("fuse", "tests/fuse"),
+        tests("fuse", "tests/fusion"),
         tests("optimizers", "tests/optim"),
         tests("other-convolutions", *(f"tests/ops/test_{name}.py" for name in others)),
         tests("layers", "tests/test_integration.py", "tests/test_convert.py", "tests/test_operators.py"),

@@ -9,7 +9,7 @@
 # makes an inherited precision an explicit one, so that torch.backends.fp32_precision = "ieee", set later, no longer
 # reaches convolutions: they stay in TF32.
 #
-# What gpukern does about it: gpukern.fuse keeps torch.export from the flags (gpukern/fuse/capture.py), and
+# What gpukern does about it: gpukern.fuse keeps torch.export from the flags (gpukern/fusion/capture.py), and
 # tests/runtime/test_precision.py sees that they are as before.
 #
 # Seen with torch 2.13.0 (2026-11-29), on a CPU:

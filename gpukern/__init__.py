@@ -3,7 +3,7 @@
 from gpukern import functional, nn, onnx, optim
 from gpukern.convert import convert
 from gpukern.flops import register_formulas
-from gpukern.fuse import fuse, load
+from gpukern.fusion import fuse, load
 from gpukern.summary import summary
 from gpukern.version import __version__
 

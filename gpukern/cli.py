@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpukern.explain.command import app as explain
-from gpukern.fuse.command import explain_model, fuse
+from gpukern.fusion.command import explain_model, fuse
 from gpukern.info import Component, Info, gather
 from gpukern.tune.command import tune
 from gpukern.version import __version__

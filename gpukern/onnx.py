@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gpukern.conv.families.pooled.problem import WINDOWS
 from gpukern.ops._activation.reference import activation
-from gpukern.ops._conv2d.pooled.problem import WINDOWS
 from gpukern.ops._linear.reference import linear
 from gpukern.runtime.when_imported import when_imported
 

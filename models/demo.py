@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gpukern
-from gpukern.fuse.errors import FusionError
+from gpukern.fusion.errors import FusionError
 from gpukern.runtime.mode import has_triton
 from models import data
 from models.kernel_check import Comparison, check_checkpoint

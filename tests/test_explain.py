@@ -8,22 +8,22 @@ import math
 import pytest
 from rich.console import Console
 
+from gpukern.conv.cost import work
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Variant
+from gpukern.conv.planner import only_measured, plan, ranking
+from gpukern.conv.problem import conv_problem
 from gpukern.explain import answer as answers
 from gpukern.explain import compiled as machine_code
-from gpukern.explain import show, words
-from gpukern.explain.answer import answer, ranked, reasons, residual_bytes
+from gpukern.explain import formatting, show
 from gpukern.explain.chart import HEIGHT, WIDTH, Point, chart
 from gpukern.explain.compiled import CannotCompile, Compiled, compiled
-from gpukern.explain.question import KINDS, Epilogue, convolution, linear
-from gpukern.ops._conv2d.cost import work
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Variant
-from gpukern.ops._conv2d.planner import only_measured, plan, ranking
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.explain.query import KINDS, Epilogue, convolution, linear
+from gpukern.explain.ranking import answer, ranked, reasons, residual_bytes
 from gpukern.runtime.device import A100, B200, B300, GH200, H100, L4, RTX_3090, RTX_4090, RTX_5090
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = Direction
-CONV2 = words.problem_called("32x64x56x56", "64x3x3", padding="1")
-SMALL = words.problem_called("1x512x7x7", "512x3x3", padding="1")
+CONV2 = formatting.problem_called("32x64x56x56", "64x3x3", padding="1")
+SMALL = formatting.problem_called("1x512x7x7", "512x3x3", padding="1")
 RESIDUAL = Epilogue("relu", residual=True)
 KERNEL = Compiled("conv2d_kernel", (7, 2), 99, 2**16, 0, 500, "HGMMA", {"tensor cores": 4, "predicates": 8}, 6)
 
@@ -36,13 +36,13 @@ def asked(p=CONV2, direction=FORWARD, kind="float16", device=H100, channels_last
 
 
 def test_sizes_are_those_of_the_problem():
-    p = words.problem_called("2x16x9×8", "24X3x5", "2x1", "1x2", "1x2", 1)
+    p = formatting.problem_called("2x16x9×8", "24X3x5", "2x1", "1x2", "1x2", 1)
     assert p is conv_problem((2, 16, 9, 8), (24, 16, 3, 5), None, (2, 1), (1, 1, 2, 2), (1, 2), 1)
-    assert words.problem_called("2x16x9x8", "24x4x3x5", groups=4) is words.problem_called(
+    assert formatting.problem_called("2x16x9x8", "24x4x3x5", groups=4) is formatting.problem_called(
         "2x16x9x8", "24x3x5", groups=4
     )
-    assert words.problem_called("1x8x6x6", "8x2x2", padding="same").padding == (0, 1, 0, 1)
-    assert words.problem_called("1x8x6x6", "8x2x2", padding="valid").padding == (0, 0, 0, 0)
+    assert formatting.problem_called("1x8x6x6", "8x2x2", padding="same").padding == (0, 1, 0, 1)
+    assert formatting.problem_called("1x8x6x6", "8x2x2", padding="valid").padding == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_sizes_are_those_of_the_problem():
 )
 def test_what_is_no_convolution_is_told(given, message):
     with pytest.raises(ValueError) as error:
-        words.problem_called(*given)
+        formatting.problem_called(*given)
     assert message in str(error.value)
 
 
@@ -82,43 +82,47 @@ def test_devices_by_name_and_by_architecture(monkeypatch):
         "sm_120": RTX_5090,
     }
     for name, device in {**named, **best}.items():
-        assert words.device_called(name) is device
-    assert words.device_called(None) is H100
+        assert formatting.device_called(name) is device
+    assert formatting.device_called(None) is H100
     for name in ("sm_75", "sm_9", "", "tpu"):
         with pytest.raises(ValueError, match=r"known are a100.*sm_100.*sm_120"):
-            words.device_called(name)
+            formatting.device_called(name)
     # The GPU that is here comes without its peaks.
-    monkeypatch.setattr(words.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(words, "device_spec", lambda device: words.replace(H100, name="NVIDIA H100 PCIe", peaks=None))
-    assert words.device_called(None).peaks.bandwidth == H100.peaks.bandwidth
+    monkeypatch.setattr(formatting.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        formatting, "device_spec", lambda device: formatting.replace(H100, name="NVIDIA H100 PCIe", peaks=None)
+    )
+    assert formatting.device_called(None).peaks.bandwidth == H100.peaks.bandwidth
 
 
 def test_kinds_and_directions_by_short_and_long_names():
-    assert [words.kind_called(name) for name in ("fp16", "BF16", "tf32", "float32")] == list(KINDS)
-    assert words.directions_called("all") == list(Direction)
-    assert words.directions_called("weight-grad") == words.directions_called("weight gradient") == [WEIGHT_GRAD]
-    for read in (words.kind_called, words.directions_called):
+    assert [formatting.kind_called(name) for name in ("fp16", "BF16", "tf32", "float32")] == list(KINDS)
+    assert formatting.directions_called("all") == list(Direction)
+    assert (
+        formatting.directions_called("weight-grad") == formatting.directions_called("weight gradient") == [WEIGHT_GRAD]
+    )
+    for read in (formatting.kind_called, formatting.directions_called):
         with pytest.raises(ValueError, match="known are"):
             read("int8")
 
 
 def test_epilogues():
-    assert words.epilogue_called("") == words.epilogue_called("none") == (False, Epilogue())
-    assert words.epilogue_called("bias, residual,ReLU") == (True, RESIDUAL)
-    assert words.epilogue_called("silu+bias") == (True, Epilogue("silu"))
+    assert formatting.epilogue_called("") == formatting.epilogue_called("none") == (False, Epilogue())
+    assert formatting.epilogue_called("bias, residual,ReLU") == (True, RESIDUAL)
+    assert formatting.epilogue_called("silu+bias") == (True, Epilogue("silu"))
     for given, message in (("bias,softmax", "no part 'softmax'"), ("relu,silu", "one activation, not relu and silu")):
         with pytest.raises(ValueError, match=message):
-            words.epilogue_called(given)
+            formatting.epilogue_called(given)
 
 
 def test_sizes_and_plans_go_back_into_words():
-    assert words.describe(CONV2) == "32×64×56×56 by 64×64×3×3, stride 1, padding 1"
-    p = words.problem_called("1x16x9x9", "16x2x2", dilation="2x1", padding="same", groups=16)
-    assert words.describe(p) == "1×16×9×9 by 16×1×2×2, stride 1, padding 1+1×0+1, dilation 2×1, 16 groups"
-    assert words.describe(linear(5, 64, 10, FORWARD, "float16", H100).problem) == "5×64 by 10×64"
+    assert formatting.describe(CONV2) == "32×64×56×56 by 64×64×3×3, stride 1, padding 1"
+    p = formatting.problem_called("1x16x9x9", "16x2x2", dilation="2x1", padding="same", groups=16)
+    assert formatting.describe(p) == "1×16×9×9 by 16×1×2×2, stride 1, padding 1+1×0+1, dilation 2×1, 16 groups"
+    assert formatting.describe(linear(5, 64, 10, FORWARD, "float16", H100).problem) == "5×64 by 10×64"
     copied = ConvPlan(Variant.TAPS, 64, 32, 16, 4, 3, pack=(True, False, True), precision="tf32x3")
-    assert words.describe_plan(copied, FORWARD) == "taps 64×32×16, 4 warps, 3 stages, tf32x3, x and y copied"
-    assert words.describe_plan(copied, WEIGHT_GRAD).endswith("dy and dw copied")
+    assert formatting.describe_plan(copied, FORWARD) == "taps 64×32×16, 4 warps, 3 stages, tf32x3, x and y copied"
+    assert formatting.describe_plan(copied, WEIGHT_GRAD).endswith("dy and dw copied")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,7 +131,7 @@ def test_no_two_plans_have_the_same_words(direction, kind):
     for channels_last in (True, False):
         question = asked(direction=direction, kind=kind, channels_last=channels_last)
         plans = [each.plan for each in ranking(CONV2, direction, question.operands, H100)]
-        assert len({words.describe_plan(each, direction) for each in plans}) == len(plans)
+        assert len({formatting.describe_plan(each, direction) for each in plans}) == len(plans)
 
 
 # ---- what is asked -------------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ def test_the_best_of_another_kernel_is_named_if_it_is_not_the_next():
     open_to_calls = [each for each in found.alternatives if not only_measured(each.plan)]
     rest = [each for each in open_to_calls if each.plan.variant != found.chosen.plan.variant]
     assert rest[0] is not open_to_calls[0], "another layer would show it"
-    name = words.describe_plan(rest[0].plan, FORWARD)
+    name = formatting.describe_plan(rest[0].plan, FORWARD)
     assert any(f"The best of another kernel, {name}, is expected" in reason for reason in reasons(found))
 
 
@@ -238,7 +242,7 @@ def test_nothing_to_do_and_too_much():
     assert "nothing is launched" in reasons(nothing)[0] and nothing.intensity == 0
     assert "\n" not in shown(nothing, "").splitlines()[0]
     with pytest.raises(RuntimeError, match="pixels are more than"):
-        answer(asked(words.problem_called("1000000x4x56x56", "4x3x3")))
+        answer(asked(formatting.problem_called("1000000x4x56x56", "4x3x3")))
 
 
 # ---- machine code --------------------------------------------------------------------------------------------------
@@ -256,14 +260,15 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch):
 
 COMPILE = """
 import dataclasses, json
-from gpukern.explain import words
+from gpukern.explain import formatting
 from gpukern.explain.compiled import CannotCompile, compiled
-from gpukern.explain.question import Epilogue, convolution
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant
+from gpukern.explain.query import Epilogue, convolution
+from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.runtime.device import A100
 
 question = convolution(
-    words.problem_called("2x32x8x8", "32x1x1"), Direction.FORWARD, "float16", False, A100, True, Epilogue("relu", True)
+    formatting.problem_called("2x32x8x8", "32x1x1"), Direction.FORWARD, "float16", False, A100, True,
+    Epilogue("relu", True)
 )
 taps = ConvPlan(Variant.TAPS, 64, 32, 32, num_warps=4, num_stages=3, pack=(True, False, False))
 print(json.dumps([dataclasses.asdict(each) for each in compiled(question, taps)]))
@@ -330,7 +335,7 @@ def test_everything_is_shown():
     for part in (
         "32×64×56×56 by 64×64×3×3, stride 1, padding 1: forward, float16, H100",
         "7.40 GFLOP, 38.6 MB, 192 FLOP per byte", "residual  12.8 MB of these bytes", "11.5 µs, bound by memory",
-        f"→ {words.describe_plan(found.chosen.plan, FORWARD)}",
+        f"→ {formatting.describe_plan(found.chosen.plan, FORWARD)}",
         "• Memory bounds it", "expected µs", "conv2d_kernel", "7×2", "64.0 KiB",
         "main loop (HGMMA): 4 tensor cores, 8 predicates", "┤", "●", "○",
     ):  # fmt: skip

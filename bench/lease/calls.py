@@ -18,7 +18,12 @@ MINUTES = {"first": 5.0, "second": 400 / 60}
 _LIBRARY = ("--peers", "library")
 _RESNET = ("--suite", "resnet50")
 #: Those with tests that need a GPU.
-_GPU_TESTS = ("tests/fuse/test_cuda_graph.py", "tests/optim/test_cuda.py", "tests/fuse/test_timing.py", "tests/tune")
+_GPU_TESTS = (
+    "tests/fusion/test_cuda_graph.py",
+    "tests/optim/test_cuda.py",
+    "tests/fusion/test_timing.py",
+    "tests/tune",
+)
 
 
 def measured(folder: Path, suite: str, name: str, *options: str, limit: float = float("inf")) -> Step:

@@ -14,9 +14,9 @@ from bench.peers import to_layout, torch_peers
 from bench.predict import predict_convolution
 from bench.results import Case, Prediction, Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
-from gpukern.ops._conv2d.cost import work
-from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
+from gpukern.conv.cost import work
+from gpukern.conv.plan import Direction
+from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.ops.conv2d import conv2d_input_grad, conv2d_weight_grad
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Work

@@ -18,7 +18,7 @@ from bench.networks import Networks, WholeNetwork, depth, placed, weights
 from bench.peers import compile_for_these_shapes, to_layout
 from bench.results import Prediction
 from bench.suite import Implementation, Task, Tensors, in_mode, register
-from gpukern.fuse.model import FusedModel
+from gpukern.fusion.model import FusedModel
 from gpukern.runtime.device import DeviceSpec
 from models.zoo import network
 

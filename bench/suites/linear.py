@@ -17,8 +17,8 @@ from bench.predict import predict_convolution
 from bench.results import Prediction, Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from bench.suites.conv import DIRECTIONS
-from gpukern.ops._conv2d.cost import work
-from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
+from gpukern.conv.cost import work
+from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.ops.linear import linear, linear_weight_grad
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Work

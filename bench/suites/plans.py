@@ -10,12 +10,12 @@ import torch
 from bench.predict import asked
 from bench.suite import Implementation, Task, register
 from bench.suites.conv import Convolutions
-from gpukern.explain.answer import chosen
-from gpukern.explain.question import Question
-from gpukern.explain.words import describe_plan
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant
-from gpukern.ops._conv2d.planner import ranking
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv.plan import ConvPlan, Direction, Variant
+from gpukern.conv.planner import ranking
+from gpukern.conv.problem import ConvProblem
+from gpukern.explain.formatting import describe_plan
+from gpukern.explain.query import Question
+from gpukern.explain.ranking import chosen
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.mode import EMULATE
 
@@ -89,7 +89,7 @@ def _with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tens
     p, direction = question.problem, question.direction
 
     def run(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-        from gpukern.ops._conv2d import launch  # needs Triton, which looking at plans does not
+        from gpukern.conv import launch  # needs Triton, which looking at plans does not
 
         first, second = {
             Direction.FORWARD: (x, w),

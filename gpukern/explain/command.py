@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from gpukern.explain import question, show, words
-from gpukern.explain.answer import Answer, answer
+from gpukern.conv.plan import Direction
+from gpukern.explain import formatting, query, show
 from gpukern.explain.compiled import CannotCompile, Compiled, compiled
-from gpukern.explain.question import Question
-from gpukern.ops._conv2d.plan import Direction
+from gpukern.explain.query import Question
+from gpukern.explain.ranking import Answer, answer
 from gpukern.runtime.device import DEVICES, DeviceSpec
 
 T = TypeVar("T")
@@ -37,7 +37,8 @@ _Arch = Annotated[
     str | None,
     typer.Option(
         metavar="DEVICE",
-        help=f"{', '.join(DEVICES)}, or {', '.join(words.ARCHITECTURES)}. Default: the GPU that is here, else h100.",
+        help=f"{', '.join(DEVICES)}, or {', '.join(formatting.ARCHITECTURES)}. "
+        "Default: the GPU that is here, else h100.",
     ),
 ]
 _Directions = Annotated[
@@ -81,15 +82,15 @@ def conv(
     no_compile: _NoCompile = False,
 ) -> None:
     """A convolution, for instance: gpukern explain conv 32x64x56x56 64x3x3 --padding 1"""
-    _checked("NxCxHxW", words.sizes_called, image, 4)
-    _checked("KxRxS", words.sizes_called, filter, 3, 4)
+    _checked("NxCxHxW", formatting.sizes_called, image, 4)
+    _checked("KxRxS", formatting.sizes_called, filter, 3, 4)
     for name, given in (("--stride", stride), ("--dilation", dilation)):
-        _checked(name, words.pair_called, given)
-    _checked("--padding", words.padding_called, padding)
-    problem = _checked(None, words.problem_called, image, filter, stride, padding, dilation, groups)
+        _checked(name, formatting.pair_called, given)
+    _checked("--padding", formatting.padding_called, padding)
+    problem = _checked(None, formatting.problem_called, image, filter, stride, padding, dilation, groups)
     device, kind, directions, bias, after = _common(arch, dtype, direction, epilogue)
     channels_last = _checked("--layout", _layout_called, layout)
-    asked = [question.convolution(problem, each, kind, channels_last, device, bias, after) for each in directions]
+    asked = [query.convolution(problem, each, kind, channels_last, device, bias, after) for each in directions]
     _explain(asked, top, as_json, no_compile)
 
 
@@ -106,11 +107,11 @@ def linear(
     no_compile: _NoCompile = False,
 ) -> None:
     """A fully-connected layer, for instance: gpukern explain linear 128x4096 1000"""
-    rows, inputs = _checked("MxC", words.sizes_called, matrix, 2)
+    rows, inputs = _checked("MxC", formatting.sizes_called, matrix, 2)
     device, kind, directions, bias, after = _common(arch, dtype, direction, epilogue)
     if after.residual:
         raise typer.BadParameter("a fully-connected layer adds no residual", param_hint="--epilogue")
-    asked = [question.linear(rows, inputs, outputs, e, kind, device, bias, after.activation) for e in directions]
+    asked = [query.linear(rows, inputs, outputs, e, kind, device, bias, after.activation) for e in directions]
     _explain(asked, top, as_json, no_compile)
 
 
@@ -119,12 +120,12 @@ def linear(
 
 def _common(
     arch: str | None, dtype: str, direction: str, epilogue: str
-) -> tuple[DeviceSpec, str, list[Direction], bool, question.Epilogue]:
-    device = _checked("--arch", words.device_called, arch)
-    kind = _checked("--dtype", words.kind_called, dtype)
-    directions = _checked("--direction", words.directions_called, direction)
-    bias, after = _checked("--epilogue", words.epilogue_called, epilogue)
-    if (bias or after != question.Epilogue()) and Direction.FORWARD not in directions:
+) -> tuple[DeviceSpec, str, list[Direction], bool, query.Epilogue]:
+    device = _checked("--arch", formatting.device_called, arch)
+    kind = _checked("--dtype", formatting.kind_called, dtype)
+    directions = _checked("--direction", formatting.directions_called, direction)
+    bias, after = _checked("--epilogue", formatting.epilogue_called, epilogue)
+    if (bias or after != query.Epilogue()) and Direction.FORWARD not in directions:
         raise typer.BadParameter("only a forward has an epilogue", param_hint="--epilogue")
     return device, kind, directions, bias, after
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gpukern.explain.question import Question
-from gpukern.ops._conv2d.plan import ConvPlan
-from gpukern.ops._conv2d.prepare import shapes
+from gpukern.conv.plan import ConvPlan
+from gpukern.conv.prepare import shapes
+from gpukern.explain.query import Question
 from gpukern.runtime.mode import EMULATE, has_triton
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def compiled(question: Question, choice: ConvPlan) -> list[Compiled]:
 
 def _call(question: Question, choice: ConvPlan) -> None:
     """On tensors without memory."""
-    from gpukern.ops._conv2d import launch
+    from gpukern.conv import launch
 
     p, direction = question.problem, question.direction
     given = zip(shapes(p, direction), (question.first, question.second), strict=False)

@@ -13,12 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gpukern.explain.answer import Answer, megabytes, micro, reasons, residual_bytes
+from gpukern.conv.planner import Ranked
+from gpukern.conv.prepare import shapes
 from gpukern.explain.chart import Point, chart
 from gpukern.explain.compiled import Compiled
-from gpukern.explain.words import by, describe, describe_plan
-from gpukern.ops._conv2d.planner import Ranked
-from gpukern.ops._conv2d.prepare import shapes
+from gpukern.explain.formatting import by, describe, describe_plan
+from gpukern.explain.ranking import Answer, megabytes, micro, reasons, residual_bytes
 
 #: Columns of what goes into a pipe: no window to fit, and nothing may be cut off.
 _WIDE = 150

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._conv2d.problem import ConvProblem, Padding, Pair, conv_problem, output_size
+from gpukern.conv.problem import ConvProblem, Padding, Pair, conv_problem, output_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, activation_grad_jvp, affine_jvp, needs_input
 from gpukern.runtime.integers import require
@@ -19,7 +19,7 @@ from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import as_memory_format, check_alike, check_bias, memory_format_of
 from gpukern.runtime.transforms import Batch, bilinear_jvp, linear_jvp
 
-_implementations = Implementations("gpukern.ops._conv2d")
+_implementations = Implementations("gpukern.conv")
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 

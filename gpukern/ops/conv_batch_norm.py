@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from gpukern.conv.problem import Padding, Pair, conv_problem, output_size
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_several_values, check_sizes
-from gpukern.ops._conv2d.problem import Padding, Pair, conv_problem, output_size
 from gpukern.ops.activation import affine_jvp
 from gpukern.ops.batch_norm import batch_norm_backward, check_numbers, kept_for_backward, norm_jvp
 from gpukern.ops.conv2d import channel_sum, conv2d, conv2d_input_grad, conv2d_weight_grad

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._conv2d.pooled.problem import WINDOWS
-from gpukern.ops._conv2d.problem import Padding, Pair, conv_problem
-from gpukern.ops._conv2d.problem import output_size as convolved_size
+from gpukern.conv.families.pooled.problem import WINDOWS
+from gpukern.conv.problem import Padding, Pair, conv_problem
+from gpukern.conv.problem import output_size as convolved_size
 from gpukern.ops._pool2d.problem import output_size as pooled_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
@@ -23,7 +23,7 @@ from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import check_alike, check_bias, memory_format_of
 from gpukern.runtime.transforms import Batch
 
-_implementations = Implementations("gpukern.ops._conv2d.pooled")
+_implementations = Implementations("gpukern.conv.families.pooled")
 
 
 def _output_shape(input, weight, bias, *geometry) -> tuple[int, int, int, int]:

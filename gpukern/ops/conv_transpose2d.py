@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._conv2d.problem import ConvProblem, Pair, transposed_problem, transposed_size
+from gpukern.conv.problem import ConvProblem, Pair, transposed_problem, transposed_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weight_grad
@@ -19,7 +19,7 @@ from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import check_alike, check_bias, memory_format_of
 from gpukern.runtime.transforms import Batch
 
-_implementations = Implementations("gpukern.ops._conv2d")
+_implementations = Implementations("gpukern.conv")
 
 
 def apply(

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from gpukern.optim._fused.entry import Amp, Entry, Settings, in_order_of, is_shard, kept, local
 from gpukern.optim._fused.hyperparameters import Hyperparameters
+from gpukern.optim._fused.param_state import Amp, Entry, Settings, in_order_of, is_shard, kept, local
 from gpukern.optim._fused.rules import Rule
 from gpukern.optim._fused.step import Step
 

@@ -19,11 +19,11 @@ from dataclasses import replace
 
 import torch
 
-from gpukern.ops._conv2d import reference
-from gpukern.ops._conv2d.layouts import Shape, Strides
-from gpukern.ops._conv2d.plan import ConvPlan, Direction
-from gpukern.ops._conv2d.prepare import prepare
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv import reference
+from gpukern.conv.layouts import Shape, Strides
+from gpukern.conv.plan import ConvPlan, Direction
+from gpukern.conv.prepare import prepare
+from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.precision import TF32_CUT, TF32X3
@@ -34,7 +34,7 @@ _SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 
 #: Elements of an image tensor that are computed in float64 at once.
 _CHUNK = 2**25
 
-_implementations = Implementations("gpukern.ops._conv2d")
+_implementations = Implementations("gpukern.conv")
 
 
 class WrongResult(RuntimeError):

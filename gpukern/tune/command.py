@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from gpukern.explain.words import directions_called, kind_called, sizes_called
+from gpukern.explain.formatting import directions_called, kind_called, sizes_called
 from gpukern.tune import sources
 from gpukern.tune.record import Call
 from gpukern.tune.session import TuneError, check_device, tune_calls

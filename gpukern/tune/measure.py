@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gpukern.ops._conv2d.plan import ConvPlan
-from gpukern.ops._conv2d.planner import Ranked, plan, ranking
+from gpukern.conv.plan import ConvPlan
+from gpukern.conv.planner import Ranked, plan, ranking
 from gpukern.runtime.current_device import device_spec
 from gpukern.tune.check import Check
 from gpukern.tune.record import Call

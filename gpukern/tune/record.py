@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern.conv import prepare as common
+from gpukern.conv.layouts import Shape, Strides, dense_strides
+from gpukern.conv.plan import Direction, Operands
+from gpukern.conv.problem import ConvProblem
 from gpukern.convert import convert
-from gpukern.explain.words import describe
-from gpukern.ops._conv2d import prepare as common
-from gpukern.ops._conv2d.layouts import Shape, Strides, dense_strides
-from gpukern.ops._conv2d.plan import Direction, Operands
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.explain.formatting import describe
 from gpukern.runtime.strides import is_channels_last
 
 
 class Call(NamedTuple):
-    """What :func:`gpukern.ops._conv2d.prepare.prepare` is asked for, but for device, epilogue and plan."""
+    """What :func:`gpukern.conv.prepare.prepare` is asked for, but for device, epilogue and plan."""
 
     problem: ConvProblem
     direction: Direction
@@ -81,7 +81,7 @@ def calls_of(
 
 @contextlib.contextmanager
 def _recording() -> Iterator[dict[Call, None]]:
-    from gpukern.ops._conv2d import launch as convolution  # needs Triton
+    from gpukern.conv import launch as convolution  # needs Triton
     from gpukern.ops._linear import launch as linear
 
     calls: dict[Call, None] = {}

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from gpukern.conv import database
+from gpukern.conv.database import Entry
+from gpukern.conv.plan import ConvPlan
+from gpukern.conv.prepare import prepare
 from gpukern.info import driver_version, package_version
-from gpukern.ops._conv2d import database
-from gpukern.ops._conv2d.database import Entry
-from gpukern.ops._conv2d.plan import ConvPlan
-from gpukern.ops._conv2d.prepare import prepare
 from gpukern.runtime.current_device import device_spec
 from gpukern.tune.measure import DeviceLost, Outcome, Timer, do_bench, heuristic_of, is_lost, measure, reason_of
 from gpukern.tune.progress import Progress

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from gpukern.explain.question import KINDS
-from gpukern.explain.words import problem_called, sizes_called
-from gpukern.ops._conv2d.layouts import dense_strides
-from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.prepare import shapes
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv.layouts import dense_strides
+from gpukern.conv.plan import Direction
+from gpukern.conv.prepare import shapes
+from gpukern.conv.problem import ConvProblem
+from gpukern.explain.formatting import problem_called, sizes_called
+from gpukern.explain.query import KINDS
 from gpukern.runtime.precision import fp32_products
 from gpukern.runtime.strides import is_channels_last
 from gpukern.tune.record import Call, calls_of

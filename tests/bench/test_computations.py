@@ -15,7 +15,7 @@ from bench.results import Case
 from bench.suite import Selection, Suite, Task, suites, tasks
 from bench.suites.linear import Linear
 from bench.suites.pool import Kind, Pool
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.conv.problem import conv_problem
 from gpukern.ops._pool2d.problem import adaptive_problem, pool_problem
 from gpukern.runtime.mode import Mode, force_mode, mode_of
 from models.zoo import NETWORKS, Network

@@ -7,7 +7,7 @@ import torch
 
 from bench.results import Case
 from bench.suite import Task, suites
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.conv.problem import conv_problem
 from gpukern.runtime.device import A100, H100
 
 FUSED, PLAIN = suites()["fused"], suites()["conv"]

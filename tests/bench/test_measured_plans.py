@@ -10,12 +10,12 @@ import pytest
 from bench import bundle_plans, calibrate, measured_plans, results
 from bench.measured_plans import plan_called
 from bench.results import Candidate, ResultsError
-from gpukern.explain.words import describe_plan
-from gpukern.ops._conv2d import database
-from gpukern.ops._conv2d.estimate import MEASURED
-from gpukern.ops._conv2d.plan import Direction, Operands
-from gpukern.ops._conv2d.planner import only_measured, plan, ranking
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.conv import database
+from gpukern.conv.estimate import MEASURED
+from gpukern.conv.plan import Direction, Operands
+from gpukern.conv.planner import only_measured, plan, ranking
+from gpukern.conv.problem import conv_problem
+from gpukern.explain.formatting import describe_plan
 from gpukern.runtime.device import H100, H200
 from tests.bench import made_up
 from tests.ops.conv_cases import CASES, as_problem

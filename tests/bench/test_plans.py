@@ -10,11 +10,11 @@ from bench.predict import asked
 from bench.results import Case
 from bench.suite import Task, suites
 from bench.suites import plans
-from gpukern.explain.answer import chosen
-from gpukern.explain.words import describe_plan
-from gpukern.ops._conv2d.plan import Direction, Variant
-from gpukern.ops._conv2d.planner import FAMILIES, ranking
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.conv.plan import Direction, Variant
+from gpukern.conv.planner import FAMILIES, ranking
+from gpukern.conv.problem import conv_problem
+from gpukern.explain.formatting import describe_plan
+from gpukern.explain.ranking import chosen
 from gpukern.runtime.current_device import pretend
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.mode import EMULATE

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from bench import roofline
 from bench.roofline import Row, by_batch, document, layers, main_kernel, markdown, row, summary
+from gpukern.conv.plan import Direction
 from gpukern.explain.compiled import CannotCompile, Compiled
-from gpukern.ops._conv2d.plan import Direction
 from gpukern.runtime.device import A100, H100, RTX_4090
 
 runner = CliRunner()

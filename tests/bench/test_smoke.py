@@ -81,7 +81,7 @@ def test_names_are_distinct(kind):
 
 
 def test_every_family_of_kernels_is_tried():
-    from gpukern.ops._conv2d.plan import Variant
+    from gpukern.conv.plan import Variant
 
     with pretend(H200):
         names = [each.name for each in KINDS["convolutions"](CPU)]

@@ -11,9 +11,9 @@ from unittest import mock
 
 import torch
 
-from gpukern.ops._conv2d import database, launch, planner, prepare
-from gpukern.ops._conv2d.layouts import Shape
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout
+from gpukern.conv import database, launch, planner, prepare
+from gpukern.conv.layouts import Shape
+from gpukern.conv.plan import ConvPlan, Direction, Layout
 
 #: What the end of a forward kernel is asked for beside the bias, by fused networks and by a batch norm in training.
 EPILOGUES = (

@@ -15,11 +15,11 @@ import torch
 import gpukern
 import gpukern.functional as F
 from bench.layers import LayerCall, layer_calls
+from gpukern.conv import launch, planner
+from gpukern.conv.plan import ConvPlan, Direction, Variant
+from gpukern.conv.prepare import Epilogue, operands_of, shapes
+from gpukern.conv.problem import pooled_problem
 from gpukern.convert import REPLACEMENTS
-from gpukern.ops._conv2d import launch, planner
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Variant
-from gpukern.ops._conv2d.prepare import Epilogue, operands_of, shapes
-from gpukern.ops._conv2d.problem import pooled_problem
 from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.runtime.compile_only import Launch, record_launches

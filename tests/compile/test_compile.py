@@ -72,8 +72,8 @@ def test_machine_code(architecture, kind, share):
 PLANTED = """
 import json, sys
 import torch
-from gpukern.ops._conv2d import prepare
-from gpukern.ops._conv2d.plan import ConvPlan, Variant
+from gpukern.conv import prepare
+from gpukern.conv.plan import ConvPlan, Variant
 from gpukern.runtime import device
 from gpukern.runtime.compile_only import record_launches
 import gpukern.functional as F

@@ -14,12 +14,12 @@ from tests.compile.faults import BUDGETS, faults
 COMPILE = """
 import json, sys
 import torch
-from gpukern.ops._conv2d.layouts import dense_strides
-from gpukern.ops._conv2d.plan import Direction, Operands
-from gpukern.ops._conv2d.prepare import Epilogue, Request, shapes
-from gpukern.ops._conv2d.problem import conv_problem
-from gpukern.ops._conv2d.warp_specialized.launch import prepare
-from gpukern.ops._conv2d.warp_specialized.plan import candidates
+from gpukern.conv.layouts import dense_strides
+from gpukern.conv.plan import Direction, Operands
+from gpukern.conv.prepare import Epilogue, Request, shapes
+from gpukern.conv.problem import conv_problem
+from gpukern.conv.families.warp_specialized.launch import prepare
+from gpukern.conv.families.warp_specialized.plan import candidates
 from gpukern.runtime.compile_only import record_launches
 from gpukern.runtime.device import H100
 from tests.compile.worker import describe

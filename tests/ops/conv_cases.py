@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from gpukern.ops._conv2d.problem import ConvProblem, conv_problem, same_padding
+from gpukern.conv.problem import ConvProblem, conv_problem, same_padding
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpukern.ops._conv2d import reference
-from gpukern.ops._conv2d.batch_box import plan as batch_box
-from gpukern.ops._conv2d.launch import prepared_for, run
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv import reference
+from gpukern.conv.families.tma_wgrad import plan as batch_box
+from gpukern.conv.launch import prepared_for, run
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.precision import conv_precision
 from tests.numerics import assert_within, sum_bound, uses_tf32

@@ -11,15 +11,15 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gpukern.ops._conv2d import launch
-from gpukern.ops._conv2d.cost import cost, work
-from gpukern.ops._conv2d.geometry import dimensions
-from gpukern.ops._conv2d.layouts import dense_strides
-from gpukern.ops._conv2d.passes import launch as passes
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.ops._conv2d.planner import FAMILIES, plan, ranking
-from gpukern.ops._conv2d.prepare import operands_of, shapes
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.conv import launch
+from gpukern.conv.cost import cost, work
+from gpukern.conv.geometry import dimensions
+from gpukern.conv.layouts import dense_strides
+from gpukern.conv.passes import launch as passes
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.planner import FAMILIES, plan, ranking
+from gpukern.conv.prepare import operands_of, shapes
+from gpukern.conv.problem import conv_problem
 from gpukern.runtime.current_device import pretend
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, Peaks
 from gpukern.runtime.roofline import Work, floor, window_reads

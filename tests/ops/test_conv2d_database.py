@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpukern.ops._conv2d import database, planner
-from gpukern.ops._conv2d.database import Entry, bucket, file_name, key, lookup
-from gpukern.ops._conv2d.layouts import dense_strides
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.ops._conv2d.prepare import operands_of, prepare, shapes
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv import database, planner
+from gpukern.conv.database import Entry, bucket, file_name, key, lookup
+from gpukern.conv.layouts import dense_strides
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.prepare import operands_of, prepare, shapes
+from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import H100, DeviceSpec
 

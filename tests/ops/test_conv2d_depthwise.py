@@ -10,13 +10,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 
-from gpukern.ops._conv2d import reference
-from gpukern.ops._conv2d.depthwise import plan as depthwise
-from gpukern.ops._conv2d.depthwise.plan import Axis, axes, cut_of, tiles
-from gpukern.ops._conv2d.geometry import Dimension
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands
-from gpukern.ops._conv2d.prepare import Epilogue, Request, operands_of
-from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
+from gpukern.conv import reference
+from gpukern.conv.families.depthwise import plan as depthwise
+from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tiles
+from gpukern.conv.geometry import Dimension
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands
+from gpukern.conv.prepare import Epilogue, Request, operands_of
+from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.runtime.device import A100, EMULATED, H100
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.mode import EMULATE
@@ -119,7 +119,7 @@ def plans(p: ConvProblem, direction: Direction, first, second, output) -> list[C
 
 def run(p, direction, choice, first, second, output, bias=None, residual=None, epilogue=None, slope=0.0):
     """Launch ``choice``; returns the statistics, if any are asked for."""
-    from gpukern.ops._conv2d.depthwise.launch import prepare
+    from gpukern.conv.families.depthwise.launch import prepare
 
     epilogue = epilogue or Epilogue()
     strides = first.stride(), second.stride(), output.stride()
@@ -162,7 +162,7 @@ def test_against_float64(case, direction, dtype, layout, device):
 @pytest.mark.parametrize("dtype, layout", ((torch.bfloat16, "channels_last"), (torch.float16, "NCHW")), ids=str)
 def test_epilogue_and_statistics(dtype, layout, device):
     """Bias, residual and activation on the fp32 sum; sums and squared deviations of what is stored, tile by tile."""
-    from gpukern.ops._conv2d.passes.launch import merge_statistics
+    from gpukern.conv.passes.launch import merge_statistics
 
     case = Case("", (2, 8, 7, 8), (3, 3), padding=(1, 1, 1, 1))
     p = case.problem

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as torch_F
 
 import gpukern.functional as F
+from gpukern.conv import database, exclusions, launch, planner, prepare
+from gpukern.conv.exclusions import Exclusion
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.problem import conv_problem
 from gpukern.explain import answer as answers
 from gpukern.explain import show
-from gpukern.explain.question import convolution
-from gpukern.ops._conv2d import database, exclusions, launch, planner, prepare
-from gpukern.ops._conv2d.exclusions import Exclusion
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.ops._conv2d.problem import conv_problem
+from gpukern.explain.query import convolution
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.runtime.current_device import pretend
 from gpukern.runtime.device import A100, B200, EMULATED, H100, H200
@@ -144,7 +144,7 @@ class Refusing:
 @pytest.fixture
 def driver(switch_off, monkeypatch):
     """``driver(words)`` refuses the stem's windows with these words, of a GPU as small as the emulated one."""
-    from gpukern.ops._conv2d.stem import kernels
+    from gpukern.conv.families.tma_stem import kernels
 
     def refuse(words: str, module=kernels, name: str = "conv2d_stem_kernel") -> Refusing:
         kernel = Refusing(words)
@@ -212,7 +212,7 @@ def test_statistics_and_pools_are_planned_around_too(driver):
 
 @needs_descriptors
 def test_a_linear_layer_is_planned_around(driver):
-    from gpukern.ops._conv2d.gemm import kernels
+    from gpukern.conv.families.tma_gemm import kernels
 
     gemm = driver(REFUSED, kernels, "conv2d_gemm_kernel")
     x, w, b = (torch.randn(size).to(DEVICE, torch.float16) for size in ((128, 256), (64, 256), (64,)))

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gpukern.conv import launch
+from gpukern.conv.passes.launch import merge_statistics
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.planner import FAMILIES, candidates, only_measured
+from gpukern.conv.prepare import Epilogue, operands_of, shapes
+from gpukern.conv.problem import ConvProblem
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
-from gpukern.ops._conv2d import launch
-from gpukern.ops._conv2d.passes.launch import merge_statistics
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.ops._conv2d.planner import FAMILIES, candidates, only_measured
-from gpukern.ops._conv2d.prepare import Epilogue, operands_of, shapes
-from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import EMULATED, H100, DeviceSpec
 from gpukern.runtime.precision import conv_precision
@@ -55,7 +55,7 @@ def tensors(case: Case, dtype: torch.dtype, device: torch.device, layout: str) -
 
 
 def truth(p: ConvProblem, direction: Direction, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    from gpukern.ops._conv2d import reference
+    from gpukern.conv import reference
 
     if direction is Direction.FORWARD:
         return reference.conv2d(p, first, second, None, None, "none", 0.0)

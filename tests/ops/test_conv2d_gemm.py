@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gpukern.conv import reference
+from gpukern.conv.families.tma_gemm import plan as gemm
+from gpukern.conv.launch import prepared_for, run
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.prepare import Epilogue
+from gpukern.conv.problem import ConvProblem
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
-from gpukern.ops._conv2d import reference
-from gpukern.ops._conv2d.gemm import plan as gemm
-from gpukern.ops._conv2d.launch import prepared_for, run
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.ops._conv2d.prepare import Epilogue
-from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.precision import conv_precision
 from tests.numerics import FP32_EPS, assert_within, sum_bound, uses_tf32

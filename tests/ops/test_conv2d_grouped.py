@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
-from gpukern.ops._conv2d import launch, reference
-from gpukern.ops._conv2d.grouped import plan as grouped
-from gpukern.ops._conv2d.plan import Direction, Layout, Operands
-from gpukern.ops._conv2d.prepare import operands_of
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv import launch, reference
+from gpukern.conv.families.grouped import plan as grouped
+from gpukern.conv.plan import Direction, Layout, Operands
+from gpukern.conv.prepare import operands_of
+from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import A100, EMULATED, H100, L4
 from tests.numerics import assert_within, sum_bound
 from tests.ops.conv_cases import Case, as_problem

@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 
-from gpukern.ops._conv2d.cost import ELEMENTWISE
-from gpukern.ops._conv2d.layouts import alignment, dense_strides
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.ops._conv2d.planner import FAMILIES, only_measured, plan, ranking
-from gpukern.ops._conv2d.problem import conv_problem, same_padding
+from gpukern.conv.cost import ELEMENTWISE
+from gpukern.conv.layouts import alignment, dense_strides
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.planner import FAMILIES, only_measured, plan, ranking
+from gpukern.conv.problem import conv_problem, same_padding
 from gpukern.ops._image import strides_of
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4, RTX_5090
 from gpukern.runtime.strides import is_channels_last

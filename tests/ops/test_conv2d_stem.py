@@ -7,14 +7,14 @@ import itertools
 import pytest
 import torch
 
-from gpukern.ops._conv2d.layouts import dense_strides
-from gpukern.ops._conv2d.passes.launch import merge_statistics
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.ops._conv2d.prepare import Epilogue, Request
-from gpukern.ops._conv2d.problem import ConvProblem, conv_problem
-from gpukern.ops._conv2d.reference import conv2d as reference
-from gpukern.ops._conv2d.stem.launch import prepare
-from gpukern.ops._conv2d.stem.plan import candidates, packed, tiles, window
+from gpukern.conv.families.tma_stem.launch import prepare
+from gpukern.conv.families.tma_stem.plan import candidates, packed, tiles, window
+from gpukern.conv.layouts import dense_strides
+from gpukern.conv.passes.launch import merge_statistics
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.prepare import Epilogue, Request
+from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv.reference import conv2d as reference
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.integers import power_of_two

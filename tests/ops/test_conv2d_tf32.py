@@ -14,9 +14,9 @@ import itertools
 import pytest
 import torch
 
-from gpukern.ops._conv2d import launch
-from gpukern.ops._conv2d.plan import Direction, Variant
-from gpukern.ops._conv2d.prepare import operands_of, shapes
+from gpukern.conv import launch
+from gpukern.conv.plan import Direction, Variant
+from gpukern.conv.prepare import operands_of, shapes
 from tests.ops.conv_cases import Case, as_problem
 from tests.ops.test_conv2d_forced import EMULATABLE, FORMATS, plans, terms, truth
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gpukern.conv import reference
+from gpukern.conv.families.warp_specialized import launch
+from gpukern.conv.families.warp_specialized.plan import candidates, tiles
+from gpukern.conv.layouts import dense_strides
+from gpukern.conv.passes.launch import merge_statistics
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.prepare import Epilogue, Request
+from gpukern.conv.problem import conv_problem
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
-from gpukern.ops._conv2d import reference
-from gpukern.ops._conv2d.layouts import dense_strides
-from gpukern.ops._conv2d.passes.launch import merge_statistics
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.ops._conv2d.prepare import Epilogue, Request
-from gpukern.ops._conv2d.problem import conv_problem
-from gpukern.ops._conv2d.warp_specialized import launch
-from gpukern.ops._conv2d.warp_specialized.plan import candidates, tiles
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, B200, EMULATED, H100
 from tests.device import DEVICE

@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import gpukern.functional as GF
+from gpukern.conv import launch, planner
+from gpukern.conv.families.pooled import launch as pooled_launch
+from gpukern.conv.families.pooled.plan import apart, choose, together
+from gpukern.conv.families.tma_conv.plan import part
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.prepare import Epilogue, operands_of, pooled_choice, shapes
+from gpukern.conv.problem import ConvProblem, conv_problem, pooled_problem
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
-from gpukern.ops._conv2d import launch, planner
-from gpukern.ops._conv2d.box.plan import part
-from gpukern.ops._conv2d.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.ops._conv2d.pooled import launch as pooled_launch
-from gpukern.ops._conv2d.pooled.plan import apart, choose, together
-from gpukern.ops._conv2d.prepare import Epilogue, operands_of, pooled_choice, shapes
-from gpukern.ops._conv2d.problem import ConvProblem, conv_problem, pooled_problem
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, EMULATED, H100, DeviceSpec
@@ -65,7 +65,7 @@ def tensors(case: Case, dtype: torch.dtype, device: torch.device, layout: str) -
 
 def truth(p: ConvProblem, x, w, bias, name: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
     """(the maxima in float64, their bound): a maximum errs by no more than the worst of its window."""
-    from gpukern.ops._conv2d import reference
+    from gpukern.conv import reference
 
     x, w, bias = (t.detach().double().cpu() for t in (x, w, bias))
     value = reference.conv2d(p, x, w, bias, None, "none", 0.0)
@@ -445,7 +445,7 @@ def test_a_quarter_is_written_and_nothing_read_back():
 
 
 def test_a_measured_plan_goes_before(tmp_path, monkeypatch):
-    from gpukern.ops._conv2d import database
+    from gpukern.conv import database
 
     p = layer(2, 64, 12, 64)
     asked = p, (9216, 1, 768, 64), (576, 1, 192, 64), True, torch.float16, "ieee", A100

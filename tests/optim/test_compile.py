@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from gpukern.optim._fused import rules, source
+from gpukern.optim._fused.device_tables import GRADIENTS, arguments_type
 from gpukern.optim._fused.machine_code import OPTIONS
 from gpukern.optim._fused.rules import Rule
 from gpukern.optim._fused.source import Variant
-from gpukern.optim._fused.table import GRADIENTS, arguments_type
 from gpukern.runtime.device import A100, B200, H100, DeviceSpec
 from tests.optim import nvrtc
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gpukern.optim as optim
-from gpukern.optim._fused import bundle, cuda, source
+from gpukern.optim._fused import cuda, source, tensor_group
 from gpukern.runtime.mode import EMULATE
 from tests.optim.cases import FULL, Case, give_gradients, parameters
 from tests.optim.cupy_stub import Stub, TorchStream
@@ -31,7 +31,7 @@ def stub(monkeypatch):
         assert device == 3
         return current[0]
 
-    monkeypatch.setattr(bundle, "_program", program)
+    monkeypatch.setattr(tensor_group, "_program", program)
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     monkeypatch.setenv("GPUKERN_CUBINS", "")
     return stubs, current

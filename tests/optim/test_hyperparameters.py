@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gpukern.optim as optim
-from gpukern.optim._fused import rules, table
+from gpukern.optim._fused import device_tables, rules
 from gpukern.optim._fused.hyperparameters import Hyperparameters
 
 NAMES = optim.Adam._names
@@ -68,7 +68,7 @@ def test_a_rate_on_a_device_is_passed_on_as_it_is():
 
 def test_the_table_of_groups():
     given = [(16, (0.0, *range(1, 8))), (0, (0.5, *range(11, 18)))]
-    found = table.groups_table(rules.ADAM, given)
+    found = device_tables.groups_table(rules.ADAM, given)
     assert list(found["lr_place"]) == [16, 0] and list(found["lr"]) == [0.0, 0.5]
     for number, name in enumerate(rules.ADAM.hyperparameters[1:], 1):
         assert list(found[name]) == [number, number + 10]

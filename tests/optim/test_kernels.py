@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gpukern.optim as optim
-from gpukern.optim._fused import bundle, host, source, table
+from gpukern.optim._fused import device_tables, host, source, tensor_group
 from gpukern.runtime.mode import Mode, force_mode
 from tests.optim.cases import FULL, Case, give_gradients, parameters
 
@@ -160,14 +160,14 @@ def test_elements_beyond_what_32_bits_count(monkeypatch):
         owner.grad[place] = 1.0
     optimizer = optim.SGD([owner], lr=0.5, momentum=0.9)
     optimizer.state[owner]["momentum_buffer"] = huge(size)
-    all_tables = table.tables
+    all_tables = device_tables.tables
 
     def some_tables(*given):
         tensors, chunks = all_tables(*given)
         assert len(chunks) == 2**15 + 1
         return tensors, chunks[[0, 2**14, -1]]
 
-    monkeypatch.setattr(bundle, "tables", some_tables)
+    monkeypatch.setattr(tensor_group, "tables", some_tables)
     optimizer.step()
     for place in (3, 2**30 + 3, size - 3):
         assert owner[place] == -0.5 and optimizer.state[owner]["momentum_buffer"][place] == 1.0

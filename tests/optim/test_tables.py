@@ -12,31 +12,35 @@ import pytest
 import torch
 
 import gpukern.optim as optim
-from gpukern.optim._fused import host, source, table
+from gpukern.optim._fused import device_tables, host, source
 from gpukern.optim._fused.rules import ADAM, LAMB, SGD
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the kernels as the host has them")
 
 
 def test_chunks_cover_every_tensor_once():
-    rows = [table.Row(16 * n, 0, (), 4, size, 0) for n, size in enumerate((5, 0, 4096, 4097, 1))]
-    tensors, chunks = table.tables(rows, 0, 2048)
+    rows = [device_tables.Row(16 * n, 0, (), 4, size, 0) for n, size in enumerate((5, 0, 4096, 4097, 1))]
+    tensors, chunks = device_tables.tables(rows, 0, 2048)
     covered = [(int(c["tensor"]), int(c["number"])) for c in chunks]
     assert covered == [(0, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2), (4, 0)]
     assert [int(t["first_chunk"]) for t in tensors] == [0, 1, 1, 3, 6] and list(tensors["chunks"]) == [1, 0, 2, 3, 1]
 
 
 def test_chunk_sizes_fill_the_device():
-    assert table.chunk_size(10**9, 132) == 65536
-    assert table.chunk_size(1000, 132) == 2048
+    assert device_tables.chunk_size(10**9, 132) == 65536
+    assert device_tables.chunk_size(1000, 132) == 2048
     for elements in (10**6, 25 * 10**6, 10**8):
-        size = table.chunk_size(elements, 132)
+        size = device_tables.chunk_size(elements, 132)
         assert size in (2048, 65536) or elements / size >= 8 * 132
 
 
 def test_tables_are_laid_out_as_the_compiler_lays_out_structs(tmp_path):
     variant = source.Variant(LAMB, "float32", "bfloat16", "float16", ("exp_avg", "exp_avg_sq"), 128)
-    wanted = {"Tensor": table.tensor_type(2), "Group": table.group_type(LAMB), "Arguments": table.arguments_type(128)}
+    wanted = {
+        "Tensor": device_tables.tensor_type(2),
+        "Group": device_tables.group_type(LAMB),
+        "Arguments": device_tables.arguments_type(128),
+    }
     text = source.source(variant, "host.h") + "\n#include <cstdio>\n#include <cstddef>\nint main() {\n"
     for name, dtype in wanted.items():
         text += f'printf("%zu", sizeof({name}));\n'
@@ -50,7 +54,7 @@ def test_tables_are_laid_out_as_the_compiler_lays_out_structs(tmp_path):
     for line, (name, dtype) in zip(printed, wanted.items(), strict=True):
         fields = [n for n in dtype.names if name != "Group" or n == "lr_place"]
         assert list(map(int, line.split())) == [dtype.itemsize, *(dtype.fields[n][1] for n in fields)], name
-    assert table.arguments_type(table.GRADIENTS[-1]).itemsize <= 32764
+    assert device_tables.arguments_type(device_tables.GRADIENTS[-1]).itemsize <= 32764
 
 
 def test_elementwise_form_is_the_same_rule(tmp_path):
@@ -123,5 +127,9 @@ def test_programs_are_compiled_once(tmp_path, monkeypatch):
 
 
 def test_arguments_of_the_size_that_travels():
-    assert table.room_for(1) == 128 and table.room_for(129) == 1024 and table.room_for(4032) == 4032
-    assert np.zeros(1, table.arguments_type(128)).nbytes < 1200
+    assert (
+        device_tables.room_for(1) == 128
+        and device_tables.room_for(129) == 1024
+        and device_tables.room_for(4032) == 4032
+    )
+    assert np.zeros(1, device_tables.arguments_type(128)).nbytes < 1200

@@ -180,9 +180,9 @@ def count_calls(count, device):
     return given(count, torch.device("cuda", 0))
 
 counters._zeros = count_zeros
-for name in ("gemm", "gather", "box"):
-    __import__(f"gpukern.ops._conv2d.{name}.launch")
-    sys.modules[f"gpukern.ops._conv2d.{name}.launch"].zeroed_counters = count_calls
+for name in ("tma_gemm", "implicit_gemm", "tma_conv"):
+    __import__(f"gpukern.conv.families.{name}.launch")
+    sys.modules[f"gpukern.conv.families.{name}.launch"].zeroed_counters = count_calls
 with torch.no_grad(), record_launches(H200) as launches:
     fused(x)
     launches.clear()
@@ -232,8 +232,8 @@ def captured(layers) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
 def test_graphs_of_split_launches(monkeypatch):
     """No memset in them; two of them beside each other, and again, compute what they should."""
     given = []
-    for name in ("gemm", "gather", "box"):
-        module = __import__(f"gpukern.ops._conv2d.{name}.launch", fromlist=["launch"])
+    for name in ("tma_gemm", "implicit_gemm", "tma_conv"):
+        module = __import__(f"gpukern.conv.families.{name}.launch", fromlist=["launch"])
         wrapped = lambda count, device: given.append(zeroed_counters(count, device)) or given[-1]  # noqa: E731
         monkeypatch.setattr(module, "zeroed_counters", wrapped)
     work = [layers(), layers()]

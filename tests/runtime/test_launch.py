@@ -10,8 +10,8 @@ COMPILE = """
 import json
 import torch
 import gpukern.functional as F
-from gpukern.ops._conv2d import prepare
-from gpukern.ops._conv2d.plan import ConvPlan, Variant
+from gpukern.conv import prepare
+from gpukern.conv.plan import ConvPlan, Variant
 from gpukern.runtime.compile_only import record_launches
 from gpukern.runtime.device import H100
 

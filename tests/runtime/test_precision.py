@@ -9,7 +9,7 @@ import torch
 
 import gpukern
 from bench.peers import torch_at_its_best
-from gpukern.ops._conv2d.plan import Direction
+from gpukern.conv.plan import Direction
 from gpukern.runtime.precision import conv_precision, fp32_products, matmul_precision
 from gpukern.tune.sources import calls_of_model
 
@@ -31,7 +31,7 @@ _SEEN = """
 import torch
 import gpukern
 from bench.peers import torch_at_its_best
-from gpukern.ops._conv2d.plan import Direction
+from gpukern.conv.plan import Direction
 from gpukern.runtime.precision import fp32_products
 from gpukern.tune.sources import calls_of_model
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gpukern.ops._conv2d import database, launch, planner
-from gpukern.ops._conv2d.plan import ConvPlan
-from gpukern.ops._conv2d.prepare import prepare
+from gpukern.conv import database, launch, planner
+from gpukern.conv.plan import ConvPlan
+from gpukern.conv.prepare import prepare
 from gpukern.runtime.mode import EMULATE
 from gpukern.tune import measure
 from tests.device import DEVICE

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpukern.ops._conv2d.plan import Direction
+from gpukern.conv.plan import Direction
 from gpukern.runtime.precision import TF32_CUT, TF32_ROUNDED
 from gpukern.tune import check, measure
 from gpukern.tune.record import calls_of

@@ -11,8 +11,8 @@ import typer
 from torch import nn
 from typer.testing import CliRunner
 
-from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv.plan import Direction
+from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.precision import fp32_products
 from gpukern.tune import command, measure, session, sources
 from gpukern.tune.progress import Progress

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from gpukern.ops._conv2d import launch
-from gpukern.ops._conv2d.plan import ConvPlan
-from gpukern.ops._conv2d.planner import Ranked
-from gpukern.ops._conv2d.prepare import prepare
+from gpukern.conv import launch
+from gpukern.conv.plan import ConvPlan
+from gpukern.conv.planner import Ranked
+from gpukern.conv.prepare import prepare
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.roofline import Cost
 from gpukern.tune import measure

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import gpukern
-from gpukern.ops._conv2d import database, launch
-from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.prepare import prepare
+from gpukern.conv import database, launch
+from gpukern.conv.plan import Direction
+from gpukern.conv.prepare import prepare
 from gpukern.ops._linear import launch as linear
 from gpukern.runtime.precision import fp32_products
 from gpukern.tune import TuneError, tune

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gpukern.ops._conv2d.database import Entry
-from gpukern.ops._conv2d.plan import ConvPlan, Variant
+from gpukern.conv.database import Entry
+from gpukern.conv.plan import ConvPlan, Variant
 from gpukern.tune.report import Report, Result
 
 PLANNED = ConvPlan(Variant.TAPS, 64, 64, 32, 4, 3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpukern.ops._conv2d import database, launch
-from gpukern.ops._conv2d.prepare import prepare
+from gpukern.conv import database, launch
+from gpukern.conv.prepare import prepare
 from gpukern.runtime.current_device import device_spec
 from gpukern.tune import TuneError, measure, session
 from gpukern.tune.record import Call

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpukern.ops._conv2d import database, planner
-from gpukern.ops._conv2d.plan import ConvPlan, Direction
+from gpukern.conv import database, planner
+from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.runtime.current_device import device_spec
 from gpukern.tune import measure, sources
 from gpukern.tune.record import Call

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from gpukern.conv.launch import prepared_for, run
+from gpukern.conv.plan import Direction
+from gpukern.conv.prepare import Epilogue
+from gpukern.conv.problem import ConvProblem
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm import functions, kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
-from gpukern.ops._conv2d.launch import prepared_for, run
-from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.prepare import Epilogue
-from gpukern.ops._conv2d.problem import ConvProblem
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launch import launch
 from gpukern.runtime.operator import resolved

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from gpukern.conv.problem import ConvProblem
+from gpukern.conv.reference import conv2d
 from gpukern.ops._activation import reference as activations
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm.problem import Running
-from gpukern.ops._conv2d.problem import ConvProblem
-from gpukern.ops._conv2d.reference import conv2d
 from gpukern.runtime.tensors import format_kept_by, laid_out
 from gpukern.runtime.transforms import total
 

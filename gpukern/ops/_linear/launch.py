@@ -6,10 +6,10 @@ import functools
 
 import torch
 
-from gpukern.ops._conv2d import launch
-from gpukern.ops._conv2d.plan import Direction
-from gpukern.ops._conv2d.prepare import Epilogue, Prepared, prepare
-from gpukern.ops._conv2d.problem import ConvProblem
+from gpukern.conv import launch
+from gpukern.conv.plan import Direction
+from gpukern.conv.prepare import Epilogue, Prepared, prepare
+from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import matmul_precision
 

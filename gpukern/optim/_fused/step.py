@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from gpukern.optim._fused.bundle import Bundle
-from gpukern.optim._fused.entry import Amp, Entry, Settings, kept, local
+from gpukern.optim._fused.device_tables import GRADIENTS
+from gpukern.optim._fused.fallback import Plain
 from gpukern.optim._fused.hyperparameters import Numbers
-from gpukern.optim._fused.plain import Plain
+from gpukern.optim._fused.param_state import Amp, Entry, Settings, kept, local
 from gpukern.optim._fused.rules import Rule
-from gpukern.optim._fused.table import GRADIENTS
+from gpukern.optim._fused.tensor_group import Bundle
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.tensors import check_kernel_dtype
 

@@ -1,0 +1,126 @@
+"""What a convolution must cost, and what a plan for it does: predictions that need no GPU. No torch, no Triton."""
+
+from __future__ import annotations
+
+import math
+
+from gpukern.conv.families.tma_stem.plan import packed
+from gpukern.conv.geometry import dimensions, phases
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
+
+#: Variants that multiply element by element, outside the tensor cores.
+ELEMENTWISE = frozenset((Variant.DIRECT, Variant.DEPTHWISE))
+
+
+def work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -> Work:
+    """flops = 2·N·P·Q·K·(C/groups)·R·S, and one pass over the operands and the output of ``itemsize`` bytes.
+
+    As is usual, taps in the padding count, so that an implementation which skips them can beat the floor by their
+    share: little at 56 × 56, but (21/19)² = 1.22 for 3×3 at 7 × 7. Where fewer taps than that reach the pixels of dx,
+    as in an image of odd size at stride 2, the input gradient counts those.
+
+    Of the operands' images only rows and columns that a window meets count: 1×1 at stride 2 reads a quarter of x.
+    Bias, activation and the comparisons of a pool are left out.
+    """
+    p = problem
+    if not _output(p, direction):
+        return Work(0, 0, kind)
+    both = dimensions(p)
+    reads = [window_reads(*dimension) for dimension in both]
+    x = p.N * p.C * math.prod(len({i for _, i in pairs}) for pairs in reads)
+    y = p.N * p.K * math.prod(len({o for o, _ in pairs}) for pairs in reads)
+    elements = sum(_operands(direction, x, y, _filter(p))) + _written(p, direction)
+    taps = [dimension.outputs * dimension.taps for dimension in both]
+    if direction is Direction.INPUT_GRAD:
+        gathered = (sum(pixels * taps for pixels, taps in phases(dimension)) for dimension in both)
+        taps = map(min, taps, gathered)
+    return Work(2 * p.N * math.prod(taps) * p.K * p.group_inputs, elements * itemsize, kind)
+
+
+def cost(
+    problem: ConvProblem,
+    direction: Direction,
+    plan: ConvPlan,
+    tiles: list[tuple[int, int]],
+    operands: Operands,
+    device: DeviceSpec,
+) -> Cost:
+    """The cost of ``plan`` on ``device``, whose peaks must be known (ValueError).
+
+    ``tiles``: pairs of (tiles, steps of ``plan.block_k`` each walks), from the kernel's own ``plan.py``. Partial sums
+    of ``plan.splits`` are fp32, written and read again. Element by element, the kernel has the rate outside the tensor
+    cores whatever the operands are.
+    """
+    if device.peaks is None:
+        raise ValueError(f"the peak rates of {device.name} are not known")
+    p, bandwidth, itemsize = problem, device.peaks.bandwidth, operands.itemsize
+    must = work(p, direction, itemsize, operands.kind)
+    if not _output(p, direction) or not p.N:
+        # Nothing is launched; a weight gradient of no images is filled with zeros.
+        return Cost(0, 0.0, 1.0, must.bytes, 0, 0.0, must.bytes / bandwidth)
+    step = 2 * plan.block_m * plan.block_n * plan.block_k
+    done = sum(count * steps * step for count, steps in tiles)
+    rate = device.peaks.matrix_rates[rate_of(plan, operands)]
+    compute = in_waves([(count, steps * step) for count, steps in tiles], device.sm_count) / rate
+    moved = must.bytes + copied_bytes(p, direction, plan, itemsize) + split_bytes(p, direction, plan)
+    stem = plan.variant is Variant.STEM
+    if stem:
+        # A pass before it writes what it reads.
+        moved += 2 * packed(p, itemsize).elements * itemsize
+    programs = sum(count for count, _ in tiles)
+    return Cost(
+        tiles=programs,
+        waves=programs / device.sm_count,
+        efficiency=must.flops / done if done else 1.0,
+        bytes=moved,
+        launches=1 + stem + sum(plan.pack) + _added_apart(direction, plan),
+        compute=compute,
+        seconds=max(compute, moved / bandwidth),
+    )
+
+
+def rate_of(plan: ConvPlan, operands: Operands) -> str:
+    if plan.variant in ELEMENTWISE or (operands.dtype == "float32" and plan.precision == "ieee"):
+        return "fma"
+    return plan.precision if operands.dtype == "float32" else operands.dtype
+
+
+def copied_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan, itemsize: int) -> int:
+    """Of copies into or out of channels_last: each reads and writes its tensor once."""
+    operands = _operands(direction, p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, _filter(p))
+    sizes = (*operands, _written(p, direction))
+    return sum(2 * elements * itemsize for elements, copied in zip(sizes, plan.pack, strict=True) if copied)
+
+
+def _added_apart(direction: Direction, plan: ConvPlan) -> bool:
+    """Whether another launch adds the partial sums; of tiles of pixels the last program to arrive does."""
+    return plan.splits > 1 and direction is Direction.WEIGHT_GRAD
+
+
+def split_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
+    """Of partial sums, fp32, written and read once."""
+    return 2 * 4 * plan.splits * _output(p, direction) if plan.splits > 1 else 0
+
+
+def _operands(direction: Direction, x: int, y: int, w: int) -> tuple[int, int]:
+    """The two that the kernel takes, in its order; y stands for dy too."""
+    return {Direction.FORWARD: (x, w), Direction.INPUT_GRAD: (y, w), Direction.WEIGHT_GRAD: (y, x)}[direction]
+
+
+def _filter(p: ConvProblem) -> int:
+    return p.K * p.group_inputs * p.R * p.S
+
+
+def _written(p: ConvProblem, direction: Direction) -> int:
+    """Elements of what a launch writes."""
+    return _output(p, direction) // (4 if p.pool else 1)
+
+
+def _output(p: ConvProblem, direction: Direction) -> int:
+    """Elements of what a launch computes."""
+    if direction is Direction.WEIGHT_GRAD:
+        return _filter(p)
+    return p.N * (p.K * p.P * p.Q if direction is Direction.FORWARD else p.C * p.H * p.W)

@@ -1,0 +1,260 @@
+"""The plan database: plans that were measured to be the fastest, which go before the planner's. No torch, no Triton.
+
+One JSON file for each device, written by ``gpukern tune``, in three folders of which the first that knows an answer
+gives it: ``$GPUKERN_PLANS``, the user's cache (``~/.cache/gpukern/plans``), and what comes with gpukern. An empty
+``GPUKERN_PLANS`` switches the database off.
+
+A file is read once. What is wrong with it is never the caller's problem: a file that cannot be understood is left out
+with a warning, a plan that the kernels of this version do not offer is left out without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.planner import candidates
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.cache import cache_folder
+from gpukern.runtime.device import DeviceSpec
+
+#: Of the files. Others are left alone.
+SCHEMA = 1
+
+BUNDLED = Path(__file__).resolve().parents[2] / "plans"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was measured of one problem, in µs. ``plan`` is None while no candidate was found to be right.
+
+    ``heuristic`` is what the planner chose, ``rejected`` pairs of a plan and the reason why it was not timed.
+    """
+
+    plan: ConvPlan | None
+    microseconds: float | None
+    heuristic: ConvPlan
+    heuristic_microseconds: float | None
+    batch: int
+    rejected: tuple[tuple[ConvPlan, str], ...]
+    versions: Mapping[str, str | None]
+    date: str
+
+
+# ---- looking up ----------------------------------------------------------------------------------------------------
+
+
+def lookup(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> ConvPlan | None:
+    """The measured plan of ``problem``, of any batch size in its bucket; None if there is none, or none that fits."""
+    if not problem.N:
+        return None
+    for folder in folders():
+        stored = _read_once(folder / file_name(device.name)).get(key(problem, direction, operands))
+        choice = _plan_of(stored["plan"]) if isinstance(stored, dict) and "plan" in stored else None
+        if choice and (offered := _offered(choice, problem, direction, operands, device)):
+            return offered
+    return None
+
+
+def clear() -> None:
+    """Forget what was read: the next look-up reads the files again."""
+    _read_once.cache_clear()
+
+
+def key(problem: ConvProblem, direction: Direction, operands: Operands) -> str:
+    """All that a plan depends on beside the device, with the batch size's bucket for the batch size."""
+    p, o = problem, operands
+    geometry = (
+        f"stride {_by(p.stride)} padding {','.join(map(str, p.padding))} dilation {_by(p.dilation)} groups {p.groups}"
+    )
+    sizes = f"{_by((bucket(p.N), p.C, p.H, p.W))} {_by((p.K, p.R, p.S))}"
+    geometry += " max pool 2x2" * p.pool
+    layouts = f"{o.first.value} * {o.second.value} -> {o.output.value}"
+    return f"{direction.value}: {sizes} {geometry}; {o.dtype} {o.precision}; {layouts}"
+
+
+def bucket(batch: int) -> int:
+    """The power of two nearest to ``batch`` in ratio: 22 goes to 16, 23 to 32."""
+    below = 1 << (batch.bit_length() - 1)
+    # √2 is irrational: no batch lies in the middle.
+    return below if batch * batch < 2 * below * below else 2 * below
+
+
+def _offered(
+    choice: ConvPlan, problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
+) -> ConvPlan | None:
+    """``choice`` as the kernels offer it for this very problem, so that no file can make a kernel do what it cannot.
+
+    How many splits are worth a thought, and which boxes, depends on the batch size: within a bucket the nearest stand
+    in for those that were measured.
+    """
+    offered = candidates(problem, direction, operands, device)
+    alike = [each for each in offered if replace(each, splits=choice.splits, box=choice.box) == choice]
+    return min(alike, key=lambda each: _distance(each, choice), default=None)
+
+
+def _distance(plan: ConvPlan, other: ConvPlan) -> tuple[bool, float, bool]:
+    same_pixels = (plan.box or ())[1:] == (other.box or ())[1:]
+    return not same_pixels, abs(math.log2(plan.splits / other.splits)), plan.box != other.box
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def folders() -> tuple[Path, ...]:
+    """Where plans are looked for, the first that has one wins."""
+    chosen = os.environ.get("GPUKERN_PLANS")
+    if chosen == "":
+        return ()
+    return (*((Path(chosen),) if chosen else ()), user_folder(), BUNDLED)
+
+
+def user_folder() -> Path:
+    """Where ``gpukern tune`` puts what it found."""
+    return cache_folder() / "plans"
+
+
+def file_name(device: str) -> str:
+    """ "NVIDIA H100 80GB HBM3" has nvidia-h100-80gb-hbm3.json."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+@functools.cache
+def _read_once(path: Path) -> Mapping[str, Any]:
+    try:
+        return _plans_in(path)
+    except (OSError, ValueError) as problem:
+        warnings.warn(f"gpukern leaves out measured plans: {problem}", stacklevel=2)
+        return {}
+
+
+def _plans_in(path: Path) -> dict[str, Any]:
+    """Key → entry, as they are in the file; nothing if there is none. OSError or ValueError if it is not ours."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{path} is not JSON: {problem}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("plans"), dict):
+        raise ValueError(f"{path} is no file of measured plans")
+    if content.get("schema") != SCHEMA:
+        schema = content.get("schema")
+        raise ValueError(f"{path} has the schema {schema!r}, this version of gpukern knows {SCHEMA}")
+    return content["plans"]
+
+
+def read(path: Path) -> dict[str, Entry]:
+    """Everything in a file that this version understands, as of now. OSError or ValueError as :func:`store`."""
+    entries = ((name, _entry_of(stored)) for name, stored in _plans_in(path).items())
+    return {name: entry for name, entry in entries if entry}
+
+
+def store(path: Path, device: str, name: str, entry: Entry) -> None:
+    """Put ``entry`` into the file under the key ``name``, beside what other processes put there meanwhile.
+
+    A reader sees the file before or the file after. OSError or ValueError, with the file left as it was, if it cannot
+    be written or is not ours to add to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        plans = {**_plans_in(path), name: _json_of(entry)}
+        # A line for each problem, in order, so that two versions of a file can be compared.
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(plans[name])}" for name in sorted(plans))
+        device = json.dumps(device)
+        _replace(path, f'{{\n "schema": {SCHEMA},\n "device": {device},\n "plans": {{\n{lines}\n }}\n}}\n')
+    clear()
+
+
+def _replace(path: Path, text: str) -> None:
+    # Beside the file, because a file system is never crossed atomically; alone there, because of the lock.
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time. The lock's own file stays: whoever deletes one may delete it under another's hands."""
+    import fcntl  # not on Windows, where plans are read all the same
+
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# ---- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _json_of(entry: Entry) -> dict[str, Any]:
+    return {
+        "plan": entry.plan and dataclasses.asdict(entry.plan),
+        "microseconds": entry.microseconds,
+        "heuristic": {"plan": dataclasses.asdict(entry.heuristic), "microseconds": entry.heuristic_microseconds},
+        "batch": entry.batch,
+        "rejected": [{"plan": dataclasses.asdict(plan), "reason": reason} for plan, reason in entry.rejected],
+        "versions": dict(entry.versions),
+        "date": entry.date,
+    }
+
+
+def _entry_of(stored: Any) -> Entry | None:
+    try:
+        heuristic = _plan_of(stored["heuristic"]["plan"])
+        rejected = [(_plan_of(each["plan"]), str(each["reason"])) for each in stored["rejected"]]
+        entry = Entry(
+            _plan_of(stored["plan"]),
+            _microseconds(stored["microseconds"]),
+            heuristic,
+            _microseconds(stored["heuristic"]["microseconds"]),
+            int(stored["batch"]),
+            tuple((plan, reason) for plan, reason in rejected if plan),
+            dict(stored["versions"]),
+            str(stored["date"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+    return entry if heuristic else None
+
+
+def _microseconds(stored: float | None) -> float | None:
+    return None if stored is None else float(stored)
+
+
+def _plan_of(stored: Any) -> ConvPlan | None:
+    """None for what this version does not know."""
+    try:
+        box = stored.get("box")
+        plan = ConvPlan(
+            **{
+                **stored,
+                "variant": Variant(stored["variant"]),
+                "box": None if box is None else tuple(box),
+                "pack": tuple(stored.get("pack", ConvPlan.pack)),
+            }
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    # Other values need no check: a plan is used if a kernel offers its like.
+    return plan if isinstance(plan.splits, int) and plan.splits > 0 else None

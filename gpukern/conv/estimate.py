@@ -1,0 +1,204 @@
+"""How long a plan can be expected to take, to choose between plans. No torch, no Triton.
+
+:func:`gpukern.conv.cost.cost` is a bound that no launch beats; this is a guess at what one reaches:
+
+    seconds = launch · launches + max(busy, memory) + overlap · min(busy, memory)
+    memory  = bytes / (bandwidth · share)
+    busy    = waves · (steps · max(products, operands, latency / stages) + first + store · area) + split
+
+``products`` are the seconds of a step's products for all programs that share a multiprocessor, at a share of the peak
+that depends on the kernel and its tile, and ``operands`` those of fetching what is multiplied, from the L2 at best; a
+program can have the operands of ``stages`` steps on their way, so that its steps come no faster than latency /
+stages. The constants are fitted to measured plans by ``python -m bench.calibrate``;
+the plan database holds what was measured itself, and goes before.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from gpukern.conv.cost import ELEMENTWISE, cost, rate_of
+from gpukern.conv.geometry import channels_of
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec, assumed_peaks
+from gpukern.runtime.roofline import Cost
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Times in seconds; shares are of a peak."""
+
+    #: Of each launch.
+    launch: float
+    #: From asking for a step's operands to having them.
+    latency: float
+    #: Bytes a second that a multiprocessor fetches ...
+    fetch: float
+    #: ... and fetches of the stem's windows: short rows, each a request of its own.
+    windows: float
+    #: Of a program, until it multiplies for the first time.
+    first: float
+    #: Of a program, for what it writes; of a tile of 128 × 128.
+    store: float
+    #: For adding up the partial sums of a tile.
+    split: float
+    #: Of the bandwidth: what long copies reach.
+    memory: float
+    #: What is not hidden of the shorter one of products and memory.
+    overlap: float
+    #: Of the tensor cores' peak, by kernel; outside the tensor cores of the multiply-adds' ...
+    kernels: Mapping[Variant, float]
+    #: ... and by tile, (pixels, channels).
+    tiles: Mapping[tuple[int, int], float]
+    #: Of a tile with a side shorter than 64, for every halving.
+    halved: float
+
+
+#: Fitted to bench/results/nvidia-h200: 2,876 plans for ResNet-50's convolutions in float16, channels_last, at batch 32
+#: and 128. Not measured there: grouped, and the kernels outside the tensor cores.
+MEASURED = Constants(
+    launch=1.18e-6,
+    latency=1.14e-6,
+    fetch=113e9,
+    windows=25e9,
+    first=1.05e-6,
+    store=0.70e-6,
+    split=2.5e-6,
+    memory=0.88,
+    overlap=0.39,
+    kernels={
+        Variant.TAPS: 0.745,
+        Variant.FLAT: 0.163,
+        Variant.DIRECT: 0.10,
+        Variant.GEMM: 1.0,
+        Variant.BOX: 0.95,
+        Variant.BATCH_BOX: 0.76,
+        Variant.STEM: 0.9,
+        Variant.GROUPED: 0.7,
+        Variant.DEPTHWISE: 0.4,
+        Variant.WARP_SPECIALIZED: 1.25,
+    },
+    tiles={
+        (64, 64): 0.576,
+        (128, 64): 0.581,
+        (64, 128): 0.690,
+        (128, 128): 0.671,
+        (256, 64): 0.555,
+        (256, 128): 0.722,
+    },
+    halved=0.56,
+)
+
+#: Reading or writing across the runs moves whole sectors of 32 bytes for single elements, most of them from the cache.
+_ACROSS_RUNS = 4.0
+#: Of a multiprocessor with tensor cores: registers, threads, programs.
+_REGISTERS, _THREADS, _PROGRAMS = 65536, 2048, 16
+#: Registers of a thread beside its sums, and bytes of shared memory that each program's barriers take.
+_OTHER_REGISTERS, _OTHER_SHARED_MEMORY = 48, 1024
+
+
+def estimate(
+    problem: ConvProblem,
+    direction: Direction,
+    plan: ConvPlan,
+    tiles: list[tuple[int, int]],
+    operands: Operands,
+    device: DeviceSpec,
+    constants: Constants = MEASURED,
+) -> tuple[Cost, float]:
+    """(the bound of ``plan``, the seconds it is expected to take)."""
+    peaks = assumed_peaks(device)
+    bound = cost(problem, direction, plan, tiles, operands, replace(device, peaks=peaks))
+    return bound, expected(problem, direction, plan, tiles, operands, device, bound, constants)
+
+
+def expected(
+    problem: ConvProblem,
+    direction: Direction,
+    plan: ConvPlan,
+    tiles: list[tuple[int, int]],
+    operands: Operands,
+    device: DeviceSpec,
+    bound: Cost,
+    constants: Constants,
+) -> float:
+    """Seconds; ``bound`` is what :func:`gpukern.conv.cost.cost` says of the plan."""
+    if not bound.launches:
+        return bound.seconds
+    peaks = assumed_peaks(device)
+    memory = bound.bytes / peaks.bandwidth / constants.memory
+    if plan.variant in ELEMENTWISE:
+        busy = bound.compute / constants.kernels[plan.variant]
+    else:
+        rate = peaks.matrix_rates[rate_of(plan, operands)] / device.sm_count
+        busy = _busy(plan, tiles, rate, operands.itemsize, device, constants)
+    across = _ACROSS_RUNS ** _across_runs(problem, direction, plan, operands)
+    longer, shorter = sorted((across * busy, across * memory), reverse=True)
+    return constants.launch * bound.launches + longer + constants.overlap * shorter
+
+
+def pass_seconds(bytes_moved: int, device: DeviceSpec) -> float:
+    """What a launch is expected to take that does little but move so much."""
+    return bytes_moved / (MEASURED.memory * assumed_peaks(device).bandwidth) + MEASURED.launch
+
+
+def resident(plan: ConvPlan, itemsize: int, device: DeviceSpec) -> int:
+    """How many programs of ``plan`` a multiprocessor has room for."""
+    if plan.variant is Variant.WARP_SPECIALIZED:
+        return 1
+    threads = 32 * plan.num_warps
+    registers = plan.block_m * plan.block_n // threads + _OTHER_REGISTERS
+    buffers = plan.num_stages * (plan.block_m + plan.block_n) * plan.block_k * itemsize + _OTHER_SHARED_MEMORY
+    limits = device.shared_memory // buffers, _REGISTERS // (threads * registers), _THREADS // threads, _PROGRAMS
+    return max(1, min(limits))
+
+
+def _busy(
+    plan: ConvPlan,
+    tiles: list[tuple[int, int]],
+    rate: float,
+    itemsize: int,
+    device: DeviceSpec,
+    constants: Constants,
+) -> float:
+    """Seconds until the last program has ended, if memory were infinitely fast; ``rate`` is a multiprocessor's."""
+    programs = sum(count for count, _ in tiles)
+    steps = sum(count * steps for count, steps in tiles) / programs
+    together = min(resident(plan, itemsize, device), math.ceil(programs / device.sm_count))
+    area = plan.block_m * plan.block_n
+    products = together * 2 * area * plan.block_k / (rate * _share(plan, constants))
+    rate_of_fetching = constants.windows if plan.variant is Variant.STEM else constants.fetch
+    fetched = together * (plan.block_m + plan.block_n) * plan.block_k * itemsize / rate_of_fetching
+    step = max(products, fetched, constants.latency / max(plan.num_stages, 1))
+    waves = programs / (device.sm_count * together)
+    if waves <= 3:
+        # The more waves there are, the less it matters that they do not end together.
+        waves = max(1.0, (waves + math.ceil(waves)) / 2)
+    split = constants.split if plan.splits > 1 else 0.0
+    return waves * (steps * step + constants.first + constants.store * area / 128**2) + split
+
+
+def _share(plan: ConvPlan, constants: Constants) -> float:
+    """Of the peak rate of products."""
+    share, sides = constants.kernels[plan.variant], []
+    for side in (plan.block_m, plan.block_n):
+        while side < 64:
+            share, side = share * constants.halved, side * 2
+        # Of no power of two, those of the next smaller.
+        sides.append(min(1 << side.bit_length() - 1, 256))
+    pixels, channels = sides
+    if channels == 256:
+        # Not fitted on its own: the tile of as many sums.
+        pixels, channels = min(2 * pixels, 256), 128
+    return share * constants.tiles[pixels, channels]
+
+
+def _across_runs(problem: ConvProblem, direction: Direction, plan: ConvPlan, operands: Operands) -> int:
+    """How many tensors a matrix product of the gather touches across their runs of channels."""
+    if plan.variant is not Variant.TAPS:
+        return 0
+    seen = operands.packed(plan.pack, channels_of(problem, direction))
+    return sum(layout in (Layout.PLANES, Layout.STRIDED) for layout in (seen.first, seen.second, seen.output))

@@ -1,0 +1,145 @@
+"""Launches the depthwise kernels: forward, input gradient, weight gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from gpukern.conv.families.depthwise import kernels, weight_kernels
+from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tiles_per_split
+from gpukern.conv.indexing import Filter, Sizes
+from gpukern.conv.layouts import Shape, Strides, alignment
+from gpukern.conv.passes.launch import add_partial_sums, partial_sums
+from gpukern.conv.plan import ConvPlan, Direction
+from gpukern.conv.prepare import Launch, Request
+from gpukern.ops._image import Image, strides_of
+from gpukern.runtime.launch import index_type, launch, reach
+
+
+def prepare(request: Request, choice: ConvPlan) -> Launch:
+    if request.direction is Direction.WEIGHT_GRAD:
+        return _prepare_weight_grad(request, choice)
+    return _prepare_gather(request, choice)
+
+
+def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
+    """Forward and input gradient."""
+    p, direction = request.problem, request.direction
+    of_source, _, of_output = request.shapes
+    source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
+    columns, reduction = p.group_outputs, p.group_inputs
+    k, c, r, s = weight
+    filter_strides = (columns * k, k, c, r, s)
+    if direction is Direction.INPUT_GRAD:
+        columns, reduction = reduction, columns
+        filter_strides = (reduction * k, c, k, r, s)
+    vertical, horizontal = axes(p, direction)
+    planes = _in_planes(source, output)
+    source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
+    out_pairs = planes and _in_pairs(of_output, output, horizontal, choice.box[2])
+    sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, columns, reduction)
+    options = {
+        **_walk(vertical, horizontal, planes),
+        "COLUMNS": columns,
+        "REDUCTION": reduction,
+        "SOURCE_PAIRS": source_pairs,
+        "OUT_PAIRS": out_pairs,
+        # Channels that others lie between are not in runs.
+        "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if columns == reduction else 1,
+        "OUT_ALIGN": _alignment(of_output, output, planes, out_pairs),
+        **_tile(choice, choice.block_n),
+        "ACTIVATION": request.epilogue.activation,
+        "INDEX": index_type(max(map(reach, (of_source, of_output), (source, output)))),
+    }
+    cut = cut_of(p, direction, choice)
+
+    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+        arguments = (
+            Image(first, *source),
+            Filter(second, *filter_strides),
+            bias,
+            None if residual is None else Image(residual, *output),
+            Image(out, *output),
+            statistics,
+            sizes,
+            choice.box[1],
+            negative_slope,
+        )
+        launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, options)
+
+    return Launch(run, cut.tiles if request.epilogue.statistics else 0)
+
+
+def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
+    p = request.problem
+    of_grad, of_source, of_output = request.shapes
+    grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
+    k, c, r, s = output
+    vertical, horizontal = axes(p, request.direction)
+    planes = _in_planes(grad, source)
+    grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, choice.box[2])
+    source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
+    scalars = (
+        math.prod(of_output),
+        Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, 1),
+        choice.box[1],
+        tiles_per_split(p, choice),
+    )
+    options = {
+        **_walk(vertical, horizontal, planes),
+        "COLUMNS": p.group_outputs,
+        "GRAD_PAIRS": grad_pairs,
+        "SOURCE_PAIRS": source_pairs,
+        "GRAD_ALIGN": _alignment(of_grad, grad, planes, grad_pairs),
+        "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if p.group_outputs == 1 else 1,
+        **_tile(choice, choice.block_m),
+        "INDEX": index_type(max(map(reach, (of_grad, of_source), (grad, source)))),
+    }
+    programs = cut_of(p, request.direction, choice).channel_blocks, choice.splits
+
+    def run(first, second, out, *_) -> None:
+        partial = partial_sums(out, choice.splits)
+        filter = Filter(partial, p.group_outputs * k, k, c, r, s)
+        arguments = (Image(first, *grad), Image(second, *source), filter, *scalars)
+        launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, options)
+        add_partial_sums(partial, out, choice.splits)
+
+    return Launch(run)
+
+
+def _in_planes(*images: Strides) -> bool:
+    """An image of single pixels has its channels side by side, whatever the others have."""
+    return any(strides[1] != 1 for strides in images)
+
+
+def _sources(axis: Axis, choice: ConvPlan) -> int:
+    """Columns of the source from one lane to the next, where lanes lie side by side."""
+    cols = choice.box[2]
+    return cols // axis.ratio if axis.transposed else cols * axis.ratio
+
+
+def _in_pairs(shape: Shape, strides: Strides, axis: Axis, step: int) -> bool:
+    """Whether every pair of columns lies in the image or none of it, and starts at a multiple of two elements."""
+    dense = strides[3] == 1 and axis.source_pitch == axis.out_pitch == 1
+    return dense and step % 2 == 0 and not any(size % 2 for size in (shape[3], *strides[:3]))
+
+
+def _alignment(shape: Shape, strides: Strides, planes: bool, pairs: bool) -> int:
+    if planes:
+        return 2 if pairs else 1
+    return alignment(strides, 1, shape[1])
+
+
+def _walk(vertical: Axis, horizontal: Axis, planes: bool) -> dict[str, Any]:
+    return {"AXIS_H": vertical, "AXIS_W": horizontal, "PLANES": planes}
+
+
+def _tile(choice: ConvPlan, channels: int) -> dict[str, int]:
+    lanes, _, cols = choice.box
+    return {
+        "COLS": cols,
+        "BLOCK_Q": lanes,
+        "BLOCK_C": channels,
+        "num_warps": choice.num_warps,
+        "num_stages": choice.num_stages,
+    }

@@ -1,0 +1,57 @@
+"""Launches the block-diagonal kernel: forward and input gradient of grouped convolutions."""
+
+from __future__ import annotations
+
+from gpukern.conv.families.grouped import kernels
+from gpukern.conv.families.grouped.plan import channels, grid
+from gpukern.conv.families.implicit_gemm.launch import filter_strides, tap_options, window_options
+from gpukern.conv.indexing import Filter, Sizes
+from gpukern.conv.layouts import alignment
+from gpukern.conv.plan import ConvPlan, Direction
+from gpukern.conv.prepare import Launch, Request
+from gpukern.ops._image import Image, strides_of
+from gpukern.runtime.launch import index_type, launch, reach
+
+
+def prepare(request: Request, choice: ConvPlan) -> Launch:
+    p, transposed = request.problem, request.direction is Direction.INPUT_GRAD
+    of_source, _, of_output = request.shapes
+    source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
+    columns, reduction = channels(p, request.direction)
+    of_filter = filter_strides(p, weight, transposed)
+    sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, columns, reduction)
+    options = {
+        **window_options(p),
+        **tap_options(p, transposed),
+        "COLUMNS": columns,
+        "REDUCTION": reduction,
+        "SOURCE_ALIGN": alignment(source, 1, of_source[1]),
+        "FILTER_ALIGN": alignment(weight, 1, p.group_inputs),
+        "OUT_ALIGN": alignment(output, 1, of_output[1]),
+        "BLOCK_M": choice.block_m,
+        "BLOCK_N": choice.block_n,
+        "BLOCK_K": choice.block_k,
+        "ACTIVATION": request.epilogue.activation,
+        "PRECISION": choice.precision,
+        "INDEX": index_type(max(map(reach, request.shapes, (source, weight, output)))),
+        "num_warps": choice.num_warps,
+        "num_stages": choice.num_stages,
+    }
+    rows, cols, phases = grid(p, request.direction, choice)
+
+    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+        arguments = (
+            Image(first, *source),
+            Filter(second, *of_filter),
+            bias,
+            residual,
+            Image(out, *output),
+            statistics,
+            sizes,
+            p.padding[0],
+            p.padding[2],
+            negative_slope,
+        )
+        launch(kernels.conv2d_block_diagonal_kernel, (rows * cols, phases), out.device, arguments, options)
+
+    return Launch(run, rows if request.epilogue.statistics else 0)

@@ -1,0 +1,76 @@
+"""Grouped convolution by block-diagonal products: which problems the kernel serves, and with which tiles."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from gpukern.conv.geometry import dimensions, phases, tiled_pixels
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.integers import cdiv, power_of_two
+
+# Channels of a tile, made or summed over, at least: those of a matrix instruction, and a run of 32 bytes or more.
+_CHANNELS = 32
+_SMALLEST = 16
+# From here on a group fills tiles of its own.
+_FULL_GROUP = 32
+# Pixels. Of more, or of more than 64 in fp32 or with pairs of channels, the registers do not hold all addresses.
+_TILES = (128, 64)
+_STAGES = 4
+# Which taps of a pixel lie inside the image is one bit each.
+_MOST_TAPS = 32
+_RUNS = (Layout.PIXEL_RUNS, Layout.RUNS)
+
+
+def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
+    if not _serves(p, direction, operands):
+        return
+    block_n, block_k = _blocks(p, direction)
+    pixels, _ = tiled_pixels(p, direction)
+    pairs = 2 in channels(p, direction)
+    for block_m in _TILES[-1:] if pairs or operands.dtype == "float32" else _TILES:
+        if block_m <= power_of_two(pixels, _TILES[-1]):
+            yield ConvPlan(Variant.GROUPED, block_m, block_n, block_k, num_warps=4, num_stages=_STAGES)
+
+
+def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+    """(programs, steps of each) of each phase: a step is a tap."""
+    rows, columns, _ = grid(p, direction, choice)
+    if direction is Direction.FORWARD:
+        return [(rows * columns, p.R * p.S)]
+    pairs = itertools.product(*map(phases, dimensions(p)))
+    return [(rows * columns, r * s) for (_, r), (_, s) in pairs]
+
+
+def grid(p: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[int, int, int]:
+    """(tiles of pixels, of channels, phases)."""
+    pixels, phases = tiled_pixels(p, direction)
+    columns, _ = channels(p, direction)
+    return cdiv(pixels, choice.block_m), cdiv(columns * p.groups, choice.block_n), phases
+
+
+def channels(p: ConvProblem, direction: Direction) -> tuple[int, int]:
+    """Of a group: those that are made, and summed over."""
+    if direction is Direction.INPUT_GRAD:
+        return p.group_inputs, p.group_outputs
+    return p.group_outputs, p.group_inputs
+
+
+def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
+    if direction is Direction.WEIGHT_GRAD or p.groups == 1 or p.R * p.S > _MOST_TAPS:
+        return False
+    if operands.dtype == "float32" and operands.precision != "tf32":
+        return False
+    columns, reduction = channels(p, direction)
+    if any(size & (size - 1) for size in (columns, reduction)) or max(columns, reduction) >= _FULL_GROUP:
+        return False
+    return min(columns, reduction) > 1 and operands.first in _RUNS and operands.output in _RUNS
+
+
+def _blocks(p: ConvProblem, direction: Direction) -> tuple[int, int]:
+    """Channels of a tile that are made, and summed over: of the same groups."""
+    columns, reduction = channels(p, direction)
+    groups = max(_CHANNELS // max(columns, reduction), _SMALLEST // min(columns, reduction))
+    return groups * columns, groups * reduction

@@ -1,0 +1,178 @@
+"""The gather: a kernel for every device, layout and geometry, which reads each tap's pixels through pointers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from gpukern.conv.geometry import dimensions, phases, tiled_pixels
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.integers import cdiv, power_of_two, shares
+
+# More are candidates for measurements only, see planner.only_measured.
+MAX_WARPS = 4
+# The tile that wants them: M, N, stages.
+_WIDE_TILE = (128, 128, 4)
+
+# Below this many channels a group, tensor-core tiles (16 at least) are mostly padding: multiply element by element.
+_DIRECT_CHANNELS = 8
+# Below this many channels one step of 16 or more along the sum would be mostly padding: join the taps to the channels.
+_FLAT_CHANNELS = 16
+
+# Tiles M × N. Addresses of a flat sum and fp32 operands split in three products fill the registers, and before Hopper
+# so do the operands: larger tiles than these spill.
+_TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
+# Where steps reach past the channels, or the output comes in runs of less than 16 bytes, addresses and masks fill them.
+_NARROW_TILES = ((64, 32), (32, 32), (16, 32))
+_FLAT_TILES = ((64, 32), (32, 32), (16, 32))
+_FULL_FP32_TILES = ((64, 64), (64, 32), (16, 32))
+_FLAT_FULL_FP32_TILES = ((32, 32), (16, 32))
+
+
+def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
+    if direction is Direction.WEIGHT_GRAD:
+        yield from _weight_grad(p, operands, device)
+    else:
+        yield from _gather(p, direction, operands, device)
+
+
+def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
+    pixels, phases = tiled_pixels(p, direction)
+    columns, reduction = p.group_outputs, p.group_inputs
+    if direction is Direction.INPUT_GRAD:
+        columns, reduction = reduction, columns
+    if p.groups > 1 and min(columns, reduction) < _DIRECT_CHANNELS:
+        block_n = power_of_two(columns * p.groups, 1, 64)
+        if p.pool:
+            return
+        # 16 elements a thread, if the columns fill a tile. Found by compiling: of 4 and of 8, some spill.
+        block_m = power_of_two(pixels, 1, 2048 // block_n if block_n >= 16 else 32)
+        yield ConvPlan(Variant.DIRECT, block_m, block_n, block_k=1, num_warps=MAX_WARPS, num_stages=1)
+        return
+    full_fp32 = operands.dtype == "float32" and operands.precision != "tf32"
+    flat = reduction < _FLAT_CHANNELS and p.R * p.S > 1
+    narrow = not _whole_steps(reduction, 32) or columns % 8 != 0
+    if full_fp32:
+        tiles = _FLAT_FULL_FP32_TILES if flat else _FULL_FP32_TILES[1:] if narrow else _FULL_FP32_TILES
+    elif flat:
+        tiles = _FLAT_TILES
+    else:
+        tiles = _NARROW_TILES if narrow else _TILES
+    rows, cols = power_of_two(pixels, 16), power_of_two(columns, 16)
+    seen = set()
+    for block_m, block_n in tiles:
+        tile = block_m, min(block_n, cols)
+        if tile in seen or block_m > rows:
+            continue
+        seen.add(tile)
+        # Operands of wgmma, which takes 64 rows or more, stay in shared memory; otherwise a long step fills registers.
+        half = operands.dtype != "float32" and not flat and device.multiplies_from_shared_memory
+        long_step = half and block_m >= 64 and not narrow and _whole_steps(reduction, 64)
+        block_k = 16 if full_fp32 else power_of_two(reduction * (p.R * p.S if flat else 1), 16, 64 if long_step else 32)
+        programs = cdiv(pixels, block_m) * cdiv(columns, tile[1]) * p.groups * phases
+        steps = p.R * p.S * cdiv(reduction, block_k)
+        for splits in _sum_splits(programs, steps, device) if not flat and direction is Direction.FORWARD else (1,):
+            yield ConvPlan(
+                Variant.FLAT if flat else Variant.TAPS,
+                *tile,
+                block_k,
+                num_warps=MAX_WARPS,
+                num_stages=3,
+                splits=splits,
+            )
+    block_m, block_n, stages = _WIDE_TILE
+    if not flat and not narrow and operands.dtype != "float32" and block_m <= rows and block_n <= cols:
+        block_k = power_of_two(reduction, 16, 32)
+        yield ConvPlan(Variant.TAPS, block_m, block_n, block_k, 2 * MAX_WARPS, stages)
+
+
+def _sum_splits(programs: int, steps: int, device: DeviceSpec) -> tuple[int, ...]:
+    """Splits worth a thought where the tiles leave multiprocessors idle; each keeps four steps at least."""
+    return tuple(n for n in (1, 2, 4, 8, 16) if n == 1 or (programs * n <= 2 * device.sm_count and steps >= 4 * n))
+
+
+def _weight_grad(p: ConvProblem, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
+    pixels, taps = p.N * p.P * p.Q, p.R * p.S
+    if p.groups > 1 and min(p.group_outputs, p.group_inputs) < _DIRECT_CHANNELS:
+        block_m = power_of_two(p.K, 1, 64)
+        programs = cdiv(p.K, block_m) * taps * p.group_inputs
+        block_k = power_of_two(pixels, 1, 32)
+        splits = pixel_splits(pixels, block_k, programs, device)
+        yield ConvPlan(Variant.DIRECT, block_m, 1, block_k, num_warps=MAX_WARPS, num_stages=1, splits=splits)
+        return
+    full_fp32 = operands.dtype == "float32" and operands.precision != "tf32"
+    flat = p.group_inputs < _FLAT_CHANNELS and taps > 1
+    columns = taps * p.group_inputs if flat else p.group_inputs
+    # Both operands are read in runs of channels and one is transposed on the way: smaller tiles than the forward's.
+    block_m = power_of_two(p.group_outputs, 16, 64)
+    block_n = power_of_two(columns, 16, 32 if flat or full_fp32 else 64)
+    # The addresses of a flat sum are worked out by few threads where there are few rows: a long step would spill.
+    short_step = full_fp32 or (flat and block_m == 16)
+    block_k = power_of_two(pixels, 16, 16 if short_step else 32)
+    programs = cdiv(p.group_outputs, block_m) * cdiv(columns, block_n) * (1 if flat else taps) * p.groups
+    yield ConvPlan(
+        Variant.FLAT if flat else Variant.TAPS,
+        block_m,
+        block_n,
+        block_k,
+        num_warps=MAX_WARPS,
+        num_stages=3,
+        splits=pixel_splits(pixels, block_k, programs, device),
+    )
+
+
+def grid(p: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[int, int, int]:
+    """The programs of a launch: (tiles, groups, phases · splits)."""
+    pixels, phases = tiled_pixels(p, direction)
+    # Element by element, a tile spans groups.
+    direct = choice.variant is Variant.DIRECT
+    groups, spanned = (1, p.groups) if direct else (p.groups, 1)
+    if direction is not Direction.WEIGHT_GRAD:
+        columns = p.group_outputs if direction is Direction.FORWARD else p.group_inputs
+        tiles = cdiv(pixels, choice.block_m) * cdiv(columns * spanned, choice.block_n)
+        return tiles, groups, phases * choice.splits
+    taps = p.R * p.S
+    if choice.variant is Variant.FLAT:
+        columns = cdiv(taps * p.group_inputs, choice.block_n)
+    else:
+        columns = taps * cdiv(p.group_inputs, choice.block_n)
+    return cdiv(p.group_outputs * spanned, choice.block_m) * columns, groups, choice.splits
+
+
+def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+    """(programs, steps along the sum of each) of each phase or split, as the kernels loop."""
+    count, groups, _ = grid(p, direction, choice)
+    return [(count * groups, steps) for steps in _steps(p, direction, choice)]
+
+
+def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[int]:
+    if direction is Direction.WEIGHT_GRAD:
+        pixels, _ = tiled_pixels(p, direction)
+        return [cdiv(share, choice.block_k) for share in shares(pixels, choice.splits)]
+    reduction, taps = p.group_inputs, [p.R * p.S]
+    if direction is Direction.INPUT_GRAD:
+        # A phase has as many tiles as the largest one, and those without a pixel walk their taps all the same.
+        pairs = itertools.product(*map(phases, dimensions(p)))
+        reduction, taps = p.group_outputs, [r * s for (_, r), (_, s) in pairs]
+    if choice.variant is Variant.FLAT:
+        return [cdiv(n * reduction, choice.block_k) for n in taps]
+    steps = [n * cdiv(reduction, choice.block_k) for n in taps]
+    return [share for n in steps for share in shares(n, choice.splits)]
+
+
+def _whole_steps(reduction: int, longest: int) -> bool:
+    """Whether steps of ``longest``, or of the next power of two, end where the channels do."""
+    return reduction % power_of_two(reduction, 16, longest) == 0
+
+
+def pixel_splits(pixels: int, block_k: int, programs: int, device: DeviceSpec) -> int:
+    """Enough splits for two waves, of at least four steps along the sum each; partial sums cost memory traffic."""
+    wanted = cdiv(2 * device.sm_count, max(programs, 1))
+    return max(1, min(wanted, cdiv(pixels, 4 * block_k), 64))
+
+
+def channel_sum_splits(pixels: int, channels: int, device: DeviceSpec) -> int:
+    """Splits of the bias gradient, whose programs take 64 channels each."""
+    return pixel_splits(pixels, 64, cdiv(channels, 64), device)

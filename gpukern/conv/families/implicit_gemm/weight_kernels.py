@@ -1,0 +1,122 @@
+"""The weight gradient: sums over all pixels, split over programs, whose partial sums another launch adds."""
+
+import triton
+import triton.language as tl
+
+from gpukern.conv.indexing import inside_image, split_pixel, tile_order
+from gpukern.conv.tf32 import rounded
+
+
+@triton.jit
+def conv2d_weight_grad_kernel(
+    grad,  # Image [N, K, P, Q]: ∂L/∂y
+    source,  # Image [N, C, H, W]: x
+    out,  # Filter: ∂L/∂w, or the fp32 partial sums of it
+    out_split,  # elements from one partial sum to the next
+    sizes,  # Sizes: out_h × out_w is P × Q, columns the output and reduction the input channels of a group
+    pixels_per_split,
+    padding_h,
+    padding_w,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    VARIANT: tl.constexpr,  # "taps": a column tile lies within one tap; "flat": it spans taps; "direct": see below
+    GRAD_ALIGN: tl.constexpr,
+    SOURCE_ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """out[k, c, r, s] = Σ_pixel grad[pixel, k] · source[pixel moved by tap (r, s), c].
+
+    Grid: (tiles, groups, splits). Rows are output channels k, columns the (tap, c) of the filter, the sum runs over the
+    pixels of dy. ``direct`` is for groups of few channels: a program takes one (tap, c) and BLOCK_M output channels of
+    any groups, and multiplies element by element.
+    """
+    DIRECT: tl.constexpr = VARIANT == "direct"
+    taps = TAPS_H * TAPS_W
+    group = tl.program_id(1)
+    rows = sizes.columns * sizes.groups if DIRECT else sizes.columns
+    num_m = tl.cdiv(rows, BLOCK_M)
+    if DIRECT:
+        num_n = taps * sizes.reduction
+    elif VARIANT == "flat":
+        num_n = tl.cdiv(taps * sizes.reduction, BLOCK_N)
+    else:
+        num_n = taps * tl.cdiv(sizes.reduction, BLOCK_N)
+    pid_m, pid_n = tile_order(tl.program_id(0), num_m, num_n, GROUP_M)
+
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    m_ok = tl.max_constancy(m < rows, GRAD_ALIGN)
+    if DIRECT:
+        tap = pid_n // sizes.reduction
+        c = pid_n % sizes.reduction
+        column_ok = m_ok[None, :]  # [1, BLOCK_M]
+        source_channel = ((m // sizes.columns) * sizes.reduction + c)[None, :]  # [1, BLOCK_M]
+    elif VARIANT == "flat":
+        flat = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+        tap = flat // sizes.reduction
+        c = flat % sizes.reduction
+        column_ok = tap < taps
+        source_channel = c
+    else:
+        tap = pid_n // tl.cdiv(sizes.reduction, BLOCK_N)
+        c = (pid_n % tl.cdiv(sizes.reduction, BLOCK_N)) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        column_ok = tl.max_constancy(c < sizes.reduction, (1, SOURCE_ALIGN))
+        source_channel = c
+    r = tap // TAPS_W
+    s = tap % TAPS_W
+    source_column = source_channel.to(INDEX) * source.c
+    grad_group = (group * sizes.columns).to(INDEX) * grad.c
+    source_group = (group * sizes.reduction).to(INDEX) * source.c
+
+    pixels = sizes.batch * sizes.out_h * sizes.out_w
+    first = tl.program_id(2) * pixels_per_split
+    last = min(first + pixels_per_split, pixels)
+    acc = tl.zeros((BLOCK_K, BLOCK_M) if DIRECT else (BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        pixel = start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        pixel_ok = pixel < last
+        n, p, q = split_pixel(pixel, sizes.out_h, sizes.out_w)
+        grad_row = n.to(INDEX) * grad.n + p.to(INDEX) * grad.h + q.to(INDEX) * grad.w
+        h = (p * STRIDE_H - padding_h)[:, None] + r * DILATION_H  # [BLOCK_K, 1 or BLOCK_N]
+        w = (q * STRIDE_W - padding_w)[:, None] + s * DILATION_W
+        grad_row = tl.multiple_of(grad_row + grad_group, GRAD_ALIGN)
+        source_pixel = (
+            (source_group + n.to(INDEX) * source.n)[:, None] + h.to(INDEX) * source.h + w.to(INDEX) * source.w
+        )
+        if VARIANT != "flat":
+            source_pixel = tl.multiple_of(source_pixel, (SOURCE_ALIGN, SOURCE_ALIGN))
+        dy = tl.load(
+            grad.ptr + grad_row[:, None] + (m.to(INDEX) * grad.c)[None, :],
+            mask=pixel_ok[:, None] & m_ok[None, :],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_M]
+        inside = inside_image(h, w, sizes) & pixel_ok[:, None] & column_ok
+        x = tl.load(source.ptr + source_pixel + source_column, mask=inside, other=0.0)  # [BLOCK_K, BLOCK_N]
+        if DIRECT:
+            acc += dy.to(tl.float32) * x.to(tl.float32)
+        else:
+            # Not movable: loaded in the order of the product, each element would bring its own pixel to work out.
+            dy = rounded(dy, PRECISION, MOVABLE=False)
+            x = rounded(x, PRECISION, MOVABLE=False)
+            acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
+
+    target = out.ptr + tl.program_id(2).to(tl.int64) * out_split
+    tap_offset = r * out.r + s * out.s + c * out.reduction
+    if DIRECT:
+        row_offset = (m // sizes.columns) * out.group + (m % sizes.columns) * out.column
+        tl.store(target + row_offset + tap_offset, tl.sum(acc, axis=0).to(out.ptr.dtype.element_ty), mask=m_ok)
+    else:
+        row_offset = group * out.group + m * out.column
+        tl.store(
+            target + row_offset[:, None] + tap_offset,
+            acc.to(out.ptr.dtype.element_ty),
+            mask=m_ok[:, None] & column_ok,
+        )

@@ -1,0 +1,219 @@
+"""The convolution and its input gradient by boxes of pixels that the copy engine (TMA) fetches: Hopper and newer.
+
+A tile of output pixels is a box of images × rows × columns. The pixels that one tap reads are such a box again, moved;
+the copy engine fills what lies outside the image with zeros, so padding takes no instruction. Three things are less
+obvious, and all of them decide how fast the compiled loop is:
+
+- The product is transposed, [channels, pixels] = w · xᵀ: only so do both operands stay in shared memory.
+- The filter's taps come first, [R, S, K, C]: to drop leading dimensions of one element costs nothing, others make
+  Triton pass the tile through registers.
+- At a stride of 2 an image of even size is taken as [N, H/2, 2, W/2, columns of both parities]: pixels of one parity
+  are boxes, for x that is read and for ∂L/∂x that is written.
+"""
+
+import triton
+import triton.language as tl
+
+from gpukern.conv.epilogue import add_splits, pooled_columns, store_statistics
+from gpukern.conv.indexing import phase_taps, tile_order
+from gpukern.ops._activation.functions import apply_activation
+
+
+@triton.jit
+def conv2d_box_kernel(
+    source,  # descriptor of x [N, H, W, C], in halves of rows and columns at STRIDE 2; of ∂L/∂y when TRANSPOSED
+    filter,  # descriptor of w [R, S, K, C]
+    bias_ptr,  # [columns] or None
+    residual,  # descriptor like out, or None
+    out,  # descriptor of y [N, P, Q, K]; of ∂L/∂x when TRANSPOSED, in halves of rows and columns at STRIDE 2
+    statistics_ptr,  # fp32 [3, box tiles, columns] or None
+    partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
+    counter_ptr,  # int32 [tiles], zeros; both None for one split
+    batch,
+    rows,  # of the output, or of one of its phases
+    cols,
+    columns,  # channels made
+    padding_h,
+    padding_w,
+    parity_step,  # elements from a pixel to its neighbour in the image that is taken in halves
+    negative_slope,
+    REDUCTION: tl.constexpr,  # channels summed over: known in advance, else ptxas takes the products one by one
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    STRIDE: tl.constexpr,  # 1 or 2
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BOX_N: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    PART_N: tl.constexpr,  # the box, or a half of it: the epilogue of a large tile takes too many registers at once
+    PART_H: tl.constexpr,
+    PART_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,  # programs that share the sum of a tile
+    ACTIVATION: tl.constexpr,
+    POOL: tl.constexpr,  # write the maxima of 2 × 2 pixels; rows, columns and those of a part are even
+    PRECISION: tl.constexpr,
+):
+    """out[pixel, column] = act(Σ_{tap, c} source[pixel moved by tap, c] · filter[tap, c, column] + bias + residual).
+
+    Grid: (tiles, phases, SPLITS); four phases if TRANSPOSED with STRIDE 2 (see ``indexing.py``), else one.
+    """
+    BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
+    PHASES: tl.constexpr = TRANSPOSED and STRIDE == 2
+    # Not tl.cdiv: Triton 3.6 makes a tensor of two constants.
+    STEPS: tl.constexpr = (REDUCTION + BLOCK_K - 1) // BLOCK_K
+    TAP_STEP_H: tl.constexpr = 2 if PHASES and DILATION_H % 2 == 1 else 1
+    TAP_STEP_W: tl.constexpr = 2 if PHASES and DILATION_W % 2 == 1 else 1
+
+    tiles_w = tl.cdiv(cols, BOX_W)
+    tiles_h = tl.cdiv(rows, BOX_H)
+    num_m = tl.cdiv(batch, BOX_N) * tiles_h * tiles_w
+    pid_m, pid_n = tile_order(tl.program_id(0), num_m, tl.cdiv(columns, BLOCK_N), GROUP_M)
+    n0 = pid_m // tiles_w // tiles_h * BOX_N
+    i0 = pid_m // tiles_w % tiles_h * BOX_H
+    j0 = pid_m % tiles_w * BOX_W
+    column0 = pid_n * BLOCK_N
+
+    phase_h = 0
+    phase_w = 0
+    first_r = 0
+    first_s = 0
+    taps_h = TAPS_H
+    taps_w = TAPS_W
+    if PHASES:
+        # That with most taps first, so that the programs that start last are short.
+        phase_h = (tl.program_id(1) // 2 + padding_h) % 2
+        phase_w = (tl.program_id(1) + padding_w) % 2
+        first_r, taps_h, _ = phase_taps(phase_h, padding_h, TAPS_H, STRIDE, DILATION_H, TAP_STEP_H)
+        first_s, taps_w, _ = phase_taps(phase_w, padding_w, TAPS_W, STRIDE, DILATION_W, TAP_STEP_W)
+    r = first_r
+    s = first_s
+    c = 0
+    steps = taps_h * taps_w * STEPS
+    if SPLITS > 1:
+        share = (steps + SPLITS - 1) // SPLITS
+        begin = tl.program_id(2) * share
+        c = begin % STEPS * BLOCK_K
+        # A phase may have no tap at all; no division by zero then.
+        r += begin // STEPS // max(taps_w, 1) * TAP_STEP_H
+        s += begin // STEPS % max(taps_w, 1) * TAP_STEP_W
+        steps = min(steps - begin, share)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for _ in range(steps):
+        if TRANSPOSED:
+            # Even at STRIDE 2: for the taps of a phase.
+            h = (phase_h + padding_h - r * DILATION_H) >> (STRIDE - 1)
+            w = (phase_w + padding_w - s * DILATION_W) >> (STRIDE - 1)
+        else:
+            h = r * DILATION_H - padding_h
+            w = s * DILATION_W - padding_w
+        if STRIDE == 2 and not TRANSPOSED:
+            # An arithmetic shift and a mask: right for rows and columns in the padding too.
+            x = source.load([n0, i0 + (h >> 1), h & 1, j0 + (w >> 1), (w & 1) * parity_step + c])
+        else:
+            x = source.load([n0, i0 + h, j0 + w, c])
+        x = x.reshape(BLOCK_M, BLOCK_K)
+        if TRANSPOSED:
+            f = filter.load([r, s, c, column0]).reshape(BLOCK_K, BLOCK_N).T  # [BLOCK_N, BLOCK_K]
+        else:
+            f = filter.load([r, s, column0, c]).reshape(BLOCK_N, BLOCK_K)
+        acc = tl.dot(f, x.T, acc, input_precision=PRECISION)
+        # Counters carried along, as selects: after an `if` Triton would not fetch the next steps' operands in advance.
+        c += BLOCK_K
+        next_tap = c >= REDUCTION
+        c = tl.where(next_tap, 0, c)
+        s = tl.where(next_tap, s + TAP_STEP_W, s)
+        next_row = s >= TAPS_W
+        s = tl.where(next_row, first_s, s)
+        r = tl.where(next_row, r + TAP_STEP_H, r)
+
+    column = column0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    if SPLITS > 1:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, tl.program_id(2), SPLITS)
+        # What the others would write lies beyond the last image, and beyond the last channel of the statistics.
+        n0 = tl.where(last, n0, batch)
+        column = tl.where(last, column, columns)
+    sizes = (batch, rows, cols, columns)
+    phase = (phase_h, phase_w * parity_step)
+    PARTS: tl.constexpr = BLOCK_M // (PART_N * PART_H * PART_W)
+    parts = (acc,)
+    if PARTS == 2:
+        parts = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split()
+    for part in tl.static_range(PARTS):
+        # One dimension is halved: in the others nothing is added.
+        place = (n0 + part * (BOX_N - PART_N), i0 + part * (BOX_H - PART_H), j0 + part * (BOX_W - PART_W), column0)
+        finish(
+            parts[part],
+            bias_ptr,
+            residual,
+            out,
+            statistics_ptr,
+            place,
+            column,
+            sizes,
+            phase,
+            pid_m * PARTS + part,
+            num_m * PARTS,
+            negative_slope,
+            PHASES,
+            PART_N,
+            PART_H,
+            PART_W,
+            BLOCK_N,
+            ACTIVATION,
+            POOL,
+        )
+
+
+@triton.jit
+def finish(
+    acc,  # [BLOCK_N, PART_N · PART_H · PART_W]
+    bias_ptr,
+    residual,
+    out,
+    statistics_ptr,
+    place,  # the first image, row, column and channel
+    column,  # [BLOCK_N]
+    sizes,  # images, rows, columns and channels
+    phase,  # row, and elements to the column
+    tile,
+    tiles,
+    negative_slope,
+    PHASES: tl.constexpr,
+    PART_N: tl.constexpr,
+    PART_H: tl.constexpr,
+    PART_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    POOL: tl.constexpr,
+):
+    """Epilogue and store of a part of the tile that is a box itself."""
+    PIXELS: tl.constexpr = PART_N * PART_H * PART_W
+    n0, i0, j0, column0 = place
+    batch, rows, cols, columns = sizes
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[:, None]
+    if residual is not None:
+        acc += residual.load([n0, i0, j0, column0]).reshape(PIXELS, BLOCK_N).T.to(tl.float32)
+    y = apply_activation(acc, ACTIVATION, negative_slope)
+    if POOL:
+        y = pooled_columns(y, PART_W)
+    y = y.to(out.dtype)
+    if POOL:
+        out.store([n0, i0 // 2, j0 // 2, column0], y.T.reshape(PART_N, PART_H // 2, PART_W // 2, BLOCK_N))
+    elif PHASES:
+        box = y.T.reshape(PART_N, PART_H, 1, PART_W, BLOCK_N)
+        out.store([n0, i0, phase[0], j0, phase[1] + column0], box)
+    else:
+        out.store([n0, i0, j0, column0], y.T.reshape(PART_N, PART_H, PART_W, BLOCK_N))
+    if statistics_ptr is not None:
+        pixel = tl.arange(0, PIXELS)
+        inside = (j0 + pixel % PART_W < cols) & (i0 + pixel // PART_W % PART_H < rows)
+        inside = (inside & (n0 + pixel // (PART_W * PART_H) < batch))[None, :]
+        store_statistics(y.to(tl.float32), inside, statistics_ptr, tile, tiles, column, columns, AXIS=1)

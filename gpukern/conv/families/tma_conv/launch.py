@@ -1,0 +1,144 @@
+"""Launches the convolution by boxes of pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from gpukern.conv.families.tma_conv import kernels
+from gpukern.conv.families.tma_conv.plan import (
+    Box,
+    box_count,
+    channels,
+    output_sizes,
+    part,
+    reads_every_other,
+    reads_halves,
+    stored,
+    tile_count,
+    writes_halves,
+)
+from gpukern.conv.layouts import Shape, Strides
+from gpukern.conv.plan import ConvPlan, Direction
+from gpukern.conv.prepare import Launch, Request
+from gpukern.runtime.counters import zeroed_counters
+from gpukern.runtime.descriptor import Described
+from gpukern.runtime.integers import cdiv
+from gpukern.runtime.launch import launch
+
+
+def prepare(request: Request, choice: ConvPlan) -> Launch:
+    p, direction = request.problem, request.direction
+    *operands, out = _descriptors(request, choice)
+    source, filter = (described.operand(request.dtype, choice.precision) for described in operands)
+    out.checked(request.dtype)
+    tiles, phases = tile_count(p, direction, choice), 4 if writes_halves(p, direction) else 1
+    partial_size = tiles * phases * choice.splits * choice.block_m * choice.block_n if choice.splits > 1 else 0
+    scalars, options = _scalars(request), _options(request, choice)
+
+    def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
+        device = output.device
+        partial = counters = None
+        if partial_size:
+            partial = torch.empty(partial_size, dtype=torch.float32, device=device)
+            counters = zeroed_counters(tiles * phases, device)
+        arguments = (
+            source.of(first),
+            filter.of(second),
+            bias,
+            None if residual is None else out.of(residual),
+            out.of(output),
+            statistics,
+            partial,
+            counters,
+            *scalars,
+            negative_slope,
+        )
+        launch(kernels.conv2d_box_kernel, (tiles, phases, choice.splits), device, arguments, options)
+
+    parts = math.prod(choice.box) // math.prod(part(choice.box))
+    return Launch(run, box_count(p, direction, choice.box) * parts if request.epilogue.statistics else 0)
+
+
+def _descriptors(request: Request, choice: ConvPlan) -> tuple[Described, Described, Described]:
+    """Of source, filter and output, in the order and the boxes of the kernel."""
+    p, direction = request.problem, request.direction
+    first, second, output = map(_with_runs, request.shapes, (request.first, request.second, request.output))
+    shape, box = request.shapes[0], (choice.box, choice.block_k)
+    if reads_halves(p, direction):
+        source = _in_halves(shape, first, *box)
+    elif reads_every_other(p, direction):
+        (N, C, H, W), (n, c, h, w) = shape, first
+        source = _image((N, C, cdiv(H, 2), cdiv(W, 2)), (n, c, 2 * h, 2 * w), *box)
+    else:
+        source = _image(shape, first, *box)
+    describe = _in_halves if writes_halves(p, direction) else _image
+    out = describe(request.shapes[2], output, stored(p, part(choice.box)), choice.block_n)
+    sides = choice.block_n, choice.block_k
+    return source, _filter(request.shapes[1], second, sides if direction is Direction.FORWARD else sides[::-1]), out
+
+
+def _scalars(request: Request) -> tuple[int, ...]:
+    p, direction = request.problem, request.direction
+    padding_h, padding_w = p.padding[0], p.padding[2]
+    if reads_every_other(p, direction):
+        padding_h, padding_w = padding_h // 2, padding_w // 2
+    halved = request.first if reads_halves(p, direction) else request.output if writes_halves(p, direction) else None
+    parity_step = halved[3] if halved else 0
+    return *output_sizes(p, direction), channels(p, direction)[0], padding_h, padding_w, parity_step
+
+
+def _options(request: Request, choice: ConvPlan) -> dict[str, Any]:
+    p, direction = request.problem, request.direction
+    halves = reads_halves(p, direction) or writes_halves(p, direction)
+    return {
+        "REDUCTION": channels(p, direction)[1],
+        "TAPS_H": p.R,
+        "TAPS_W": p.S,
+        "STRIDE": 2 if halves else 1,
+        "DILATION_H": p.dilation[0],
+        "DILATION_W": p.dilation[1],
+        "TRANSPOSED": direction is Direction.INPUT_GRAD,
+        **dict(zip(("BOX_N", "BOX_H", "BOX_W"), choice.box, strict=True)),
+        **dict(zip(("PART_N", "PART_H", "PART_W"), part(choice.box), strict=True)),
+        "BLOCK_N": choice.block_n,
+        "BLOCK_K": choice.block_k,
+        "GROUP_M": choice.group_m,
+        "SPLITS": choice.splits,
+        "ACTIVATION": request.epilogue.activation,
+        "POOL": p.pool,
+        "PRECISION": choice.precision,
+        "num_warps": choice.num_warps,
+        "num_stages": choice.num_stages,
+    }
+
+
+def _with_runs(shape: Shape, strides: Strides) -> Strides:
+    """The strides, with one that a descriptor takes where a dimension of one element may have any."""
+    run = cdiv(shape[1], 8) * 8
+    n, _, h, w = (run if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    return n, 1, h, w
+
+
+def _image(shape: Shape, strides: Strides, box: Box, block_c: int) -> Described:
+    """[N, H, W, C]."""
+    N, C, H, W = shape
+    n, c, h, w = strides
+    return Described((N, H, W, C), (n, h, w, c), (*box, block_c))
+
+
+def _in_halves(shape: Shape, strides: Strides, box: Box, block_c: int) -> Described:
+    """[N, H/2, parity of the row, W/2, (parity of the column, C)]."""
+    N, C, H, W = shape
+    n, c, h, w = strides
+    images, rows, cols = box
+    return Described((N, H // 2, 2, W // 2, w + C), (n, 2 * h, h, 2 * w, c), (images, rows, 1, cols, block_c))
+
+
+def _filter(shape: Shape, strides: Strides, sides: tuple[int, int]) -> Described:
+    """[R, S, K, C]."""
+    K, C, R, S = shape
+    k, c, r, s = strides
+    return Described((R, S, K, C), (r, s, k, c), (1, 1, *sides))

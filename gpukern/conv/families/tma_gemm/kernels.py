@@ -1,0 +1,177 @@
+"""The 1×1 convolution of stride 1 as a matrix product of boxes that the copy engine (TMA) fetches, Hopper and newer.
+
+No pixel needs a neighbour, so the pixels of channels_last images are the rows of one matrix [pixels, C]; a
+fully-connected layer is the same with images of one pixel. Dense NCHW images are matrices too, one [C, pixels] each.
+
+Products are computed as [channels, pixels]: with either layout both operands then stay in shared memory, from where
+the tensor cores read them. What a box holds beyond the end of a tensor is zero when read and dropped when written.
+"""
+
+import triton
+import triton.language as tl
+
+from gpukern.conv.epilogue import add_splits, store_statistics
+from gpukern.conv.indexing import tile_order
+from gpukern.ops._activation.functions import apply_activation
+
+
+@triton.jit
+def conv2d_gemm_kernel(
+    source,  # descriptor of x [pixels, C], with PLANES [N, C, pixels]; of ∂L/∂y for the input gradient
+    filter,  # descriptor of w [columns, reduction]; [reduction, columns] when FILTER_T
+    bias_ptr,  # [columns] or None
+    residual,  # descriptor like out, or None
+    out,  # descriptor of y [pixels, K], with PLANES [N, K, pixels], a box of BLOCK_M / PARTS pixels; or of ∂L/∂x
+    statistics_ptr,  # fp32 [3, row tiles · PARTS, columns] or None
+    partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
+    counter_ptr,  # int32 [tiles], zeros; both None for one split
+    images,  # 1 unless PLANES: all pixels are one image's
+    pixels,  # of one image
+    columns,  # channels made
+    reduction,  # channels summed over
+    negative_slope,
+    PLANES: tl.constexpr,
+    FILTER_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # pixels
+    BLOCK_N: tl.constexpr,  # columns
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,  # programs that share the sum of a tile
+    PARTS: tl.constexpr,  # 1, or 2: the pixels of a tile are finished one half after the other, in fewer registers
+    PERSISTENT: tl.constexpr,  # a program takes as many tiles as there are; otherwise one
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[pixel, column] = act(Σ_c source[pixel, c] · filter[column, c] + bias[column] + residual[pixel, column]).
+
+    Grid: (programs, SPLITS), with a program for each tile unless PERSISTENT. A persistent program fetches its next tile
+    while the last one is still being written.
+    """
+    row_tiles = tl.cdiv(pixels, BLOCK_M)  # of one image
+    num_m = images * row_tiles
+    num_n = tl.cdiv(columns, BLOCK_N)
+    # Shares of one length: beyond the end a step adds zeros. A loop that may not turn at all makes ptxas wait for every
+    # single product.
+    steps = tl.maximum(tl.cdiv(tl.cdiv(reduction, BLOCK_K), SPLITS), 1)
+    first = tl.program_id(1) * steps if SPLITS > 1 else 0
+    # A loop of one turn is none to the compiler.
+    turns = tl.cdiv(num_m * num_n - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
+    for turn in range(turns):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        pid_m, pid_n = tile_order(tile, num_m, num_n, GROUP_M)
+        image = pid_m // row_tiles
+        pixel = pid_m % row_tiles * BLOCK_M
+        column = pid_n * BLOCK_N
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for step in range(steps):
+            k = (first + step) * BLOCK_K
+            w = filter.load([k, column]).T if FILTER_T else filter.load([column, k])  # [BLOCK_N, BLOCK_K]
+            x = source.load([image, k, pixel]).reshape(BLOCK_K, BLOCK_M) if PLANES else source.load([pixel, k]).T
+            acc = tl.dot(w, x, acc, input_precision=PRECISION)
+        last = True
+        if SPLITS > 1:
+            acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, tl.program_id(1), SPLITS)
+        if last:
+            pieces = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split() if PARTS == 2 else (acc,)
+            for part in tl.static_range(PARTS):
+                _finish(
+                    pieces[part],
+                    bias_ptr,
+                    residual,
+                    out,
+                    statistics_ptr,
+                    image,
+                    pixel + part * (BLOCK_M // PARTS),
+                    pixels,
+                    column,
+                    columns,
+                    pid_m * PARTS + part,
+                    num_m * PARTS,
+                    negative_slope,
+                    PLANES,
+                    ACTIVATION,
+                )
+
+
+@triton.jit
+def _finish(
+    acc,  # [columns, pixels] of the box that out describes
+    bias_ptr,
+    residual,
+    out,
+    statistics_ptr,
+    image,
+    pixel,
+    pixels,
+    column,
+    columns,
+    row_tile,
+    row_tiles,
+    negative_slope,
+    PLANES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    channel = column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + channel, mask=channel < columns, other=0.0).to(tl.float32)[:, None]
+    if residual is not None:
+        if PLANES:
+            added = residual.load([image, column, pixel]).reshape(BLOCK_N, BLOCK_M)
+        else:
+            added = residual.load([pixel, column]).T
+        acc += added.to(tl.float32)
+    y = apply_activation(acc, ACTIVATION, negative_slope).to(out.dtype)
+    if PLANES:
+        out.store([image, column, pixel], y.reshape(1, BLOCK_N, BLOCK_M))
+    else:
+        out.store([pixel, column], y.T)
+    if statistics_ptr is not None:
+        valid = (pixel + tl.arange(0, BLOCK_M) < pixels)[None, :]
+        store_statistics(y.to(tl.float32), valid, statistics_ptr, row_tile, row_tiles, channel, columns, AXIS=1)
+
+
+# Compiled for a single pixel, a case of its own otherwise, the loop would wait for its products one by one.
+@triton.jit(do_not_specialize=["pixels"])
+def conv2d_gemm_weight_grad_kernel(
+    grad,  # descriptor of ∂L/∂y [pixels, K], with PLANES [N, K, pixels]
+    source,  # descriptor of x [pixels, C], with PLANES [N, C, pixels]
+    out,  # descriptor of the fp32 partial sums of ∂L/∂w [splits, K, C], or of itself [1, K, C]
+    images,  # 1 unless PLANES
+    pixels,  # of one image
+    outputs,  # K
+    inputs,  # C
+    PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # output channels
+    BLOCK_N: tl.constexpr,  # input channels
+    BLOCK_K: tl.constexpr,  # pixels
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[split, k, c] = Σ_pixel grad[pixel, k] · source[pixel, c] over the split's share. Grid: (tiles, splits)."""
+    pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(outputs, BLOCK_M), tl.cdiv(inputs, BLOCK_N), GROUP_M)
+    k = pid_m * BLOCK_M
+    c = pid_n * BLOCK_N
+    image_steps = tl.cdiv(pixels, BLOCK_K)
+    steps = tl.maximum(tl.cdiv(images * image_steps, tl.num_programs(1)), 1)  # as above
+    first = tl.program_id(1) * steps
+    image = first // image_steps
+    # Beyond the end lie the pixels of the only matrix, or matrices.
+    pixel = (first % image_steps if PLANES else first) * BLOCK_K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(steps):
+        if PLANES:
+            dy = grad.load([image, k, pixel]).reshape(BLOCK_M, BLOCK_K)
+            x = source.load([image, c, pixel]).reshape(BLOCK_N, BLOCK_K).T
+        else:
+            dy = grad.load([pixel, k]).T
+            x = source.load([pixel, c])
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+        pixel += BLOCK_K
+        if PLANES:
+            # Selected, not branched upon: addresses that come out of a branch are fetched too late.
+            end = pixel >= pixels
+            image = tl.where(end, image + 1, image)
+            pixel = tl.where(end, 0, pixel)
+    out.store([tl.program_id(1), k, c], acc.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))

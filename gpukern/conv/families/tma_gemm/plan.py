@@ -1,0 +1,206 @@
+"""Matrix products by descriptors: which 1×1 convolutions they serve, and with which tiles.
+
+Tiles and stages are those whose machine code for sm_90 is clean with Triton 3.6 and 3.7: no spills with any epilogue,
+operands multiplied out of shared memory while the next ones are on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.integers import cdiv, power_of_two, shares
+
+#: block_m, block_n, warps, stages
+Tile = tuple[int, int, int, int]
+
+# On an H200 small tiles of which several share a multiprocessor are ahead where there are few steps, or much to write:
+# one's loads and stores are hidden by the others' products. Long sums want many stages instead.
+_TILES: tuple[Tile, ...] = (
+    (256, 128, 8, 4),
+    (128, 256, 8, 4),
+    (128, 128, 8, 3),
+    (128, 128, 8, 5),
+    (128, 128, 4, 2),
+    (128, 128, 4, 3),
+    (256, 64, 4, 3),
+    (128, 64, 4, 3),
+    (128, 64, 4, 6),
+    (64, 128, 4, 4),
+    (64, 128, 4, 6),
+    (64, 64, 4, 3),
+    (64, 64, 4, 5),
+    (32, 64, 4, 6),
+    (16, 64, 4, 6),
+)
+# Of float32 three stages of the largest tiles leave room for what is written, not four.
+_TF32_TILES: tuple[Tile, ...] = ((256, 128, 8, 3), (128, 256, 8, 3), *_TILES[2:])
+# Tensor cores take float32 only in runs along the sum; other operands are transposed on the way, through registers.
+# So are those that are taken apart into halves.
+_THROUGH_REGISTERS: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 4))
+_GRAD_TILES: tuple[Tile, ...] = (
+    (128, 256, 8, 3),
+    (128, 128, 8, 3),
+    (128, 128, 8, 5),
+    (128, 64, 8, 4),
+    (64, 128, 4, 6),
+    (64, 128, 4, 8),
+    (64, 64, 4, 6),
+    (64, 64, 4, 8),
+)
+_GRAD_THROUGH_REGISTERS: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4))
+
+# Steps from which on a tile that has a multiprocessor to itself is worth a thought: what is between two sums, fetching
+# and storing, only a second program hides.
+_LONG_SUM = 4
+
+# What a program needs beside its buffers, for barriers, in bytes.
+_BESIDE_BUFFERS = 512
+
+
+def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
+    planes = operands.first is Layout.PLANES
+    if not device.copies_boxes or not _is_product(p, direction, operands):
+        return
+    if operands.dtype == "float32" and operands.precision == "ieee":
+        return
+    if direction is Direction.WEIGHT_GRAD:
+        found = _weight_grad(p, operands, planes, device)
+    else:
+        found = _product(p, direction, operands, planes, device)
+    for candidate in found:
+        if _shared_memory(candidate, operands.itemsize, direction) <= device.shared_memory:
+            yield candidate
+
+
+def _is_product(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
+    """Whether descriptors can describe it all as matrices, rows of which are whole units of 16 bytes."""
+    if (p.R, p.S, p.stride, p.padding, p.groups) != (1, 1, (1, 1), (0, 0, 0, 0), 1) or 0 in (p.N, p.C, p.H, p.W, p.K):
+        return False
+    images = operands.first, operands.second if direction is Direction.WEIGHT_GRAD else operands.output
+    filter = operands.output if direction is Direction.WEIGHT_GRAD else operands.second
+    if direction is Direction.WEIGHT_GRAD:
+        if filter is not Layout.PIXEL_RUNS or p.C * operands.itemsize % 16:
+            return False
+    elif filter not in (Layout.PIXEL_RUNS, Layout.TRANSPOSED):
+        return False
+    if images == (Layout.PLANES, Layout.PLANES):
+        return p.H * p.W * operands.itemsize % 16 == 0
+    return images == (Layout.PIXEL_RUNS, Layout.PIXEL_RUNS)
+
+
+def _product(
+    p: ConvProblem, direction: Direction, operands: Operands, planes: bool, device: DeviceSpec
+) -> Iterator[ConvPlan]:
+    columns, reduction = (p.K, p.C) if direction is Direction.FORWARD else (p.C, p.K)
+    along_sum = (operands.second is Layout.PIXEL_RUNS) == (direction is Direction.FORWARD)
+    if operands.dtype != "float32":
+        tiles, block_k = _TILES, 64
+    elif operands.precision == "tf32x3" or planes or not along_sum:
+        tiles, block_k = _THROUGH_REGISTERS, 32
+    else:
+        tiles, block_k = _TF32_TILES, 32
+    pixels = p.H * p.W if planes else p.N * p.H * p.W
+    steps = cdiv(reduction, block_k)
+    for block_m, block_n, warps, stages in tiles:
+        if block_m > power_of_two(pixels, 16) or block_n > power_of_two(columns, 64):
+            continue
+        if (block_m, warps) == (256, 4) and device.compute_capability >= (10, 0):
+            continue  # with statistics it spills there
+        whole = ConvPlan(
+            Variant.GEMM,
+            block_m,
+            block_n,
+            block_k,
+            warps,
+            # More buffers than steps would only keep other programs out.
+            min(stages, max(steps, 2)),
+            box=(1, 1, block_m) if planes else None,
+        )
+        if persistent(whole) and steps < _LONG_SUM:
+            continue
+        programs = tile_count(p, direction, whole)
+        for splits in _sum_splits(programs, steps, device) if parts(whole) == 1 else (1,):
+            yield replace(whole, splits=splits)
+
+
+def _sum_splits(programs: int, steps: int, device: DeviceSpec) -> Iterator[int]:
+    """Splits worth a thought where tiles leave multiprocessors idle; each keeps four steps at least."""
+    yield 1
+    most = min(2 * device.sm_count // programs, steps // 4, 16)
+    for splits in (2, 4, 8, 16):
+        if most // 4 < splits <= most:
+            yield splits
+
+
+def _weight_grad(p: ConvProblem, operands: Operands, planes: bool, device: DeviceSpec) -> Iterator[ConvPlan]:
+    half = operands.dtype != "float32"
+    # The sum runs along the pixels, and so do the runs of NCHW images.
+    along_sum = planes and operands.precision != "tf32x3"
+    block_k = 64 if half else 32
+    for block_m, block_n, warps, stages in _GRAD_TILES if half or along_sum else _GRAD_THROUGH_REGISTERS:
+        if block_m > power_of_two(p.K, 64) or block_n > power_of_two(p.C, 64):
+            continue
+        box = (1, 1, block_k) if planes else None
+        whole = ConvPlan(Variant.GEMM, block_m, block_n, block_k, warps, stages, box=box)
+        programs = tile_count(p, Direction.WEIGHT_GRAD, whole)
+        for splits in grad_splits(programs, _steps(p, Direction.WEIGHT_GRAD, whole), device):
+            yield replace(whole, splits=splits)
+
+
+def grad_splits(programs: int, steps: int, device: DeviceSpec) -> list[int]:
+    """Splits for one and for two programs on every multiprocessor; each keeps four steps at least."""
+    return sorted({max(1, min(waves * device.sm_count // programs, steps // 4)) for waves in (1, 2)})
+
+
+def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+    """(programs, steps along the sum of each) of every split."""
+    count = tile_count(p, direction, choice)
+    return [(count, steps) for steps in shares(_steps(p, direction, choice), choice.splits)]
+
+
+def tile_count(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
+    if direction is Direction.WEIGHT_GRAD:
+        return cdiv(p.K, choice.block_m) * cdiv(p.C, choice.block_n)
+    columns = p.K if direction is Direction.FORWARD else p.C
+    return row_tiles(p, choice) * cdiv(columns, choice.block_n)
+
+
+def row_tiles(p: ConvProblem, choice: ConvPlan) -> int:
+    """Tiles along the pixels."""
+    images, pixels = matrices(p, choice)
+    return images * cdiv(pixels, choice.block_m)
+
+
+def matrices(p: ConvProblem, choice: ConvPlan) -> tuple[int, int]:
+    """(matrices, pixels of each): a plan with a box of one image is for NCHW, where every image is a matrix."""
+    return (p.N, p.H * p.W) if choice.box else (1, p.N * p.H * p.W)
+
+
+def parts(choice: ConvPlan) -> int:
+    """In how many parts a tile is finished: of 128 sums a thread, half at a time leaves registers for the epilogue."""
+    return 2 if choice.block_m * choice.block_n >= 128 * 32 * choice.num_warps else 1
+
+
+def persistent(choice: ConvPlan) -> bool:
+    """Whether programs take tile after tile. Of smaller tiles a multiprocessor has two at work, which hides as much."""
+    return choice.splits == 1 and choice.block_m * choice.block_n >= 256 * 128
+
+
+def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
+    if direction is Direction.WEIGHT_GRAD:
+        images, pixels = matrices(p, choice)
+        return images * cdiv(pixels, choice.block_k)
+    return cdiv(p.C if direction is Direction.FORWARD else p.K, choice.block_k)
+
+
+def _shared_memory(choice: ConvPlan, itemsize: int, direction: Direction) -> int:
+    """Bytes of the buffers of operands, and of the result on its way out; a lone tile's share one place."""
+    operands = choice.num_stages * (choice.block_m + choice.block_n) * choice.block_k * itemsize
+    if direction is Direction.WEIGHT_GRAD:
+        return max(operands, choice.block_m * choice.block_n * 4) + _BESIDE_BUFFERS
+    result = choice.block_m * choice.block_n * itemsize // parts(choice)
+    return (operands + result if persistent(choice) else max(operands, result)) + _BESIDE_BUFFERS

@@ -1,0 +1,94 @@
+"""Launches the convolution of few channels: one pass that packs x and w, then the products."""
+
+from __future__ import annotations
+
+import torch
+
+from gpukern.conv.families.tma_conv.plan import box_count, stored, tile_count
+from gpukern.conv.families.tma_stem import kernels
+from gpukern.conv.families.tma_stem.plan import packed, window
+from gpukern.conv.indexing import Sizes
+from gpukern.conv.plan import ConvPlan
+from gpukern.conv.prepare import Launch, Request
+from gpukern.ops._image import Image, strides_of
+from gpukern.runtime.descriptor import Described
+from gpukern.runtime.integers import cdiv, power_of_two
+from gpukern.runtime.launch import index_type, launch, reach
+
+# A thread packs two pixels.
+_PACKED_PIXELS = 256
+_PACKED_FILTERS = 16
+
+
+def prepare(request: Request, choice: ConvPlan) -> Launch:
+    p, dtype, itemsize = request.problem, request.dtype, request.dtype.itemsize
+    box, block_n, block_k = choice.box, choice.block_n, choice.block_k
+    of_packed, channels = packed(p, itemsize), packed(p, itemsize).channels
+    of_source, of_filter, _ = request.shapes
+    source, filter, (n, _, h, w) = map(strides_of, request.shapes, (request.first, request.second, request.output))
+
+    row = of_packed.cols * channels
+    step_n, step_p, step_q = of_packed.rows * row, p.stride[0] * row, p.stride[1] * channels
+    windows = Described(
+        (p.N, p.P, p.R, p.Q, window(p, itemsize)),
+        (step_n, step_p, row, step_q, 1),
+        (box[0], box[1], 1, box[2], block_k),
+    ).operand(dtype, choice.precision)
+    filter_rows = Described((p.R, p.K, block_k), (p.K * block_k, block_k, 1), (1, block_n, block_k))
+    filter_rows = filter_rows.operand(dtype, choice.precision)
+    # The stride of a dimension of one element is never used, but must be one that a descriptor takes.
+    run_length = cdiv(p.K, 8) * 8
+    strides = (n or run_length, h or run_length, w or run_length, 1)
+    height, width = request.shapes[2][2:]
+    out = Described((p.N, height, width, p.K), strides, (*stored(p, box), block_n)).checked(dtype)
+
+    pack_grid = (cdiv(of_packed.elements // channels, _PACKED_PIXELS) + p.R * cdiv(p.K, _PACKED_FILTERS),)
+    pack_scalars = (
+        Sizes(p.N, p.H, p.W, of_packed.rows, of_packed.cols, 1, p.K, p.C),
+        p.padding[0],
+        p.padding[2],
+        p.R,
+        p.S,
+    )
+    pack_options = {
+        "CHANNELS": channels,
+        "BLOCK_K": block_k,
+        "BLOCK_M": _PACKED_PIXELS,
+        "BLOCK_N": _PACKED_FILTERS,
+        "BLOCK_C": power_of_two(channels),
+        "INDEX": index_type(max(reach(of_source, source), reach(of_filter, filter), of_packed.elements)),
+        "num_warps": 4,
+    }
+    grid, scalars = (tile_count(p, request.direction, choice),), (p.N, p.P, p.Q, p.K)
+    options = {
+        "TAPS_H": p.R,
+        **dict(zip(("BOX_N", "BOX_H", "BOX_W"), box, strict=True)),
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": choice.group_m,
+        "ACTIVATION": request.epilogue.activation,
+        "POOL": p.pool,
+        "PRECISION": choice.precision,
+        "num_warps": choice.num_warps,
+        "num_stages": choice.num_stages,
+    }
+
+    def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
+        device = output.device
+        image = torch.empty(of_packed.elements, dtype=dtype, device=device)
+        rows = torch.empty(p.R * p.K * block_k, dtype=dtype, device=device)
+        pack_arguments = (Image(first, *source), Image(second, *filter), image, rows, *pack_scalars)
+        launch(kernels.stem_pack_kernel, pack_grid, device, pack_arguments, pack_options)
+        arguments = (
+            windows.of(image),
+            filter_rows.of(rows),
+            bias,
+            None if residual is None else out.of(residual),
+            out.of(output),
+            statistics,
+            *scalars,
+            negative_slope,
+        )
+        launch(kernels.conv2d_stem_kernel, grid, device, arguments, options)
+
+    return Launch(run, box_count(p, request.direction, box) if request.epilogue.statistics else 0)

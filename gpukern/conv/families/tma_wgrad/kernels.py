@@ -1,0 +1,98 @@
+"""The weight gradient of large batches by boxes of the same pixel of many images (TMA), Hopper and newer.
+
+Seen as [P, Q, N, K], a box of ∂L/∂y that holds one pixel of BLOCK_K images meets, for every tap, one box of x seen as
+[H, W, N, C]. So stride and dilation only move the boxes, and a tap that lies outside the image there is left out
+instead of multiplied by zeros. Boxes that reach beyond the last image hold zeros there, in both operands.
+"""
+
+import triton
+import triton.language as tl
+
+from gpukern.conv.indexing import tile_order
+
+
+@triton.jit
+def inside_range(tap, padding, inputs, outputs, STRIDE: tl.constexpr, DILATION: tl.constexpr):
+    """(first, end) of output rows with 0 ≤ row · STRIDE + tap · DILATION − padding < inputs; of none, end ≤ first."""
+    before = padding - tap * DILATION
+    # A division of negative numbers may round either way: both are held at 0 or more.
+    first = tl.maximum(before + STRIDE - 1, 0) // STRIDE
+    end = tl.minimum(tl.maximum(inputs - 1 + before + STRIDE, 0) // STRIDE, outputs)
+    return first, end
+
+
+@triton.jit
+def conv2d_batch_box_weight_grad_kernel(
+    grad,  # descriptor of ∂L/∂y [P, Q, N, K]
+    source,  # descriptor of x [H, W, N, C]
+    out,  # descriptor of the fp32 partial sums of ∂L/∂w [splits, K, R · S, C], or of itself [1, K, R · S, C]
+    batch,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    outputs,  # K
+    inputs,  # C
+    padding_h,
+    padding_w,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # output channels
+    TOGETHER: tl.constexpr,  # neighbouring taps of a filter row that a program takes; divides TAPS_W
+    BLOCK_N: tl.constexpr,  # input channels
+    BLOCK_K: tl.constexpr,  # images
+    GROUP_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[split, k, (r, s), c] = Σ_{n, p, q} grad[n, k, p, q] · source[n, c, moved by (r, s)] over the split's share.
+
+    Grid: (tiles, splits), a tile for every TOGETHER taps, which share the boxes of grad; where only some of them lie in
+    the image, the others read zeros. Tiles of one block of channels, which read the same, are neighbours.
+    """
+    GROUPS: tl.constexpr = TAPS_W // TOGETHER
+    tap = tl.program_id(0) % (TAPS_H * GROUPS) * TOGETHER
+    pid_m, pid_n = tile_order(
+        tl.program_id(0) // (TAPS_H * GROUPS), tl.cdiv(outputs, BLOCK_M), tl.cdiv(inputs, BLOCK_N), GROUP_M
+    )
+    k = pid_m * BLOCK_M
+    c = pid_n * BLOCK_N
+    r = tap // TAPS_W
+    s = tap % TAPS_W
+    first_p, end_p = inside_range(r, padding_h, in_h, out_h, STRIDE_H, DILATION_H)
+    # Of neighbouring taps the last is the first to enter the image and the first to leave it.
+    _, end_q = inside_range(s, padding_w, in_w, out_w, STRIDE_W, DILATION_W)
+    first_q, _ = inside_range(s + TOGETHER - 1, padding_w, in_w, out_w, STRIDE_W, DILATION_W)
+    rows = tl.maximum(end_p - first_p, 0)
+    cols = tl.maximum(end_q - first_q, 0)
+    image_steps = tl.cdiv(batch, BLOCK_K)
+    steps = rows * cols * image_steps
+    share = tl.cdiv(steps, tl.num_programs(1))
+    first = tl.program_id(1) * share
+    image = first % image_steps * BLOCK_K
+    # A tap may meet no pixel at all; no division by zero then.
+    q = first_q + first // image_steps % tl.maximum(cols, 1)
+    p = first_p + first // image_steps // tl.maximum(cols, 1)
+    dh = r * DILATION_H - padding_h
+    dw = s * DILATION_W - padding_w
+    sums = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * TOGETHER
+    for _ in range(min(steps - first, share)):
+        dy = grad.load([p, q, image, k]).reshape(BLOCK_K, BLOCK_M)
+        added = ()
+        for t in tl.static_range(TOGETHER):
+            x = source.load([p * STRIDE_H + dh, q * STRIDE_W + dw + t * DILATION_W, image, c])
+            added += (tl.dot(dy.T, x.reshape(BLOCK_K, BLOCK_N), sums[t], input_precision=PRECISION),)
+        sums = added
+        # Selected, not branched upon: addresses that come out of a branch are fetched too late.
+        image += BLOCK_K
+        next_pixel = image >= batch
+        image = tl.where(next_pixel, 0, image)
+        q = tl.where(next_pixel, q + 1, q)
+        next_row = q == end_q
+        q = tl.where(next_row, first_q, q)
+        p = tl.where(next_row, p + 1, p)
+    for t in tl.static_range(TOGETHER):
+        out.store([tl.program_id(1), k, tap + t, c], sums[t].to(out.dtype).reshape(1, BLOCK_M, 1, BLOCK_N))

@@ -1,0 +1,63 @@
+"""Launches the weight gradient by boxes of one pixel of many images."""
+
+from __future__ import annotations
+
+import torch
+
+from gpukern.conv.families.tma_wgrad import kernels
+from gpukern.conv.families.tma_wgrad.plan import tile_count, together
+from gpukern.conv.layouts import Shape, Strides
+from gpukern.conv.passes.launch import add_partial_sums, partial_sums
+from gpukern.conv.plan import ConvPlan
+from gpukern.conv.prepare import Launch, Request
+from gpukern.runtime.descriptor import Described
+from gpukern.runtime.integers import cdiv
+from gpukern.runtime.launch import launch
+
+
+def prepare(request: Request, choice: ConvPlan) -> Launch:
+    p, dtype = request.problem, request.dtype
+    taps, channels = p.R * p.S, choice.block_n // together(choice)
+    of_grad, of_source, _ = request.shapes
+    grad = _batch_inside(of_grad, request.first, (choice.block_k, choice.block_m)).operand(dtype, choice.precision)
+    source = _batch_inside(of_source, request.second, (choice.block_k, channels)).operand(dtype, choice.precision)
+    output = Described(
+        (choice.splits, p.K, taps, p.C),
+        (p.K * taps * p.C, taps * p.C, p.C, 1),
+        (1, choice.block_m, 1, channels),
+    ).checked(torch.float32 if choice.splits > 1 else dtype)
+    scalars = (p.N, p.H, p.W, p.P, p.Q, p.K, p.C, p.padding[0], p.padding[2])
+    options = {
+        "TAPS_H": p.R,
+        "TAPS_W": p.S,
+        "STRIDE_H": p.stride[0],
+        "STRIDE_W": p.stride[1],
+        "DILATION_H": p.dilation[0],
+        "DILATION_W": p.dilation[1],
+        "BLOCK_M": choice.block_m,
+        "TOGETHER": together(choice),
+        "BLOCK_N": channels,
+        "BLOCK_K": choice.block_k,
+        "GROUP_M": choice.group_m,
+        "PRECISION": choice.precision,
+        "num_warps": choice.num_warps,
+        "num_stages": choice.num_stages,
+    }
+    programs = tile_count(p, choice), choice.splits
+
+    def run(first, second, out, *_) -> None:
+        partial = partial_sums(out, choice.splits)
+        arguments = (grad.of(first), source.of(second), output.of(partial), *scalars)
+        launch(kernels.conv2d_batch_box_weight_grad_kernel, programs, out.device, arguments, options)
+        add_partial_sums(partial, out, choice.splits)
+
+    return Launch(run)
+
+
+def _batch_inside(shape: Shape, strides: Strides, box: tuple[int, int]) -> Described:
+    """Images [N, C, H, W] with runs of channels as [H, W, N, C], in boxes of (images, channels) of one pixel."""
+    N, C, H, W = shape
+    # A dimension of one element may have any stride, which a descriptor would refuse.
+    run = cdiv(C, 8) * 8
+    n, _, h, w = (run if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    return Described((H, W, N, C), (h, w, n, 1), (1, 1, *box))

@@ -1,0 +1,96 @@
+"""Weight gradients by boxes of one pixel of many images: which problems the kernel serves, and with which tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from gpukern.conv.families.tma_gemm.plan import grad_splits
+from gpukern.conv.geometry import Dimension, dimensions
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.integers import cdiv, power_of_two, shares
+
+#: K channels, (taps ·) C channels, warps, stages. Each compiles for sm_90 without a spill, with Triton 3.6 and 3.7, and
+#: multiplies out of shared memory.
+Tile = tuple[int, int, int, int]
+
+_TILES: tuple[Tile, ...] = (
+    (128, 256, 8, 3),
+    (128, 128, 8, 3),
+    (128, 128, 8, 6),
+    (128, 64, 8, 4),
+    (64, 128, 4, 4),
+    (64, 128, 4, 7),
+    (64, 64, 4, 4),
+    (64, 64, 4, 7),
+)
+# Three neighbouring taps meet the same box of dy: fetched once, it is half of all traffic less.
+_THREE_TAPS: tuple[Tile, ...] = ((128, 3 * 128, 8, 3), (128, 3 * 64, 8, 4), (64, 3 * 64, 4, 3), (64, 3 * 64, 4, 4))
+# Tensor cores take float32 only in runs along the sum, which are the images here: it is transposed by the registers.
+_FLOAT32_TILES: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4))
+# Fewer images fill too little of a box.
+_FEWEST_IMAGES = 32
+
+
+def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
+    if direction is not Direction.WEIGHT_GRAD or not device.copies_boxes or not _serves(p, operands):
+        return
+    half = operands.dtype != "float32"
+    # As long as wastes no product: 96 images are three boxes of 32.
+    block_k = 64 if half and cdiv(p.N, 32) % 2 == 0 else 32
+    offered = _FLOAT32_TILES if not half else (*_THREE_TAPS, (128, 128, 8, 3)) if p.S % 3 == 0 else _TILES
+    for block_m, block_n, warps, stages in offered:
+        whole = ConvPlan(Variant.BATCH_BOX, block_m, block_n, block_k, warps, stages)
+        channels = block_n // together(whole)
+        if block_m > power_of_two(p.K, 64) or channels > power_of_two(p.C, 64):
+            continue
+        buffers = max(stages * (block_m + block_n) * block_k * operands.itemsize, block_m * channels * 4)
+        if buffers >= device.shared_memory:
+            continue
+        for splits in grad_splits(tile_count(p, whole), max(_steps(p, whole)), device):
+            yield replace(whole, splits=splits)
+
+
+def _serves(p: ConvProblem, operands: Operands) -> bool:
+    if not (operands.first.has_runs and operands.second.has_runs and operands.output is Layout.PIXEL_RUNS):
+        return False
+    if operands.dtype == "float32" and operands.precision == "ieee":
+        return False
+    if p.groups != 1 or p.N < _FEWEST_IMAGES or 0 in (p.C, p.H, p.W, p.K):
+        return False
+    return p.C * operands.itemsize % 16 == 0
+
+
+def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+    """(programs, steps along the sum of each) of every group of taps and split."""
+    steps = _steps(p, choice)
+    count = tile_count(p, choice) // len(steps)
+    return [(count, share) for total in steps for share in shares(total, choice.splits)]
+
+
+def tile_count(p: ConvProblem, choice: ConvPlan) -> int:
+    taps = together(choice)
+    return p.R * p.S // taps * cdiv(p.K, choice.block_m) * cdiv(p.C, choice.block_n // taps)
+
+
+def together(choice: ConvPlan) -> int:
+    """Neighbouring taps in a tile, whose columns are those of each in turn: powers of two, so three show."""
+    return 3 if choice.block_n % 3 == 0 else 1
+
+
+def _steps(p: ConvProblem, choice: ConvPlan) -> list[int]:
+    """Steps of each group of taps: the pixels of dy for which one lies in the image, in boxes of ``block_k`` images."""
+    vertical, horizontal = dimensions(p)
+    taps = together(choice)
+    rows = [_inside(vertical, r, r) for r in range(p.R)]
+    cols = [_inside(horizontal, s, s + taps - 1) for s in range(0, p.S, taps)]
+    return [r * c * cdiv(p.N, choice.block_k) for r in rows for c in cols]
+
+
+def _inside(d: Dimension, first_tap: int, last_tap: int) -> int:
+    """Output rows between the first and the last that meet the image; see ``inside_range`` in ``kernels.py``."""
+    first = max(cdiv(d.before - last_tap * d.dilation, d.stride), 0)
+    end = min((d.inputs - 1 + d.before - first_tap * d.dilation) // d.stride + 1, d.outputs)
+    return max(end - first, 0)

@@ -1,0 +1,84 @@
+"""Launches the warp-specialised kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gpukern.conv.families.tma_conv.plan import box_count, channels, output_sizes, tile_count
+from gpukern.conv.families.warp_specialized import kernels
+from gpukern.conv.layouts import Shape, Strides
+from gpukern.conv.plan import ConvPlan, Direction
+from gpukern.conv.prepare import Launch, Request
+from gpukern.ops._image import strides_of
+from gpukern.runtime.descriptor import Described
+from gpukern.runtime.launch import launch
+
+_ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Swizzled(Described):
+    """A descriptor that also says how a box lies in shared memory, which Gluon leaves to the caller."""
+
+    layout: gl.NVMMASharedLayout
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        # Not the constructor: see Described.
+        descriptor = TensorDescriptor.__new__(TensorDescriptor)
+        descriptor.__dict__.update(super().of(tensor).__dict__, layout=self.layout)
+        return descriptor
+
+
+def prepare(request: Request, choice: ConvPlan) -> Launch:
+    p, direction = request.problem, request.direction
+    transposed = direction is Direction.INPUT_GRAD
+    box, block_n, block_k = choice.box, choice.block_n, choice.block_k
+    of_source, of_filter, of_out = request.shapes
+    nhwc, rskc = (0, 2, 3, 1), (2, 3, 0, 1)
+    sides = (block_k, block_n) if transposed else (block_n, block_k)
+    source = _described(of_source, request.first, nhwc, (*box, block_k), request.dtype)
+    filter = _described(of_filter, request.second, rskc, (1, 1, *sides), request.dtype)
+    out = _described(of_out, request.output, nhwc, (*box, block_n), request.dtype)
+
+    # Of the input gradient, taps go backwards: source row = row + top − r · dilation.
+    sign = -1 if transposed else 1
+    steps = (sign * p.dilation[0], sign * p.dilation[1], sign * p.padding[0], sign * p.padding[2])
+    window = kernels.Window(*output_sizes(p, direction), *channels(p, direction), p.R, p.S, *steps)
+    options = {
+        "TRANSPOSED": transposed,
+        "BUFFERS": choice.num_stages,
+        "GROUP_M": choice.group_m,
+        "ACTIVATION": request.epilogue.activation,
+        "num_warps": choice.num_warps,
+    }
+    grid = (min(tile_count(p, direction, choice), request.device.sm_count),)
+
+    def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
+        arguments = (
+            source.of(first),
+            filter.of(second),
+            out.of(output),
+            None if residual is None else out.of(residual),
+            bias,
+            statistics,
+            window,
+            negative_slope,
+        )
+        launch(kernels.conv2d_warp_specialized_kernel, grid, output.device, arguments, options)
+
+    return Launch(run, box_count(p, direction, box) if request.epilogue.statistics else 0)
+
+
+def _described(
+    shape: Shape, strides: Strides, order: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
+) -> _Swizzled:
+    """The dimensions in ``order``, the last of which is contiguous."""
+    strides = strides_of(shape, strides)
+    # The stride of a dimension of one element is never used, but must be one that a descriptor takes.
+    outer = (strides[i] or 16 // dtype.itemsize for i in order[:-1])
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), _ELEMENTS[dtype])
+    return _Swizzled(tuple(shape[i] for i in order), (*outer, 1), block, layout).checked(dtype)

@@ -1,0 +1,49 @@
+"""Warp-specialised boxes: forward and input gradient of stride 1 in 16 bits, on Hopper alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gpukern.conv.families.tma_conv.plan import best_box, channels, output_sizes, tile_count
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.integers import cdiv, power_of_two
+
+#: Tiles of pixels × channels, and the warps that multiply. All compile for sm_90 to loops of at most 63 instructions a
+#: step and without a spill, with every epilogue and with Triton 3.6 to 3.9.
+_TILES = ((256, 128, 8), (128, 256, 8), (256, 64, 8), (128, 128, 8), (64, 256, 4), (128, 64, 4))
+#: With fewer channels on either side a tile would be mostly padding.
+_FEWEST_CHANNELS = 32
+_MOST_BUFFERS = 6
+#: Barriers, and what sums over pixels pass through.
+_OTHER_SHARED_MEMORY = 4096
+
+
+def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
+    if device.compute_capability != (9, 0) or not _serves(p, direction, operands):
+        return
+    pixels = output_sizes(p, direction)
+    columns, reduction = channels(p, direction)
+    # A last step of at most 32 channels would be half padding.
+    block_k = 32 if 0 < reduction % 64 <= 32 else 64
+    for block_m, block_n, warps in _TILES:
+        if block_n > power_of_two(columns, 64):
+            continue
+        buffer, tile = 2 * block_k * (block_m + block_n), 2 * block_m * block_n
+        buffers = min((device.shared_memory - tile - _OTHER_SHARED_MEMORY) // buffer, _MOST_BUFFERS)
+        box = best_box(block_m, *pixels)
+        yield ConvPlan(Variant.WARP_SPECIALIZED, block_m, block_n, block_k, warps, num_stages=buffers, box=box)
+
+
+def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+    _, reduction = channels(p, direction)
+    return [(tile_count(p, direction, choice), p.R * p.S * cdiv(reduction, choice.block_k))]
+
+
+def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
+    if direction is Direction.WEIGHT_GRAD or p.stride != (1, 1) or p.groups != 1:
+        return False
+    if operands.itemsize != 2 or min(p.C, p.K) < _FEWEST_CHANNELS:
+        return False
+    return operands.first.has_runs and operands.second.has_runs and operands.output.has_runs

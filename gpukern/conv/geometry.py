@@ -1,0 +1,58 @@
+"""One dimension of a convolution at a time: windows, phases of the stride, pixels. No torch, no Triton."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from gpukern.conv.plan import Direction
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.integers import cdiv
+
+
+class Dimension(NamedTuple):
+    """Rows or columns; ``before`` is the padding above or to the left."""
+
+    inputs: int
+    outputs: int
+    taps: int
+    stride: int
+    dilation: int
+    before: int
+
+
+def dimensions(p: ConvProblem) -> tuple[Dimension, Dimension]:
+    return (
+        Dimension(p.H, p.P, p.R, p.stride[0], p.dilation[0], p.padding[0]),
+        Dimension(p.W, p.Q, p.S, p.stride[1], p.dilation[1], p.padding[2]),
+    )
+
+
+def phases(d: Dimension) -> list[tuple[int, int]]:
+    """(positions in dx, taps that reach each of them) by position modulo the stride."""
+    return [
+        (
+            len(range(phase, d.inputs, d.stride)),
+            sum((phase + d.before - tap * d.dilation) % d.stride == 0 for tap in range(d.taps)),
+        )
+        for phase in range(d.stride)
+    ]
+
+
+def tiled_pixels(p: ConvProblem, direction: Direction) -> tuple[int, int]:
+    """(pixels, phases): what rows of tiles, or the sum of the weight gradient, count through, and how many times.
+
+    Those of y; for the input gradient those of dx in the largest of the stride's phases.
+    """
+    if direction is Direction.INPUT_GRAD:
+        return p.N * cdiv(p.H, p.stride[0]) * cdiv(p.W, p.stride[1]), p.stride[0] * p.stride[1]
+    return p.N * p.P * p.Q, 1
+
+
+def channels_of(p: ConvProblem, direction: Direction) -> tuple[int, int, int]:
+    """Of first, second and output; see :class:`gpukern.conv.plan.Operands`."""
+    x, w, y = p.C, p.group_inputs, p.K
+    return {
+        Direction.FORWARD: (x, w, y),
+        Direction.INPUT_GRAD: (y, w, x),
+        Direction.WEIGHT_GRAD: (y, x, w),
+    }[direction]

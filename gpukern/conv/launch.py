@@ -1,0 +1,211 @@
+"""The convolution on the kernels. Functions of the same names and signatures as ``reference.py``."""
+
+from __future__ import annotations
+
+import torch
+
+from gpukern.conv.families.implicit_gemm.plan import channel_sum_splits
+from gpukern.conv.layouts import Strides
+from gpukern.conv.passes import launch as passes
+from gpukern.conv.plan import ConvPlan, Direction
+from gpukern.conv.prepare import Epilogue, Prepared, plan_without, prepare
+from gpukern.conv.problem import ConvProblem
+from gpukern.ops._activation.launch import activation as activate
+from gpukern.ops._image import strides_of
+from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.refusal import DescriptorRefused
+from gpukern.runtime.tensors import check_kernel_dtype
+
+
+def conv2d(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    return _with_epilogue(Direction.FORWARD, problem, input, weight, bias, residual, activation, negative_slope)
+
+
+def conv_transpose2d(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    return _with_epilogue(Direction.INPUT_GRAD, problem, input, weight, bias, residual, activation, negative_slope)
+
+
+def _with_epilogue(
+    direction: Direction, problem: ConvProblem, input, weight, bias, residual, activation: str, negative_slope: float
+) -> torch.Tensor:
+    prepared = prepared_for(problem, direction, input, weight, None, Epilogue(activation, residual is not None))
+    return run(prepared, input, weight, bias, residual, negative_slope)[0]
+
+
+def conv2d_statistics(
+    problem: ConvProblem, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    prepared = prepared_for(problem, Direction.FORWARD, input, weight, None, Epilogue(statistics=True))
+    output, statistics = run(prepared, input, weight, bias)
+    if statistics is None:  # no pixels, or no channels to sum over
+        values = output.to(torch.float32)
+        total, pixels = values.sum((0, 2, 3)), max(output.numel() // max(problem.K, 1), 1)
+        return output, total, (values - (total / pixels)[:, None, None]).square().sum((0, 2, 3))
+    return output, *passes.merge_statistics(statistics)
+
+
+def conv2d_input_grad(
+    problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
+) -> torch.Tensor:
+    return run(prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last), grad, weight)[0]
+
+
+def conv2d_weight_grad(
+    problem: ConvProblem, grad: torch.Tensor, input: torch.Tensor, channels_last: bool
+) -> torch.Tensor:
+    return run(prepared_for(problem, Direction.WEIGHT_GRAD, grad, input, channels_last), grad, input)[0]
+
+
+def channel_sum(grad: torch.Tensor) -> torch.Tensor:
+    check_kernel_dtype("channel_sum", grad.dtype)
+    N, K, P, Q = grad.shape
+    return passes.channel_sum(grad, channel_sum_splits(N * P * Q, K, device_spec(grad.device)))
+
+
+def activation_grad_sum(
+    grad: torch.Tensor, output: torch.Tensor, activation: str, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_kernel_dtype("activation_grad_sum", grad.dtype)
+    N, K, P, Q = grad.shape
+    splits = channel_sum_splits(N * P * Q, K, device_spec(grad.device))
+    return passes.activation_grad_sum(grad, output, splits, activation, negative_slope)
+
+
+def prepared_for(
+    problem: ConvProblem,
+    direction: Direction,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    channels_last: bool | None,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
+    choice: ConvPlan | None = None,
+) -> Prepared:
+    """The launch for these tensors, [N, C, H, W] and [K, C/G, R, S]; see ``prepare.prepare``."""
+    dtype = first.dtype
+    return prepare(
+        problem,
+        direction,
+        first.stride(),
+        second.stride(),
+        channels_last,
+        (first.data_ptr() | second.data_ptr()) % 16 == 0,
+        dtype,
+        conv_precision(dtype),
+        device_spec(first.device),
+        epilogue,
+        choice,
+    )
+
+
+def run(
+    prepared: Prepared,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    negative_slope: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(output, its statistics fp32 [3, tiles, K] if the launch was prepared to make them)."""
+    output = torch.empty_strided(prepared.shape, prepared.strides, dtype=first.dtype, device=first.device)
+    return output, write(prepared, output, first, second, bias, residual, negative_slope)
+
+
+def write(
+    prepared: Prepared,
+    output: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    negative_slope: float = 0.0,
+) -> torch.Tensor | None:
+    """Fill ``output``; returns its statistics if the launch was prepared to make them.
+
+    Where the driver refuses a descriptor of the plan, another kernel's takes its place; DescriptorRefused if the caller
+    chose the plan.
+    """
+    try:
+        return _write(prepared, output, first, second, bias, residual, negative_slope)
+    except DescriptorRefused as problem:
+        if prepared.again is None:
+            raise
+        plan_without(prepared.plan, device_spec(first.device), problem)
+    return write(prepared.again(), output, first, second, bias, residual, negative_slope)
+
+
+def _write(
+    prepared: Prepared,
+    output: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    negative_slope: float,
+) -> torch.Tensor | None:
+    if output.numel() == 0:
+        return None
+    if first.numel() == 0:
+        # Sums of nothing: the weight gradient of no images, a linear layer without features.
+        return _write_empty_sums(prepared, output, bias, residual, negative_slope)
+    statistics = None
+    if prepared.launch.row_tiles:
+        size = (3, prepared.launch.row_tiles, prepared.shape[1])
+        statistics = torch.empty(size, dtype=torch.float32, device=first.device)
+    pack_first, pack_second, pack_output = prepared.plan.pack
+    if pack_first:
+        first = passes.channels_last_copy(first)
+    if pack_second:
+        second = passes.channels_last_copy(second)
+    written = output
+    if pack_output:
+        written = torch.empty_strided(prepared.shape, prepared.written, dtype=output.dtype, device=output.device)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()  # the only operand that kernels take without strides
+    if residual is not None and not _lies_like(residual, prepared.written):
+        copy = torch.empty_like(written)
+        passes.copy_image(residual, copy)
+        residual = copy
+    prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
+    if pack_output:
+        passes.copy_image(written, output)
+    return statistics
+
+
+def _write_empty_sums(
+    prepared: Prepared,
+    output: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    negative_slope: float,
+) -> None:
+    """What the epilogue makes of zeros, in fp32 and rounded once."""
+    sums = torch.zeros_like(output, dtype=torch.float32)
+    if bias is not None:
+        sums += bias.view(-1, *(1,) * (output.dim() - 2))
+    if residual is not None:
+        sums += residual
+    activation = prepared.activation
+    output.copy_(sums if activation == "none" else activate(sums, activation, negative_slope))
+
+
+def _lies_like(tensor: torch.Tensor, strides: Strides) -> bool:
+    """Whether a kernel that writes with ``strides`` can read ``tensor`` at the same places, 16 bytes at once."""
+    same = tensor.stride() == strides or strides_of(tensor.shape, tensor.stride()) == strides_of(tensor.shape, strides)
+    return same and tensor.data_ptr() % 16 == 0

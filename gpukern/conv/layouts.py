@@ -1,0 +1,69 @@
+"""Which layout a tensor has, from its strides alone, and how wide a kernel may read it."""
+
+from __future__ import annotations
+
+import math
+
+from gpukern.conv.plan import Layout
+from gpukern.ops._image import strides_of
+
+Shape = tuple[int, ...]
+Strides = tuple[int, ...]
+
+
+def dense_strides(shape: Shape, channels_last: bool) -> Strides:
+    """The strides PyTorch gives a new tensor; of an empty one too."""
+    _, C, H, W = (max(size, 1) for size in shape)
+    return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)
+
+
+def _is_dense(shape: Shape, strides: Strides) -> bool:
+    wanted = dense_strides(shape, channels_last=False)
+    return all(size == 1 or s == w for size, s, w in zip(shape, strides, wanted, strict=True))
+
+
+def layout_of(shape: Shape, strides: Strides, itemsize: int, aligned: bool) -> Layout:
+    """``aligned``: whether the tensor starts at a multiple of 16 bytes. Of an empty tensor nothing is known."""
+    if 0 in shape:
+        return Layout.STRIDED
+    sixteen = 16 // itemsize
+    n, c, h, w = strides_of(shape, strides)
+    overlaps = any(size > 1 and stride <= 0 for size, stride in zip(shape, strides, strict=True))
+    if not overlaps:
+        if c == 1 or shape[1] == 1:
+            if aligned and not any(stride % sixteen for stride in (n, h, w)):
+                return Layout.PIXEL_RUNS if pixel_stride(shape, strides) else Layout.RUNS
+            if c == 1:
+                return Layout.CHANNELS
+        if n == 1 and h == w == 0 and aligned and c % sixteen == 0:
+            return Layout.TRANSPOSED
+        if aligned and _is_dense(shape, strides):
+            return Layout.PLANES
+    return Layout.STRIDED
+
+
+def pixel_stride(shape: Shape, strides: Strides) -> int:
+    """Elements from one pixel to the next where all N · H · W collapse to one dimension; 0 where they do not.
+
+    Of a single pixel, the channels: as if others followed.
+    """
+    step, length = 0, 1
+    for size, stride in ((shape[i], strides[i]) for i in (3, 2, 0)):
+        if size == 1:
+            continue
+        if step and stride != step * length:
+            return 0
+        step = step or stride
+        length *= size
+    return step or shape[1]
+
+
+def alignment(strides: Strides, dimension: int, run: int) -> int:
+    """The power of two, at most 16, that every run of ``run`` elements along ``dimension`` starts at a multiple of.
+
+    1 where the dimension is not contiguous. The kernels pass it to the compiler, which then reads 16 bytes at once; a
+    claim too high would make it read the wrong ones. ``strides`` are those of :func:`gpukern.ops._image.strides_of`.
+    """
+    if strides[dimension] != 1:
+        return 1
+    return math.gcd(16, run, *(stride for i, stride in enumerate(strides) if i != dimension))

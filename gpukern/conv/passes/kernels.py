@@ -1,0 +1,136 @@
+"""One pass over a whole tensor: copies between layouts, sums over pixels, and putting partial results together."""
+
+import triton
+import triton.language as tl
+
+from gpukern.conv.indexing import split_pixel
+from gpukern.ops._activation.functions import activation_backward
+
+
+@triton.jit
+def copy_image_kernel(
+    source, out, pixels, channels, height, width, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr
+):
+    """out = source, both Image [N, C, H, W] with any strides. One tile is read along its runs and written along its."""
+    pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    n, h, w = split_pixel(pixel, height, width)
+    mask = (pixel < pixels)[:, None] & (c < channels)[None, :]
+    read = n.to(INDEX) * source.n + h.to(INDEX) * source.h + w.to(INDEX) * source.w
+    value = tl.load(source.ptr + read[:, None] + (c.to(INDEX) * source.c)[None, :], mask=mask, other=0.0)
+    write = n.to(INDEX) * out.n + h.to(INDEX) * out.h + w.to(INDEX) * out.w
+    tl.store(out.ptr + write[:, None] + (c.to(INDEX) * out.c)[None, :], value, mask=mask)
+
+
+@triton.jit
+def channel_sum_kernel(
+    grad,  # Image [N, K, P, Q]: ∂L/∂y
+    output,  # Image: y = act(z), or nothing (its ptr None)
+    inner,  # Image: ∂L/∂z is written there; nothing without y
+    out_ptr,  # [splits, K]
+    pixels,
+    channels,
+    height,
+    width,
+    pixels_per_split,
+    negative_slope,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """out[split, k] = Σ grad[pixel, k] · act′ over the pixels of the split. Grid: (channel tiles, splits)."""
+    k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    first = tl.program_id(1) * pixels_per_split
+    last = min(first + pixels_per_split, pixels)
+    acc = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        pixel = start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        n, p, q = split_pixel(pixel, height, width)
+        row = n.to(INDEX) * grad.n + p.to(INDEX) * grad.h + q.to(INDEX) * grad.w
+        mask = (pixel < last)[:, None] & (k < channels)[None, :]
+        value = tl.load(grad.ptr + row[:, None] + (k.to(INDEX) * grad.c)[None, :], mask=mask, other=0.0).to(tl.float32)
+        if output.ptr is not None:
+            row = n.to(INDEX) * output.n + p.to(INDEX) * output.h + q.to(INDEX) * output.w
+            place = row[:, None] + (k.to(INDEX) * output.c)[None, :]
+            saved = tl.load(output.ptr + place, mask=mask, other=0.0).to(tl.float32)
+            # The sum is of what is stored: the same bits as a pass of its own over it.
+            stored = activation_backward(value, saved, ACTIVATION, negative_slope).to(inner.ptr.dtype.element_ty)
+            row = n.to(INDEX) * inner.n + p.to(INDEX) * inner.h + q.to(INDEX) * inner.w
+            tl.store(inner.ptr + row[:, None] + (k.to(INDEX) * inner.c)[None, :], stored, mask=mask)
+            # Beyond the last pixel an activation's derivative need not be zero times zero.
+            value = tl.where(mask, stored.to(tl.float32), 0.0)
+        acc += value
+    total = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + tl.program_id(1) * channels + k, total, mask=k < channels)
+
+
+@triton.jit
+def sum_splits_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
+    """out[i] = Σ_split partial[split, i], added in an order that does not change: the same bits in every run.
+
+    BLOCK_SPLITS loads are in flight at a time: few programs that wait for one after the other would take longer than
+    the product did.
+    """
+    i = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    acc = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
+    for first in range(0, splits, BLOCK_SPLITS):
+        inside = (first + split < splits) & (i < size)
+        place = (first + split) * tl.cast(size, tl.int64) + i
+        acc += tl.load(partial_ptr + place, mask=inside, other=0.0)
+    total = tl.sum(acc, axis=0)[None, :]
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def merged_statistics(
+    statistics_ptr,  # fp32 [3, tiles, channels]: sums, squared deviations from the tile's mean, counts
+    tiles,
+    channels,
+    channel,  # [1, BLOCK]
+    BLOCK: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """(Σ y, mean, count, Σ(y − mean)²) of all tiles, fp32 [1, BLOCK], in an order that does not change.
+
+    Σ_tile (m2 + n·(mean_tile − mean)²): no difference of large numbers, as in the sum of squares less the square of the
+    sum. See Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983.
+    """
+    row = tl.arange(0, BLOCK_TILES)[:, None]
+    plane = tl.cast(tiles, tl.int64) * channels
+    total = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
+    count = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
+    for first in range(0, tiles, BLOCK_TILES):
+        inside = (first + row < tiles) & (channel < channels)
+        place = statistics_ptr + (first + row).to(tl.int64) * channels + channel
+        total += tl.load(place, mask=inside, other=0.0)
+        count += tl.load(place + 2 * plane, mask=inside, other=0.0)
+    sums = tl.sum(total, axis=0)[None, :]
+    counts = tl.maximum(tl.sum(count, axis=0)[None, :], 1.0)
+    mean = sums / counts
+    deviations = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
+    for first in range(0, tiles, BLOCK_TILES):
+        inside = (first + row < tiles) & (channel < channels)
+        place = statistics_ptr + (first + row).to(tl.int64) * channels + channel
+        n = tl.load(place + 2 * plane, mask=inside, other=0.0)
+        apart = tl.load(place, mask=inside, other=0.0) / tl.maximum(n, 1.0) - mean
+        deviations += tl.load(place + plane, mask=inside, other=0.0) + n * apart * apart
+    return sums, mean, counts, tl.sum(deviations, axis=0)[None, :]
+
+
+@triton.jit
+def merge_statistics_kernel(
+    statistics_ptr,  # fp32 [3, tiles, channels]
+    sum_ptr,  # fp32 [channels]
+    deviations_ptr,  # fp32 [channels]
+    tiles,
+    channels,
+    BLOCK: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    """Per channel the sum and Σ(y − mean)² of all tiles."""
+    channel = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    sums, _, _, deviations = merged_statistics(statistics_ptr, tiles, channels, channel, BLOCK, BLOCK_TILES)
+    tl.store(sum_ptr + channel, sums, mask=channel < channels)
+    tl.store(deviations_ptr + channel, deviations, mask=channel < channels)

@@ -1,0 +1,114 @@
+"""Launches the passes over whole tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from gpukern.conv.layouts import dense_strides
+from gpukern.conv.passes import kernels
+from gpukern.ops._image import Image, image
+from gpukern.runtime.integers import cdiv, power_of_two
+from gpukern.runtime.launch import index_type, launch, reach
+
+_NOTHING = Image(None, 0, 0, 0, 0)
+#: Partial sums that a program has on their way to it: 16 of each thread.
+_LOADS = 2048
+
+
+def channels_last_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` [N, C, H, W], or a matrix as images of one pixel, copied into runs of channels."""
+    if tensor.dim() == 2:
+        tensor = tensor[:, :, None, None]
+    strides = dense_strides(tensor.shape, channels_last=True)
+    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    copy_image(tensor, copy)
+    return copy
+
+
+def copy_image(source: torch.Tensor, target: torch.Tensor) -> None:
+    """target ← source, both [N, C, H, W] in any layout."""
+    N, C, H, W = source.shape
+    pixels = N * H * W
+    launch(
+        kernels.copy_image_kernel,
+        (cdiv(pixels, 64), cdiv(C, 64)),
+        source.device,
+        (image(source), image(target), pixels, C, H, W),
+        {
+            "BLOCK_M": 64,
+            "BLOCK_C": 64,
+            "INDEX": index_type(max(reach(source.shape, source.stride()), reach(target.shape, target.stride()))),
+            "num_warps": 4,
+        },
+    )
+
+
+def partial_sums(output: torch.Tensor, splits: int) -> torch.Tensor:
+    """Where splits write: ``output`` itself if there is one, else fp32 [splits, ...] in ``output``'s memory order."""
+    if splits == 1:
+        return output
+    return torch.empty((splits, output.numel()), dtype=torch.float32, device=output.device)
+
+
+def add_partial_sums(partial: torch.Tensor, output: torch.Tensor, splits: int) -> None:
+    """output ← Σ_split partial[split], in an order that does not change; ``output`` is dense."""
+    if splits == 1:
+        return
+    size = output.numel()
+    rows = power_of_two(splits, 1, 32)
+    block = _LOADS // rows
+    launch(
+        kernels.sum_splits_kernel,
+        (cdiv(size, block),),
+        output.device,
+        (partial, output, size, splits),
+        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
+    )
+
+
+def merge_statistics(statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum, Σ(y − mean)²) of each channel, fp32 [K], from those of tiles: fp32 [3, tiles, K]."""
+    _, tiles, channels = statistics.shape
+    total, deviations = (torch.empty(channels, dtype=torch.float32, device=statistics.device) for _ in range(2))
+    launch(
+        kernels.merge_statistics_kernel,
+        (cdiv(channels, 32),),
+        statistics.device,
+        (statistics, total, deviations, tiles, channels),
+        {"BLOCK": 32, "BLOCK_TILES": 64, "num_warps": 4},
+    )
+    return total, deviations
+
+
+def channel_sum(grad: torch.Tensor, splits: int) -> torch.Tensor:
+    """Σ over all but the channels of ``grad`` [N, K, P, Q], shared by ``splits`` programs: [K]."""
+    return _channel_sum(grad, _NOTHING, _NOTHING, splits, "none", 0.0)
+
+
+def activation_grad_sum(
+    grad: torch.Tensor, output: torch.Tensor, splits: int, activation: str, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``∂L/∂z = ∂L/∂y · act′`` in ``output``'s layout, and its :func:`channel_sum`, in one pass."""
+    inner = torch.empty_like(output)
+    return inner, _channel_sum(grad, image(output), image(inner), splits, activation, negative_slope)
+
+
+def _channel_sum(
+    grad: torch.Tensor, output: Image, inner: Image, splits: int, activation: str, negative_slope: float
+) -> torch.Tensor:
+    N, K, P, Q = grad.shape
+    sums = torch.empty(K, dtype=grad.dtype, device=grad.device)
+    pixels = N * P * Q
+    if pixels == 0 or K == 0:
+        return sums.zero_()
+    partial = partial_sums(sums, splits)
+    farthest = max(reach(grad.shape, strides) for strides in (grad.stride(), output[1:], inner[1:]))
+    launch(
+        kernels.channel_sum_kernel,
+        (cdiv(K, 64), splits),
+        grad.device,
+        (image(grad), output, inner, partial, pixels, K, P, Q, cdiv(pixels, splits), negative_slope),
+        {"ACTIVATION": activation, "BLOCK_M": 64, "BLOCK_K": 64, "INDEX": index_type(farthest), "num_warps": 4},
+    )
+    add_partial_sums(partial, sums, splits)
+    return sums

@@ -1,0 +1,151 @@
+"""Which launch a convolution gets: a pure function of the problem, the operands and the device. No torch, no Triton."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from gpukern.conv.estimate import estimate
+from gpukern.conv.exclusions import Exclusion, exclusion
+from gpukern.conv.families.depthwise import plan as depthwise
+from gpukern.conv.families.grouped import plan as grouped
+from gpukern.conv.families.implicit_gemm import plan as gather
+from gpukern.conv.families.tma_conv import plan as box
+from gpukern.conv.families.tma_gemm import plan as gemm
+from gpukern.conv.families.tma_stem import plan as stem
+from gpukern.conv.families.tma_wgrad import plan as batch_box
+from gpukern.conv.families.warp_specialized import plan as warp_specialized
+from gpukern.conv.geometry import channels_of
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Pack, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.roofline import Cost
+
+
+class Family(Protocol):
+    """What the ``plan.py`` of each kernel's package offers."""
+
+    def candidates(
+        self, problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
+    ) -> Iterator[ConvPlan]:
+        """Every plan worth a thought; none if the kernel cannot."""
+
+    def tiles(self, problem: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+        """(tiles, steps of ``choice.block_k`` that each walks), all that the kernel does."""
+
+
+#: Whose kernels can write the maxima of 2 × 2 pixels.
+POOLING: tuple[Family, ...] = (box, stem, gather)
+
+#: The package of each variant.
+FAMILIES: dict[Variant, Family] = {
+    Variant.TAPS: gather,
+    Variant.FLAT: gather,
+    Variant.DIRECT: gather,
+    Variant.GEMM: gemm,
+    Variant.BOX: box,
+    Variant.BATCH_BOX: batch_box,
+    Variant.STEM: stem,
+    Variant.GROUPED: grouped,
+    Variant.DEPTHWISE: depthwise,
+    Variant.WARP_SPECIALIZED: warp_specialized,
+}
+
+_BY_DESCRIPTORS = (Variant.GEMM, Variant.BOX, Variant.BATCH_BOX, Variant.STEM)
+
+
+def only_measured(plan: ConvPlan) -> bool:
+    """Whether nothing but a GPU can show that ``plan`` is right: it is chosen only where the plan database says so.
+
+    The interpreter cannot run the warp-specialised kernel. Flattened loops over taps and channels gave wrong results at
+    8 warps on real GPUs, whatever the source (pytorch#173068).
+    """
+    loops = plan.variant in (Variant.TAPS, Variant.FLAT)
+    return plan.variant is Variant.WARP_SPECIALIZED or (loops and plan.num_warps > 4)
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A plan, the bound of its cost, and the seconds it is expected to take."""
+
+    plan: ConvPlan
+    cost: Cost
+    seconds: float
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> ConvPlan:
+    """The plan that is expected to be the fastest; RuntimeError if all are switched off."""
+    for ranked in ranking(problem, direction, operands, device):
+        if not only_measured(ranked.plan):
+            return ranked.plan
+    reasons = "; ".join(f"{each}: {each.reason}" for each in switched_off(problem, direction, operands, device))
+    raise RuntimeError(f"gpukern has no kernel left for {direction.value} of {problem} on {device.name}: {reasons}")
+
+
+def ranking(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> list[Ranked]:
+    """Every candidate, the one expected to be the fastest first."""
+    found = {}
+    for candidate in candidates(problem, direction, operands, device):
+        tiles = FAMILIES[candidate.variant].tiles(problem, direction, candidate)
+        found[candidate] = Ranked(candidate, *estimate(problem, direction, candidate, tiles, operands, device))
+    return sorted(found.values(), key=lambda ranked: ranked.seconds)
+
+
+def candidates(
+    problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
+) -> Iterator[ConvPlan]:
+    """Of every kernel, with operands as they are or copied into channels_last; none that is switched off."""
+    return (each for each in _all(problem, direction, operands, device) if exclusion(each, device) is None)
+
+
+def switched_off(
+    problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
+) -> dict[Exclusion, int]:
+    """What keeps plans of this problem from being candidates, and how many."""
+    applied = (exclusion(each, device) for each in _all(problem, direction, operands, device))
+    return dict(collections.Counter(filter(None, applied)))
+
+
+def _all(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
+    in_full = operands.dtype == "float32" and operands.precision == "ieee"
+    families = POOLING if problem.pool else dict.fromkeys(FAMILIES.values())
+    if not problem.N:
+        families = (gather,)  # Of nothing no kernel is launched: the one that can everything stands for it.
+    channels = channels_of(problem, direction)
+    for pack in _packs(operands, channels):
+        seen = operands.packed(pack, channels)
+        for precision in ("ieee", "tf32x3") if in_full else (operands.precision,):
+            for family in families:
+                for candidate in family.candidates(problem, direction, replace(seen, precision=precision), device):
+                    choice = replace(candidate, pack=pack, precision=precision)
+                    if _leaves_registers(choice, device):
+                        yield choice
+
+
+def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
+    """Whether the sums of a tile that is read by descriptors leave registers for its operands, where they need any.
+
+    Tiles are Hopper's, whose operands stay in shared memory. Found by compiling for sm_120: 96 sums a thread fit,
+    of 192 some spill; beside operands that are taken apart into halves 32 fit, and of 64 some spill.
+    """
+    if device.multiplies_from_shared_memory or plan.variant not in _BY_DESCRIPTORS:
+        return True
+    sums = plan.block_m * plan.block_n // (32 * plan.num_warps)
+    return sums <= (32 if plan.precision == "tf32x3" else 96)
+
+
+def _packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:
+    """What to copy, nothing at first: of equals, the first is chosen."""
+    runs = Layout.PIXEL_RUNS, Layout.RUNS, Layout.CHANNELS
+    return itertools.product(
+        *(
+            # A copy of few channels would still have no runs to speak of.
+            (False,) if layout in runs or count < 8 else (False, True)
+            for layout, count in zip((operands.first, operands.second, operands.output), channels, strict=True)
+        )
+    )

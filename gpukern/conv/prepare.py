@@ -1,0 +1,232 @@
+"""Everything about a launch that follows from the problem and the strides of its tensors, worked out once and kept.
+
+A call then looks its launch up, makes the output and starts the kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from gpukern.conv import database
+from gpukern.conv.exclusions import Exclusion, exclude
+from gpukern.conv.families.pooled import plan as pooled
+from gpukern.conv.layouts import Shape, Strides, dense_strides, layout_of
+from gpukern.conv.plan import ConvPlan, Direction, Operands
+from gpukern.conv.planner import FAMILIES, plan
+from gpukern.conv.problem import ConvProblem, pooled_problem
+from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.refusal import DescriptorRefused
+from gpukern.runtime.strides import is_channels_last
+from gpukern.runtime.tensors import check_kernel_dtype
+
+
+class Epilogue(NamedTuple):
+    """What a forward kernel does before it stores: a value for caches, without the tensors.
+
+    ``residual``: whether a tensor laid out like the output is added; ``statistics``: whether sums over the pixels are
+    asked for.
+    """
+
+    activation: str = "none"
+    residual: bool = False
+    statistics: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a kernel's package prepares a launch for: the strides are those that the kernel will meet."""
+
+    problem: ConvProblem
+    direction: Direction
+    first: Strides
+    second: Strides
+    output: Strides
+    dtype: torch.dtype
+    epilogue: Epilogue
+    device: DeviceSpec
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape, Shape]:
+        """Of first, second and output."""
+        return shapes(self.problem, self.direction)
+
+
+#: Starts the kernels: (first, second, output, bias, residual, statistics, negative_slope), None for what is not there.
+Run = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's part of :class:`Prepared`. ``row_tiles`` sets of statistics are written, if asked for."""
+
+    run: Run
+    row_tiles: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A launch but for its tensors.
+
+    ``shape`` and ``strides`` are the output's; ``written`` are those of what the kernel writes, before a last copy.
+    ``again`` prepares the same once more, with the plan that is chosen then; None where the caller chose the plan.
+    """
+
+    plan: ConvPlan
+    shape: Shape
+    strides: Strides
+    written: Strides
+    launch: Launch
+    activation: str
+    again: Callable[[], Prepared] | None = None
+
+
+def shapes(p: ConvProblem, direction: Direction) -> tuple[Shape, Shape, Shape]:
+    """Of first, second and output."""
+    image, result, filter = (p.N, p.C, p.H, p.W), (p.N, p.K, p.P, p.Q), (p.K, p.group_inputs, p.R, p.S)
+    if p.pool:
+        result = p.N, p.K, p.P // 2, p.Q // 2
+    return {
+        Direction.FORWARD: (image, filter, result),
+        Direction.INPUT_GRAD: (result, filter, image),
+        Direction.WEIGHT_GRAD: (result, image, filter),
+    }[direction]
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare(
+    problem: ConvProblem,
+    direction: Direction,
+    first: Strides,
+    second: Strides,
+    channels_last: bool | None,
+    aligned: bool,
+    dtype: torch.dtype,
+    precision: str,
+    device: DeviceSpec,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
+    choice: ConvPlan | None = None,
+) -> Prepared:
+    """The launch of a convolution or a gradient. Strides are those of NCHW and KCRS tensors.
+
+    ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule. ``aligned`` tells
+    whether all tensors start at multiples of 16 bytes. ``choice`` takes the place of the plan, for tools that try
+    others.
+    """
+    check_kernel_dtype("conv2d", dtype)
+    of_first, of_second, of_output = of_all = shapes(problem, direction)
+    check_countable(of_first, of_output)
+    if problem.pool:
+        check_countable((problem.N, problem.K, problem.P, problem.Q))  # which is not the output
+    if channels_last is None:
+        channels_last = _takes_channels_last(of_first, of_second, first, second)
+    strides = dense_strides(of_output, channels_last)
+    again = None
+    if choice is None:
+        asked = problem, direction, first, second, channels_last, aligned, dtype, precision, device, epilogue
+        again = functools.partial(prepare, *asked)
+        operands = operands_of(problem, direction, (first, second, strides), aligned, dtype, precision)
+        measured = database.lookup(problem, direction, operands, device)
+        choice = measured or plan(problem, direction, operands, device)
+    seen = (
+        dense_strides(shape, channels_last=True) if packed else given
+        for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
+    )
+    request = Request(problem, direction, *seen, dtype, epilogue, device)
+    return Prepared(
+        choice,
+        of_output,
+        strides,
+        request.output,
+        _package(choice).prepare(request, choice),
+        epilogue.activation,
+        again,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def pooled_choice(
+    problem: ConvProblem,
+    first: Strides,
+    second: Strides,
+    aligned: bool,
+    dtype: torch.dtype,
+    precision: str,
+    device: DeviceSpec,
+) -> ConvPlan | None:
+    """The plan of a convolution and the max pool after it as one launch; None where two are expected to be faster."""
+    check_kernel_dtype("conv2d_max_pool2d", dtype)
+    both = pooled_problem(problem)
+    of_first, of_second, _ = shapes(both, Direction.FORWARD)
+    channels_last = _takes_channels_last(of_first, of_second, first, second)
+    of_both, of_convolution = (
+        operands_of(
+            each,
+            Direction.FORWARD,
+            (first, second, dense_strides(shapes(each, Direction.FORWARD)[2], channels_last)),
+            aligned,
+            dtype,
+            precision,
+        )
+        for each in (both, problem)
+    )
+    measured = database.lookup(both, Direction.FORWARD, of_both, device)
+    return measured or pooled.choose(problem, of_both, of_convolution, device)
+
+
+def plan_without(refused: ConvPlan, device: DeviceSpec, problem: DescriptorRefused) -> None:
+    """Choose no plan of this kernel on GPUs like ``device`` any more, in this process, and say so once.
+
+    What keeps every rule that is written down may still be more than a driver takes, the stem's overlapping windows
+    above all. A driver that refuses one descriptor of a kernel is not asked for the next.
+    """
+    words = str(problem).strip().splitlines()[0]
+    exclude(Exclusion(device.compute_capability, f"the driver refused its descriptors ({words})", refused.variant))
+    for cached in (plan, prepare, pooled_choice):
+        cached.cache_clear()
+    warnings.warn(
+        f"gpukern plans without its {refused.variant.value} kernel on {device.name}: "
+        f"the driver refused a descriptor of {refused} ({words})",
+        stacklevel=2,
+    )
+
+
+def _takes_channels_last(of_first: Shape, of_second: Shape, first: Strides, second: Strides) -> bool:
+    """torch's rule for what a convolution makes."""
+    return is_channels_last(of_first, first) or is_channels_last(of_second, second)
+
+
+def operands_of(
+    problem: ConvProblem,
+    direction: Direction,
+    strides: tuple[Strides, Strides, Strides],
+    aligned: bool,
+    dtype: torch.dtype,
+    precision: str,
+) -> Operands:
+    """What the plan depends on beside sizes and device."""
+    layouts = (
+        layout_of(shape, given, dtype.itemsize, aligned)
+        for shape, given in zip(shapes(problem, direction), strides, strict=True)
+    )
+    return Operands(str(dtype).removeprefix("torch."), precision, *layouts)
+
+
+def _package(choice: ConvPlan) -> ModuleType:
+    """The ``launch.py`` beside the ``plan.py`` that made the choice."""
+    return importlib.import_module(f"{FAMILIES[choice.variant].__package__}.launch")
+
+
+def check_countable(*tensors: Shape) -> None:
+    """RuntimeError where a tensor has more pixels than kernels can number."""
+    # Pixels are numbered in 32 bits, and the last tile may reach past them.
+    for N, _, H, W in tensors:
+        if N * H * W >= 2**31 - 2**24:
+            raise RuntimeError(f"conv2d: {N * H * W} pixels are more than gpukern's kernels can number (2³¹)")

@@ -1,0 +1,124 @@
+"""The convolution in plain torch: the path of CPU tensors, and the oracle of the tests when fed float64."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gpukern.conv.problem import ConvProblem
+from gpukern.ops._activation.reference import activation, activation_grad
+from gpukern.runtime.tensors import as_memory_format, laid_out, memory_format_of
+
+
+def conv2d(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation_name: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """``act(x ∗ w + b + residual)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
+    layout = memory_format_of(input, weight)
+    padded, padding = _pad(problem, input)
+    padded, weight, added = _alike(padded, weight, bias, residual)
+    if problem.C:
+        y = F.conv2d(padded, weight, bias, problem.stride, padding, problem.dilation, problem.groups)
+    else:  # sums of nothing, where torch forgets the output's channels
+        y = padded.new_zeros(problem.N, problem.K, problem.P, problem.Q)
+        y = y if bias is None else y + bias[:, None, None]
+    y = activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+    return laid_out(y, layout)
+
+
+def conv_transpose2d(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation_name: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """``act(x ∗ᵀ w + b + residual)``: [N, K, P, Q] with [K, C/G, R, S] gives [N, C, H, W]."""
+    p, layout = problem, memory_format_of(input, weight)
+    # What the convolution's last window leaves over.
+    extra = (
+        (p.H + 2 * p.padding[0] - p.dilation[0] * (p.R - 1) - 1) % p.stride[0],
+        (p.W + 2 * p.padding[2] - p.dilation[1] * (p.S - 1) - 1) % p.stride[1],
+    )
+    given, weight, added = _alike(input, weight, bias, residual)
+    y = F.conv_transpose2d(given, weight, bias, p.stride, (p.padding[0], p.padding[2]), extra, p.groups, p.dilation)
+    y = activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+    return laid_out(y, layout)
+
+
+def _alike(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """All in the dtype of a bias in fp32: one rounding at the end, as in the kernels."""
+    dtype = input.dtype if bias is None else torch.promote_types(input.dtype, bias.dtype)
+    return input.to(dtype), weight.to(dtype), None if residual is None else residual.to(dtype)
+
+
+def conv2d_statistics(
+    problem: ConvProblem, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``y = x ∗ w + b``, ``Σ y`` and ``Σ (y − mean)²`` over all but the channels, at least in fp32."""
+    y = conv2d(problem, input, weight, bias, None, "none", 0.0)
+    values = y.to(torch.promote_types(y.dtype, torch.float32))
+    total = values.sum((0, 2, 3))
+    if not y.numel():
+        return y, total, torch.zeros_like(total)
+    mean = values.mean((0, 2, 3), keepdim=True)
+    return y, total, (values - mean).square().sum((0, 2, 3))
+
+
+def conv2d_input_grad(
+    problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
+) -> torch.Tensor:
+    """``∂L/∂x`` [N, C, H, W] from ``∂L/∂y`` [N, K, P, Q]."""
+    image = grad.new_empty(problem.N, problem.C, problem.H, problem.W)
+    grad_input, _ = _backward(problem, grad, image, weight, (True, False, False))
+    return laid_out(grad_input, as_memory_format(channels_last))
+
+
+def conv2d_weight_grad(
+    problem: ConvProblem, grad: torch.Tensor, input: torch.Tensor, channels_last: bool
+) -> torch.Tensor:
+    """``∂L/∂w`` [K, C/G, R, S] from ``∂L/∂y`` [N, K, P, Q] and ``x``."""
+    weight = grad.new_empty(problem.K, problem.group_inputs, problem.R, problem.S)
+    _, grad_weight = _backward(problem, grad, input, weight, (False, True, False))
+    return laid_out(grad_weight, as_memory_format(channels_last))
+
+
+def channel_sum(grad: torch.Tensor) -> torch.Tensor:
+    """``∂L/∂b`` [K]: the sum of [N, K, P, Q] over all but the channels."""
+    return grad.sum((0, 2, 3))
+
+
+def activation_grad_sum(
+    grad: torch.Tensor, output: torch.Tensor, activation_name: str, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``∂L/∂z = ∂L/∂y · act′`` from ``y = act(z)``, and its :func:`channel_sum`."""
+    inner = torch.empty_like(output).copy_(activation_grad(grad, output, activation_name, negative_slope))
+    return inner, channel_sum(inner)
+
+
+def _pad(problem: ConvProblem, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    top, bottom, left, right = problem.padding
+    if top == bottom and left == right:
+        return input, (top, left)
+    return F.pad(input, (left, right, top, bottom)), (0, 0)
+
+
+def _backward(problem, grad, input, weight, mask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    padded, padding = _pad(problem, input)
+    grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, padded, weight, None, problem.stride, padding, problem.dilation, False, (0, 0), problem.groups, mask
+    )
+    if grad_input is not None and padded is not input:
+        top, _, left, _ = problem.padding
+        grad_input = grad_input[:, :, top : top + problem.H, left : left + problem.W]
+    return grad_input, grad_weight

@@ -1,0 +1,93 @@
+"""What can be asked: a launch by its sizes, dtype, layout and device."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from gpukern.conv.layouts import Strides, dense_strides
+from gpukern.conv.plan import Direction, Operands
+from gpukern.conv.prepare import Epilogue, operands_of, shapes
+from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.runtime.device import DeviceSpec
+
+#: The dtype of the tensors, and the precision of products, of each kind of operands.
+KINDS = {
+    "float16": (torch.float16, "ieee"),
+    "bfloat16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "float32": (torch.float32, "ieee"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A launch. ``first`` and ``second`` are the strides of tensors [N, C, H, W] or [K, C/groups, R, S].
+
+    ``channels_last`` is the output's layout, ``kind`` one of :data:`KINDS`; only a forward has a ``bias`` or an
+    ``epilogue``. ``computation`` says what it is for where that is not the direction.
+    """
+
+    problem: ConvProblem
+    direction: Direction
+    kind: str
+    first: Strides
+    second: Strides
+    channels_last: bool
+    device: DeviceSpec
+    bias: bool = False
+    epilogue: Epilogue = Epilogue()  # noqa: RUF009 - immutable
+    computation: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return KINDS[self.kind][0]
+
+    @functools.cached_property
+    def operands(self) -> Operands:
+        dtype, precision = KINDS[self.kind]
+        output = dense_strides(shapes(self.problem, self.direction)[2], self.channels_last)
+        return operands_of(self.problem, self.direction, (self.first, self.second, output), True, dtype, precision)
+
+
+def convolution(
+    problem: ConvProblem,
+    direction: Direction,
+    kind: str,
+    channels_last: bool,
+    device: DeviceSpec,
+    bias: bool = False,
+    epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
+) -> Question:
+    """Of dense tensors, all in one layout; a gradient has neither bias nor epilogue."""
+    first, second, _ = (dense_strides(shape, channels_last) for shape in shapes(problem, direction))
+    if direction is not Direction.FORWARD:
+        bias, epilogue = False, Epilogue()
+    return Question(problem, direction, kind, first, second, channels_last, device, bias, epilogue)
+
+
+def linear(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    direction: Direction,
+    kind: str,
+    device: DeviceSpec,
+    bias: bool = False,
+    activation: str = "none",
+) -> Question:
+    """x [rows, inputs] times the transpose of w [outputs, inputs]: images of one pixel and a filter of one tap.
+
+    The input gradient is a forward too, of dy [rows, outputs] and the transpose of w.
+    """
+    if direction is not Direction.INPUT_GRAD:
+        epilogue = Epilogue(activation)
+        return convolution(_product(rows, inputs, outputs), direction, kind, False, device, bias, epilogue)
+    swapped = convolution(_product(rows, outputs, inputs), Direction.FORWARD, kind, False, device)
+    return replace(swapped, second=(1, inputs, 0, 0), computation="input gradient as a product of dy and w")
+
+
+def _product(rows: int, inputs: int, outputs: int) -> ConvProblem:
+    return conv_problem((rows, inputs, 1, 1), (outputs, inputs, 1, 1), None, (1, 1), (0, 0, 0, 0), (1, 1), 1)

@@ -1,0 +1,180 @@
+"""The plan of a launch, what it and its alternatives are expected to cost, and why it was chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from gpukern.conv import database, prepare
+from gpukern.conv.cost import work
+from gpukern.conv.estimate import estimate
+from gpukern.conv.exclusions import Exclusion
+from gpukern.conv.plan import ConvPlan
+from gpukern.conv.planner import FAMILIES, Ranked, only_measured, plan, ranking, switched_off
+from gpukern.explain.formatting import describe_plan
+from gpukern.explain.query import Question
+from gpukern.runtime.roofline import Floor, Work, floor
+
+#: Expected times of so many bounds need a word.
+_FAR = 2.5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``work`` and ``floor`` are any implementation's; ``ranking`` holds all plans, the fastest expected first.
+
+    ``measured`` tells whether the plan database chose, not the expectation; ``switched_off`` how many plans each
+    exclusion kept out of the ranking.
+    """
+
+    question: Question
+    work: Work
+    floor: Floor
+    chosen: Ranked
+    ranking: tuple[Ranked, ...]
+    measured: bool
+    switched_off: Mapping[Exclusion, int]
+
+    @property
+    def intensity(self) -> float:
+        """FLOP per byte of device memory that must move."""
+        return self.work.flops / self.work.bytes if self.work.bytes else 0.0
+
+    @property
+    def alternatives(self) -> tuple[Ranked, ...]:
+        return tuple(each for each in self.ranking if each.plan != self.chosen.plan)
+
+
+def answer(question: Question) -> Answer:
+    """The plan that a call gets, among all others. RuntimeError, as of a call, for what no kernel can run."""
+    p, direction, operands = question.problem, question.direction, question.operands
+    of_first, _, of_output = prepare.shapes(p, direction)
+    prepare.check_countable(of_first, of_output)
+    must = work(p, direction, operands.itemsize, operands.kind)
+    must = replace(must, bytes=must.bytes + residual_bytes(question))
+    choice, measured = chosen(question)
+    return Answer(
+        question,
+        must,
+        floor(must, question.device.peaks),
+        ranked(question, choice),
+        tuple(_with_residual(question, each) for each in ranking(p, direction, operands, question.device)),
+        measured,
+        switched_off(p, direction, operands, question.device),
+    )
+
+
+def chosen(question: Question) -> tuple[ConvPlan, bool]:
+    """The plan that a call gets, and whether it was measured."""
+    launch = question.problem, question.direction, question.operands, question.device
+    measured = database.lookup(*launch)
+    return measured or plan(*launch), measured is not None
+
+
+def ranked(question: Question, choice: ConvPlan) -> Ranked:
+    """What ``choice`` costs, whether or not the ranking has it."""
+    p, direction = question.problem, question.direction
+    tiles = FAMILIES[choice.variant].tiles(p, direction, choice)
+    found = Ranked(choice, *estimate(p, direction, choice, tiles, question.operands, question.device))
+    return _with_residual(question, found)
+
+
+def _with_residual(question: Question, plain: Ranked) -> Ranked:
+    """With the bytes of the residual, which the planner leaves out: they are the same for all plans but for copies."""
+    extra = residual_bytes(question)
+    if not extra:
+        return plain
+    _, _, copied = plain.plan.pack
+    extra *= 3 if copied else 1
+    bandwidth, cost = question.device.peaks.bandwidth, plain.cost
+    cost = replace(
+        cost,
+        bytes=cost.bytes + extra,
+        launches=cost.launches + copied,
+        seconds=max(cost.compute, (cost.bytes + extra) / bandwidth),
+    )
+    return Ranked(plain.plan, cost, plain.seconds + extra / bandwidth)
+
+
+def residual_bytes(question: Question) -> int:
+    """Of the tensor that the epilogue adds; 0 without one."""
+    p = question.problem
+    return question.epilogue.residual * math.prod((p.N, p.K, p.P, p.Q)) * question.dtype.itemsize
+
+
+# ---- why -----------------------------------------------------------------------------------------------------------
+
+
+def reasons(found: Answer) -> list[str]:
+    """Why this plan, in plain sentences."""
+    if not found.chosen.cost.launches:
+        return ["There is nothing to compute, so nothing is launched."]
+    return [_limit(found), *_comparisons(found), *_switched_off(found)]
+
+
+def _limit(found: Answer) -> str:
+    cost, seconds = found.chosen.cost, found.chosen.seconds
+    memory = cost.bytes / found.question.device.peaks.bandwidth
+    if memory >= cost.compute:
+        more = cost.bytes / found.work.bytes
+        moved = f"{megabytes(cost.bytes)} ({more:.1f} times what must move)" if more > 1.05 else megabytes(cost.bytes)
+        limit = f"Memory bounds it: its {moved} take {micro(memory)}, its products {micro(cost.compute)}."
+    else:
+        waves = "one wave" if cost.waves <= 1 else f"{math.ceil(cost.waves)} waves"
+        limit = (
+            f"Arithmetic bounds it: its products take {micro(cost.compute)} in {waves} of tiles, {cost.efficiency:.0%} "
+            f"of them useful, its memory traffic {micro(memory)}."
+        )
+    if seconds > _FAR * cost.seconds:
+        limit += f" It is expected to take {micro(seconds)}: small tiles, their loops and waiting add the rest."
+    return limit
+
+
+def _comparisons(found: Answer) -> list[str]:
+    direction, chosen = found.question.direction, found.chosen
+    others = [each for each in found.alternatives if not only_measured(each.plan)]
+    said = []
+    if found.measured:
+        said.append("The plan database has it: measured on this device, it was the fastest.")
+    if others:
+        said.append(_comparison("The next best", others[0], found))
+        rest = next((each for each in others if each.plan.variant != chosen.plan.variant), others[0])
+        if rest is not others[0]:
+            said.append(_comparison("The best of another kernel", rest, found))
+    else:
+        said.append("No other plan can run it.")
+    unproven = [each for each in found.alternatives if only_measured(each.plan) and each.seconds < chosen.seconds]
+    if unproven:
+        words = describe_plan(unproven[0].plan, direction)
+        said.append(
+            f"{words[0].upper()}{words[1:]} is expected to take {micro(unproven[0].seconds)}, but is only chosen where "
+            "a GPU has shown it right and fast."
+        )
+    return said
+
+
+def _switched_off(found: Answer) -> Iterator[str]:
+    for each, count in found.switched_off.items():
+        major, minor = each.compute_capability
+        words = str(each)
+        yield f"{words[0].upper()}{words[1:]} are switched off on sm_{major}{minor}, {count} here: {each.reason}."
+
+
+def _comparison(which: str, other: Ranked, found: Answer) -> str:
+    times = other.seconds / found.chosen.seconds
+    if abs(times - 1) < 0.005:
+        words = "as long"
+    elif times < 1:
+        words = f"{1 - times:.0%} less"
+    else:
+        words = f"{times - 1:.0%} longer" if times < 2 else f"{times:.1f} times as long"
+    return f"{which}, {describe_plan(other.plan, found.question.direction)}, is expected to take {words}."
+
+
+def micro(seconds: float) -> str:
+    return f"{seconds * 1e6:.{1 if seconds >= 1e-6 else 2}f} µs"
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,143 @@
+"""Fused models as files: torch.export's ``.pt2`` with the report inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gpukern.fusion.batch import export_any_batch
+from gpukern.fusion.calls import Signature
+from gpukern.fusion.capture import first_line, quiet
+from gpukern.fusion.errors import FusionError
+from gpukern.fusion.files import replacing
+from gpukern.fusion.model import FusedModel
+from gpukern.fusion.module import FusedModule, Interface
+from gpukern.fusion.program import InputSpec
+from gpukern.fusion.report import IN_ARCHIVE, FusionReport
+
+#: The name in the archive of how the network is called; by it and the report a fused model is told from others.
+_INTERFACE = "gpukern_interface.json"
+#: The folder in the archive that all is in.
+_FOLDER = "import_gpukern_before_torch_export_load"
+#: For who opens the archive, or fails to: torch.export.load knows no operators that were not imported.
+_HINT = "README.txt"
+_HINT_TEXT = """A model fused by gpukern. Load it with gpukern.load("this.pt2"), or with
+
+    import gpukern  # registers the operators that the graph calls
+    torch.export.load("this.pt2")
+
+Without the import, torch says only that it cannot deserialize the file.
+"""
+#: What torch.export keeps of where a node comes from.
+_OF_SOURCES = ("stack_trace", "from_node", "source_fn_stack", "torch_fn", "custom")
+_PATH = re.compile(r"(?:\b[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+([^\s/\\:'\"]+)")
+#: Fields of it that JSON can hold.
+_AS_IT_IS = ("channels_last", "constants", "apart", "may_lack_it")
+
+
+def save(path: str | os.PathLike[str], module: FusedModule, report: FusionReport, example: tuple, free: bool) -> None:
+    """Write ``path`` whole or not at all. FusionError if torch.export cannot capture the network of ``module``.
+
+    ``free``: whether the batch size is. The file has the network alone, for the inputs that the module prepares.
+    """
+    path = Path(path)
+    prepared = tuple(_without_values(leaf) for leaf in module.prepared(example))
+    try:
+        with quiet(), torch.no_grad():
+            if free:
+                names = tuple(spec and spec.batch for spec in module.interface.inputs)
+                exported = export_any_batch(module.network, prepared, names)
+            else:
+                exported = torch.export.export(module.network, prepared)
+    except Exception as error:  # export raises of all kinds
+        raise FusionError(f"torch.export cannot capture the fused network: {first_line(error)}") from error
+    _forget_sources(exported)
+    told = replace(report, model=_without_paths(report.model), notes=tuple(map(_without_paths, report.notes)))
+    extra = {IN_ARCHIVE: told.to_json(), _INTERFACE: _interface_as_text(module.interface), _HINT: _HINT_TEXT}
+    with replacing(path) as draft, quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".fused.") as folder:
+        # torch puts the file's name into the archive, and draft's has the number of this process.
+        written = Path(folder) / f"{_FOLDER}.pt2"
+        torch.export.save(exported, written, extra_files=extra)
+        os.replace(written, draft)
+
+
+def _without_values(leaf: Any) -> Any:
+    """An example goes into the file: this one tells shape and dtype, and nothing of what somebody fused with."""
+    return torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _forget_sources(exported: torch.export.ExportedProgram) -> None:
+    """torch.export notes for each operator the file and the line of code of who wrote it."""
+    for module in exported.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            for each in _OF_SOURCES:
+                node.meta.pop(each, None)
+
+
+def _without_paths(text: str) -> str:
+    """Of a file its name alone: reports tell of files on somebody's machine."""
+    return _PATH.sub(r"\1", text)
+
+
+def read(path: str | os.PathLike[str], cuda_graph: bool) -> FusedModel:
+    """:func:`gpukern.load`."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    if not path.is_file():
+        raise FusionError(f"{path} is no file")
+    extra = {IN_ARCHIVE: "", _INTERFACE: ""}
+    try:
+        with quiet():
+            exported = torch.export.load(path, extra_files=extra)
+            # Without torch's checks of the sizes: the module has its own.
+            network = exported.module(check_guards=False)
+    except Exception as error:  # of all kinds, by where the damage is
+        raise FusionError(f"{path} cannot be read as a fused model: {first_line(error)}") from error
+    if not all(extra.values()):
+        raise FusionError(f"{path} is a .pt2 file, but no fused model: gpukern.fuse(...).save writes those")
+    try:
+        report = FusionReport.from_json(extra[IN_ARCHIVE])
+        interface = _interface_of(extra[_INTERFACE])
+        example = pytree.tree_unflatten(exported.example_inputs[0], interface.in_spec)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FusionError(f"the report in {path} cannot be read: {error}") from error
+    free = any(spec is not None and None in spec.sizes for spec in interface.inputs)
+    return FusedModel(FusedModule(network, interface), report, example, free, cuda_graph)
+
+
+def _interface_as_text(interface: Interface) -> str:
+    inputs = [
+        spec and {"sizes": spec.sizes, "dtype": _name(spec.dtype), "batch": spec.batch, "example": _name(spec.example)}
+        for spec in interface.inputs
+    ]
+    specs = {"in_spec": pytree.treespec_dumps(interface.in_spec), "out_spec": pytree.treespec_dumps(interface.out_spec)}
+    given = {name: getattr(interface, name) for name in _AS_IT_IS}
+    return json.dumps({"inputs": inputs, **specs, **given, "signature": interface.signature.plain()})
+
+
+def _name(dtype: torch.dtype | None) -> str | None:
+    return dtype and str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return name and getattr(torch, name)
+
+
+def _interface_of(text: str) -> Interface:
+    found = json.loads(text)
+    inputs = (
+        spec and InputSpec(tuple(spec["sizes"]), _dtype(spec["dtype"]), spec["batch"], _dtype(spec["example"]))
+        for spec in found["inputs"]
+    )
+    specs = {name: pytree.treespec_loads(found[name]) for name in ("in_spec", "out_spec")}
+    given = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in _AS_IT_IS}
+    return Interface(inputs=tuple(inputs), **specs, **given, signature=Signature.from_plain(found["signature"]))

@@ -1,0 +1,275 @@
+"""``gpukern fuse``, and ``gpukern explain`` of what it saved."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+# What needs torch is imported where it is used: the command line's help shall not wait for it.
+if TYPE_CHECKING:
+    import torch
+
+    from gpukern.fusion.model import FusedModel
+    from gpukern.fusion.report import FusionReport
+
+T = TypeVar("T")
+
+DtypeName = Enum("DtypeName", {name: name for name in ("fp16", "bf16", "fp32")}, type=str)
+DeviceName = Enum("DeviceName", {name: name for name in ("cpu", "cuda")}, type=str)
+
+#: Models of these come with random weights.
+_ZOOS = ("torchvision:", "timm:")
+
+_Page = Annotated[Path | None, typer.Option("--report", metavar="FILE.html", help="Write the report as a page.")]
+
+
+def fuse(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="torchvision:NAME, timm:NAME, package.module:factory, a .pt2 file, or a checkpoint of models.train.",
+            show_default=False,
+        ),
+    ],
+    input: Annotated[
+        list[str], typer.Option(metavar="N,C,H,W", help="The sizes of an input. Repeatable, for several.")
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .safetensors file, a state_dict, or a checkpoint with one.")
+    ] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="What to compute in. Default: the model's own.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare with the original in float64.")] = True,
+    skip: Annotated[
+        list[str], typer.Option(metavar="PATTERN", help='Modules to leave as they are: "head.*". Repeatable.')
+    ] = [],  # noqa: B006 - Typer's own copy
+    strict: Annotated[bool, typer.Option("--strict", help="Fail where something could not be fused.")] = False,
+    channels_last: Annotated[bool, typer.Option(help="Keep images in that layout.")] = True,
+    cuda_graph: Annotated[bool, typer.Option(help="Replay the launches as a CUDA graph, also in the timing.")] = False,
+    report: _Page = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE.pt2", help="Write the fused model, for gpukern.load.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the example input, and of weights that are not given.")] = 0,
+    device: Annotated[DeviceName | None, typer.Option(help="Default: cuda if there is one.")] = None,
+) -> None:
+    """Fuse a trained network for inference, prove that it computes the same, and say what was fused and what not.
+
+    Exit status 1: it could not be fused, or the result is not right. 2: there is no such model, input or file.
+    """
+    import torch
+
+    from gpukern.fusion.errors import FusionError
+    from gpukern.fusion.given import check_weights
+    from gpukern.fusion.sources import load_model, shape_called
+
+    _check_files(report, json, save)
+    place = _place(device)
+    shapes = [_checked("--input", shape_called, each) for each in input]
+    torch.manual_seed(seed)
+    with _step(f"making {model}"), _told_of_weights() as notes:
+        made = _checked("MODEL", load_model, model, weights)
+    try:
+        check_weights(made)
+        made = made.to(place)
+        inputs = tuple(torch.randn(shape, device=place) for shape in shapes)
+    except FusionError as problem:
+        _fail(str(problem))
+    except Exception as problem:  # no memory, as a rule
+        _fail(f"the model and its input cannot be put on {place}: {_short(problem)}")
+    settings = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
+    kind = None if dtype is None else _dtype(dtype)
+    steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
+    with _step(f"fusing: {', '.join(steps)}"):
+        fused, told, problem = _fused(made, inputs, dtype=kind, skip=skip, strict=strict, **settings)
+    if model.startswith(_ZOOS) and weights is None:
+        notes.append("The weights are random: none were given")
+    told = replace(told, model=model, notes=(*told.notes, *notes))
+    with _step("writing"):  # before anything is printed: whoever reads that may stop early
+        written = [*_write(told.to_html, report, "the report"), *_write(told.to_json, json, "the report")]
+        if fused is not None:
+            fused.report = told
+            written += _write(fused.save, save, "the fused model")
+    _print(told)
+    _tell(written)
+    if problem:
+        _fail(problem)
+
+
+def explain_model(
+    path: Annotated[Path, typer.Argument(metavar="FILE.pt2", help="What gpukern fuse --save wrote.")],
+    report: _Page = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """How a saved model was fused. The word "model" may be left out: gpukern explain r50.pt2"""
+    from gpukern.fusion.sources import saved_report
+
+    _check_files(report)
+    found = _checked("FILE.pt2", saved_report, path)
+    written = list(_write(found.to_html, report, "the report"))
+    if as_json:
+        typer.echo(found.to_json(), nl=False)
+    else:
+        _print(found)
+    _tell(written)
+
+
+# ---- what was typed ------------------------------------------------------------------------------------------------
+
+
+def _checked(name: str, read: Callable[..., T], *given: Any) -> T:
+    """What ``read`` makes of it; what it does not find or understand is a wrong use of the parameter ``name``."""
+    from gpukern.fusion.errors import SourceError, WeightsError
+
+    try:
+        return read(*given)
+    except SourceError as problem:
+        hint = "--weights" if isinstance(problem, WeightsError) else name
+        raise typer.BadParameter(str(problem), param_hint=hint) from None
+
+
+@contextlib.contextmanager
+def _told_of_weights() -> Iterator[list[str]]:
+    """What is said inside of the file of weights, for the report's notes; other warnings go where they would."""
+    from gpukern.fusion.errors import WeightsWarning
+
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WeightsWarning)
+        yield notes
+    for warning in caught:
+        if issubclass(warning.category, WeightsWarning):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _check_files(report: Path | None = None, json: Path | None = None, save: Path | None = None) -> None:
+    """Before minutes of work: whether there is a place for what comes of them."""
+    for option, path in (("--report", report), ("--json", json), ("--save", save)):
+        if path is not None and not path.parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
+        if path is not None and path.is_dir():
+            raise typer.BadParameter(f"{path} is a folder", param_hint=option)
+    if save is not None and save.suffix != ".pt2":
+        raise typer.BadParameter(f"{save} does not end in .pt2", param_hint="--save")
+
+
+def _place(name: DeviceName | None) -> torch.device:
+    import torch
+
+    available = torch.cuda.is_available()
+    if name is DeviceName.cuda and not available:
+        raise typer.BadParameter("there is no CUDA device here", param_hint="--device")
+    return torch.device("cuda" if available and name is not DeviceName.cpu else "cpu")
+
+
+def _dtype(name: DtypeName) -> torch.dtype:
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name.value]
+
+
+# ---- the work ------------------------------------------------------------------------------------------------------
+
+
+def _fused(
+    model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **settings: Any
+) -> tuple[FusedModel | None, FusionReport, str]:
+    """The fused model and its report; no model, its report and what is wrong where the verification fails."""
+    from gpukern.fusion import fuse as fuse_model
+    from gpukern.fusion.errors import FusionError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what concerns the user is in the report's notes
+            fused = fuse_model(model, inputs, **settings)
+            return fused, fused.report, ""
+    except FusionError as problem:
+        if problem.report is not None:
+            return None, problem.report, str(problem)
+        _require_that_it_runs(model, inputs)
+        _fail(str(problem))
+    except RuntimeError as problem:  # a CUDA graph without CUDA, no memory
+        _fail(str(problem))
+    except Exception as problem:  # whatever a model raises when it is called
+        _require_that_it_runs(model, inputs)
+        _fail(f"the model cannot be fused: {_short(problem)}")
+
+
+def _require_that_it_runs(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    """A model that fails on the input as it is has not been fused wrongly: the input is wrong."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    except Exception as problem:  # whatever a model raises
+        sizes = " and ".join("×".join(map(str, each.shape)) for each in inputs)
+        told = f"the model does not take {sizes}: {type(problem).__name__}: {problem}"
+        raise typer.BadParameter(told, param_hint="--input") from None
+
+
+# ---- what is shown -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _step(words: str) -> Iterator[None]:
+    """A line with a clock on standard error while the inside takes its time; on a terminal only."""
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task(words, total=None)
+        yield
+
+
+def _print(report: FusionReport) -> None:
+    """In colour on a terminal, as plain text into anything else."""
+    terminal = Console(highlight=False)
+    if terminal.is_terminal:
+        terminal.print(report)
+    else:
+        typer.echo(str(report))
+
+
+def _write(write: Callable[[Path], Any], path: Path | None, what: str) -> Iterator[tuple[str, bool]]:
+    """Nothing without a ``path``; else what became of it in words, and whether it is there."""
+    from gpukern.fusion.errors import FusionError
+
+    if path is None:
+        return
+    try:
+        write(path)
+    except (OSError, FusionError) as problem:
+        yield f"{what} could not be written to {path}: {problem}", False
+    except Exception as problem:  # torch's writers raise of all kinds
+        yield f"{what} could not be written to {path}: {_short(problem)}", False
+    else:
+        yield f"{what} is in {path}", True
+
+
+def _tell(written: list[tuple[str, bool]]) -> None:
+    """On standard error: the output is the report alone."""
+    for words, good in written:
+        typer.echo(words if good else f"gpukern fuse: {words}", err=True)
+    if not all(good for _, good in written):
+        raise typer.Exit(1)
+
+
+def _short(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
+
+
+def _fail(problem: str) -> NoReturn:
+    typer.echo(f"gpukern fuse: {problem}", err=True)
+    raise typer.Exit(1)

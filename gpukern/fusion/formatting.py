@@ -1,0 +1,179 @@
+"""How every form of a report writes numbers, names and comparisons."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from gpukern.fusion.report import FusedGroup, FusionReport, Verification
+
+#: Where a value is not known.
+NONE = "–"
+
+
+class Line(NamedTuple):
+    """Of the table before/after. ``gain``: how many times as good, or what else there is to say of it."""
+
+    name: str
+    before: str
+    after: str
+    gain: str
+
+
+def clean(text: str) -> str:
+    """Names come from files too: nothing that steers a terminal, or that HTML does not take."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """12,345 or 123 or 1.23 or 0.0123."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    return f"{value:,.{max(0, significant - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+def megabytes(size: float | None) -> str:
+    return NONE if size is None else f"{digits(size / 1e6)} MB"
+
+
+def micro(seconds: float | None) -> str:
+    return NONE if seconds is None else f"{digits(seconds * 1e6)} µs"
+
+
+def milli(seconds: float) -> str:
+    return f"{digits(seconds * 1e3)} ms"
+
+
+def error(value: float | None) -> str:
+    return NONE if value is None else f"{value:.1e}"
+
+
+def percent(share: float | None) -> str:
+    """Rounded down: only all of it is 100%."""
+    return NONE if share is None else f"{math.floor(share * 1000) / 10:g}%"
+
+
+def times(more: float, less: float) -> str:
+    return f"{digits(more / less)}×" if less else ""
+
+
+def allowed(verification: Verification) -> str:
+    bound = verification.bound
+    return f"{error(bound)} allowed: {verification.factor:g} × unfused + {error(verification.floor)}"
+
+
+def comparison(report: FusionReport) -> list[Line]:
+    """What is known of the model before and after, the most telling first."""
+    before, after = report.before, report.after
+    lines = [
+        _counted("operators per forward", before.operators, after.operators),
+        Line(
+            "activations moved per forward",
+            megabytes(before.activation_bytes),
+            megabytes(after.activation_bytes),
+            times(before.activation_bytes, after.activation_bytes),
+        ),
+        _counted("parameters", before.parameters, after.parameters),
+    ]
+    if check := report.verification:
+        lines.append(Line(f"error against {check.truth}", error(check.unfused), error(check.error), allowed(check)))
+        if check.argmax_agreement is not None:
+            lines.append(Line("rows with the truth's argmax", NONE, percent(check.argmax_agreement), ""))
+    return [*lines[:1], *_kernels(report), *lines[1:], *_timings(report)]
+
+
+def _counted(name: str, before: int, after: int) -> Line:
+    return Line(name, f"{before:,}", f"{after:,}", times(before, after))
+
+
+def _kernels(report: FusionReport) -> list[Line]:
+    before, after = (timing and timing.kernels for timing in (report.timing_before, report.timing_after))
+    return [_counted("kernels launched per forward", before, after)] if before and after else []
+
+
+def _timings(report: FusionReport) -> list[Line]:
+    before, after = report.timing_before, report.timing_after
+    if before is None or after is None:
+        return []
+    return [
+        Line("latency, median", milli(before.median), milli(after.median), times(before.median, after.median)),
+        Line("latency, p99", milli(before.p99), milli(after.p99), times(before.p99, after.p99)),
+        Line(
+            "images per second",
+            digits(before.images_per_second, 4),
+            digits(after.images_per_second, 4),
+            times(after.images_per_second, before.images_per_second),
+        ),
+        Line(
+            "peak memory",
+            megabytes(before.peak_memory),
+            megabytes(after.peak_memory),
+            times(before.peak_memory, after.peak_memory),
+        ),
+    ]
+
+
+def modules(names: Sequence[str]) -> str:
+    """ "layer1.0: conv1, bn1, relu": what all have in common once."""
+    parts = [clean(name).split(".") for name in names]
+    shared = 0
+    if len(parts) > 1:
+        levels = zip(*(part[:-1] for part in parts), strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda level: len(set(level)) == 1, levels))
+    listed = ", ".join(".".join(part[shared:]) or "(the model)" for part in parts)
+    return f"{'.'.join(parts[0][:shared])}: {listed}" if shared else listed
+
+
+def reasons(report: FusionReport) -> dict[str, list[str]]:
+    """Why something was not fused → the names of all it holds for; the most frequent first."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in report.not_fused:
+        grouped.setdefault(clean(reason), []).append(clean(name) or "(the model)")
+    return dict(sorted(grouped.items(), key=lambda item: -len(item[1])))
+
+
+class Column(NamedTuple):
+    """Of the table of groups; ``numbers``: whether it holds them."""
+
+    name: str
+    numbers: bool
+    cell: Callable[[FusedGroup], str]
+
+
+def _columns(report: FusionReport) -> tuple[Column, ...]:
+    return (
+        Column("modules", False, lambda group: modules(group.modules)),
+        Column("pattern", False, lambda group: clean(group.pattern)),
+        Column("operator", False, lambda group: clean(group.operator)),
+        Column("dtype", False, lambda group: _dtype(group, report)),
+        Column("plan", False, lambda group: clean(group.plan) or NONE),
+        Column("error", True, lambda group: error(group.error)),
+        Column("bytes", True, lambda group: megabytes(group.bytes)),
+        Column("floor", True, lambda group: micro(group.floor)),
+        Column("expected", True, lambda group: micro(group.expected)),
+    )
+
+
+def _dtype(group: FusedGroup, report: FusionReport) -> str:
+    """Where it is not the model's, and why not."""
+    if group.note:
+        return clean(f"{group.dtype}: {group.note}")
+    return NONE if group.dtype == report.dtype else clean(group.dtype)
+
+
+def columns(report: FusionReport) -> list[Column]:
+    """Those of which a group of the report has something to say."""
+    return [column for column in _columns(report) if any(column.cell(group) != NONE for group in report.fused)]
+
+
+def headline(report: FusionReport) -> str:
+    """One line: how much was fused, how much was not."""
+    fused, left = count(len(report.fused), "group"), len(report.not_fused)
+    failed = "the verification FAILED; " if report.verification and not report.verification.passed else ""
+    return f"{clean(report.model)} in {report.dtype}: {failed}{fused} fused, {left or 'nothing'} left as it was"

@@ -1,0 +1,210 @@
+"""From a program and its matches to a graph of gpukern's operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from gpukern.fusion.affine import is_batch_norm
+from gpukern.fusion.constants import constant
+from gpukern.fusion.fold import Folded, fold
+from gpukern.fusion.match import Match
+from gpukern.fusion.products import activation, image, pool
+from gpukern.fusion.program import Program, arguments, assemble, aten, value
+from gpukern.runtime.tensors import KERNEL_DTYPES
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """``module`` takes and returns flat tuples. ``names`` are of the nodes that have the matches' outputs.
+
+    All nodes made for a match have its place among the matches as ``meta["gpukern_match"]``.
+    """
+
+    module: GraphModule
+    names: tuple[str, ...]
+    folded: tuple[Folded | None, ...]
+
+
+def lower(program: Program, matches: Sequence[Match], *, channels_last: bool) -> Lowered:
+    """``program`` with each match computed by one operator. What is in none stays, but for pools and activations."""
+    return _Lowering(program, channels_last).lower(matches)
+
+
+def rounded(program: Program, graph: Graph) -> dict[str, torch.Tensor]:
+    """The constants of ``program`` that ``graph`` uses as they are, in the dtype that they were captured in."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in program.constants:
+            dtype = value(node).dtype
+            if all(is_batch_norm(user) for user in node.users):
+                # A variance beyond 65504 is infinite in fp16, and its channel would be zero.
+                dtype = torch.promote_types(dtype, torch.float32)
+            found[node.target] = program.constants[node.target].to(dtype)
+    return found
+
+
+class _Lowering:
+    def __init__(self, program: Program, channels_last: bool) -> None:
+        self.program = program
+        self.graph, self.places = program.copy()
+        self.packed = torch.channels_last if channels_last else torch.contiguous_format
+        self.constants: dict[str, torch.Tensor] = {}
+        self.moved: dict[Node, Node] = {}
+        self.place = 0
+
+    def lower(self, matches: Sequence[Match]) -> Lowered:
+        new, folded = [], []
+        for number, match in enumerate(matches):
+            with self.graph.inserting_before(self.places[match.output]):
+                self.place = number
+                node, weights = self.fused(match, f"{match.operator.split('::')[1]}_{number}")
+            old = self.places[match.output]
+            old.replace_all_uses_with(node)
+            self.moved[old] = node
+            node.meta = {**old.meta, **node.meta}
+            new.append(node)
+            folded.append(weights)
+        self.graph.eliminate_dead_code()
+        for node in list(self.graph.nodes):
+            _lower_one(self.graph, node)
+        self.constants |= rounded(self.program, self.graph)
+        self.graph.lint()
+        module = assemble(self.graph, self.constants, self.program.modules)
+        return Lowered(module, tuple(node.name for node in new), tuple(folded))
+
+    def at(self, node: Node) -> Node:
+        """Where the value of a node of the program is now."""
+        place = self.places[node]
+        return self.moved.get(place, place)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["gpukern_match"] = self.place
+        return node
+
+    def held(self, name: str, tensor: torch.Tensor | None) -> Node | None:
+        """A new constant of the fused model."""
+        if tensor is None:
+            return None
+        self.constants[name] = tensor
+        return self.graph.create_node("get_attr", name, name=name)
+
+    # ---- matches ----
+
+    def fused(self, match: Match, name: str) -> tuple[Node, Folded | None]:
+        if match.product is None:
+            return lower_batch_norm(self, match, name), None
+        dtype = value(match.output).dtype
+        weights = fold(self.program, match, dtype)
+        input = self.cast(self.at(match.input), dtype, weights.dtype)
+        residual = None
+        if match.residual is not None:
+            residual = self.cast(self.at(match.residual), dtype, weights.dtype)
+        family = _aten if match.operator.startswith("aten") else _linear if match.product.spatial == 0 else _convolution
+        node = family(self, match, weights, input, residual, name)
+        return self.cast(node, weights.dtype, dtype), weights
+
+    def cast(self, node: Node, dtype: torch.dtype, wanted: torch.dtype) -> Node:
+        return node if dtype is wanted else self.call(aten._to_copy.default, node, dtype=wanted)
+
+
+def _convolution(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:
+    """By gpukern's 2-D operators; sequences are images of height 1."""
+    product, flat = match.product, match.product.spatial == 1
+    weight = weights.weight.unsqueeze(2) if flat else weights.weight
+    weight = weight.contiguous(memory_format=to.packed)
+    if flat:
+        input = to.call(aten.unsqueeze.default, input, 2)
+        residual = None if residual is None else to.call(aten.unsqueeze.default, residual, 2)
+    operands = input, to.held(f"{name}_weight", weight), to.held(f"{name}_bias", weights.bias)
+    stride, dilation = image(product.stride, 1), image(product.dilation, 1)
+    if product.transposed:
+        geometry = (stride, image(product.padding, 0), image(product.output_padding, 0), dilation, product.groups)
+        target = torch.ops.gpukern.conv_transpose2d.default
+    else:
+        padding = product.window_padding(tuple(weights.weight.shape[2:]))
+        geometry = (stride, padding, dilation, product.groups)
+        target = torch.ops.gpukern.conv2d.default
+    if match.pool is not None:
+        target = torch.ops.gpukern.conv2d_max_pool2d.default
+    else:
+        operands = *operands, residual
+    geometry = tuple(list(each) if isinstance(each, tuple) else each for each in geometry)
+    node = to.call(target, *operands, *geometry, *match.activation)
+    return to.call(aten.squeeze.dim, node, 2) if flat else node
+
+
+def _linear(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:
+    """By gpukern's linear layer, which takes rows."""
+    weight, bias = to.held(f"{name}_weight", weights.weight.contiguous()), to.held(f"{name}_bias", weights.bias)
+    target = torch.ops.gpukern.linear.default
+    shape = value(match.product.input).shape
+    if len(shape) == 2:
+        return to.call(target, input, weight, bias, *match.activation)
+    leading = [size if isinstance(size, int) else to.call(aten.sym_size.int, input, i) for i, size in enumerate(shape)]
+    rows = to.call(aten.reshape.default, input, [-1, shape[-1]])
+    node = to.call(target, rows, weight, bias, *match.activation)
+    return to.call(aten.reshape.default, node, [*leading[:-1], weights.weight.shape[0]])
+
+
+def _aten(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:
+    """By torch's own operator, which has no epilogue: only the weights changed."""
+    bias = None if weights.bias is None else weights.bias.to(weights.dtype)
+    changed = {
+        "input": input,
+        "weight": to.held(f"{name}_weight", weights.weight.contiguous()),
+        "bias": to.held(f"{name}_bias", bias),
+    }
+    given = {**arguments(match.product.node), **changed}
+    return to.call(match.product.node.target, *given.values())
+
+
+def lower_batch_norm(to: _Lowering, match: Match, name: str) -> Node:
+    """What is left of batch norms, with what follows, in one pass: parameters and statistics in fp32."""
+    given = arguments(match.core)
+
+    def parameter(argument: str) -> Node | None:
+        if given[argument] is None:
+            return None
+        return to.held(f"{name}_{argument}", constant(to.program, given[argument]).float())
+
+    weight, bias, mean, var = (parameter(each) for each in ("weight", "bias", "running_mean", "running_var"))
+    residual = None if match.residual is None else to.at(match.residual)
+    return to.call(
+        torch.ops.gpukern.batch_norm.default,
+        *(to.at(match.input), weight, bias, residual, mean, var, given["eps"], *match.activation),
+    )
+
+
+# ---- what is in no match --------------------------------------------------------------------------------------------
+
+
+def _lower_one(graph: Graph, node: Node) -> None:
+    """By gpukern's operator where there is one."""
+    lowered = pool(node) or _activation(node)
+    if lowered is None:
+        return
+    target, args = lowered
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _activation(node: Node) -> tuple[Any, tuple] | None:
+    found = activation(node)
+    input = None if found is None else value(arguments(node)[_first(node)])
+    # torch also takes integers, and makes fp32 of them.
+    if input is None or input.dtype not in KERNEL_DTYPES:
+        return None
+    return torch.ops.gpukern.activation.default, (arguments(node)[_first(node)], *found)
+
+
+def _first(node: Node) -> str:
+    return node.target._schema.arguments[0].name

@@ -1,0 +1,45 @@
+"""What :func:`gpukern.fuse` returns."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gpukern.fusion.cuda_graph import Replayed
+from gpukern.fusion.module import FusedModule
+from gpukern.fusion.report import FusionReport
+
+
+class FusedModel:
+    """A model fused for inference: call it as the model was called.
+
+    ``module`` is an ``nn.Module`` without parameters, its weights are buffers. It takes the arguments of the example,
+    by place or by name, and returns what the model did, in dicts and tuples as they were, in the dtype that it was
+    fused for. ``report`` says what was done.
+
+    Floating-point tensors are cast to that dtype, with a warning if the example was in another one; other tensors must
+    be of the example's dtype, or a call raises TypeError. Autocast has no effect, and a warning says so. Numbers,
+    flags, words and None are constants: a call with others than the example's raises ValueError, and so does one with
+    an argument that the example left at its default.
+    """
+
+    def __init__(
+        self, module: FusedModule, report: FusionReport, example: tuple, dynamic_batch: bool, cuda_graph: bool
+    ) -> None:
+        self.module = module
+        self.report = report
+        self._example, self._dynamic_batch = example, dynamic_batch
+        self._call = Replayed(module) if cuda_graph else module
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        return self._call(*self.module.bound(inputs, named))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the module and the report to ``path``, a ``.pt2`` file for :func:`gpukern.load`: all of it or, with
+        OSError or FusionError, nothing: a file that was there stays."""
+        from gpukern.fusion.artifact import save
+
+        save(path, self.module, self.report, self._example, self._dynamic_batch)
+
+    def __repr__(self) -> str:
+        return f"FusedModel({self.report.model}, {self.report.dtype}, {len(self.report.fused)} fused groups)"

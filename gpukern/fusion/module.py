@@ -1,0 +1,183 @@
+"""The fused model as a module: it checks and prepares what it is given, then runs the graph."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from gpukern.fusion.calls import AS_IN_THE_EXAMPLE, Signature, text, told
+from gpukern.fusion.eager_calls import call_directly
+from gpukern.fusion.program import InputSpec, Program
+
+#: In the place of a tensor of the example.
+_TENSOR = object()
+
+
+@dataclass(frozen=True)
+class Interface:
+    """How a fused model is called: the leaves of its arguments (None for what is no tensor), how these are arranged,
+    and how the results are. ``channels_last``: whether images are made so. ``constants``: the example's numbers, flags
+    and words in their places (None for tensors). ``signature``: of the original. ``apart``: the sizes that a free
+    batch, by its name, must not have. ``may_lack_it``: whether all inputs but the first may have a batch of 1.
+    """
+
+    inputs: tuple[InputSpec | None, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    channels_last: bool
+    constants: tuple[Any, ...]
+    signature: Signature
+    apart: dict[str, list[int]] = field(default_factory=dict)
+    may_lack_it: bool = False
+
+    @classmethod
+    def of(cls, program: Program, channels_last: bool) -> Interface:
+        specs = program.in_spec, program.out_spec
+        return cls(program.inputs, *specs, channels_last, program.given, program.signature)
+
+    @functools.cached_property
+    def arguments(self) -> tuple[str | None, ...]:
+        """The text of each argument in the example, None for one with tensors in it."""
+        leaves = [_TENSOR if spec else each for spec, each in zip(self.inputs, self.constants, strict=True)]
+        return tuple(text(argument) for argument in pytree.tree_unflatten(leaves, self.in_spec))
+
+    def example_of(self, place: int) -> Any:
+        """An argument without tensors, as it was in the example."""
+        return pytree.tree_unflatten(self.constants, self.in_spec)[place]
+
+    def other_structure(self, inputs: tuple) -> str:
+        """What to say of ``inputs`` that are arranged otherwise than the example."""
+        expected = pytree.tree_unflatten(self.constants, self.in_spec)
+        for place, (given, example) in enumerate(zip(inputs, expected, strict=True)):
+            now, before = pytree.tree_structure(given), pytree.tree_structure(example)
+            if now != before:
+                words = f"{self.signature.name(place)} was {_arrangement(before)}, got {_arrangement(now)}"
+                return f"expected arguments as in the example: {words}"
+        return f"expected arguments as in the example, {self.in_spec}"
+
+    def named(self, number: int) -> str:
+        """How a leaf is called in a message: "argument 'sizes'[1]"."""
+        paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(self.inputs)), self.in_spec))
+        (place, *inner), _ = paths[number]
+        return f"{self.signature.name(place.idx)}{pytree.keystr(tuple(inner))}"
+
+
+class FusedModule(torch.nn.Module):
+    """Takes and returns what the model did, in the dtype it was fused for. For inference: it has buffers only.
+
+    Floating-point inputs are cast to that dtype, with a warning if it is not the example's either, and, images, made
+    channels_last if that was asked for, once, here. Autocast has no effect, and a warning says so.
+    """
+
+    def __init__(self, network: GraphModule, interface: Interface) -> None:
+        super().__init__()
+        self.network = call_directly(network)
+        self.interface = interface
+        self.training = False
+        self._told: set[str] = set()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A graph is traced anew where it is unpickled, and has the registered operators again.
+        self.network = call_directly(self.network)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """TypeError or ValueError for what is not like the example; the batch may be another where it is free."""
+        prepared = self.prepared(self.bound(inputs, named))
+        return pytree.tree_unflatten(self._run(prepared), self.interface.out_spec)
+
+    def _run(self, prepared: list[Any]) -> tuple:
+        device = next(leaf.device.type for leaf in prepared if isinstance(leaf, torch.Tensor))
+        # Tensors without memory have no autocast, and asking for it raises.
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return self.network(*prepared)
+        self._tell("a fused model ignores autocast: it computes in the dtype that it was fused for")
+        with torch.autocast(device, enabled=False):
+            return self.network(*prepared)
+
+    def _tell(self, words: str) -> None:
+        """A warning, once for each model."""
+        if words not in self._told and not torch.compiler.is_compiling():
+            self._told.add(words)
+            warnings.warn(f"gpukern: {words}", stacklevel=2)
+
+    def bound(self, inputs: tuple, named: dict[str, Any]) -> tuple:
+        """The arguments by place, as many as in the example."""
+        arguments = self.interface.arguments
+        if not named and len(inputs) == len(arguments):
+            return inputs
+        return self.interface.signature.bound(inputs, named, arguments)
+
+    def prepared(self, inputs: tuple) -> list[Any]:
+        """The leaves of the arguments, as the network takes them."""
+        interface = self.interface
+        inputs = tuple(
+            interface.example_of(place) if each is AS_IN_THE_EXAMPLE else each for place, each in enumerate(inputs)
+        )
+        leaves, structure = pytree.tree_flatten(inputs)
+        if structure != interface.in_spec:
+            raise TypeError(interface.other_structure(inputs))
+        known = zip(leaves, interface.inputs, interface.constants, strict=True)
+        prepared = [self._prepared(number, *each) for number, each in enumerate(known)]
+        self._check_batch(prepared)
+        return prepared
+
+    def _check_batch(self, leaves: list[Any]) -> None:
+        sizes: dict[str, int] = {}
+        for number, (leaf, spec) in enumerate(zip(leaves, self.interface.inputs, strict=True)):
+            if spec is None or spec.batch is None:
+                continue
+            size = leaf.shape[0]
+            if sizes.setdefault(spec.batch, size) != size and not (self.interface.may_lack_it and size == 1):
+                raise ValueError(
+                    f"expected inputs of one batch size, got {sizes[spec.batch]} and {size} (input {number})"
+                )
+            if size in self.interface.apart.get(spec.batch, ()):
+                raise ValueError(
+                    f"expected a batch of another size than {size}, which is a case of its own for the original: "
+                    "fuse the model for that size"
+                )
+
+    def _prepared(self, number: int, leaf: Any, spec: InputSpec | None, constant: Any) -> Any:
+        if spec is None:
+            if leaf is not constant and text(leaf) != text(constant):
+                raise ValueError(
+                    f"{self.interface.named(number)} was {told(constant)} in the example, got {told(leaf)}: "
+                    "fuse the model with it"
+                )
+            return constant
+        if not isinstance(leaf, torch.Tensor):
+            raise TypeError(f"expected a tensor as input {number}, got {type(leaf).__name__}")
+        _check_sizes(number, leaf, spec)
+        if not spec.dtype.is_floating_point or not leaf.is_floating_point():
+            if leaf.dtype is not spec.dtype:
+                raise TypeError(f"expected input {number} of {spec.dtype}, got {leaf.dtype}")
+            return leaf
+        if leaf.dtype not in (spec.dtype, spec.example):
+            self._tell(f"input {number} is {leaf.dtype}, and is cast to {spec.dtype}, for which the model was fused")
+        if not spec.is_image:
+            return leaf.to(spec.dtype)
+        format = torch.channels_last if self.interface.channels_last else torch.contiguous_format
+        return leaf.to(dtype=spec.dtype, memory_format=format)
+
+
+def _arrangement(structure: pytree.TreeSpec) -> str:
+    """As "[*, *]"."""
+    return str(pytree.tree_unflatten(["*"] * structure.num_leaves, structure)).replace("'*'", "*")
+
+
+def _check_sizes(number: int, leaf: torch.Tensor, spec: InputSpec) -> None:
+    fits = leaf.dim() == len(spec.sizes) and all(
+        size is None or size == given for size, given in zip(spec.sizes, leaf.shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("batch" if size is None else str(size) for size in spec.sizes)
+        raise ValueError(
+            f"expected input {number} of shape [{sizes}], got {list(leaf.shape)}: fuse the model for that size"
+        )

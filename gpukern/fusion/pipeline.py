@@ -1,0 +1,223 @@
+"""Capture → match → fold → lower → verify → report, on copies of the model."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from gpukern.fusion import batch, chance
+from gpukern.fusion.alone import judge_alone, what_is_wrong
+from gpukern.fusion.batch import BatchMatters
+from gpukern.fusion.build_report import Work, account
+from gpukern.fusion.capture import capture, private_copy
+from gpukern.fusion.constants import evaluate_constants
+from gpukern.fusion.errors import FusionError
+from gpukern.fusion.evidence import Evidence, gather, on_bound, require_rest
+from gpukern.fusion.given import duplicate
+from gpukern.fusion.lower import Lowered, lower
+from gpukern.fusion.match import Match, find
+from gpukern.fusion.model import FusedModel
+from gpukern.fusion.module import FusedModule, Interface
+from gpukern.fusion.program import InputSpec, Program, aten, is_call
+from gpukern.fusion.report import Verification
+from gpukern.fusion.settle import settle
+from gpukern.fusion.timing import beside
+from gpukern.fusion.verify import Witness, blame, cast
+from gpukern.fusion.why import Left, left, require_account
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def run(
+    model: torch.nn.Module,
+    inputs: tuple,
+    *,
+    dtype: torch.dtype | None,
+    channels_last: bool,
+    cuda_graph: bool,
+    dynamic_batch: bool,
+    verify: bool,
+    measure: bool,
+    skip: Sequence[str],
+    strict: bool,
+) -> FusedModel:
+    """:func:`gpukern.fuse` of the tuple of arguments that ``inputs`` is."""
+    device = _device(inputs)
+    if cuda_graph and device.type != "cuda":
+        raise RuntimeError(f"cuda_graph=True needs the model and its inputs on a CUDA device, got {device}")
+    exact = private_copy(model)
+    notes = _notes_on(model)
+    own = _dtype_of(exact, inputs)
+    dtype = dtype or own
+    if dtype not in _DTYPES:
+        raise ValueError(f"fuse() computes in one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    if torch.is_autocast_enabled(device.type):
+        notes.append("Autocast was on: a fused model ignores it, and so does its proof")
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        evidence = gather(exact, inputs, own) if verify else None
+        if evidence is not None:
+            inputs, notes = evidence.inputs, [*notes, *evidence.notes]
+        settings = {"channels_last": channels_last, "skip": skip, "strict": strict}
+        fusing = functools.partial(_fused, exact, inputs, dtype, evidence, device, cuda_graph, **settings)
+        try:
+            fused = fusing(notes, dynamic_batch)
+        except BatchMatters as problem:
+            fused = fusing([*notes, f"The batch size is fixed, as in the example: {problem}"], False)
+        if measure and device.type == "cuda":
+            fused.report = beside(fused, exact, inputs, channels_last)
+    return fused
+
+
+def _fused(
+    exact: torch.nn.Module,
+    inputs: tuple,
+    dtype: torch.dtype,
+    evidence: Evidence | None,
+    device: torch.device,
+    cuda_graph: bool,
+    notes: list[str],
+    dynamic_batch: bool,
+    *,
+    channels_last: bool,
+    skip: Sequence[str],
+    strict: bool,
+) -> FusedModel:
+    """``exact``, a private copy, fused. BatchMatters where its batch cannot be free."""
+    with torch.no_grad():
+        captured = capture(private_copy(exact).to(dtype), exact, cast(inputs, dtype), dynamic_batch=dynamic_batch)
+        captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
+        notes = [*notes, *_on_chance(captured, evidence)]
+        evaluated = evaluate_constants(captured)
+        program = settle(evaluated, skip)
+        matches = find(program, skip)
+        unfused = left(program, matches, skip)
+        require_account(evaluated, program, matches, unfused)
+        if strict:
+            _require_all(unfused)
+        if channels_last and any(is_call(node, aten.as_strided.default) for node in program.graph.nodes):
+            channels_last = False
+            notes.append("The model reads tensors by strides of its own: not channels_last")
+        build = functools.partial(_build, program, channels_last)
+        lowered, module = build(matches)
+        found, alone = None, []
+        prepared = module.prepared(inputs)
+        doubled = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
+        if doubled:
+            batch.require_that_it_runs(module, inputs)
+        if evidence is not None:
+            witness = Witness(exact, inputs, dtype, channels_last=channels_last)
+            found = witness.judge(module)
+            if doubled and not found.passed:
+                raise BatchMatters("a batch of one is a case of its own for the model")
+            alone = judge_alone(program, matches, lowered, prepared, dtype)
+            found = replace(found, wrong=what_is_wrong(alone) or "")
+        if found is not None and found.passed:
+            notes += on_bound(found.unfused, found.bound)
+            require_rest(exact, inputs, dtype, evidence.outputs, module)
+            if captured.dynamic_batch:
+                notes += _at_other_sizes(exact, inputs, dtype, module, captured.free, channels_last)
+        work = Work(exact, captured, evaluated, matches, lowered, unfused, channels_last)
+        errors = [each.in_whole for each in alone]
+        report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
+        if found is not None and not found.passed:
+            told = found.wrong or blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
+            raise FusionError(told, replace(report, notes=(told, *report.notes)))
+    return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
+
+
+def _as_given(spec: InputSpec | None, leaf: Any) -> InputSpec | None:
+    return spec and replace(spec, example=leaf.dtype)
+
+
+def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
+    """A note on a model that is random, if nothing shall be proved; FusionError if something shall, of one that keeps a
+    state too."""
+    draws = chance.draws(captured.graph)
+    if evidence is None:
+        return [f"The model is random, by {'; '.join(draws)}"] if draws else []
+    if draws or evidence.difference:
+        why = f"it draws random numbers, by {'; '.join(draws)}" if draws else "it is random, or keeps a state"
+        how = f": two calls of it with the same example differ by {evidence.difference:.2g} of its size"
+        raise FusionError(
+            f"nothing can be proved of a model that does not repeat itself{how if evidence.difference else ''}; {why}. "
+            "Make it repeat itself in evaluation mode, or fuse with verify=False, unproved"
+        )
+    return []
+
+
+def _at_other_sizes(
+    exact: torch.nn.Module,
+    inputs: tuple,
+    dtype: torch.dtype,
+    module: FusedModule,
+    free: batch.Free,
+    channels_last: bool,
+) -> list[str]:
+    """Compare ``module`` with the original for other sizes of the batch, and let it refuse those that it must."""
+
+    def original(given: tuple) -> Any:
+        return duplicate(exact).to(dtype)(*cast(given, dtype))
+
+    def judge(given: tuple) -> Verification:
+        return Witness(exact, given, dtype, channels_last=channels_last).judge(module)
+
+    apart = batch.sizes_apart(original, module, judge, inputs, free)
+    module.interface = replace(module.interface, apart=apart, may_lack_it=True)
+    lacking = batch.may_lack_it(module, judge, inputs, free)
+    module.interface = replace(module.interface, may_lack_it=lacking)
+    if not any(1 in sizes for sizes in apart.values()):
+        return []
+    return ["The batch size is free but for 1, which is a case of its own for the model"]
+
+
+def _build(program: Program, channels_last: bool, matches: Sequence[Match]) -> tuple[Lowered, FusedModule]:
+    lowered = lower(program, matches, channels_last=channels_last)
+    return lowered, FusedModule(lowered.module, Interface.of(program, channels_last))
+
+
+# ---- what was given -------------------------------------------------------------------------------------------------
+
+
+def _device(inputs: tuple) -> torch.device:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    if not tensors:
+        raise TypeError("fuse() needs an example: a tensor, or a tuple of arguments with a tensor among them")
+    for tensor in tensors:
+        if tensor.is_meta:
+            raise FusionError("the example is on the meta device: fuse() needs its values")
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise FusionError(
+                f"the example is sparse or quantized ({tensor.layout}, {tensor.dtype}): fuse() takes dense ones"
+            )
+    return tensors[0].device
+
+
+def _dtype_of(model: torch.nn.Module, inputs: tuple) -> torch.dtype:
+    held = [*model.parameters(), *model.buffers(), *pytree.tree_leaves(inputs)]
+    return next((t.dtype for t in held if isinstance(t, torch.Tensor) and t.is_floating_point()), torch.float32)
+
+
+def _notes_on(model: torch.nn.Module) -> list[str]:
+    notes = []
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        named = ", ".join(training[:3]) + (", ..." if len(training) > 3 else "")
+        notes.append(f"In training mode were {named}: fused as in evaluation mode, on a copy")
+        warnings.warn(f"gpukern.fuse: {named} in training mode; fused as in evaluation mode", stacklevel=4)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and not buffer.isfinite().all():
+            notes.append(f"{name} is not finite in {buffer.dtype}")
+            warnings.warn(f"gpukern.fuse: {name} of the model is not finite in {buffer.dtype}", stacklevel=4)
+    return notes
+
+
+def _require_all(unfused: Sequence[Left]) -> None:
+    told = [f"{each.told.name}: {each.told.reason}" for each in unfused if each.follows and not each.asked]
+    if told:
+        raise FusionError("strict=True, and these stay unfused: " + "; ".join(told))

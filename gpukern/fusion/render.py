@@ -1,0 +1,90 @@
+"""A report on a terminal, and as plain text in anything else."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gpukern.fusion import formatting
+from gpukern.fusion.report import FusionReport
+
+#: Columns of what goes into a pipe: no window to fit, and nothing may be cut off.
+_WIDE = 180
+#: Names listed of those that share a reason; a page or JSON has all of them.
+_LISTED = 6
+
+
+def as_text(report: FusionReport) -> str:
+    console = Console(width=_WIDE, color_system=None, highlight=False, file=io.StringIO())
+    console.print(render(report))
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def render(report: FusionReport) -> RenderableType:
+    """All of it, for a rich console."""
+    failed = report.verification is not None and not report.verification.passed
+    return Group(
+        Text(formatting.headline(report), style="bold red" if failed else "bold"),
+        *(Text(f"note: {formatting.clean(note)}", style="yellow") for note in report.notes),
+        _comparison(report),
+        *_groups(report),
+        *_left(report),
+        *_environment(report),
+    )
+
+
+def _table(*columns: tuple[str, bool]) -> Table:
+    """Columns by name, and whether they hold numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, numbers in columns:
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
+    return table
+
+
+def _comparison(report: FusionReport) -> RenderableType:
+    table = _table(("", False), ("before", True), ("after", True), ("gain", False))
+    for line in formatting.comparison(report):
+        table.add_row(line.name, line.before, Text(line.after, style="bold"), line.gain)
+    if report.verification is None:
+        table.caption = Text("not verified", style="yellow")
+        table.caption_justify = "left"
+    return table
+
+
+def _groups(report: FusionReport) -> Iterator[RenderableType]:
+    """A row each; what no group has gets no column."""
+    if not report.fused:
+        return
+    columns = formatting.columns(report)
+    table = _table(("", True), *((column.name, column.numbers) for column in columns))
+    for number, group in enumerate(report.fused, start=1):
+        table.add_row(str(number), *(Text(column.cell(group)) for column in columns))
+    yield Text("fused", style="bold")
+    yield table
+
+
+def _left(report: FusionReport) -> Iterator[RenderableType]:
+    if not report.not_fused:
+        return
+    yield Text("not fused, because", style="bold")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(justify="right")
+    grid.add_column(overflow="fold")
+    for reason, names in formatting.reasons(report).items():
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        grid.add_row(str(len(names)), Text.assemble((reason, "yellow"), ": ", ", ".join(names[:_LISTED]), more))
+    yield Padding(grid, (0, 0, 1, 0))
+
+
+def _environment(report: FusionReport) -> Iterator[RenderableType]:
+    if report.environment:
+        known = ", ".join(
+            f"{formatting.clean(name)} {formatting.clean(value)}" for name, value in report.environment.items()
+        )
+        yield Text(known, style="dim")

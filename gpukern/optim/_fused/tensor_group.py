@@ -1,0 +1,269 @@
+"""The parameters of one device and one combination of dtypes, updated by kernels: one launch for all of them."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from gpukern.optim._fused.device_tables import Row, arguments_type, chunk_size, groups_table, room_for, tables
+from gpukern.optim._fused.param_state import (
+    Amp,
+    Entry,
+    Settings,
+    in_order_of,
+    is_dense,
+    local_gradient,
+    place_of,
+    same_order,
+)
+from gpukern.optim._fused.rules import Rule
+from gpukern.optim._fused.source import Variant
+
+_place, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
+_gradient, _dtype, _layout = map(operator.attrgetter, ("grad", "dtype", "layout"))
+#: In place of an empty gradient's address, which is 0 like that of none.
+_EMPTY = 16
+#: As many as this host pretends to have.
+_HOST_MULTIPROCESSORS = 2
+
+
+class Program(Protocol):
+    def launch(self, kernel: str, blocks: int, arguments: np.ndarray) -> None: ...
+
+
+class Bundle:
+    """``entries`` with gradients of one dtype. A gradient that is None leaves its parameter, its state and its step."""
+
+    def __init__(self, rule: Rule, entries: Sequence[Entry], gradient: torch.dtype, settings: Settings) -> None:
+        self.entries, self.gradient_dtype = entries, gradient
+        self.device = entries[0].parameter.device
+        self._rule, self._settings = rule, settings
+        self._owners = [entry.owner for entry in entries]
+        self._parameters = [entry.parameter for entry in entries]
+        # Looked at in every step: ``parameter.data`` may have been replaced, and then is elsewhere.
+        self._place_of = place_of(self._owners)
+        self._places = list(map(self._place_of, self._owners))
+        self._shapes = [owner.shape for owner in self._owners]
+        # A parameter with gaps is updated in a copy without, beside which its states lie.
+        self._copies = {
+            number: torch.empty_like(parameter)
+            for number, parameter in enumerate(self._parameters)
+            if not is_dense(parameter)
+        }
+        self._dense = [self._copies.get(number, parameter) for number, parameter in enumerate(self._parameters)]
+        self._strides = [dense.stride() for dense in self._dense]
+        self._state_places = [
+            [(held, _place(held)) for held in (*entry.states, entry.master, entry.step) if held is not None]
+            for entry in entries
+        ]
+        self._turn = 0
+        # Gradients are held no longer than a step: what zero_grad() gives up is free for the next backward.
+        self._seen: list[Callable[[], torch.Tensor | None]] = []
+        #: Of each whether it is not there, empty where all are; None: nothing was looked at.
+        self._missing: list[bool] | None = None
+        self._present: list[torch.Tensor] = []
+        self._substituted = False
+        #: Where in the list those are that there are; None: all.
+        self._numbers: list[int] | None = None
+        self._amp = Amp()
+        #: Numbers of the states that any of the parameters keeps.
+        self._kept = [s for s in range(len(rule.states)) if any(entry.states[s] is not None for entry in entries)]
+        variant = self._variant()
+        self._program = _program(variant, self.device)
+        self._make_tables(variant)
+
+    # ---- what lies on the device -----------------------------------------------------------------------------------
+
+    def _variant(self) -> Variant:
+        first = self.entries[0]
+        names = (str(dtype).removeprefix("torch.") for dtype in self._dtypes())
+        states = tuple(self._rule.states[s].name for s in self._kept)
+        stochastic = self._settings.stochastic_rounding and first.parameter.dtype is torch.bfloat16
+        room = room_for(len(self.entries))
+        return Variant(self._rule, *names, states, room, first.master is not None, stochastic)
+
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        first = self.entries[0]
+        return first.parameter.dtype, self.gradient_dtype, first.state_dtype
+
+    def _make_tables(self, variant: Variant) -> None:
+        rows = [self._row(number) for number in range(len(self.entries))]
+        on_device = self.device.type == "cuda"
+        processors = (
+            torch.cuda.get_device_properties(self.device).multi_processor_count if on_device else _HOST_MULTIPROCESSORS
+        )
+        chunk = chunk_size(sum(row.size for row in rows), processors)
+        tensors, chunks = tables(rows, len(variant.states), chunk)
+        self._blocks = len(chunks)
+        self._arguments = np.zeros(1, arguments_type(variant.gradients))
+        self._held = {"tensors": self._upload(tensors), "chunks": self._upload(chunks)}
+        self._held["arrived"] = torch.zeros(1, dtype=torch.int32, device=self.device)
+        if self._settings.max_grad_norm or self._rule.norms:
+            sizes = {"partial": 2 * len(chunks), "norms": 2 * len(rows), "square_sum": 1}
+            for name, size in sizes.items():
+                self._held[name] = torch.zeros(size, dtype=torch.float64, device=self.device)
+        for name, held in self._held.items():
+            self._arguments[name] = _place(held)
+        for name, value in (
+            ("max_norm", self._settings.max_grad_norm),
+            ("max_value", self._settings.max_grad_value),
+            ("tensor_count", len(rows)),
+            ("chunk_size", chunk),
+            ("seed", self._settings.seed & 0xFFFFFFFF),
+        ):
+            self._arguments[name] = value
+        self._pointers = self._arguments["gradients"][0]
+
+    def _row(self, number: int) -> Row:
+        entry = self.entries[number]
+        states = tuple(0 if (state := entry.states[s]) is None else _place(state) for s in self._kept)
+        master = 0 if entry.master is None else _place(entry.master)
+        dense = self._dense[number]
+        return Row(_place(dense), master, states, _place(entry.step), dense.numel(), entry.group)
+
+    def _upload(self, table: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(table.view(np.uint8)).to(self.device)
+
+    def set_groups(self, groups: Sequence[tuple[torch.Tensor | None, Sequence[float]]]) -> None:
+        """Hyperparameters by group, each with the learning rate where that is a tensor on this device."""
+        table = groups_table(self._rule, [(0 if lr is None else _place(lr), values) for lr, values in groups])
+        held = torch.from_numpy(table.view(np.uint8))
+        if "groups" in self._held:
+            # Where a captured graph looks for them.
+            self._held["groups"].copy_(held)
+            return
+        self._held["groups"] = held.to(self.device)
+        self._arguments["groups"] = _place(self._held["groups"])
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def take_gradients(self) -> bool:
+        """Look where the gradients are; False where this bundle no longer fits what is there."""
+        gradients = list(map(_gradient, self._owners))
+        if list(map(self._place_of, self._owners)) != self._places or not self._is_untouched():
+            return False
+        kinds = set(map(type, gradients))
+        missing = list(map(operator.is_, gradients, itertools.repeat(None))) if type(None) in kinds else []
+        if self._substituted or missing != self._missing or not self._saw(gradients) or not self._are_there(gradients):
+            self._missing = None
+            taken = gradients if kinds == {torch.Tensor} and self._are_as_expected(gradients) else self._checked()
+            if taken is None:
+                return False
+            self._look_at(gradients, taken, missing)
+        return True
+
+    def _is_untouched(self) -> bool:
+        """Whether the sizes and the states of the first parameter, and of another in every step, are what they were.
+
+        What is replaced in the optimizer's state is always noticed, and so is a parameter that is elsewhere. This is
+        for the ``data`` of states, and for a parameter that became shorter where it lies. Whoever does so, to keep
+        states in the host's memory for instance, does so for all; to look at all would take as long as all the rest.
+        """
+        self._turn = (self._turn + 1) % len(self.entries)
+        for number in (0, self._turn):
+            if self._owners[number].shape != self._shapes[number]:
+                return False
+            for held, place in self._state_places[number]:
+                if _place(held) != place:
+                    return False
+        return True
+
+    def _are_as_expected(self, gradients: list[torch.Tensor]) -> bool:
+        """Whether nothing of these tensors has to be looked at one by one. Quickly."""
+        try:
+            strides = list(map(_stride, gradients))
+        except RuntimeError:  # a sparse one has none, or zeros
+            return False
+        if strides != self._strides or set(map(_dtype, gradients)) != {self.gradient_dtype}:
+            return False
+        # Without dimensions a sparse one has those of a dense one.
+        return () not in self._strides or set(map(_layout, gradients)) == {torch.strided}
+
+    def _are_there(self, gradients: list[torch.Tensor | None]) -> bool:
+        """Whether these, which were looked at, are where they were: ``gradient.data`` may have been replaced, with
+        other strides too."""
+        self._present = self._present_of(gradients)
+        return list(map(_place, self._present)) == self._gradient_places
+
+    def _look_at(
+        self, gradients: list[torch.Tensor | None], taken: list[torch.Tensor | None], missing: list[bool]
+    ) -> None:
+        """Which of the gradients are there, and which objects they are."""
+        self._missing = missing
+        self._substituted = taken is not gradients and any(map(operator.is_not, taken, gradients))
+        self._numbers = None
+        if missing:
+            self._numbers = [number for number, gradient in enumerate(taken) if gradient is not None]
+            self._pointers[:] = 0
+        self._seen = list(map(weakref.ref, self._present_of(gradients)))
+        self._present = self._present_of(taken)
+        self._gradient_places = list(map(_place, self._present))
+        numbers = slice(len(self._present)) if self._numbers is None else self._numbers
+        places = self._gradient_places
+        self._pointers[numbers] = [place or _EMPTY for place in places] if 0 in places else places
+
+    def _saw(self, gradients: list[torch.Tensor | None]) -> bool:
+        """Whether these are the objects that were looked at: none of those is gone, as none of these is None."""
+        present = self._present_of(gradients)
+        # Mostly all are new or none is.
+        if present and present[0] is not self._seen[0]():
+            return False
+        return all(map(operator.is_, present, [seen() for seen in self._seen]))
+
+    def _present_of(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        return gradients if self._numbers is None else [gradients[number] for number in self._numbers]
+
+    def _checked(self) -> list[torch.Tensor | None] | None:
+        """Local, dense and in the order of their parameters; None where a dtype is another."""
+        taken: list[torch.Tensor | None] = []
+        for owner, strides, dense in zip(self._owners, self._strides, self._dense, strict=True):
+            found = local_gradient(owner)
+            if found is not None:
+                if found.dtype is not self.gradient_dtype or found.layout is not torch.strided:
+                    return None
+                if found.stride() != strides and not same_order(found, dense):
+                    found = in_order_of(found, dense)
+            taken.append(found)
+        return taken
+
+    def square_sum(self, amp: Amp) -> torch.Tensor:
+        """Launch the sum of the squares of all gradients, fp64 [1] on the device; the update reads it there."""
+        self._set(amp)
+        self._program.launch("square_sum_kernel", self._blocks, self._arguments)
+        return self._held["square_sum"]
+
+    def update(self, amp: Amp) -> None:
+        self._set(amp)
+        for number, copy in self._copies.items():
+            copy.copy_(self._parameters[number])
+        if self._rule.norms:
+            self._program.launch("norms_kernel", self._blocks, self._arguments)
+        self._program.launch("update_kernel", self._blocks, self._arguments)
+        for number, copy in self._copies.items():
+            self._parameters[number].copy_(copy)
+        # Autograd must know, or would differentiate with values that are no longer there.
+        torch.autograd.graph.increment_version(self._parameters)
+        self._present = []
+
+    def _set(self, amp: Amp) -> None:
+        for name in ("grad_scale", "found_inf"):
+            given = getattr(amp, name)
+            if given is not getattr(self._amp, name):
+                self._arguments[name] = 0 if given is None else _place(given)
+        self._amp = amp
+
+
+def _program(variant: Variant, device: torch.device) -> Program:
+    if device.type == "cuda":
+        from gpukern.optim._fused.cuda import device_program
+
+        return device_program(variant, device.index)
+    from gpukern.optim._fused.host import HostProgram
+
+    return HostProgram(variant)
