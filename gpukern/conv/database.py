@@ -32,7 +32,7 @@ from gpukern.runtime.device import DeviceSpec
 #: Of the files. Others are left alone.
 SCHEMA = 1
 
-BUNDLED = Path(__file__).resolve().parents[2] / "plans"
+BUNDLED = Path(__file__).resolve().parents[1] / "plans"
 
 
 @dataclass(frozen=True)
