@@ -40,12 +40,14 @@ TORCH_FREE = (
     "device.py",
     "estimate.py",
     "exclusions.py",
+    "family.py",
     "geometry.py",
     "integers.py",
     "plan.py",
     "planner.py",
     "problem.py",
     "properties.py",
+    "registry.py",
     "roofline.py",
 )
 #: What runs on the device.
