@@ -15,7 +15,8 @@ class Direction(enum.Enum):
 class Variant(str, enum.Enum):
     """The kernel, and how it walks its sum; see the families in ``families/``.
 
-    A value stays when its family goes: plan files name it."""
+    A value stays when its family goes: plan files name it.
+    """
 
     TAPS = "taps"
     FLAT = "flat"
