@@ -33,7 +33,7 @@ from gpukern.runtime.files import write_text
 #: Of the files. Others are left alone.
 SCHEMA = 1
 
-BUNDLED = Path(__file__).resolve().parents[2] / "plans"
+BUNDLED = Path(__file__).resolve().parents[1] / "plans"
 
 
 @dataclass(frozen=True)

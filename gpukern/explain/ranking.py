@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from gpukern.conv import database, prepare
+from gpukern.conv import database, request
 from gpukern.conv.cost import work
 from gpukern.conv.estimate import estimate
 from gpukern.conv.exclusions import Exclusion
@@ -49,8 +49,8 @@ class Answer:
 def answer(question: Question) -> Answer:
     """The plan that a call gets, among all others. RuntimeError, as of a call, for what no kernel can run."""
     p, direction, operands = question.problem, question.direction, question.operands
-    of_first, _, of_output = prepare.shapes(p, direction)
-    prepare.check_countable(of_first, of_output)
+    of_first, _, of_output = request.shapes(p, direction)
+    request.check_countable(of_first, of_output)
     must = work(p, direction, operands.itemsize, operands.kind)
     must = replace(must, bytes=must.bytes + residual_bytes(question))
     choice, measured = chosen(question)

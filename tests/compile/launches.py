@@ -17,8 +17,8 @@ import gpukern.functional as F
 from bench.layers import LayerCall, layer_calls
 from gpukern.conv import launch, planner
 from gpukern.conv.plan import ConvPlan, Direction, Variant
-from gpukern.conv.prepare import Epilogue, operands_of, shapes
 from gpukern.conv.problem import pooled_problem
+from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
 from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d

@@ -18,8 +18,8 @@ from gpukern.conv.layouts import dense_strides
 from gpukern.conv.passes import launch as passes
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.planner import FAMILIES, plan, ranking
-from gpukern.conv.prepare import operands_of, shapes
 from gpukern.conv.problem import conv_problem
+from gpukern.conv.request import operands_of, shapes
 from gpukern.runtime.current_device import pretend
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, Peaks
 from gpukern.runtime.roofline import Work, floor, window_reads

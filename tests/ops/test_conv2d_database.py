@@ -19,8 +19,9 @@ from gpukern.conv import database, planner
 from gpukern.conv.database import Entry, bucket, file_name, key, lookup
 from gpukern.conv.layouts import dense_strides
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.conv.prepare import operands_of, prepare, shapes
+from gpukern.conv.prepare import prepare
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.request import operands_of, shapes
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import H100, DeviceSpec
 

@@ -14,7 +14,7 @@ from gpukern.conv import database, exclusions, launch, planner, prepare
 from gpukern.conv.exclusions import Exclusion
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import conv_problem
-from gpukern.explain import answer as answers
+from gpukern.explain import ranking as answers
 from gpukern.explain import show
 from gpukern.explain.query import convolution
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d

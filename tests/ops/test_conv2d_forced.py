@@ -11,8 +11,8 @@ from gpukern.conv import launch
 from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.planner import FAMILIES, candidates, only_measured
-from gpukern.conv.prepare import Epilogue, operands_of, shapes
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
 from gpukern.runtime.current_device import device_spec

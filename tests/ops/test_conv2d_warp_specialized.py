@@ -13,8 +13,8 @@ from gpukern.conv.families.warp_specialized.plan import candidates, tiles
 from gpukern.conv.layouts import dense_strides
 from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.conv.prepare import Epilogue, Request
 from gpukern.conv.problem import conv_problem
+from gpukern.conv.request import Epilogue, Request
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
 from gpukern.runtime.current_device import device_spec
