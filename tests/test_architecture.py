@@ -40,6 +40,7 @@ TORCH_FREE = (
     "device.py",
     "estimate.py",
     "exclusions.py",
+    "family.py",
     "runtime/files.py",
     "geometry.py",
     "integers.py",
@@ -47,6 +48,7 @@ TORCH_FREE = (
     "planner.py",
     "problem.py",
     "properties.py",
+    "registry.py",
     "roofline.py",
 )
 #: What runs on the device.
