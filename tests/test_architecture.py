@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 LAYERS = (
     *(
         "version",
+        "formatting",
+        "tables",
         "runtime",
         "ops._image",
         "ops._activation",
