@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from gpukern.runtime import files
 
 #: Raised by one whenever a reader of the old form would misread the new one.
 SCHEMA = 1
@@ -207,15 +207,7 @@ def write(path: Path, results: Results | Predictions) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace ``path`` in one step, making its folder: whatever happens, the old or the new file is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.write_text(path, text)
 
 
 def read(path: Path) -> Results | Predictions:

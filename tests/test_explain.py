@@ -12,9 +12,9 @@ from gpukern.conv.cost import work
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Variant
 from gpukern.conv.planner import only_measured, plan, ranking
 from gpukern.conv.problem import conv_problem
-from gpukern.explain import answer as answers
 from gpukern.explain import compiled as machine_code
 from gpukern.explain import formatting, show
+from gpukern.explain import ranking as answers
 from gpukern.explain.chart import HEIGHT, WIDTH, Point, chart
 from gpukern.explain.compiled import CannotCompile, Compiled, compiled
 from gpukern.explain.query import KINDS, Epilogue, convolution, linear

@@ -28,11 +28,12 @@ from gpukern.conv.planner import candidates
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.cache import cache_folder
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.files import write_text
 
 #: Of the files. Others are left alone.
 SCHEMA = 1
 
-BUNDLED = Path(__file__).resolve().parents[2] / "plans"
+BUNDLED = Path(__file__).resolve().parents[1] / "plans"
 
 
 @dataclass(frozen=True)
@@ -177,21 +178,8 @@ def store(path: Path, device: str, name: str, entry: Entry) -> None:
         # A line for each problem, in order, so that two versions of a file can be compared.
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(plans[name])}" for name in sorted(plans))
         device = json.dumps(device)
-        _replace(path, f'{{\n "schema": {SCHEMA},\n "device": {device},\n "plans": {{\n{lines}\n }}\n}}\n')
+        write_text(path, f'{{\n "schema": {SCHEMA},\n "device": {device},\n "plans": {{\n{lines}\n }}\n}}\n')
     clear()
-
-
-def _replace(path: Path, text: str) -> None:
-    # Beside the file, because a file system is never crossed atomically; alone there, because of the lock.
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

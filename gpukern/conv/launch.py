@@ -8,8 +8,9 @@ from gpukern.conv.families.implicit_gemm.plan import channel_sum_splits
 from gpukern.conv.layouts import Strides
 from gpukern.conv.passes import launch as passes
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.prepare import Epilogue, Prepared, plan_without, prepare
+from gpukern.conv.prepare import plan_without, prepare
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.request import Epilogue, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._image import strides_of
 from gpukern.runtime.current_device import device_spec

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpukern.conv.planner import Ranked
-from gpukern.conv.prepare import shapes
+from gpukern.conv.request import shapes
 from gpukern.explain.chart import Point, chart
 from gpukern.explain.compiled import Compiled
 from gpukern.explain.formatting import by, describe, describe_plan

@@ -17,11 +17,11 @@ from gpukern.fusion.batch import export_any_batch
 from gpukern.fusion.calls import Signature
 from gpukern.fusion.capture import first_line, quiet
 from gpukern.fusion.errors import FusionError
-from gpukern.fusion.files import replacing
 from gpukern.fusion.model import FusedModel
 from gpukern.fusion.module import FusedModule, Interface
 from gpukern.fusion.program import InputSpec
 from gpukern.fusion.report import IN_ARCHIVE, FusionReport
+from gpukern.runtime.files import replacing
 
 #: The name in the archive of how the network is called; by it and the report a fused model is told from others.
 _INTERFACE = "gpukern_interface.json"

@@ -134,8 +134,8 @@ class FusionReport:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """All of it as JSON, also written to ``path``: whole or, with OSError, not at all."""
-        from gpukern.fusion.files import write_text
         from gpukern.fusion.serialization import plain
+        from gpukern.runtime.files import write_text
 
         text = json.dumps({"format": FORMAT, **plain(self)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         if path is not None:
@@ -154,8 +154,8 @@ class FusionReport:
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """One page that needs no other file, as ``path``: whole or, with OSError, not at all."""
-        from gpukern.fusion.files import write_text
         from gpukern.fusion.page import page
+        from gpukern.runtime.files import write_text
 
         write_text(path, page(self))
 

@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from gpukern.fusion import formatting
-from gpukern.fusion.files import replacing
 from gpukern.fusion.report import FusionReport, NotFused
 from tests.fusion.made_up import CHECK, TIMINGS, group, report
 
@@ -89,16 +88,6 @@ def test_files_are_replaced_whole(write, tmp_path, monkeypatch):
     assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
     with pytest.raises(OSError):
         write(report(), tmp_path / "nowhere" / "report.out")
-
-
-def test_what_fails_while_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "model.pt2"
-    path.write_text("old")
-    with pytest.raises(ZeroDivisionError), replacing(path) as draft:
-        assert draft.parent == path.parent and draft.suffix == ".pt2"
-        draft.write_text("half")
-        raise ZeroDivisionError
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["model.pt2"]
 
 
 def test_text_says_all_that_is_known():
