@@ -22,11 +22,15 @@ from typer.testing import CliRunner
 
 import bench.cli
 import gpukern.cli
+from gpukern.conv.families.family import Family
 from gpukern.conv.families.grouped import plan as grouped
 from gpukern.conv.families.implicit_gemm import plan as implicit_gemm
+from gpukern.conv.families.registry import FAMILIES
 from gpukern.conv.families.tma_stem import plan as tma_stem
 from gpukern.conv.families.tma_wgrad import plan as tma_wgrad
-from gpukern.conv.planner import FAMILIES
+from gpukern.conv.plan import Direction, Operands
+from gpukern.conv.problem import conv_problem
+from gpukern.runtime.device import A100, B200, H100, DeviceSpec
 from models import resnet
 from tests.documents import ROOT, Block, Command, anchors, blocks, commands, inline_code, is_shown, links, prose, table
 
@@ -298,18 +302,53 @@ def test_errors_are_quoted_as_they_are():
         assert any(pattern.search(message) for message in said), f"nothing says {quote!r}"
 
 
-def families() -> dict[str, set[str]]:
-    """Folder of each kernel family → what plans call its variants."""
-    found: dict[str, set[str]] = {}
-    for variant, family in FAMILIES.items():
-        found.setdefault(family.__name__.split(".")[-2], set()).add(variant.value)
-    return found
+#: Input, weight, stride, padding, groups: what each family was written for.
+_CONVOLUTIONS = (
+    ((32, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1),
+    ((32, 64, 56, 56), (64, 64, 1, 1), 1, 0, 1),
+    ((32, 3, 224, 224), (64, 3, 7, 7), 2, 3, 1),
+    ((32, 64, 56, 56), (64, 1, 3, 3), 1, 1, 64),
+    ((32, 128, 56, 56), (128, 4, 3, 3), 1, 1, 32),
+)
+#: What the table calls the dtypes of a family that serves the first of these; products of fp32 "tf32x3" are in full.
+_DTYPES = {
+    "all": ("float32", "ieee"),
+    "all, fp32 in full as three TF32 products": ("float32", "tf32x3"),
+    "16 bits, TF32": ("float32", "tf32"),
+    "16 bits": ("float16", "ieee"),
+}
 
 
-@pytest.mark.parametrize("name", ["adding-a-kernel.md", "convolution.md"])
-def test_the_tables_of_kernel_families_are_the_codes(name):
-    rows = [re.findall(r"`([^`]+)`", " ".join(row[:2])) for row in table(ROOT / "docs" / name, "family")]
-    assert {folder: set(variants) for folder, *variants in rows} == families()
+def serves(family: Family, direction: Direction, device: DeviceSpec, dtypes: str = "16 bits") -> bool:
+    operands = Operands(*_DTYPES[dtypes])
+    problems = (
+        conv_problem(x, w, None, (stride,) * 2, (padding,) * 4, (1, 1), groups)
+        for x, w, stride, padding, groups in _CONVOLUTIONS
+    )
+    return any(any(family.candidates(problem, direction, operands, device)) for problem in problems)
+
+
+def described(family: Family) -> tuple[set[str], str, str, str]:
+    """(variants, directions, dtypes, what it needs) in the words of the table."""
+    served = [direction for direction in Direction if serves(family, direction, H100)]
+    directions = "all" if served == list(Direction) else ", ".join(direction.value for direction in served)
+    dtypes = next(words for words in _DTYPES if serves(family, served[0], H100, words))
+    needs = "any GPU" if serves(family, served[0], A100) else "TMA" if serves(family, served[0], B200) else "sm_90"
+    return {variant.value for variant in family.variants}, directions, dtypes, needs
+
+
+def test_the_table_of_kernel_families_is_the_codes():
+    written = {
+        folder.strip("`"): (set(re.findall(r"`([^`]+)`", variants)), *facts)
+        for folder, variants, *facts in (row[:5] for row in table(ROOT / "docs" / "adding-a-kernel.md", "family"))
+    }
+    assert written == {family.name: described(family) for family in FAMILIES}
+
+
+def test_convolution_describes_every_kernel_family():
+    rows = [re.findall(r"`([^`]+)`", " ".join(row[:2])) for row in table(ROOT / "docs" / "convolution.md", "family")]
+    in_code = {family.name: {variant.value for variant in family.variants} for family in FAMILIES}
+    assert {folder: set(variants) for folder, *variants in rows} == in_code
 
 
 def test_limits_of_kernels_are_the_codes():
