@@ -76,6 +76,7 @@ class Prepared:
     """A launch but for its tensors.
 
     ``shape`` and ``strides`` are the output's; ``written`` are those of what the kernel writes, before a last copy.
+    ``in_place``: the kernel takes first, second and output as they are, none of them empty, and makes no statistics.
     ``again`` prepares the same once more, with the plan that is chosen then; None where the caller chose the plan.
     """
 
@@ -85,6 +86,7 @@ class Prepared:
     written: Strides
     launch: Launch
     activation: str
+    in_place: bool
     again: Callable[[], Prepared] | None = None
 
 
@@ -140,13 +142,15 @@ def prepare(
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
+    launch = _package(choice).prepare(request, choice)
     return Prepared(
         choice,
         of_output,
         strides,
         request.output,
-        _package(choice).prepare(request, choice),
+        launch,
         epilogue.activation,
+        not (any(choice.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
         again,
     )
 
