@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, strided
 
 
 def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -66,12 +67,12 @@ def check_tensors(function: str, *tensors: torch.Tensor, optional: tuple[torch.T
     NotImplementedError for tensors without strides, sparse ones for example.
     """
     for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}(): expected a Tensor, but got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not strided:
             raise NotImplementedError(f"{function}(): expected a tensor of torch.strided, but got {tensor.layout}")
     for tensor in optional:
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
+        if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{function}(): expected a Tensor or None, but got {type(tensor).__name__}")
 
 
