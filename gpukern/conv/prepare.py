@@ -67,13 +67,15 @@ def prepare(
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
+    launch = _package(choice).prepare(request, choice)
     return Prepared(
         choice,
         of_output,
         strides,
         request.output,
-        _package(choice).prepare(request, choice),
+        launch,
         epilogue.activation,
+        not (any(choice.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
         again,
     )
 
