@@ -13,6 +13,7 @@ from rich.text import Text
 
 from gpukern.explain.command import app as explain
 from gpukern.fusion.command import explain_model, fuse
+from gpukern.fusion.network_command import explain_network
 from gpukern.info import Component, Info, gather
 from gpukern.tune.command import tune
 from gpukern.version import __version__
@@ -24,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 explain.command("model")(explain_model)
+explain.command("network")(explain_network)
 app.add_typer(explain, name="explain")
 app.command()(fuse)
 app.command()(tune)
