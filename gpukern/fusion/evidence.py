@@ -1,19 +1,20 @@
 """What the original does for an example, before anything is proved by it: an example can be one that proves nothing.
 
 It does where the original is random or keeps a state, returns no number, no finite number, or the same for every
-example: then a wrong model passes as well. And an example of one value, or one outside of what the model is defined
+example: then a wrong model passes as well. A class that is the same for every example proves nothing either, but the
+numbers that it is chosen from do. And an example of one value, or one outside of what the model is defined
 for, is exchanged for a better one where the original takes that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern.fusion.decisions import See, decided, returned
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.given import devices_of, duplicate
 from gpukern.fusion.verify import DISAGREEMENT, FACTOR, cast, distance
@@ -29,12 +30,14 @@ _INSTEAD = "give another example, or fuse with verify=False, unproved"
 @dataclass(frozen=True)
 class Evidence:
     """``inputs``: the example to verify with. ``outputs``: the leaves of what the original returns for them.
-    ``difference``: by how much a second call differs, 0 where that is rounding. ``notes``: for the report."""
+    ``difference``: by how much a second call differs, 0 where that is rounding. ``notes``: for the report. ``see``: by
+    what to verify."""
 
     inputs: tuple
     outputs: list[Any]
     difference: float
     notes: tuple[str, ...]
+    see: See = returned
 
 
 def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidence:
@@ -51,13 +54,14 @@ def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidenc
             f"The original is not finite in {1 - found.finite:.0%} of its output for the example: "
             "there it is proved only that the fused model is not finite either"
         )
-    if not any(map(_is_floating, tensors)):
-        notes.append(f"No output is of floating-point numbers: {DISAGREEMENT:.0%} of the elements may differ")
-    difference = distance(_tensors(found.second), tensors)
+    difference, see = distance(_tensors(found.second), tensors), returned
     if difference <= _ROUNDINGS * torch.finfo(dtype).eps:
         difference = 0.0
-        notes += _dull(model, found, dtype)
-    return Evidence(found.inputs, found.first, difference, tuple(notes))
+        see, told = _dull(model, found, dtype)
+        notes += told
+    if see is returned and not any(map(_is_floating, tensors)):
+        notes.append(f"No output is of floating-point numbers: {DISAGREEMENT:.0%} of the elements may differ")
+    return Evidence(found.inputs, found.first, difference, tuple(notes), see)
 
 
 def on_bound(unfused: float, bound: float) -> list[str]:
@@ -221,23 +225,34 @@ def _another(inputs: tuple) -> tuple:
 # ---- outputs that tell nothing ---------------------------------------------------------------------------------------
 
 
-def _dull(model: torch.nn.Module, found: _Calls, dtype: torch.dtype) -> Iterator[str]:
-    """Notes on outputs that are the same for another example. FusionError if all of them are."""
+def _dull(model: torch.nn.Module, found: _Calls, dtype: torch.dtype) -> tuple[See, list[str]]:
+    """By what to verify, and notes on outputs that are the same for another example.
+
+    FusionError if all of them are, and are not chosen by numbers that differ.
+    """
     other = _tried(model, _another(found.inputs), dtype)
     if other is None or len(other.first) != len(found.first):
-        return
+        return returned, []
     pairs = [
         (number, leaf, again)
         for number, (leaf, again) in enumerate(zip(found.first, other.first, strict=True))
         if isinstance(leaf, torch.Tensor) and isinstance(again, torch.Tensor) and leaf.numel()
     ]
-    same = [(number, leaf) for number, leaf, again in pairs if _equal(leaf, again)]
-    if pairs and len(same) == len(pairs):
-        what = "only zeros" if all(not leaf.any() for _, leaf in same) else "the same"
-        raise FusionError(f"{_NOTHING}: the original returns {what} for another example too; {_INSTEAD}")
-    for number, leaf in same:
-        what = "zeros" if not leaf.any() else "the same"
-        yield f"Output {number} is {what} for another example too: of it little is proved"
+    same = {number: leaf for number, leaf, again in pairs if _equal(leaf, again)}
+    if not pairs or len(same) < len(pairs):
+        told = {number: "the same" if leaf.any() else "zeros" for number, leaf in same.items()}
+        little = "for another example too: of it little is proved"
+        return returned, [f"Output {number} is {what} {little}" for number, what in told.items()]
+    if not any(map(_is_floating, same.values())) and _decides_by_others(model, found.inputs, other.inputs, dtype):
+        return decided, ["The outputs are the same for another example too: verified by the numbers they are chosen by"]
+    what = "the same" if any(leaf.any() for leaf in same.values()) else "only zeros"
+    raise FusionError(f"{_NOTHING}: the original returns {what} for another example too; {_INSTEAD}")
+
+
+def _decides_by_others(model: torch.nn.Module, inputs: tuple, others: tuple, dtype: torch.dtype) -> bool:
+    """Whether the choices in ``model`` are made by other numbers for another example."""
+    here, there = (decided(duplicate(model), cast(each, dtype)) for each in (inputs, others))
+    return not all(map(_equal, here, there))
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

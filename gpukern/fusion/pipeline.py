@@ -111,7 +111,7 @@ def _fused(
         if doubled:
             batch.require_that_it_runs(module, inputs)
         if evidence is not None:
-            witness = Witness(exact, inputs, dtype, channels_last=channels_last)
+            witness = Witness(exact, inputs, dtype, channels_last=channels_last, see=evidence.see)
             found = witness.judge(module)
             if doubled and not found.passed:
                 raise BatchMatters("a batch of one is a case of its own for the model")
@@ -121,7 +121,9 @@ def _fused(
             notes += on_bound(found.unfused, found.bound)
             require_rest(exact, inputs, dtype, evidence.outputs, module)
             if captured.dynamic_batch:
-                notes += _at_other_sizes(exact, inputs, dtype, module, captured.free, channels_last)
+                notes += _at_other_sizes(
+                    exact, inputs, dtype, module, captured.free, channels_last=channels_last, see=evidence.see
+                )
         work = Work(exact, captured, evaluated, matches, lowered, unfused, channels_last)
         errors = [each.in_whole for each in alone]
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
@@ -157,7 +159,7 @@ def _at_other_sizes(
     dtype: torch.dtype,
     module: FusedModule,
     free: batch.Free,
-    channels_last: bool,
+    **settings: Any,
 ) -> list[str]:
     """Compare ``module`` with the original for other sizes of the batch, and let it refuse those that it must."""
 
@@ -165,7 +167,7 @@ def _at_other_sizes(
         return duplicate(exact).to(dtype)(*cast(given, dtype))
 
     def judge(given: tuple) -> Verification:
-        return Witness(exact, given, dtype, channels_last=channels_last).judge(module)
+        return Witness(exact, given, dtype, **settings).judge(module)
 
     apart = batch.sizes_apart(original, module, judge, inputs, free)
     module.interface = replace(module.interface, apart=apart, may_lack_it=True)

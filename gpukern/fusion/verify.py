@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpukern.fusion.decisions import See, decided, leaves, returned
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.given import duplicate
 from gpukern.fusion.match import Match
@@ -45,19 +46,25 @@ DISAGREEMENT = 0.01
 class Witness:
     """What the original returns for ``inputs``, in truth and in ``dtype``. ``model`` is a private copy.
 
-    ``channels_last``: whether the fused model has images in that format.
+    ``channels_last``: whether the fused model has images in that format. ``see``: by what models are judged, what they
+    return or what they decide by.
     """
 
     def __init__(
-        self, model: torch.nn.Module, inputs: tuple, dtype: torch.dtype, *, channels_last: bool = False
+        self,
+        model: torch.nn.Module,
+        inputs: tuple,
+        dtype: torch.dtype,
+        *,
+        channels_last: bool = False,
+        see: See = returned,
     ) -> None:
-        self.inputs = inputs
+        self.inputs, self._see = inputs, see
         self._model, self._dtype = model, dtype
         self._packed = torch.channels_last if channels_last else torch.contiguous_format
         with _Products() as products:
-            self.truth_dtype, truth = _truth(model, inputs)
-        self.truth = leaves(truth)
-        unfused = leaves(_in_dtype(model, inputs, dtype))
+            self.truth_dtype, self.truth = _truth(model, inputs, see)
+        unfused = _in_dtype(model, inputs, dtype, see)
         self.unfused = distance(unfused, self.truth)
         if not math.isfinite(self.unfused):
             # The original overflows in this dtype, and is no measure: roundings of all layers by their square root.
@@ -67,9 +74,14 @@ class Witness:
             self.floor = max(self.floor, DISAGREEMENT)
 
     def judge(self, module: torch.nn.Module) -> Verification:
-        """How far ``module`` is from the truth."""
+        """How far ``module`` is from the truth. FusionError where it decides by other kinds of numbers."""
         with torch.no_grad():
-            outputs = leaves(module(*self.inputs))
+            outputs = self._see(module, self.inputs)
+        if self._see is decided and [each.shape for each in outputs] != [each.shape for each in self.truth]:
+            raise FusionError(
+                "nothing can be proved: the original returns the same for another example too, and the fused model "
+                "does not choose that as the original does; fuse with verify=False, unproved"
+            )
         found = Verification(
             truth=str(self.truth_dtype).removeprefix("torch."),
             error=distance(outputs, self.truth),
@@ -88,7 +100,8 @@ class Witness:
         """The error of the unfused model over draws of it, and the factor of one more: no less than was known."""
         generator = torch.Generator().manual_seed(0)
         change = functools.partial(perturb, generator=generator)
-        draws = [leaves(_in_dtype(self._model, self.inputs, self._dtype, self._packed, change)) for _ in range(DRAWS)]
+        given = self._model, self.inputs, self._dtype, self._see, self._packed, change
+        draws = [_in_dtype(*given) for _ in range(DRAWS)]
         found = [(self.unfused, FACTOR)]
         for number, truth in enumerate(self.truth):
             errors = [_error(draw[number], truth) for draw in draws]
@@ -139,14 +152,14 @@ def tf32(convolutions: int, matrices: int, inputs: Sequence[Any], dtype: torch.d
     return math.sqrt(sum(count for count, precision in kinds if precision == "tf32")) * TF32_ROUNDED
 
 
-def _truth(model: torch.nn.Module, inputs: tuple) -> tuple[torch.dtype, Any]:
+def _truth(model: torch.nn.Module, inputs: tuple, see: See) -> tuple[torch.dtype, list[torch.Tensor]]:
     size = 8 * sum(parameter.numel() for parameter in model.parameters())
     for dtype in (torch.float64, torch.float32):
         if dtype is torch.float64 and size > _LARGEST:
             continue
         try:
             with torch.no_grad():
-                return dtype, duplicate(model).to(dtype)(*cast(inputs, dtype))
+                return dtype, see(duplicate(model).to(dtype), cast(inputs, dtype))
         except Exception as error:  # whatever a model raises
             # One that makes fp32 tensors of its own, or asks for them, cannot run in fp64.
             failure = error
@@ -157,9 +170,10 @@ def _in_dtype(
     model: torch.nn.Module,
     inputs: tuple,
     dtype: torch.dtype,
+    see: See,
     packed: torch.memory_format = torch.contiguous_format,
     change: Callable[[torch.nn.Module], None] | None = None,
-) -> Any:
+) -> list[torch.Tensor]:
     """What the unfused model returns in ``dtype``, its batch norms in fp32 where that can be: the stricter measure.
 
     Images and their weights are ``packed``, where the model takes them so. ``change`` is done to it before, in place.
@@ -181,7 +195,7 @@ def _in_dtype(
             given = pytree.tree_map(functools.partial(_packed, format=format), given)
         try:
             with torch.no_grad():
-                return typed(*given)
+                return see(typed, given)
         except Exception as error:  # whatever a model raises
             failure = error
     raise FusionError(f"the model fails in {dtype}: {type(failure).__name__}: {failure}") from failure
@@ -202,10 +216,6 @@ def cast(inputs: Any, dtype: torch.dtype) -> Any:
         ),
         inputs,
     )
-
-
-def leaves(outputs: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
 def distance(outputs: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:

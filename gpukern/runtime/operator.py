@@ -21,6 +21,10 @@ from torch.autograd import forward_ad
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.transforms import Batch, register_transforms, tuples
 
+# Looked up once: each dot costs every call as much as one of these tests.
+_is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
 _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -63,10 +67,10 @@ class Operator:
         batch: Batch | None = None,
         plain: Callable[..., Any] | None = None,
     ) -> None:
-        self._forward = _without_autocast(forward)
+        self._forward = forward
         definition = torch.library.custom_op(
             f"gpukern::{name}",
-            lambda *arguments: self._forward(*tuples(arguments)),
+            lambda *arguments: forward(*tuples(arguments)),
             mutates_args=(),
             schema=schema,
         )
@@ -82,19 +86,22 @@ class Operator:
         if backward is None:
             save, backward = _save_nothing, _refuse(name)
         register_transforms(self, name, definition, self._tensors, save, backward, jvp, batch, plain)
-        self._apply = _autograd_function(name, self._tensors, self._forward, save, backward).apply
+        self._apply = _autograd_function(name, self._tensors, forward, save, backward).apply
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = arguments[: self._tensors]
         if needs_operator(tensors):
             return self.overload(*arguments)
+        differentiable = False
         for tensor in tensors:
-            if tensor is not None and is_lazy(tensor):
+            if tensor is None:
+                continue
+            if tensor.is_neg() or tensor._is_zerotensor():
                 return self(*map(resolved, tensors), *arguments[self._tensors :])
-        if torch.is_grad_enabled():
-            for tensor in tensors:
-                if tensor is not None and tensor.requires_grad:
-                    return self._apply(*tensors, arguments[self._tensors :])
+            if tensor.requires_grad:
+                differentiable = True
+        if differentiable and torch.is_grad_enabled():
+            return self._apply(*tensors, arguments[self._tensors :])
         return self._forward(*arguments)
 
 
@@ -106,13 +113,9 @@ def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    if torch._C._is_tracing():
+    if _is_tracing():
         _check_torchscript(tensors)
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    ):
+    if _dispatch_modes() or _transforms_active() or forward_ad._current_level >= 0:
         return True
     for tensor in tensors:  # noqa: SIM110 - any() and its generator take twice as long
         if type(tensor) not in _PLAIN_TENSORS:
@@ -130,19 +133,6 @@ def resolved(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if tensor is None or not is_lazy(tensor):
         return tensor
     return tensor.resolve_neg() if tensor.is_neg() else tensor.clone()
-
-
-def _without_autocast(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` in the dtypes that it is given: what autocast means was decided before, at the function's door."""
-
-    def run(*arguments: Any) -> Any:
-        # Of the implementations only the reference calls operators that autocast knows.
-        if not torch._C._is_any_autocast_enabled() or mode_of(arguments[0]) is not Mode.REFERENCE:
-            return forward(*arguments)
-        with torch.autocast(arguments[0].device.type, enabled=False):
-            return forward(*arguments)
-
-    return run
 
 
 def _save_nothing(ctx: Any, arguments: tuple, output: Any) -> None:

@@ -89,6 +89,14 @@ def test_writes_table_and_json(branches, monkeypatch, tmp_path):
     assert row["folded"] == 1
 
 
+def test_the_page_is_that_of_the_kept_rows():
+    kept = json.loads((fusion.ROOT / "bench" / "results" / "host" / "fusion_models.json").read_text())
+    page = (fusion.ROOT / "docs" / "fusion-models.md").read_text()
+    rows = [fusion.Row(**row) for row in kept]
+    written = fusion.markdown(rows)
+    assert written.split("\n")[4:] == page.split("\n")[4:] and fusion.summary(rows) in page
+
+
 def test_models_are_named_once():
     assert len(set(fusion.TORCHVISION)) == len(fusion.TORCHVISION) and len(set(fusion.TIMM)) == len(fusion.TIMM)
     assert len(fusion.TORCHVISION) + len(fusion.TIMM) >= 40

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import gpukern
-from gpukern.fusion import FusionError
+from gpukern.fusion import FusionError, fold, pipeline
+from gpukern.fusion.decisions import decided
 from gpukern.fusion.evidence import _another, on_bound, require_rest
+from gpukern.fusion.verify import Witness
 from tests.fusion.networks import Net, conv, lively, norm
 
 pytestmark = [
@@ -29,6 +31,10 @@ def made(function) -> nn.Module:
 
 def y(m, x):
     return m.b(m.a(x))
+
+
+def one_class(m, x):
+    return F.max_pool2d(y(m, x), 2).mean((2, 3)) + torch.tensor([0.0, 0, 50, 0])
 
 
 # ---- models that do not repeat themselves ----------------------------------------------------------------------------
@@ -88,7 +94,8 @@ EMPTY = {
     "saturated": (lambda m, x: torch.sigmoid(y(m, x) + 1e4), "returns the same for another example too"),
     "a softmax of one": (lambda m, x: y(m, x).mean((1, 2, 3))[:, None].softmax(1), "returns the same"),
     "the input is ignored": (lambda m, x: m.a.weight * 2, "returns the same"),
-    "one class": (lambda m, x: (y(m, x).mean((2, 3)) + torch.tensor([0, 0, 9e3, 0])).argmax(1), "returns the same"),
+    "one class of all": (lambda m, x: torch.relu(y(m, x) - 1e4).mean((2, 3)).argmax(1), "returns only zeros"),
+    "always true": (lambda m, x: torch.relu(y(m, x) - 1e4) < 1, "returns the same"),
     "no elements": (lambda m, x: y(m, x)[:0], "returns no elements"),
     "nothing selected": (lambda m, x: (lambda z: z[z > 1e6])(y(m, x)), "returns no elements"),
     "no tensor": (lambda m, x: (y(m, x).shape[1], None), "returns no tensor"),
@@ -111,6 +118,9 @@ NOTED = {
         lambda m, x: y(m, x).argmax(1),
         "No output is of floating-point numbers: 1% of the elements may differ",
     ),
+    "one class": (lambda m, x: one_class(m, x).argmax(1), "verified by the numbers they are chosen by"),
+    "one class, with its logit": (lambda m, x: one_class(m, x).max(1)[1], "verified by the numbers they are chosen by"),
+    "one side": (lambda m, x: y(m, x) < 1e4, "verified by the numbers they are chosen by"),
     "masked": (lambda m, x: y(m, x).masked_fill(x > 0, -torch.inf), "not finite in [45]\\d% of its output"),
     "roots": (lambda m, x: y(m, x.sqrt()), r"finite in 0% .* verified with numbers between 0 and 1"),
     "logits": (lambda m, x: y(m, torch.logit(x)), r"finite in 0% .* verified with numbers between 0 and 1"),
@@ -123,6 +133,23 @@ def test_what_is_proved_in_part_is_told(name):
     report = gpukern.fuse(made(function), X).report
     (note,) = report.notes
     assert report.verification.passed and re.search(words, note), note
+
+
+def test_a_wrong_model_of_one_class_is_found(monkeypatch):
+    """By the numbers that the class is chosen by: it is the right one."""
+    right = fold.exact
+    monkeypatch.setattr(fold, "exact", lambda *given: (right(*given)[0] * 1.001, right(*given)[1]))
+    monkeypatch.setattr(pipeline, "what_is_wrong", lambda judged: None)
+    with pytest.raises(FusionError, match=r"the fused model is wrong: error .* To blame is conv2d"):
+        gpukern.fuse(made(lambda m, x: one_class(m, x).argmax(1)), X)
+
+
+def test_choices_that_are_not_those_of_the_original_prove_nothing():
+    model = made(lambda m, x: one_class(m, x).argmax(1))
+    witness = Witness(model, (X,), torch.float32, see=decided)
+    assert witness.judge(model).passed
+    with pytest.raises(FusionError, match=r"nothing can be proved: .* does not choose that as the original does"):
+        witness.judge(lambda x: one_class(model, x)[0] > 0.5)
 
 
 @pytest.mark.parametrize("value", [0.5, -3.0, 0.0, torch.nan])

@@ -1,0 +1,47 @@
+"""What a model sees: what it returns, or the numbers by which it chose that, where all it returns is a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+#: The tensors by which a model is judged, from a call of it with a tuple of arguments.
+See = Callable[[Callable[..., Any], tuple], list[torch.Tensor]]
+
+
+def returned(model: Callable[..., Any], inputs: tuple) -> list[torch.Tensor]:
+    """The tensors that ``model`` returns."""
+    return leaves(model(*inputs))
+
+
+def decided(model: Callable[..., Any], inputs: tuple) -> list[torch.Tensor]:
+    """The floating-point numbers that a call of ``model`` makes choices by, in the order of the choices."""
+    with _Decisions() as made:
+        model(*inputs)
+    return made.operands
+
+
+def leaves(outputs: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+
+
+class _Decisions(TorchDispatchMode):
+    """Keeps the floating-point operands of operators that make of them what is no such number: argmax, comparisons."""
+
+    #: Branches of control flow too.
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # The indices of a max pool are for a backward pass, and fused pools have none.
+        if not all(leaf.is_floating_point() for leaf in leaves(result)) and "pool" not in str(func):
+            self.operands += [leaf.clone() for leaf in leaves((args, kwargs)) if leaf.is_floating_point()]
+        return result
