@@ -13,6 +13,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 LAYERS = (
     *(
         "version",
+        "formatting",
+        "tables",
         "runtime",
         "ops._image",
         "ops._activation",
@@ -47,6 +49,7 @@ TORCH_FREE = (
     "planner.py",
     "problem.py",
     "properties.py",
+    "records.py",
     "roofline.py",
 )
 #: What runs on the device.
@@ -93,7 +96,7 @@ def test_imports_run_one_way(path):
             assert layer_of(rest) in allowed, f"{layer} imports {name}"
 
 
-@pytest.mark.parametrize("path", filter(torch_free, MODULES), ids=str)
+@pytest.mark.parametrize("path", [*filter(torch_free, MODULES)], ids=str)
 def test_plans_know_neither_torch_nor_triton(path):
     tops = {name.split(".")[0] for name in imported(path)}
     assert not tops & {"torch", "triton", "numpy", "cupy"}
@@ -106,3 +109,12 @@ def test_plans_know_neither_torch_nor_triton(path):
 def test_kernels_know_only_triton(path):
     for name in imported(path):
         assert name.split(".")[0] in ("triton", "typing") or any(f".{k.removesuffix('.py')}." in name for k in KERNELS)
+
+
+def test_what_is_no_module_is_packaged():
+    tomllib = pytest.importorskip("tomllib")
+    setup = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = setup["tool"]["setuptools"]["package-data"]["gpukern"]
+    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others <= packaged, others - packaged

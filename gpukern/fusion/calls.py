@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import inspect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,14 +62,6 @@ class Signature:
             tuple(each.name for each in found if each.kind is each.KEYWORD_ONLY),
             any(each.kind is each.VAR_POSITIONAL for each in found),
         )
-
-    @classmethod
-    def from_plain(cls, given: dict[str, Any]) -> Signature:
-        """Of what :meth:`plain` gave."""
-        return cls(tuple(given["names"]), dict(given["defaults"]), tuple(given["by_name_only"]), given["more"])
-
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
 
     def name(self, place: int) -> str:
         """How an argument is called in a message."""

@@ -161,7 +161,7 @@ def test_an_empty_variable_switches_it_off(tmp_path, monkeypatch):
 
 
 def test_the_plans_of_the_package_are_in_it():
-    assert (Path(database.__file__).parents[2] / "plans").is_dir()
+    assert (Path(database.__file__).parents[1] / "plans").is_dir()
 
 
 def test_a_file_is_read_once_until_it_is_cleared(folder):
