@@ -42,6 +42,7 @@ TORCH_FREE = (
     "device.py",
     "estimate.py",
     "exclusions.py",
+    "family.py",
     "runtime/files.py",
     "geometry.py",
     "integers.py",
@@ -50,6 +51,7 @@ TORCH_FREE = (
     "problem.py",
     "properties.py",
     "records.py",
+    "registry.py",
     "roofline.py",
 )
 #: What runs on the device.
