@@ -190,7 +190,7 @@ def test_the_sum_counts_layers_as_often_as_the_network_has_them():
     assert (every.floor_us, every.bound_us, every.expected_us, every.bound) == (45.0, 60.0, 90.0, "compute")
     assert (every.launches, every.flops, every.plan) == (3, 18e9, "2 conv2d, 1 max_pool2d")
     assert every.efficiency == pytest.approx(18 / (12 / 0.75 + 6 / 0.5))
-    assert "floor 45.00 µs, bound 60.00 µs, expected 90.00 µs, 2.00 times the floor" in summary([PART, pooled], 9)
+    assert "floor 45.0 µs, bound 60.0 µs, expected 90.0 µs, 2.00× the floor" in summary([PART, pooled], 9)
     assert "100,000 images/s" in summary([PART, pooled], 9)
 
 
@@ -202,7 +202,7 @@ def test_markdown_has_a_table_for_each_batch_and_every_reason():
     assert [line for line in lines if line.startswith("## ")] == ["## Batch 1", "## Batch 32"]
     tables = [line for line in lines if line.startswith("| conv1")]
     assert tables[0].startswith("| conv1 (2×) | a by b | taps 64×64×32 | memory | 1 | 1.50 | 75%")
-    assert tables[0].endswith("| 10.00 | 20.00 | 30.00 | 3× |") and tables[2].endswith("| 3× | 128 | 0 | 95 |")
+    assert tables[0].endswith("| 10.0 | 20.0 | 30.0 | 3.00× |") and tables[2].endswith("| 3.00× | 128 | 0 | 95 |")
     assert lines.count("- no compiler") == 1
 
 

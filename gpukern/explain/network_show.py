@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from gpukern import tables
 from gpukern.explain.network import Part, total
-from gpukern.explain.show import print_renderable
+from gpukern.formatting import count, number, percent, ratio
 from gpukern.info import package_version
 from gpukern.version import __version__
 
@@ -40,21 +40,16 @@ _WORDS: tuple[_Column, ...] = (
 _NUMBERS: tuple[_Column, ...] = (
     ("launches", lambda part: str(part.launches)),
     ("waves", lambda part: f"{part.waves:.2f}"),
-    ("efficiency", lambda part: f"{part.efficiency:.0%}"),
-    ("floor µs", lambda part: micro(part.floor_us)),
-    ("bound µs", lambda part: micro(part.bound_us)),
-    ("expected µs", lambda part: micro(part.expected_us)),
-    ("expected / floor", lambda part: f"{part.expected_us / part.floor_us:.3g}×"),
+    ("efficiency", lambda part: percent(part.efficiency)),
+    ("floor µs", lambda part: number(part.floor_us)),
+    ("bound µs", lambda part: number(part.bound_us)),
+    ("expected µs", lambda part: number(part.expected_us)),
+    ("expected / floor", lambda part: ratio(part.expected_us / part.floor_us)),
 )
 _CODE: tuple[_Column, ...] = tuple(
     (name, lambda part, name=name: "–" if getattr(part, name) is None else str(getattr(part, name)))
     for name in ("registers", "spills", "loop")
 )
-
-
-def micro(value: float) -> str:
-    """Microseconds with four significant digits, but no more than three decimals."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.{4 - len(str(int(value)))}f}"
 
 
 def columns(found: Sequence[Part]) -> tuple[list[_Column], list[_Column]]:
@@ -68,13 +63,11 @@ def columns(found: Sequence[Part]) -> tuple[list[_Column], list[_Column]]:
 def summary(found: Sequence[Part], batch: int) -> str:
     """The whole network at one batch size: every layer as often as it has it."""
     every = total(found)
-    times = (
-        f"floor {micro(every.floor_us)} µs, bound {micro(every.bound_us)} µs, expected {micro(every.expected_us)} µs"
-    )
-    share = every.expected_us / every.floor_us
-    images = f"{batch / every.expected_us * 1e6:,.0f} images/s"
-    calls = sum(part.count for part in found)
-    return f"All {calls} calls, {every.plan}: {times}, {share:.2f} times the floor; {images} as expected."
+    names = "floor", "bound", "expected"
+    times = ", ".join(f"{name} {number(getattr(every, f'{name}_us'))} µs" for name in names)
+    share, images = ratio(every.expected_us / every.floor_us), number(batch / every.expected_us * 1e6)
+    calls = count(sum(part.count for part in found), "call")
+    return f"All {calls}, {every.plan}: {times}, {share} the floor; {images} images/s as expected."
 
 
 # ---- forms ---------------------------------------------------------------------------------------------------------
@@ -86,20 +79,15 @@ def print_network(batches: Batches, heading: str) -> None:
     for batch, found in batches.items():
         notes = (Text(note, style="dim") for note in _notes(found))
         shown += [Text(), _table(found, f"Batch {batch}", summary(found, batch)), *notes]
-    print_renderable(Group(*shown), _WIDE)
+    tables.show(Group(*shown), _WIDE)
 
 
 def _table(found: Sequence[Part], title: str, caption: str) -> Table:
     words, numbers = columns(found)
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-    table.title_justify = table.caption_justify = "left"
-    for name, _ in words:
-        table.add_column(name, overflow="fold")
-    for name, _ in numbers:
-        table.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    for part in (*found, total(found)):
+    names = [name for name, _ in words], tables.numbers(*(name for name, _ in numbers))
+    table = tables.table(*names[0], *names[1], title=title, caption=caption, narrow=True)
+    for part in found:
         table.add_row(*(Text(cell(part)) for _, cell in (*words, *numbers)))
-    table.rows[-2].end_section = True
     return table
 
 

@@ -27,17 +27,13 @@ _FLOOR, _EXPECTED = "●", "○"
 
 
 def print_answer(found: Answer, code: list[Compiled] | str, top: int) -> None:
-    print_renderable(render(found, code, top))
-
-
-def print_renderable(what: RenderableType, width: int = _WIDE) -> None:
-    """In colour on a terminal, as plain text ``width`` columns wide into anything else."""
+    """In colour on a terminal, as plain text into anything else."""
     terminal = Console(highlight=False)
     if terminal.is_terminal:
-        terminal.print(what)
+        terminal.print(render(found, code, top))
         return
-    plain = Console(width=width, color_system=None, highlight=False, file=io.StringIO())
-    plain.print(what)
+    plain = Console(width=_WIDE, color_system=None, highlight=False, file=io.StringIO())
+    plain.print(render(found, code, top))
     print("\n".join(line.rstrip() for line in plain.file.getvalue().splitlines()))
 
 
