@@ -58,7 +58,7 @@ def test_each_row_says_time_ratio_limit_and_bound():
     ours, theirs = [10.0, 10.2] * 6, [20.0, 20.4] * 6
     text = printed(results([row({"graph": ours}, {"peer": {"graph": theirs}}, flops=5e8)]))
     (line,) = [line for line in text.splitlines() if line.strip().startswith("a problem")]
-    assert line.split("a problem")[1].split() == ["10.10", "±0.10", "20.20", "2.00×", "50", "%", "compute"]
+    assert line.split("a problem")[1].split() == ["10.10", "±0.10", "20.20", "2.00×", "50%", "compute"]
     assert "geometric mean 2.00×, 1 win, 0 losses, 0 ties" in text
 
 
