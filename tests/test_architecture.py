@@ -50,8 +50,8 @@ TORCH_FREE = (
     "planner.py",
     "problem.py",
     "properties.py",
-    "registry.py",
     "records.py",
+    "registry.py",
     "roofline.py",
 )
 #: What runs on the device.
