@@ -14,8 +14,7 @@ from bench.results import Prediction
 from bench.suite import Task
 from bench.suites.linear import Linear
 from bench.suites.pool import Kind, Pool, Pools
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import conv_problem
+from gpukern.conv import Direction, conv_problem
 from gpukern.explain.query import Epilogue
 from gpukern.fusion.capture import quiet
 from gpukern.fusion.program import arguments, is_call, is_view, operation, value

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from bench.results import Prediction
 from bench.suite import Task
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem
+from gpukern.conv import ConvProblem, Direction
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import Epilogue, Question, convolution, linear
 from gpukern.explain.ranking import answer

@@ -25,7 +25,7 @@ from bench.report.markdown import table as markdown_table
 from bench.report.terminal import console, new_table
 from bench.results import write_text
 from bench.suite import suites
-from gpukern.conv.plan import Direction
+from gpukern.conv import Direction
 from gpukern.explain import formatting
 from gpukern.explain.compiled import CannotCompile, Compiled, compiled
 from gpukern.explain.query import Question, convolution, linear

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gpukern import conv
+
 PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 #: Each may import from itself and from what comes before it. A package named with a dot is a layer of its own: what
 #: convolution kernels have in their epilogues lies below them, the operators themselves above.
@@ -15,7 +17,9 @@ LAYERS = (
         "version",
         "runtime",
         "ops._image",
+        "ops._pixels",
         "ops._activation",
+        "ops._reduction",
         "ops._pool2d",
         "conv",
         "ops",
@@ -35,6 +39,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 #: Pure Python: what plans are made of, on any machine.
 TORCH_FREE = (
     "cache.py",
+    "choice.py",
     "cost.py",
     "database.py",
     "device.py",
@@ -50,9 +55,11 @@ TORCH_FREE = (
     "properties.py",
     "registry.py",
     "roofline.py",
+    "splits.py",
+    "strides.py",
 )
 #: What runs on the device.
-KERNELS = ("epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
+KERNELS = ("_pixels.py", "epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
 
 
 def imported(path: Path) -> set[str]:
@@ -108,3 +115,33 @@ def test_plans_know_neither_torch_nor_triton(path):
 def test_kernels_know_only_triton(path):
     for name in imported(path):
         assert name.split(".")[0] in ("triton", "typing") or any(f".{k.removesuffix('.py')}." in name for k in KERNELS)
+
+
+CONV = PACKAGE / "conv"
+OUTSIDE = sorted(
+    path
+    for folder in ("gpukern", "bench", "models")
+    for path in (PACKAGE.parent / folder).rglob("*.py")
+    if CONV not in path.parents
+)
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_the_convolution_engine_is_entered_by_its_door(path):
+    inside = {name.removeprefix("gpukern.conv.") for name in imported(path) if name.startswith("gpukern.conv.")}
+    assert inside <= set(conv.__all__)
+
+
+@pytest.mark.parametrize("path", sorted(CONV.rglob("*.py")), ids=lambda path: str(path.relative_to(CONV)))
+def test_nobody_inside_uses_the_door(path):
+    for name in imported(path):
+        if name.startswith("gpukern.conv.") and name.count(".") == 2:
+            module = CONV / name.removeprefix("gpukern.conv.")
+            assert module.with_suffix(".py").exists(), name
+
+
+def test_all_that_the_door_names_is_there():
+    assert len(conv.__all__) == len(set(conv.__all__))
+    assert all(getattr(conv, name) is not None for name in conv.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        conv.nothing  # noqa: B018 - the access is what is tested

@@ -14,9 +14,7 @@ from bench.peers import to_layout, torch_peers
 from bench.predict import predict_convolution
 from bench.results import Case, Prediction, Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
-from gpukern.conv.cost import work
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv import ConvProblem, Direction, conv_problem, minimum_work
 from gpukern.ops.conv2d import conv2d_input_grad, conv2d_weight_grad
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Work
@@ -84,7 +82,7 @@ class Convolutions(Suite[ConvProblem]):
 
     def work(self, task: Task[ConvProblem]) -> Work:
         direction = self.directions[task.case.computation]
-        return work(task.problem, direction, DTYPES[task.case.dtype].itemsize, task.case.dtype)
+        return minimum_work(task.problem, direction, DTYPES[task.case.dtype].itemsize, task.case.dtype)
 
     def bound(self, task: Task[ConvProblem]) -> float:
         p = task.problem

@@ -14,8 +14,7 @@ from bench.predict import predict_convolution
 from bench.results import Prediction
 from bench.suite import Implementation, Task, Tensors, in_mode, register
 from bench.suites.conv import Convolutions, conv_tensors
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem
+from gpukern.conv import ConvProblem, Direction
 from gpukern.explain.query import Epilogue
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Work

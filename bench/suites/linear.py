@@ -17,8 +17,7 @@ from bench.predict import predict_convolution
 from bench.results import Prediction, Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from bench.suites.conv import DIRECTIONS
-from gpukern.conv.cost import work
-from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv import ConvProblem, conv_problem, minimum_work
 from gpukern.ops.linear import linear, linear_weight_grad
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Work
@@ -58,7 +57,7 @@ class Linears(Suite[Linear]):
 
     def work(self, task: Task[Linear]) -> Work:
         direction, dtype = DIRECTIONS[task.case.computation], task.case.dtype
-        return work(task.problem.as_convolution(), direction, DTYPES[dtype].itemsize, dtype)
+        return minimum_work(task.problem.as_convolution(), direction, DTYPES[dtype].itemsize, dtype)
 
     def bound(self, task: Task[Linear]) -> float:
         p = task.problem

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpukern.conv.database import Entry
+from gpukern.conv import Entry
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
