@@ -157,12 +157,11 @@ def test_the_log_of_ptxas_comes_with_the_compilation_or_from_a_run_of_its_own(ru
     result = run_python(
         COMMON
         + """
-from gpukern.conv import prepare
-from gpukern.conv.plan import ConvPlan, Variant
+from gpukern.conv import ConvPlan, Variant, force_plan
 import gpukern.functional as F
-prepare.plan = lambda *_: ConvPlan(Variant.TAPS, 128, 256, 64, num_warps=4, num_stages=3)
+wide = ConvPlan(Variant.TAPS, 128, 256, 64, num_warps=4, num_stages=3)
 x, w = (tensor(*shape).contiguous(memory_format=torch.channels_last) for shape in ((8, 256, 28, 28), (256, 256, 3, 3)))
-with record_launches(H100) as launches:
+with force_plan(wide), record_launches(H100) as launches:
     F.conv2d(x, w, padding=1)
 with ptxas_log() as log:
     compiled = launches[-1].compile()

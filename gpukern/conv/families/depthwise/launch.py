@@ -9,10 +9,10 @@ from gpukern.conv.families.depthwise import kernels, weight_kernels
 from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tiles_per_split
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Shape, Strides, alignment
-from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
+from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.launch import index_type, launch, reach
 
 

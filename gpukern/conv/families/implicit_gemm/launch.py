@@ -12,11 +12,11 @@ from gpukern.conv.families.implicit_gemm.plan import grid
 from gpukern.conv.geometry import tiled_pixels
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
-from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
+from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launch import index_type, launch, reach

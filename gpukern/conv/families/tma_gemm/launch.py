@@ -9,10 +9,10 @@ import torch
 from gpukern.conv.families.tma_gemm import kernels
 from gpukern.conv.families.tma_gemm.plan import matrices, parts, persistent, row_tiles, tile_count
 from gpukern.conv.layouts import Shape, Strides, pixel_stride
-from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import strides_of
+from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv
