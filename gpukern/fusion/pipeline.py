@@ -27,7 +27,7 @@ from gpukern.fusion.matcher import Declined, find, require_account
 from gpukern.fusion.model import FusedModel
 from gpukern.fusion.module import FusedModule, Interface
 from gpukern.fusion.program import InputSpec, Program, aten, is_call, title
-from gpukern.fusion.report import Verification
+from gpukern.fusion.report.values import Verification
 from gpukern.fusion.settle import settle
 from gpukern.fusion.timing import beside
 from gpukern.fusion.verify import Witness, blame, cast

@@ -25,7 +25,7 @@ from gpukern.fusion.decisions import See, decided, leaves, returned
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.given import duplicate
 from gpukern.fusion.match import Match
-from gpukern.fusion.report import Verification
+from gpukern.fusion.report.values import Verification
 from gpukern.fusion.spread import DRAWS, perturb, spread
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.precision import TF32_ROUNDED, conv_precision, matmul_precision

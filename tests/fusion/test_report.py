@@ -10,9 +10,8 @@ import os
 import pytest
 from rich.console import Console
 
-from gpukern.fusion import formatting
 from gpukern.fusion.files import replacing
-from gpukern.fusion.report import FusionReport, NotFused
+from gpukern.fusion.report import FusionReport, NotFused, formatting
 from tests.fusion.made_up import CHECK, TIMINGS, group, report
 
 BARE = {"fused": (), "not_fused": (), "verification": None, "graph_before": (), "graph_after": (), "environment": {}}
