@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph
 
 from gpukern.fusion import describe
-from gpukern.fusion.lower import Lowered
+from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.match import Match
 from gpukern.fusion.matcher import Declined
 from gpukern.fusion.moving import PART_OF

@@ -38,7 +38,7 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
     return copied.eval()
 
 
-def capture(
+def capture_program(
     model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, signature: Signature, *, dynamic_batch: bool
 ) -> Program:
     """``model`` (a private copy, in the dtype to run in) as a program with the weights of ``exact``, the same model.

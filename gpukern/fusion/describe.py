@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from gpukern.fusion.lower import Lowered
+from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.match import Match
 from gpukern.fusion.program import assemble, elements, is_view, module_path, operation, value, value_of_any
 from gpukern.fusion.report.values import GraphNode, Totals

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from gpukern.fusion.affine import Affine, affine, is_any_batch_norm, is_batch_norm
+from gpukern.fusion.affine import Affine, as_affine, is_any_batch_norm, is_batch_norm
 from gpukern.fusion.conditions import (
     has_kernel,
     other_operand,
@@ -33,7 +33,7 @@ from gpukern.fusion.products import (
     zeros_around,
 )
 from gpukern.fusion.program import Program, aten, in_branches, is_call, operation, sole_user, title, value
-from gpukern.fusion.settle import Settled
+from gpukern.fusion.settling import Settled
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class _Finder:
         match = Match(match_of.node, match_of.node, match_of)
         while match_of.has_channels:
             user = sole_user(match.output)
-            step = affine(self.program, user, match.output) if self.may_take(user) else None
+            step = as_affine(self.program, user, match.output) if self.may_take(user) else None
             if step is None:
                 break
             self.taken.add(user)
@@ -151,7 +151,7 @@ class _Finder:
             return None
         if not node.args or not isinstance(node.args[0], Node) or user.all_input_nodes.count(node) != 1:
             return None
-        return affine(self.program, node, node.args[0])
+        return as_affine(self.program, node, node.args[0])
 
     def with_residual(self, match: Match) -> Match:
         user = sole_user(match.output)

@@ -16,19 +16,19 @@ from gpukern.fusion.alone import judge_alone, what_is_wrong
 from gpukern.fusion.batch import BatchMatters
 from gpukern.fusion.build_report import Work, account
 from gpukern.fusion.calls import Signature, in_order, take_in_order
-from gpukern.fusion.capture import capture, private_copy
+from gpukern.fusion.capture import capture_program, private_copy
 from gpukern.fusion.constants import evaluate_constants
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.evidence import Evidence, gather, on_bound, require_rest
 from gpukern.fusion.given import duplicate
-from gpukern.fusion.lower import Lowered, lower
+from gpukern.fusion.lowering import Lowered, lower
 from gpukern.fusion.match import Match
 from gpukern.fusion.matcher import Declined, find, require_account
 from gpukern.fusion.model import FusedModel
 from gpukern.fusion.module import FusedModule, Interface
 from gpukern.fusion.program import InputSpec, Program, aten, is_call, title
 from gpukern.fusion.report.values import Verification
-from gpukern.fusion.settle import settle
+from gpukern.fusion.settling import settle
 from gpukern.fusion.timing import beside
 from gpukern.fusion.verify import Witness, blame, cast
 
@@ -97,7 +97,7 @@ def _fused(
     """``exact``, a private copy, fused. BatchMatters where its batch cannot be free."""
     with torch.no_grad():
         typed = private_copy(exact).to(dtype), exact, cast(inputs, dtype)
-        captured = capture(*typed, signature, dynamic_batch=dynamic_batch)
+        captured = capture_program(*typed, signature, dynamic_batch=dynamic_batch)
         captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
         notes = [*notes, *_on_chance(captured, evidence)]
         evaluated = evaluate_constants(captured)

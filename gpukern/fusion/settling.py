@@ -3,7 +3,7 @@
     bn(cat([a ∗ x, b ∗ y])) = cat([bn₁(a ∗ x), bn₂(b ∗ y)]),   relu(reshape(x w)) = reshape(relu(x w)),
     flatten(bn(x)) w = bn'(flatten(x)) w
 
-The program computes the same in exact arithmetic, and matching finds the pairs that it knows. ``moves`` tells what is
+The program computes the same in exact arithmetic, and matching finds the pairs that it knows. ``is_move`` tells what is
 a move; averages of a channel's pixels are as good for a batch norm.
 """
 
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from gpukern.fusion.affine import Affine, affine, is_batch_norm
+from gpukern.fusion.affine import Affine, as_affine, is_batch_norm
 from gpukern.fusion.conditions import skipped_by, why_no_product
-from gpukern.fusion.moves import FOREIGN, Flow, carries, flow, moves, numbered
+from gpukern.fusion.moves import FOREIGN, Flow, carries, flow, is_move, numbered
 from gpukern.fusion.moving import Place, move_after, move_before
 from gpukern.fusion.products import Product, activation, is_product, product
 from gpukern.fusion.program import Program, is_call, operation, sole_user, title, value, value_of_any
@@ -141,9 +141,9 @@ def _layer(program: Program, node: Node) -> Product | None:
 
 def _of_activation(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | None:
     """The layers that can compute an activation of all that they make, which only moves part from it."""
-    if activation(node) is None or not node.args or not moves(node.args[0]) or skipped_by(node, skip):
+    if activation(node) is None or not node.args or not is_move(node.args[0]) or skipped_by(node, skip):
         return None
-    sources, between = _cone(node.args[0], moves)
+    sources, between = _cone(node.args[0], is_move)
     layers = [None if _why_no_layer(program, source, skip) else _layer(program, source) for source in sources]
     if not all(layer is not None and layer.takes_activation for layer in layers):
         return None
@@ -213,12 +213,12 @@ def _affine(program: Program, node: Node) -> Affine | None:
     first = node.args[0] if node.args else None
     if not isinstance(first, Node) or node.all_input_nodes.count(first) != 1:
         return None
-    return affine(program, node, first)
+    return as_affine(program, node, first)
 
 
 def _through(node: Node) -> Callable[[Node], bool]:
     """By what ``node`` may move: plain arithmetic stays with the pools that it follows or precedes."""
-    return carries if is_batch_norm(node) else moves
+    return carries if is_batch_norm(node) else is_move
 
 
 def _same_for_all(node: Node, at: Callable[[int], _Found]) -> _Found:
