@@ -2,16 +2,20 @@
 
 Everything that gpukern does in Python before a kernel starts (arguments, checks, plan, output, autograd), with the
 launch itself replaced by nothing, so that it needs no GPU; beside it an ``autograd.Function`` that does nothing.
+``--against CHECKOUT`` compares with another checkout of gpukern: this file times both, in processes that take turns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
-import statistics
+import subprocess
+import sys
+import tempfile
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -54,12 +58,6 @@ def _nothing(*arguments, **options) -> None:
     pass
 
 
-def microseconds(call: Callable[[], object], rounds: int = 30, calls: int = 400) -> float:
-    """The median over rounds of the mean time of a call, in microseconds."""
-    call()
-    return statistics.median(timeit.repeat(call, number=calls, repeat=rounds)) / calls * 1e6
-
-
 def cases() -> dict[str, Callable[[], object]]:
     x = torch.randn(8, 64, 14, 14).half().contiguous(memory_format=torch.channels_last)
     w = torch.randn(64, 64, 3, 3).half().contiguous(memory_format=torch.channels_last)
@@ -80,18 +78,64 @@ def cases() -> dict[str, Callable[[], object]]:
     }
 
 
-def main(json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures there")] = None) -> None:
-    """Measure and print the table."""
+def measure(rounds: int = 60, calls: int = 200) -> dict[str, float]:
+    """The microseconds of every case: of rounds that alternate between the cases, the fastest.
+
+    What else the machine does only ever adds to a time, and it adds for longer than a round takes.
+    """
     torch.set_num_threads(1)
     with stubbed_launch():
-        times = {name: microseconds(call) for name, call in cases().items()}
-    empty = times["empty autograd.Function"]
-    table = Table(title="Host time of a call, launch stubbed")
-    for column, justify in (("call", "left"), ("µs", "right"), ("times empty", "right")):
-        table.add_column(column, justify=justify)
-    for name, time in times.items():
-        table.add_row(name, f"{time:.1f}", f"{time / empty:.1f}")
+        timers = {name: timeit.Timer(call) for name, call in cases().items()}
+        timed = [{name: timer.timeit(calls) / calls * 1e6 for name, timer in timers.items()} for _ in range(rounds)]
+    return _fastest(timed)
+
+
+def take_turns(checkouts: list[Path], turns: int) -> list[dict[str, float]]:
+    """:func:`measure` for each checkout, the fastest of ``turns`` processes."""
+    timed = [[_in_process(checkout) for checkout in checkouts] for _ in range(turns)]
+    return [_fastest(runs) for runs in zip(*timed, strict=True)]
+
+
+def _fastest(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: min(run[name] for run in runs) for name in runs[0]}
+
+
+def _in_process(checkout: Path) -> dict[str, float]:
+    """What this file measures of the gpukern in ``checkout``."""
+    run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, "times.json")
+        command = [sys.executable, "-c", run, __file__, "--json", str(written)]
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(written.read_text())["microseconds"]
+
+
+def show(measured: dict[str, dict[str, float]]) -> None:
+    """Print a table of each call's time, as it is and in units of the empty function, in every column measured."""
+    table = Table("call", title="Host time of a call, launch stubbed")
+    for name in measured:
+        table.add_column(f"{name}, µs".removeprefix(", "), justify="right")
+        table.add_column("times empty", justify="right")
+    for call in next(iter(measured.values())):
+        pairs = [(times[call], times[call] / times["empty autograd.Function"]) for times in measured.values()]
+        table.add_row(call, *(f"{number:.1f}" for pair in pairs for number in pair))
     Console().print(table)
+
+
+def main(
+    json_path: Annotated[Path | None, typer.Option("--json", help="also write the figures there")] = None,
+    against: Annotated[Path | None, typer.Option(help="another checkout, timed in turn with this one")] = None,
+    turns: Annotated[int, typer.Option(help="how often each checkout is timed")] = 9,
+) -> None:
+    """Measure and print the table."""
+    if against is None:
+        times = measure()
+        show({"": times})
+    else:
+        here = Path(__file__).resolve().parents[1]
+        before, times = take_turns([against.resolve(), here], turns)
+        show({"before": before, "after": times})
     if json_path is not None:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
         result = {**versions, "processor": platform.machine(), "microseconds": times}

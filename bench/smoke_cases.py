@@ -15,8 +15,8 @@ from bench.peers import torch_at_its_best, without_cudnn
 from gpukern.conv import launch, reference
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.planner import ranking
-from gpukern.conv.prepare import operands_of, shapes
 from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv.request import operands_of, shapes
 from gpukern.runtime.current_device import device_spec
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format

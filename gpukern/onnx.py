@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpukern.conv.families.pooled.problem import WINDOWS
+from gpukern.conv.pooled.problem import WINDOWS
 from gpukern.ops._activation.reference import activation
 from gpukern.ops._linear.reference import linear
 from gpukern.runtime.when_imported import when_imported

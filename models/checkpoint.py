@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gpukern.runtime.files import replacing
 
 #: Changed whenever the meaning of a field changes.
 FORMAT = "gpukern models.train checkpoint, version 1"
@@ -18,20 +19,11 @@ class CheckpointError(Exception):
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` so that ``path`` holds the old or the new checkpoint at every moment, whatever happens.
-
-    ``os.replace`` is atomic within a folder, hence the temporary file beside ``path``.
-    """
+    """Write ``state`` so that ``path`` holds the old or the new checkpoint at every moment, whatever happens."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # An open file, because torch puts the name of a path into the archive.
+    with replacing(path) as draft, draft.open("wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 LAYERS = (
     *(
         "version",
+        "formatting",
+        "tables",
         "runtime",
         "ops._image",
         "ops._activation",
@@ -42,12 +44,16 @@ TORCH_FREE = (
     "device.py",
     "estimate.py",
     "exclusions.py",
+    "family.py",
+    "runtime/files.py",
     "geometry.py",
     "integers.py",
     "plan.py",
     "planner.py",
     "problem.py",
     "properties.py",
+    "registry.py",
+    "records.py",
     "roofline.py",
 )
 #: What runs on the device.
@@ -83,6 +89,11 @@ def module_of(name: str) -> Path:
 def layer_of(module: str) -> str:
     """The layer of ``module``, named without the package in front."""
     return max((layer for layer in LAYERS if f"{module}.".startswith(f"{layer}.")), key=len)
+
+
+def torch_free(path: Path) -> bool:
+    """Whether ``path`` is one of :data:`TORCH_FREE`, by its name or by its folder and name."""
+    return path.name in TORCH_FREE or "/".join(path.parts[-2:]) in TORCH_FREE
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -121,16 +132,25 @@ def test_files_beside_the_code_are_installed_with_it():
     assert files <= installed and all(any(PACKAGE.glob(pattern)) for pattern in patterns)
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.name in TORCH_FREE], ids=str)
+@pytest.mark.parametrize("path", [*filter(torch_free, MODULES)], ids=str)
 def test_plans_know_neither_torch_nor_triton(path):
     tops = {name.split(".")[0] for name in imported(path)}
     assert not tops & {"torch", "triton", "numpy", "cupy"}
     # What they import from gpukern is as free of them.
     inner = {file_of(name) for name in imported(path) if name.startswith("gpukern.")}
-    assert all(module.name in TORCH_FREE for module in inner), inner
+    assert all(map(torch_free, inner)), inner
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.name in KERNELS], ids=str)
 def test_kernels_know_only_triton(path):
     for name in imported(path):
         assert name.split(".")[0] in ("triton", "typing") or any(f".{k.removesuffix('.py')}." in name for k in KERNELS)
+
+
+def test_what_is_no_module_is_packaged():
+    tomllib = pytest.importorskip("tomllib")
+    setup = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = setup["tool"]["setuptools"]["package-data"]["gpukern"]
+    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others <= packaged, others - packaged

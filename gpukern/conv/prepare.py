@@ -8,96 +8,23 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
 from gpukern.conv import database
 from gpukern.conv.exclusions import Exclusion, exclude
-from gpukern.conv.families.pooled import plan as pooled
-from gpukern.conv.layouts import Shape, Strides, dense_strides, layout_of
-from gpukern.conv.plan import ConvPlan, Direction, Operands
-from gpukern.conv.planner import FAMILIES, plan
+from gpukern.conv.families.registry import family_of
+from gpukern.conv.layouts import Shape, Strides, dense_strides
+from gpukern.conv.plan import ConvPlan, Direction
+from gpukern.conv.planner import plan
+from gpukern.conv.pooled import plan as pooled
 from gpukern.conv.problem import ConvProblem, pooled_problem
+from gpukern.conv.request import Epilogue, Prepared, Request, check_countable, operands_of, shapes
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.refusal import DescriptorRefused
 from gpukern.runtime.strides import is_channels_last
 from gpukern.runtime.tensors import check_kernel_dtype
-
-
-class Epilogue(NamedTuple):
-    """What a forward kernel does before it stores: a value for caches, without the tensors.
-
-    ``residual``: whether a tensor laid out like the output is added; ``statistics``: whether sums over the pixels are
-    asked for.
-    """
-
-    activation: str = "none"
-    residual: bool = False
-    statistics: bool = False
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a kernel's package prepares a launch for: the strides are those that the kernel will meet."""
-
-    problem: ConvProblem
-    direction: Direction
-    first: Strides
-    second: Strides
-    output: Strides
-    dtype: torch.dtype
-    epilogue: Epilogue
-    device: DeviceSpec
-
-    @property
-    def shapes(self) -> tuple[Shape, Shape, Shape]:
-        """Of first, second and output."""
-        return shapes(self.problem, self.direction)
-
-
-#: Starts the kernels: (first, second, output, bias, residual, statistics, negative_slope), None for what is not there.
-Run = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel's part of :class:`Prepared`. ``row_tiles`` sets of statistics are written, if asked for."""
-
-    run: Run
-    row_tiles: int = 0
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A launch but for its tensors.
-
-    ``shape`` and ``strides`` are the output's; ``written`` are those of what the kernel writes, before a last copy.
-    ``again`` prepares the same once more, with the plan that is chosen then; None where the caller chose the plan.
-    """
-
-    plan: ConvPlan
-    shape: Shape
-    strides: Strides
-    written: Strides
-    launch: Launch
-    activation: str
-    again: Callable[[], Prepared] | None = None
-
-
-def shapes(p: ConvProblem, direction: Direction) -> tuple[Shape, Shape, Shape]:
-    """Of first, second and output."""
-    image, result, filter = (p.N, p.C, p.H, p.W), (p.N, p.K, p.P, p.Q), (p.K, p.group_inputs, p.R, p.S)
-    if p.pool:
-        result = p.N, p.K, p.P // 2, p.Q // 2
-    return {
-        Direction.FORWARD: (image, filter, result),
-        Direction.INPUT_GRAD: (result, filter, image),
-        Direction.WEIGHT_GRAD: (result, image, filter),
-    }[direction]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,13 +67,15 @@ def prepare(
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
+    launch = _package(choice).prepare(request, choice)
     return Prepared(
         choice,
         of_output,
         strides,
         request.output,
-        _package(choice).prepare(request, choice),
+        launch,
         epilogue.activation,
+        not (any(choice.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
         again,
     )
 
@@ -203,30 +132,6 @@ def _takes_channels_last(of_first: Shape, of_second: Shape, first: Strides, seco
     return is_channels_last(of_first, first) or is_channels_last(of_second, second)
 
 
-def operands_of(
-    problem: ConvProblem,
-    direction: Direction,
-    strides: tuple[Strides, Strides, Strides],
-    aligned: bool,
-    dtype: torch.dtype,
-    precision: str,
-) -> Operands:
-    """What the plan depends on beside sizes and device."""
-    layouts = (
-        layout_of(shape, given, dtype.itemsize, aligned)
-        for shape, given in zip(shapes(problem, direction), strides, strict=True)
-    )
-    return Operands(str(dtype).removeprefix("torch."), precision, *layouts)
-
-
 def _package(choice: ConvPlan) -> ModuleType:
     """The ``launch.py`` beside the ``plan.py`` that made the choice."""
-    return importlib.import_module(f"{FAMILIES[choice.variant].__package__}.launch")
-
-
-def check_countable(*tensors: Shape) -> None:
-    """RuntimeError where a tensor has more pixels than kernels can number."""
-    # Pixels are numbered in 32 bits, and the last tile may reach past them.
-    for N, _, H, W in tensors:
-        if N * H * W >= 2**31 - 2**24:
-            raise RuntimeError(f"conv2d: {N * H * W} pixels are more than gpukern's kernels can number (2³¹)")
+    return importlib.import_module(family_of(choice).launch_module)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gpukern.conv.plan import ConvPlan
-from gpukern.conv.prepare import shapes
+from gpukern.conv.request import shapes
 from gpukern.explain.query import Question
 from gpukern.runtime.mode import EMULATE, has_triton
 

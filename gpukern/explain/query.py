@@ -9,8 +9,8 @@ import torch
 
 from gpukern.conv.layouts import Strides, dense_strides
 from gpukern.conv.plan import Direction, Operands
-from gpukern.conv.prepare import Epilogue, operands_of, shapes
 from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.runtime.device import DeviceSpec
 
 #: The dtype of the tensors, and the precision of products, of each kind of operands.

@@ -6,14 +6,16 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from gpukern.conv import database, prepare
+from gpukern.conv import database, request
 from gpukern.conv.cost import work
 from gpukern.conv.estimate import estimate
 from gpukern.conv.exclusions import Exclusion
+from gpukern.conv.families.registry import family_of
 from gpukern.conv.plan import ConvPlan
-from gpukern.conv.planner import FAMILIES, Ranked, only_measured, plan, ranking, switched_off
+from gpukern.conv.planner import Ranked, only_measured, plan, ranking, switched_off
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import Question
+from gpukern.formatting import micro, number, percent, size
 from gpukern.runtime.roofline import Floor, Work, floor
 
 #: Expected times of so many bounds need a word.
@@ -49,8 +51,8 @@ class Answer:
 def answer(question: Question) -> Answer:
     """The plan that a call gets, among all others. RuntimeError, as of a call, for what no kernel can run."""
     p, direction, operands = question.problem, question.direction, question.operands
-    of_first, _, of_output = prepare.shapes(p, direction)
-    prepare.check_countable(of_first, of_output)
+    of_first, _, of_output = request.shapes(p, direction)
+    request.check_countable(of_first, of_output)
     must = work(p, direction, operands.itemsize, operands.kind)
     must = replace(must, bytes=must.bytes + residual_bytes(question))
     choice, measured = chosen(question)
@@ -75,7 +77,7 @@ def chosen(question: Question) -> tuple[ConvPlan, bool]:
 def ranked(question: Question, choice: ConvPlan) -> Ranked:
     """What ``choice`` costs, whether or not the ranking has it."""
     p, direction = question.problem, question.direction
-    tiles = FAMILIES[choice.variant].tiles(p, direction, choice)
+    tiles = family_of(choice).tiles(p, direction, choice)
     found = Ranked(choice, *estimate(p, direction, choice, tiles, question.operands, question.device))
     return _with_residual(question, found)
 
@@ -118,13 +120,13 @@ def _limit(found: Answer) -> str:
     memory = cost.bytes / found.question.device.peaks.bandwidth
     if memory >= cost.compute:
         more = cost.bytes / found.work.bytes
-        moved = f"{megabytes(cost.bytes)} ({more:.1f} times what must move)" if more > 1.05 else megabytes(cost.bytes)
+        moved = size(cost.bytes) + (f" ({number(more, 2)} times what must move)" if more > 1.05 else "")
         limit = f"Memory bounds it: its {moved} take {micro(memory)}, its products {micro(cost.compute)}."
     else:
         waves = "one wave" if cost.waves <= 1 else f"{math.ceil(cost.waves)} waves"
         limit = (
-            f"Arithmetic bounds it: its products take {micro(cost.compute)} in {waves} of tiles, {cost.efficiency:.0%} "
-            f"of them useful, its memory traffic {micro(memory)}."
+            f"Arithmetic bounds it: its products take {micro(cost.compute)} in {waves} of tiles, "
+            f"{percent(cost.efficiency)} of them useful, its memory traffic {micro(memory)}."
         )
     if seconds > _FAR * cost.seconds:
         limit += f" It is expected to take {micro(seconds)}: small tiles, their loops and waiting add the rest."
@@ -166,15 +168,7 @@ def _comparison(which: str, other: Ranked, found: Answer) -> str:
     if abs(times - 1) < 0.005:
         words = "as long"
     elif times < 1:
-        words = f"{1 - times:.0%} less"
+        words = f"{percent(1 - times)} less"
     else:
-        words = f"{times - 1:.0%} longer" if times < 2 else f"{times:.1f} times as long"
+        words = f"{percent(times - 1)} longer" if times < 2 else f"{number(times, 2)} times as long"
     return f"{which}, {describe_plan(other.plan, found.question.direction)}, is expected to take {words}."
-
-
-def micro(seconds: float) -> str:
-    return f"{seconds * 1e6:.{1 if seconds >= 1e-6 else 2}f} µs"
-
-
-def megabytes(count: float) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -12,7 +12,7 @@ import enum
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -68,15 +68,6 @@ class Signature:
             any(each.kind is each.VAR_POSITIONAL for each in found),
             tuple(by_name),
         )
-
-    @classmethod
-    def from_plain(cls, given: dict[str, Any]) -> Signature:
-        """Of what :meth:`plain` gave."""
-        more, by_name = given["more"], given.get("by_name", ())
-        return cls(tuple(given["names"]), dict(given["defaults"]), tuple(given["by_name_only"]), more, tuple(by_name))
-
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
 
     def arguments(self, count: int) -> list[str | int]:
         """Of the ``count`` arguments of the example each one's name, or its place where it has none."""

@@ -9,10 +9,11 @@ import torch
 from torch.fx import Node
 
 from gpukern.conv.cost import work
-from gpukern.conv.families.pooled.plan import apart
 from gpukern.conv.plan import Direction
-from gpukern.conv.prepare import Epilogue, pooled_choice
+from gpukern.conv.pooled.plan import apart
+from gpukern.conv.prepare import pooled_choice
 from gpukern.conv.problem import conv_problem, pooled_problem
+from gpukern.conv.request import Epilogue
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import KINDS, Question, convolution, linear
 from gpukern.explain.ranking import chosen, ranked, residual_bytes

@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from gpukern.runtime.files import write_bytes
+
 
 def cache_folder() -> Path:
     """In the user's cache directory, of the XDG base directory specification. It may not be there yet."""
@@ -31,12 +33,7 @@ def kept(folder: Path | None, parts: tuple[str, ...], make: Callable[[], bytes])
         if checksum == hashlib.sha256(found).digest():
             return found
     made = make()
-    draft = path.with_name(f".{name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            draft.write_bytes(hashlib.sha256(made).digest() + made)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_bytes(path, hashlib.sha256(made).digest() + made)
     return made

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -72,15 +74,16 @@ def has_triton() -> bool:
 class Implementations:
     """The two implementations of one operation: ``reference`` and, imported at the first need, ``launch``.
 
-    Both modules of ``package`` offer functions of the same names and signatures.
+    Both modules of ``package`` offer functions of the same names and signatures, and both compute in the dtypes that
+    they are given: what autocast means was decided before, at the public function's door.
     """
 
     def __init__(self, package: str) -> None:
         self._package = package
-        self._reference = importlib.import_module(f"{package}.reference")
+        self._reference = _WithoutAutocast(importlib.import_module(f"{package}.reference"))
         self._launch: ModuleType | None = None
 
-    def of(self, tensor: torch.Tensor) -> ModuleType:
+    def of(self, tensor: torch.Tensor) -> Any:
         if mode_of(tensor) is Mode.REFERENCE:
             return self._reference
         return self._launch or self._import_launch()
@@ -93,3 +96,24 @@ class Implementations:
             )
         self._launch = importlib.import_module(f"{self._package}.launch")
         return self._launch
+
+
+class _WithoutAutocast:
+    """The functions of a ``reference`` module, which alone calls operators that autocast changes, without it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._module, name)
+        if not torch._C._is_any_autocast_enabled():
+            return function
+        return functools.partial(_without_autocast, function)
+
+
+def _without_autocast(function: Callable[..., Any], *arguments: Any) -> Any:
+    device = next((each.device.type for each in arguments if isinstance(each, torch.Tensor)), None)
+    if device is None:
+        return function(*arguments)
+    with torch.autocast(device, enabled=False):
+        return function(*arguments)

@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from gpukern.conv import prepare as common
+from gpukern.conv import request
 from gpukern.conv.layouts import Shape, Strides, dense_strides
 from gpukern.conv.plan import Direction, Operands
 from gpukern.conv.problem import ConvProblem
@@ -34,7 +35,7 @@ class Call(NamedTuple):
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
         """Of first, second and output."""
-        return common.shapes(self.problem, self.direction)
+        return request.shapes(self.problem, self.direction)
 
     @property
     def operands(self) -> Operands:
@@ -43,7 +44,7 @@ class Call(NamedTuple):
         if channels_last is None:
             channels_last = is_channels_last(first, self.first) or is_channels_last(second, self.second)
         strides = self.first, self.second, dense_strides(output, channels_last)
-        return common.operands_of(self.problem, self.direction, strides, self.aligned, self.dtype, self.precision)
+        return request.operands_of(self.problem, self.direction, strides, self.aligned, self.dtype, self.precision)
 
     def __str__(self) -> str:
         dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
@@ -86,7 +87,7 @@ def _recording() -> Iterator[dict[Call, None]]:
 
     calls: dict[Call, None] = {}
 
-    def prepare(*arguments: Any) -> common.Prepared:
+    def prepare(*arguments: Any) -> request.Prepared:
         calls.setdefault(Call(*arguments[: len(Call._fields)]))
         return common.prepare(*arguments)
 

@@ -16,8 +16,8 @@ import torch
 
 from gpukern.conv.layouts import dense_strides
 from gpukern.conv.plan import Direction
-from gpukern.conv.prepare import shapes
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.request import shapes
 from gpukern.explain.formatting import problem_called, sizes_called
 from gpukern.explain.query import KINDS
 from gpukern.runtime.precision import fp32_products

@@ -128,7 +128,9 @@ def test_a_row_of_plans_that_are_gone_is_an_error(tmp_path):
 
 def test_every_bundled_plan_is_offered():
     """Else it would be left out in silence, and its line would be a lie."""
-    for path in database.BUNDLED.glob("*.json"):
+    bundled = list(database.BUNDLED.glob("*.json"))
+    assert bundled
+    for path in bundled:
         stored = json.loads(path.read_text())["plans"]
         assert stored and len(database.read(path)) == len(stored)
         for name, entry in database.read(path).items():

@@ -11,15 +11,15 @@ from unittest import mock
 
 import torch
 
-from gpukern.conv import database, launch, planner, prepare
+from gpukern.conv import database, launch, planner, prepare, request
 from gpukern.conv.layouts import Shape
 from gpukern.conv.plan import ConvPlan, Direction, Layout
 
 #: What the end of a forward kernel is asked for beside the bias, by fused networks and by a batch norm in training.
 EPILOGUES = (
-    prepare.Epilogue("silu", residual=True),
-    prepare.Epilogue("gelu"),
-    prepare.Epilogue(statistics=True),
+    request.Epilogue("silu", residual=True),
+    request.Epilogue("gelu"),
+    request.Epilogue(statistics=True),
 )
 
 
@@ -61,7 +61,7 @@ class Requests:
 
 def _launch(problem, direction: Direction, operands, choice: ConvPlan) -> None:
     dtype = getattr(torch, operands.dtype)
-    of_first, of_second, of_output = prepare.shapes(problem, direction)
+    of_first, of_second, of_output = request.shapes(problem, direction)
     first, second = _tensor(of_first, operands.first, dtype), _tensor(of_second, operands.second, dtype)
     channels_last = operands.output is not Layout.PLANES
     if direction is not Direction.FORWARD:

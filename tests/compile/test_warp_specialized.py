@@ -16,7 +16,7 @@ import json, sys
 import torch
 from gpukern.conv.layouts import dense_strides
 from gpukern.conv.plan import Direction, Operands
-from gpukern.conv.prepare import Epilogue, Request, shapes
+from gpukern.conv.request import Epilogue, Request, shapes
 from gpukern.conv.problem import conv_problem
 from gpukern.conv.families.warp_specialized.launch import prepare
 from gpukern.conv.families.warp_specialized.plan import candidates

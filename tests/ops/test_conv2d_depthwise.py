@@ -15,8 +15,8 @@ from gpukern.conv.families.depthwise import plan as depthwise
 from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tiles
 from gpukern.conv.geometry import Dimension
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands
-from gpukern.conv.prepare import Epilogue, Request, operands_of
 from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv.request import Epilogue, Request, operands_of
 from gpukern.runtime.device import A100, EMULATED, H100
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.mode import EMULATE

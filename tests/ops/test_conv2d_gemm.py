@@ -11,8 +11,8 @@ from gpukern.conv import reference
 from gpukern.conv.families.tma_gemm import plan as gemm
 from gpukern.conv.launch import prepared_for, run
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.conv.prepare import Epilogue
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.request import Epilogue
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
 from gpukern.runtime.device import A100, H100

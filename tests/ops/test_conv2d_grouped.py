@@ -10,8 +10,8 @@ import torch
 from gpukern.conv import launch, reference
 from gpukern.conv.families.grouped import plan as grouped
 from gpukern.conv.plan import Direction, Layout, Operands
-from gpukern.conv.prepare import operands_of
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.request import operands_of
 from gpukern.runtime.device import A100, EMULATED, H100, L4
 from tests.numerics import assert_within, sum_bound
 from tests.ops.conv_cases import Case, as_problem

@@ -12,9 +12,9 @@ from gpukern.conv.families.tma_stem.plan import candidates, packed, tiles, windo
 from gpukern.conv.layouts import dense_strides
 from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.conv.prepare import Epilogue, Request
 from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.conv.reference import conv2d as reference
+from gpukern.conv.request import Epilogue, Request
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.integers import power_of_two

@@ -16,7 +16,7 @@ import torch
 
 from gpukern.conv import launch
 from gpukern.conv.plan import Direction, Variant
-from gpukern.conv.prepare import operands_of, shapes
+from gpukern.conv.request import operands_of, shapes
 from tests.ops.conv_cases import Case, as_problem
 from tests.ops.test_conv2d_forced import EMULATABLE, FORMATS, plans, terms, truth
 

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 
 import gpukern.functional as GF
 from gpukern.conv import launch, planner
-from gpukern.conv.families.pooled import launch as pooled_launch
-from gpukern.conv.families.pooled.plan import apart, choose, together
 from gpukern.conv.families.tma_conv.plan import part
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.conv.prepare import Epilogue, operands_of, pooled_choice, shapes
+from gpukern.conv.pooled import launch as pooled_launch
+from gpukern.conv.pooled.plan import apart, choose, together
+from gpukern.conv.prepare import pooled_choice
 from gpukern.conv.problem import ConvProblem, conv_problem, pooled_problem
+from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d

@@ -8,8 +8,9 @@ import torch
 
 from gpukern.conv import launch
 from gpukern.conv.plan import Direction
-from gpukern.conv.prepare import Epilogue, Prepared, prepare
+from gpukern.conv.prepare import prepare
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.request import Epilogue, Prepared
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import matmul_precision
 

@@ -8,13 +8,13 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from gpukern.optim._fused.source import Variant, source
 from gpukern.runtime.cache import cache_folder
+from gpukern.runtime.files import replacing
 
 #: No contraction: the source says where a product and a sum are rounded once, here as on the device.
 _FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas")
@@ -51,13 +51,11 @@ def _library(variant: Variant) -> Path:
 
 
 def _compile(program: str, flags: tuple[str, ...], text: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        given, made = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        given.write_text(text, encoding="utf-8")
-        done = subprocess.run([program, *flags, str(given), "-o", str(made)], capture_output=True, text=True)
+    with replacing(path) as draft:  # another process may be first: it makes the same
+        command = [program, *flags, "-x", "c++", "-", "-o", str(draft)]
+        done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8")
         if done.returncode:
             raise RuntimeError(f"{program} does not compile the optimizer's kernels:\n{done.stderr}")
-        os.replace(made, path)  # another process may have been first: it made the same
 
 
 @functools.cache

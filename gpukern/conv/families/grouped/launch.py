@@ -8,7 +8,7 @@ from gpukern.conv.families.implicit_gemm.launch import filter_strides, tap_optio
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.prepare import Launch, Request
+from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
 from gpukern.runtime.launch import index_type, launch, reach
 

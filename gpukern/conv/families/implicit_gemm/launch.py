@@ -14,8 +14,8 @@ from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan, Direction, Variant
-from gpukern.conv.prepare import Launch, Request
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.integers import cdiv

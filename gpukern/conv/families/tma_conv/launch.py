@@ -22,7 +22,7 @@ from gpukern.conv.families.tma_conv.plan import (
 )
 from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.prepare import Launch, Request
+from gpukern.conv.request import Launch, Request
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv

@@ -11,7 +11,7 @@ from gpukern.conv.families.tma_gemm.plan import matrices, parts, persistent, row
 from gpukern.conv.layouts import Shape, Strides, pixel_stride
 from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.prepare import Launch, Request
+from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import strides_of
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.descriptor import Described

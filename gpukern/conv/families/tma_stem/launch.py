@@ -9,7 +9,7 @@ from gpukern.conv.families.tma_stem import kernels
 from gpukern.conv.families.tma_stem.plan import packed, window
 from gpukern.conv.indexing import Sizes
 from gpukern.conv.plan import ConvPlan
-from gpukern.conv.prepare import Launch, Request
+from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv, power_of_two

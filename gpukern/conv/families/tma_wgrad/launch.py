@@ -9,7 +9,7 @@ from gpukern.conv.families.tma_wgrad.plan import tile_count, together
 from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan
-from gpukern.conv.prepare import Launch, Request
+from gpukern.conv.request import Launch, Request
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launch import launch

@@ -12,7 +12,7 @@ from gpukern.conv.families.tma_conv.plan import box_count, channels, output_size
 from gpukern.conv.families.warp_specialized import kernels
 from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.prepare import Launch, Request
+from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import strides_of
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.launch import launch

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.conv.families.pooled.problem import windows_of
 from gpukern.conv.launch import conv2d, prepared_for, run
 from gpukern.conv.plan import Direction
-from gpukern.conv.prepare import Epilogue, plan_without, pooled_choice
+from gpukern.conv.pooled.problem import windows_of
+from gpukern.conv.prepare import plan_without, pooled_choice
 from gpukern.conv.problem import ConvProblem, pooled_problem
+from gpukern.conv.request import Epilogue
 from gpukern.ops._pool2d.launch import max_pool2d
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision

@@ -1,0 +1,41 @@
+"""Files that are never half written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A draft to write in place of ``path``, which it becomes at the end.
+
+    What fails before leaves ``path`` as it was and no draft behind. The draft lies beside ``path``, because no rename
+    across file systems is atomic, and has its ending, which some writers look at. It is on the disk before it gets the
+    name: after a power cut too the old file is there or the new one. OSError if it cannot be written.
+    """
+    path = Path(path)
+    # Of this thread alone: two that write the same file at once must not share a draft.
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.draft{path.suffix}")
+    try:
+        draft.touch()  # an OSError here, whatever the writer would raise, and the mode that umask gives a new file
+        yield draft
+        with draft.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Make ``data`` the contents of ``path``; OSError, with the old file left, where it cannot be written."""
+    with replacing(path) as draft:
+        draft.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Make ``text``, as UTF-8, the contents of ``path``; OSError as :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
