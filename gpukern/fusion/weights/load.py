@@ -14,7 +14,7 @@ from gpukern.fusion.errors import WeightsError, WeightsWarning
 from gpukern.fusion.weights.files import read
 from gpukern.fusion.weights.foreign import listed
 from gpukern.fusion.weights.names import Fit, completed, fits, is_auxiliary, missing, plain, unwrapped
-from gpukern.fusion.weights.states import State, is_averaged, rank, states, unnamed_averages, without
+from gpukern.fusion.weights.states import State, is_averaged, rank, states_in, unnamed_averages, without
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -56,7 +56,7 @@ def fill(model: torch.nn.Module, path: str | Path) -> None:
 
 
 def _states(held: Any, path: Path) -> list[State]:
-    found = states(held)
+    found = states_in(held)
     if not found:
         raise WeightsError(f"{path} holds no state_dict: expected tensors by name, and there is {without(held)}")
     return found
