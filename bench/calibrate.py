@@ -22,8 +22,9 @@ from bench.measured_plans import Measured, read
 from bench.results import ResultsError
 from gpukern import tables
 from gpukern.conv.estimate import MEASURED, Constants, estimate, expected
+from gpukern.conv.families.registry import family_of
 from gpukern.conv.plan import ConvPlan, Variant
-from gpukern.conv.planner import FAMILIES, only_measured
+from gpukern.conv.planner import only_measured
 from gpukern.formatting import number
 
 #: Beyond these factors of today's value a constant is no longer what its name says.
@@ -58,7 +59,7 @@ def samples_of(row: Measured) -> list[Sample]:
 
 
 def _expectation(row: Measured, plan: ConvPlan) -> Callable[[Constants], float]:
-    tiles = FAMILIES[plan.variant].tiles(row.problem, row.direction, plan)
+    tiles = family_of(plan).tiles(row.problem, row.direction, plan)
     bound, _ = estimate(row.problem, row.direction, plan, tiles, row.operands, row.device)
     return lambda constants: expected(
         row.problem, row.direction, plan, tiles, row.operands, row.device, bound, constants

@@ -3,7 +3,7 @@
 The exporter finds them by itself::
 
     torch.onnx.export(gpukern.convert(model), (x,), "model.onnx", dynamo=True)
-    torch.onnx.export(gpukern.fuse(model, x).module, (x,), "model.onnx", dynamo=True)
+    torch.onnx.export(gpukern.fuse(model, x), (x,), "model.onnx", dynamo=True)
 
 Everyone else who wants a graph of torch's operators only, as other compilers do, gives them to torch.export::
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpukern.conv.families.pooled.problem import WINDOWS
+from gpukern.conv.pooled.problem import WINDOWS
 from gpukern.ops._activation.reference import activation
 from gpukern.ops._linear.reference import linear
 from gpukern.runtime.when_imported import when_imported

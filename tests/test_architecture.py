@@ -42,6 +42,7 @@ TORCH_FREE = (
     "device.py",
     "estimate.py",
     "exclusions.py",
+    "family.py",
     "runtime/files.py",
     "geometry.py",
     "integers.py",
@@ -49,6 +50,7 @@ TORCH_FREE = (
     "planner.py",
     "problem.py",
     "properties.py",
+    "registry.py",
     "records.py",
     "roofline.py",
 )

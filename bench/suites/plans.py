@@ -10,7 +10,9 @@ import torch
 from bench.predict import asked
 from bench.suite import Implementation, Task, register
 from bench.suites.conv import Convolutions
-from gpukern.conv.plan import ConvPlan, Direction, Variant
+from gpukern.conv.cost import is_elementwise
+from gpukern.conv.families.registry import family_of
+from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.planner import ranking
 from gpukern.conv.problem import ConvProblem
 from gpukern.explain.formatting import describe_plan
@@ -46,18 +48,14 @@ def plans(question: Question) -> list[ConvPlan]:
     """All that are worth a try, each once: the one of a call, every kernel's, and neighbours of the gather's."""
     choice, _ = chosen(question)
     ranked = [each.plan for each in ranking(question.problem, question.direction, question.operands, question.device)]
-    pointers = next((each for each in ranked if each.variant in _POINTERS), None)
+    pointers = next((each for each in ranked if family_of(each).any_tile), None)
     neighbours = _neighbours(pointers, question.direction) if pointers else ()
     return list(dict.fromkeys((choice, *ranked, *neighbours)))
 
 
-#: Kernels that read through pointers take any tile; descriptors take those that their package says.
-_POINTERS = (Variant.TAPS, Variant.FLAT, Variant.DIRECT)
-
-
 def _neighbours(of: ConvPlan, direction: Direction) -> Iterator[ConvPlan]:
     """One thing changed at a time, and larger tiles with the warps that they want."""
-    if of.variant is Variant.DIRECT:
+    if is_elementwise(of):
         for block_m in (16, 32, 64, 128):
             yield replace(of, block_m=block_m)
         yield replace(of, num_warps=2 * of.num_warps)
@@ -82,7 +80,7 @@ def _missing(choice: ConvPlan, device: torch.device) -> str:
         return ""
     if not EMULATE:
         return "the kernels need a CUDA device"
-    return "the interpreter cannot run it" if choice.variant is Variant.WARP_SPECIALIZED else ""
+    return "" if family_of(choice).emulated else "the interpreter cannot run it"
 
 
 def _with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tensor]:

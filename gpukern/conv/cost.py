@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 
-from gpukern.conv.families.tma_stem.plan import packed
+from gpukern.conv.families.registry import family_of
 from gpukern.conv.geometry import dimensions, phases
-from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.plan import ConvPlan, Direction, Operands
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
-
-#: Variants that multiply element by element, outside the tensor cores.
-ELEMENTWISE = frozenset((Variant.DIRECT, Variant.DEPTHWISE))
 
 
 def work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -> Work:
@@ -65,25 +62,27 @@ def cost(
     done = sum(count * steps * step for count, steps in tiles)
     rate = device.peaks.matrix_rates[rate_of(plan, operands)]
     compute = in_waves([(count, steps * step) for count, steps in tiles], device.sm_count) / rate
-    moved = must.bytes + copied_bytes(p, direction, plan, itemsize) + split_bytes(p, direction, plan)
-    stem = plan.variant is Variant.STEM
-    if stem:
-        # A pass before it writes what it reads.
-        moved += 2 * packed(p, itemsize).elements * itemsize
+    passes, passed = family_of(plan).extra_passes(p, itemsize)
+    moved = must.bytes + copied_bytes(p, direction, plan, itemsize) + split_bytes(p, direction, plan) + passed
     programs = sum(count for count, _ in tiles)
     return Cost(
         tiles=programs,
         waves=programs / device.sm_count,
         efficiency=must.flops / done if done else 1.0,
         bytes=moved,
-        launches=1 + stem + sum(plan.pack) + _added_apart(direction, plan),
+        launches=1 + passes + sum(plan.pack) + _added_apart(direction, plan),
         compute=compute,
         seconds=max(compute, moved / bandwidth),
     )
 
 
+def is_elementwise(plan: ConvPlan) -> bool:
+    """Whether the kernel multiplies element by element, outside the tensor cores."""
+    return plan.variant in family_of(plan).elementwise
+
+
 def rate_of(plan: ConvPlan, operands: Operands) -> str:
-    if plan.variant in ELEMENTWISE or (operands.dtype == "float32" and plan.precision == "ieee"):
+    if is_elementwise(plan) or (operands.dtype == "float32" and plan.precision == "ieee"):
         return "fma"
     return plan.precision if operands.dtype == "float32" else operands.dtype
 

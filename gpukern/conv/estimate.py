@@ -19,7 +19,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gpukern.conv.cost import ELEMENTWISE, cost, rate_of
+from gpukern.conv.cost import cost, is_elementwise, rate_of
+from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.geometry import channels_of
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -69,18 +70,7 @@ MEASURED = Constants(
     split=2.5e-6,
     memory=0.88,
     overlap=0.39,
-    kernels={
-        Variant.TAPS: 0.745,
-        Variant.FLAT: 0.163,
-        Variant.DIRECT: 0.10,
-        Variant.GEMM: 1.0,
-        Variant.BOX: 0.95,
-        Variant.BATCH_BOX: 0.76,
-        Variant.STEM: 0.9,
-        Variant.GROUPED: 0.7,
-        Variant.DEPTHWISE: 0.4,
-        Variant.WARP_SPECIALIZED: 1.25,
-    },
+    kernels={k: share for family in FAMILIES for k, share in family.main_loop_efficiency.items()},
     tiles={
         (64, 64): 0.576,
         (128, 64): 0.581,
@@ -130,7 +120,7 @@ def expected(
         return bound.seconds
     peaks = assumed_peaks(device)
     memory = bound.bytes / peaks.bandwidth / constants.memory
-    if plan.variant in ELEMENTWISE:
+    if is_elementwise(plan):
         busy = bound.compute / constants.kernels[plan.variant]
     else:
         rate = peaks.matrix_rates[rate_of(plan, operands)] / device.sm_count
@@ -147,7 +137,7 @@ def pass_seconds(bytes_moved: int, device: DeviceSpec) -> float:
 
 def resident(plan: ConvPlan, itemsize: int, device: DeviceSpec) -> int:
     """How many programs of ``plan`` a multiprocessor has room for."""
-    if plan.variant is Variant.WARP_SPECIALIZED:
+    if family_of(plan).one_program_per_sm:
         return 1
     threads = 32 * plan.num_warps
     registers = plan.block_m * plan.block_n // threads + _OTHER_REGISTERS
@@ -170,7 +160,7 @@ def _busy(
     together = min(resident(plan, itemsize, device), math.ceil(programs / device.sm_count))
     area = plan.block_m * plan.block_n
     products = together * 2 * area * plan.block_k / (rate * _share(plan, constants))
-    rate_of_fetching = constants.windows if plan.variant is Variant.STEM else constants.fetch
+    rate_of_fetching = constants.windows if family_of(plan).fetches_short_rows else constants.fetch
     fetched = together * (plan.block_m + plan.block_n) * plan.block_k * itemsize / rate_of_fetching
     step = max(products, fetched, constants.latency / max(plan.num_stages, 1))
     waves = programs / (device.sm_count * together)
@@ -198,7 +188,7 @@ def _share(plan: ConvPlan, constants: Constants) -> float:
 
 def _across_runs(problem: ConvProblem, direction: Direction, plan: ConvPlan, operands: Operands) -> int:
     """How many tensors a matrix product of the gather touches across their runs of channels."""
-    if plan.variant is not Variant.TAPS:
+    if plan.variant not in family_of(plan).across_runs:
         return 0
     seen = operands.packed(plan.pack, channels_of(problem, direction))
     return sum(layout in (Layout.PLANES, Layout.STRIDED) for layout in (seen.first, seen.second, seen.output))

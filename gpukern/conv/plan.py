@@ -13,7 +13,10 @@ class Direction(enum.Enum):
 
 
 class Variant(str, enum.Enum):
-    """The kernel, and how it walks its sum; see the package of the same name, ``gather`` for the first three."""
+    """The kernel, and how it walks its sum; see the families in ``families/``.
+
+    A value stays when its family goes: plan files name it.
+    """
 
     TAPS = "taps"
     FLAT = "flat"

@@ -7,65 +7,20 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from gpukern.conv.estimate import estimate
 from gpukern.conv.exclusions import Exclusion, exclusion
-from gpukern.conv.families.depthwise import plan as depthwise
-from gpukern.conv.families.grouped import plan as grouped
-from gpukern.conv.families.implicit_gemm import plan as gather
-from gpukern.conv.families.tma_conv import plan as box
-from gpukern.conv.families.tma_gemm import plan as gemm
-from gpukern.conv.families.tma_stem import plan as stem
-from gpukern.conv.families.tma_wgrad import plan as batch_box
-from gpukern.conv.families.warp_specialized import plan as warp_specialized
+from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.geometry import channels_of
-from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Pack, Variant
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Pack
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost
 
 
-class Family(Protocol):
-    """What the ``plan.py`` of each kernel's package offers."""
-
-    def candidates(
-        self, problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
-    ) -> Iterator[ConvPlan]:
-        """Every plan worth a thought; none if the kernel cannot."""
-
-    def tiles(self, problem: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
-        """(tiles, steps of ``choice.block_k`` that each walks), all that the kernel does."""
-
-
-#: Whose kernels can write the maxima of 2 × 2 pixels.
-POOLING: tuple[Family, ...] = (box, stem, gather)
-
-#: The package of each variant.
-FAMILIES: dict[Variant, Family] = {
-    Variant.TAPS: gather,
-    Variant.FLAT: gather,
-    Variant.DIRECT: gather,
-    Variant.GEMM: gemm,
-    Variant.BOX: box,
-    Variant.BATCH_BOX: batch_box,
-    Variant.STEM: stem,
-    Variant.GROUPED: grouped,
-    Variant.DEPTHWISE: depthwise,
-    Variant.WARP_SPECIALIZED: warp_specialized,
-}
-
-_BY_DESCRIPTORS = (Variant.GEMM, Variant.BOX, Variant.BATCH_BOX, Variant.STEM)
-
-
 def only_measured(plan: ConvPlan) -> bool:
-    """Whether nothing but a GPU can show that ``plan`` is right: it is chosen only where the plan database says so.
-
-    The interpreter cannot run the warp-specialised kernel. Flattened loops over taps and channels gave wrong results at
-    8 warps on real GPUs, whatever the source (pytorch#173068).
-    """
-    loops = plan.variant in (Variant.TAPS, Variant.FLAT)
-    return plan.variant is Variant.WARP_SPECIALIZED or (loops and plan.num_warps > 4)
+    """Whether nothing but a GPU can show that ``plan`` is right: it is chosen only where the plan database says so."""
+    return family_of(plan).needs_measurement(plan)
 
 
 @dataclass(frozen=True)
@@ -91,7 +46,7 @@ def ranking(problem: ConvProblem, direction: Direction, operands: Operands, devi
     """Every candidate, the one expected to be the fastest first."""
     found = {}
     for candidate in candidates(problem, direction, operands, device):
-        tiles = FAMILIES[candidate.variant].tiles(problem, direction, candidate)
+        tiles = family_of(candidate).tiles(problem, direction, candidate)
         found[candidate] = Ranked(candidate, *estimate(problem, direction, candidate, tiles, operands, device))
     return sorted(found.values(), key=lambda ranked: ranked.seconds)
 
@@ -113,9 +68,14 @@ def switched_off(
 
 def _all(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
     in_full = operands.dtype == "float32" and operands.precision == "ieee"
-    families = POOLING if problem.pool else dict.fromkeys(FAMILIES.values())
+    general, *others = FAMILIES
     if not problem.N:
-        families = (gather,)  # Of nothing no kernel is launched: the one that can everything stands for it.
+        families = [general]  # an empty batch launches nothing: the family that serves every problem stands for all
+    elif problem.pool:
+        # Of equals the first is chosen: of those that pool, one that is made for the problem.
+        families = [family for family in (*others, general) if family.can_pool]
+    else:
+        families = [general, *others]
     channels = channels_of(problem, direction)
     for pack in _packs(operands, channels):
         seen = operands.packed(pack, channels)
@@ -133,7 +93,7 @@ def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
     Tiles are Hopper's, whose operands stay in shared memory. Found by compiling for sm_120: 96 sums a thread fit,
     of 192 some spill; beside operands that are taken apart into halves 32 fit, and of 64 some spill.
     """
-    if device.multiplies_from_shared_memory or plan.variant not in _BY_DESCRIPTORS:
+    if device.multiplies_from_shared_memory or not family_of(plan).uses_descriptors:
         return True
     sums = plan.block_m * plan.block_n // (32 * plan.num_warps)
     return sums <= (32 if plan.precision == "tf32x3" else 96)

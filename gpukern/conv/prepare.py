@@ -14,10 +14,11 @@ import torch
 
 from gpukern.conv import database
 from gpukern.conv.exclusions import Exclusion, exclude
-from gpukern.conv.families.pooled import plan as pooled
+from gpukern.conv.families.registry import family_of
 from gpukern.conv.layouts import Shape, Strides, dense_strides
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.planner import FAMILIES, plan
+from gpukern.conv.planner import plan
+from gpukern.conv.pooled import plan as pooled
 from gpukern.conv.problem import ConvProblem, pooled_problem
 from gpukern.conv.request import Epilogue, Prepared, Request, check_countable, operands_of, shapes
 from gpukern.runtime.device import DeviceSpec
@@ -66,13 +67,15 @@ def prepare(
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
+    launch = _package(choice).prepare(request, choice)
     return Prepared(
         choice,
         of_output,
         strides,
         request.output,
-        _package(choice).prepare(request, choice),
+        launch,
         epilogue.activation,
+        not (any(choice.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
         again,
     )
 
@@ -131,4 +134,4 @@ def _takes_channels_last(of_first: Shape, of_second: Shape, first: Strides, seco
 
 def _package(choice: ConvPlan) -> ModuleType:
     """The ``launch.py`` beside the ``plan.py`` that made the choice."""
-    return importlib.import_module(f"{FAMILIES[choice.variant].__package__}.launch")
+    return importlib.import_module(family_of(choice).launch_module)

@@ -10,8 +10,9 @@ from gpukern.conv import database, request
 from gpukern.conv.cost import work
 from gpukern.conv.estimate import estimate
 from gpukern.conv.exclusions import Exclusion
+from gpukern.conv.families.registry import family_of
 from gpukern.conv.plan import ConvPlan
-from gpukern.conv.planner import FAMILIES, Ranked, only_measured, plan, ranking, switched_off
+from gpukern.conv.planner import Ranked, only_measured, plan, ranking, switched_off
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import Question
 from gpukern.formatting import micro, number, percent, size
@@ -76,7 +77,7 @@ def chosen(question: Question) -> tuple[ConvPlan, bool]:
 def ranked(question: Question, choice: ConvPlan) -> Ranked:
     """What ``choice`` costs, whether or not the ranking has it."""
     p, direction = question.problem, question.direction
-    tiles = FAMILIES[choice.variant].tiles(p, direction, choice)
+    tiles = family_of(choice).tiles(p, direction, choice)
     found = Ranked(choice, *estimate(p, direction, choice, tiles, question.operands, question.device))
     return _with_residual(question, found)
 

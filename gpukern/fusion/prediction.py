@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from gpukern.conv.cost import work
-from gpukern.conv.families.pooled.plan import apart
 from gpukern.conv.plan import Direction
+from gpukern.conv.pooled.plan import apart
 from gpukern.conv.prepare import pooled_choice
 from gpukern.conv.problem import conv_problem, pooled_problem
 from gpukern.conv.request import Epilogue

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.families.pooled.problem import WINDOWS
+from gpukern.conv.pooled.problem import WINDOWS
 from gpukern.conv.problem import Padding, Pair, conv_problem
 from gpukern.conv.problem import output_size as convolved_size
 from gpukern.ops._pool2d.problem import output_size as pooled_size
@@ -23,7 +23,7 @@ from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import check_alike, check_bias, memory_format_of
 from gpukern.runtime.transforms import Batch
 
-_implementations = Implementations("gpukern.conv.families.pooled")
+_implementations = Implementations("gpukern.conv.pooled")
 
 
 def _output_shape(input, weight, bias, *geometry) -> tuple[int, int, int, int]:

@@ -16,7 +16,8 @@ import gpukern
 import gpukern.functional as F
 from bench.layers import LayerCall, layer_calls
 from gpukern.conv import launch, planner
-from gpukern.conv.plan import ConvPlan, Direction, Variant
+from gpukern.conv.families.registry import family_of
+from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
@@ -43,7 +44,7 @@ KINDS = {
 
 def cannot_be_emulated(choice: ConvPlan) -> bool:
     """Whether no other test without a GPU sees the kernel: the interpreter does not know Gluon."""
-    return choice.variant is Variant.WARP_SPECIALIZED
+    return not family_of(choice).emulated
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from gpukern.conv import launch
 from gpukern.conv.cost import cost, work
+from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.geometry import dimensions
 from gpukern.conv.layouts import dense_strides
 from gpukern.conv.passes import launch as passes
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.conv.planner import FAMILIES, plan, ranking
+from gpukern.conv.planner import plan, ranking
 from gpukern.conv.problem import conv_problem
 from gpukern.conv.request import operands_of, shapes
 from gpukern.runtime.current_device import pretend
@@ -73,7 +74,7 @@ def endless_memory(device):
 
 
 def costed(p, direction, choice, operands=HALF, device=H100):
-    tiles = FAMILIES[choice.variant].tiles(p, direction, choice)
+    tiles = family_of(choice).tiles(p, direction, choice)
     return cost(p, direction, choice, tiles, operands, device)
 
 
@@ -263,8 +264,7 @@ def _check_launches(ranked, launches, device) -> None:
 def _recorded(monkeypatch) -> list[tuple[str, tuple[int, ...]]]:
     """Where every launch is noted as (kernel, grid), and not made."""
     launches = []
-    modules = [importlib.import_module(f"{family.__package__}.launch") for family in FAMILIES.values()]
-    for module in (passes, *dict.fromkeys(modules)):
+    for module in (passes, *(importlib.import_module(family.launch_module) for family in FAMILIES)):
         monkeypatch.setattr(
             module, "launch", lambda kernel, grid, *rest: launches.append((kernel.fn.__name__, tuple(grid)))
         )

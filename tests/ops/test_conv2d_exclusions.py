@@ -12,6 +12,7 @@ import torch.nn.functional as torch_F
 import gpukern.functional as F
 from gpukern.conv import database, exclusions, launch, planner, prepare
 from gpukern.conv.exclusions import Exclusion
+from gpukern.conv.families.registry import family_of
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import conv_problem
 from gpukern.explain import ranking as answers
@@ -247,7 +248,6 @@ def test_other_errors_are_not_taken_for_a_refusal(driver, words):
 
 def test_every_kernel_by_descriptors_has_another_beside_it():
     """Without descriptors there is still a plan, whatever the direction: the gather's."""
-    by_descriptor = {Variant.GEMM, Variant.BOX, Variant.BATCH_BOX, Variant.STEM, Variant.WARP_SPECIALIZED}
     for p, direction in itertools.product((LAYER, SMALL), Direction):
         found = planner.ranking(p, direction, HALF, H100)
-        assert any(r.plan.variant not in by_descriptor and not planner.only_measured(r.plan) for r in found)
+        assert any(not family_of(r.plan).uses_descriptors and not planner.only_measured(r.plan) for r in found)

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from gpukern.conv import launch
+from gpukern.conv.families.registry import FAMILIES
 from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.conv.planner import FAMILIES, candidates, only_measured
+from gpukern.conv.planner import candidates, only_measured
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.ops._activation.properties import PROPERTIES
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 #: Few multiprocessors as in :data:`EMULATED`, no copy engine.
 AMPERE = DeviceSpec("emulated Ampere", (8, 0), EMULATED.sm_count, 163 * 1024)
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-EMULATABLE = [variant for variant in FAMILIES if variant is not Variant.WARP_SPECIALIZED]
+EMULATABLE = [variant for family in FAMILIES if family.emulated for variant in family.variants]
 
 
 def plans(p: ConvProblem, direction: Direction, operands: Operands, device: torch.device) -> dict[Variant, ConvPlan]:

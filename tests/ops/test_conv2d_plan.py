@@ -9,10 +9,11 @@ import math
 import pytest
 import torch
 
-from gpukern.conv.cost import ELEMENTWISE
+from gpukern.conv.cost import is_elementwise
+from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.layouts import alignment, dense_strides
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.conv.planner import FAMILIES, only_measured, plan, ranking
+from gpukern.conv.planner import only_measured, plan, ranking
 from gpukern.conv.problem import conv_problem, same_padding
 from gpukern.ops._image import strides_of
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4, RTX_5090
@@ -22,7 +23,7 @@ from tests.ops.conv_cases import CASES, as_problem
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = Direction
 HALF = Operands("float16")
 #: Kernels that read boxes with the copy engine, which came with Hopper.
-BY_DESCRIPTOR = {Variant.GEMM, Variant.BOX, Variant.BATCH_BOX, Variant.STEM, Variant.WARP_SPECIALIZED}
+BY_DESCRIPTOR = {variant for family in FAMILIES if family.uses_descriptors for variant in family.variants}
 BOXES = {Variant.BOX, Variant.STEM, Variant.WARP_SPECIALIZED}
 
 
@@ -60,9 +61,10 @@ def test_few_channels_are_joined_with_their_taps():
 
 @pytest.mark.parametrize("direction", Direction)
 def test_few_channels_a_group_are_multiplied_element_by_element(direction):
+    elementwise = {variant for family in FAMILIES for variant in family.elementwise}
     for device in (A100, H100):
-        assert plan(DEPTHWISE, direction, HALF, device).variant in ELEMENTWISE
-        assert not variants(RESNET_3X3, direction, device=device) & ELEMENTWISE
+        assert is_elementwise(plan(DEPTHWISE, direction, HALF, device))
+        assert not variants(RESNET_3X3, direction, device=device) & elementwise
 
 
 @pytest.mark.parametrize("direction", Direction)
@@ -144,7 +146,7 @@ def test_every_plan_is_launchable(case):
         ranked = ranking(p, direction, operands, device)
         for each in ranked:
             assert fits(each.plan, operands, device), each.plan
-            tiles = FAMILIES[each.plan.variant].tiles(p, direction, each.plan)
+            tiles = family_of(each.plan).tiles(p, direction, each.plan)
             assert all(count >= 0 and steps >= 0 for count, steps in tiles)
             assert each.seconds >= each.cost.seconds >= 0
         assert [r.seconds for r in ranked] == sorted(r.seconds for r in ranked)
@@ -158,7 +160,7 @@ def fits(choice: ConvPlan, operands: Operands, device) -> bool:
     """Sizes that Triton takes, and buffers that the device has."""
     if choice.splits < 1 or choice.num_warps not in (1, 2, 4, 8, 16) or choice.num_stages < 1:
         return False
-    if choice.variant in ELEMENTWISE:
+    if is_elementwise(choice):
         return True
     # A tile of the batch box may hold three taps side by side.
     columns = choice.block_n // 3 if choice.variant is Variant.BATCH_BOX and choice.block_n % 3 == 0 else choice.block_n
@@ -174,7 +176,6 @@ def fits(choice: ConvPlan, operands: Operands, device) -> bool:
 
 def test_what_only_a_gpu_can_show_is_not_chosen():
     assert only_measured(ConvPlan(Variant.TAPS, 128, 128, 32, num_warps=8, num_stages=4))
-    assert only_measured(ConvPlan(Variant.WARP_SPECIALIZED, 128, 128, 64, num_warps=4, num_stages=4))
     assert not only_measured(ConvPlan(Variant.BOX, 128, 128, 64, num_warps=8, num_stages=3))
     p = problem(128, 128, 56, 56, 128, 3, 3, padding=1)
     assert any(only_measured(r.plan) for r in ranking(p, FORWARD, HALF, H100))

@@ -13,6 +13,7 @@ from gpukern.conv.families.warp_specialized.plan import candidates, tiles
 from gpukern.conv.layouts import dense_strides
 from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.planner import only_measured
 from gpukern.conv.problem import conv_problem
 from gpukern.conv.request import Epilogue, Request
 from gpukern.ops._activation.properties import PROPERTIES
@@ -211,6 +212,7 @@ def test_candidates():
     layer = Case("ResNet-50", (32, 256, 14, 14), 256, (3, 3), padding=1)
     found = of(layer)
     assert {(plan.block_m, plan.block_n) for plan in found} >= {(256, 128), (128, 256), (128, 128)}
+    assert all(map(only_measured, found)), "nothing but a GPU can show that they are right"
     for plan in found:
         assert plan.box[0] * plan.box[1] * plan.box[2] == plan.block_m and plan.num_stages >= 3
         shared = 2 * plan.num_stages * plan.block_k * (plan.block_m + plan.block_n) + 2 * plan.block_m * plan.block_n

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import gpukern.functional as GF
 from gpukern.conv import launch, planner
-from gpukern.conv.families.pooled import launch as pooled_launch
-from gpukern.conv.families.pooled.plan import apart, choose, together
 from gpukern.conv.families.tma_conv.plan import part
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
+from gpukern.conv.pooled import launch as pooled_launch
+from gpukern.conv.pooled.plan import apart, choose, together
 from gpukern.conv.prepare import pooled_choice
 from gpukern.conv.problem import ConvProblem, conv_problem, pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes

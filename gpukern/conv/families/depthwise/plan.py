@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from gpukern.conv.families.family import Family
 from gpukern.conv.geometry import Dimension, dimensions
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -307,3 +308,12 @@ def _cut(p: ConvProblem, direction: Direction, channels: int, lanes: int, rows: 
     made, height, _ = _made(p, direction)
     strips = axis.out_pitch * cdiv(cdiv(height, axis.out_pitch), rows)
     return Cut(strips, cdiv(_lanes(p, direction, cols), lanes), cdiv(made, channels))
+
+
+FAMILY = Family(
+    name="depthwise",
+    candidates=candidates,
+    tiles=tiles,
+    main_loop_efficiency={Variant.DEPTHWISE: 0.4},
+    elementwise=frozenset((Variant.DEPTHWISE,)),
+)

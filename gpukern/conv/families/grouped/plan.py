@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from gpukern.conv.families.family import Family
 from gpukern.conv.geometry import dimensions, phases, tiled_pixels
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -74,3 +75,11 @@ def _blocks(p: ConvProblem, direction: Direction) -> tuple[int, int]:
     columns, reduction = channels(p, direction)
     groups = max(_CHANNELS // max(columns, reduction), _SMALLEST // min(columns, reduction))
     return groups * columns, groups * reduction
+
+
+FAMILY = Family(
+    name="grouped",
+    candidates=candidates,
+    tiles=tiles,
+    main_loop_efficiency={Variant.GROUPED: 0.7},
+)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+from gpukern.conv.families.family import Family
 from gpukern.conv.geometry import dimensions, phases, tiled_pixels
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two, shares
 
-# More are candidates for measurements only, see planner.only_measured.
+# More are candidates for measurements only, see _needs_measurement.
 MAX_WARPS = 4
 # The tile that wants them: M, N, stages.
 _WIDE_TILE = (128, 128, 4)
@@ -176,3 +177,22 @@ def pixel_splits(pixels: int, block_k: int, programs: int, device: DeviceSpec) -
 def channel_sum_splits(pixels: int, channels: int, device: DeviceSpec) -> int:
     """Splits of the bias gradient, whose programs take 64 channels each."""
     return pixel_splits(pixels, 64, cdiv(channels, 64), device)
+
+
+def _needs_measurement(plan: ConvPlan) -> bool:
+    """Flattened loops over taps and channels gave wrong results at 8 warps on real GPUs, whatever the source
+    (pytorch#173068)."""
+    return plan.variant is not Variant.DIRECT and plan.num_warps > MAX_WARPS
+
+
+FAMILY = Family(
+    name="implicit_gemm",
+    candidates=candidates,
+    tiles=tiles,
+    main_loop_efficiency={Variant.TAPS: 0.745, Variant.FLAT: 0.163, Variant.DIRECT: 0.10},
+    elementwise=frozenset((Variant.DIRECT,)),
+    across_runs=frozenset((Variant.TAPS,)),
+    can_pool=True,
+    any_tile=True,
+    needs_measurement=_needs_measurement,
+)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
+from gpukern.conv.families.family import Family
 from gpukern.conv.geometry import dimensions, phases
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -215,3 +216,13 @@ def _steps(p: ConvProblem, direction: Direction, block_k: int) -> list[int]:
     if direction is Direction.INPUT_GRAD:
         taps = [r * s for (_, r), (_, s) in itertools.product(*map(phases, dimensions(p)))]
     return [n * cdiv(channels(p, direction)[1], block_k) for n in taps]
+
+
+FAMILY = Family(
+    name="tma_conv",
+    candidates=candidates,
+    tiles=tiles,
+    main_loop_efficiency={Variant.BOX: 0.95},
+    can_pool=True,
+    uses_descriptors=True,
+)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from gpukern.conv.families.family import Family
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
@@ -204,3 +205,12 @@ def _shared_memory(choice: ConvPlan, itemsize: int, direction: Direction) -> int
         return max(operands, choice.block_m * choice.block_n * 4) + _BESIDE_BUFFERS
     result = choice.block_m * choice.block_n * itemsize // parts(choice)
     return (operands + result if persistent(choice) else max(operands, result)) + _BESIDE_BUFFERS
+
+
+FAMILY = Family(
+    name="tma_gemm",
+    candidates=candidates,
+    tiles=tiles,
+    main_loop_efficiency={Variant.GEMM: 1.0},
+    uses_descriptors=True,
+)

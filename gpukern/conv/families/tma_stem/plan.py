@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from gpukern.conv.families.family import Family
 from gpukern.conv.families.tma_conv.plan import tile_box, tile_count
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -84,3 +85,20 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
 
 def _round_up(value: int, step: int) -> int:
     return cdiv(value, step) * step
+
+
+def _packing(p: ConvProblem, itemsize: int) -> tuple[int, int]:
+    """A pass before the products writes the packed image, which they read."""
+    return 1, 2 * packed(p, itemsize).elements * itemsize
+
+
+FAMILY = Family(
+    name="tma_stem",
+    candidates=candidates,
+    tiles=tiles,
+    main_loop_efficiency={Variant.STEM: 0.9},
+    can_pool=True,
+    uses_descriptors=True,
+    fetches_short_rows=True,
+    extra_passes=_packing,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from gpukern.conv.families.family import Family
 from gpukern.conv.families.tma_gemm.plan import grad_splits
 from gpukern.conv.geometry import Dimension, dimensions
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
@@ -94,3 +95,12 @@ def _inside(d: Dimension, first_tap: int, last_tap: int) -> int:
     first = max(cdiv(d.before - last_tap * d.dilation, d.stride), 0)
     end = min((d.inputs - 1 + d.before - first_tap * d.dilation) // d.stride + 1, d.outputs)
     return max(end - first, 0)
+
+
+FAMILY = Family(
+    name="tma_wgrad",
+    candidates=candidates,
+    tiles=tiles,
+    main_loop_efficiency={Variant.BATCH_BOX: 0.76},
+    uses_descriptors=True,
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gpukern.conv.families.family import Family
 from gpukern.conv.families.tma_conv.plan import best_box, channels, output_sizes, tile_count
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -47,3 +48,20 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
     if operands.itemsize != 2 or min(p.C, p.K) < _FEWEST_CHANNELS:
         return False
     return operands.first.has_runs and operands.second.has_runs and operands.output.has_runs
+
+
+def _needs_measurement(plan: ConvPlan) -> bool:
+    """The interpreter cannot run the kernel."""
+    return True
+
+
+FAMILY = Family(
+    name="warp_specialized",
+    candidates=candidates,
+    tiles=tiles,
+    main_loop_efficiency={Variant.WARP_SPECIALIZED: 1.25},
+    uses_descriptors=True,
+    one_program_per_sm=True,
+    emulated=False,
+    needs_measurement=_needs_measurement,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.conv.families.pooled.problem import windows_of
+from gpukern.conv.pooled.problem import windows_of
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.reference import conv2d
 from gpukern.ops._pool2d.reference import max_pool2d

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.conv.families.pooled.problem import windows_of
 from gpukern.conv.launch import conv2d, prepared_for, run
 from gpukern.conv.plan import Direction
+from gpukern.conv.pooled.problem import windows_of
 from gpukern.conv.prepare import plan_without, pooled_choice
 from gpukern.conv.problem import ConvProblem, pooled_problem
 from gpukern.conv.request import Epilogue

@@ -1,0 +1,62 @@
+"""The one entry of a kernel family, for planner, cost model and tools. No torch, no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.problem import ConvProblem
+from gpukern.runtime.device import DeviceSpec
+
+
+def _never(plan: ConvPlan) -> bool:
+    return False
+
+
+def _no_passes(problem: ConvProblem, itemsize: int) -> tuple[int, int]:
+    return 0, 0
+
+
+# eq=False: a family is made once, by its plan.py.
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Kernels that share a ``plan.py`` and a ``launch.py``, in the folder of the same ``name``."""
+
+    name: str
+    #: Every plan worth considering; none if the kernels do not serve the problem.
+    candidates: Callable[[ConvProblem, Direction, Operands, DeviceSpec], Iterator[ConvPlan]]
+    #: (tiles, steps of ``plan.block_k`` that each walks), all that the kernel does.
+    tiles: Callable[[ConvProblem, Direction, ConvPlan], list[tuple[int, int]]]
+    #: The share of the peak rate that the main loop of each variant reaches: of the tensor cores', or of the
+    #: multiply-adds' where it is one of ``elementwise``. Fitted by ``python -m bench.calibrate``.
+    main_loop_efficiency: Mapping[Variant, float]
+    #: Variants that multiply element by element, outside the tensor cores.
+    elementwise: frozenset[Variant] = frozenset()
+    #: Variants that can read and write across runs of channels: they move whole sectors for single elements.
+    across_runs: frozenset[Variant] = frozenset()
+    #: Whether the kernels can write the maxima of 2 × 2 pixels.
+    can_pool: bool = False
+    #: Whether operands are fetched by descriptors.
+    uses_descriptors: bool = False
+    #: Whether these fetches are short rows, each a request of its own.
+    fetches_short_rows: bool = False
+    #: Whether a program has a multiprocessor to itself.
+    one_program_per_sm: bool = False
+    #: Whether the kernels take any tile, not only those that ``candidates`` offers.
+    any_tile: bool = False
+    #: Whether Triton's interpreter can run the kernels.
+    emulated: bool = True
+    #: Whether nothing but a GPU can show that a plan is right: it is chosen only where the plan database says so.
+    needs_measurement: Callable[[ConvPlan], bool] = _never
+    #: (launches before the main one, bytes that they and it move beyond the operands), from problem and itemsize.
+    extra_passes: Callable[[ConvProblem, int], tuple[int, int]] = _no_passes
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(self.main_loop_efficiency)
+
+    @property
+    def launch_module(self) -> str:
+        """The module whose ``prepare(request, plan)`` gives the launch; it needs Triton."""
+        return f"gpukern.conv.families.{self.name}.launch"

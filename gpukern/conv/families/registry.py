@@ -1,0 +1,31 @@
+"""All kernel families. No torch, no Triton."""
+
+from __future__ import annotations
+
+import importlib
+
+from gpukern.conv.families.family import Family
+from gpukern.conv.plan import ConvPlan
+
+#: The folders. The first family serves every problem, and of plans expected to be equally fast the first is chosen.
+_NAMES = (
+    "implicit_gemm",
+    "tma_gemm",
+    "tma_conv",
+    "tma_wgrad",
+    "tma_stem",
+    "grouped",
+    "depthwise",
+    "warp_specialized",
+)
+
+FAMILIES: tuple[Family, ...] = tuple(
+    importlib.import_module(f"gpukern.conv.families.{name}.plan").FAMILY for name in _NAMES
+)
+
+_BY_VARIANT = {variant: family for family in FAMILIES for variant in family.variants}
+
+
+def family_of(plan: ConvPlan) -> Family:
+    """The family whose kernel ``plan`` is for."""
+    return _BY_VARIANT[plan.variant]
