@@ -13,7 +13,7 @@ from gpukern.fusion.errors import WeightsError, WeightsWarning
 from gpukern.fusion.weights.files import read
 from gpukern.fusion.weights.foreign import listed
 from gpukern.fusion.weights.names import Fit, completed, fits, is_auxiliary, missing, plain, unwrapped
-from gpukern.fusion.weights.states import State, is_averaged, rank, states, without
+from gpukern.fusion.weights.states import State, is_averaged, rank, states_in, without
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def fill(model: torch.nn.Module, path: str | Path) -> None:
 
 def _states(path: Path) -> list[State]:
     held = read(path)
-    found = states(held)
+    found = states_in(held)
     if not found:
         raise WeightsError(f"{path} holds no state_dict: expected tensors by name, and there is {without(held)}")
     return found

@@ -27,7 +27,7 @@ class State:
     versions: Mapping[str, Any] | None = None
 
 
-def states(held: Any) -> list[State]:
+def states_in(held: Any) -> list[State]:
     """Every state in what a file holds, in order, without those of optimizers."""
     return list(_found(held, (), set()))
 
