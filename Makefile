@@ -35,9 +35,10 @@ gate: $(INSTALLED) ## compile every launch for sm_80 to sm_120 and read the mach
 lease: $(INSTALLED) ## compile what a rented H200 will run and try both calls without one (bench/LEASE.md)
 	@$(BIN)/python -m bench.lease
 
-lint: $(INSTALLED) ## check style
+lint: $(INSTALLED) ## check style and spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
 
 format: $(INSTALLED) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix .

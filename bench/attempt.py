@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import results
+from gpukern.runtime.records import build, plain
 
 #: The exit status of a run that left rows for another time (EX_TEMPFAIL of sysexits.h).
 UNFINISHED = 75
@@ -44,8 +45,8 @@ class Attempts:
     def left(self) -> Attempt | None:
         """What an earlier process was at when it hung or died."""
         try:
-            return Attempt(**json.loads(self._path.read_text()))
-        except (OSError, ValueError, TypeError):
+            return build(Attempt, json.loads(self._path.read_text()), "the attempt")
+        except (OSError, ValueError):
             return None
 
     @contextlib.contextmanager
@@ -57,7 +58,7 @@ class Attempts:
             self.done()
 
     def begin(self, attempt: Attempt, seconds: float) -> None:
-        results.write_text(self._path, json.dumps(attempt.__dict__) + "\n")
+        results.write_text(self._path, json.dumps(plain(attempt)) + "\n")
         self.wait(attempt, seconds)
 
     def wait(self, attempt: Attempt, seconds: float) -> None:

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
+from gpukern import tables
 from gpukern.conv import MEASURED, Constants, ConvPlan, Variant, expected, family_of, only_measured, ranked
+from gpukern.formatting import number
 
 #: Beyond these factors of today's value a constant is no longer what its name says.
 _LEAST, _MOST = 0.2, 4.0
@@ -156,10 +157,10 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     with Console(stderr=True).status("fitting"):
         fitted = fit(rows, MEASURED)
-    table = Table("constants", "error of log(seconds)", "chosen / fastest, mean", "worst")
+    table = tables.table("constants", *tables.numbers("error of log(seconds)", "chosen / fastest, mean", "worst"))
     for name, constants in (("today's", MEASURED), ("fitted", fitted)):
         found = quality(rows, constants)
-        table.add_row(name, f"{found.error:.3f}", f"{found.regret:.3f}", f"{found.worst:.2f}")
+        table.add_row(name, number(found.error), number(found.regret), number(found.worst))
     console.print(f"{sum(map(len, rows)):,} plans of {len(rows)} rows")
     console.print(table)
     for field in fields(fitted):

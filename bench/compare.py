@@ -11,9 +11,10 @@ from rich.text import Text
 
 from bench import report as words
 from bench.report.summary import common_timing, group_key
-from bench.report.terminal import console, grid, new_table
+from bench.report.terminal import console, new_table
 from bench.results import Candidate, Case, Environment, Results, ResultsError, Row
 from bench.stats import Spread, spread
+from gpukern.tables import pairs
 
 #: A change of our time that small is nobody's business, however sure it is.
 THRESHOLD = 0.02
@@ -133,7 +134,7 @@ def _times(old: Candidate, new: Candidate) -> tuple[str, Spread, Spread] | None:
 def show(comparison: Comparison, to: Console | None = None) -> None:
     """Print it, the bad news first."""
     to, c = to or console(), comparison
-    to.print(grid(_header(c)))
+    to.print(pairs(_header(c)))
     for row in c.unclear:
         text = Text("broken" if row.broken else "not compared", style="bold red" if row.broken else "yellow")
         to.print(text.append(f"  {_name(row.case)}: {row.old} → {row.new}: {row.reason}", style="not bold default"))

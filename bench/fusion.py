@@ -24,12 +24,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
-from rich.table import Table
 
 import gpukern
 from bench.peers import torch_at_its_best
 from bench.report.markdown import table
 from bench.results import write_text
+from gpukern import tables
 from gpukern.fusion.capture import quiet
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,7 +230,7 @@ def main(
             except ImportError as error:
                 bar.console.print(f"{name}: {error}")
             gc.collect()
-    shown = Table(*_COLUMNS, title="What gpukern.fuse folds")
+    shown = tables.table(_COLUMNS[0], *tables.numbers(*_COLUMNS[1:]), title="What gpukern.fuse folds")
     for row in rows:
         shown.add_row(*_cells(row))
     Console().print(shown)

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import gpukern.optim as optim
 from bench import optimizer_device
@@ -39,6 +38,8 @@ from bench.optimizer_steps import (
     stubbed_launch,
 )
 from bench.results import write_text
+from gpukern import tables
+from gpukern.formatting import percent
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -149,9 +150,8 @@ def microseconds(call: Callable[[], Any], rounds: int, before: Callable[[], None
 
 
 def show(rows: Sequence[Any], title: str, columns: dict[str, Callable[[Any], str]], console: Console) -> None:
-    table = Table(title=title)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+    first, *others = columns
+    table = tables.table(first, *tables.numbers(*others), title=title)
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
     console.print(table)
@@ -186,7 +186,7 @@ def _device_columns(copy: float) -> dict[str, Callable[[Any], str]]:
         "candidate": lambda row: row.candidate,
         "ms": lambda row: f"{row.seconds * 1e3:.3f}" if row.seconds else row.problem_found,
         "GB/s of the floor": lambda row: f"{row.bandwidth / 1e9:,.0f}",
-        "of a copy": lambda row: f"{row.bandwidth / copy:.0%}",
+        "of a copy": lambda row: percent(row.bandwidth / copy),
     }
 
 

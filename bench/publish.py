@@ -111,8 +111,8 @@ def _networks(group: Group, timed: Sequence[Throughput]) -> Iterator[list[str]]:
         best = max(peers, key=lambda each: each.images)
         yield [
             f"{words.case_name(ours.case)}: {group.key.suite}, {_what(group.key)}, images/s",
-            words.per_second(ours.images),
-            f"{words.per_second(best.images)} ({markdown.escape(best.candidate)})",
+            words.number(ours.images),
+            f"{words.number(best.images)} ({markdown.escape(best.candidate)})",
             _times(best.p50 / ours.p50),
         ]
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from gpukern.runtime import files
+from gpukern.runtime.records import RecordError, build, plain
 
 #: Raised by one whenever a reader of the old form would misread the new one.
 SCHEMA = 1
@@ -194,9 +194,9 @@ class Predictions:
 def write(path: Path, results: Results | Predictions) -> None:
     """Replace ``path`` as :func:`write_text` does."""
     header = {"schema": SCHEMA, "kind": results.file_kind}
-    header |= {f.name: _plain(getattr(results, f.name)) for f in dataclasses.fields(results) if f.name != "rows"}
+    header |= {f.name: plain(getattr(results, f.name)) for f in dataclasses.fields(results) if f.name != "rows"}
     # A row a line: short files, and a diff that shows which rows changed.
-    rows = ",\n".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) for row in results.rows)
+    rows = ",\n".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) for row in results.rows)
     text = (
         json.dumps(header, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
         + f',\n "rows": [\n{rows}\n ]\n}}\n'
@@ -225,63 +225,12 @@ def read(path: Path) -> Results | Predictions:
     for kind in (Results, Predictions):
         if raw.get("kind") == kind.file_kind:
             values = {name: value for name, value in raw.items() if name not in ("schema", "kind")}
-            return _build(kind, values, str(path))
+            return _built(kind, values, str(path))
     raise ResultsError(f"{path}: kind {raw.get('kind')!r} is neither 'measured' nor 'predicted'")
 
 
-def _plain(value: Any) -> Any:
-    """``value`` as JSON has it."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return value
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as JSON has it, made into ``kind``; ResultsError with the place if it does not fit."""
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, where)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _build(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is Literal:
-        _require(value in arguments, where, f"one of {', '.join(map(repr, arguments))}", value)
-        return value
-    if origin in (tuple, list):
-        _require(isinstance(value, list), where, "a list", value)
-        return origin(_build(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        _require(isinstance(value, dict), where, "an object", value)
-        return {name: _build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    accepted = (int, float) if kind is float else kind
-    _require(isinstance(value, accepted) and (kind is bool) == isinstance(value, bool), where, kind.__name__, value)
-    return value
-
-
-def _build_dataclass(kind: type, value: Any, where: str) -> Any:
-    _require(isinstance(value, dict), where, "an object", value)
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = value.keys() - fields.keys()
-    if unknown:
-        raise ResultsError(f"{where}: unknown {', '.join(sorted(unknown))}")
-    needed = {
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
-    if needed - value.keys():
-        raise ResultsError(f"{where}: no {', '.join(sorted(needed - value.keys()))}")
-    return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
-
-
-def _require(holds: bool, where: str, expected: str, value: Any) -> None:
-    if not holds:
-        raise ResultsError(f"{where}: expected {expected}, got {json.dumps(value)[:60]}")
+def _built(kind: type, values: dict[str, Any], where: str) -> Any:
+    try:
+        return build(kind, values, where)
+    except RecordError as error:
+        raise ResultsError(str(error)) from None

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
 
 from bench import results
 from bench.attempt import UNFINISHED
 from bench.environment import ROOT
+from gpukern.runtime.records import build, plain
 
 #: Between two looks at what a step has left so far.
 _MEANWHILE = 10.0
@@ -68,15 +69,15 @@ class State:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "stages.json"
-        self._done: dict[str, dict] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        known = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._done = build(dict[str, Done], known, str(self._path))
 
     def get(self, stage: str, step: Step) -> Done | None:
-        found = self._done.get(f"{stage}/{step.name}")
-        return Done(**found) if found else None
+        return self._done.get(f"{stage}/{step.name}")
 
     def put(self, stage: str, step: Step, done: Done) -> None:
-        self._done[f"{stage}/{step.name}"] = asdict(done)
-        results.write_text(self._path, json.dumps(self._done, indent=1) + "\n")
+        self._done[f"{stage}/{step.name}"] = done
+        results.write_text(self._path, json.dumps(plain(self._done), indent=1) + "\n")
 
 
 def run_stage(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from gpukern.explain.command import app as explain
+from gpukern.formatting import memory
 from gpukern.fusion.command import explain_model, fuse
 from gpukern.info import Component, Info, gather
+from gpukern.runtime.records import plain
+from gpukern.tables import pairs
 from gpukern.tune.command import tune
 from gpukern.version import __version__
 
@@ -49,12 +50,10 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for p
     gathered = gather()
     console = Console()
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(gathered), indent=2))
+        typer.echo(json.dumps(plain(gathered), indent=2))
     elif console.is_terminal:
-        table = Table.grid(padding=(0, 2))
-        for name, value, good in _rows(gathered):
-            table.add_row(Text(name, style="bold"), Text(value, style="" if good else "yellow"))
-        console.print(table)
+        rows = ((name, Text(value, style="" if good else "yellow")) for name, value, good in _rows(gathered))
+        console.print(pairs(rows))
     else:
         for name, value, _ in _rows(gathered):
             typer.echo(f"{name}: {value}")
@@ -66,7 +65,7 @@ def _rows(info: Info) -> list[tuple[str, str, bool]]:
     for device in info.devices:
         value = (
             f"{device.name}, compute capability {device.compute_capability}, {device.sm_count} SMs, "
-            f"{device.memory / 2**30:.1f} GiB, {device.shared_memory // 1024} KiB shared memory per block"
+            f"{memory(device.memory)}, {memory(device.shared_memory)} shared memory per block"
         )
         rows.append((f"device cuda:{device.index}", value, True))
     if not info.devices:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 import gpukern.nn
 from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
+from gpukern.formatting import count
 from gpukern.nn.leaf import mark
 from gpukern.nn.sequential import is_plain, runs, subclass_of
 from gpukern.runtime import kept
@@ -100,8 +101,9 @@ class ConversionReport:
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
+
+        from gpukern.tables import table
 
         parts: list[RenderableType] = [Text(self._headline("replaced", self.replaced), style="green")]
         if self.together:
@@ -110,10 +112,10 @@ class ConversionReport:
             parts.append(Text(self._headline("gpukern's already", self.already)))
         parts.append(Text(self._headline("left to torch", self.left), style="yellow" if self.left else "green"))
         if self.left:
-            table = Table("layer", "type", "why torch computes it")
+            left = table("layer", "type", "why torch computes it")
             for name, kind, reason in self.left:
-                table.add_row(Text(name or "(the model)"), kind, Text(reason))
-            parts.append(table)
+                left.add_row(Text(name or "(the model)"), kind, Text(reason))
+            parts.append(left)
         return Group(*parts, Text(_FOOTNOTE, style="dim"))
 
     @staticmethod
@@ -122,7 +124,7 @@ class ConversionReport:
     ) -> str:
         kinds = Counter(layer.type for layer in layers)
         listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-        return f"{what}: {len(layers)} {noun}{'' if len(layers) == 1 else 's'}{f' ({listed})' if listed else ''}"
+        return f"{what}: {count(len(layers), noun)}{f' ({listed})' if listed else ''}"
 
 
 def convert(

@@ -3,7 +3,7 @@
 The exporter finds them by itself::
 
     torch.onnx.export(gpukern.convert(model), (x,), "model.onnx", dynamo=True)
-    torch.onnx.export(gpukern.fuse(model, x).module, (x,), "model.onnx", dynamo=True)
+    torch.onnx.export(gpukern.fuse(model, x), (x,), "model.onnx", dynamo=True)
 
 Everyone else who wants a graph of torch's operators only, as other compilers do, gives them to torch.export::
 

@@ -22,6 +22,7 @@ from rich.table import Table
 import gpukern
 from gpukern.fusion.errors import FusionError
 from gpukern.runtime.mode import has_triton
+from gpukern.runtime.records import build
 from models import data
 from models.kernel_check import Comparison, check_checkpoint
 from models.train import CHECKPOINT, Interrupted, choose_device, describe_mode, make_console, run, save_plots
@@ -128,7 +129,7 @@ def _emulated() -> list[Comparison]:
     process = subprocess.run(command, env={**os.environ, "GPUKERN_EMULATE": "1"}, stdout=subprocess.PIPE, text=True)
     if process.returncode:  # it has told why on stderr
         raise typer.Exit(1)
-    return [Comparison(**fields) for fields in json.loads(process.stdout)]
+    return build(list[Comparison], json.loads(process.stdout), "models.kernel_check")
 
 
 def _table(comparisons: list[Comparison]) -> Table:

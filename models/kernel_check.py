@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import typer
 from gpukern import summary
 from gpukern.runtime.mode import Mode, force_mode, mode_of
 from gpukern.runtime.precision import fp32_products
+from gpukern.runtime.records import plain
 from models import checkpoint, data
 from models.data import Samples
 from models.lenet import LeNet5
@@ -159,7 +160,7 @@ def check_checkpoint(path: Path, images: int, device: torch.device) -> list[Comp
 def main(path: Path, images: int = 4) -> None:
     """Print the comparisons as JSON."""
     comparisons = check_checkpoint(path, images, torch.device("cpu"))
-    print(json.dumps([asdict(comparison) for comparison in comparisons]))
+    print(json.dumps(plain(comparisons, name_nonfinite=True)))
 
 
 if __name__ == "__main__":

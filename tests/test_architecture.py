@@ -15,6 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 LAYERS = (
     *(
         "version",
+        "formatting",
+        "tables",
         "runtime",
         "ops._image",
         "ops._pixels",
@@ -54,6 +56,7 @@ TORCH_FREE = (
     "problem.py",
     "properties.py",
     "registry.py",
+    "records.py",
     "roofline.py",
     "splits.py",
     "strides.py",
@@ -102,7 +105,7 @@ def test_imports_run_one_way(path):
             assert layer_of(rest) in allowed, f"{layer} imports {name}"
 
 
-@pytest.mark.parametrize("path", filter(torch_free, MODULES), ids=str)
+@pytest.mark.parametrize("path", [*filter(torch_free, MODULES)], ids=str)
 def test_plans_know_neither_torch_nor_triton(path):
     tops = {name.split(".")[0] for name in imported(path)}
     assert not tops & {"torch", "triton", "numpy", "cupy"}
@@ -145,3 +148,12 @@ def test_all_that_the_door_names_is_there():
     assert all(getattr(conv, name) is not None for name in conv.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         conv.nothing  # noqa: B018 - the access is what is tested
+
+
+def test_what_is_no_module_is_packaged():
+    tomllib = pytest.importorskip("tomllib")
+    setup = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = setup["tool"]["setuptools"]["package-data"]["gpukern"]
+    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others <= packaged, others - packaged

@@ -189,7 +189,7 @@ def test_devices_are_described_and_their_failure_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     line = next(line for line in runner.invoke(app, ["info"]).output.splitlines() if line.startswith("device cuda:0"))
     assert line == (
-        "device cuda:0: NVIDIA H100, compute capability 9.0, 132 SMs, 80.0 GiB, 227 KiB shared memory per block"
+        "device cuda:0: NVIDIA H100, compute capability 9.0, 132 SMs, 80 GiB, 227 KiB shared memory per block"
     )
 
     def fails():

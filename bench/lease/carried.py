@@ -11,11 +11,12 @@ import hashlib
 import json
 import os
 import tarfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench import results
 from bench.environment import ROOT, source_hash
+from gpukern.runtime.records import build, plain
 
 #: Of every machine.
 FOLDER = Path("/tmp/gpukern-lease")
@@ -47,7 +48,7 @@ def triton_key() -> str:
 
 def pack(folder: Path, carried: Carried, archive: Path) -> int:
     """Write ``archive`` of ``folder``; its size. What only people read of a kernel stays behind."""
-    results.write_text(folder / _MANIFEST, json.dumps(asdict(carried), indent=1) + "\n")
+    results.write_text(folder / _MANIFEST, json.dumps(plain(carried), indent=1) + "\n")
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(archive, "w:xz") as made:
         for path in sorted(folder.rglob("*")):
@@ -81,8 +82,8 @@ def forget(folder: Path) -> None:
 
 def read(folder: Path) -> Carried | None:
     try:
-        return Carried(**json.loads((folder / _MANIFEST).read_text()))
-    except (OSError, ValueError, TypeError):
+        return build(Carried, json.loads((folder / _MANIFEST).read_text()), _MANIFEST)
+    except (OSError, ValueError):
         return None
 
 

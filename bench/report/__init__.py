@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.results import Candidate, Case, Ceilings, Environment, Prediction, Predictions, Results, Row
 from bench.stats import Spread
+from gpukern.formatting import count, decimals, error, memory, number, percent, ratio
 
 TIMINGS = {"graph": "CUDA graph", "eager": "calls from Python", "wall": "wall clock"}
 NOT_MEASURED = "predicted, not measured"
 
 
-def decimals(value: float, digits: int = 4) -> int:
-    """How many decimals show ``digits`` significant digits; at most 3."""
-    return min(3, max(0, digits - 1 - math.floor(math.log10(value)))) if value > 0 else 0
+def _decimals(microseconds: float) -> int:
+    """Four significant digits, but no fraction of a nanosecond."""
+    return min(3, decimals(microseconds, 4))
 
 
 def micro(value: float) -> str:
     """Microseconds: 1,234 or 12.34."""
-    return f"{value:,.{decimals(value)}f}"
+    return f"{value:,.{_decimals(value)}f}"
 
 
 def plus_minus(spread: Spread) -> str:
     """Half of the interval, with the decimals of its median."""
-    return f"±{(spread.high - spread.low) / 2:,.{decimals(spread.median)}f}"
-
-
-def ratio(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.{1 if value >= 10 else 2}f}×"
+    return f"±{(spread.high - spread.low) / 2:,.{_decimals(spread.median)}f}"
 
 
 def interval(spread: Spread) -> str:
@@ -39,13 +33,9 @@ def interval(spread: Spread) -> str:
     return f"{ratio(spread.low)[:-1]}–{ratio(spread.high)[:-1]}"
 
 
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.0f} %"
-
-
 def rate(value: float | None, unit: float) -> str:
     """Three significant digits of ``value / unit``."""
-    return "–" if value is None else f"{value / unit:,.{decimals(value / unit, 3)}f}"
+    return number(None if value is None else value / unit)
 
 
 def is_network(case: Case) -> bool:
@@ -55,15 +45,6 @@ def is_network(case: Case) -> bool:
 
 def images_per_second(case: Case, microseconds: float) -> float:
     return case.batch / microseconds * 1e6
-
-
-def per_second(value: float) -> str:
-    """Three significant digits at least, and never half an image where there are many."""
-    return f"{value:,.{decimals(value, 3)}f}"
-
-
-def count(number: int, singular: str, plural: str = "") -> str:
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def record(wins: int, losses: int, ties: int) -> str:
@@ -100,7 +81,7 @@ def state(candidate: Candidate) -> str:
 def reason(candidate: Candidate, row: Row) -> str:
     """Why a candidate is not ok."""
     if candidate.status == "wrong" and candidate.error is not None and not candidate.message:
-        return f"error {candidate.error:.1e}, bound {row.bound:.1e}"
+        return f"error {error(candidate.error)}, bound {error(row.bound)}"
     return one_line(candidate.message) or "no reason given"
 
 
@@ -135,8 +116,8 @@ def evidence(environment: Environment, measured: Ceilings | None = None) -> list
         e.device,
         _known("compute capability {}", e.compute_capability),
         _known("{} SMs", e.sm_count),
-        _known("{:.0f} GiB", e.memory and e.memory / 2**30),
-        _known("{:.0f} MiB L2", e.l2_cache and e.l2_cache / 2**20),
+        _known("{}", e.memory and memory(e.memory)),
+        _known("{} L2", e.l2_cache and memory(e.l2_cache)),
     ]
     versions = [
         _known("driver {}", e.driver),
@@ -196,9 +177,9 @@ def predicted_columns(rows: Sequence[Prediction]) -> tuple[str, ...]:
 
 
 def predicted_cells(row: Prediction) -> list[str]:
-    images = [per_second(images_per_second(row.case, row.predicted_us))] if is_network(row.case) else []
+    images = [number(images_per_second(row.case, row.predicted_us))] if is_network(row.case) else []
     return [
-        case_name(row.case), one_line(row.plan), row.bound, str(row.launches), f"{row.waves:.2f}",
+        case_name(row.case), one_line(row.plan), row.bound, str(row.launches), number(row.waves),
         percent(row.efficiency), micro(row.floor_us), micro(row.predicted_us), ratio(row.predicted_us / row.floor_us),
         *images,
     ]  # fmt: skip

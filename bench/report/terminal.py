@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -16,6 +14,7 @@ from bench.report import throughput
 from bench.report.summary import Group, GroupKey, Line, Tally, Total, Versus, predicted_groups, summarize, tallies
 from bench.report.throughput import Throughput, throughputs
 from bench.results import Prediction, Predictions, Results
+from gpukern import tables
 
 #: Of what goes into a pipe: no window to fit, and nothing may be cut off.
 WIDE = 160
@@ -38,32 +37,14 @@ def show(results: Results | Predictions, to: Console | None = None) -> None:
         _show_results(results, to)
 
 
-def grid(rows: Iterable[tuple[str, str]]) -> Table:
-    """Names and values, the header of everything that is printed."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(Text(name, style="bold"), Text(value))
-    return table
-
-
 def new_table(title: str, caption: str, columns: Sequence[str], left: int = 1) -> Table:
-    """The first ``left`` columns are words, the others numbers, which never break; their headings do."""
-    table = Table(title=Text(title, style="bold"), caption=Text(caption, style="dim"), box=box.SIMPLE_HEAD)
-    table.title_justify = table.caption_justify = "left"
-    table.pad_edge, table.padding = False, (0, 0, 0, 1)
-    for index, column in enumerate(columns):
-        is_word = index < left
-        heading = column if is_word else "\n".join(textwrap.wrap(column, 13, break_long_words=False))
-        justify = "left" if is_word else "right"
-        table.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=not is_word, vertical="top")
-    return table
+    """The first ``left`` columns are words, the others numbers."""
+    return tables.table(*columns[:left], *tables.numbers(*columns[left:]), title=title, caption=caption, narrow=True)
 
 
 def _show_results(results: Results, to: Console) -> None:
     evidence = words.evidence(results.environment, results.ceilings)
-    to.print(grid(evidence + words.text_pairs(results.method) + words.settings(results)))
+    to.print(tables.pairs(evidence + words.text_pairs(results.method) + words.settings(results)))
     groups = summarize(results)
     for group in groups:
         to.print()
@@ -167,7 +148,7 @@ def _tallies(title: str, found: Sequence[Tally]) -> Table:
 
 
 def _show_predictions(predictions: Predictions, to: Console) -> None:
-    to.print(grid([("what", words.NOT_MEASURED), *words.predicted_evidence(predictions)]))
+    to.print(tables.pairs([("what", words.NOT_MEASURED), *words.predicted_evidence(predictions)]))
     for key, rows in predicted_groups(predictions):
         to.print()
         to.print(_predicted_table(key, rows))

@@ -10,6 +10,7 @@ from bench.report import TIMINGS
 from bench.report.summary import Group, Line, Outcome, outcome
 from bench.results import Candidate, Case
 from bench.stats import Spread, percentile, ratio, spread
+from gpukern.formatting import number
 
 COLUMNS = ("network", "candidate", "images/s", "p50 µs", "p99 µs", "its time / gpukern's", "95 % interval")
 #: How many of them are words, and which is the ratio.
@@ -40,7 +41,7 @@ class Throughput:
         times = words.micro(self.p50), words.micro(self.p99)
         compared = (words.ratio(self.ratio.median), words.interval(self.ratio)) if self.ratio else ("–", "–")
         name = words.one_line(self.candidate)
-        return [words.case_name(self.case), name, words.per_second(self.images), *times, *compared]
+        return [words.case_name(self.case), name, number(self.images), *times, *compared]
 
 
 def throughputs(group: Group) -> list[tuple[str, list[Throughput]]]:

@@ -11,7 +11,6 @@ with a warning, a plan that the kernels of this version do not offer is left out
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -23,12 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.plan import ConvPlan, Direction, Operands
 from gpukern.conv.planner import candidates
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.cache import cache_folder
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.files import write_text
+from gpukern.runtime.records import build, plain
 
 #: Of the files. Others are left alone.
 SCHEMA = 1
@@ -195,54 +195,54 @@ def _locked(path: Path) -> Iterator[None]:
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Timed:
+    plan: ConvPlan
+    microseconds: float | None
+
+
+@dataclass(frozen=True)
+class _Rejected:
+    plan: ConvPlan
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """An :class:`Entry` as files have it."""
+
+    plan: ConvPlan | None
+    microseconds: float | None
+    heuristic: _Timed
+    batch: int
+    rejected: tuple[_Rejected, ...]
+    versions: Mapping[str, str | None]
+    date: str
+
+
 def _json_of(entry: Entry) -> dict[str, Any]:
-    return {
-        "plan": entry.plan and dataclasses.asdict(entry.plan),
-        "microseconds": entry.microseconds,
-        "heuristic": {"plan": dataclasses.asdict(entry.heuristic), "microseconds": entry.heuristic_microseconds},
-        "batch": entry.batch,
-        "rejected": [{"plan": dataclasses.asdict(plan), "reason": reason} for plan, reason in entry.rejected],
-        "versions": dict(entry.versions),
-        "date": entry.date,
-    }
+    heuristic = _Timed(entry.heuristic, entry.heuristic_microseconds)
+    rejected = tuple(_Rejected(plan, reason) for plan, reason in entry.rejected)
+    return plain(_Stored(entry.plan, entry.microseconds, heuristic, entry.batch, rejected, entry.versions, entry.date))
 
 
 def _entry_of(stored: Any) -> Entry | None:
+    """None for what this version does not understand; of plans that it does not know, only the planner's is needed."""
     try:
-        heuristic = _plan_of(stored["heuristic"]["plan"])
-        rejected = [(_plan_of(each["plan"]), str(each["reason"])) for each in stored["rejected"]]
-        entry = Entry(
-            _plan_of(stored["plan"]),
-            _microseconds(stored["microseconds"]),
-            heuristic,
-            _microseconds(stored["heuristic"]["microseconds"]),
-            int(stored["batch"]),
-            tuple((plan, reason) for plan, reason in rejected if plan),
-            dict(stored["versions"]),
-            str(stored["date"]),
-        )
+        plan = stored["plan"] if _plan_of(stored["plan"]) else None
+        rejected = [each for each in stored["rejected"] if _plan_of(each["plan"])]
+        s = build(_Stored, {**stored, "plan": plan, "rejected": rejected}, "the entry", ignore_unknown=True)
     except (KeyError, TypeError, ValueError):
         return None
-    return entry if heuristic else None
-
-
-def _microseconds(stored: float | None) -> float | None:
-    return None if stored is None else float(stored)
+    pairs = tuple((each.plan, each.reason) for each in s.rejected)
+    return Entry(s.plan, s.microseconds, s.heuristic.plan, s.heuristic.microseconds, s.batch, pairs, s.versions, s.date)
 
 
 def _plan_of(stored: Any) -> ConvPlan | None:
     """None for what this version does not know."""
     try:
-        box = stored.get("box")
-        plan = ConvPlan(
-            **{
-                **stored,
-                "variant": Variant(stored["variant"]),
-                "box": None if box is None else tuple(box),
-                "pack": tuple(stored.get("pack", ConvPlan.pack)),
-            }
-        )
-    except (AttributeError, KeyError, TypeError, ValueError):
+        plan = build(ConvPlan, stored, "the plan")
+    except ValueError:
         return None
     # Other values need no check: a plan is used if a kernel offers its like.
-    return plan if isinstance(plan.splits, int) and plan.splits > 0 else None
+    return plan if plan.splits > 0 else None

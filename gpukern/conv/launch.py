@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from gpukern.conv.layouts import Strides
@@ -26,7 +28,23 @@ def conv2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    return _with_epilogue(Direction.FORWARD, problem, input, weight, bias, residual, activation, negative_slope)
+    dtype = input.dtype
+    prepared = prepare_launch(
+        problem,
+        _FORWARD,
+        input.stride(),
+        weight.stride(),
+        None,
+        (input.data_ptr() | weight.data_ptr()) % 16 == 0,
+        dtype,
+        conv_precision(dtype),
+        device_spec(input.device),
+        _epilogue(activation, residual is not None),
+        None,
+    )
+    output = input.new_empty_strided(prepared.shape, prepared.strides)
+    write(prepared, output, input, weight, bias, residual, negative_slope)
+    return output
 
 
 def conv_transpose2d(
@@ -38,14 +56,14 @@ def conv_transpose2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    return _with_epilogue(Direction.INPUT_GRAD, problem, input, weight, bias, residual, activation, negative_slope)
-
-
-def _with_epilogue(
-    direction: Direction, problem: ConvProblem, input, weight, bias, residual, activation: str, negative_slope: float
-) -> torch.Tensor:
-    prepared = prepared_for(problem, direction, input, weight, None, Epilogue(activation, residual is not None))
+    epilogue = _epilogue(activation, residual is not None)
+    prepared = prepared_for(problem, Direction.INPUT_GRAD, input, weight, None, epilogue)
     return run(prepared, input, weight, bias, residual, negative_slope)[0]
+
+
+_FORWARD = Direction.FORWARD  # an enumeration takes a while to find its members
+#: The same object for the same arguments: looking one up takes less time than making one.
+_epilogue = functools.cache(Epilogue)
 
 
 def conv2d_statistics(
@@ -107,7 +125,7 @@ def run(
     negative_slope: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(output, its statistics fp32 [3, tiles, K] if the launch was prepared to make them)."""
-    output = torch.empty_strided(prepared.shape, prepared.strides, dtype=first.dtype, device=first.device)
+    output = first.new_empty_strided(prepared.shape, prepared.strides)
     return output, write(prepared, output, first, second, bias, residual, negative_slope)
 
 
@@ -126,6 +144,8 @@ def write(
     chose the plan.
     """
     try:
+        if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
+            return prepared.launch.run(first, second, output, bias, None, None, negative_slope)
         return _write(prepared, output, first, second, bias, residual, negative_slope)
     except DescriptorRefused as problem:
         if prepared.again is None:
@@ -159,7 +179,7 @@ def _write(
         second = channels_last_copy(second)
     written = output
     if pack_output:
-        written = torch.empty_strided(prepared.shape, prepared.written, dtype=output.dtype, device=output.device)
+        written = output.new_empty_strided(prepared.shape, prepared.written)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()  # the only operand that kernels take without strides
     if residual is not None and not _lies_like(residual, prepared.written):

@@ -69,13 +69,15 @@ def prepare_launch(
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
+    launch = importlib.import_module(family_of(choice).launch_module).prepare(request, choice)
     return Prepared(
         choice,
         of_output,
         strides,
         request.output,
-        importlib.import_module(family_of(choice).launch_module).prepare(request, choice),
+        launch,
         epilogue.activation,
+        not (any(choice.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
         again,
     )
 

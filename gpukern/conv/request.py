@@ -96,6 +96,7 @@ class Prepared:
     """A launch but for its tensors.
 
     ``shape`` and ``strides`` are the output's; ``written`` are those of what the kernel writes, before a last copy.
+    ``in_place``: the kernel takes first, second and output as they are, none of them empty, and makes no statistics.
     ``again`` prepares the same once more, with the plan that is chosen then; None where the caller chose the plan.
     """
 
@@ -105,6 +106,7 @@ class Prepared:
     written: Strides
     launch: Launch
     activation: str
+    in_place: bool
     again: Callable[[], Prepared] | None = None
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gpukern import formatting
+
 WIDTH, HEIGHT = 64, 12
 
 
@@ -53,7 +55,7 @@ def _with_rates(cells: list[list[str]], top: float, bottom: float) -> list[str]:
     lines = []
     for number, line in enumerate(cells):
         value = 2 ** (top - (top - bottom) * number / last) / 1e12
-        label = f"{_short(value):>7}" if number % 3 == 0 or number == last else " " * 7
+        label = f"{formatting.number(value, 2):>7}" if number % 3 == 0 or number == last else " " * 7
         lines.append(f"{label} ┤{''.join(line)}".rstrip())
     return lines
 
@@ -63,13 +65,9 @@ def _axis(left: float, right: float, width: int) -> list[str]:
     line, labels = ["─"] * width, [" "] * (width + 8)
     free = 0
     for power in range(math.ceil(left / 2) * 2, math.floor(right) + 1, 2):
-        at, words = round((power - left) / (right - left) * (width - 1)), _short(2.0**power)
+        at, words = round((power - left) / (right - left) * (width - 1)), formatting.tick(2.0**power)
         line[at] = "┴"
         if at >= free:
             labels[at : at + len(words)] = words
             free = at + len(words) + 1
     return [" " * 8 + "└" + "".join(line), " " * 9 + "".join(labels).rstrip() + " FLOP/byte"]
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -22,6 +22,7 @@ from gpukern.conv import (
 )
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import Question
+from gpukern.formatting import micro, number, percent, size
 from gpukern.runtime.roofline import Floor, Work, floor
 
 #: Expected times of so many bounds need a word.
@@ -122,13 +123,13 @@ def _limit(found: Answer) -> str:
     memory = cost.bytes / found.question.device.peaks.bandwidth
     if memory >= cost.compute:
         more = cost.bytes / found.work.bytes
-        moved = f"{megabytes(cost.bytes)} ({more:.1f} times what must move)" if more > 1.05 else megabytes(cost.bytes)
+        moved = size(cost.bytes) + (f" ({number(more, 2)} times what must move)" if more > 1.05 else "")
         limit = f"Memory bounds it: its {moved} take {micro(memory)}, its products {micro(cost.compute)}."
     else:
         waves = "one wave" if cost.waves <= 1 else f"{math.ceil(cost.waves)} waves"
         limit = (
-            f"Arithmetic bounds it: its products take {micro(cost.compute)} in {waves} of tiles, {cost.efficiency:.0%} "
-            f"of them useful, its memory traffic {micro(memory)}."
+            f"Arithmetic bounds it: its products take {micro(cost.compute)} in {waves} of tiles, "
+            f"{percent(cost.efficiency)} of them useful, its memory traffic {micro(memory)}."
         )
     if seconds > _FAR * cost.seconds:
         limit += f" It is expected to take {micro(seconds)}: small tiles, their loops and waiting add the rest."
@@ -170,15 +171,7 @@ def _comparison(which: str, other: Ranked, found: Answer) -> str:
     if abs(times - 1) < 0.005:
         words = "as long"
     elif times < 1:
-        words = f"{1 - times:.0%} less"
+        words = f"{percent(1 - times)} less"
     else:
-        words = f"{times - 1:.0%} longer" if times < 2 else f"{times:.1f} times as long"
+        words = f"{percent(times - 1)} longer" if times < 2 else f"{number(times, 2)} times as long"
     return f"{which}, {describe_plan(other.plan, found.question.direction)}, is expected to take {words}."
-
-
-def micro(seconds: float) -> str:
-    return f"{seconds * 1e6:.{1 if seconds >= 1e-6 else 2}f} µs"
-
-
-def megabytes(count: float) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

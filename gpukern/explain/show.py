@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 from collections.abc import Iterator
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from gpukern import tables
 from gpukern.conv import Ranked, shapes
 from gpukern.explain.chart import Point, chart
 from gpukern.explain.compiled import Compiled
 from gpukern.explain.formatting import by, describe, describe_plan
-from gpukern.explain.ranking import Answer, megabytes, micro, reasons, residual_bytes
-
-#: Columns of what goes into a pipe: no window to fit, and nothing may be cut off.
-_WIDE = 150
+from gpukern.explain.ranking import Answer, reasons, residual_bytes
+from gpukern.formatting import flops, memory, micro, number, percent, size
+from gpukern.runtime.records import plain
+from gpukern.tables import numbers, pairs, show
 
 _FLOOR, _EXPECTED = "●", "○"
 
 
 def print_answer(found: Answer, code: list[Compiled] | str, top: int) -> None:
     """In colour on a terminal, as plain text into anything else."""
-    terminal = Console(highlight=False)
-    if terminal.is_terminal:
-        terminal.print(render(found, code, top))
-        return
-    plain = Console(width=_WIDE, color_system=None, highlight=False, file=io.StringIO())
-    plain.print(render(found, code, top))
-    print("\n".join(line.rstrip() for line in plain.file.getvalue().splitlines()))
+    show(render(found, code, top))
 
 
 def render(found: Answer, code: list[Compiled] | str, top: int) -> RenderableType:
@@ -55,25 +46,18 @@ def _facts(found: Answer) -> RenderableType:
     asked, work = found.question, found.work
     rows = [
         ("output", by(*shapes(asked.problem, asked.direction)[2])),
-        ("work", f"{_flops(work.flops)}, {megabytes(work.bytes)}, {found.intensity:.0f} FLOP per byte"),
+        ("work", f"{flops(work.flops)}, {size(work.bytes)}, {number(found.intensity)} FLOP per byte"),
         ("floor", f"{micro(found.floor.seconds)}, bound by {found.floor.bound}"),
         ("plan", describe_plan(found.chosen.plan, asked.direction)),
         ("expected", f"{micro(found.chosen.seconds)}, {_share(found)} of the floor's speed"),
     ]
     if added := residual_bytes(asked):
-        rows.insert(2, ("residual", f"{megabytes(added)} of these bytes"))
-    grid = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        grid.add_row(Text(name, style="bold"), Text(value))
-    return Padding(grid, (0, 0, 1, 0))
+        rows.insert(2, ("residual", f"{size(added)} of these bytes"))
+    return Padding(pairs(rows), (0, 0, 1, 0))
 
 
 def _share(found: Answer) -> str:
-    return f"{found.floor.seconds / found.chosen.seconds:.0%}" if found.chosen.seconds else "100%"
-
-
-def _flops(count: float) -> str:
-    return f"{count / 1e9:.2f} GFLOP" if count >= 1e7 else f"{count / 1e6:.2f} MFLOP"
+    return percent(found.floor.seconds / found.chosen.seconds if found.chosen.seconds else 1.0)
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------
@@ -84,7 +68,7 @@ _COLUMNS = ("expected µs", "bound µs", "waves", "efficiency", "launches", "mem
 def _plans(found: Answer, top: int) -> RenderableType:
     rows = listed(found, top)
     left_out = len(found.ranking) - len([row for row in rows if row in found.ranking])
-    table = _table("plans", "plan", _COLUMNS)
+    table = tables.table("plan", *numbers(*_COLUMNS), title="plans")
     for ranked in rows:
         chosen = ranked.plan == found.chosen.plan
         words = describe_plan(ranked.plan, found.question.direction)
@@ -92,7 +76,6 @@ def _plans(found: Answer, top: int) -> RenderableType:
         table.add_row(Text(mark + words), *map(Text, _cells(ranked)), style="bold" if chosen else None)
     if left_out:
         table.caption = Text(f"{left_out} more, all expected to be slower", style="dim")
-        table.caption_justify = "left"
     return table
 
 
@@ -107,21 +90,13 @@ def listed(found: Answer, top: int) -> list[Ranked]:
 def _cells(ranked: Ranked) -> tuple[str, ...]:
     cost = ranked.cost
     return (
-        f"{ranked.seconds * 1e6:.1f}",
-        f"{cost.seconds * 1e6:.1f}",
-        f"{cost.waves:.2f}",
-        f"{cost.efficiency:.0%}",
+        number(ranked.seconds * 1e6),
+        number(cost.seconds * 1e6),
+        number(cost.waves),
+        percent(cost.efficiency),
         str(cost.launches),
-        megabytes(cost.bytes),
+        size(cost.bytes),
     )
-
-
-def _table(title: str, first: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 # ---- machine code --------------------------------------------------------------------------------------------------
@@ -129,13 +104,13 @@ def _table(title: str, first: str, columns: tuple[str, ...]) -> Table:
 
 def _code(code: list[Compiled]) -> Iterator[RenderableType]:
     columns = ("grid", "registers", "shared memory", "spills", "instructions", "main loop", "copies ahead")
-    table = _table("machine code", "kernel", columns)
+    table = tables.table("kernel", *numbers(*columns), title="machine code")
     for each in code:
         table.add_row(
             each.kernel,
             by(*each.grid),
             str(each.registers),
-            f"{each.shared_memory / 1024:.1f} KiB",
+            memory(each.shared_memory),
             Text(str(each.spills), style="red" if each.spills else ""),
             str(each.instructions),
             str(each.loop_length),
@@ -161,7 +136,9 @@ def _roofline(found: Answer) -> Iterator[RenderableType]:
         Point(_EXPECTED, work.flops / cost.bytes, work.flops / found.chosen.seconds),
     ]
     rate = peaks.matrix_rates[work.kind]
-    yield Text(f"\nTFLOP/s of {work.kind} on {found.question.device.name}, {peaks.bandwidth / 1e12:.2f} TB/s", "bold")
+    yield Text(
+        f"\nTFLOP/s of {work.kind} on {found.question.device.name}, {number(peaks.bandwidth / 1e12)} TB/s", "bold"
+    )
     yield Text("\n".join(chart(rate, peaks.bandwidth, points)), no_wrap=True)
     yield Text(f"{_FLOOR} floor   {_EXPECTED} this plan as expected", style="dim")
 
@@ -184,7 +161,7 @@ def as_json(found: Answer, code: list[Compiled] | str) -> dict[str, Any]:
         "flops": found.work.flops,
         "bytes": found.work.bytes,
         "intensity": found.intensity,
-        "floor": dataclasses.asdict(found.floor),
+        "floor": plain(found.floor),
         "chosen": _plan_json(found.chosen),
         "from_plan_database": found.measured,
         "reasons": reasons(found),
@@ -196,11 +173,11 @@ def as_json(found: Answer, code: list[Compiled] | str) -> dict[str, Any]:
 
 def _plan_json(ranked: Ranked) -> dict[str, Any]:
     return {
-        "plan": dataclasses.asdict(ranked.plan) | {"variant": ranked.plan.variant.value},
-        "cost": dataclasses.asdict(ranked.cost),
+        "plan": plain(ranked.plan),
+        "cost": plain(ranked.cost),
         "expected_seconds": ranked.seconds,
     }
 
 
 def _kernel_json(compiled: Compiled) -> dict[str, Any]:
-    return dataclasses.asdict(compiled) | {"loop_length": compiled.loop_length}
+    return plain(compiled) | {"loop_length": compiled.loop_length}

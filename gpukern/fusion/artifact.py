@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gpukern.fusion.module import FusedModule, Interface
 from gpukern.fusion.program import InputSpec
 from gpukern.fusion.report import IN_ARCHIVE, FusionReport
 from gpukern.runtime.files import replacing
+from gpukern.runtime.records import build, plain
 
 #: The name in the archive of how the network is called; by it and the report a fused model is told from others.
 _INTERFACE = "gpukern_interface.json"
@@ -39,8 +41,6 @@ Without the import, torch says only that it cannot deserialize the file.
 #: What torch.export keeps of where a node comes from.
 _OF_SOURCES = ("stack_trace", "from_node", "source_fn_stack", "torch_fn", "custom")
 _PATH = re.compile(r"(?:\b[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+([^\s/\\:'\"]+)")
-#: Fields of it that JSON can hold.
-_AS_IT_IS = ("channels_last", "constants", "apart", "may_lack_it")
 
 
 def save(path: str | os.PathLike[str], module: FusedModule, report: FusionReport, example: tuple, free: bool) -> None:
@@ -114,30 +114,54 @@ def read(path: str | os.PathLike[str], cuda_graph: bool) -> FusedModel:
     return FusedModel(FusedModule(network, interface), report, example, free, cuda_graph)
 
 
+@dataclass(frozen=True)
+class _StoredInput:
+    """An :class:`InputSpec` with the names of its dtypes."""
+
+    sizes: tuple[int | None, ...]
+    dtype: str
+    batch: str | None
+    example: str | None
+
+
+@dataclass(frozen=True)
+class _StoredInterface:
+    """An :class:`Interface` as the file has it: every field under its name, tree specs as torch writes them."""
+
+    inputs: tuple[_StoredInput | None, ...]
+    in_spec: str
+    out_spec: str
+    channels_last: bool
+    constants: tuple[Any, ...]
+    apart: dict[str, list[int]]
+    may_lack_it: bool
+    signature: Signature
+
+
 def _interface_as_text(interface: Interface) -> str:
-    inputs = [
-        spec and {"sizes": spec.sizes, "dtype": _name(spec.dtype), "batch": spec.batch, "example": _name(spec.example)}
-        for spec in interface.inputs
-    ]
-    specs = {"in_spec": pytree.treespec_dumps(interface.in_spec), "out_spec": pytree.treespec_dumps(interface.out_spec)}
-    given = {name: getattr(interface, name) for name in _AS_IT_IS}
-    return json.dumps({"inputs": inputs, **specs, **given, "signature": interface.signature.plain()})
+    fields = {field.name: getattr(interface, field.name) for field in dataclasses.fields(interface)}
+    fields["inputs"] = tuple(spec and _stored_input(spec) for spec in interface.inputs)
+    fields |= {name: pytree.treespec_dumps(fields[name]) for name in ("in_spec", "out_spec")}
+    return json.dumps(plain(_StoredInterface(**fields)))
 
 
-def _name(dtype: torch.dtype | None) -> str | None:
-    return dtype and str(dtype).removeprefix("torch.")
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return name and getattr(torch, name)
+def _stored_input(spec: InputSpec) -> _StoredInput:
+    return _StoredInput(spec.sizes, _name(spec.dtype), spec.batch, spec.example and _name(spec.example))
 
 
 def _interface_of(text: str) -> Interface:
-    found = json.loads(text)
-    inputs = (
-        spec and InputSpec(tuple(spec["sizes"]), _dtype(spec["dtype"]), spec["batch"], _dtype(spec["example"]))
-        for spec in found["inputs"]
+    stored = build(_StoredInterface, json.loads(text), "the interface")
+    fields = {field.name: getattr(stored, field.name) for field in dataclasses.fields(stored)}
+    fields["inputs"] = tuple(
+        spec and InputSpec(spec.sizes, _dtype(spec.dtype), spec.batch, spec.example and _dtype(spec.example))
+        for spec in stored.inputs
     )
-    specs = {name: pytree.treespec_loads(found[name]) for name in ("in_spec", "out_spec")}
-    given = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in _AS_IT_IS}
-    return Interface(inputs=tuple(inputs), **specs, **given, signature=Signature.from_plain(found["signature"]))
+    return Interface(**fields | {name: pytree.treespec_loads(fields[name]) for name in ("in_spec", "out_spec")})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)

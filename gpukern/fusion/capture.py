@@ -38,8 +38,12 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
     return copied.eval()
 
 
-def capture(model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, *, dynamic_batch: bool) -> Program:
+def capture(
+    model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, signature: Signature, *, dynamic_batch: bool
+) -> Program:
     """``model`` (a private copy, in the dtype to run in) as a program with the weights of ``exact``, the same model.
+
+    ``signature`` is that of the original, whose arguments ``inputs`` are in order.
 
     FusionError, with what torch.export said, if it cannot be captured.
     """
@@ -52,7 +56,7 @@ def capture(model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, *, dy
     leaves = frozenset(name for name, module in model.named_modules() if not dict(module.named_children()))
     program = _program(exported, weights, inputs, free, leaves, notes)
     given = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(inputs))
-    return replace(program, given=given, signature=Signature.of(exact))
+    return replace(program, given=given, signature=signature)
 
 
 def _export(

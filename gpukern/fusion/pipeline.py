@@ -15,6 +15,7 @@ from gpukern.fusion import batch, chance
 from gpukern.fusion.alone import judge_alone, what_is_wrong
 from gpukern.fusion.batch import BatchMatters
 from gpukern.fusion.build_report import Work, account
+from gpukern.fusion.calls import Signature, in_order, take_in_order
 from gpukern.fusion.capture import capture, private_copy
 from gpukern.fusion.constants import evaluate_constants
 from gpukern.fusion.errors import FusionError
@@ -37,6 +38,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def run(
     model: torch.nn.Module,
     inputs: tuple,
+    named: dict[str, Any],
     *,
     dtype: torch.dtype | None,
     channels_last: bool,
@@ -47,11 +49,14 @@ def run(
     skip: Sequence[str],
     strict: bool,
 ) -> FusedModel:
-    """:func:`gpukern.fuse` of the tuple of arguments that ``inputs`` is."""
+    """:func:`gpukern.fuse` of the tuple of arguments that ``inputs`` is, and of ``named`` ones."""
+    inputs, by_name = in_order(model, inputs, named)
+    signature = Signature.of(model, by_name)
     device = _device(inputs)
     if cuda_graph and device.type != "cuda":
         raise RuntimeError(f"cuda_graph=True needs the model and its inputs on a CUDA device, got {device}")
     exact = private_copy(model)
+    take_in_order(exact, by_name)
     notes = _notes_on(model)
     own = _dtype_of(exact, inputs)
     dtype = dtype or own
@@ -64,7 +69,7 @@ def run(
         if evidence is not None:
             inputs, notes = evidence.inputs, [*notes, *evidence.notes]
         settings = {"channels_last": channels_last, "skip": skip, "strict": strict}
-        fusing = functools.partial(_fused, exact, inputs, dtype, evidence, device, cuda_graph, **settings)
+        fusing = functools.partial(_fused, exact, inputs, signature, dtype, evidence, device, cuda_graph, **settings)
         try:
             fused = fusing(notes, dynamic_batch)
         except BatchMatters as problem:
@@ -77,6 +82,7 @@ def run(
 def _fused(
     exact: torch.nn.Module,
     inputs: tuple,
+    signature: Signature,
     dtype: torch.dtype,
     evidence: Evidence | None,
     device: torch.device,
@@ -90,7 +96,8 @@ def _fused(
 ) -> FusedModel:
     """``exact``, a private copy, fused. BatchMatters where its batch cannot be free."""
     with torch.no_grad():
-        captured = capture(private_copy(exact).to(dtype), exact, cast(inputs, dtype), dynamic_batch=dynamic_batch)
+        typed = private_copy(exact).to(dtype), exact, cast(inputs, dtype)
+        captured = capture(*typed, signature, dynamic_batch=dynamic_batch)
         captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
         notes = [*notes, *_on_chance(captured, evidence)]
         evaluated = evaluate_constants(captured)
@@ -109,17 +116,17 @@ def _fused(
         prepared = module.prepared(inputs)
         doubled = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
         if doubled:
-            batch.require_that_it_runs(module, inputs)
+            batch.require_that_it_runs(module.in_order, inputs)
         if evidence is not None:
             witness = Witness(exact, inputs, dtype, channels_last=channels_last, see=evidence.see)
-            found = witness.judge(module)
+            found = witness.judge(module.in_order)
             if doubled and not found.passed:
                 raise BatchMatters("a batch of one is a case of its own for the model")
             alone = judge_alone(program, matches, lowered, prepared, dtype)
             found = replace(found, wrong=what_is_wrong(alone) or "")
         if found is not None and found.passed:
             notes += on_bound(found.unfused, found.bound)
-            require_rest(exact, inputs, dtype, evidence.outputs, module)
+            require_rest(exact, inputs, dtype, evidence.outputs, module.in_order)
             if captured.dynamic_batch:
                 notes += _at_other_sizes(
                     exact, inputs, dtype, module, captured.free, channels_last=channels_last, see=evidence.see
@@ -128,7 +135,7 @@ def _fused(
         errors = [each.in_whole for each in alone]
         report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
         if found is not None and not found.passed:
-            told = found.wrong or blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
+            told = found.wrong or blame(found, matches, lambda chosen: witness.judge(build(chosen)[1].in_order))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
     return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
 
@@ -167,11 +174,11 @@ def _at_other_sizes(
         return duplicate(exact).to(dtype)(*cast(given, dtype))
 
     def judge(given: tuple) -> Verification:
-        return Witness(exact, given, dtype, **settings).judge(module)
+        return Witness(exact, given, dtype, **settings).judge(module.in_order)
 
-    apart = batch.sizes_apart(original, module, judge, inputs, free)
+    apart = batch.sizes_apart(original, module.in_order, judge, inputs, free)
     module.interface = replace(module.interface, apart=apart, may_lack_it=True)
-    lacking = batch.may_lack_it(module, judge, inputs, free)
+    lacking = batch.may_lack_it(module.in_order, judge, inputs, free)
     module.interface = replace(module.interface, may_lack_it=lacking)
     if not any(1 in sizes for sizes in apart.values()):
         return []

@@ -7,6 +7,9 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from gpukern.runtime.files import write_text
+from gpukern.runtime.records import build, plain
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -134,10 +137,8 @@ class FusionReport:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """All of it as JSON, also written to ``path``: whole or, with OSError, not at all."""
-        from gpukern.fusion.serialization import plain
-        from gpukern.runtime.files import write_text
-
-        text = json.dumps({"format": FORMAT, **plain(self)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        told = {"format": FORMAT, **plain(self, name_nonfinite=True)}
+        text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         if path is not None:
             write_text(path, text)
         return text
@@ -145,17 +146,14 @@ class FusionReport:
     @classmethod
     def from_json(cls, text: str) -> FusionReport:
         """What :meth:`to_json` wrote. ValueError, saying what is wrong, for anything else."""
-        from gpukern.fusion.serialization import made
-
         given = json.loads(text)
         if not isinstance(given, dict) or given.get("format") != FORMAT:
             raise ValueError(f"not a {FORMAT!r}")
-        return made(cls, given)
+        return build(cls, given, "the report", ignore_unknown=True)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """One page that needs no other file, as ``path``: whole or, with OSError, not at all."""
         from gpukern.fusion.page import page
-        from gpukern.runtime.files import write_text
 
         write_text(path, page(self))
 

@@ -73,7 +73,7 @@ class Witness:
         if not any(leaf.is_floating_point() for leaf in self.truth):
             self.floor = max(self.floor, DISAGREEMENT)
 
-    def judge(self, module: torch.nn.Module) -> Verification:
+    def judge(self, module: Callable[..., Any]) -> Verification:
         """How far ``module`` is from the truth. FusionError where it decides by other kinds of numbers."""
         with torch.no_grad():
             outputs = self._see(module, self.inputs)

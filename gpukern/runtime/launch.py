@@ -34,7 +34,8 @@ def launch(
     DescriptorRefused if the driver takes a descriptor among the arguments for none.
     """
     try:
-        if device.type == "cuda":
+        # Tensors have a numbered device on GPUs only, and device.type would make a string in every call.
+        if device.index is not None:
             if device.index != torch.cuda.current_device():
                 with torch.cuda.device(device):
                     kernel.run(*arguments, **options, grid=grid, warmup=False, enable_fp_fusion=True)

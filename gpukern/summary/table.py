@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -46,19 +45,20 @@ class Summary:
     notes: tuple[str, ...] = ()
 
     def __rich__(self) -> Table:
-        from rich import box
-        from rich.table import Table
+        from gpukern.tables import Column, table
 
-        table = Table(title=self.model, title_justify="left", box=box.SIMPLE_HEAD, show_footer=True)
-        table.caption, table.caption_justify = "\n".join(self.notes) or None, "left"
-        table.add_column("Layer", "Total")
-        table.add_column("Output Size")
-        table.add_column("Weight Size")
-        table.add_column("Parameters", f"{self.parameters:,}", justify="right")
-        table.add_column("Multiply-adds", f"{self.multiply_adds:,}", justify="right")
-        table.add_column("Receptive Field", justify="right")
+        made = table(
+            Column("Layer", False, "Total"),
+            "Output Size",
+            "Weight Size",
+            Column("Parameters", total=f"{self.parameters:,}"),
+            Column("Multiply-adds", total=f"{self.multiply_adds:,}"),
+            Column("Receptive Field"),
+            title=self.model,
+            caption="\n".join(self.notes),
+        )
         for row in self.rows:
-            table.add_row(
+            made.add_row(
                 row.layer,
                 _times(row.output_size),
                 _times(row.weight_size),
@@ -66,14 +66,12 @@ class Summary:
                 f"{row.multiply_adds:,}" if row.multiply_adds else "",
                 _times(row.receptive_field),
             )
-        return table
+        return made
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from gpukern.tables import as_text
 
-        text = io.StringIO()
-        Console(file=text, width=200, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+        return as_text(self)
 
 
 def _times(size: Size | str | None) -> str:

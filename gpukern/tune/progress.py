@@ -9,6 +9,7 @@ from rich import progress
 from rich.console import Console
 from rich.markup import escape
 
+from gpukern.formatting import micro
 from gpukern.tune.report import Result
 
 
@@ -41,7 +42,7 @@ class Progress:
 
     def watch(self, done: int, total: int, best: float) -> None:
         """Of the problem that was begun: plans done and in all, seconds of the fastest so far or infinity."""
-        fastest = f", best {best * 1e6:.1f} µs" if math.isfinite(best) else ""
+        fastest = f", best {micro(best)}" if math.isfinite(best) else ""
         self._bar.update(self._task, description=f"{self._name}: plan {done + 1} of {total}{fastest}")
 
     def done(self, result: Result) -> None:

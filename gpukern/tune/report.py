@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpukern.conv import Entry
+from gpukern.formatting import count, micro, number, ratio
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,9 +35,9 @@ class Result:
         if entry.plan is None:
             return f"no plan is right, {len(entry.rejected)} rejected"
         if self.speedup is None:
-            return f"{entry.plan}, {entry.microseconds:.1f} µs; the planner's choice is not right"
-        gain = "the planner's choice" if entry.plan == entry.heuristic else f"{self.speedup:.2f} times as fast"
-        return f"{entry.plan}, {entry.microseconds:.1f} µs, {gain}"
+            return f"{entry.plan}, {_time(entry.microseconds)}; the planner's choice is not right"
+        gain = "the planner's choice" if entry.plan == entry.heuristic else f"{number(self.speedup)} times as fast"
+        return f"{entry.plan}, {_time(entry.microseconds)}, {gain}"
 
 
 @dataclass
@@ -77,47 +77,36 @@ class Report:
         return Group(*parts, Text(f"plans are in {self.path}"))
 
     def _table(self) -> RenderableType:
-        from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, show_footer=True)
-        mean = f"{self.speedup:.2f}×" if self.speedup else ""
-        table.add_column("problem", "geometric mean")
-        table.add_column("planned", justify="right")
-        table.add_column("tuned", justify="right")
-        table.add_column("speed-up", mean, justify="right")
-        table.add_column("plan")
+        from gpukern.tables import Column, numbers, table
+
+        problem, gained = Column("problem", False, "geometric mean"), Column("speed-up", total=ratio(self.speedup))
+        made = table(problem, *numbers("planned", "tuned"), gained, "plan")
         for result in self.results:
             entry, gain = result.entry, result.speedup
-            table.add_row(
+            made.add_row(
                 Text(result.name + (" (measured before)" if result.before else "")),
                 _time(entry.heuristic_microseconds),
                 _time(entry.microseconds),
-                f"{gain:.2f}×" if gain else "",
+                ratio(gain),
                 str(entry.plan or "none is right"),
                 style="green" if gain and gain > 1 else "",
             )
-        return table
+        return made
 
     def _complaints(self) -> list[str]:
         lines = [f"not measured: {name}: {reason}" for name, reason in self.failed]
-        lines += [f"rejected {count} {_plans(count)}: {reason}" for reason, count in self.rejected.items()]
+        lines += [f"rejected {count(times, 'plan')}: {reason}" for reason, times in self.rejected.items()]
         if self.left:
             lines.append(f"no time was left for {self.left} of the problems; the same command again goes on with them")
         return lines
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from gpukern.tables import as_text
 
-        text = io.StringIO()
-        Console(file=text, width=200, color_system=None).print(self)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+        return as_text(self)
 
 
 def _time(microseconds: float | None) -> str:
-    return "" if microseconds is None else f"{microseconds:.1f} µs"
-
-
-def _plans(count: int) -> str:
-    return "plan" if count == 1 else "plans"
+    return micro(None if microseconds is None else microseconds * 1e-6)

@@ -7,12 +7,13 @@ import stat
 import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import gpukern
-from gpukern.fusion import FusionError
+from gpukern.fusion import FusionError, artifact
 from tests.conftest import ROOT
 from tests.fusion.networks import conv, net, norm, one
 
@@ -53,6 +54,15 @@ def test_a_fresh_process_loads_what_was_saved(tmp_path, run_python, dtype):
     torch.save((x, fused(x)), tensors)
     run = run_python(LOAD, str(path), str(tensors))
     assert run.stdout == "conv2d + batch_norm + relu (1, 3)\n", run.stderr
+
+
+def test_the_interface_of_an_earlier_version_is_read_and_written_with_what_came_since():
+    text = Path(__file__).with_name("written").joinpath("interface.json").read_text()
+    interface = artifact._interface_of(text)
+    first, second = interface.inputs
+    assert (first.sizes, first.dtype, second) == ((None, 3, 8, 8), torch.float32, None)
+    assert interface.constants == (None, 3.0) and interface.signature.by_name_only == ("flip",)
+    assert artifact._interface_as_text(interface) == text.replace('"more": false', '"more": false, "by_name": []')
 
 
 def test_the_report_is_kept_and_can_be_saved_again(tmp_path):

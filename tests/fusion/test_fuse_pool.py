@@ -9,6 +9,7 @@ from torch import nn
 
 import gpukern
 from gpukern.fusion import describe
+from gpukern.fusion.calls import Signature
 from gpukern.fusion.capture import capture, private_copy
 from gpukern.fusion.lower import lower
 from gpukern.fusion.match import find
@@ -164,7 +165,7 @@ def test_prediction():
         a=nn.Conv2d(64, 64, 1, bias=False),
         b=nn.Conv2d(64, 64, 3, padding=1, bias=False),
     )
-    captured = capture(private_copy(model).half(), model, (x.half(),), dynamic_batch=True)
+    captured = capture(private_copy(model).half(), model, (x.half(),), Signature.of(model), dynamic_batch=True)
     lowered = lower(captured, find(captured), channels_last=True)
     graph = describe.shaped(lowered.module.graph, dict(lowered.module.named_buffers()), {}, (x.half(),))
     nodes = calls(graph, "conv2d_max_pool2d")

@@ -47,5 +47,5 @@ def test_complaints_are_those_of_this_run():
 def test_one_line_for_each():
     assert str(result(40.0, 10.0)) == "taps 128×64×32, 4 warps, 3 stages, 10.0 µs, 4.00 times as fast"
     assert str(result(10.0, 10.0, plan=PLANNED)).endswith("10.0 µs, the planner's choice")
-    assert str(result(None, 3.0)).endswith("3.0 µs; the planner's choice is not right")
+    assert str(result(None, 3.0)).endswith("3.00 µs; the planner's choice is not right")
     assert str(result(None, None, rejected=REJECTED)) == "no plan is right, 2 rejected"

@@ -1,0 +1,81 @@
+"""How every command shows tables: by rich on a terminal, as plain text anywhere else."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+#: Columns of what goes into a pipe: no window to fit, and nothing may be cut off.
+WIDE = 180
+#: Characters of a heading in a narrow table.
+_NARROW = 13
+
+
+class Column(NamedTuple):
+    """``numbers``: whether its cells are, flush right; ``total``: what stands below them."""
+
+    name: str
+    numbers: bool = True
+    total: str = ""
+
+
+def numbers(*names: str) -> tuple[Column, ...]:
+    """A column of numbers under each of ``names``."""
+    return tuple(map(Column, names))
+
+
+def table(*columns: str | Column, title: str = "", caption: str = "", narrow: bool = False) -> Table:
+    """A table without rows. A column given by its name alone holds words, which break where it is too narrow.
+
+    ``narrow``, for many columns: numbers never break, their headings do.
+    """
+    every = [column if isinstance(column, Column) else Column(column, numbers=False) for column in columns]
+    made = Table(
+        title=Text(title, style="bold") if title else None,
+        caption=Text(caption, style="dim") if caption else None,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 0, 0, 1) if narrow else (0, 1),
+        show_footer=any(column.total for column in every),
+    )
+    for name, is_number, total in every:
+        fixed = narrow and is_number
+        heading = "\n".join(textwrap.wrap(name, _NARROW, break_long_words=False)) if fixed else name
+        justify = "right" if is_number else "left"
+        made.add_column(Text(heading), total, justify=justify, overflow="fold", no_wrap=fixed, vertical="top")
+    return made
+
+
+def pairs(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    """Names and what they stand for, without lines."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(Text(name, style="bold"), Text(value) if isinstance(value, str) else value)
+    return made
+
+
+def as_text(shown: RenderableType, width: int = WIDE) -> str:
+    """What rich would print, without colours and trailing spaces."""
+    console = Console(width=width, color_system=None, highlight=False, file=io.StringIO())
+    console.print(shown)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+
+
+def show(shown: RenderableType, width: int = WIDE) -> None:
+    """Print in colour on a terminal, as :func:`as_text` into anything else."""
+    terminal = Console(highlight=False)
+    if terminal.is_terminal:
+        terminal.print(shown)
+    else:
+        print(as_text(shown, width))
