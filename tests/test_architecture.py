@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -55,8 +57,8 @@ TORCH_FREE = (
     "planner.py",
     "problem.py",
     "properties.py",
-    "registry.py",
     "records.py",
+    "registry.py",
     "roofline.py",
     "splits.py",
     "strides.py",
@@ -84,6 +86,13 @@ def file_of(name: str) -> Path:
     return module if module.exists() else path.parent.with_suffix(".py")
 
 
+def module_of(name: str) -> Path:
+    """The same, where that may be a package."""
+    whole = PACKAGE.parent.joinpath(*name.split("."), "__init__.py")
+    package = file_of(name).with_suffix("") / "__init__.py"
+    return next((path for path in (whole, package) if path.exists()), file_of(name))
+
+
 def layer_of(module: str) -> str:
     """The layer of ``module``, named without the package in front."""
     return max((layer for layer in LAYERS if f"{module}.".startswith(f"{layer}.")), key=len)
@@ -105,6 +114,31 @@ def test_imports_run_one_way(path):
             assert layer_of(rest) in allowed, f"{layer} imports {name}"
 
 
+@pytest.mark.parametrize("package", ["fusion"])
+def test_no_modules_import_each_other_in_a_circle(package):
+    """Nor inside functions: what waits for its first use may not hide one."""
+    paths = [path for path in MODULES if path.is_relative_to(PACKAGE / package)]
+    sorter = graphlib.TopologicalSorter(
+        {path: set(map(module_of, imported(path))) & set(paths) - {path} for path in paths}
+    )
+    sorter.prepare()  # raises CycleError, which names them
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.is_relative_to(PACKAGE / "fusion")], ids=lambda p: p.stem)
+def test_no_module_holds_a_function_of_its_own_name(path):
+    """Whoever imports both has to call one of them something else."""
+    body = ast.parse(path.read_text()).body
+    assert path.stem not in [node.name for node in body if isinstance(node, ast.FunctionDef)]
+
+
+def test_files_beside_the_code_are_installed_with_it():
+    settings = (PACKAGE.parent / "pyproject.toml").read_text()
+    patterns = ast.literal_eval(re.search(r"package-data\]\ngpukern = (\[[^]]*])", settings)[1])
+    installed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files <= installed and all(any(PACKAGE.glob(pattern)) for pattern in patterns)
+
+
 @pytest.mark.parametrize("path", [*filter(torch_free, MODULES)], ids=str)
 def test_plans_know_neither_torch_nor_triton(path):
     tops = {name.split(".")[0] for name in imported(path)}
@@ -118,6 +152,15 @@ def test_plans_know_neither_torch_nor_triton(path):
 def test_kernels_know_only_triton(path):
     for name in imported(path):
         assert name.split(".")[0] in ("triton", "typing") or any(f".{k.removesuffix('.py')}." in name for k in KERNELS)
+
+
+def test_what_is_no_module_is_packaged():
+    tomllib = pytest.importorskip("tomllib")
+    setup = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    patterns = setup["tool"]["setuptools"]["package-data"]["gpukern"]
+    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others <= packaged, others - packaged
 
 
 CONV = PACKAGE / "conv"
@@ -148,12 +191,3 @@ def test_all_that_the_door_names_is_there():
     assert all(getattr(conv, name) is not None for name in conv.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         conv.nothing  # noqa: B018 - the access is what is tested
-
-
-def test_what_is_no_module_is_packaged():
-    tomllib = pytest.importorskip("tomllib")
-    setup = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
-    patterns = setup["tool"]["setuptools"]["package-data"]["gpukern"]
-    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
-    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert others <= packaged, others - packaged

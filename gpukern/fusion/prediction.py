@@ -35,7 +35,7 @@ class Kernel(NamedTuple):
 
 def kernel(node: Node, device: DeviceSpec | None, channels_last: bool) -> Kernel | None:
     """Of a call of gpukern::conv2d, also with a max pool, or gpukern::linear in a shaped graph; None for others."""
-    question = _question(node, device or _ANY, channels_last)
+    question = question_of(node, device or _ANY, channels_last)
     if question is None:
         return None
     if device is None:
@@ -70,7 +70,7 @@ def _least(question: Question) -> tuple[int, float]:
     return int(moved), floor(Work(must.flops, moved, must.kind), question.device.peaks).seconds
 
 
-def _question(node: Node, device: DeviceSpec, channels_last: bool) -> Question | None:
+def question_of(node: Node, device: DeviceSpec, channels_last: bool) -> Question | None:
     given: dict[str, Any] = arguments(node)
     if node.target is torch.ops.gpukern.linear.default:
         (rows, inputs), (outputs, _) = value(given["input"]).shape, value(given["weight"]).shape

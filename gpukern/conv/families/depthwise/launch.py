@@ -15,7 +15,7 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch, reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -50,6 +50,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
         "INDEX": index_type(max(map(reach, (of_source, of_output), (source, output)))),
     }
     cut = cut_of(p, direction, choice)
+    constants = compile_time(kernels.conv2d_depthwise_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         arguments = (
@@ -63,7 +64,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
             choice.box[1],
             negative_slope,
         )
-        launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, options)
+        launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, constants)
 
     return Launch(run, cut.tiles if request.epilogue.statistics else 0)
 
@@ -94,12 +95,13 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
         "INDEX": index_type(max(map(reach, (of_grad, of_source), (grad, source)))),
     }
     programs = cut_of(p, request.direction, choice).channel_blocks, choice.splits
+    constants = compile_time(weight_kernels.conv2d_depthwise_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
         filter = Filter(partial, *of_filter)
         arguments = (Image(first, *grad), Image(second, *source), filter, *scalars)
-        launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, options)
+        launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
 
     return Launch(run)

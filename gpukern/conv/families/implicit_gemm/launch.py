@@ -18,7 +18,7 @@ from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch, reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -53,6 +53,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     programs = grid(p, request.direction, choice)
     tiles = math.prod(programs) // choice.splits
     workspace = split_k_workspace(choice, tiles)
+    constants = compile_time(kernels.conv2d_gather_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         device = out.device
@@ -73,7 +74,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
             p.padding[2],
             negative_slope,
         )
-        launch(kernels.conv2d_gather_kernel, programs, device, arguments, options)
+        launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
     return Launch(run, cdiv(gemm.M, choice.block_m) if request.epilogue.statistics else 0)
 
@@ -101,11 +102,12 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
         **_tile(choice),
     }
     programs = grid(p, Direction.WEIGHT_GRAD, choice)
+    constants = compile_time(weight_kernels.conv2d_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
         arguments = (Image(first, *grad), Image(second, *source), Filter(partial, *of_filter), *scalars)
-        launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, options)
+        launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
 
     return Launch(run)

@@ -24,7 +24,7 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launch import compile_time, launch
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -35,6 +35,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     tiles, phases = tile_count(p, direction, choice), 4 if writes_halves(p, direction) else 1
     workspace = split_k_workspace(choice, tiles * phases)
     scalars, options = _scalars(request), _options(request, choice)
+    grid, constants = (tiles, phases, choice.splits), compile_time(kernels.conv2d_box_kernel, options)
 
     def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
         device = output.device
@@ -53,7 +54,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
             *scalars,
             negative_slope,
         )
-        launch(kernels.conv2d_box_kernel, (tiles, phases, choice.splits), device, arguments, options)
+        launch(kernels.conv2d_box_kernel, grid, device, arguments, constants)
 
     parts = math.prod(choice.box) // math.prod(part(choice.box))
     return Launch(run, box_count(p, direction, choice.box) * parts if request.epilogue.statistics else 0)

@@ -16,7 +16,7 @@ from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.descriptor import Described, whole_run
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launch import compile_time, launch
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -46,6 +46,7 @@ def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
         "ACTIVATION": request.epilogue.activation,
         **_tile(choice),
     }
+    constants = compile_time(kernels.conv2d_gemm_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         device = out.device
@@ -67,7 +68,7 @@ def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
             gemm.K,
             negative_slope,
         )
-        launch(kernels.conv2d_gemm_kernel, (programs, choice.splits), device, arguments, options)
+        launch(kernels.conv2d_gemm_kernel, (programs, choice.splits), device, arguments, constants)
 
     return Launch(run, row_tiles(p, choice) * pieces if request.epilogue.statistics else 0)
 
@@ -84,11 +85,12 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     scalars = (*matrices(p, choice), p.K, p.C)
     programs = tile_count(p, Direction.WEIGHT_GRAD, choice), choice.splits
     options = {"PLANES": choice.box is not None, **_tile(choice)}
+    constants = compile_time(kernels.conv2d_gemm_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
         arguments = (grad.of(first), source.of(second), output.of(partial), *scalars)
-        launch(kernels.conv2d_gemm_weight_grad_kernel, programs, out.device, arguments, options)
+        launch(kernels.conv2d_gemm_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
 
     return Launch(run)
