@@ -35,7 +35,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     vertical, horizontal = axes(p, direction)
     planes = _in_planes(source, output)
     source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
-    out_pairs = planes and _in_pairs(of_output, output, horizontal, choice.box[2])
+    out_pairs = planes and _in_pairs(of_output, output, horizontal, choice.own_box[2])
     sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, gemm.N, gemm.K)
     options = {
         **_walk(vertical, horizontal, planes),
@@ -50,7 +50,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
         "ACTIVATION": request.epilogue.activation,
         "INDEX": index_type(max(map(reach, (of_source, of_output), (source, output)))),
     }
-    cut = cut_of(p, direction, choice)
+    cut, rows = cut_of(p, direction, choice), choice.own_box[1]
     constants = compile_time(kernels.conv2d_depthwise_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
@@ -62,7 +62,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
             Image(out, *output),
             statistics,
             sizes,
-            choice.box[1],
+            rows,
             negative_slope,
         )
         launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, constants)
@@ -77,12 +77,12 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     of_filter = filter_strides(p, output, False)
     vertical, horizontal = axes(p, request.direction)
     planes = _in_planes(grad, source)
-    grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, choice.box[2])
+    grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, choice.own_box[2])
     source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
     scalars = (
         math.prod(of_output),
         Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, 1),
-        choice.box[1],
+        choice.own_box[1],
         tiles_per_split(p, choice),
     )
     options = {
@@ -115,7 +115,7 @@ def _in_planes(*images: Strides) -> bool:
 
 def _sources(axis: Axis, choice: ConvPlan) -> int:
     """Columns of the source from one lane to the next, where lanes lie side by side."""
-    cols = choice.box[2]
+    cols = choice.own_box[2]
     return cols // axis.ratio if axis.transposed else cols * axis.ratio
 
 
@@ -136,7 +136,7 @@ def _walk(vertical: Axis, horizontal: Axis, planes: bool) -> dict[str, Any]:
 
 
 def _tile(choice: ConvPlan, channels: int) -> dict[str, int]:
-    lanes, _, cols = choice.box
+    lanes, _, cols = choice.own_box
     return {
         "COLS": cols,
         "BLOCK_Q": lanes,

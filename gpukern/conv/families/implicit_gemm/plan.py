@@ -23,14 +23,15 @@ _DIRECT_CHANNELS = 8
 # Below this many channels one step of 16 or more along the sum would be mostly padding: join the taps to the channels.
 _FLAT_CHANNELS = 16
 
+_Tiles = tuple[tuple[int, int], ...]
 # Tiles M × N. Addresses of a flat sum and fp32 operands split in three products fill the registers, and before Hopper
 # so do the operands: larger tiles than these spill.
-_TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
+_TILES: _Tiles = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
 # Where steps reach past the channels, or the output comes in runs of less than 16 bytes, addresses and masks fill them.
-_NARROW_TILES = ((64, 32), (32, 32), (16, 32))
-_FLAT_TILES = ((64, 32), (32, 32), (16, 32))
-_FULL_FP32_TILES = ((64, 64), (64, 32), (16, 32))
-_FLAT_FULL_FP32_TILES = ((32, 32), (16, 32))
+_NARROW_TILES: _Tiles = ((64, 32), (32, 32), (16, 32))
+_FLAT_TILES: _Tiles = ((64, 32), (32, 32), (16, 32))
+_FULL_FP32_TILES: _Tiles = ((64, 64), (64, 32), (16, 32))
+_FLAT_FULL_FP32_TILES: _Tiles = ((32, 32), (16, 32))
 
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
@@ -61,7 +62,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
     else:
         tiles = _NARROW_TILES if narrow else _TILES
     rows, cols = power_of_two(M, 16), power_of_two(N, 16)
-    seen = set()
+    seen: set[tuple[int, int]] = set()
     for block_m, block_n in tiles:
         tile = block_m, min(block_n, cols)
         if tile in seen or block_m > rows:

@@ -56,8 +56,8 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_box_kernel, grid, device, arguments, constants)
 
-    parts = math.prod(choice.box) // math.prod(part(choice.box))
-    return Launch(run, box_count(p, direction, choice.box) * parts if request.epilogue.statistics else 0)
+    parts = math.prod(choice.own_box) // math.prod(part(choice.own_box))
+    return Launch(run, box_count(p, direction, choice.own_box) * parts if request.epilogue.statistics else 0)
 
 
 def _descriptors(request: Request, choice: ConvPlan) -> tuple[Described, Described, Described]:
@@ -67,7 +67,7 @@ def _descriptors(request: Request, choice: ConvPlan) -> tuple[Described, Describ
         channel_run_strides(shape, strides, request.dtype)
         for shape, strides in zip(request.shapes, (request.first, request.second, request.output), strict=True)
     )
-    shape, box = request.shapes[0], (choice.box, choice.block_k)
+    shape, box = request.shapes[0], (choice.own_box, choice.block_k)
     if reads_halves(p, direction):
         source = _in_halves(shape, first, *box)
     elif reads_every_other(p, direction):
@@ -76,7 +76,7 @@ def _descriptors(request: Request, choice: ConvPlan) -> tuple[Described, Describ
     else:
         source = _image(shape, first, *box)
     describe = _in_halves if writes_halves(p, direction) else _image
-    out = describe(request.shapes[2], output, stored(p, part(choice.box)), choice.block_n)
+    out = describe(request.shapes[2], output, stored(p, part(choice.own_box)), choice.block_n)
     sides = choice.block_n, choice.block_k
     return source, _filter(request.shapes[1], second, sides if direction is Direction.FORWARD else sides[::-1]), out
 
@@ -102,8 +102,8 @@ def _options(request: Request, choice: ConvPlan) -> dict[str, Any]:
         "DILATION_H": p.dilation[0],
         "DILATION_W": p.dilation[1],
         "TRANSPOSED": direction is Direction.INPUT_GRAD,
-        **dict(zip(("BOX_N", "BOX_H", "BOX_W"), choice.box, strict=True)),
-        **dict(zip(("PART_N", "PART_H", "PART_W"), part(choice.box), strict=True)),
+        **dict(zip(("BOX_N", "BOX_H", "BOX_W"), choice.own_box, strict=True)),
+        **dict(zip(("PART_N", "PART_H", "PART_W"), part(choice.own_box), strict=True)),
         "BLOCK_N": choice.block_n,
         "BLOCK_K": choice.block_k,
         "GROUP_M": choice.group_m,

@@ -82,7 +82,7 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
 
 def tile_count(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
     """Tiles of one phase."""
-    return box_count(p, direction, choice.box) * cdiv(gemm_mnk(p, direction).N, choice.block_n)
+    return box_count(p, direction, choice.own_box) * cdiv(gemm_mnk(p, direction).N, choice.block_n)
 
 
 def box_count(p: ConvProblem, direction: Direction, box: Box) -> int:

@@ -23,7 +23,7 @@ _PACKED_FILTERS = 16
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
     p, dtype, itemsize = request.problem, request.dtype, request.dtype.itemsize
-    box, block_n, block_k = choice.box, choice.block_n, choice.block_k
+    box, block_n, block_k = choice.own_box, choice.block_n, choice.block_k
     of_packed, channels = packed(p, itemsize), packed(p, itemsize).channels
     of_source, of_filter, _ = request.shapes
     source, filter = map(strides_of, request.shapes[:2], (request.first, request.second))

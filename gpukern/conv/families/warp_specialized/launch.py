@@ -36,7 +36,7 @@ class _Swizzled(Described):
 def prepare(request: Request, choice: ConvPlan) -> Launch:
     p, direction = request.problem, request.direction
     transposed = direction is Direction.INPUT_GRAD
-    box, block_n, block_k = choice.box, choice.block_n, choice.block_k
+    box, block_n, block_k = choice.own_box, choice.block_n, choice.block_k
     of_source, of_filter, of_out = request.shapes
     nhwc, rskc = (0, 2, 3, 1), (2, 3, 0, 1)
     sides = (block_k, block_n) if transposed else (block_n, block_k)
