@@ -145,7 +145,8 @@ def write(
     """
     try:
         if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
-            return prepared.launch.run(first, second, output, bias, None, None, negative_slope)
+            prepared.launch.run(first, second, output, bias, None, None, negative_slope)
+            return None
         return _write(prepared, output, first, second, bias, residual, negative_slope)
     except DescriptorRefused as problem:
         if prepared.again is None:
@@ -167,7 +168,8 @@ def _write(
         return None
     if first.numel() == 0:
         # Sums of nothing: the weight gradient of no images, a linear layer without features.
-        return _write_empty_sums(prepared, output, bias, residual, negative_slope)
+        _write_empty_sums(prepared, output, bias, residual, negative_slope)
+        return None
     statistics = None
     if prepared.launch.row_tiles:
         size = (3, prepared.launch.row_tiles, prepared.shape[1])
