@@ -226,7 +226,6 @@ def _training_jvp(operator: Operator, arguments: tuple, tangents: tuple, outputs
     return norm_jvp(arguments[:4], mean, var, True, arguments[4:], tangents, output), None, None
 
 
-#: y, and the batch's mean and biased variance, which have no gradients of their own.
 def _training_in_torch(
     input, weight, bias, residual, eps, activation, negative_slope
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -244,6 +243,7 @@ def _training_in_torch(
     return in_torch(z, activation, negative_slope).to(input.dtype), mean, variance
 
 
+#: y, and the batch's mean and biased variance, which have no gradients of their own.
 batch_norm_training = Operator(
     "batch_norm_training",
     f"(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps, {_EPILOGUE})"

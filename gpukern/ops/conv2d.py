@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.problem import Padding, Pair, conv_problem, output_size
+from gpukern.conv import Padding, Pair, conv_problem, output_size
 from gpukern.ops._activation.reference import in_torch
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, activation_grad_jvp, affine_jvp, needs_input
@@ -22,6 +22,7 @@ from gpukern.runtime.tensors import as_memory_format, check_operands, memory_for
 from gpukern.runtime.transforms import Batch, bilinear_jvp, linear_jvp
 
 _implementations = Implementations("gpukern.conv")
+_reductions = Implementations("gpukern.ops._reduction")
 
 _aten = torch.ops.aten
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
@@ -187,14 +188,14 @@ def _statistics_fake(
     return output, *(output.new_empty(output.shape[1], dtype=total) for _ in range(2))
 
 
-#: ``y = x ∗ w + b`` with ``Σ y`` and ``Σ (y − mean)²`` of each channel, in fp32 of the rounded y, for a batch norm that
-#: follows in training: it need not read y for them. The deviations are from the mean, so that a large one costs no
-#: digits. Not differentiable by itself: the batch norm's backward knows the derivatives of both.
 def first_output_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
     """Of a convolution and more, the convolution's."""
     return of_conv(input, weight, out_shape[0])
 
 
+#: ``y = x ∗ w + b`` with ``Σ y`` and ``Σ (y − mean)²`` of each channel, in fp32 of the rounded y, for a batch norm that
+#: follows in training: it need not read y for them. The deviations are from the mean, so that a large one costs no
+#: digits. Not differentiable by itself: the batch norm's backward knows the derivatives of both.
 conv2d_statistics = Operator(
     "conv2d_statistics",
     f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
@@ -298,7 +299,7 @@ conv2d_weight_grad = Operator(
 
 
 def _channel_sum(grad: torch.Tensor) -> torch.Tensor:
-    return _implementations.of(grad).channel_sum(grad)
+    return _reductions.of(grad).channel_sum(grad)
 
 
 def _channel_sum_fake(grad: torch.Tensor) -> torch.Tensor:
@@ -328,7 +329,7 @@ channel_sum = Operator(
 
 
 def _activation_grad_sum(grad, output, activation, negative_slope) -> tuple[torch.Tensor, torch.Tensor]:
-    return _implementations.of(grad).activation_grad_sum(grad, output, activation, negative_slope)
+    return _reductions.of(grad).activation_grad_sum(grad, output, activation, negative_slope)
 
 
 def _activation_grad_sum_fake(grad, output, activation, negative_slope) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.problem import Padding, Pair, conv_problem, output_size
+from gpukern.conv import Padding, Pair, conv_problem, output_size
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_several_values, check_sizes
 from gpukern.ops.activation import affine_jvp
@@ -141,7 +141,6 @@ def _is_last(tensor: torch.Tensor) -> bool:
     return memory_format_of(tensor) is torch.channels_last
 
 
-#: y, the convolution's output z, and the mean and the biased variance of z.
 def _in_torch(
     input, weight, bias, norm_weight, norm_bias, residual, stride, padding, dilation, groups, *epilogue
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -150,6 +149,7 @@ def _in_torch(
     return y, z, mean, variance
 
 
+#: y, the convolution's output z, and the mean and the biased variance of z.
 conv2d_batch_norm = Operator(
     "conv2d_batch_norm",
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.problem import ConvProblem, Pair, transposed_problem, transposed_size
+from gpukern.conv import ConvProblem, Pair, transposed_problem, transposed_size
 from gpukern.ops._activation.reference import in_torch
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
@@ -118,7 +118,6 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     )
 
 
-#: ``output_padding`` below the stride.
 def _in_torch(
     input, weight, bias, residual, stride, padding, output_padding, dilation, groups, activation, negative_slope
 ) -> torch.Tensor:
@@ -127,6 +126,7 @@ def _in_torch(
     return in_torch(y if residual is None else torch.ops.aten.add.Tensor(y, residual), activation, negative_slope)
 
 
+#: ``output_padding`` below the stride.
 conv_transpose2d = Operator(
     "conv_transpose2d",
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] output_padding, "
