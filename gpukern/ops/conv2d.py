@@ -189,7 +189,7 @@ def _statistics_fake(
 
 
 def first_output_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
-    """Of a convolution and more, the convolution's."""
+    """FLOPs of the convolution in an operator that computes more."""
     return of_conv(input, weight, out_shape[0])
 
 
