@@ -62,7 +62,7 @@ def conv_transpose2d(
     return run(prepared, input, weight, bias, residual, negative_slope)[0]
 
 
-_FORWARD = Direction.FORWARD  # an enumeration takes a while to find its members
+_FORWARD = Direction.FORWARD  # members of an enumeration are slow to look up
 #: The same object for the same arguments: looking one up takes less time than making one.
 _epilogue = functools.cache(Epilogue)
 

@@ -90,7 +90,7 @@ def _conv2d_fake(
 
 def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope = arguments
-    again = needs_input(activation)
+    again = activation != "none" and needs_input(activation)
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
     ctx.save_for_backward(
         input if needs_weight_grad or again else None,
