@@ -38,7 +38,7 @@ def apply(
     negative_slope: float,
 ) -> torch.Tensor:
     """``act(x ∗ w + b + residual)`` in one kernel, or in two where a gradient will need what goes into ``act``."""
-    if activation != "none" and needs_input(activation) and wants_gradient(input, weight, bias, residual):
+    if needs_input(activation) and wants_gradient(input, weight, bias, residual):
         inner = conv2d(input, weight, bias, residual, stride, padding, dilation, groups, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
     return conv2d(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope)
@@ -90,7 +90,7 @@ def _conv2d_fake(
 
 def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope = arguments
-    again = activation != "none" and needs_input(activation)
+    again = needs_input(activation)
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
     ctx.save_for_backward(
         input if needs_weight_grad or again else None,

@@ -31,7 +31,7 @@ def apply(input, weight, bias, activation: str, negative_slope: float) -> torch.
     if weight.dim() == 1:
         bias = None if bias is None else bias.reshape(1)
         return apply(input, weight.unsqueeze(0), bias, activation, negative_slope).squeeze(-1)
-    if activation != "none" and needs_input(activation) and wants_gradient(input, weight, bias):
+    if needs_input(activation) and wants_gradient(input, weight, bias):
         return apply_activation(apply(input, weight, bias, "none", 0.0), activation, negative_slope)
     if input.dim() == 2:
         return linear(input, weight, bias, activation, negative_slope)
@@ -66,7 +66,7 @@ def _linear_fake(input, weight, bias, activation, negative_slope) -> torch.Tenso
 
 def _linear_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     input, weight, bias, activation, negative_slope = arguments
-    again = activation != "none" and needs_input(activation)
+    again = needs_input(activation)
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
     ctx.save_for_backward(
         input if needs_weight_grad or again else None,
