@@ -6,7 +6,8 @@ Crossing PyTorch's operator boundary costs tens of microseconds in Python, so ea
 Both ways share the same forward, ``save`` and ``backward`` functions. What ``torch.func`` and forward-mode
 differentiation make of an operator is in :mod:`gpukern.runtime.transforms`.
 
-Behind this door a computation meets tensors whose memory holds their values, and no autocast.
+Behind this door a computation meets tensors whose memory holds their values. What autocast means was decided before it,
+in ``functional``, and :class:`gpukern.runtime.mode.Implementations` computes without.
 """
 
 from __future__ import annotations
