@@ -70,12 +70,13 @@ def fuse(
     names the fused group to blame, and has the report as its ``report``) or can prove nothing (the original is random
     or keeps a state, or returns nothing finite, or the same for another example), or with ``strict``.
     """
+    from gpukern.fusion.given import bare
     from gpukern.fusion.pipeline import run
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"fuse() takes a torch.nn.Module, got {type(model).__name__}")
     return run(
-        model,
+        bare(model),
         tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,),
         dtype=dtype,
         channels_last=channels_last,

@@ -48,6 +48,7 @@ def run(
     strict: bool,
 ) -> FusedModel:
     """:func:`gpukern.fuse` of the tuple of arguments that ``inputs`` is."""
+    inputs = pytree.tree_map(lambda leaf: leaf, inputs)  # a torch.Size is a tuple then
     device = _device(inputs)
     if cuda_graph and device.type != "cuda":
         raise RuntimeError(f"cuda_graph=True needs the model and its inputs on a CUDA device, got {device}")
