@@ -21,7 +21,7 @@ from gpukern.fusion.errors import FusionError
 from gpukern.fusion.evidence import Evidence, gather, on_bound, require_rest
 from gpukern.fusion.given import duplicate
 from gpukern.fusion.lower import Lowered, lower
-from gpukern.fusion.match import Match, find
+from gpukern.fusion.match import Match, find, skipped_by
 from gpukern.fusion.model import FusedModel
 from gpukern.fusion.module import FusedModule, Interface
 from gpukern.fusion.program import InputSpec, Program, aten, is_call
@@ -95,6 +95,7 @@ def _fused(
         captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
         notes = [*notes, *_on_chance(captured, evidence)]
         evaluated = evaluate_constants(captured)
+        notes += _without_module(evaluated, skip)
         program = settle(evaluated, skip)
         matches = find(program, skip)
         unfused = left(program, matches, skip)
@@ -217,6 +218,14 @@ def _notes_on(model: torch.nn.Module, *, changed: bool) -> list[str]:
             notes.append(f"{name} is not finite in {buffer.dtype}")
             warnings.warn(f"gpukern.fuse: {name} of the model is not finite in {buffer.dtype}", stacklevel=4)
     return notes
+
+
+def _without_module(program: Program, skip: Sequence[str]) -> list[str]:
+    """A note on patterns that skip nothing."""
+    unused = [
+        repr(pattern) for pattern in skip if not any(skipped_by(node, (pattern,)) for node in program.graph.nodes)
+    ]
+    return [f"Nothing is skipped by {', '.join(unused)}: the path of no module that computes"] if unused else []
 
 
 def _require_all(unfused: Sequence[Left]) -> None:
