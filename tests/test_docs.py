@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -62,14 +63,20 @@ def torchvision(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, "torchvision", stand_in)
 
 
+@pytest.fixture
+def as_shown(reference_mode, tmp_path, monkeypatch) -> None:
+    """A folder of its own on a machine without a GPU, as the pages assume where they show what is printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def python_examples(page: Path) -> list[Block]:
     return [block for block in blocks(page) if block.language == "python" and not block.reason]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_examples(page)], ids=named)
-def test_python_examples_print_what_is_shown(page, torchvision, reference_mode, tmp_path, monkeypatch):
+def test_python_examples_print_what_is_shown(page, torchvision, as_shown):
     """Those of a page one after the other, as somebody would type them."""
-    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in python_examples(page):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -88,8 +95,7 @@ def shown_commands() -> Iterator[tuple[Path, Command]]:
 
 
 @pytest.mark.parametrize("page, command", list(shown_commands()), ids=lambda value: getattr(value, "line", None))
-def test_commands_print_what_is_shown(page, command, reference_mode, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_commands_print_what_is_shown(page, command, as_shown):
     printed = run(command.words)
     assert is_shown(command.output, printed), f"{page.name} shows\n{command.output}\nand this was printed:\n{printed}"
 

@@ -99,5 +99,6 @@ def load(path: str | os.PathLike[str], *, cuda_graph: bool = False) -> FusedMode
     FileNotFoundError if there is no such file; FusionError if it is damaged, or something else.
     """
     from gpukern.fusion.artifact import read
+    from gpukern.fusion.model import FusedModel
 
-    return read(path, cuda_graph)
+    return FusedModel(*read(path), cuda_graph)
