@@ -17,6 +17,7 @@ LAYERS = (
         "version",
         "formatting",
         "tables",
+        "pages",
         "runtime",
         "ops._image",
         "ops._activation",

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from bench import report as words
 from bench.report import plots, throughput
 from bench.report.summary import Group, GroupKey, Tally, predicted_groups, summarize, tallies
 from bench.results import Prediction, Predictions, Results
+from gpukern import pages
 
 
 @dataclass(frozen=True)
@@ -59,17 +58,15 @@ class Predicted:
 
 def render(files: Sequence[tuple[Path, Results | Predictions]]) -> str:
     """The page; the same files give the same bytes."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"words": words, "throughput": throughput}
     measured = [(path, results) for path, results in files if isinstance(results, Results)]
     predicted = [(path, results) for path, results in files if isinstance(results, Predictions)]
-    return environment.get_template("page.html").render(devices=_devices(measured), predicted=_predicted(predicted))
+    return pages.render(
+        Path(__file__).with_name("page.html"),
+        words=words,
+        throughput=throughput,
+        devices=_devices(measured),
+        predicted=_predicted(predicted),
+    )
 
 
 def _devices(measured: Sequence[tuple[Path, Results]]) -> list[Device]:
