@@ -11,7 +11,7 @@ import typer
 from bench import command, results
 from bench.compare import compare, show
 from bench.report import markdown, page, terminal
-from bench.results import Predictions, Results, ResultsError
+from bench.results import Results, ResultsError
 from bench.suite import suites
 
 app = typer.Typer(
@@ -30,14 +30,11 @@ def main(
         typer.Option("--compare", metavar="A.json B.json", help="What is slower in B than in A, beyond the noise."),
     ] = None,
 ) -> None:
-    """gpukern beside cuDNN, torch.compile and others: measured on a GPU, predicted for one, or tried on a CPU."""
+    """gpukern beside cuDNN, torch.compile and others: measured on a GPU, or tried on a CPU."""
     if compared is None or context.invoked_subcommand is not None:
         return
     try:
         old, new = (results.read(path) for path in compared)
-        for path, found in zip(compared, (old, new), strict=True):
-            if not isinstance(found, Results):
-                raise ResultsError(f"{path} holds predictions: nothing was measured that could be compared")
         comparison = compare(old, new)
     except (ResultsError, OSError) as error:
         command.fail(error)
@@ -72,7 +69,7 @@ def report(
         typer.echo(f"{name}: {command.short(target)}")
 
 
-def find_files(paths: Iterable[Path]) -> tuple[list[tuple[Path, Results | Predictions]], list[str]]:
+def find_files(paths: Iterable[Path]) -> tuple[list[tuple[Path, Results]], list[str]]:
     """Every results file among ``paths`` and below them, and a message for each file that is none."""
     files, skipped = [], []
     for path in paths:

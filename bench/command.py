@@ -1,11 +1,11 @@
-"""The command of a suite: which rows, measured or predicted, and where they go."""
+"""The command of a suite: which rows, and where they go."""
 
 # No "from __future__ import annotations": Typer must see the annotations of a function that is made here, closed over
 # its suite.
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,7 +15,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import gpukern
 from bench import environment, results
 from bench.accuracy import DTYPES
 from bench.attempt import UNFINISHED
@@ -23,10 +22,9 @@ from bench.measure import Method
 from bench.peers import PEERS
 from bench.report import case_name, count, page, terminal
 from bench.report.summary import common_timing
-from bench.results import Prediction, Predictions, ResultsError, Row
+from bench.results import ResultsError, Row
 from bench.run import run
 from bench.suite import Selection, Suite, Task, tasks
-from gpukern.runtime.device import DeviceSpec, named_device
 from models.zoo import NETWORKS, network
 
 RESULTS = environment.ROOT / "bench" / "results"
@@ -47,7 +45,7 @@ def short(path: Path) -> Path:
 
 
 def of(suite: Suite) -> Callable[..., None]:
-    """The command that measures or predicts ``suite``."""
+    """The command that measures ``suite``."""
     computations = ", ".join(suite.computations)
 
     def command(
@@ -70,16 +68,11 @@ def of(suite: Suite) -> Callable[..., None]:
         minutes: Annotated[float, typer.Option(min=0, help=f"Stop after them, with exit status {UNFINISHED}.")] = float(
             "inf"
         ),
-        predict: Annotated[
-            str, typer.Option(metavar="DEVICE", help="No GPU: plans and the roofline model for h100, a100, ...")
-        ] = "",
         cpu: Annotated[bool, typer.Option("--cpu", help="No GPU: the reference against torch on the CPU.")] = False,
     ) -> None:
         until = time.monotonic() + 60 * minutes
-        if cpu and predict:
-            fail("--cpu measures, --predict does not: choose one")
-        if not (cpu or predict or torch.cuda.is_available()):
-            fail("no CUDA device here; --predict h100 shows plans and the roofline model, --cpu tries the harness")
+        if not (cpu or torch.cuda.is_available()):
+            fail("no CUDA device here; --cpu tries the harness, and gpukern explain network shows plans and floors")
         options = _Options(suite, cpu)
         selection = Selection(
             networks=options.networks(networks),
@@ -95,9 +88,6 @@ def of(suite: Suite) -> Callable[..., None]:
             fail(f"{str(error).splitlines()[0]}: choose a smaller --batch")
         if not chosen:
             fail("no row of this suite fits these options")
-        if predict:
-            _predict(suite, chosen, predict, out)
-            return
         method = Method(options.peers(peers), seconds=seconds)
         _measure(
             suite,
@@ -231,43 +221,3 @@ def _one_line(row: Row) -> str:
     said = [f"{each.name} {times[each.name]:.1f}" for each in (first, *fastest[:4]) if each.name in times]
     said += [f"{each.name} {each.status}: {each.message}" for each in bad[:4]]
     return f"{case_name(row.case)}, {row.case.computation}: {', '.join(said)} ({timing}, µs)"
-
-
-# ---- predicting ----------------------------------------------------------------------------------------------------
-
-
-def _predict(suite: Suite, chosen: list[Task], name: str, out: Path) -> None:
-    try:
-        device = named_device(name)
-    except ValueError as error:
-        fail(error)
-    rows = tuple(_predicted(suite, chosen, device))
-    if not rows:
-        fail("no row is left")
-    commit, _ = environment.revision()
-    predictions = Predictions(
-        device=device.name,
-        bandwidth=device.peaks.bandwidth,
-        matrix_rates=dict(device.peaks.matrix_rates),
-        gpukern=gpukern.__version__,
-        source=environment.source_hash(),
-        commit=commit,
-        date=environment.now(),
-        rows=rows,
-    )
-    path = out / "predicted" / environment.slug(device.name) / f"{suite.name}.json"
-    try:
-        results.write(path, predictions)
-    except OSError as error:
-        fail(error)
-    terminal.show(predictions)
-    typer.echo(f"predicted, nothing was run: {short(path)}")
-
-
-def _predicted(suite: Suite, chosen: list[Task], device: DeviceSpec) -> Iterator[Prediction]:
-    """Of the rows that gpukern takes at all, which a message says of the others."""
-    for task in chosen:
-        try:
-            yield suite.predict(task, device)
-        except RuntimeError as error:
-            typer.echo(f"bench: left out {case_name(task.case)}, {task.case.computation}: {error}", err=True)

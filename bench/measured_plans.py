@@ -10,8 +10,7 @@ from pathlib import Path
 
 from bench import results
 from bench.results import Results, ResultsError, Row
-from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv import ConvPlan, ConvProblem, Direction, Operands, Variant, conv_problem
 from gpukern.explain.formatting import OPERANDS
 from gpukern.explain.query import convolution
 from gpukern.runtime.device import DEVICES, DeviceSpec
@@ -43,8 +42,6 @@ class Measured:
 def read(path: Path) -> list[Measured]:
     """Every row of a results file whose plans were timed. ResultsError if it holds none, or its device has no peaks."""
     found = results.read(path)
-    if not isinstance(found, Results):
-        raise ResultsError(f"{path} holds predictions: nothing was measured")
     rows = list(_measured(found))
     if not rows:
         raise ResultsError(f"{path} has no measured plans: python -m bench plans makes them, on a GPU")

@@ -52,7 +52,7 @@ def newest(folder: Path) -> dict[str, list[Found]]:
             read = results.read(path)
         except ResultsError:
             continue
-        if not isinstance(read, Results) or read.environment.device_type != "cuda":
+        if read.environment.device_type != "cuda":
             continue
         of_device = found.setdefault(read.environment.device, {})
         for group in summarize(read):

@@ -1,6 +1,6 @@
-"""What a run leaves behind: JSON files of measured rows, and JSON files of predicted ones, never both in one.
+"""What a run leaves behind: a JSON file of measured rows.
 
-``schema.json`` beside this file describes them for other programs. Every figure that this project publishes is computed
+``schema.json`` beside this file describes it for other programs. Every figure that this project publishes is computed
 from such files.
 """
 
@@ -150,48 +150,14 @@ class Results:
     method: dict[str, Any]
     rows: tuple[Row, ...]
 
+    #: What the file says that it holds: predictions, which other versions wrote, may never join measured rows.
     file_kind: typing.ClassVar[str] = "measured"
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a plan cannot beat on a device that nobody asked. Microseconds."""
-
-    case: Case
-    plan: str
-    launches: int
-    tiles: int
-    waves: float
-    #: Useful share of the work done on padded tiles.
-    efficiency: float
-    flops: float
-    #: What the plan moves, and what any implementation must.
-    moved: float
-    bytes: float
-    predicted_us: float
-    floor_us: float
-    bound: Literal["memory", "compute"]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    #: The named device, and where its peaks are from.
-    device: str
-    bandwidth: float
-    matrix_rates: dict[str, float]
-    gpukern: str
-    source: str
-    commit: str | None
-    date: str
-    rows: tuple[Prediction, ...]
-
-    file_kind: typing.ClassVar[str] = "predicted"
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, results: Results | Predictions) -> None:
+def write(path: Path, results: Results) -> None:
     """Replace ``path`` as :func:`write_text` does."""
     header = {"schema": SCHEMA, "kind": results.file_kind}
     header |= {f.name: plain(getattr(results, f.name)) for f in dataclasses.fields(results) if f.name != "rows"}
@@ -210,7 +176,7 @@ def write_text(path: Path, text: str) -> None:
     files.write_text(path, text)
 
 
-def read(path: Path) -> Results | Predictions:
+def read(path: Path) -> Results:
     """The file's contents, checked. :class:`ResultsError` says what is wrong with it; OSError as usual."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -222,11 +188,9 @@ def read(path: Path) -> Results | Predictions:
     if schema != SCHEMA:
         age = "an older" if schema < SCHEMA else "a newer"
         raise ResultsError(f"{path}: schema {schema}, from {age} version of the benchmark; this one reads {SCHEMA}")
-    for kind in (Results, Predictions):
-        if raw.get("kind") == kind.file_kind:
-            values = {name: value for name, value in raw.items() if name not in ("schema", "kind")}
-            return _built(kind, values, str(path))
-    raise ResultsError(f"{path}: kind {raw.get('kind')!r} is neither 'measured' nor 'predicted'")
+    if raw.get("kind") != Results.file_kind:
+        raise ResultsError(f"{path}: kind {raw.get('kind')!r}: nothing was measured (gpukern explain network predicts)")
+    return _built(Results, {name: value for name, value in raw.items() if name not in ("schema", "kind")}, str(path))
 
 
 def _built(kind: type, values: dict[str, Any], where: str) -> Any:

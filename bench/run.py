@@ -144,12 +144,10 @@ class _File:
         if old is None:
             self.save()  # measuring the device's own limits takes seconds
 
-    def _check(self, old: object, made: results.Environment, method: dict) -> None:
-        advice = "choose another --out, or --fresh to replace it"
-        if not isinstance(old, Results):
-            raise ResultsError(f"{self._path} holds predictions, which no measured row may join: {advice}")
+    def _check(self, old: Results, made: results.Environment, method: dict) -> None:
         different = made.same_setup(old.environment) + (["method"] if method != old.method else [])
         if different:
+            advice = "choose another --out, or --fresh to replace it"
             raise ResultsError(f"{self._path} was made under another {', '.join(different)}: {advice}")
 
     def has(self, suite: Suite, task: Task, method: Method, device: torch.device) -> bool:

@@ -12,11 +12,18 @@ import torch.nn.functional as T
 import gpukern.functional as F
 from bench.accuracy import DTYPES, sum_bound
 from bench.peers import torch_at_its_best, without_cudnn
-from gpukern.conv import launch, reference
-from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.planner import ranking
-from gpukern.conv.problem import ConvProblem, conv_problem
-from gpukern.conv.request import operands_of, shapes
+from gpukern.conv import (
+    ConvPlan,
+    ConvProblem,
+    Direction,
+    conv_problem,
+    operands_of,
+    prepared_for,
+    ranking,
+    reference,
+    run,
+    shapes,
+)
 from gpukern.runtime.current_device import device_spec
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format
@@ -89,8 +96,8 @@ def _planned(
     of_first, of_second, _ = shapes(p, direction)
     with torch_at_its_best(dtype):
         first, second = (_random(size, DTYPES[dtype], LAST, device) for size in (of_first, of_second))
-        prepared = launch.prepared_for(p, direction, first, second, True, choice=plan)
-        actual, _ = launch.run(prepared, first, second)
+        prepared = prepared_for(p, direction, first, second, True, choice=plan)
+        actual, _ = run(prepared, first, second)
         exact = first.double(), second.double()
         with without_cudnn():
             if direction is Direction.FORWARD:

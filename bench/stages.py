@@ -183,8 +183,7 @@ def _measured(folder: Path) -> Iterator[tuple[Path, Results]]:
             read = results.read(path)
         except results.ResultsError:
             continue  # stages.json, for one
-        if isinstance(read, Results):
-            yield path, read
+        yield path, read
 
 
 STAGES: dict[str, Callable[[Path], list[Step]]] = {

@@ -16,8 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from bench.results import Case, Prediction, Use
-from gpukern.runtime.device import DeviceSpec
+from bench.results import Case, Use
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.roofline import Work
 
@@ -117,10 +116,6 @@ class Suite(abc.ABC, Generic[P]):
     @abc.abstractmethod
     def implementations(self, task: Task[P], peers: Sequence[str], device: torch.device) -> list[Implementation]:
         """gpukern first, then those of ``peers`` (names of :data:`bench.peers.PEERS`) that make sense here."""
-
-    @abc.abstractmethod
-    def predict(self, task: Task[P], device: DeviceSpec) -> Prediction:
-        """The plan on a device that need not be here, and what it cannot beat."""
 
 
 SUITES: dict[str, Suite] = {}

@@ -12,6 +12,7 @@ from rich.text import Text
 from gpukern.explain.command import app as explain
 from gpukern.formatting import memory
 from gpukern.fusion.command import explain_model, fuse
+from gpukern.fusion.network_command import explain_network
 from gpukern.info import Component, Info, gather
 from gpukern.runtime.records import plain
 from gpukern.tables import pairs
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 explain.command("model")(explain_model)
+explain.command("network")(explain_network)
 app.add_typer(explain, name="explain")
 app.command()(fuse)
 app.command()(tune)

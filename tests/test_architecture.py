@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gpukern import conv
+
 PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 #: Each may import from itself and from what comes before it. A package named with a dot is a layer of its own: what
 #: convolution kernels have in their epilogues lies below them, the operators themselves above.
@@ -20,7 +22,9 @@ LAYERS = (
         "pages",
         "runtime",
         "ops._image",
+        "ops._pixels",
         "ops._activation",
+        "ops._reduction",
         "ops._pool2d",
         "conv",
         "ops",
@@ -40,6 +44,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 #: Pure Python: what plans are made of, on any machine.
 TORCH_FREE = (
     "cache.py",
+    "choice.py",
     "cost.py",
     "database.py",
     "device.py",
@@ -53,12 +58,14 @@ TORCH_FREE = (
     "planner.py",
     "problem.py",
     "properties.py",
-    "registry.py",
     "records.py",
+    "registry.py",
     "roofline.py",
+    "splits.py",
+    "strides.py",
 )
 #: What runs on the device.
-KERNELS = ("epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
+KERNELS = ("_pixels.py", "epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
 
 
 def imported(path: Path) -> set[str]:
@@ -155,3 +162,33 @@ def test_what_is_no_module_is_packaged():
     packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert others <= packaged, others - packaged
+
+
+CONV = PACKAGE / "conv"
+OUTSIDE = sorted(
+    path
+    for folder in ("gpukern", "bench", "models")
+    for path in (PACKAGE.parent / folder).rglob("*.py")
+    if CONV not in path.parents
+)
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_the_convolution_engine_is_entered_by_its_door(path):
+    inside = {name.removeprefix("gpukern.conv.") for name in imported(path) if name.startswith("gpukern.conv.")}
+    assert inside <= set(conv.__all__)
+
+
+@pytest.mark.parametrize("path", sorted(CONV.rglob("*.py")), ids=lambda path: str(path.relative_to(CONV)))
+def test_nobody_inside_uses_the_door(path):
+    for name in imported(path):
+        if name.startswith("gpukern.conv.") and name.count(".") == 2:
+            module = CONV / name.removeprefix("gpukern.conv.")
+            assert module.with_suffix(".py").exists(), name
+
+
+def test_all_that_the_door_names_is_there():
+    assert len(conv.__all__) == len(set(conv.__all__))
+    assert all(getattr(conv, name) is not None for name in conv.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        conv.nothing  # noqa: B018 - the access is what is tested

@@ -133,7 +133,7 @@ def test_a_page_that_shows_something_else_is_noticed():
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "bench" / "README.md"], ids=named)
+@pytest.mark.parametrize("page", ALL, ids=named)
 def test_commands_have_the_options_that_are_written(page):
     for block in blocks(page):
         for command in commands(block) if block.language == "console" else ():

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.results import Candidate, Case, Ceilings, Environment, Prediction, Predictions, Results, Row
+from bench.results import Candidate, Case, Ceilings, Environment, Results, Row
 from bench.stats import Spread
-from gpukern.formatting import count, decimals, error, memory, number, percent, ratio
+from gpukern.formatting import count, decimals, error, memory, number, ratio
+from gpukern.formatting import percent as percent
 
 TIMINGS = {"graph": "CUDA graph", "eager": "calls from Python", "wall": "wall clock"}
-NOT_MEASURED = "predicted, not measured"
 
 
 def _decimals(microseconds: float) -> int:
@@ -85,10 +85,9 @@ def reason(candidate: Candidate, row: Row) -> str:
     return one_line(candidate.message) or "no reason given"
 
 
-def commit_name(environment: Environment | Predictions) -> str:
-    """Of an Environment or of Predictions: a short name, + for changed files."""
-    name = (environment.commit or "no commit")[:9]
-    return name + ("+" if getattr(environment, "modified", False) else "")
+def commit_name(environment: Environment) -> str:
+    """A short name, + for changed files."""
+    return (environment.commit or "no commit")[:9] + "+" * environment.modified
 
 
 def pairs(settings: dict[str, Any]) -> str:
@@ -138,17 +137,6 @@ def evidence(environment: Environment, measured: Ceilings | None = None) -> list
     return [(name, one_line(value)) for name, value in lines]
 
 
-def predicted_evidence(predictions: Predictions) -> list[tuple[str, str]]:
-    p = predictions
-    lines = [
-        ("device", p.device),
-        ("assumed ceilings", ceilings(p.bandwidth, p.matrix_rates)),
-        ("code", f"gpukern {p.gpukern}, {_commit(p.commit)}, source {p.source[:12]}"),
-        ("date", p.date),
-    ]
-    return [(name, one_line(value)) for name, value in lines]
-
-
 def _commit(commit: str | None) -> str:
     return f"commit {commit[:9]}" if commit else "no commit"
 
@@ -161,28 +149,6 @@ def setup_changes(old: Environment, new: Environment) -> list[tuple[str, str]]:
         shown = [pairs(value) if isinstance(value, dict) else str(value) for value in values]
         found.append((name, one_line(f"{shown[0]} → {shown[1]}")))
     return found
-
-
-PREDICTED_COLUMNS = (
-    "layer", "plan", "bound", "launches", "waves", "tile efficiency", "floor µs", "predicted µs", "predicted / floor",
-)  # fmt: skip
-#: How many of them are words.
-PREDICTED_WORDS = 3
-
-
-def predicted_columns(rows: Sequence[Prediction]) -> tuple[str, ...]:
-    """Of rows that are all networks, or none of them."""
-    networks = any(is_network(row.case) for row in rows)
-    return (*PREDICTED_COLUMNS, "predicted images/s") if networks else PREDICTED_COLUMNS
-
-
-def predicted_cells(row: Prediction) -> list[str]:
-    images = [number(images_per_second(row.case, row.predicted_us))] if is_network(row.case) else []
-    return [
-        case_name(row.case), one_line(row.plan), row.bound, str(row.launches), number(row.waves),
-        percent(row.efficiency), micro(row.floor_us), micro(row.predicted_us), ratio(row.predicted_us / row.floor_us),
-        *images,
-    ]  # fmt: skip
 
 
 def settings(results: Results) -> list[tuple[str, str]]:

@@ -7,17 +7,15 @@ from collections.abc import Iterable, Sequence
 
 from bench import report as words
 from bench.report import throughput
-from bench.report.summary import Group, Line, Problem, Versus, predicted_groups, summarize
+from bench.report.summary import Group, Line, Problem, Versus, summarize
 from bench.report.throughput import Throughput, throughputs
-from bench.results import Prediction, Predictions, Results
+from bench.results import Results
 
 _KEY = ["suite", "computation", "dtype", "layout", "batch"]
 
 
-def render(results: Results | Predictions, source: str = "") -> str:
+def render(results: Results, source: str = "") -> str:
     """``source``: the file it is from, as the reader finds it."""
-    if isinstance(results, Predictions):
-        return _predictions(results, source)
     groups = summarize(results)
     peers = list(dict.fromkeys(peer for group in groups for peer in group.peers))
     evidence = words.evidence(results.environment, results.ceilings) + words.settings(results)
@@ -103,23 +101,6 @@ def _peer(peer: Versus | None, usual: str | None) -> str:
 def _problem(problem: Problem) -> str:
     where = escape(words.cases(problem.cases))
     return f"**{escape(problem.name)} {problem.status}** ({where}): {escape(problem.reason)}"
-
-
-def _predictions(predictions: Predictions, source: str) -> str:
-    parts = [
-        f"**{words.NOT_MEASURED.capitalize()}**: what gpukern's plans should take on a device that nobody asked.",
-        _evidence(words.predicted_evidence(predictions), source),
-        *(
-            _details(f"{words.group_title(key)}: {words.NOT_MEASURED}", _predicted(rows))
-            for key, rows in predicted_groups(predictions)
-        ),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _predicted(rows: Sequence[Prediction]) -> str:
-    body = [list(map(escape, words.predicted_cells(row))) for row in rows]
-    return table(words.predicted_columns(rows), body, left=words.PREDICTED_WORDS)
 
 
 def _evidence(evidence: Iterable[tuple[str, str]], source: str) -> str:

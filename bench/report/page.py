@@ -1,4 +1,4 @@
-"""Runs as one HTML page that asks for nothing else: a section for each device, and one for each predicted device."""
+"""Runs as one HTML page that asks for nothing else: a section for each device."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bench import report as words
 from bench.report import plots, throughput
-from bench.report.summary import Group, GroupKey, Tally, predicted_groups, summarize, tallies
-from bench.results import Prediction, Predictions, Results
+from bench.report.summary import Group, GroupKey, Tally, summarize, tallies
+from bench.results import Results
 from gpukern import pages
 
 
@@ -49,23 +49,10 @@ class Device:
     setup_changes: list[tuple[str, str, str, str]]
 
 
-@dataclass(frozen=True)
-class Predicted:
-    path: Path
-    predictions: Predictions
-    groups: list[tuple[GroupKey, list[Prediction]]]
-
-
-def render(files: Sequence[tuple[Path, Results | Predictions]]) -> str:
+def render(files: Sequence[tuple[Path, Results]]) -> str:
     """The page; the same files give the same bytes."""
-    measured = [(path, results) for path, results in files if isinstance(results, Results)]
-    predicted = [(path, results) for path, results in files if isinstance(results, Predictions)]
     return pages.render(
-        Path(__file__).with_name("page.html"),
-        words=words,
-        throughput=throughput,
-        devices=_devices(measured),
-        predicted=_predicted(predicted),
+        Path(__file__).with_name("page.html"), words=words, throughput=throughput, devices=_devices(files)
     )
 
 
@@ -111,15 +98,3 @@ def _history(key: GroupKey, runs: Sequence[Run]) -> plots.History | None:
             if group.key == key and best.mean:
                 points.append(plots.Point(words.commit_name(environment), environment.date, best.mean, best.rows))
     return plots.history(points) if len(points) > 1 else None
-
-
-def _predicted(predicted: Sequence[tuple[Path, Predictions]]) -> list[Predicted]:
-    """The newest of each device and suite."""
-    ordered = sorted(predicted, key=lambda file: (file[1].device, file[1].date, str(file[0])))
-    newest = {(p.device, row.case.suite): path for path, p in ordered for row in p.rows}
-    made = []
-    for path, predictions in ordered:
-        groups = [pair for pair in predicted_groups(predictions) if newest[predictions.device, pair[0].suite] is path]
-        if groups:
-            made.append(Predicted(path, predictions, groups))
-    return made

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from bench.report import TIMINGS, is_network, reason, state
-from bench.results import Candidate, Case, Ceilings, Prediction, Predictions, Results, Row
+from bench.results import Candidate, Case, Ceilings, Results, Row
 from bench.stats import Spread, geometric_mean, ratio, spread
 
 BEST = "best peer"
@@ -202,14 +202,6 @@ def tallies(lines: Sequence[Line]) -> tuple[Tally, ...]:
             if line.time:
                 found.append(peer)
     return tuple(_tally(name, found) for name, found in peers.items())
-
-
-def predicted_groups(predictions: Predictions) -> list[tuple[GroupKey, list[Prediction]]]:
-    """Farthest from the floor first."""
-    by_key: dict[GroupKey, list[Prediction]] = defaultdict(list)
-    for row in predictions.rows:
-        by_key[group_key(row.case)].append(row)
-    return [(key, sorted(rows, key=lambda r: r.floor_us / r.predicted_us)) for key, rows in by_key.items()]
 
 
 def _rank(line: Line) -> tuple[int, float]:

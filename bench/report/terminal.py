@@ -11,9 +11,9 @@ from rich.text import Text
 
 from bench import report as words
 from bench.report import throughput
-from bench.report.summary import Group, GroupKey, Line, Tally, Total, Versus, predicted_groups, summarize, tallies
+from bench.report.summary import Group, Line, Tally, Total, Versus, summarize, tallies
 from bench.report.throughput import Throughput, throughputs
-from bench.results import Prediction, Predictions, Results
+from bench.results import Results
 from gpukern import tables
 
 #: Of what goes into a pipe: no window to fit, and nothing may be cut off.
@@ -28,21 +28,9 @@ def console() -> Console:
     return here if here.is_terminal else Console(width=WIDE, color_system=None, highlight=False)
 
 
-def show(results: Results | Predictions, to: Console | None = None) -> None:
+def show(results: Results, to: Console | None = None) -> None:
     """Print all of it."""
     to = to or console()
-    if isinstance(results, Predictions):
-        _show_predictions(results, to)
-    else:
-        _show_results(results, to)
-
-
-def new_table(title: str, caption: str, columns: Sequence[str], left: int = 1) -> Table:
-    """The first ``left`` columns are words, the others numbers."""
-    return tables.table(*columns[:left], *tables.numbers(*columns[left:]), title=title, caption=caption, narrow=True)
-
-
-def _show_results(results: Results, to: Console) -> None:
     evidence = words.evidence(results.environment, results.ceilings)
     to.print(tables.pairs(evidence + words.text_pairs(results.method) + words.settings(results)))
     groups = summarize(results)
@@ -61,6 +49,11 @@ def _show_results(results: Results, to: Console) -> None:
         to.print()
         everything = tallies([line for group in groups for line in group.lines])
         to.print(_tallies(f"All {words.count(len(results.rows), 'row')}", everything))
+
+
+def new_table(title: str, caption: str, columns: Sequence[str], left: int = 1) -> Table:
+    """The first ``left`` columns are words, the others numbers."""
+    return tables.table(*columns[:left], *tables.numbers(*columns[left:]), title=title, caption=caption, narrow=True)
 
 
 def _table(group: Group, peers: Sequence[str]) -> Table:
@@ -144,20 +137,4 @@ def _tallies(title: str, found: Sequence[Tally]) -> Table:
     for tally in found:
         numbers = map(str, (tally.wins, tally.losses, tally.ties, tally.absent))
         table.add_row(Text(words.one_line(tally.name)), words.ratio(tally.mean), *numbers)
-    return table
-
-
-def _show_predictions(predictions: Predictions, to: Console) -> None:
-    to.print(tables.pairs([("what", words.NOT_MEASURED), *words.predicted_evidence(predictions)]))
-    for key, rows in predicted_groups(predictions):
-        to.print()
-        to.print(_predicted_table(key, rows))
-
-
-def _predicted_table(key: GroupKey, rows: Sequence[Prediction]) -> Table:
-    title = f"{words.group_title(key)}: {words.NOT_MEASURED}"
-    caption = "floor: the least that any implementation needs on the device's peaks"
-    table = new_table(title, caption, words.predicted_columns(rows), left=words.PREDICTED_WORDS)
-    for row in rows:
-        table.add_row(*map(Text, words.predicted_cells(row)))
     return table

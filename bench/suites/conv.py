@@ -9,31 +9,16 @@ import torch
 
 import gpukern.functional as F
 from bench.accuracy import DTYPES, sum_bound
-from bench.layers import LayerCall, distinct
+from bench.layers import distinct
 from bench.peers import to_layout, torch_peers
-from bench.predict import predict_convolution
-from bench.results import Case, Prediction, Use
+from bench.results import Case, Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
-from gpukern.conv.cost import work
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv import ConvProblem, Direction, minimum_work
+from gpukern.explain.layers import conv_of
 from gpukern.ops.conv2d import conv2d_input_grad, conv2d_weight_grad
-from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Work
 
 DIRECTIONS = {direction.value: direction for direction in Direction}
-
-
-def conv_of(call: LayerCall) -> ConvProblem | None:
-    """The problem of a convolution with zero padding on both sides alike, else None."""
-    layer = call.module
-    if type(layer) is not torch.nn.Conv2d or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return None
-    vertical, horizontal = layer.padding
-    padding = vertical, vertical, horizontal, horizontal
-    return conv_problem(
-        call.input_shape, tuple(layer.weight.shape), None, layer.stride, padding, layer.dilation, layer.groups
-    )
 
 
 def describe(p: ConvProblem) -> tuple[str, dict[str, Any]]:
@@ -84,7 +69,7 @@ class Convolutions(Suite[ConvProblem]):
 
     def work(self, task: Task[ConvProblem]) -> Work:
         direction = self.directions[task.case.computation]
-        return work(task.problem, direction, DTYPES[task.case.dtype].itemsize, task.case.dtype)
+        return minimum_work(task.problem, direction, DTYPES[task.case.dtype].itemsize, task.case.dtype)
 
     def bound(self, task: Task[ConvProblem]) -> float:
         p = task.problem
@@ -113,9 +98,6 @@ class Convolutions(Suite[ConvProblem]):
         run = _gpukern(task.problem, case.computation, case.layout)
         ours = Implementation("gpukern", in_mode(case.layout, device), run)
         return [ours, *torch_peers(function, "cuDNN", case.layout, peers, device)]
-
-    def predict(self, task: Task[ConvProblem], device: DeviceSpec) -> Prediction:
-        return predict_convolution(task, task.problem, self.directions[task.case.computation], device)
 
 
 def _gpukern(p: ConvProblem, computation: str, layout: str) -> Callable[..., torch.Tensor]:

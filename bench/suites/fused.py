@@ -10,14 +10,9 @@ import torch
 import gpukern.functional as F
 from bench.accuracy import DTYPES
 from bench.peers import compiled, to_layout, torch_peers
-from bench.predict import predict_convolution
-from bench.results import Prediction
 from bench.suite import Implementation, Task, Tensors, in_mode, register
 from bench.suites.conv import Convolutions, conv_tensors
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem
-from gpukern.explain.query import Epilogue
-from gpukern.runtime.device import DeviceSpec
+from gpukern.conv import ConvProblem, Direction
 from gpukern.runtime.roofline import Work
 
 _WITH_RESIDUAL = "bias + residual + ReLU"
@@ -66,10 +61,6 @@ class FusedConvolutions(Convolutions):
         if "compile" in peers and _has_residual(task):
             found.append(_one_pointwise_kernel(task))
         return found
-
-    def predict(self, task: Task[ConvProblem], device: DeviceSpec) -> Prediction:
-        epilogue = Epilogue("relu", residual=_has_residual(task))
-        return predict_convolution(task, task.problem, Direction.FORWARD, device, epilogue)
 
 
 def _has_residual(task: Task[ConvProblem]) -> bool:

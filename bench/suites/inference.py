@@ -12,14 +12,11 @@ from torch.fx.experimental import optimization
 
 import gpukern
 from bench.accuracy import DTYPES, network_bound
-from bench.fused_graph import predict_fused
 from bench.layers import layer_calls
 from bench.networks import Networks, WholeNetwork, depth, placed, weights
 from bench.peers import compile_for_these_shapes, to_layout
-from bench.results import Prediction
 from bench.suite import Implementation, Task, Tensors, in_mode, register
 from gpukern.fusion.model import FusedModel
-from gpukern.runtime.device import DeviceSpec
 from models.zoo import network
 
 #: Images that decide the statistics of batch norms.
@@ -60,11 +57,6 @@ class Inference(Networks):
             if peer in peers:
                 found += [make(task, fold, device) for fold in folds]
         return found
-
-    def predict(self, task: Task[WholeNetwork], device: DeviceSpec) -> Prediction:
-        module = _fused(task.problem.name, DTYPES[task.case.dtype], _META).module
-        (images,) = self.tensors(task, _META)
-        return predict_fused(task, module, images, device)
 
 
 @functools.lru_cache(maxsize=4)

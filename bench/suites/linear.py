@@ -2,46 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 import gpukern.functional as F
 from bench.accuracy import DTYPES, sum_bound
-from bench.layers import LayerCall, distinct
+from bench.layers import distinct
 from bench.peers import torch_peers
-from bench.predict import predict_convolution
-from bench.results import Prediction, Use
+from bench.results import Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from bench.suites.conv import DIRECTIONS
-from gpukern.conv.cost import work
-from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv import ConvProblem, conv_problem, minimum_work
+from gpukern.explain.layers import Linear, linear_of
 from gpukern.ops.linear import linear, linear_weight_grad
-from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Work
 
 
-@dataclass(frozen=True)
-class Linear:
-    """[rows, inputs] → [rows, outputs]."""
-
-    rows: int
-    inputs: int
-    outputs: int
-
-    def as_convolution(self) -> ConvProblem:
-        """As gpukern computes it."""
-        geometry = (1, 1), (0, 0, 0, 0), (1, 1), 1
-        return conv_problem((self.rows, self.inputs, 1, 1), (self.outputs, self.inputs, 1, 1), None, *geometry)
-
-
-def linear_of(call: LayerCall) -> Linear | None:
-    if type(call.module) is not torch.nn.Linear:
-        return None
-    return Linear(math.prod(call.input_shape[:-1]), call.module.in_features, call.module.out_features)
+def as_convolution(p: Linear) -> ConvProblem:
+    """``p`` as gpukern computes it."""
+    geometry = (1, 1), (0, 0, 0, 0), (1, 1), 1
+    return conv_problem((p.rows, p.inputs, 1, 1), (p.outputs, p.inputs, 1, 1), None, *geometry)
 
 
 class Linears(Suite[Linear]):
@@ -58,7 +41,7 @@ class Linears(Suite[Linear]):
 
     def work(self, task: Task[Linear]) -> Work:
         direction, dtype = DIRECTIONS[task.case.computation], task.case.dtype
-        return work(task.problem.as_convolution(), direction, DTYPES[dtype].itemsize, dtype)
+        return minimum_work(as_convolution(task.problem), direction, DTYPES[dtype].itemsize, dtype)
 
     def bound(self, task: Task[Linear]) -> float:
         p = task.problem
@@ -79,9 +62,6 @@ class Linears(Suite[Linear]):
     def implementations(self, task: Task[Linear], peers: Sequence[str], device: torch.device) -> list[Implementation]:
         ours = Implementation("gpukern", in_mode("", device), _gpukern(task.case.computation))
         return [ours, *torch_peers(_torch(task.case.computation), "cuBLAS", "", peers, device)]
-
-    def predict(self, task: Task[Linear], device: DeviceSpec) -> Prediction:
-        return predict_convolution(task, task.problem.as_convolution(), DIRECTIONS[task.case.computation], device)
 
 
 def _gpukern(computation: str) -> Callable[..., torch.Tensor]:

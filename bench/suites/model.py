@@ -14,10 +14,7 @@ import gpukern
 from bench.accuracy import DTYPES, network_bound
 from bench.networks import Networks, WholeNetwork, depth, placed, weights
 from bench.peers import both_layouts, compile_for_these_shapes, to_layout
-from bench.predict import total
-from bench.results import Prediction
 from bench.suite import Implementation, Task, Tensors, in_mode, register
-from gpukern.runtime.device import DeviceSpec
 from models.zoo import network
 
 INFERENCE, TRAINING = "inference", "training step"
@@ -80,12 +77,6 @@ class Models(Networks):
                 compile_it = functools.partial(compile_for_these_shapes, mode=mode)
                 found.append(_implementation(task, name, layout, f"mode {mode or 'default'}", compile_it))
         return found
-
-    def predict(self, task: Task[WholeNetwork], device: DeviceSpec) -> Prediction:
-        """The sum over what gpukern computes; norms, activations between layers and the loss are not in it."""
-        parts = [(part.case.uses[0].count, suite.predict(part, device)) for suite, part in self.parts(task)]
-        calls = sum(count for count, _ in parts)
-        return total(task, f"{calls} calls of convolution, pooling and linear layers", parts)
 
 
 @functools.cache

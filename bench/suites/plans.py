@@ -7,18 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from bench.predict import asked
 from bench.suite import Implementation, Task, register
 from bench.suites.conv import Convolutions
-from gpukern.conv.cost import is_elementwise
-from gpukern.conv.families.registry import family_of
-from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.planner import ranking
-from gpukern.conv.problem import ConvProblem
+from gpukern import conv  # conv.run needs Triton, which looking at plans does not
+from gpukern.conv import ConvPlan, ConvProblem, Direction, family_of, is_elementwise, ranking
 from gpukern.explain.formatting import describe_plan
-from gpukern.explain.query import Question
+from gpukern.explain.query import Question, convolution
 from gpukern.explain.ranking import chosen
 from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.mode import EMULATE
 
 
@@ -31,17 +28,22 @@ class Plans(Convolutions):
     def implementations(
         self, task: Task[ConvProblem], peers: Sequence[str], device: torch.device
     ) -> list[Implementation]:
-        direction = self.directions[task.case.computation]
-        question = asked(task, task.problem, direction, device_spec(device))
+        question = question_of(task, device_spec(device))
         return [
             Implementation(
-                f"gpukern {describe_plan(each, direction)}",
+                f"gpukern {describe_plan(each, question.direction)}",
                 task.case.layout,
                 _with_plan(question, each),
                 missing=_missing(each, device),
             )
             for each in plans(question)
         ]
+
+
+def question_of(task: Task[ConvProblem], device: DeviceSpec) -> Question:
+    """The launch that the case makes."""
+    case = task.case
+    return convolution(task.problem, Direction(case.computation), case.dtype, case.layout == "channels_last", device)
 
 
 def plans(question: Question) -> list[ConvPlan]:
@@ -87,15 +89,13 @@ def _with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tens
     p, direction = question.problem, question.direction
 
     def run(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-        from gpukern.conv import launch  # needs Triton, which looking at plans does not
-
         first, second = {
             Direction.FORWARD: (x, w),
             Direction.INPUT_GRAD: (dy, w),
             Direction.WEIGHT_GRAD: (dy, x),
         }[direction]
-        prepared = launch.prepared_for(p, direction, first, second, question.channels_last, choice=choice)
-        return launch.run(prepared, first, second)[0]
+        prepared = conv.prepared_for(p, direction, first, second, question.channels_last, choice=choice)
+        return conv.run(prepared, first, second)[0]
 
     return run
 

@@ -2,76 +2,41 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import gpukern.functional as F
 from bench.accuracy import DTYPES, sum_bound
-from bench.layers import LayerCall, distinct
+from bench.layers import distinct
 from bench.peers import to_layout, torch_peers
-from bench.predict import prediction
-from bench.results import Prediction, Use
+from bench.results import Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
-from gpukern.ops._pool2d.cost import Pooling, cost, work
-from gpukern.ops._pool2d.plan import PoolPlan, plan
-from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_problem, pool_problem
+from gpukern.explain.layers import Kind, Pool, describe_pool, pool_of
+from gpukern.ops._pool2d.cost import Pooling, work
+from gpukern.ops._pool2d.problem import AdaptiveProblem
 from gpukern.ops.pool2d import (
     adaptive_avg_pool2d_backward,
     avg_pool2d_backward,
     max_pool2d_backward,
     max_pool2d_with_taps,
 )
-from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.roofline import Work
 
 FORWARD, FOR_TRAINING, BACKWARD = "forward", "forward for training", "backward"
 
 
-class Kind(enum.Enum):
-    MAX = "maximum"
-    AVERAGE = "average"
-    ADAPTIVE = "adaptive average"
-
-
-@dataclass(frozen=True)
-class Pool:
-    kind: Kind
-    window: PoolProblem | AdaptiveProblem
-
-    @property
-    def geometry(self) -> tuple[Any, ...]:
-        """What follows the tensors in gpukern's and in torch's calls, but for torch's flag of averages."""
-        w = self.window
-        if isinstance(w, AdaptiveProblem):
-            return ((w.P, w.Q),)
-        if self.kind is Kind.MAX:
-            return w.kernel, w.stride, w.padding, w.dilation, w.ceil_mode
-        return w.kernel, w.stride, w.padding, w.ceil_mode, w.count_include_pad, w.divisor_override
-
-
-def pool_of(call: LayerCall) -> Pool | None:
-    layer, shape = call.module, call.input_shape
-    if type(layer) is torch.nn.MaxPool2d:
-        window = _pairs(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        return Pool(Kind.MAX, pool_problem(shape, *window, layer.ceil_mode))
-    if type(layer) is torch.nn.AvgPool2d:
-        window = _pairs(layer.kernel_size, layer.stride, layer.padding, 1)
-        rest = layer.ceil_mode, layer.count_include_pad, layer.divisor_override
-        return Pool(Kind.AVERAGE, pool_problem(shape, *window, *rest))
-    if type(layer) is torch.nn.AdaptiveAvgPool2d:
-        (size,) = _pairs(layer.output_size)
-        return Pool(Kind.ADAPTIVE, adaptive_problem(shape, tuple(s or n for s, n in zip(size, shape[2:], strict=True))))
-    return None
-
-
-def _pairs(*values: Any) -> list[tuple[int, int]]:
-    return [(value, value) if isinstance(value, int) else tuple(value) for value in values]
+def geometry_of(pool: Pool) -> tuple[Any, ...]:
+    """What follows the tensors in gpukern's and in torch's calls, but for torch's flag of averages."""
+    w = pool.window
+    if isinstance(w, AdaptiveProblem):
+        return ((w.P, w.Q),)
+    if pool.kind is Kind.MAX:
+        return w.kernel, w.stride, w.padding, w.dilation, w.ceil_mode
+    return w.kernel, w.stride, w.padding, w.ceil_mode, w.count_include_pad, w.divisor_override
 
 
 class Pools(Suite[Pool]):
@@ -84,21 +49,12 @@ class Pools(Suite[Pool]):
         return distinct(network, batch, pool_of)
 
     def describe(self, problem: Pool) -> tuple[str, dict[str, Any]]:
-        w = problem.window
-        words = f"{problem.kind.value}, {w.N}×{w.C}×{w.H}×{w.W}"
+        w, words = problem.window, describe_pool(problem)
         sizes: dict[str, Any] = {"kind": problem.kind.value}
         sizes |= {name: getattr(w, name) for name in ("N", "C", "H", "W", "P", "Q")}
         if isinstance(w, AdaptiveProblem):
-            return f"{words} to {w.P}×{w.Q}", sizes
-        words += f", window {w.kernel[0]}×{w.kernel[1]}, stride {w.stride[0]}×{w.stride[1]}"
-        if any(w.padding):
-            words += f", padding {w.padding[0]}×{w.padding[1]}"
-        if w.dilation != (1, 1):
-            words += f", dilation {w.dilation[0]}×{w.dilation[1]}"
-        words += ", rounded up" * w.ceil_mode
+            return words, sizes
         if problem.kind is Kind.AVERAGE:
-            words += ", padding not counted" * (not w.count_include_pad)
-            words += f", divided by {w.divisor_override}" * (w.divisor_override is not None)
             sizes |= {"count_include_pad": w.count_include_pad, "divisor_override": w.divisor_override}
         names = ("kernel", "stride", "padding", "dilation")
         return words, sizes | {name: list(getattr(w, name)) for name in names} | {"ceil_mode": w.ceil_mode}
@@ -148,18 +104,6 @@ class Pools(Suite[Pool]):
         others = torch_peers(function, "ATen", layout, peers, device, saved)
         return [ours, *others]
 
-    def predict(self, task: Task[Pool], device: DeviceSpec) -> Prediction:
-        window, itemsize = task.problem.window, DTYPES[task.case.dtype].itemsize
-        chosen = plan(window, task.case.layout == "channels_last", itemsize)
-        costs = cost(window, _pooling(task), chosen, itemsize, device)
-        return prediction(task, _describe(chosen), costs, self.work(task), device)
-
-
-def _describe(chosen: PoolPlan) -> str:
-    tile = chosen.whole_window or chosen.tile
-    of = "places of a window" if chosen.whole_window else "pixels"
-    return f"{tile.channels} channels × {tile.pixels} {of}, {tile.warps} warps"
-
 
 def _pooling(task: Task[Pool]) -> Pooling:
     maximum = task.problem.kind is Kind.MAX
@@ -176,7 +120,7 @@ Steps = tuple[Callable[[Tensors], Tensors], Callable[..., torch.Tensor]]
 
 def _gpukern(task: Task[Pool]) -> Steps:
     pool, last = task.problem, task.case.layout == "channels_last"
-    w, geometry = pool.window, pool.geometry
+    w, geometry = pool.window, geometry_of(pool)
     image = (w.N, w.C, w.H, w.W)
     if task.case.computation == FORWARD:
         function = {Kind.MAX: F.max_pool2d, Kind.AVERAGE: F.avg_pool2d, Kind.ADAPTIVE: F.adaptive_avg_pool2d}[pool.kind]
@@ -195,7 +139,7 @@ def _gpukern(task: Task[Pool]) -> Steps:
 
 
 def _torch(task: Task[Pool]) -> Steps:
-    pool, geometry, aten = task.problem, task.problem.geometry, torch.ops.aten
+    pool, geometry, aten = task.problem, geometry_of(task.problem), torch.ops.aten
     functional = torch.nn.functional
     if task.case.computation == FORWARD:
         function = {

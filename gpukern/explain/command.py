@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from gpukern.conv.plan import Direction
+from gpukern.conv import Direction
 from gpukern.explain import formatting, query, show
 from gpukern.explain.compiled import CannotCompile, Compiled, compiled
 from gpukern.explain.query import Question
@@ -32,8 +32,8 @@ class _Questions(TyperGroup):
 
 app = typer.Typer(cls=_Questions, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
-_Dtype = Annotated[str, typer.Option(metavar="KIND", help="fp16, bf16, tf32 (fp32 as TF32 may multiply it) or fp32.")]
-_Arch = Annotated[
+Dtype = Annotated[str, typer.Option(metavar="KIND", help="fp16, bf16, tf32 (fp32 as TF32 may multiply it) or fp32.")]
+Arch = Annotated[
     str | None,
     typer.Option(
         metavar="DEVICE",
@@ -41,9 +41,10 @@ _Arch = Annotated[
         "Default: the GPU that is here, else h100.",
     ),
 ]
-_Directions = Annotated[
+Directions = Annotated[
     str, typer.Option("--direction", metavar="DIRECTION", help="forward, input-grad, weight-grad or all.")
 ]
+Layout = Annotated[str, typer.Option("--layout", metavar="LAYOUT", help="channels_last or NCHW.")]
 _Epilogue = Annotated[
     str,
     typer.Option(
@@ -52,8 +53,8 @@ _Epilogue = Annotated[
     ),
 ]
 _Top = Annotated[int, typer.Option(metavar="N", min=1, help="Plans to list.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-_NoCompile = Annotated[bool, typer.Option("--no-compile", help="Predict only, look at no machine code.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+NoCompile = Annotated[bool, typer.Option("--no-compile", help="Predict only, look at no machine code.")]
 
 
 @app.callback()
@@ -72,24 +73,24 @@ def conv(
     padding: Annotated[str, typer.Option(help="One number, rows x columns, same or valid.")] = "0",
     dilation: Annotated[str, typer.Option(help="One number, or rows x columns.")] = "1",
     groups: Annotated[int, typer.Option(min=1)] = 1,
-    dtype: _Dtype = "fp16",
-    arch: _Arch = None,
-    direction: _Directions = "forward",
-    layout: Annotated[str, typer.Option("--layout", metavar="LAYOUT", help="channels_last or NCHW.")] = "channels_last",
+    dtype: Dtype = "fp16",
+    arch: Arch = None,
+    direction: Directions = "forward",
+    layout: Layout = "channels_last",
     epilogue: _Epilogue = "",
     top: _Top = 6,
-    as_json: _Json = False,
-    no_compile: _NoCompile = False,
+    as_json: Json = False,
+    no_compile: NoCompile = False,
 ) -> None:
     """A convolution, for instance: gpukern explain conv 32x64x56x56 64x3x3 --padding 1"""
-    _checked("NxCxHxW", formatting.sizes_called, image, 4)
-    _checked("KxRxS", formatting.sizes_called, filter, 3, 4)
+    checked("NxCxHxW", formatting.sizes_called, image, 4)
+    checked("KxRxS", formatting.sizes_called, filter, 3, 4)
     for name, given in (("--stride", stride), ("--dilation", dilation)):
-        _checked(name, formatting.pair_called, given)
-    _checked("--padding", formatting.padding_called, padding)
-    problem = _checked(None, formatting.problem_called, image, filter, stride, padding, dilation, groups)
+        checked(name, formatting.pair_called, given)
+    checked("--padding", formatting.padding_called, padding)
+    problem = checked(None, formatting.problem_called, image, filter, stride, padding, dilation, groups)
     device, kind, directions, bias, after = _common(arch, dtype, direction, epilogue)
-    channels_last = _checked("--layout", _layout_called, layout)
+    channels_last = checked("--layout", layout_called, layout)
     asked = [query.convolution(problem, each, kind, channels_last, device, bias, after) for each in directions]
     _explain(asked, top, as_json, no_compile)
 
@@ -98,16 +99,16 @@ def conv(
 def linear(
     matrix: Annotated[str, typer.Argument(metavar="MxC", help="The input: rows x features.", show_default=False)],
     outputs: Annotated[int, typer.Argument(metavar="K", min=1, help="Features of the output.", show_default=False)],
-    dtype: _Dtype = "fp16",
-    arch: _Arch = None,
-    direction: _Directions = "forward",
+    dtype: Dtype = "fp16",
+    arch: Arch = None,
+    direction: Directions = "forward",
     epilogue: _Epilogue = "",
     top: _Top = 6,
-    as_json: _Json = False,
-    no_compile: _NoCompile = False,
+    as_json: Json = False,
+    no_compile: NoCompile = False,
 ) -> None:
     """A fully-connected layer, for instance: gpukern explain linear 128x4096 1000"""
-    rows, inputs = _checked("MxC", formatting.sizes_called, matrix, 2)
+    rows, inputs = checked("MxC", formatting.sizes_called, matrix, 2)
     device, kind, directions, bias, after = _common(arch, dtype, direction, epilogue)
     if after.residual:
         raise typer.BadParameter("a fully-connected layer adds no residual", param_hint="--epilogue")
@@ -121,16 +122,16 @@ def linear(
 def _common(
     arch: str | None, dtype: str, direction: str, epilogue: str
 ) -> tuple[DeviceSpec, str, list[Direction], bool, query.Epilogue]:
-    device = _checked("--arch", formatting.device_called, arch)
-    kind = _checked("--dtype", formatting.kind_called, dtype)
-    directions = _checked("--direction", formatting.directions_called, direction)
-    bias, after = _checked("--epilogue", formatting.epilogue_called, epilogue)
+    device = checked("--arch", formatting.device_called, arch)
+    kind = checked("--dtype", formatting.kind_called, dtype)
+    directions = checked("--direction", formatting.directions_called, direction)
+    bias, after = checked("--epilogue", formatting.epilogue_called, epilogue)
     if (bias or after != query.Epilogue()) and Direction.FORWARD not in directions:
         raise typer.BadParameter("only a forward has an epilogue", param_hint="--epilogue")
     return device, kind, directions, bias, after
 
 
-def _checked(name: str | None, read: Callable[..., T], *given: Any) -> T:
+def checked(name: str | None, read: Callable[..., T], *given: Any) -> T:
     """What ``read`` makes of it; what it does not understand is a wrong use of the parameter ``name``."""
     try:
         return read(*given)
@@ -138,7 +139,7 @@ def _checked(name: str | None, read: Callable[..., T], *given: Any) -> T:
         raise typer.BadParameter(str(error), param_hint=name) from None
 
 
-def _layout_called(name: str) -> bool:
+def layout_called(name: str) -> bool:
     """Whether it is channels_last."""
     layouts = {"channels_last": True, "channels-last": True, "nhwc": True, "nchw": False}
     if name.lower() not in layouts:

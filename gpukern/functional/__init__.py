@@ -12,6 +12,9 @@ from gpukern.functional._conv import conv2d, conv_transpose2d
 from gpukern.functional._linear import linear
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
+# No function offers it, but saved graphs have it.
+from gpukern.ops import conv_max_pool2d as conv_max_pool2d
+
 __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",

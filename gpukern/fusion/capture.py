@@ -23,6 +23,7 @@ from gpukern.fusion.decompose import write_out
 from gpukern.fusion.errors import FusionError, first_line
 from gpukern.fusion.given import check_weights, devices_of, duplicate
 from gpukern.fusion.program import InputSpec, Program, arguments, aten
+from gpukern.runtime.evaluation import evaluate
 
 #: gpukern's layers, and the torch layers whose operators fusion knows.
 _PLAIN = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
@@ -35,7 +36,7 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
     for module in copied.modules():
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
-    return copied.eval()
+    return evaluate(copied)
 
 
 def capture_program(

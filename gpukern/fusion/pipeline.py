@@ -57,7 +57,7 @@ def run(
         raise RuntimeError(f"cuda_graph=True needs the model and its inputs on a CUDA device, got {device}")
     exact = private_copy(model)
     take_in_order(exact, by_name)
-    notes = _notes_on(model)
+    notes = _notes_on(model, changed=not exact.training)
     own = _dtype_of(exact, inputs)
     dtype = dtype or own
     if dtype not in _DTYPES:
@@ -212,9 +212,10 @@ def _dtype_of(model: torch.nn.Module, inputs: tuple) -> torch.dtype:
     return next((t.dtype for t in held if isinstance(t, torch.Tensor) and t.is_floating_point()), torch.float32)
 
 
-def _notes_on(model: torch.nn.Module) -> list[str]:
+def _notes_on(model: torch.nn.Module, *, changed: bool) -> list[str]:
+    """``changed``: whether its copy is in evaluation mode. What torch.export captured has no such mode."""
     notes = []
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    training = [name or "the model" for name, module in model.named_modules() if changed and module.training]
     if training:
         named = ", ".join(training[:3]) + (", ..." if len(training) > 3 else "")
         notes.append(f"In training mode were {named}: fused as in evaluation mode, on a copy")

@@ -8,12 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from gpukern.conv.cost import work
-from gpukern.conv.plan import Direction
-from gpukern.conv.pooled.plan import apart
-from gpukern.conv.prepare import pooled_choice
-from gpukern.conv.problem import conv_problem, pooled_problem
-from gpukern.conv.request import Epilogue
+from gpukern.conv import Direction, Epilogue, conv_problem, minimum_work, pooled_choice, pooled_problem, seconds_apart
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import KINDS, Question, convolution, linear
 from gpukern.explain.ranking import chosen, ranked, residual_bytes
@@ -40,7 +35,7 @@ class Kernel(NamedTuple):
 
 def kernel(node: Node, device: DeviceSpec | None, channels_last: bool) -> Kernel | None:
     """Of a call of gpukern::conv2d, also with a max pool, or gpukern::linear in a shaped graph; None for others."""
-    question = _question(node, device or _ANY, channels_last)
+    question = question_of(node, device or _ANY, channels_last)
     if question is None:
         return None
     if device is None:
@@ -65,17 +60,17 @@ def _with_pool(question: Question) -> Kernel:
     if pooled_choice(*launch) is not None:
         return _alone(both)
     words = f"{_alone(question).plan}, and max_pool2d"
-    return Kernel(words, *_least(both), apart(question.problem, question.operands, question.device))
+    return Kernel(words, *_least(both), seconds_apart(question.problem, question.operands, question.device))
 
 
 def _least(question: Question) -> tuple[int, float]:
     """The bytes that must move, and the seconds of the roofline."""
-    must = work(question.problem, question.direction, question.operands.itemsize, question.operands.kind)
+    must = minimum_work(question.problem, question.direction, question.operands.itemsize, question.operands.kind)
     moved = must.bytes + residual_bytes(question)
     return int(moved), floor(Work(must.flops, moved, must.kind), question.device.peaks).seconds
 
 
-def _question(node: Node, device: DeviceSpec, channels_last: bool) -> Question | None:
+def question_of(node: Node, device: DeviceSpec, channels_last: bool) -> Question | None:
     given: dict[str, Any] = arguments(node)
     if node.target is torch.ops.gpukern.linear.default:
         (rows, inputs), (outputs, _) = value(given["input"]).shape, value(given["weight"]).shape

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.problem import Padding, Pair, conv_problem, output_size
+from gpukern.conv import Padding, Pair, conv_problem, output_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, activation_grad_jvp, affine_jvp, needs_input
 from gpukern.runtime.integers import require
@@ -21,6 +21,7 @@ from gpukern.runtime.tensors import as_memory_format, check_operands, memory_for
 from gpukern.runtime.transforms import Batch, bilinear_jvp, linear_jvp
 
 _implementations = Implementations("gpukern.conv")
+_reductions = Implementations("gpukern.ops._reduction")
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
@@ -263,7 +264,7 @@ conv2d_weight_grad = Operator(
 
 
 def _channel_sum(grad: torch.Tensor) -> torch.Tensor:
-    return _implementations.of(grad).channel_sum(grad)
+    return _reductions.of(grad).channel_sum(grad)
 
 
 def _channel_sum_fake(grad: torch.Tensor) -> torch.Tensor:
@@ -293,7 +294,7 @@ channel_sum = Operator(
 
 
 def _activation_grad_sum(grad, output, activation, negative_slope) -> tuple[torch.Tensor, torch.Tensor]:
-    return _implementations.of(grad).activation_grad_sum(grad, output, activation, negative_slope)
+    return _reductions.of(grad).activation_grad_sum(grad, output, activation, negative_slope)
 
 
 def _activation_grad_sum_fake(grad, output, activation, negative_slope) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from gpukern.runtime.evaluation import evaluate
 from gpukern.summary.inputs import example, original
 from gpukern.summary.table import Row, Summary
 
@@ -62,7 +63,7 @@ def summary(
 @contextlib.contextmanager
 def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    evaluate(model)
     try:
         yield
     finally:

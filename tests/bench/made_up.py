@@ -6,7 +6,7 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 
-from bench.results import Candidate, Case, Ceilings, Environment, Prediction, Predictions, Results, Row, Use
+from bench.results import Candidate, Case, Ceilings, Environment, Results, Row, Use
 
 DEVICE = "Made-up GPU"
 #: What a compiler may print: markup of HTML, Markdown and rich, and several lines.
@@ -128,28 +128,3 @@ def _networks(speed: float) -> list[Row]:
         "torch.compile": {"eager": samples(36_000.0, "compiled")},
     }
     return [row({"eager": samples(37_500.0 / speed, "ours")}, peers, 1.2e12, 1e10, of=of)]
-
-
-def predictions(**changes) -> Predictions:
-    rows = []
-    for i in range(6):
-        channels, size = 64 << i // 2, 56 >> i // 2
-        of = case(
-            f"32×{channels}×{size}×{size}, {channels}×3×3, padding 1",
-            uses=(Use("resnet50", f"layer{i // 2 + 1}.{i % 2}.conv2", 1 + i % 2),),
-        )  # fmt: skip
-        flops, moved = 2.0 * 32 * size**2 * channels**2 * 9, 4.0 * 32 * size**2 * channels
-        floor = max(flops / 200e12, moved / 2e12) * 1e6
-        rows.append(
-            Prediction(
-                case=of, plan=f"implicit, tile 128×{channels}×64, 4 warps", launches=1, tiles=784 >> i,
-                waves=5.9 / (1 + i),
-                efficiency=1 - i / 20, flops=flops, moved=1.3 * moved, bytes=moved, predicted_us=floor * (1.2 + i / 5),
-                floor_us=floor, bound="compute" if i > 1 else "memory",
-            )
-        )  # fmt: skip
-    made_up = Predictions(
-        device="Made-up GPU (invented peaks)", bandwidth=2e12, matrix_rates={"float16": 200e12}, gpukern="0.0.3",
-        source="0123456789abcdef", commit=NEW, date="2001-01-02T00:00:00+00:00", rows=tuple(rows),
-    )  # fmt: skip
-    return dataclasses.replace(made_up, **changes)

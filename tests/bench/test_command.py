@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from bench import cli, command, results
 from bench import run as run_module
-from bench.results import Ceilings, Predictions, Results
+from bench.results import Ceilings, Results
 from gpukern.runtime.mode import Mode, force_mode
 from tests.bench import made_up
 from tests.conftest import ROOT
@@ -66,62 +66,27 @@ def test_the_whole_harness_runs_on_a_cpu(suite, rows, tmp_path):
     assert found.environment.flags["cudnn.benchmark"] is True
 
 
-def test_images_a_second_are_predicted_of_a_fused_network(tmp_path):
-    ran = bench("inference", "--suite", "lenet", "--batch", 1, "--batch", 32, "--predict", "h100", "--out", tmp_path)
-    assert ran.exit_code == 0, ran.output
-    found = results.read(tmp_path / "predicted" / "h100" / "inference.json")
-    assert isinstance(found, Predictions) and [row.case.batch for row in found.rows] == [1, 32]
-    for row in found.rows:
-        assert f"{row.case.batch / row.predicted_us * 1e6:,.0f}" in ran.stdout
-    assert ran.stdout.count("images/s") == 2 and "gpukern µs" not in ran.stdout
-
-
 def test_networks_and_batches_are_the_suite_s_unless_told_otherwise(monkeypatch):
     asked = []
-    monkeypatch.setattr(command, "_predict", lambda suite, chosen, name, out: asked.extend(t.case for t in chosen))
-    bench("inference", "--predict", "h100")
+    monkeypatch.setattr(command, "_measure", lambda suite, chosen, *settings, **o: asked.extend(t.case for t in chosen))
+    bench("inference", "--cpu")
     networks = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0")
     found = sorted((case.sizes["network"], case.batch) for case in asked)
     assert found == sorted((name, batch) for name in networks for batch in (1, 32, 128))
-    assert {(case.dtype, case.layout) for case in asked} == {("float16", "channels_last")}
-
-
-def test_a_table_for_each_layer_is_predicted(tmp_path):
-    ran = bench("conv", "--suite", "resnet50", "--batch", 32, "--predict", "h100", "--out", tmp_path)
-    assert ran.exit_code == 0, ran.output
-    for words in ("predicted, not measured", "plan", "floor µs", "predicted µs", "bound", "layer2.1.conv2 ×3"):
-        assert words in ran.stdout, words
-    (path,) = tmp_path.rglob("*.json")
-    assert path == tmp_path / "predicted" / "h100" / "conv.json"
-    found = results.read(path)
-    assert isinstance(found, Predictions) and found.device == "H100" and len(found.rows) == 23 + 22 + 23
-    assert all(row.predicted_us >= row.floor_us * 0.999 > 0 for row in found.rows)
-    assert "samples" not in path.read_text()
-
-
-@pytest.mark.parametrize("suite", ["conv", "fused", "pool", "linear", "model", "plans"])
-def test_every_suite_predicts_every_dtype_and_layout(suite, tmp_path):
-    chosen = ("--dtype", "all", "--layout", "all", "--batch", 1, "--batch", 64)
-    ran = bench(suite, "--suite", "lenet", *chosen, "--predict", "a100", "--out", tmp_path)
-    assert ran.exit_code == 0, ran.output
-    rows = results.read(tmp_path / "predicted" / "a100" / f"{suite}.json").rows
-    assert {row.case.batch for row in rows} == {1, 64}
-    assert {row.case.dtype for row in rows} == set(cli.suites()[suite].dtypes)
-    assert {row.case.layout for row in rows} == set(cli.suites()[suite].layouts)
-    assert all(row.predicted_us >= row.floor_us * 0.999 > 0 and 0 < row.efficiency <= 1.001 for row in rows)
+    assert {(case.dtype, case.layout) for case in asked} == {("float32", "channels_last")}
 
 
 def test_a_report_of_a_folder_skips_what_it_cannot_read(tmp_path):
     results.write(tmp_path / "a" / "conv.json", made_up.run())
-    results.write(tmp_path / "b" / "conv.json", made_up.predictions())
+    (tmp_path / "predicted.json").write_text(json.dumps({"schema": 1, "kind": "predicted"}))
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "old.json").write_text(json.dumps({"schema": 0}))
     ran = bench("report", tmp_path)
     assert ran.exit_code == 0, ran.output
     skipped = ran.stderr.splitlines()
-    assert len(skipped) == 2 and all(line.startswith("bench: skipped ") for line in skipped)
+    assert len(skipped) == 3 and all(line.startswith("bench: skipped ") for line in skipped)
     assert "broken.json: not JSON" in skipped[0] and "old.json: schema 0, from an older version" in skipped[1]
-    assert "predicted, not measured" in ran.stdout and made_up.DEVICE in ran.stdout
+    assert "predicted.json: kind 'predicted': nothing was measured" in skipped[2] and made_up.DEVICE in ran.stdout
     assert (tmp_path / "report.md").exists() and "<html" in (tmp_path / "report.html").read_text()
     ran = bench("report", tmp_path / "a" / "conv.json", "--markdown", tmp_path / "x.md", "--html", tmp_path / "x.html")
     assert ran.exit_code == 0 and (tmp_path / "x.md").exists() and (tmp_path / "x.html").exists()
@@ -191,17 +156,15 @@ def test_another_method_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "no CUDA device here; --predict h100 shows plans and the roofline model, --cpu tries the harness"),
-        (("--cpu", "--predict", "h100"), "--cpu measures, --predict does not: choose one"),
+        ((), "no CUDA device here; --cpu tries the harness, and gpukern explain network shows plans and floors"),
         (("--cpu", "--suite", "alexnet"), "unknown network 'alexnet': expected one of lenet, resnet18"),
         (("--cpu", "--dtype", "int8"), "--dtype int8: expected one of fp16, bf16, fp32, float16"),
         (("--cpu", "--dtype", "tf32"), "--dtype tf32: expected one of fp16, bf16, fp32, float16"),
         (("--cpu", "--layout", "chwn"), "--layout chwn: expected one of channels_last, nhwc, nchw"),
         (("--cpu", "--computation", "back"), "--computation back: expected one of forward, input gradient"),
         (("--cpu", "--peers", "tvm"), "--peers tvm: expected one of library, compile, max-autotune, flaggems"),
-        (("--predict", "rtx1"), "no device is called 'rtx1'; known are a100, rtx3090, a10, l4, rtx4090, h100"),
         (("--cpu", "--filter", "nothing like it"), "no row of this suite fits these options"),
-        (("--predict", "h100", "--batch", 10**15), "Storage size calculation overflowed"),
+        (("--cpu", "--batch", 10**15), "Storage size calculation overflowed"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message, tmp_path):
@@ -216,33 +179,21 @@ def test_numbers_that_mean_nothing_are_refused(option, tmp_path):
     assert ran.exit_code == 2 and option[0] in ran.stderr and not list(tmp_path.iterdir())
 
 
-def test_rows_that_gpukern_does_not_take_are_left_out_of_a_prediction(tmp_path):
-    """More output pixels than kernels can number."""
-    ran = bench("conv", "--batch", 500_000, "--predict", "h100", "--out", tmp_path, "--computation", "forward")
-    assert ran.exit_code == 0, ran.output
-    left_out = ran.stderr.splitlines()
-    assert left_out[0].startswith("bench: left out resnet50 conv1, forward: conv2d: ")
-    assert len(results.read(next(tmp_path.rglob("*.json"))).rows) == 23 - len(left_out)
-    ran = bench("conv", "--batch", 10**8, "--predict", "h100", "--out", tmp_path / "none")
-    assert ran.exit_code == 1 and ran.stderr.splitlines()[-1] == "bench: no row is left"
-
-
-@pytest.mark.parametrize("arguments", [("conv", *LENET), ("conv", "--suite", "lenet", "--predict", "h100")])
-def test_a_folder_that_cannot_be_written(arguments, tmp_path):
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in refused(*arguments, "--out", tmp_path / "file")
+    assert "Not a directory" in refused("conv", *LENET, "--out", tmp_path / "file")
 
 
 def test_files_that_are_not_there_or_not_measured(tmp_path):
     measured, predicted = tmp_path / "measured.json", tmp_path / "predicted.json"
     results.write(measured, made_up.run())
-    results.write(predicted, made_up.predictions())
+    predicted.write_text(json.dumps({"schema": 1, "kind": "predicted"}))
     assert "No such file" in refused("--compare", measured, tmp_path / "none.json")
-    assert "predicted.json holds predictions: nothing was measured" in refused("--compare", measured, predicted)
+    assert "predicted.json: kind 'predicted': nothing was measured" in refused("--compare", measured, predicted)
     other = replace(made_up.run(), environment=made_up.environment(device="another"))
     results.write(tmp_path / "other.json", other)
     assert "different devices do not compare" in refused("--compare", measured, tmp_path / "other.json")
-    assert bench("report", predicted, "--markdown", predicted / "x").stderr.startswith("bench: [Errno")
+    assert bench("report", measured, "--markdown", measured / "x").stderr.startswith("bench: [Errno")
     ran = bench("report", tmp_path / "none")
     assert ran.exit_code == 1 and ran.stderr.splitlines()[-1] == "bench: no results there"
 
@@ -264,11 +215,12 @@ def test_help_names_every_suite_and_what_may_be_chosen():
 
 
 def test_as_a_module_into_a_pipe_that_closes(tmp_path):
-    command = [sys.executable, "-m", "bench", "conv", "--suite", "lenet", "--predict", "h100", "--out", str(tmp_path)]
+    path = tmp_path / "conv.json"
+    results.write(path, made_up.run())
+    command = [sys.executable, "-m", "bench", "report", str(path)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
     process.wait(timeout=60)
     assert "Traceback" not in errors
-    assert results.read(next(tmp_path.rglob("*.json"))).rows

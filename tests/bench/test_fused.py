@@ -1,14 +1,12 @@
-"""The fused suite beyond its being right: what its rows cost, and against whom they run."""
+"""The fused suite beyond its being right: what its rows must move, and against whom they run."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from bench.results import Case
 from bench.suite import Task, suites
 from gpukern.conv.problem import conv_problem
-from gpukern.runtime.device import A100, H100
 
 FUSED, PLAIN = suites()["fused"], suites()["conv"]
 PROBLEM = conv_problem((32, 64, 56, 56), (64, 64, 3, 3), None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
@@ -21,22 +19,12 @@ def make(suite, computation: str, problem=PROBLEM, dtype: str = "float16") -> Ta
     return Task(Case(suite.name, computation, *suite.describe(problem), 32, dtype, "channels_last", ()), problem)
 
 
-@pytest.mark.parametrize("device", [A100, H100], ids=lambda device: device.name)
-def test_a_residual_is_one_more_tensor_to_read(device):
+def test_a_residual_is_one_more_tensor_to_read():
     plain, bias, residual = (
-        suite.predict(make(suite, name), device)
-        for suite, name in ((PLAIN, "forward"), (FUSED, BIAS), (FUSED, RESIDUAL))
+        suite.work(make(suite, name)) for suite, name in ((PLAIN, "forward"), (FUSED, BIAS), (FUSED, RESIDUAL))
     )
-    assert (bias.flops, bias.bytes, bias.plan) == (plain.flops, plain.bytes, plain.plan)
-    extra = 2 * 32 * 64 * 56 * 56
-    assert residual.bytes - bias.bytes == residual.moved - bias.moved == extra and residual.flops == bias.flops
-    assert (
-        residual.floor_us >= residual.bytes / device.peaks.bandwidth * 1e6 > bias.bytes / device.peaks.bandwidth * 1e6
-    )
-    assert residual.predicted_us >= residual.floor_us
-    # What measured rows are held against is the same.
-    must = FUSED.work(make(FUSED, RESIDUAL))
-    assert (must.bytes, must.flops) == (residual.bytes, residual.flops)
+    assert bias == plain and residual.flops == bias.flops
+    assert residual.bytes - bias.bytes == 2 * 32 * 64 * 56 * 56
 
 
 def test_its_peers_fuse_as_much_as_they_can():

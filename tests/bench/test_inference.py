@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
 
 from bench.accuracy import relative_error
-from bench.report import images_per_second, predicted_cells, predicted_columns
 from bench.suite import Selection, Task, suites, tasks
 from bench.suites import inference
 from bench.suites.inference import folded, trained_alike
-from gpukern.runtime.device import A100, H100
 from models.zoo import NETWORKS
 
 pytestmark = pytest.mark.usefixtures("reference_mode")
@@ -152,43 +149,6 @@ def test_max_autotune_has_its_own_graphs_from_python_alone(monkeypatch):
     tuned.function(images)
     assert len(modes) == 3  # compiled once
     assert not results[0].requires_grad
-
-
-# ---- predictions -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", [A100, H100], ids=lambda device: device.name)
-def test_a_fused_resnet_is_its_layers_and_eight_residuals(device):
-    task = make("resnet18", 32)
-    found, must = INFERENCE.predict(task, device), INFERENCE.work(task)
-    assert found.plan == "20 conv2d, 1 max_pool2d, 1 adaptive_avg_pool2d, 1 linear"
-    assert found.flops == must.flops
-    residuals = sum(2 * 64 * 56 * 56 // 2**stage for stage in range(4))
-    assert found.bytes == pytest.approx(must.bytes + 2 * 32 * residuals, rel=1e-3)  # and no pass for a batch norm
-    assert found.moved >= found.bytes and found.predicted_us >= found.floor_us
-    # One by one from memory to memory: more than the network as a whole could not beat.
-    assert (
-        found.floor_us
-        >= max(must.flops / device.peaks.matrix_rates["float16"], must.bytes / device.peaks.bandwidth) * 1e6
-    )
-
-
-def test_what_is_no_layer_counts_by_its_bytes():
-    """The gates of squeeze and excite: each is a product of its own, which reads an image and a gate and writes one."""
-    task = make("efficientnet_b0", 32)
-    found, must = INFERENCE.predict(task, H100), INFERENCE.work(task)
-    assert "16 mul" in found.plan and found.launches >= 115
-    assert found.bytes > 1.2 * must.bytes and found.flops == must.flops
-
-
-def test_predictions_count_images():
-    found = INFERENCE.predict(make("lenet", 128), H100)
-    images = 128 / found.predicted_us * 1e6
-    assert math.isclose(images_per_second(found.case, found.predicted_us), images)
-    assert (
-        dict(zip(predicted_columns([found]), predicted_cells(found), strict=True))["predicted images/s"]
-        == f"{images:,.0f}"
-    )
 
 
 def test_unless_told_otherwise_it_measures_what_people_ask_for():

@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from bench import report
 from bench.report import markdown
 from tests.bench import made_up
 from tests.bench.made_up import results, row
@@ -70,14 +69,6 @@ def test_nothing_from_a_file_is_markup(text):
     assert markdown.escape("channels_last _x_ a\n~b #1 $2$ \\") == r"channels_last \_x\_ a \~b \#1 \$2\$ \\"
     (body,) = [t for t in tables(markdown.render(results([row(10.0, {"a|b": 9.0}, problem="1|2\n| 3")])))][1:]
     assert body[0][2] == r"a\|b µs" and body[2][0] == r"1\|2 \| 3"
-
-
-def test_predictions_say_that_they_are():
-    text = markdown.render(made_up.predictions(), "b.json")
-    assert text.startswith("**Predicted, not measured**") and f": {report.NOT_MEASURED}</summary>" in text
-    head, _, *lines = tables(text)[0]
-    assert "predicted µs" in head and not any("gpukern" in name for name in head) and len(lines) == 6
-    assert "predicted" not in markdown.render(made_up.run())
 
 
 def test_an_empty_run_is_no_error():

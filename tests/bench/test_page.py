@@ -25,7 +25,7 @@ def files(speeds=(0.8, 1.0)) -> list[tuple[Path, object]]:
         (Path(f"results/{i}.json"), made_up.run(speed, commit=commits[i], date=f"2001-01-0{i + 1}", driver=f"0.{i}"))
         for i, speed in enumerate(speeds)
     ]
-    return [*runs, (Path("results/predicted.json"), made_up.predictions())]
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def test_it_asks_for_nothing_else(html, parsed):
 
 def test_every_row_and_candidate_is_there(parsed):
     rows = [attributes for tag, attributes in parsed.elements if tag == "tr" and "data-row" in attributes]
-    run, predicted = made_up.run(), made_up.predictions()
-    assert len(rows) == len(run.rows) + len(predicted.rows)
-    for made in (*run.rows, *predicted.rows):
+    run = made_up.run()
+    assert len(rows) == len(run.rows)
+    for made in run.rows:
         assert made.case.problem in parsed.words
         assert all(name in parsed.words for name in report.use_names(made.case))
     for made in run.rows:
@@ -92,9 +92,9 @@ def test_nothing_from_a_file_is_markup(html, parsed):
     assert '<script>alert("no")</script>' in parsed.words and "a <b>net</b> pool0" in parsed.words
     evil = '"><img src=x onerror=alert(1)>'
     run = results([row(10.0, {evil: 9.0}, problem=evil, suite=evil)], device=evil, torch=evil)
-    both = Parsed(page.render([(Path(evil), run), (Path(evil), made_up.predictions(device=evil))]))
-    assert "img" not in {tag for tag, _ in both.elements}
-    assert both.words.count(evil) > 8
+    shown = Parsed(page.render([(Path(evil), run)]))
+    assert "img" not in {tag for tag, _ in shown.elements}
+    assert shown.words.count(evil) > 7
 
 
 def test_the_same_files_give_the_same_bytes_in_any_order(html):
@@ -125,14 +125,6 @@ def test_each_device_has_a_section():
     parsed = Parsed(page.render(runs))
     assert sum(attributes.get("class") == "device" for _, attributes in parsed.elements) == 2
     assert "Another GPU" in parsed.words
-
-
-def test_predicted_is_apart_and_says_so(parsed):
-    measured, predicted = parsed.words.split("Predicted, not measured: Made-up GPU (invented peaks)")
-    assert "predicted" not in measured.lower()
-    assert report.NOT_MEASURED in predicted and "predicted µs" in predicted and "gpukern µs" not in predicted
-    alone = Parsed(page.render([(Path("p"), made_up.predictions())]))
-    assert not [tag for tag, _ in alone.elements if tag in ("svg", "circle")]
 
 
 def test_nothing_measured_yet():
@@ -200,7 +192,7 @@ def test_a_browser_runs_it_without_errors_and_draws_it(html, tmp_path):
     (root,) = re.findall(r"<html[^>]*>", dumped)
     found = dict(re.findall(r'data-(\w+)="([^"]*)"', root))
     assert "error" not in found, found
-    everything = str(len(made_up.run().rows) + len(made_up.predictions().rows))
+    everything = str(len(made_up.run().rows))
     assert (found["all"], found["filtered"], found["again"], found["wide"]) == (everything, "1", everything, "false")
     up = [float(value) for value in found["up"].split(",")]
     assert up == sorted(up) and found["down"].split(",") == found["up"].split(",")[::-1] and len(up) == 4

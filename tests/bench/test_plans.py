@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bench.accuracy import relative_error
-from bench.predict import asked
 from bench.results import Case
 from bench.suite import Task, suites
 from bench.suites import plans
@@ -70,15 +69,15 @@ def test_the_first_is_the_plan_of_a_call_and_all_differ(variant, direction, dtyp
     task = make(PROBLEMS[variant], direction, dtype, layout)
     with pretend(device):
         found = [each.name for each in PLANS.implementations(task, (), torch.device("meta"))]
-    choice, _ = chosen(asked(task, task.problem, direction, device))
+    choice, _ = chosen(plans.question_of(task, device))
     assert found[0] == f"gpukern {describe_plan(choice, direction)}"
-    assert len(set(found)) == len(found) == len(plans.plans(asked(task, task.problem, direction, device))) >= 5
+    assert len(set(found)) == len(found) == len(plans.plans(plans.question_of(task, device))) >= 5
 
 
 def test_the_candidates_are_every_kernel_s_and_neighbours_of_the_gather_s():
     problem = conv_problem((32, 64, 56, 56), (64, 64, 3, 3), None, (1, 1), (1, 1, 1, 1), (1, 1), 1)
     for direction in Direction:
-        question = asked(make(problem, direction, "float16"), problem, direction, H100)
+        question = plans.question_of(make(problem, direction, "float16"), H100)
         ranked = [each.plan for each in ranking(problem, direction, question.operands, H100)]
         found = plans.plans(question)
         assert set(ranked) < set(found)

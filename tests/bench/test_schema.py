@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 import bench.results
-from bench.results import SCHEMA, Predictions, Results, ResultsError, read, write
+from bench.results import SCHEMA, Results, ResultsError, read, write
 from tests.bench import made_up
 
 # Not on every GPU machine, where these tests run too.
 jsonschema = pytest.importorskip("jsonschema")
 
 SCHEMA_FILE = Path(bench.results.__file__).with_name("schema.json")
-FILES = {Results.file_kind: made_up.run, Predictions.file_kind: made_up.predictions}
+FILES = {Results.file_kind: made_up.run}
 DATACLASSES = {
     name: kind
     for name, kind in vars(bench.results).items()
@@ -36,7 +36,7 @@ def described(kind: type) -> dict:
         field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING for field in fields
     )
     required = [field.name for field, has_default in zip(fields, optional, strict=True) if not has_default]
-    if kind in (Results, Predictions):
+    if kind is Results:
         properties = {"schema": {"const": SCHEMA}, "kind": {"const": kind.file_kind}, **properties}
         required = ["schema", "kind", *required]
     return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
@@ -107,7 +107,7 @@ CHANGES = {
     "newer": (lambda raw: raw.update(schema=SCHEMA + 1), "newer version"),
     "no schema": (lambda raw: raw.pop("schema"), "no schema number"),
     "other kind": (lambda raw: raw.update(kind="guessed"), "'guessed'"),
-    "kind of the other file": (lambda raw: raw.update(kind="predicted"), "unknown ceilings"),
+    "predictions": (lambda raw: raw.update(kind="predicted"), "nothing was measured"),
     "unknown field": (lambda raw: _at(raw, "rows", 1).update(colour="red"), "rows[1]: unknown colour"),
     "missing field": (lambda raw: _at(raw, "rows", 2, "case").pop("batch"), "rows[2].case: no batch"),
     "wrong type": (lambda raw: _at(raw, "rows", 0, "case").update(batch="32"), "rows[0].case.batch: expected int"),

@@ -192,7 +192,6 @@ def test_the_worst_rows_are_profiled(tmp_path):
         {"graph": [100.0] * 20}, {"cuDNN": {"graph": [10.0] * 20}}, suite="model", sizes={"network": "x"}
     )
     results.write(tmp_path / "model.json", made_up.results([network]))
-    results.write(tmp_path / "predicted.json", made_up.predictions())
     (tmp_path / "stages.json").write_text("{}")
     assert [key.rpartition("/")[2] for _, key in stages.worst_rows(tmp_path)] == ["a", "b", "c"]
     made = stages.profile(tmp_path)

@@ -103,23 +103,5 @@ def test_a_pipe_gets_plain_wide_text(monkeypatch, capsys):
     assert 100 < max(map(cell_len, text.splitlines())) <= terminal.WIDE
 
 
-@pytest.mark.parametrize("width", [100, 120, terminal.WIDE])
-def test_predictions_say_that_they_are(width):
-    text = printed(made_up.predictions(), width)
-    assert max(cell_len(line) for line in text.splitlines()) <= width
-    assert f"batch 32: {report.NOT_MEASURED}" in " ".join(words_of(text))
-    for column in ("plan", "waves", "efficiency", "floor", "bound", "predicted"):
-        assert column in words_of(text)
-    (line,) = [line for line in text.splitlines() if "0.98" in line]
-    assert line.split()[-7:] == ["compute", "1", "0.983", "75%", "36.99", "81.39", "2.20×"]
-
-
-def test_measured_and_predicted_never_mix():
-    assert "predicted" not in printed(made_up.run())
-    measured = ("gpukern µs", "geometric mean", "of limit", "wins")
-    assert not any(word in printed(made_up.predictions()) for word in measured)
-
-
 def test_an_empty_run_is_no_error():
     assert "Made-up GPU" in printed(results([]))
-    assert "Made-up GPU" in printed(made_up.predictions(rows=()))

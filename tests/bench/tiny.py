@@ -60,9 +60,6 @@ class Products(Suite[tuple[int, int]]):
         given = list(self.given) or [candidate("gpukern", product), candidate("torch", product)]
         return given[:1] + (given[1:] if "library" in peers else [])
 
-    def predict(self, task, device):
-        raise NotImplementedError
-
 
 def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return x @ w

@@ -50,6 +50,19 @@ def _found(held: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[State]:
             yield from _found(value, (*path, name), seen)
 
 
+def unnamed_averages(held: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Labels of averaged weights that are lists: some averaging programs keep them by the order of the parameters."""
+    if isinstance(held, (list, tuple)):
+        if held and all(isinstance(value, torch.Tensor) for value in held):
+            if is_averaged(".".join(path)):
+                yield ".".join(path)
+            return
+        held = dict(enumerate(held[:_ENTRIES]))
+    if isinstance(held, Mapping) and len(path) <= _DEPTH:
+        for name, value in held.items():
+            yield from unnamed_averages(value, (*path, str(name)))
+
+
 def is_averaged(label: str) -> bool:
     """Whether a state or the prefix of its names is called after an average: "model_ema", "teacher."."""
     return _AVERAGED.search(label.lower()) is not None

@@ -1,0 +1,100 @@
+"""What a fused network launches, operator by operator, and what its plans cannot beat: parts of ``gpukern explain``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.fx import Node
+
+from gpukern.explain.layers import Kind, Pool
+from gpukern.explain.network import Part, Place, Setting, by_bytes, launch, pool
+from gpukern.fusion.capture import quiet
+from gpukern.fusion.prediction import question_of
+from gpukern.fusion.program import arguments, is_call, is_view, operation, value
+from gpukern.ops._pool2d.cost import Pooling
+from gpukern.ops._pool2d.problem import adaptive_problem, pool_problem
+
+
+def fused_parts(module: torch.nn.Module, image: torch.Tensor, setting: Setting) -> list[Part]:
+    """Every operator of ``module(image)`` but views; batch norms are in the convolutions by now.
+
+    ``module`` is a :attr:`FusedModel.module`; it and ``image`` may be on the meta device, as nothing is computed. A
+    convolution and its max pool count as two launches, which they are where one would not be faster; whatever is
+    neither a product nor a pool counts by its bytes.
+    """
+    every = [part for node in launching(module, image) for part in _parts(node, setting)]
+    # Equal but for their names: once, and how often.
+    alike: dict[Part, list[str]] = {}
+    for part in every:
+        alike.setdefault(dataclasses.replace(part, layer=""), []).append(part.layer)
+    return [dataclasses.replace(part, layer=names[0], count=len(names)) for part, names in alike.items()]
+
+
+def launching(module: torch.nn.Module, image: torch.Tensor) -> list[Node]:
+    """The operators of a pass, in order, as torch.export sees them: all that is no view."""
+    with quiet():
+        graph = torch.export.export(module, (image,)).graph
+    return [node for node in graph.nodes if is_call(node) and not is_view(node)]
+
+
+def _parts(node: Node, setting: Setting) -> Iterator[Part]:
+    asked = question_of(node, setting.device, setting.channels_last)
+    if asked is not None:
+        name = operation(node).removesuffix("_max_pool2d")
+        part = launch(node.name, 1, name, asked, setting.compiles)
+        epilogue = [asked.epilogue.activation, "residual" * asked.epilogue.residual]
+        with_epilogue = ", ".join([part.problem, *(word for word in epilogue if word not in ("", "none"))])
+        yield dataclasses.replace(part, problem=with_epilogue)
+    pooled = _POOLS.get(operation(node))
+    if pooled is not None:
+        kind, problem_of = pooled
+        pooling = Pooling.MAX if kind is Kind.MAX else Pooling.AVG
+        window = Pool(kind, problem_of(node))
+        yield pool(node.name, 1, window, pooling, setting)
+    elif asked is None:
+        moved = sum(value(each).nbytes for each in (node, *node.all_input_nodes) if value(each) is not None)
+        sizes = "×".join(map(str, _shape(node)))
+        yield by_bytes(Place(node.name, 1, operation(node), "forward", sizes), moved, setting)
+
+
+# ---- pools ---------------------------------------------------------------------------------------------------------
+
+
+def _max_pool(node: Node):
+    given = arguments(node)
+    return pool_problem(_shape(given["input"]), *_window(node), given["ceil_mode"])
+
+
+def _max_pool_after(node: Node):
+    """Of a convolution: 2×2, with a stride of 2."""
+    n, k, p, q = _shape(node)
+    return pool_problem((n, k, 2 * p, 2 * q), (2, 2), (2, 2), (0, 0), (1, 1), False)
+
+
+def _avg_pool(node: Node):
+    given = arguments(node)
+    rest = given["ceil_mode"], given["count_include_pad"], given["divisor_override"]
+    return pool_problem(_shape(given["input"]), *_window(node), *rest)
+
+
+def _adaptive_pool(node: Node):
+    return adaptive_problem(_shape(arguments(node)["input"]), _shape(node)[2:])
+
+
+def _window(node: Node) -> tuple[tuple[int, int], ...]:
+    given = arguments(node)
+    return tuple(tuple(given[name]) for name in ("kernel", "stride", "padding", "dilation"))
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(value(node).shape)
+
+
+_POOLS: dict[str, tuple[Kind, Callable]] = {
+    "max_pool2d": (Kind.MAX, _max_pool),
+    "conv2d_max_pool2d": (Kind.MAX, _max_pool_after),
+    "avg_pool2d": (Kind.AVERAGE, _avg_pool),
+    "adaptive_avg_pool2d": (Kind.ADAPTIVE, _adaptive_pool),
+}
