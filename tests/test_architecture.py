@@ -19,6 +19,7 @@ LAYERS = (
         "version",
         "formatting",
         "tables",
+        "pages",
         "runtime",
         "ops._image",
         "ops._pixels",
