@@ -148,6 +148,7 @@ def test_commands_have_the_options_that_are_written(page):
 
 def check(words: list[str]) -> None:
     """AssertionError, or the error of the command line's parser, for words that could not be typed like this."""
+    assert all(is_file(name) for name in re.findall(r"tests/[\w/]+\.py", " ".join(words))), words
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
     program, arguments = words[0], words[1:]
     if program in APPS:
@@ -200,6 +201,7 @@ def parse(app: typer.Typer, arguments: list[str]) -> None:
         ("python -m bench conv --absent", "--absent"),
         ("python -m bench.publish --absent", "--absent"),
         ("make absent", "absent"),
+        ("make test PYTEST_ARGS=tests/test_absent.py", "absent"),
         ("pip install -e '.[absent]'", "absent"),
         ("bash bench/absent.sh", "absent"),
         ("absent", "absent"),
