@@ -9,6 +9,25 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gpukern.runtime.integers import cdiv
+
+
+def whole_run(length: int, dtype: torch.dtype) -> int:
+    """``length`` elements, rounded up to whole units of 16 bytes."""
+    sixteen = 16 // dtype.itemsize
+    return cdiv(length, sixteen) * sixteen
+
+
+def channel_run_strides(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> tuple[int, ...]:
+    """The strides of [N, C, H, W] or [K, C, R, S] in runs of channels, such that a descriptor takes them.
+
+    PyTorch leaves any number at a dimension of one element. It is never used, but a descriptor wants multiples of 16
+    bytes there too: the run of channels, rounded up.
+    """
+    run = whole_run(shape[1], dtype)
+    n, _, h, w = (run if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    return n, 1, h, w
+
 
 @dataclass(frozen=True)
 class Described:

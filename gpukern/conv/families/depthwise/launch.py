@@ -7,6 +7,8 @@ from typing import Any
 
 from gpukern.conv.families.depthwise import kernels, weight_kernels
 from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tiles_per_split
+from gpukern.conv.families.filters import filter_strides
+from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Shape, Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction
@@ -27,25 +29,21 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     p, direction = request.problem, request.direction
     of_source, _, of_output = request.shapes
     source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
-    columns, reduction = p.group_outputs, p.group_inputs
-    k, c, r, s = weight
-    filter_strides = (columns * k, k, c, r, s)
-    if direction is Direction.INPUT_GRAD:
-        columns, reduction = reduction, columns
-        filter_strides = (reduction * k, c, k, r, s)
+    gemm = gemm_mnk(p, direction)
+    of_filter = filter_strides(p, weight, direction is Direction.INPUT_GRAD)
     vertical, horizontal = axes(p, direction)
     planes = _in_planes(source, output)
     source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
     out_pairs = planes and _in_pairs(of_output, output, horizontal, choice.box[2])
-    sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, columns, reduction)
+    sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, gemm.N, gemm.K)
     options = {
         **_walk(vertical, horizontal, planes),
-        "COLUMNS": columns,
-        "REDUCTION": reduction,
+        "COLUMNS": gemm.N,
+        "REDUCTION": gemm.K,
         "SOURCE_PAIRS": source_pairs,
         "OUT_PAIRS": out_pairs,
         # Channels that others lie between are not in runs.
-        "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if columns == reduction else 1,
+        "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if gemm.N == gemm.K else 1,
         "OUT_ALIGN": _alignment(of_output, output, planes, out_pairs),
         **_tile(choice, choice.block_n),
         "ACTIVATION": request.epilogue.activation,
@@ -57,7 +55,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         arguments = (
             Image(first, *source),
-            Filter(second, *filter_strides),
+            Filter(second, *of_filter),
             bias,
             None if residual is None else Image(residual, *output),
             Image(out, *output),
@@ -75,7 +73,7 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     p = request.problem
     of_grad, of_source, of_output = request.shapes
     grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
-    k, c, r, s = output
+    of_filter = filter_strides(p, output, False)
     vertical, horizontal = axes(p, request.direction)
     planes = _in_planes(grad, source)
     grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, choice.box[2])
@@ -101,7 +99,7 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
-        filter = Filter(partial, p.group_outputs * k, k, c, r, s)
+        filter = Filter(partial, *of_filter)
         arguments = (Image(first, *grad), Image(second, *source), filter, *scalars)
         launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
