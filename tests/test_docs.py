@@ -39,7 +39,8 @@ DOCS = sorted(
     path for path in ROOT.glob("docs/*.md") if path.name not in ("fusion-models.md", "roofline-resnet50-h100.md")
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-ALL = [ROOT / name for name in FILES if name.endswith(".md")]
+#: But for what the benchmark writes beside its results.
+ALL = [ROOT / name for name in FILES if name.endswith(".md") and not name.endswith("/report.md")]
 APPS = {"gpukern": gpukern.cli.app, "python -m bench": bench.cli.app}
 FILE = re.compile(r"[\w.\-]*[\w\-/]+\.(?:py|md|toml|txt|sh|json|cuh|c|yaml)|[\w\-]+(?:/[\w\-]+)*/")
 
