@@ -48,10 +48,10 @@ def conv2d(
     residual:
         gpukern's extension: what is added before the activation, of the result's shape.
     activation:
-        gpukern's extension, one of :data:`gpukern.ops.activation.ACTIVATIONS`: ``"relu"``, ``"relu6"``,
-        ``"leaky_relu"`` (with ``negative_slope``), ``"sigmoid"``, ``"hardsigmoid"``, ``"tanh"``, ``"silu"``,
-        ``"gelu"``, ``"gelu_tanh"`` or ``"hardswish"``. It and the residual cost no extra pass over memory, but in
-        training: all but relu, sigmoid and tanh keep what goes into them, as torch's do, in a pass of their own.
+        gpukern's extension, one of :data:`gpukern.ops.activation.ACTIVATIONS`: ``"relu"`` or any other function of
+        :mod:`gpukern.functional` for activations, ``"leaky_relu"`` with its ``negative_slope``, and ``"gelu_tanh"``.
+        It and the residual cost no extra pass over memory, but in training: all but relu, sigmoid and tanh keep what
+        goes into them, as torch's do, in a pass of their own.
 
     Returns
     -------

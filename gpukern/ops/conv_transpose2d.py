@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from gpukern.conv import ConvProblem, Pair, transposed_problem, transposed_size
+from gpukern.ops._activation.reference import in_torch
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
-from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weight_grad
+from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weight_grad, transposed_flops
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
@@ -117,6 +118,14 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     )
 
 
+def _in_torch(
+    input, weight, bias, residual, stride, padding, output_padding, dilation, groups, activation, negative_slope
+) -> torch.Tensor:
+    geometry = stride, padding, output_padding, groups, dilation
+    y = torch.ops.aten.conv_transpose2d.input(input, weight, bias, *geometry)
+    return in_torch(y if residual is None else torch.ops.aten.add.Tensor(y, residual), activation, negative_slope)
+
+
 #: ``output_padding`` below the stride.
 conv_transpose2d = Operator(
     "conv_transpose2d",
@@ -128,4 +137,6 @@ conv_transpose2d = Operator(
     backward=_backward,
     jvp=affine_jvp,
     batch=Batch(images=(0, 3)),
+    decomposition=_in_torch,
+    flops=transposed_flops,
 )

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gpukern.ops._activation.reference import in_torch
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum
@@ -96,6 +97,14 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     )
 
 
+def _in_torch(input, weight, bias, activation, negative_slope) -> torch.Tensor:
+    return in_torch(torch.ops.aten.linear.default(input, weight, bias), activation, negative_slope)
+
+
+def _flops(of_conv, input, weight, *_, **__) -> int:
+    return 2 * input[0] * weight[0] * weight[1]
+
+
 linear = Operator(
     "linear",
     "(Tensor input, Tensor weight, Tensor? bias, str activation, float negative_slope) -> Tensor",
@@ -105,6 +114,8 @@ linear = Operator(
     backward=_linear_backward,
     jvp=affine_jvp,
     batch=Batch(images=(0,)),
+    decomposition=_in_torch,
+    flops=_flops,
 )
 
 
@@ -129,6 +140,10 @@ def _weight_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     )
 
 
+def _weight_grad_flops(of_conv, grad, input, **_) -> int:
+    return 2 * grad[0] * grad[1] * input[1]
+
+
 linear_weight_grad = Operator(
     "linear_weight_grad",
     "(Tensor grad, Tensor input) -> Tensor",
@@ -137,4 +152,5 @@ linear_weight_grad = Operator(
     save=_weight_grad_save,
     backward=_weight_grad_backward,
     jvp=bilinear_jvp,
+    flops=_weight_grad_flops,
 )

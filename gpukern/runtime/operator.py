@@ -29,6 +29,10 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
+#: All that were made, by their overloads: see :mod:`gpukern.ops._operators`.
+OPERATORS: dict[torch._ops.OpOverload, Operator] = {}
+
+
 class Operator:
     """A computation registered as ``gpukern::<name>``.
 
@@ -53,6 +57,12 @@ class Operator:
     plain:
         the same computation in plain torch operations, which then takes the place of ``save``, ``backward`` and
         ``jvp`` under ``torch.func`` and in forward mode.
+    decomposition:
+        the same in overloads of ``torch.ops.aten``, of operands in one dtype, for exporters and graph rewrites: it is
+        also called with proxies. For what a model's forward calls.
+    flops:
+        ``flops(of_conv, *arguments, out_shape)`` as :mod:`torch.utils.flop_counter` counts, with shapes for tensors;
+        ``of_conv`` is its formula for convolutions. For what multiplies.
     """
 
     def __init__(
@@ -67,7 +77,10 @@ class Operator:
         jvp: Callable[..., Any] | None = None,
         batch: Batch | None = None,
         plain: Callable[..., Any] | None = None,
+        decomposition: Callable[..., Any] | None = None,
+        flops: Callable[..., int] | None = None,
     ) -> None:
+        self.decomposition, self.flops = decomposition, flops
         self._forward = forward
         definition = torch.library.custom_op(
             f"gpukern::{name}",
@@ -81,6 +94,7 @@ class Operator:
                 backward, setup_context=lambda ctx, inputs, output: save(ctx, tuples(inputs), output)
             )
         self.overload = getattr(torch.ops.gpukern, name).default
+        OPERATORS[self.overload] = self
         self._tensors = sum(
             str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in self.overload._schema.arguments
         )
