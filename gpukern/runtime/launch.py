@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,8 +85,3 @@ def index_type(largest_offset: int) -> tl.dtype:
     """The integer type for offsets up to ``largest_offset`` elements, masked lanes beyond the end included."""
     # Blocks may reach past the end of a tensor by far less than 2²⁴ elements before their mask holds.
     return tl.int32 if largest_offset < 2**31 - 2**24 else tl.int64
-
-
-def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """The largest offset, in elements, between two elements of a tensor."""
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -11,7 +11,8 @@ from gpukern.ops._pool2d import kernels
 from gpukern.ops._pool2d.plan import Tile, plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launch import index_type, launch
+from gpukern.runtime.strides import reach
 from gpukern.runtime.tensors import check_kernel_dtype
 
 

@@ -11,7 +11,8 @@ from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
-from gpukern.runtime.launch import compile_time, index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.strides import reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
