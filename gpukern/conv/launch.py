@@ -97,7 +97,7 @@ def prepared_for(
     second: torch.Tensor,
     channels_last: bool | None,
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
-    choice: ConvPlan | None = None,
+    plan: ConvPlan | None = None,
 ) -> Prepared:
     """The launch for these tensors, [N, C, H, W] and [K, C/G, R, S]; see ``prepare_launch``."""
     dtype = first.dtype
@@ -112,7 +112,7 @@ def prepared_for(
         conv_precision(dtype),
         device_spec(first.device),
         epilogue,
-        choice,
+        plan,
     )
 
 
