@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import re
 from pathlib import Path
 
 import pytest
@@ -155,14 +154,6 @@ def test_no_module_holds_a_function_of_its_own_name(path):
     """Whoever imports both has to call one of them something else."""
     body = ast.parse(path.read_text()).body
     assert path.stem not in [node.name for node in body if isinstance(node, ast.FunctionDef)]
-
-
-def test_files_beside_the_code_are_installed_with_it():
-    settings = (PACKAGE.parent / "pyproject.toml").read_text()
-    patterns = ast.literal_eval(re.search(r"package-data\]\ngpukern = (\[[^]]*])", settings)[1])
-    installed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
-    files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert files <= installed and all(any(PACKAGE.glob(pattern)) for pattern in patterns)
 
 
 @pytest.mark.parametrize("path", [*filter(torch_free, MODULES)], ids=str)

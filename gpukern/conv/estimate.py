@@ -130,7 +130,7 @@ def expected(
     return constants.launch * bound.launches + longer + constants.overlap * shorter
 
 
-def pass_seconds(bytes_moved: int, device: DeviceSpec) -> float:
+def pass_seconds(bytes_moved: float, device: DeviceSpec) -> float:
     """What a launch is expected to take that does little but move so much."""
     return bytes_moved / (MEASURED.memory * assumed_peaks(device).bandwidth) + MEASURED.launch
 
@@ -191,4 +191,4 @@ def _across_runs(problem: ConvProblem, direction: Direction, plan: ConvPlan, ope
     if plan.variant not in family_of(plan).across_runs:
         return 0
     seen = operands.packed(plan.pack, channels_of(problem, direction))
-    return sum(layout in (Layout.PLANES, Layout.STRIDED) for layout in (seen.first, seen.second, seen.output))
+    return sum(layout in (Layout.NCHW, Layout.STRIDED) for layout in (seen.first, seen.second, seen.output))

@@ -41,7 +41,7 @@ def apply(
     negative_slope: float,
 ) -> torch.Tensor:
     """``act(x ∗ w + b + residual)`` in one kernel, or in two where a gradient will need what goes into ``act``."""
-    if activation != "none" and needs_input(activation) and wants_gradient(input, weight, bias, residual):
+    if needs_input(activation) and wants_gradient(input, weight, bias, residual):
         inner = conv2d(input, weight, bias, residual, stride, padding, dilation, groups, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
     return conv2d(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope)
@@ -189,7 +189,7 @@ def _statistics_fake(
 
 
 def first_output_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
-    """Of a convolution and more, the convolution's."""
+    """FLOPs of the convolution in an operator that computes more."""
     return of_conv(input, weight, out_shape[0])
 
 

@@ -59,7 +59,7 @@ def launch(
     Every launch happens under its tensors' own device: Triton launches on the current one, whatever the tensors say.
     DescriptorRefused if the driver takes a descriptor among the arguments for none.
     """
-    values, keywords = options if type(options) is CompileTime else ((), options | _ALWAYS)
+    values, keywords = options if type(options) is CompileTime else ((), options | _ALWAYS)  # type: ignore[operator]
     try:
         # Tensors have a numbered device on GPUs only, and device.type would make a string in every call.
         if device.index is not None:

@@ -17,10 +17,10 @@ def filter_strides(problem: ConvProblem, weight: Strides, transposed: bool) -> S
 
 def tap_options(problem: ConvProblem, transposed: bool) -> dict[str, int]:
     """How far apart the taps of a phase lie in the filter, see ``indexing``."""
-    steps = (1, 1)
+    step_h, step_w = 1, 1
     if transposed:
-        steps = tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
-    return {"TAP_STEP_H": steps[0], "TAP_STEP_W": steps[1], "TRANSPOSED": transposed}
+        step_h, step_w = (s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
+    return {"TAP_STEP_H": step_h, "TAP_STEP_W": step_w, "TRANSPOSED": transposed}
 
 
 def window_options(problem: ConvProblem) -> dict[str, int]:

@@ -23,14 +23,15 @@ _DIRECT_CHANNELS = 8
 # Below this many channels one step of 16 or more along the sum would be mostly padding: join the taps to the channels.
 _FLAT_CHANNELS = 16
 
+_Tiles = tuple[tuple[int, int], ...]
 # Tiles M × N. Addresses of a flat sum and fp32 operands split in three products fill the registers, and before Hopper
 # so do the operands: larger tiles than these spill.
-_TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
+_TILES: _Tiles = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
 # Where steps reach past the channels, or the output comes in runs of less than 16 bytes, addresses and masks fill them.
-_NARROW_TILES = ((64, 32), (32, 32), (16, 32))
-_FLAT_TILES = ((64, 32), (32, 32), (16, 32))
-_FULL_FP32_TILES = ((64, 64), (64, 32), (16, 32))
-_FLAT_FULL_FP32_TILES = ((32, 32), (16, 32))
+_NARROW_TILES: _Tiles = ((64, 32), (32, 32), (16, 32))
+_FLAT_TILES: _Tiles = ((64, 32), (32, 32), (16, 32))
+_FULL_FP32_TILES: _Tiles = ((64, 64), (64, 32), (16, 32))
+_FLAT_FULL_FP32_TILES: _Tiles = ((32, 32), (16, 32))
 
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
@@ -61,7 +62,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
     else:
         tiles = _NARROW_TILES if narrow else _TILES
     rows, cols = power_of_two(M, 16), power_of_two(N, 16)
-    seen = set()
+    seen: set[tuple[int, int]] = set()
     for block_m, block_n in tiles:
         tile = block_m, min(block_n, cols)
         if tile in seen or block_m > rows:
@@ -123,42 +124,42 @@ def _weight_grad(p: ConvProblem, operands: Operands, device: DeviceSpec) -> Iter
     )
 
 
-def grid(p: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[int, int, int]:
+def grid(p: ConvProblem, direction: Direction, plan: ConvPlan) -> tuple[int, int, int]:
     """The programs of a launch: (tiles, groups, phases · splits)."""
     _, phases = tiled_pixels(p, direction)
     # Element by element, a tile spans groups.
-    direct = choice.variant is Variant.DIRECT
+    direct = plan.variant is Variant.DIRECT
     groups, spanned = (1, p.groups) if direct else (p.groups, 1)
     if direction is not Direction.WEIGHT_GRAD:
         gemm = gemm_mnk(p, direction)
-        tiles = cdiv(gemm.M, choice.block_m) * cdiv(gemm.N * spanned, choice.block_n)
-        return tiles, groups, phases * choice.splits
+        tiles = cdiv(gemm.M, plan.block_m) * cdiv(gemm.N * spanned, plan.block_n)
+        return tiles, groups, phases * plan.splits
     taps = p.R * p.S
-    if choice.variant is Variant.FLAT:
-        columns = cdiv(taps * p.group_inputs, choice.block_n)
+    if plan.variant is Variant.FLAT:
+        columns = cdiv(taps * p.group_inputs, plan.block_n)
     else:
-        columns = taps * cdiv(p.group_inputs, choice.block_n)
-    return cdiv(p.group_outputs * spanned, choice.block_m) * columns, groups, choice.splits
+        columns = taps * cdiv(p.group_inputs, plan.block_n)
+    return cdiv(p.group_outputs * spanned, plan.block_m) * columns, groups, plan.splits
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
     """(programs, steps along the sum of each) of each phase or split, as the kernels loop."""
-    count, groups, _ = grid(p, direction, choice)
-    return [(count * groups, steps) for steps in _steps(p, direction, choice)]
+    count, groups, _ = grid(p, direction, plan)
+    return [(count * groups, steps) for steps in _steps(p, direction, plan)]
 
 
-def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[int]:
+def _steps(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[int]:
     K = gemm_mnk(p, direction).K
     if direction is Direction.WEIGHT_GRAD:
-        return [cdiv(share, choice.block_k) for share in shares(K, choice.splits)]
+        return [cdiv(share, plan.block_k) for share in shares(K, plan.splits)]
     taps = [p.R * p.S]
     if direction is Direction.INPUT_GRAD:
         # A phase has as many tiles as the largest one, and those without a pixel walk their taps all the same.
         taps = [r * s for (_, r), (_, s) in itertools.product(*map(phases, dimensions(p)))]
-    if choice.variant is Variant.FLAT:
-        return [cdiv(n * K, choice.block_k) for n in taps]
-    steps = [n * cdiv(K, choice.block_k) for n in taps]
-    return [share for n in steps for share in shares(n, choice.splits)]
+    if plan.variant is Variant.FLAT:
+        return [cdiv(n * K, plan.block_k) for n in taps]
+    steps = [n * cdiv(K, plan.block_k) for n in taps]
+    return [share for n in steps for share in shares(n, plan.splits)]
 
 
 def _whole_steps(K: int, longest: int) -> bool:
