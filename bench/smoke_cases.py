@@ -96,7 +96,7 @@ def _planned(
     of_first, of_second, _ = shapes(p, direction)
     with torch_at_its_best(dtype):
         first, second = (_random(size, DTYPES[dtype], LAST, device) for size in (of_first, of_second))
-        prepared = prepared_for(p, direction, first, second, True, choice=plan)
+        prepared = prepared_for(p, direction, first, second, True, plan=plan)
         actual, _ = run(prepared, first, second)
         exact = first.double(), second.double()
         with without_cudnn():

@@ -18,6 +18,7 @@ LAYERS = (
         "version",
         "formatting",
         "tables",
+        "pages",
         "runtime",
         "ops._image",
         "ops._pixels",

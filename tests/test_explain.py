@@ -140,9 +140,9 @@ def test_no_two_plans_have_the_same_words(direction, kind):
 
 def test_operands_are_those_of_dense_tensors():
     operands = asked(kind="tf32").operands
-    assert (operands.dtype, operands.precision, operands.first) == ("float32", "tf32", Layout.PIXEL_RUNS)
+    assert (operands.dtype, operands.precision, operands.first) == ("float32", "tf32", Layout.NHWC)
     planes = asked(channels_last=False).operands
-    assert {planes.first, planes.second, planes.output} == {Layout.PLANES}
+    assert {planes.first, planes.second, planes.output} == {Layout.NCHW}
 
 
 def test_a_linear_layer_is_asked_as_it_is_launched():

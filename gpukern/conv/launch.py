@@ -89,7 +89,7 @@ def prepared_for(
     second: torch.Tensor,
     channels_last: bool | None,
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
-    choice: ConvPlan | None = None,
+    plan: ConvPlan | None = None,
 ) -> Prepared:
     """The launch for these tensors, [N, C, H, W] and [K, C/G, R, S]; see ``prepare_launch``."""
     dtype = first.dtype
@@ -104,7 +104,7 @@ def prepared_for(
         conv_precision(dtype),
         device_spec(first.device),
         epilogue,
-        choice,
+        plan,
     )
 
 

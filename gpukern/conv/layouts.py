@@ -27,13 +27,13 @@ def layout_of(shape: Shape, strides: Strides, itemsize: int, aligned: bool) -> L
     if not overlaps:
         if c == 1 or shape[1] == 1:
             if aligned and not any(stride % sixteen for stride in (n, h, w)):
-                return Layout.PIXEL_RUNS if pixel_stride(shape, strides) else Layout.RUNS
+                return Layout.NHWC if pixel_stride(shape, strides) else Layout.NHWC_STRIDED
             if c == 1:
                 return Layout.CHANNELS
         if n == 1 and h == w == 0 and aligned and c % sixteen == 0:
             return Layout.TRANSPOSED
         if aligned and _is_dense(shape, strides):
-            return Layout.PLANES
+            return Layout.NCHW
     return Layout.STRIDED
 
 
