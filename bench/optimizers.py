@@ -1,8 +1,7 @@
 """What a step of an optimizer costs beside PyTorch's: ``python -m bench.optimizers``.
 
-Without a GPU: kernel launches, bytes moved for each parameter, and Python microseconds with the launch replaced by
-nothing. On a GPU also step times, and bandwidth beside a copy's in the same run. ``--write`` and ``--out`` keep the
-figures.
+Kernel launches, bytes moved for each parameter, and Python microseconds with the launch replaced by nothing, all
+without a GPU. ``--write`` and ``--out`` keep the figures. Step times on a GPU are of the suite ``optimizer``.
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ import typer
 from rich.console import Console
 
 import gpukern.optim as optim
-from bench import optimizer_device
 from bench.environment import environment
 from bench.optimizer_steps import (
     LIMITS,
+    LLAMA,
     OPTIMIZERS,
     WAYS,
     Nothing,
     Tensors,
+    floor,
     has,
     launches,
     ones,
@@ -39,9 +39,9 @@ from bench.optimizer_steps import (
 )
 from bench.results import write_text
 from gpukern import tables
-from gpukern.formatting import percent
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MODELS = {"ResNet-50": "resnet50", "Llama 1.1B": LLAMA}
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class Host:
 
 
 def count_launches(model: str, name: str) -> Launches:
-    sizes = [torch.Size(shape).numel() for shape in shapes(model)]
+    sizes = [torch.Size(shape).numel() for shape in shapes(MODELS[model])]
     with stubbed_launch():
         optimizer, _ = ones(name, Tensors([(1,)] * len(sizes)), optim)
         optimizer.step()
@@ -107,7 +107,7 @@ def count_bytes(name: str) -> Moved:
         for way in WAYS
         if has(name, way)
     }
-    return Moved(name, optimizer_device.floor(name, Tensors([(1,)])), ours + norms, torchs)
+    return Moved(name, floor(name, Tensors([(1,)])), ours + norms, torchs)
 
 
 def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Host:
@@ -179,22 +179,10 @@ def _tables(found: dict[str, list[Any]], console: Console) -> None:
     console.print("torch: with its kernels for tensors of one element, on the CPU.")
 
 
-def _device_columns(copy: float) -> dict[str, Callable[[Any], str]]:
-    return {
-        "problem": lambda row: row.problem,
-        "optimizer": lambda row: row.optimizer,
-        "candidate": lambda row: row.candidate,
-        "ms": lambda row: f"{row.seconds * 1e3:.3f}" if row.seconds else row.problem_found,
-        "GB/s of the floor": lambda row: f"{row.bandwidth / 1e9:,.0f}",
-        "of a copy": lambda row: percent(row.bandwidth / copy),
-    }
-
-
 def main(
     write: Annotated[bool, typer.Option("--write", help="Write bench/results/host/optimizers.json too.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write that file too.")] = None,
     optimizer: Annotated[list[str], typer.Option(help="Of those in the table; repeatable. All by default.")] = [],  # noqa: B006
-    problem: Annotated[list[str], typer.Option(help="Only these, and only on the device; repeatable.")] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Steps of which each time is the median.")] = 200,
 ) -> None:
     """Count, measure and print."""
@@ -203,25 +191,13 @@ def main(
     names = optimizer or list(OPTIMIZERS)
     if unknown := set(names) - set(OPTIMIZERS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected {'; '.join(OPTIMIZERS)}")
-    found: dict[str, list[Any]] = (
-        {}
-        if problem
-        else {
-            "launches": [count_launches(model, name) for model in ("ResNet-50", "Llama 1.1B") for name in names],
-            "bytes": [count_bytes(name) for name in names],
-            "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],
-        }
-    )
-    if not problem:
-        _tables(found, console)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about: dict[str, Any] = {"environment": dataclasses.asdict(environment(device))}
-    if device.type == "cuda":
-        copy = optimizer_device.copy_bandwidth()
-        found["device"] = optimizer_device.measure_all(names, problem or tuple(optimizer_device.PROBLEMS))
-        title = f"Steps on the device; a copy moves {copy / 1e9:,.0f} GB/s"
-        show(found["device"], title, _device_columns(copy), console)
-        about["copy_bandwidth"] = copy
+    found: dict[str, list[Any]] = {
+        "launches": [count_launches(model, name) for model in MODELS for name in names],
+        "bytes": [count_bytes(name) for name in names],
+        "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],
+    }
+    _tables(found, console)
+    about = {"environment": dataclasses.asdict(environment(torch.device("cpu")))}
     rows = {name: [dataclasses.asdict(row) for row in each] for name, each in found.items()}
     for path in ([RESULTS / "host" / "optimizers.json"] if write else []) + ([out] if out else []):
         write_text(path, json.dumps({**about, **rows}, indent=1, ensure_ascii=False) + "\n")

@@ -12,6 +12,7 @@ import torch.nn.functional as T
 import gpukern.functional as F
 from bench.accuracy import DTYPES, sum_bound
 from bench.peers import torch_at_its_best, without_cudnn
+from bench.suite import Selection, Suite, Task, suites, tasks
 from gpukern.conv import launch, reference
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.planner import ranking
@@ -245,21 +246,18 @@ def _operated(operator: _Operator, dtype: str, layout: torch.memory_format, devi
 
 def optimizers(device: torch.device) -> Iterator[Case]:
     """Two steps over ResNet-50's tensors; compiled by NVRTC, not by Triton."""
-    from bench.optimizer_steps import OPTIMIZERS
+    suite = suites()["optimizer"]
+    selection = Selection(("resnet50",), (1,), ("float32",), ("",), ("Adam", "SGD, momentum", *suite.computations))
+    for task in tasks(suite, selection):
+        if not (task.problem.groups or task.problem.bucket):
+            yield Case(task.case.computation, lambda device, task=task: _stepped(suite, task, device))
 
-    for name in ("Adam", "SGD, momentum", *OPTIMIZERS):
-        yield Case(name, lambda device, name=name: _stepped(name))
 
-
-def _stepped(name: str) -> Iterator[Compared]:
-    import gpukern.optim as optim
-    from bench import optimizer_device
-    from bench.optimizer_steps import ones
-
-    tensors = optimizer_device.PROBLEMS["ResNet-50"].tensors()
-    optimizer, parameters = ones(name, tensors, optim)
-    optimizer_device.check(name, optimizer, parameters, tensors)  # raises
-    yield from ()
+def _stepped(suite: Suite, task: Task, device: torch.device) -> Iterator[Compared]:
+    gradients = suite.tensors(task, device)
+    ours = suite.implementations(task, (), device)[0]
+    actual = suite.result(ours.function(*ours.prepare(gradients)))
+    yield Compared(actual, suite.reference(task, gradients), suite.bound(task))
 
 
 def _random(size: Any, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> torch.Tensor:

@@ -95,12 +95,11 @@ def bench(folder: Path) -> list[Step]:
     library, everyone = ("--peers", "library"), ("--peers", "library", "--peers", "compile")
     compilers = *everyone, "--peers", "max-autotune"
     everything, batches = ("--suite", "all"), ("--batch", "128", "--batch", "32", "--batch", "1")
-    optimizers = (sys.executable, "-m", "bench.optimizers", "--out", str(folder / "optimizers.json"))
     return [
         step("inference", "resnet50", *library, "--suite", "resnet50", *batches),
         step("conv", "resnet50-32", *library),
         step("fused", "resnet50-32", *library),
-        Step("optimizers", optimizers),
+        step("optimizer", "all"),
         step("model", "resnet50-32", *library),
         step("inference", "all", *library),
         step("pool", "all-32", *library, *everything),
