@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +11,14 @@ import torch
 import torch.nn.functional as T
 
 import gpukern.functional as F
+from bench import results
 from bench.accuracy import DTYPES, sum_bound
 from bench.peers import torch_at_its_best, without_cudnn
-from bench.suite import Selection, Suite, Task, suites, tasks
-from gpukern.conv import launch, reference
-from gpukern.conv.plan import ConvPlan, Direction
+from bench.suite import Selection, Suite, Task, Tensors, suites, tasks
+from bench.suites.plans import question_of, with_plan
+from gpukern.conv.plan import ConvPlan, Variant
 from gpukern.conv.planner import ranking
-from gpukern.conv.problem import ConvProblem, conv_problem
-from gpukern.conv.request import operands_of, shapes
+from gpukern.conv.problem import conv_problem
 from gpukern.runtime.current_device import device_spec
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format
@@ -60,52 +61,37 @@ _CONVOLUTIONS = (
 
 def convolutions(device: torch.device) -> Iterator[Case]:
     """The best plan of every kernel family, in each direction, for layers of all kinds."""
+    suite = suites()["plans"]
     for dtype in ("float16", "tf32", "float32"):
         for images, filters, stride, padding, groups in _CONVOLUTIONS:
             p = conv_problem(images, filters, None, (stride, stride), (padding,) * 4, (1, 1), groups)
             if dtype == "float16" or images[0] <= 8 or images[2] <= 60:
-                for direction in Direction:
-                    yield from _families(p, direction, dtype, device)
+                words, sizes = suite.describe(p)
+                for direction in suite.computations:
+                    about = suite.name, direction, words, sizes, p.N, dtype, "channels_last", ()
+                    yield from _families(suite, Task(results.Case(*about), p), device)
 
 
-def _families(p: ConvProblem, direction: Direction, dtype: str, device: torch.device) -> Iterator[Case]:
-    of_all = shapes(p, direction)
-    meta = [torch.empty(s, dtype=DTYPES[dtype], device="meta").contiguous(memory_format=LAST) for s in of_all]
-    with torch_at_its_best(dtype):
-        strides = tuple(t.stride() for t in meta)
-        precision = "tf32" if dtype == "tf32" else "ieee"
-        operands = operands_of(p, direction, strides, True, DTYPES[dtype], precision)
-        best: dict[Any, ConvPlan] = {}
-        for ranked in ranking(p, direction, operands, device_spec(device)):
-            best.setdefault(ranked.plan.variant, ranked.plan)
-    sizes = f"{'×'.join(map(str, of_all[0]))} with {'×'.join(map(str, of_all[1]))}, stride {p.stride[0]}"
+def _families(suite: Suite, task: Task, device: torch.device) -> Iterator[Case]:
+    case = task.case
+    question = question_of(task, device_spec(device))
+    best: dict[Variant, ConvPlan] = {}
+    for ranked in ranking(question.problem, question.direction, question.operands, question.device):
+        best.setdefault(ranked.plan.variant, ranked.plan)
     for variant, plan in best.items():
-        name = f"{variant.value} {direction.value} {dtype} {sizes}, {p.groups} groups: {plan}"
-        yield Case(name, lambda device, plan=plan: _planned(p, direction, dtype, plan, device))
+        name = f"{variant.value} {case.computation} {case.dtype} {case.problem}: {plan}"
+        yield Case(name, functools.partial(_computed, suite, task, with_plan(question, plan), tuple))
 
 
-def _planned(
-    p: ConvProblem, direction: Direction, dtype: str, plan: ConvPlan, device: torch.device
+def _computed(
+    suite: Suite, task: Task, run: Callable[..., Any], prepare: Callable[[Tensors], Tensors], device: torch.device
 ) -> Iterator[Compared]:
-    of_first, of_second, _ = shapes(p, direction)
-    with torch_at_its_best(dtype):
-        first, second = (_random(size, DTYPES[dtype], LAST, device) for size in (of_first, of_second))
-        prepared = launch.prepared_for(p, direction, first, second, True, choice=plan)
-        actual, _ = launch.run(prepared, first, second)
-        exact = first.double(), second.double()
+    """What ``run`` makes of a task's tensors."""
+    with torch_at_its_best(task.case.dtype):
+        tensors = suite.tensors(task, device)
+        actual = suite.result(run(*prepare(tensors)))
         with without_cudnn():
-            if direction is Direction.FORWARD:
-                expected = reference.conv2d(p, *exact, None, None, "none", 0.0)
-            elif direction is Direction.INPUT_GRAD:
-                expected = reference.conv2d_input_grad(p, *exact, True)
-            else:
-                expected = reference.conv2d_weight_grad(p, *exact, True)
-    terms = {
-        Direction.FORWARD: p.group_inputs * p.R * p.S,
-        Direction.INPUT_GRAD: p.group_outputs * p.R * p.S,
-        Direction.WEIGHT_GRAD: p.N * p.P * p.Q,
-    }
-    yield Compared(actual, expected, sum_bound(dtype, terms[direction]))
+            yield Compared(actual, suite.reference(task, tensors), suite.bound(task))
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------
@@ -250,14 +236,9 @@ def optimizers(device: torch.device) -> Iterator[Case]:
     selection = Selection(("resnet50",), (1,), ("float32",), ("",), ("Adam", "SGD, momentum", *suite.computations))
     for task in tasks(suite, selection):
         if not (task.problem.groups or task.problem.bucket):
-            yield Case(task.case.computation, lambda device, task=task: _stepped(suite, task, device))
-
-
-def _stepped(suite: Suite, task: Task, device: torch.device) -> Iterator[Compared]:
-    gradients = suite.tensors(task, device)
-    ours = suite.implementations(task, (), device)[0]
-    actual = suite.result(ours.function(*ours.prepare(gradients)))
-    yield Compared(actual, suite.reference(task, gradients), suite.bound(task))
+            (ours,) = suite.implementations(task, (), device)
+            run = functools.partial(_computed, suite, task, ours.function, ours.prepare)
+            yield Case(task.case.computation, run)
 
 
 def _random(size: Any, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> torch.Tensor:
