@@ -6,12 +6,11 @@ without a GPU. ``--write`` and ``--out`` keep the figures. Step times on a GPU a
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 import gpukern.optim as optim
 from bench.environment import environment
@@ -39,6 +39,8 @@ from bench.optimizer_steps import (
 )
 from bench.results import write_text
 from gpukern import tables
+from gpukern.formatting import MISSING
+from gpukern.runtime.records import plain
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = {"ResNet-50": "resnet50", "Llama 1.1B": LLAMA}
@@ -149,34 +151,33 @@ def microseconds(call: Callable[[], Any], rounds: int, before: Callable[[], None
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def show(rows: Sequence[Any], title: str, columns: dict[str, Callable[[Any], str]], console: Console) -> None:
-    first, *others = columns
-    table = tables.table(first, *tables.numbers(*others), title=title)
+def _table(rows: Sequence[Launches | Moved | Host], title: str, columns: dict[str, Callable[[Any], float]]) -> Table:
+    """``columns`` of our own, then PyTorch's ways."""
+    names = [*columns, *(f"torch {way}" for way in WAYS)]
+    table = tables.table("optimizer", *tables.numbers(*names), title=title)
     for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
-    console.print(table)
+        values = [*(read(row) for read in columns.values()), *(row.torch.get(way) for way in WAYS)]
+        table.add_row(row.optimizer, *map(_cell, values))
+    return table
 
 
-def _way(way: str, form: Callable[[Any], str]) -> Callable[[Any], str]:
-    return lambda row: form(row.torch[way]) if way in row.torch else "–"
+def _cell(value: float | list[int] | None) -> str:
+    if isinstance(value, list):
+        return " / ".join(map(str, value))
+    return MISSING if value is None else f"{value:,.0f}"
 
 
-def _tables(found: dict[str, list[Any]], console: Console) -> None:
+def _tables(found: dict[str, list[Any]]) -> Iterator[Table]:
+    ours = {"gpukern": lambda row: row.gpukern}
     for model in dict.fromkeys(row.model for row in found["launches"]):
         rows = [row for row in found["launches"] if row.model == model]
-        columns = {"optimizer": lambda row: row.optimizer, "gpukern": lambda row: str(row.gpukern)}
-        columns |= {f"torch {way}": _way(way, lambda count: " / ".join(map(str, count))) for way in WAYS}
-        show(rows, f"Launches of a step, {model} (arguments of 4 KB / 32 KB)", columns, console)
-    columns = {"optimizer": lambda row: row.optimizer, "floor": lambda row: str(row.floor)}
-    columns |= {"gpukern": lambda row: str(row.gpukern)} | {f"torch {way}": _way(way, str) for way in WAYS}
-    show(found["bytes"], "Bytes for each parameter, fp32", columns, console)
-    columns = {"optimizer": lambda row: row.optimizer, "gpukern": lambda row: f"{row.cached:.0f}"}
-    columns |= {"new gradients": lambda row: f"{row.checked:.0f}"}
-    columns |= {f"torch {way}": _way(way, lambda us: f"{us:,.0f}") for way in WAYS}
+        yield _table(rows, f"Launches of a step, {model} (arguments of 4 KB / 32 KB)", ours)
+    yield _table(found["bytes"], "Bytes for each parameter, fp32", {"floor": lambda row: row.floor, **ours})
+    columns = {"gpukern": lambda row: row.cached, "new gradients": lambda row: row.checked}
     for tensors, groups in dict.fromkeys((row.tensors, row.groups) for row in found["host"]):
         rows = [row for row in found["host"] if (row.tensors, row.groups) == (tensors, groups)]
-        show(rows, f"µs of Python a step, launch stubbed: tensors {tensors}, groups {groups}", columns, console)
-    console.print("torch: with its kernels for tensors of one element, on the CPU.")
+        title = f"µs of Python a step, launch stubbed: tensors {tensors}, groups {groups}"
+        yield _table(rows, title, columns)
 
 
 def main(
@@ -196,11 +197,12 @@ def main(
         "bytes": [count_bytes(name) for name in names],
         "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],
     }
-    _tables(found, console)
-    about = {"environment": dataclasses.asdict(environment(torch.device("cpu")))}
-    rows = {name: [dataclasses.asdict(row) for row in each] for name, each in found.items()}
+    for table in _tables(found):
+        console.print(table)
+    console.print("torch: with its kernels for tensors of one element, on the CPU.")
+    kept = plain({"environment": environment(torch.device("cpu")), **found})
     for path in ([RESULTS / "host" / "optimizers.json"] if write else []) + ([out] if out else []):
-        write_text(path, json.dumps({**about, **rows}, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def bench(folder: Path) -> list[Step]:
     return [
         step("inference", "resnet50", *library, "--suite", "resnet50", *batches),
         step("conv", "resnet50-32", *library),
-        step("fused", "resnet50-32", *library),
+        step("epilogue", "resnet50-32", *library),
         step("optimizer", "all"),
         step("model", "resnet50-32", *library),
         step("inference", "all", *library),
@@ -107,7 +107,7 @@ def bench(folder: Path) -> list[Step]:
         step("conv", "resnet50-1", *library, "--batch", "1"),
         step("conv", "resnet50-128", *library, "--batch", "128"),
         step("conv", "mobilenet-32", *library, "--suite", "mobilenet_v2", "--suite", "efficientnet_b0"),
-        step("fused", "resnet50-1", *library, "--batch", "1"),
+        step("epilogue", "resnet50-1", *library, "--batch", "1"),
         step("conv", "resnet50-tf32", *library, "--dtype", "tf32"),
         step("conv", "resnet50-nchw", *library, "--layout", "nchw"),
         step("model", "all-32", *library, *everything),
@@ -119,7 +119,7 @@ def bench(folder: Path) -> list[Step]:
         step("model", "resnet50-compile", *everyone),
         step("inference", "resnet50-max", *compilers, "--suite", "resnet50", *batches),
         step("inference", "max", *compilers),
-        step("fused", "max", *compilers),
+        step("epilogue", "max", *compilers),
         step("conv", "max", *compilers, "--computation", "forward"),
     ]
 

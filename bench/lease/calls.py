@@ -74,7 +74,7 @@ def second(folder: Path) -> list[Step]:
         measured(folder, "conv", "gradients-32", *_LIBRARY, *gradients, limit=150),
         measured(folder, "model", "resnet50-32", *_LIBRARY, limit=90),
         measured(folder, "conv", "depthwise-32", *_LIBRARY, *depthwise, limit=60),
-        measured(folder, "fused", "resnet50-32", *_LIBRARY, limit=60),
+        measured(folder, "epilogue", "resnet50-32", *_LIBRARY, limit=60),
         measured(folder, "inference", "resnet50-compile", *compilers, limit=120),
         # The same shapes in every run: a kernel that was compiled for one serves the next.
         Step("gpu-tests", pytest, environment={"CI": "1"}, limit=100, dry=False),
