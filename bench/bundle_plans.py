@@ -13,8 +13,7 @@ from pathlib import Path
 
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
-from gpukern.conv import database
-from gpukern.conv.planner import candidates, plan
+from gpukern.conv import candidates, database, heuristic_plan
 from gpukern.tune.measure import GAIN
 
 
@@ -24,7 +23,7 @@ def entry(row: Measured) -> database.Entry:
     seconds = {choice: taken for choice, taken in row.seconds.items() if choice in offered}
     if not seconds:
         raise ValueError(f"none of the plans that were measured is offered: {row.row.case.problem}")
-    heuristic = plan(row.problem, row.direction, row.operands, row.device)
+    heuristic = heuristic_plan(row.problem, row.direction, row.operands, row.device)
     planned = seconds.get(heuristic)
     best = min(seconds, key=seconds.__getitem__)
     if planned is not None and planned <= GAIN * seconds[best]:

@@ -1,6 +1,6 @@
 """``python -m bench.calibrate bench/results/DEVICE/COMMIT/plans.json``: fits the expectations to measured plans.
 
-Prints how wrong :mod:`gpukern.conv.estimate` is about each measured plan, and what its choices cost against the
+Prints how wrong gpukern's cost model is about each measured plan, and what its choices cost against the
 fastest plan of each row, before and after its constants were fitted; and the fitted constants, to be put there.
 
 The fit is of the logarithm of the seconds, by least squares that an outlier does not bend (soft L1).
@@ -21,10 +21,7 @@ from rich.console import Console
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
 from gpukern import tables
-from gpukern.conv.estimate import MEASURED, Constants, estimate, expected
-from gpukern.conv.families.registry import family_of
-from gpukern.conv.plan import ConvPlan, Variant
-from gpukern.conv.planner import only_measured
+from gpukern.conv import MEASURED, Constants, ConvPlan, Variant, expected, family_of, only_measured, ranked
 from gpukern.formatting import number
 
 #: Beyond these factors of today's value a constant is no longer what its name says.
@@ -60,7 +57,7 @@ def samples_of(row: Measured) -> list[Sample]:
 
 def _expectation(row: Measured, plan: ConvPlan) -> Callable[[Constants], float]:
     tiles = family_of(plan).tiles(row.problem, row.direction, plan)
-    bound, _ = estimate(row.problem, row.direction, plan, tiles, row.operands, row.device)
+    bound = ranked(row.problem, row.direction, plan, row.operands, row.device).cost
     return lambda constants: expected(
         row.problem, row.direction, plan, tiles, row.operands, row.device, bound, constants
     )

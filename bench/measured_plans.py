@@ -10,8 +10,7 @@ from pathlib import Path
 
 from bench import results
 from bench.results import Results, ResultsError, Row
-from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv import ConvPlan, ConvProblem, Direction, Operands, Variant, conv_problem
 from gpukern.explain.formatting import OPERANDS
 from gpukern.explain.query import convolution
 from gpukern.runtime.device import DEVICES, DeviceSpec

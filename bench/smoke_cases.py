@@ -16,9 +16,7 @@ from bench.accuracy import DTYPES, sum_bound
 from bench.peers import torch_at_its_best, without_cudnn
 from bench.suite import Selection, Suite, Task, Tensors, suites, tasks
 from bench.suites.plans import question_of, with_plan
-from gpukern.conv.plan import ConvPlan, Variant
-from gpukern.conv.planner import ranking
-from gpukern.conv.problem import conv_problem
+from gpukern.conv import ConvPlan, Variant, conv_problem, ranking
 from gpukern.runtime.current_device import device_spec
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format

@@ -1,13 +1,50 @@
 """gpukern: layers for PyTorch on Triton kernels, optimizers on CuPy, fusion for inference, testable without a GPU."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gpukern import functional, nn, onnx, optim
 from gpukern.convert import convert
 from gpukern.flops import register_formulas
-from gpukern.fusion import fuse, load
+from gpukern.fusion import FusionError, fuse, load
 from gpukern.summary import summary
 from gpukern.version import __version__
 
-__all__ = ["__version__", "convert", "functional", "fuse", "load", "nn", "onnx", "optim", "summary"]
+if TYPE_CHECKING:
+    from gpukern import tune
+    from gpukern.fusion import FusedModel, FusionReport
+    from gpukern.tune import TuneError
+
+__all__ = [
+    "FusedModel",
+    "FusionError",
+    "FusionReport",
+    "TuneError",
+    "__version__",
+    "convert",
+    "functional",
+    "fuse",
+    "load",
+    "nn",
+    "onnx",
+    "optim",
+    "summary",
+    "tune",
+]
+
+#: Imported at the first use: ``import gpukern`` shall not wait for them.
+_LATER = {"FusedModel": "gpukern.fusion", "FusionReport": "gpukern.fusion", "TuneError": "gpukern.tune"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "tune":
+        return importlib.import_module("gpukern.tune")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
+
 
 register_formulas()
 onnx.register_decompositions()

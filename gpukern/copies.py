@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from gpukern.runtime.kept import reach
+
 __all__ = ["CopyError", "deep_copy", "exchange_methods", "modules_in"]
 
 _HOOKS = (
@@ -138,14 +140,11 @@ def _restore_tensors(module: torch.nn.Module, twin: torch.nn.Module, where: str,
 
 def _reached(value: Any) -> Iterator[Any]:
     """All that is reached from ``value`` and that a copy might have in common with its original, each once."""
-    seen: dict[int, Any] = {}
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if id(each) not in seen and (not isinstance(each, _ATOMS) or isinstance(each, types.BuiltinFunctionType)):
-            seen[id(each)] = each
-            yield each
-            waiting += _parts(each)
+    return reach(value, _parts, _is_atom)
+
+
+def _is_atom(value: Any) -> bool:
+    return isinstance(value, _ATOMS) and not isinstance(value, types.BuiltinFunctionType)
 
 
 def _parts(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from gpukern.conv.problem import output_size
+from gpukern.conv import output_size
 from gpukern.runtime.when_imported import when_imported
 
 Shape = Sequence[int]

@@ -3,7 +3,7 @@
 The exporter finds them by itself::
 
     torch.onnx.export(gpukern.convert(model), (x,), "model.onnx", dynamo=True)
-    torch.onnx.export(gpukern.fuse(model, x).module, (x,), "model.onnx", dynamo=True)
+    torch.onnx.export(gpukern.fuse(model, x), (x,), "model.onnx", dynamo=True)
 
 Everyone else who wants a graph of torch's operators only, as other compilers do, gives them to torch.export::
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpukern.conv.pooled.problem import WINDOWS
+from gpukern.conv import POOL_WINDOWS
 from gpukern.ops._activation.reference import activation
 from gpukern.ops._linear.reference import linear
 from gpukern.runtime.when_imported import when_imported
@@ -114,7 +114,7 @@ def _alike(input, weight, bias, residual) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def _conv2d_max_pool2d(input, weight, bias, *rest) -> torch.Tensor:
-    return F.max_pool2d(_conv2d(input, weight, bias, None, *rest), *WINDOWS)
+    return F.max_pool2d(_conv2d(input, weight, bias, None, *rest), *POOL_WINDOWS)
 
 
 def _batch_norm(input, weight, bias, residual, mean, var, eps, name, negative_slope) -> torch.Tensor:

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import gpukern
+from gpukern import formatting, tables
 from gpukern.fusion.errors import FusionError
 from gpukern.runtime.mode import has_triton
 from gpukern.runtime.records import build
@@ -64,7 +65,7 @@ def main() -> None:
         f"\nheld-out accuracy {trainer.accuracies[-1]:.2%} ({REQUIRED_ACCURACY:.0%} required): {_verdict(learned)}\n"
         f"kernels within their bounds: {_verdict(proved) if comparisons else 'not checked'}\n"
         f"fused network computes the same: {_verdict(fused)}\n"
-        f"{time.perf_counter() - start:.0f} s",
+        f"{formatting.seconds(time.perf_counter() - start)}",
         highlight=False,
     )
     raise typer.Exit(0 if learned and proved and fused else 1)
@@ -99,7 +100,7 @@ def _prove(device: torch.device, console: Console) -> list[Comparison]:
             check_checkpoint(OUT / CHECKPOINT, CHECKED_IMAGES, device) if device.type == "cuda" else _emulated()
         )
     console.print(_table(comparisons))
-    console.print(f"{time.perf_counter() - start:.0f} s", highlight=False)
+    console.print(formatting.seconds(time.perf_counter() - start), highlight=False)
     return comparisons
 
 
@@ -133,12 +134,14 @@ def _emulated() -> list[Comparison]:
 
 
 def _table(comparisons: list[Comparison]) -> Table:
-    table = Table("tensor", box=None, padding=(0, 3, 0, 0))
-    for column in ("error ‖y − ref‖/‖ref‖", "bound"):
-        table.add_column(column, justify="right")
-    table.add_column("")
+    table = tables.table("tensor", *tables.numbers("error ‖y − ref‖/‖ref‖", "bound"), "")
     for comparison in comparisons:
-        table.add_row(comparison.tensor, f"{comparison.error:.1e}", f"{comparison.bound:.1e}", _verdict(comparison.ok))
+        table.add_row(
+            comparison.tensor,
+            formatting.error(comparison.error),
+            formatting.error(comparison.bound),
+            _verdict(comparison.ok),
+        )
     return table
 
 

@@ -88,9 +88,9 @@ def poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def reference_mode() -> Iterator[None]:
-    """Plain torch serves every tensor, in files that test what is made of models, not the kernels."""
+    """Plain torch serves every tensor, in whole files that test what is made of models, not the kernels."""
     with force_mode(Mode.REFERENCE):
         yield
 

@@ -75,9 +75,9 @@ def inline_code(page: Path) -> list[str]:
     return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
 
 
-def table(page: Path, first_heading: str) -> Iterator[list[str]]:
-    """The rows of the table whose first column is headed ``first_heading``."""
-    _, _, rest = page.read_text(encoding="utf-8").partition(f"\n| {first_heading} |")
+def table(page: Path, header: str) -> Iterator[list[str]]:
+    """The rows of the table whose header line begins with ``header``."""
+    _, _, rest = page.read_text(encoding="utf-8").partition(f"\n{header}")
     for line in rest.splitlines()[2:]:
         if not line.startswith("|"):
             return

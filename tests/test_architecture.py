@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import re
 from pathlib import Path
 
 import pytest
+
+from gpukern import conv
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gpukern"
 #: Each may import from itself and from what comes before it. A package named with a dot is a layer of its own: what
@@ -17,7 +21,9 @@ LAYERS = (
         "tables",
         "runtime",
         "ops._image",
+        "ops._pixels",
         "ops._activation",
+        "ops._reduction",
         "ops._pool2d",
         "conv",
         "ops",
@@ -37,6 +43,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__
 #: Pure Python: what plans are made of, on any machine.
 TORCH_FREE = (
     "cache.py",
+    "choice.py",
     "cost.py",
     "database.py",
     "device.py",
@@ -53,9 +60,11 @@ TORCH_FREE = (
     "records.py",
     "registry.py",
     "roofline.py",
+    "splits.py",
+    "strides.py",
 )
 #: What runs on the device.
-KERNELS = ("epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
+KERNELS = ("_pixels.py", "epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
 
 
 def imported(path: Path) -> set[str]:
@@ -77,6 +86,13 @@ def file_of(name: str) -> Path:
     return module if module.exists() else path.parent.with_suffix(".py")
 
 
+def module_of(name: str) -> Path:
+    """The same, where that may be a package."""
+    whole = PACKAGE.parent.joinpath(*name.split("."), "__init__.py")
+    package = file_of(name).with_suffix("") / "__init__.py"
+    return next((path for path in (whole, package) if path.exists()), file_of(name))
+
+
 def layer_of(module: str) -> str:
     """The layer of ``module``, named without the package in front."""
     return max((layer for layer in LAYERS if f"{module}.".startswith(f"{layer}.")), key=len)
@@ -96,6 +112,31 @@ def test_imports_run_one_way(path):
         assert top not in ("bench", "models", "tests")
         if top == "gpukern":
             assert layer_of(rest) in allowed, f"{layer} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["fusion"])
+def test_no_modules_import_each_other_in_a_circle(package):
+    """Nor inside functions: what waits for its first use may not hide one."""
+    paths = [path for path in MODULES if path.is_relative_to(PACKAGE / package)]
+    sorter = graphlib.TopologicalSorter(
+        {path: set(map(module_of, imported(path))) & set(paths) - {path} for path in paths}
+    )
+    sorter.prepare()  # raises CycleError, which names them
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if p.is_relative_to(PACKAGE / "fusion")], ids=lambda p: p.stem)
+def test_no_module_holds_a_function_of_its_own_name(path):
+    """Whoever imports both has to call one of them something else."""
+    body = ast.parse(path.read_text()).body
+    assert path.stem not in [node.name for node in body if isinstance(node, ast.FunctionDef)]
+
+
+def test_files_beside_the_code_are_installed_with_it():
+    settings = (PACKAGE.parent / "pyproject.toml").read_text()
+    patterns = ast.literal_eval(re.search(r"package-data\]\ngpukern = (\[[^]]*])", settings)[1])
+    installed = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
+    files = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert files <= installed and all(any(PACKAGE.glob(pattern)) for pattern in patterns)
 
 
 @pytest.mark.parametrize("path", [*filter(torch_free, MODULES)], ids=str)
@@ -120,3 +161,33 @@ def test_what_is_no_module_is_packaged():
     packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
     others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert others <= packaged, others - packaged
+
+
+CONV = PACKAGE / "conv"
+OUTSIDE = sorted(
+    path
+    for folder in ("gpukern", "bench", "models")
+    for path in (PACKAGE.parent / folder).rglob("*.py")
+    if CONV not in path.parents
+)
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(PACKAGE.parent)))
+def test_the_convolution_engine_is_entered_by_its_door(path):
+    inside = {name.removeprefix("gpukern.conv.") for name in imported(path) if name.startswith("gpukern.conv.")}
+    assert inside <= set(conv.__all__)
+
+
+@pytest.mark.parametrize("path", sorted(CONV.rglob("*.py")), ids=lambda path: str(path.relative_to(CONV)))
+def test_nobody_inside_uses_the_door(path):
+    for name in imported(path):
+        if name.startswith("gpukern.conv.") and name.count(".") == 2:
+            module = CONV / name.removeprefix("gpukern.conv.")
+            assert module.with_suffix(".py").exists(), name
+
+
+def test_all_that_the_door_names_is_there():
+    assert len(conv.__all__) == len(set(conv.__all__))
+    assert all(getattr(conv, name) is not None for name in conv.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        conv.nothing  # noqa: B018 - the access is what is tested

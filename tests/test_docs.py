@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib
 import importlib.util
@@ -22,35 +21,15 @@ from typer.testing import CliRunner
 
 import bench.cli
 import gpukern.cli
-from gpukern.conv.families.family import Family
-from gpukern.conv.families.grouped import plan as grouped
-from gpukern.conv.families.implicit_gemm import plan as implicit_gemm
-from gpukern.conv.families.registry import FAMILIES
-from gpukern.conv.families.tma_stem import plan as tma_stem
-from gpukern.conv.families.tma_wgrad import plan as tma_wgrad
-from gpukern.conv.plan import Direction, Operands
-from gpukern.conv.problem import conv_problem
-from gpukern.runtime.device import A100, B200, H100, DeviceSpec
 from models import resnet
-from tests.documents import ROOT, Block, Command, anchors, blocks, commands, inline_code, is_shown, links, prose, table
+from tests.documents import ROOT, Block, Command, anchors, blocks, commands, inline_code, is_shown, links
 
-#: Folders that no checkout has.
-_MADE = {
-    ".git",
-    ".venv",
-    ".venv-latest",
-    ".cache",
-    ".pytest_cache",
-    ".ruff_cache",
-    ".hypothesis",
-    "runs",
-    "build",
-    "dist",
-}
+#: Beside the hidden ones, folders that no checkout has.
+_MADE = {"runs", "build", "dist"}
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
     for top in ROOT.iterdir()
-    if top.name not in _MADE
+    if top.name not in _MADE and not (top.is_dir() and top.name.startswith("."))
     for path in (top.rglob("*") if top.is_dir() else [top])
     if path.is_file()
 )
@@ -137,6 +116,13 @@ def test_output_is_shown_only_beside_what_makes_it(page):
             assert block.body.startswith("$ ") and block.output is None
 
 
+@per_page
+def test_python_that_is_not_run_is_python(page):
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.body, page.name, "exec")
+
+
 def test_a_page_that_shows_something_else_is_noticed():
     assert is_shown("a 1.0e-07\n…\nb", "a 2.5e-06\nmore\nand more\nb\n")
     assert is_shown("a\n…", "a\n")
@@ -147,7 +133,7 @@ def test_a_page_that_shows_something_else_is_noticed():
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "bench" / "README.md"], ids=named)
+@pytest.mark.parametrize("page", ALL, ids=named)
 def test_commands_have_the_options_that_are_written(page):
     for block in blocks(page):
         for command in commands(block) if block.language == "console" else ():
@@ -273,94 +259,7 @@ def test_environment_variables_are_read_somewhere(page):
         assert variable in source, f"{page.name}: nothing reads {variable}"
 
 
-# ---- words and numbers ---------------------------------------------------------------------------------------------
-
-
-def messages() -> Iterator[str]:
-    """Every string of gpukern's code, "…" in the place of what is filled in."""
-    for path in sorted((ROOT / "gpukern").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-                yield "".join(parts)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
-
-
-def quotations(page: Path) -> list[str]:
-    """Of three words or more, outside of code."""
-    text = " ".join(re.sub(r"`[^`]*`", "", prose(page)).split())
-    return [quote for quote in re.findall(r'"([^"]+)"', text) if quote.count(" ") > 1]
-
-
-def test_errors_are_quoted_as_they_are():
-    said = list(messages())
-    page = ROOT / "docs" / "limits.md"
-    assert len(quotations(page)) > 15
-    for quote in quotations(page):
-        pattern = re.compile(".*".join(re.escape(part) for part in quote.split("…")))
-        assert any(pattern.search(message) for message in said), f"nothing says {quote!r}"
-
-
-#: Input, weight, stride, padding, groups: what each family was written for.
-_CONVOLUTIONS = (
-    ((32, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1),
-    ((32, 64, 56, 56), (64, 64, 1, 1), 1, 0, 1),
-    ((32, 3, 224, 224), (64, 3, 7, 7), 2, 3, 1),
-    ((32, 64, 56, 56), (64, 1, 3, 3), 1, 1, 64),
-    ((32, 128, 56, 56), (128, 4, 3, 3), 1, 1, 32),
-)
-#: What the table calls the dtypes of a family that serves the first of these; products of fp32 "tf32x3" are in full.
-_DTYPES = {
-    "all": ("float32", "ieee"),
-    "all, fp32 in full as three TF32 products": ("float32", "tf32x3"),
-    "16 bits, TF32": ("float32", "tf32"),
-    "16 bits": ("float16", "ieee"),
-}
-
-
-def serves(family: Family, direction: Direction, device: DeviceSpec, dtypes: str = "16 bits") -> bool:
-    operands = Operands(*_DTYPES[dtypes])
-    problems = (
-        conv_problem(x, w, None, (stride,) * 2, (padding,) * 4, (1, 1), groups)
-        for x, w, stride, padding, groups in _CONVOLUTIONS
-    )
-    return any(any(family.candidates(problem, direction, operands, device)) for problem in problems)
-
-
-def described(family: Family) -> tuple[set[str], str, str, str]:
-    """(variants, directions, dtypes, what it needs) in the words of the table."""
-    served = [direction for direction in Direction if serves(family, direction, H100)]
-    directions = "all" if served == list(Direction) else ", ".join(direction.value for direction in served)
-    dtypes = next(words for words in _DTYPES if serves(family, served[0], H100, words))
-    needs = "any GPU" if serves(family, served[0], A100) else "TMA" if serves(family, served[0], B200) else "sm_90"
-    return {variant.value for variant in family.variants}, directions, dtypes, needs
-
-
-def test_the_table_of_kernel_families_is_the_codes():
-    written = {
-        folder.strip("`"): (set(re.findall(r"`([^`]+)`", variants)), *facts)
-        for folder, variants, *facts in (row[:5] for row in table(ROOT / "docs" / "adding-a-kernel.md", "family"))
-    }
-    assert written == {family.name: described(family) for family in FAMILIES}
-
-
-def test_convolution_describes_every_kernel_family():
-    rows = [re.findall(r"`([^`]+)`", " ".join(row[:2])) for row in table(ROOT / "docs" / "convolution.md", "family")]
-    in_code = {family.name: {variant.value for variant in family.variants} for family in FAMILIES}
-    assert {folder: set(variants) for folder, *variants in rows} == in_code
-
-
-def test_limits_of_kernels_are_the_codes():
-    text = " ".join((ROOT / "docs" / "convolution.md").read_text().split())
-    for words in (
-        f"layers of up to {tma_stem._MOST_CHANNELS} channels",
-        f"batches of {tma_wgrad._FEWEST_IMAGES} and more",
-        f"convolutions of 2 to {grouped._FULL_GROUP // 2} channels a group",
-        f"fewer than {implicit_gemm._FLAT_CHANNELS} of these (`flat`)",
-        f"groups of fewer than {implicit_gemm._DIRECT_CHANNELS} channels (`direct`)",
-    ):
-        assert words in text, words
+# ---- the whole -------------------------------------------------------------------------------------------------------
 
 
 def test_the_readme_is_short():

@@ -100,3 +100,26 @@ except RuntimeError as error:
 """
     run = run_python(code)
     assert "import gpukern first" in run.stdout, run.stderr
+
+
+def test_what_users_catch_and_annotate_is_at_the_top(run_python):
+    """And is loaded only where it is used."""
+    code = """
+import sys, torch, gpukern
+assert not {"gpukern.fusion.model", "gpukern.fusion.report", "gpukern.tune"} & set(sys.modules)
+try:
+    gpukern.fuse(torch.nn.Linear(2, 2, device="meta"), torch.zeros(1, 2))
+except gpukern.FusionError as error:
+    print("refused")
+fused = gpukern.fuse(torch.nn.Linear(2, 2), torch.randn(3, 2))
+assert isinstance(fused, gpukern.FusedModel) and isinstance(fused.report, gpukern.FusionReport)
+try:
+    gpukern.tune.tune(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+except gpukern.TuneError as error:
+    print(error)
+from gpukern.tune import TuneError
+assert gpukern.TuneError is TuneError
+assert all(hasattr(gpukern, name) for name in gpukern.__all__) and not hasattr(gpukern, "tuner")
+"""
+    run = run_python(code)
+    assert run.stdout.startswith("refused\ntuning measures on a CUDA device"), run.stderr

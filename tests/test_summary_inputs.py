@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -70,6 +71,27 @@ def test_several_inputs_and_tensors():
     assert summary(clip, torch.zeros(2, 6, 3, 8, 8)).multiply_adds == 6 * 36 * 4 * 27
     ids = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 3))
     assert summary(ids, torch.zeros(2, 7, dtype=torch.int32)).multiply_adds == 7 * 18
+
+
+def test_arguments_with_tensors_inside():
+    conv, x, y = nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 6, 6)
+    plain = summary(Called(lambda x, y, f: (f(x), f(y)), f=conv), [x, y])
+    named = Called(lambda given, f: {"x": f(given["x"]), "y": f(given["y"])}, f=conv)
+    listed = Called(lambda given, f: [f(each) for each in given], f=conv)
+    for told in (
+        summary(named, {"x": x, "y": y}),
+        summary(named, [{"x": x, "y": y, "scale": 2.0}]),
+        summary(listed, [[x, y]]),
+        summary(listed, ((x, y),)),
+    ):
+        assert [row.output_size for row in told.rows] == [(3, 8, 8), (3, 6, 6), (4, 6, 6), (4, 4, 4)]
+        assert told.multiply_adds == plain.multiply_adds == (36 + 16) * 4 * 27
+    assert summary(conv, np.array([3, 8, 8]).tolist()) == summary(conv, tuple(np.array([3, 8, 8])))
+
+
+def test_no_values_are_in_the_message():
+    with pytest.raises(TypeError, match=r"got \[\(3, 8\), 'tensor\[2\]'\]$"):
+        summary(nn.Conv2d(3, 1, 1), [(3, 8), torch.zeros(2)])
 
 
 def test_an_empty_batch_is_described_as_one_sample():

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import gpukern
+import gpukern.functional as F
 from gpukern.runtime.mode import Mode, force_mode
 
 pytestmark = [
@@ -38,6 +39,21 @@ MODELS = {
     ),
     "parametrized": nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.Hardswish()),
 }
+
+
+class Functions(nn.Module):
+    """gpukern's functions called in a user's forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.register_buffer("ones", torch.ones(4))
+
+    def forward(self, x):
+        y = F.conv2d(x, self.weight, padding=1, activation="silu")
+        y = F.batch_norm(y, self.ones, self.ones, residual=F.gelu(y))
+        y = F.leaky_relu(F.adaptive_avg_pool2d(F.max_pool2d(y, 2), 1))
+        return F.linear(y.flatten(1), self.weight[:, :, 0, 0].t())
 
 
 def nodes(graph: torch.fx.Graph) -> list[tuple[str, str]]:
@@ -111,6 +127,27 @@ def test_a_users_subclass_is_looked_into():
             return 2 * torch.relu(input)
 
     assert ("call_function", "<built-in function mul>") in nodes(traced(nn.Sequential(Doubled())).graph)
+
+
+@pytest.mark.parametrize("trace", [traced, traced_by_a_subclass, traced_by_name])
+@pytest.mark.parametrize("copied", [lambda graph: graph, lambda graph: pickle.loads(pickle.dumps(graph))])
+def test_functions_are_nodes(trace, copied):
+    model, x = Functions(), torch.randn(2, 3, 8, 8)
+    graph = copied(trace(model))
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert {F.conv2d, F.batch_norm, F.gelu, F.max_pool2d, F.adaptive_avg_pool2d, F.leaky_relu, F.linear} <= set(called)
+    assert torch.equal(graph(x), model(x))
+
+
+def test_a_function_in_a_users_subclass_is_a_node():
+    class Twice(gpukern.nn.Linear):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    model = Twice(3, 4)
+    graph, x = traced(nn.Sequential(model)), torch.randn(2, 3)
+    assert F.linear in [node.target for node in graph.graph.nodes]
+    assert torch.equal(graph(x), model(x))
 
 
 @pytest.mark.parametrize("mode", [Mode.REFERENCE, Mode.EMULATED], ids=lambda mode: mode.value)

@@ -9,17 +9,15 @@ from torch.autograd import forward_ad
 from torch.func import jvp
 
 import gpukern
-from gpukern.runtime.mode import Mode, force_mode
 
 # Traced graphs call the operators, and these the mode in force: what they compute is tested elsewhere.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.usefixtures("reference_mode")]
 
 
 @pytest.fixture(autouse=True)
-def fresh_reference_mode():
+def fresh_dynamo():
     torch._dynamo.reset()
-    with force_mode(Mode.REFERENCE):
-        yield
+    yield
     torch._dynamo.reset()
 
 

@@ -13,9 +13,7 @@ from bench.layers import distinct
 from bench.peers import to_layout, torch_peers
 from bench.results import Case, Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
-from gpukern.conv.cost import work
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem
+from gpukern.conv import ConvProblem, Direction, minimum_work
 from gpukern.explain.layers import conv_of
 from gpukern.ops.conv2d import conv2d_input_grad, conv2d_weight_grad
 from gpukern.runtime.roofline import Work
@@ -71,7 +69,7 @@ class Convolutions(Suite[ConvProblem]):
 
     def work(self, task: Task[ConvProblem]) -> Work:
         direction = self.directions[task.case.computation]
-        return work(task.problem, direction, DTYPES[task.case.dtype].itemsize, task.case.dtype)
+        return minimum_work(task.problem, direction, DTYPES[task.case.dtype].itemsize, task.case.dtype)
 
     def bound(self, task: Task[ConvProblem]) -> float:
         p = task.problem

@@ -12,8 +12,7 @@ from bench.accuracy import DTYPES
 from bench.peers import compiled, to_layout, torch_peers
 from bench.suite import Implementation, Task, Tensors, in_mode, register
 from bench.suites.conv import Convolutions, conv_tensors
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem
+from gpukern.conv import ConvProblem, Direction
 from gpukern.runtime.roofline import Work
 
 _WITH_RESIDUAL = "bias + residual + ReLU"

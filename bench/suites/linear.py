@@ -15,8 +15,7 @@ from bench.peers import torch_peers
 from bench.results import Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from bench.suites.conv import DIRECTIONS
-from gpukern.conv.cost import work
-from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv import ConvProblem, conv_problem, minimum_work
 from gpukern.explain.layers import Linear, linear_of
 from gpukern.ops.linear import linear, linear_weight_grad
 from gpukern.runtime.roofline import Work
@@ -42,7 +41,7 @@ class Linears(Suite[Linear]):
 
     def work(self, task: Task[Linear]) -> Work:
         direction, dtype = DIRECTIONS[task.case.computation], task.case.dtype
-        return work(as_convolution(task.problem), direction, DTYPES[dtype].itemsize, dtype)
+        return minimum_work(as_convolution(task.problem), direction, DTYPES[dtype].itemsize, dtype)
 
     def bound(self, task: Task[Linear]) -> float:
         p = task.problem

@@ -9,11 +9,8 @@ import torch
 
 from bench.suite import Implementation, Task, register
 from bench.suites.conv import Convolutions
-from gpukern.conv.cost import is_elementwise
-from gpukern.conv.families.registry import family_of
-from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.planner import ranking
-from gpukern.conv.problem import ConvProblem
+from gpukern import conv  # conv.run needs Triton, which looking at plans does not
+from gpukern.conv import ConvPlan, ConvProblem, Direction, family_of, is_elementwise, ranking
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import Question, convolution
 from gpukern.explain.ranking import chosen
@@ -93,15 +90,13 @@ def with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tenso
     p, direction = question.problem, question.direction
 
     def run(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-        from gpukern.conv import launch  # needs Triton, which looking at plans does not
-
         first, second = {
             Direction.FORWARD: (x, w),
             Direction.INPUT_GRAD: (dy, w),
             Direction.WEIGHT_GRAD: (dy, x),
         }[direction]
-        prepared = launch.prepared_for(p, direction, first, second, question.channels_last, choice=choice)
-        return launch.run(prepared, first, second)[0]
+        prepared = conv.prepared_for(p, direction, first, second, question.channels_last, choice=choice)
+        return conv.run(prepared, first, second)[0]
 
     return run
 

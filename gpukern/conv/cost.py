@@ -12,7 +12,7 @@ from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
 
 
-def work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -> Work:
+def minimum_work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -> Work:
     """flops = 2·N·P·Q·K·(C/groups)·R·S, and one pass over the operands and the output of ``itemsize`` bytes.
 
     As is usual, taps in the padding count, so that an implementation which skips them can beat the floor by their
@@ -54,7 +54,7 @@ def cost(
     if device.peaks is None:
         raise ValueError(f"the peak rates of {device.name} are not known")
     p, bandwidth, itemsize = problem, device.peaks.bandwidth, operands.itemsize
-    must = work(p, direction, itemsize, operands.kind)
+    must = minimum_work(p, direction, itemsize, operands.kind)
     if not _output(p, direction) or not p.N:
         # Nothing is launched; a weight gradient of no images is filled with zeros.
         return Cost(0, 0.0, 1.0, must.bytes, 0, 0.0, must.bytes / bandwidth)

@@ -70,13 +70,6 @@ def phase_taps(
 
 
 @triton.jit
-def split_pixel(pixel, height, width):
-    """(image, row, column) of a flat pixel number."""
-    row = pixel // width
-    return row // height, row % height, pixel % width
-
-
-@triton.jit
 def inside_image(h, w, sizes):
     """Whether (h, w), int32 tiles of one shape, lies in the source image."""
     # Compared without sign, a negative coordinate is larger than any size: one comparison for both ends.

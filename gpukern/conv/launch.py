@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from gpukern.conv.families.implicit_gemm.plan import channel_sum_splits
 from gpukern.conv.layouts import Strides
-from gpukern.conv.passes import launch as passes
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.prepare import plan_without, prepare
+from gpukern.conv.prepare import plan_without, prepare_launch
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Epilogue, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._image import strides_of
+from gpukern.ops._reduction.launch import channels_last_copy, copy_image, merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.refusal import DescriptorRefused
-from gpukern.runtime.tensors import check_kernel_dtype
 
 
 def conv2d(
@@ -28,7 +28,23 @@ def conv2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    return _with_epilogue(Direction.FORWARD, problem, input, weight, bias, residual, activation, negative_slope)
+    dtype = input.dtype
+    prepared = prepare_launch(
+        problem,
+        _FORWARD,
+        input.stride(),
+        weight.stride(),
+        None,
+        (input.data_ptr() | weight.data_ptr()) % 16 == 0,
+        dtype,
+        conv_precision(dtype),
+        device_spec(input.device),
+        _epilogue(activation, residual is not None),
+        None,
+    )
+    output = input.new_empty_strided(prepared.shape, prepared.strides)
+    write(prepared, output, input, weight, bias, residual, negative_slope)
+    return output
 
 
 def conv_transpose2d(
@@ -40,14 +56,14 @@ def conv_transpose2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    return _with_epilogue(Direction.INPUT_GRAD, problem, input, weight, bias, residual, activation, negative_slope)
-
-
-def _with_epilogue(
-    direction: Direction, problem: ConvProblem, input, weight, bias, residual, activation: str, negative_slope: float
-) -> torch.Tensor:
-    prepared = prepared_for(problem, direction, input, weight, None, Epilogue(activation, residual is not None))
+    epilogue = _epilogue(activation, residual is not None)
+    prepared = prepared_for(problem, Direction.INPUT_GRAD, input, weight, None, epilogue)
     return run(prepared, input, weight, bias, residual, negative_slope)[0]
+
+
+_FORWARD = Direction.FORWARD  # an enumeration takes a while to find its members
+#: The same object for the same arguments: looking one up takes less time than making one.
+_epilogue = functools.cache(Epilogue)
 
 
 def conv2d_statistics(
@@ -59,7 +75,7 @@ def conv2d_statistics(
         values = output.to(torch.float32)
         total, pixels = values.sum((0, 2, 3)), max(output.numel() // max(problem.K, 1), 1)
         return output, total, (values - (total / pixels)[:, None, None]).square().sum((0, 2, 3))
-    return output, *passes.merge_statistics(statistics)
+    return output, *merge_statistics(statistics)
 
 
 def conv2d_input_grad(
@@ -74,21 +90,6 @@ def conv2d_weight_grad(
     return run(prepared_for(problem, Direction.WEIGHT_GRAD, grad, input, channels_last), grad, input)[0]
 
 
-def channel_sum(grad: torch.Tensor) -> torch.Tensor:
-    check_kernel_dtype("channel_sum", grad.dtype)
-    N, K, P, Q = grad.shape
-    return passes.channel_sum(grad, channel_sum_splits(N * P * Q, K, device_spec(grad.device)))
-
-
-def activation_grad_sum(
-    grad: torch.Tensor, output: torch.Tensor, activation: str, negative_slope: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    check_kernel_dtype("activation_grad_sum", grad.dtype)
-    N, K, P, Q = grad.shape
-    splits = channel_sum_splits(N * P * Q, K, device_spec(grad.device))
-    return passes.activation_grad_sum(grad, output, splits, activation, negative_slope)
-
-
 def prepared_for(
     problem: ConvProblem,
     direction: Direction,
@@ -98,9 +99,9 @@ def prepared_for(
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
     choice: ConvPlan | None = None,
 ) -> Prepared:
-    """The launch for these tensors, [N, C, H, W] and [K, C/G, R, S]; see ``prepare.prepare``."""
+    """The launch for these tensors, [N, C, H, W] and [K, C/G, R, S]; see ``prepare_launch``."""
     dtype = first.dtype
-    return prepare(
+    return prepare_launch(
         problem,
         direction,
         first.stride(),
@@ -124,7 +125,7 @@ def run(
     negative_slope: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(output, its statistics fp32 [3, tiles, K] if the launch was prepared to make them)."""
-    output = torch.empty_strided(prepared.shape, prepared.strides, dtype=first.dtype, device=first.device)
+    output = first.new_empty_strided(prepared.shape, prepared.strides)
     return output, write(prepared, output, first, second, bias, residual, negative_slope)
 
 
@@ -143,6 +144,8 @@ def write(
     chose the plan.
     """
     try:
+        if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
+            return prepared.launch.run(first, second, output, bias, None, None, negative_slope)
         return _write(prepared, output, first, second, bias, residual, negative_slope)
     except DescriptorRefused as problem:
         if prepared.again is None:
@@ -171,21 +174,21 @@ def _write(
         statistics = torch.empty(size, dtype=torch.float32, device=first.device)
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
-        first = passes.channels_last_copy(first)
+        first = channels_last_copy(first)
     if pack_second:
-        second = passes.channels_last_copy(second)
+        second = channels_last_copy(second)
     written = output
     if pack_output:
-        written = torch.empty_strided(prepared.shape, prepared.written, dtype=output.dtype, device=output.device)
+        written = output.new_empty_strided(prepared.shape, prepared.written)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()  # the only operand that kernels take without strides
     if residual is not None and not _lies_like(residual, prepared.written):
         copy = torch.empty_like(written)
-        passes.copy_image(residual, copy)
+        copy_image(residual, copy)
         residual = copy
     prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
     if pack_output:
-        passes.copy_image(written, output)
+        copy_image(written, output)
     return statistics
 
 

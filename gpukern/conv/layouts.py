@@ -6,15 +6,10 @@ import math
 
 from gpukern.conv.plan import Layout
 from gpukern.ops._image import strides_of
+from gpukern.runtime.strides import dense_strides
 
 Shape = tuple[int, ...]
 Strides = tuple[int, ...]
-
-
-def dense_strides(shape: Shape, channels_last: bool) -> Strides:
-    """The strides PyTorch gives a new tensor; of an empty one too."""
-    _, C, H, W = (max(size, 1) for size in shape)
-    return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)
 
 
 def _is_dense(shape: Shape, strides: Strides) -> bool:

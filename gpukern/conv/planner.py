@@ -33,22 +33,28 @@ class Ranked:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> ConvPlan:
-    """The plan that is expected to be the fastest; RuntimeError if all are switched off."""
-    for ranked in ranking(problem, direction, operands, device):
-        if not only_measured(ranked.plan):
-            return ranked.plan
+def heuristic_plan(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> ConvPlan:
+    """The plan that is expected to be the fastest, whatever was measured; RuntimeError if all are switched off."""
+    for each in ranking(problem, direction, operands, device):
+        if not only_measured(each.plan):
+            return each.plan
     reasons = "; ".join(f"{each}: {each.reason}" for each in switched_off(problem, direction, operands, device))
     raise RuntimeError(f"gpukern has no kernel left for {direction.value} of {problem} on {device.name}: {reasons}")
 
 
 def ranking(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> list[Ranked]:
     """Every candidate, the one expected to be the fastest first."""
-    found = {}
-    for candidate in candidates(problem, direction, operands, device):
-        tiles = family_of(candidate).tiles(problem, direction, candidate)
-        found[candidate] = Ranked(candidate, *estimate(problem, direction, candidate, tiles, operands, device))
-    return sorted(found.values(), key=lambda ranked: ranked.seconds)
+    offered = dict.fromkeys(candidates(problem, direction, operands, device))
+    found = (ranked(problem, direction, candidate, operands, device) for candidate in offered)
+    return sorted(found, key=lambda each: each.seconds)
+
+
+def ranked(
+    problem: ConvProblem, direction: Direction, plan: ConvPlan, operands: Operands, device: DeviceSpec
+) -> Ranked:
+    """``plan`` with its cost, whether or not it is a candidate."""
+    tiles = family_of(plan).tiles(problem, direction, plan)
+    return Ranked(plan, *estimate(problem, direction, plan, tiles, operands, device))
 
 
 def candidates(

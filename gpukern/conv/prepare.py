@@ -8,27 +8,32 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 
 from gpukern.conv import database
+from gpukern.conv.choice import choose
 from gpukern.conv.exclusions import Exclusion, exclude
 from gpukern.conv.families.registry import family_of
-from gpukern.conv.layouts import Shape, Strides, dense_strides
+from gpukern.conv.layouts import Strides
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.planner import plan
+from gpukern.conv.planner import heuristic_plan
 from gpukern.conv.pooled import plan as pooled
 from gpukern.conv.problem import ConvProblem, pooled_problem
-from gpukern.conv.request import Epilogue, Prepared, Request, check_countable, operands_of, shapes
+from gpukern.conv.request import Call, Epilogue, Prepared, Request, check_countable, shapes
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.refusal import DescriptorRefused
-from gpukern.runtime.strides import is_channels_last
+from gpukern.runtime.strides import dense_strides
 from gpukern.runtime.tensors import check_kernel_dtype
+
+#: What :func:`gpukern.conv.hooks.observe` calls, with a call and its device.
+Observer = Callable[[Call, DeviceSpec], None]
+observers: list[Observer] = []
 
 
 @functools.lru_cache(maxsize=4096)
-def prepare(
+def prepare_launch(
     problem: ConvProblem,
     direction: Direction,
     first: Strides,
@@ -48,32 +53,31 @@ def prepare(
     others.
     """
     check_kernel_dtype("conv2d", dtype)
-    of_first, of_second, of_output = of_all = shapes(problem, direction)
+    of_first, _, of_output = of_all = shapes(problem, direction)
     check_countable(of_first, of_output)
     if problem.pool:
         check_countable((problem.N, problem.K, problem.P, problem.Q))  # which is not the output
-    if channels_last is None:
-        channels_last = _takes_channels_last(of_first, of_second, first, second)
-    strides = dense_strides(of_output, channels_last)
+    call = Call(problem, direction, first, second, channels_last, aligned, dtype, precision)
+    strides = call.output
     again = None
     if choice is None:
-        asked = problem, direction, first, second, channels_last, aligned, dtype, precision, device, epilogue
-        again = functools.partial(prepare, *asked)
-        operands = operands_of(problem, direction, (first, second, strides), aligned, dtype, precision)
-        measured = database.lookup(problem, direction, operands, device)
-        choice = measured or plan(problem, direction, operands, device)
+        again = functools.partial(prepare_launch, *call, device, epilogue)
+        _report(call, device)
+        choice = choose(problem, direction, call.operands, device).plan
     seen = (
         dense_strides(shape, channels_last=True) if packed else given
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
     request = Request(problem, direction, *seen, dtype, epilogue, device)
+    launch = importlib.import_module(family_of(choice).launch_module).prepare(request, choice)
     return Prepared(
         choice,
         of_output,
         strides,
         request.output,
-        _package(choice).prepare(request, choice),
+        launch,
         epilogue.activation,
+        not (any(choice.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
         again,
     )
 
@@ -90,22 +94,17 @@ def pooled_choice(
 ) -> ConvPlan | None:
     """The plan of a convolution and the max pool after it as one launch; None where two are expected to be faster."""
     check_kernel_dtype("conv2d_max_pool2d", dtype)
-    both = pooled_problem(problem)
-    of_first, of_second, _ = shapes(both, Direction.FORWARD)
-    channels_last = _takes_channels_last(of_first, of_second, first, second)
-    of_both, of_convolution = (
-        operands_of(
-            each,
-            Direction.FORWARD,
-            (first, second, dense_strides(shapes(each, Direction.FORWARD)[2], channels_last)),
-            aligned,
-            dtype,
-            precision,
-        )
-        for each in (both, problem)
-    )
-    measured = database.lookup(both, Direction.FORWARD, of_both, device)
-    return measured or pooled.choose(problem, of_both, of_convolution, device)
+    both = Call(pooled_problem(problem), Direction.FORWARD, first, second, None, aligned, dtype, precision)
+    _report(both, device)
+    measured = database.lookup(both.problem, both.direction, both.operands, device)
+    of_convolution = both._replace(problem=problem).operands
+    return measured or pooled.choose(problem, both.operands, of_convolution, device)
+
+
+def forget() -> None:
+    """Prepare every launch anew: what a plan is chosen by has changed."""
+    prepare_launch.cache_clear()
+    pooled_choice.cache_clear()
 
 
 def plan_without(refused: ConvPlan, device: DeviceSpec, problem: DescriptorRefused) -> None:
@@ -116,8 +115,8 @@ def plan_without(refused: ConvPlan, device: DeviceSpec, problem: DescriptorRefus
     """
     words = str(problem).strip().splitlines()[0]
     exclude(Exclusion(device.compute_capability, f"the driver refused its descriptors ({words})", refused.variant))
-    for cached in (plan, prepare, pooled_choice):
-        cached.cache_clear()
+    heuristic_plan.cache_clear()
+    forget()
     warnings.warn(
         f"gpukern plans without its {refused.variant.value} kernel on {device.name}: "
         f"the driver refused a descriptor of {refused} ({words})",
@@ -125,11 +124,6 @@ def plan_without(refused: ConvPlan, device: DeviceSpec, problem: DescriptorRefus
     )
 
 
-def _takes_channels_last(of_first: Shape, of_second: Shape, first: Strides, second: Strides) -> bool:
-    """torch's rule for what a convolution makes."""
-    return is_channels_last(of_first, first) or is_channels_last(of_second, second)
-
-
-def _package(choice: ConvPlan) -> ModuleType:
-    """The ``launch.py`` beside the ``plan.py`` that made the choice."""
-    return importlib.import_module(family_of(choice).launch_module)
+def _report(call: Call, device: DeviceSpec) -> None:
+    for observer in observers:
+        observer(call, device)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from gpukern.conv.problem import ConvProblem
-from gpukern.ops._activation.reference import activation, activation_grad
+from gpukern.ops._activation.reference import activation
 from gpukern.runtime.tensors import as_memory_format, laid_out, memory_format_of
 
 
@@ -91,19 +91,6 @@ def conv2d_weight_grad(
     weight = grad.new_empty(problem.K, problem.group_inputs, problem.R, problem.S)
     _, grad_weight = _backward(problem, grad, input, weight, (False, True, False))
     return laid_out(grad_weight, as_memory_format(channels_last))
-
-
-def channel_sum(grad: torch.Tensor) -> torch.Tensor:
-    """``∂L/∂b`` [K]: the sum of [N, K, P, Q] over all but the channels."""
-    return grad.sum((0, 2, 3))
-
-
-def activation_grad_sum(
-    grad: torch.Tensor, output: torch.Tensor, activation_name: str, negative_slope: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``∂L/∂z = ∂L/∂y · act′`` from ``y = act(z)``, and its :func:`channel_sum`."""
-    inner = torch.empty_like(output).copy_(activation_grad(grad, output, activation_name, negative_slope))
-    return inner, channel_sum(inner)
 
 
 def _pad(problem: ConvProblem, input: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:

@@ -12,6 +12,7 @@ from gpukern.conv.layouts import Shape, Strides, layout_of
 from gpukern.conv.plan import ConvPlan, Direction, Operands
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.strides import dense_strides, is_channels_last
 
 
 class Epilogue(NamedTuple):
@@ -45,6 +46,39 @@ class Request:
         return shapes(self.problem, self.direction)
 
 
+class Call(NamedTuple):
+    """What :func:`gpukern.conv.prepare.prepare_launch` is called with, but for device, epilogue and plan."""
+
+    problem: ConvProblem
+    direction: Direction
+    first: Strides
+    second: Strides
+    channels_last: bool | None
+    aligned: bool
+    dtype: torch.dtype
+    precision: str
+
+    @property
+    def shapes(self) -> tuple[Shape, Shape, Shape]:
+        """Those of first, second and output."""
+        return shapes(self.problem, self.direction)
+
+    @property
+    def output(self) -> Strides:
+        """The output's strides; where ``channels_last`` is None it is channels_last if an operand is, torch's rule."""
+        first, second, output = self.shapes
+        channels_last = self.channels_last
+        if channels_last is None:
+            channels_last = is_channels_last(first, self.first) or is_channels_last(second, self.second)
+        return dense_strides(output, channels_last)
+
+    @property
+    def operands(self) -> Operands:
+        """What the plan depends on beside sizes and device."""
+        strides = self.first, self.second, self.output
+        return operands_of(self.problem, self.direction, strides, self.aligned, self.dtype, self.precision)
+
+
 #: Starts the kernels: (first, second, output, bias, residual, statistics, negative_slope), None for what is not there.
 Run = Callable[..., None]
 
@@ -62,6 +96,7 @@ class Prepared:
     """A launch but for its tensors.
 
     ``shape`` and ``strides`` are the output's; ``written`` are those of what the kernel writes, before a last copy.
+    ``in_place``: the kernel takes first, second and output as they are, none of them empty, and makes no statistics.
     ``again`` prepares the same once more, with the plan that is chosen then; None where the caller chose the plan.
     """
 
@@ -71,6 +106,7 @@ class Prepared:
     written: Strides
     launch: Launch
     activation: str
+    in_place: bool
     again: Callable[[], Prepared] | None = None
 
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from gpukern.conv.plan import Direction
+from gpukern.conv import Direction
 from gpukern.explain import formatting, query, show
 from gpukern.explain.compiled import CannotCompile, Compiled, compiled
 from gpukern.explain.query import Question

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gpukern.conv.plan import ConvPlan
-from gpukern.conv.request import shapes
+from gpukern.conv import ConvPlan, shapes
 from gpukern.explain.query import Question
 from gpukern.runtime.mode import EMULATE, has_triton
 
@@ -62,15 +61,15 @@ def compiled(question: Question, choice: ConvPlan) -> list[Compiled]:
 
 def _call(question: Question, choice: ConvPlan) -> None:
     """On tensors without memory."""
-    from gpukern.conv import launch
+    from gpukern.conv import prepared_for, run  # need Triton
 
     p, direction = question.problem, question.direction
     given = zip(shapes(p, direction), (question.first, question.second), strict=False)
     first, second = (_empty(shape, strides, question) for shape, strides in given)
-    prepared = launch.prepared_for(p, direction, first, second, question.channels_last, question.epilogue, choice)
+    prepared = prepared_for(p, direction, first, second, question.channels_last, question.epilogue, choice)
     bias = _empty((p.K,), (1,), question) if question.bias else None
     residual = _empty(prepared.shape, prepared.written, question) if question.epilogue.residual else None
-    launch.run(prepared, first, second, bias, residual)
+    run(prepared, first, second, bias, residual)
 
 
 def _empty(shape: tuple[int, ...], strides: tuple[int, ...], question: Question) -> torch.Tensor:

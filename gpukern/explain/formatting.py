@@ -7,9 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.problem import ConvProblem, Padding, Pair, conv_problem, same_padding
-from gpukern.conv.request import Epilogue
+from gpukern.conv import ConvPlan, ConvProblem, Direction, Epilogue, Padding, Pair, conv_problem, same_padding
 from gpukern.explain.query import KINDS
 from gpukern.ops.activation import ACTIVATIONS
 from gpukern.runtime.current_device import device_spec

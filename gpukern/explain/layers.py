@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.problem import ConvProblem, conv_problem
+from gpukern.conv import ConvProblem, conv_problem
 from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_problem, pool_problem
 
 

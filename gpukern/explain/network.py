@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem
+from gpukern.conv import ConvProblem, Direction
 from gpukern.explain.compiled import CannotCompile, Compiled, compiled
 from gpukern.explain.formatting import describe, describe_plan
 from gpukern.explain.layers import Kind, Linear, Pool, describe_pool, distinct, layer_calls, problem_of

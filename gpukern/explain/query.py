@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gpukern.conv.layouts import Strides, dense_strides
-from gpukern.conv.plan import Direction, Operands
-from gpukern.conv.problem import ConvProblem, conv_problem
-from gpukern.conv.request import Epilogue, operands_of, shapes
+from gpukern.conv import ConvProblem, Direction, Epilogue, Operands, Strides, conv_problem, operands_of, shapes
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.strides import dense_strides
 
 #: The dtype of the tensors, and the precision of products, of each kind of operands.
 KINDS = {

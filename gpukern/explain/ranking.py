@@ -6,13 +6,20 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from gpukern.conv import database, request
-from gpukern.conv.cost import work
-from gpukern.conv.estimate import estimate
-from gpukern.conv.exclusions import Exclusion
-from gpukern.conv.families.registry import family_of
-from gpukern.conv.plan import ConvPlan
-from gpukern.conv.planner import Ranked, only_measured, plan, ranking, switched_off
+from gpukern import conv
+from gpukern.conv import (
+    Choice,
+    ConvPlan,
+    Exclusion,
+    Ranked,
+    check_countable,
+    choose,
+    minimum_work,
+    only_measured,
+    ranking,
+    shapes,
+    switched_off,
+)
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import Question
 from gpukern.formatting import micro, number, percent, size
@@ -51,9 +58,9 @@ class Answer:
 def answer(question: Question) -> Answer:
     """The plan that a call gets, among all others. RuntimeError, as of a call, for what no kernel can run."""
     p, direction, operands = question.problem, question.direction, question.operands
-    of_first, _, of_output = request.shapes(p, direction)
-    request.check_countable(of_first, of_output)
-    must = work(p, direction, operands.itemsize, operands.kind)
+    of_first, _, of_output = shapes(p, direction)
+    check_countable(of_first, of_output)
+    must = minimum_work(p, direction, operands.itemsize, operands.kind)
     must = replace(must, bytes=must.bytes + residual_bytes(question))
     choice, measured = chosen(question)
     return Answer(
@@ -67,18 +74,14 @@ def answer(question: Question) -> Answer:
     )
 
 
-def chosen(question: Question) -> tuple[ConvPlan, bool]:
+def chosen(question: Question) -> Choice:
     """The plan that a call gets, and whether it was measured."""
-    launch = question.problem, question.direction, question.operands, question.device
-    measured = database.lookup(*launch)
-    return measured or plan(*launch), measured is not None
+    return choose(question.problem, question.direction, question.operands, question.device)
 
 
 def ranked(question: Question, choice: ConvPlan) -> Ranked:
     """What ``choice`` costs, whether or not the ranking has it."""
-    p, direction = question.problem, question.direction
-    tiles = family_of(choice).tiles(p, direction, choice)
-    found = Ranked(choice, *estimate(p, direction, choice, tiles, question.operands, question.device))
+    found = conv.ranked(question.problem, question.direction, choice, question.operands, question.device)
     return _with_residual(question, found)
 
 

@@ -10,8 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gpukern import tables
-from gpukern.conv.planner import Ranked
-from gpukern.conv.request import shapes
+from gpukern.conv import Ranked, shapes
 from gpukern.explain.chart import Point, chart
 from gpukern.explain.compiled import Compiled
 from gpukern.explain.formatting import by, describe, describe_plan

@@ -4,11 +4,16 @@ All are differentiable and take float32, float16 and bfloat16 (on a CPU in refer
 kept: channels_last in, channels_last out. They follow ``torch.autocast`` as the PyTorch functions do.
 """
 
+import torch.fx
+
 from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
 from gpukern.functional._batch_norm import batch_norm, conv2d_batch_norm
 from gpukern.functional._conv import conv2d, conv_transpose2d
 from gpukern.functional._linear import linear
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+
+# No function offers it, but saved graphs have it.
+from gpukern.ops import conv_max_pool2d as conv_max_pool2d
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -29,3 +34,7 @@ __all__ = [
     "silu",
     "tanh",
 ]
+
+for _name in __all__:
+    # One node of a graph that torch.fx traces, which would else go on into the function with no tensor.
+    torch.fx.wrap(_name)

@@ -57,19 +57,22 @@ def batch_norm(
 
     Raises
     ------
-    RuntimeError for sizes, dtypes or devices that do not fit and for running statistics that require a gradient or,
-    without ``training``, are missing; ValueError for one value per channel in training, for one running statistic
-    without the other, an ``eps`` that is negative or, in training, not positive, and for an unknown activation;
-    TypeError for arguments of a wrong type. As ``torch.nn.functional.batch_norm``, before anything is computed.
+    RuntimeError for sizes (IndexError for one dimension without statistics), dtypes or devices that do not fit and for
+    running statistics that require a gradient or, without ``training``, are missing; ValueError for one value per
+    channel in training, for one running statistic without the other, an ``eps`` that is negative or, in training, not
+    positive, and for an unknown activation; TypeError for arguments of a wrong type. As
+    ``torch.nn.functional.batch_norm``, before anything is computed.
     """
     check_tensors("batch_norm", input, optional=(running_mean, running_var, weight, bias, residual))
     check_floating("batch_norm", input)
     momentum, eps = as_float("momentum", momentum), as_float("eps", eps)
+    if input.dim() == 1 and not input.numel():
+        return input.clone()  # as torch's, whatever the channels
     _check_statistics(running_mean, running_var, training, eps)
     if training:
         check_several_values(input.shape)
-    if input.dim() == 1 and not input.numel():
-        return input.clone()  # as torch's, whatever the channels
+    if input.dim() == 1 and not (running_mean is not None and running_mean.numel()):
+        raise IndexError(f"batch_norm: expected an input of 2 dimensions at least, got size {list(input.shape)}")
     return _batch_norm.apply(
         input,
         running_mean,

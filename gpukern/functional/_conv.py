@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gpukern.conv.problem import same_padding
+from gpukern.conv import same_padding
 from gpukern.ops import conv2d as _conv2d
 from gpukern.ops import conv_transpose2d as _conv_transpose2d
 from gpukern.ops.activation import check_activation

@@ -78,7 +78,7 @@ def avg_pool2d(
     """
     check_tensors("avg_pool2d", input)
     check_floating("avg_pool2d", input)
-    if input.dim() != 4 and check_batched_or_not("avg_pool2d", input):
+    if input.dim() != 4 and check_batched_or_not("avg_pool2d", input, IndexError):
         return avg_pool2d(
             input.unsqueeze(0), kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
         ).squeeze(0)
@@ -104,7 +104,8 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
     """
     check_tensors("adaptive_avg_pool2d", input)
     check_floating("adaptive_avg_pool2d", input)
-    if input.dim() != 4 and check_batched_or_not("adaptive_avg_pool2d", input):
+    too_few = RuntimeError if isinstance(output_size, int) else ValueError
+    if input.dim() != 4 and check_batched_or_not("adaptive_avg_pool2d", input, too_few):
         return adaptive_avg_pool2d(input.unsqueeze(0), output_size).squeeze(0)
     if isinstance(output_size, Sequence) and not isinstance(output_size, str):
         if len(output_size) != 2:

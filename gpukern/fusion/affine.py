@@ -22,7 +22,7 @@ class Affine:
     shift: torch.Tensor
 
 
-def affine(program: Program, node: Node, input: Node) -> Affine | None:
+def as_affine(program: Program, node: Node, input: Node) -> Affine | None:
     """What ``node`` does to the channels of ``input``; None if that is not the same in every call."""
     before, after = value(input), value(node)
     if before is None or after is None or before.dim() < 2:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from gpukern.fusion.lower import Lowered, rounded
+from gpukern.fusion.lowering import Lowered, rounded
 from gpukern.fusion.match import Match
 from gpukern.fusion.program import Program, assemble
 from gpukern.fusion.spread import f_quantile

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def fuse(
     model: torch.nn.Module,
     example_inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
     *,
     dtype: torch.dtype | None = None,
     channels_last: bool = True,
@@ -42,6 +43,8 @@ def fuse(
         a tensor, or a tuple of the arguments. Random values prove more than constant ones, which are exchanged for
         random ones in the proof, as are those for which the original is nowhere finite; a note says so. Numbers, flags
         and words become constants of the fused model.
+    kwargs:
+        the arguments of the example that are given by name, as for :func:`torch.export.export`: ``{"mask": mask}``.
     dtype:
         what to compute in, the model's by default. A layer whose weights the dtype cannot hold stays in float32.
     channels_last:
@@ -65,10 +68,11 @@ def fuse(
 
     Raises
     ------
-    TypeError for what is no module, ValueError for an unknown dtype, RuntimeError for ``cuda_graph`` without a CUDA
-    device; FusionError if the model lacks its weights or cannot be copied or captured, if the verification fails (it
-    names the fused group to blame, and has the report as its ``report``) or can prove nothing (the original is random
-    or keeps a state, or returns nothing finite, or the same for another example), or with ``strict``.
+    TypeError for what is no module, and for arguments that the model does not take; ValueError for an unknown dtype,
+    RuntimeError for ``cuda_graph`` without a CUDA device; FusionError if the model lacks its weights or cannot be
+    copied or captured, if the verification fails (it names the fused group to blame, and has the report as its
+    ``report``) or can prove nothing (the original is random or keeps a state, or returns nothing finite, or the same
+    for another example), or with ``strict``.
     """
     from gpukern.fusion.pipeline import run
 
@@ -77,6 +81,7 @@ def fuse(
     return run(
         model,
         tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,),
+        dict(kwargs or {}),
         dtype=dtype,
         channels_last=channels_last,
         cuda_graph=cuda_graph,
@@ -94,5 +99,6 @@ def load(path: str | os.PathLike[str], *, cuda_graph: bool = False) -> FusedMode
     FileNotFoundError if there is no such file; FusionError if it is damaged, or something else.
     """
     from gpukern.fusion.artifact import read
+    from gpukern.fusion.model import FusedModel
 
-    return read(path, cuda_graph)
+    return FusedModel(*read(path), cuda_graph)

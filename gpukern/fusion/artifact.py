@@ -16,9 +16,8 @@ from torch.utils import _pytree as pytree
 
 from gpukern.fusion.batch import export_any_batch
 from gpukern.fusion.calls import Signature
-from gpukern.fusion.capture import first_line, quiet
-from gpukern.fusion.errors import FusionError
-from gpukern.fusion.model import FusedModel
+from gpukern.fusion.capture import quiet
+from gpukern.fusion.errors import FusionError, first_line
 from gpukern.fusion.module import FusedModule, Interface
 from gpukern.fusion.program import InputSpec
 from gpukern.fusion.report import IN_ARCHIVE, FusionReport
@@ -87,8 +86,8 @@ def _without_paths(text: str) -> str:
     return _PATH.sub(r"\1", text)
 
 
-def read(path: str | os.PathLike[str], cuda_graph: bool) -> FusedModel:
-    """:func:`gpukern.load`."""
+def read(path: str | os.PathLike[str]) -> tuple[FusedModule, FusionReport, tuple, bool]:
+    """What :func:`save` wrote. FileNotFoundError if there is no such file; FusionError if it is another or damaged."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
@@ -111,7 +110,7 @@ def read(path: str | os.PathLike[str], cuda_graph: bool) -> FusedModel:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FusionError(f"the report in {path} cannot be read: {error}") from error
     free = any(spec is not None and None in spec.sizes for spec in interface.inputs)
-    return FusedModel(FusedModule(network, interface), report, example, free, cuda_graph)
+    return FusedModule(network, interface), report, example, free
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from gpukern.fusion.errors import FusionError
-from gpukern.fusion.report import Verification
+from gpukern.fusion.report.values import Verification
 
 #: Of each leaf of the arguments: the name of its free first dimension, None where that is fixed.
 Free = tuple[str | None, ...]

@@ -11,12 +11,12 @@ import torch
 from torch.fx import Graph
 
 from gpukern.fusion import describe
-from gpukern.fusion.lower import Lowered
+from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.match import Match
+from gpukern.fusion.matcher import Declined
 from gpukern.fusion.moving import PART_OF
-from gpukern.fusion.program import Program, value
-from gpukern.fusion.report import FusedGroup, FusionReport, Verification
-from gpukern.fusion.why import Left
+from gpukern.fusion.program import Program, title, value
+from gpukern.fusion.report import FusedGroup, FusionReport, NotFused, Verification
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Work:
     program: Program
     matches: Sequence[Match]
     lowered: Lowered
-    unfused: Sequence[Left]
+    declined: Sequence[Declined]
     channels_last: bool
 
 
@@ -56,7 +56,7 @@ def account(
         model=type(work.model).__name__,
         dtype=_name(dtype),
         fused=tuple(_group(work, place, errors, kernels) for place in fusing),
-        not_fused=tuple(each.told for each in work.unfused),
+        not_fused=tuple(NotFused(title(each.node), each.reason) for each in work.declined),
         before=describe.totals(before, sum(parameter.numel() for parameter in work.model.parameters())),
         after=describe.totals(after, describe.constants_of(lowered)),
         graph_before=describe.picture_before(work.program.graph, of_node),

@@ -20,9 +20,10 @@ from gpukern.convert import REPLACEMENTS
 from gpukern.fusion.batch import Free, choices, export_any_batch, why_fixed
 from gpukern.fusion.calls import Signature
 from gpukern.fusion.decompose import write_out
-from gpukern.fusion.errors import FusionError
+from gpukern.fusion.errors import FusionError, first_line
 from gpukern.fusion.given import check_weights, devices_of, duplicate
 from gpukern.fusion.program import InputSpec, Program, arguments, aten
+from gpukern.runtime.evaluation import evaluate
 
 #: gpukern's layers, and the torch layers whose operators fusion knows.
 _PLAIN = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
@@ -35,11 +36,15 @@ def private_copy(model: torch.nn.Module) -> torch.nn.Module:
     for module in copied.modules():
         if type(module) in _PLAIN:
             module.__class__ = _PLAIN[type(module)]
-    return copied.eval()
+    return evaluate(copied)
 
 
-def capture(model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, *, dynamic_batch: bool) -> Program:
+def capture_program(
+    model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, signature: Signature, *, dynamic_batch: bool
+) -> Program:
     """``model`` (a private copy, in the dtype to run in) as a program with the weights of ``exact``, the same model.
+
+    ``signature`` is that of the original, whose arguments ``inputs`` are in order.
 
     FusionError, with what torch.export said, if it cannot be captured.
     """
@@ -52,7 +57,7 @@ def capture(model: torch.nn.Module, exact: torch.nn.Module, inputs: tuple, *, dy
     leaves = frozenset(name for name, module in model.named_modules() if not dict(module.named_children()))
     program = _program(exported, weights, inputs, free, leaves, notes)
     given = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(inputs))
-    return replace(program, given=given, signature=Signature.of(exact))
+    return replace(program, given=given, signature=signature)
 
 
 def _export(
@@ -86,13 +91,6 @@ def _takes(model: torch.nn.Module, inputs: tuple) -> bool:
     except Exception:  # whatever a model raises
         return False
     return True
-
-
-def first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Data-dependent control flow is explained below the code.
-    told = next((line for line in lines if line.startswith(("Could not guard", "Constraints violated"))), None)
-    return f"{type(error).__name__}: {told or next(iter(lines), '')}"
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def fuse(
     """
     import torch
 
-    from gpukern.fusion.errors import FusionError
+    from gpukern.fusion.errors import FusionError, first_line
     from gpukern.fusion.given import check_weights
     from gpukern.fusion.sources import load_model, shape_called
 
@@ -86,7 +86,7 @@ def fuse(
     except FusionError as problem:
         _fail(str(problem))
     except Exception as problem:  # no memory, as a rule
-        _fail(f"the model and its input cannot be put on {place}: {_short(problem)}")
+        _fail(f"the model and its input cannot be put on {place}: {first_line(problem)}")
     settings = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
     kind = None if dtype is None else _dtype(dtype)
     steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
@@ -188,7 +188,7 @@ def _fused(
 ) -> tuple[FusedModel | None, FusionReport, str]:
     """The fused model and its report; no model, its report and what is wrong where the verification fails."""
     from gpukern.fusion import fuse as fuse_model
-    from gpukern.fusion.errors import FusionError
+    from gpukern.fusion.errors import FusionError, first_line
 
     try:
         with warnings.catch_warnings():
@@ -204,7 +204,7 @@ def _fused(
         _fail(str(problem))
     except Exception as problem:  # whatever a model raises when it is called
         _require_that_it_runs(model, inputs)
-        _fail(f"the model cannot be fused: {_short(problem)}")
+        _fail(f"the model cannot be fused: {first_line(problem)}")
 
 
 def _require_that_it_runs(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -244,7 +244,7 @@ def _print(report: FusionReport) -> None:
 
 def _write(write: Callable[[Path], Any], path: Path | None, what: str) -> Iterator[tuple[str, bool]]:
     """Nothing without a ``path``; else what became of it in words, and whether it is there."""
-    from gpukern.fusion.errors import FusionError
+    from gpukern.fusion.errors import FusionError, first_line
 
     if path is None:
         return
@@ -253,7 +253,7 @@ def _write(write: Callable[[Path], Any], path: Path | None, what: str) -> Iterat
     except (OSError, FusionError) as problem:
         yield f"{what} could not be written to {path}: {problem}", False
     except Exception as problem:  # torch's writers raise of all kinds
-        yield f"{what} could not be written to {path}: {_short(problem)}", False
+        yield f"{what} could not be written to {path}: {first_line(problem)}", False
     else:
         yield f"{what} is in {path}", True
 
@@ -264,10 +264,6 @@ def _tell(written: list[tuple[str, bool]]) -> None:
         typer.echo(words if good else f"gpukern fuse: {words}", err=True)
     if not all(good for _, good in written):
         raise typer.Exit(1)
-
-
-def _short(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {problem}".strip().splitlines()[0]
 
 
 def _fail(problem: str) -> NoReturn:

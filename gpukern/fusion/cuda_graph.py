@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,14 +19,14 @@ class _Captured(NamedTuple):
 
 
 class Replayed:
-    """``module`` for inference, captured once for each set of input shapes, dtypes and devices.
+    """A call of a module for inference, captured once for each set of input shapes, dtypes and devices.
 
     Inputs are copied to where the capture reads them, outputs cloned: a later call does not overwrite them.
     Every captured shape keeps its memory.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
         self._captured: dict[tuple, _Captured] = {}
 
     def __call__(self, *inputs: Any) -> Any:
@@ -52,11 +53,11 @@ class Replayed:
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UP):
-                self._module(*inputs)
+                self._call(*inputs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outputs = self._module(*inputs)
+            outputs = self._call(*inputs)
         return _Captured(graph, places, outputs)
 
 

@@ -12,10 +12,10 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from gpukern.fusion.lower import Lowered
+from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.match import Match
 from gpukern.fusion.program import assemble, elements, is_view, module_path, operation, value, value_of_any
-from gpukern.fusion.report import GraphNode, Totals
+from gpukern.fusion.report.values import GraphNode, Totals
 from gpukern.version import __version__
 
 

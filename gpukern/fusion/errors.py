@@ -1,4 +1,4 @@
-"""What fusing raises."""
+"""What fusing raises, and what it says of the errors of others."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ class WeightsError(SourceError):
 
 class WeightsWarning(UserWarning):
     """Of several states in a file one was taken, or some of its tensors were left out."""
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the line of its message that tells most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Data-dependent control flow is explained below the code.
+    told = next((line for line in lines if line.startswith(("Could not guard", "Constraints violated"))), None)
+    return f"{type(error).__name__}: {told or next(iter(lines), '')}"

@@ -8,6 +8,7 @@ for, is exchanged for a better one where the original takes that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ def on_bound(unfused: float, bound: float) -> list[str]:
 
 
 def require_rest(
-    model: torch.nn.Module, inputs: tuple, dtype: torch.dtype, expected: list[Any], module: torch.nn.Module
+    model: torch.nn.Module, inputs: tuple, dtype: torch.dtype, expected: list[Any], module: Callable[..., Any]
 ) -> None:
     """FusionError where what else the fused ``module`` returns beside floating-point numbers is not ``expected``."""
     outputs = pytree.tree_leaves(module(*inputs))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from gpukern.fusion.cuda_graph import Replayed
-from gpukern.fusion.module import FusedModule
+from gpukern.fusion.module import ForInference, FusedModule
 from gpukern.fusion.report import FusionReport
 
 
-class FusedModel:
+class FusedModel(ForInference):
     """A model fused for inference: call it as the model was called.
 
-    ``module`` is an ``nn.Module`` without parameters, its weights are buffers. It takes the arguments of the example,
-    by place or by name, and returns what the model did, in dicts and tuples as they were, in the dtype that it was
-    fused for. ``report`` says what was done.
+    It is an ``nn.Module`` without parameters, its weights are buffers; ``train()`` and another dtype are refused, with
+    RuntimeError. Its one child is ``module``, the same without the report and without CUDA graphs. It takes the
+    arguments of the example, by place or by name, and returns what the model did, in dicts and tuples as they were, in
+    the dtype that it was fused for. ``report`` says what was done.
 
     Floating-point tensors are cast to that dtype, with a warning if the example was in another one; other tensors must
     be of the example's dtype, or a call raises TypeError. Autocast has no effect, and a warning says so. Numbers,
@@ -26,13 +30,22 @@ class FusedModel:
     def __init__(
         self, module: FusedModule, report: FusionReport, example: tuple, dynamic_batch: bool, cuda_graph: bool
     ) -> None:
+        super().__init__()
         self.module = module
         self.report = report
         self._example, self._dynamic_batch = example, dynamic_batch
-        self._call = Replayed(module) if cuda_graph else module
+        self._replayed = Replayed(module.in_order) if cuda_graph else None
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        return self._call(*self.module.bound(inputs, named))
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if self._replayed is None or torch.compiler.is_compiling():
+            return self.module(*inputs, **named)
+        return self._replayed(*self.module.bound(inputs, named))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedModel:
+        super()._apply(fn, recurse)
+        if self._replayed is not None:
+            self._replayed = Replayed(self.module.in_order)  # captures read the tensors where they were
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the module and the report to ``path``, a ``.pt2`` file for :func:`gpukern.load`: all of it or, with

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +58,7 @@ class Interface:
         for place, (given, example) in enumerate(zip(inputs, expected, strict=True)):
             now, before = pytree.tree_structure(given), pytree.tree_structure(example)
             if now != before:
-                words = f"{self.signature.name(place)} was {_arrangement(before)}, got {_arrangement(now)}"
+                words = f"{self._argument(place)} was {_arrangement(before)}, got {_arrangement(now)}"
                 return f"expected arguments as in the example: {words}"
         return f"expected arguments as in the example, {self.in_spec}"
 
@@ -65,10 +66,26 @@ class Interface:
         """How a leaf is called in a message: "argument 'sizes'[1]"."""
         paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(self.inputs)), self.in_spec))
         (place, *inner), _ = paths[number]
-        return f"{self.signature.name(place.idx)}{pytree.keystr(tuple(inner))}"
+        return f"{self._argument(place.idx)}{pytree.keystr(tuple(inner))}"
+
+    def _argument(self, place: int) -> str:
+        return f"argument {self.signature.arguments(self.in_spec.num_children)[place]!r}"
 
 
-class FusedModule(torch.nn.Module):
+class ForInference(torch.nn.Module):
+    """A module in evaluation mode. ``train()`` is refused, as what it would change was folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
+    def train(self, mode: bool = True) -> ForInference:
+        if mode:
+            raise RuntimeError("a fused model is for inference, and cannot be trained: fuse the model after training")
+        return super().train(False)
+
+
+class FusedModule(ForInference):
     """Takes and returns what the model did, in the dtype it was fused for. For inference: it has buffers only.
 
     Floating-point inputs are cast to that dtype, with a warning if it is not the example's either, and, images, made
@@ -79,7 +96,6 @@ class FusedModule(torch.nn.Module):
         super().__init__()
         self.network = call_directly(network)
         self.interface = interface
-        self.training = False
         self._told: set[str] = set()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -89,8 +105,22 @@ class FusedModule(torch.nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """TypeError or ValueError for what is not like the example; the batch may be another where it is free."""
-        prepared = self.prepared(self.bound(inputs, named))
-        return pytree.tree_unflatten(self._run(prepared), self.interface.out_spec)
+        return self.in_order(*self.bound(inputs, named))
+
+    def in_order(self, *inputs: Any) -> Any:
+        """The same of arguments in the order of the example's."""
+        return pytree.tree_unflatten(self._run(self.prepared(inputs)), self.interface.out_spec)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedModule:
+        """Move tensors, as ``to()`` does. RuntimeError where a dtype would change: the graph casts to those it has."""
+        for name, buffer in self.named_buffers():
+            dtype = fn(buffer.new_empty(0)).dtype
+            if dtype is not buffer.dtype:
+                raise RuntimeError(
+                    f"a fused model computes in the dtype it was fused for, and {name} in {buffer.dtype}: "
+                    f"fuse the model with dtype={dtype}"
+                )
+        return super()._apply(fn, recurse)
 
     def _run(self, prepared: list[Any]) -> tuple:
         device = next(leaf.device.type for leaf in prepared if isinstance(leaf, torch.Tensor))
@@ -108,11 +138,11 @@ class FusedModule(torch.nn.Module):
             warnings.warn(f"gpukern: {words}", stacklevel=2)
 
     def bound(self, inputs: tuple, named: dict[str, Any]) -> tuple:
-        """The arguments by place, as many as in the example."""
-        arguments = self.interface.arguments
-        if not named and len(inputs) == len(arguments):
+        """The arguments in the order of the example's, as many as it has."""
+        arguments, signature = self.interface.arguments, self.interface.signature
+        if not named and not signature.by_name and len(inputs) == len(arguments):
             return inputs
-        return self.interface.signature.bound(inputs, named, arguments)
+        return signature.bound(inputs, named, arguments)
 
     def prepared(self, inputs: tuple) -> list[Any]:
         """The leaves of the arguments, as the network takes them."""

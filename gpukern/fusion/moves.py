@@ -42,13 +42,13 @@ _AVERAGES = frozenset((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.av
 FOREIGN = -1.0
 
 
-def moves(node: Any) -> bool:
+def is_move(node: Any) -> bool:
     return is_call(node) and node.target in MOVES
 
 
 def carries(node: Any) -> bool:
     """Whether a constant scale and shift of each channel may as well come before ``node`` as after it."""
-    return moves(node) or _averages(node)
+    return is_move(node) or _averages(node)
 
 
 def _averages(node: Any) -> bool:
@@ -105,7 +105,7 @@ def _run(node: Node, labels: Mapping[Node, Any], batch: int) -> Any:
         return torch.full(_sizes(held.shape, batch), FOREIGN)
 
     try:
-        if moves(node):
+        if is_move(node):
             return node.target(*torch.fx.map_arg(node.args, operand), **torch.fx.map_arg(node.kwargs, operand))
         return _averaged(node, labels[node.args[0]], batch)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError):

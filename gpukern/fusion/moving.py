@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from gpukern.fusion.affine import affine, is_batch_norm
+from gpukern.fusion.affine import as_affine, is_batch_norm
 from gpukern.fusion.constants import constant
 from gpukern.fusion.moves import FOREIGN
 from gpukern.fusion.program import Program, arguments, aten, value
@@ -90,7 +90,7 @@ def _part(program: Program, node: Node, input: Node, channels: torch.Tensor | No
         return part
     if is_batch_norm(node):
         return _batch_norm(program, node, input, channels, meta)
-    step = affine(program, node, node.args[0])
+    step = as_affine(program, node, node.args[0])
     scales = step.name == "scale"
     factor = _picked(step.scale if scales else step.shift, channels, 1.0 if scales else 0.0)
     held = _held(program, node, factor.view(-1, *[1] * (value(input).dim() - 2)))

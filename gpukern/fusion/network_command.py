@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from gpukern.conv.plan import Direction
+from gpukern.conv import Direction
 from gpukern.explain import formatting, network, network_show
 from gpukern.explain.command import Arch, Directions, Dtype, Json, Layout, NoCompile, checked, layout_called
 from gpukern.explain.network import Part, Setting

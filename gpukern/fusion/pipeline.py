@@ -15,21 +15,22 @@ from gpukern.fusion import batch, chance
 from gpukern.fusion.alone import judge_alone, what_is_wrong
 from gpukern.fusion.batch import BatchMatters
 from gpukern.fusion.build_report import Work, account
-from gpukern.fusion.capture import capture, private_copy
+from gpukern.fusion.calls import Signature, in_order, take_in_order
+from gpukern.fusion.capture import capture_program, private_copy
 from gpukern.fusion.constants import evaluate_constants
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.evidence import Evidence, gather, on_bound, require_rest
 from gpukern.fusion.given import duplicate
-from gpukern.fusion.lower import Lowered, lower
-from gpukern.fusion.match import Match, find
+from gpukern.fusion.lowering import Lowered, lower
+from gpukern.fusion.match import Match
+from gpukern.fusion.matcher import Declined, find, require_account
 from gpukern.fusion.model import FusedModel
 from gpukern.fusion.module import FusedModule, Interface
-from gpukern.fusion.program import InputSpec, Program, aten, is_call
-from gpukern.fusion.report import Verification
-from gpukern.fusion.settle import settle
+from gpukern.fusion.program import InputSpec, Program, aten, is_call, title
+from gpukern.fusion.report.values import Verification
+from gpukern.fusion.settling import settle
 from gpukern.fusion.timing import beside
 from gpukern.fusion.verify import Witness, blame, cast
-from gpukern.fusion.why import Left, left, require_account
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -37,6 +38,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def run(
     model: torch.nn.Module,
     inputs: tuple,
+    named: dict[str, Any],
     *,
     dtype: torch.dtype | None,
     channels_last: bool,
@@ -47,12 +49,15 @@ def run(
     skip: Sequence[str],
     strict: bool,
 ) -> FusedModel:
-    """:func:`gpukern.fuse` of the tuple of arguments that ``inputs`` is."""
+    """:func:`gpukern.fuse` of the tuple of arguments that ``inputs`` is, and of ``named`` ones."""
+    inputs, by_name = in_order(model, inputs, named)
+    signature = Signature.of(model, by_name)
     device = _device(inputs)
     if cuda_graph and device.type != "cuda":
         raise RuntimeError(f"cuda_graph=True needs the model and its inputs on a CUDA device, got {device}")
     exact = private_copy(model)
-    notes = _notes_on(model)
+    take_in_order(exact, by_name)
+    notes = _notes_on(model, changed=not exact.training)
     own = _dtype_of(exact, inputs)
     dtype = dtype or own
     if dtype not in _DTYPES:
@@ -64,7 +69,7 @@ def run(
         if evidence is not None:
             inputs, notes = evidence.inputs, [*notes, *evidence.notes]
         settings = {"channels_last": channels_last, "skip": skip, "strict": strict}
-        fusing = functools.partial(_fused, exact, inputs, dtype, evidence, device, cuda_graph, **settings)
+        fusing = functools.partial(_fused, exact, inputs, signature, dtype, evidence, device, cuda_graph, **settings)
         try:
             fused = fusing(notes, dynamic_batch)
         except BatchMatters as problem:
@@ -77,6 +82,7 @@ def run(
 def _fused(
     exact: torch.nn.Module,
     inputs: tuple,
+    signature: Signature,
     dtype: torch.dtype,
     evidence: Evidence | None,
     device: torch.device,
@@ -90,45 +96,46 @@ def _fused(
 ) -> FusedModel:
     """``exact``, a private copy, fused. BatchMatters where its batch cannot be free."""
     with torch.no_grad():
-        captured = capture(private_copy(exact).to(dtype), exact, cast(inputs, dtype), dynamic_batch=dynamic_batch)
+        typed = private_copy(exact).to(dtype), exact, cast(inputs, dtype)
+        captured = capture_program(*typed, signature, dynamic_batch=dynamic_batch)
         captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
         notes = [*notes, *_on_chance(captured, evidence)]
         evaluated = evaluate_constants(captured)
-        program = settle(evaluated, skip)
-        matches = find(program, skip)
-        unfused = left(program, matches, skip)
-        require_account(evaluated, program, matches, unfused)
+        settled = settle(evaluated, skip)
+        found, program = find(settled, skip), settled.program
+        matches = found.matches
+        require_account(evaluated, program, found)
         if strict:
-            _require_all(unfused)
+            _require_all(found.declined)
         if channels_last and any(is_call(node, aten.as_strided.default) for node in program.graph.nodes):
             channels_last = False
             notes.append("The model reads tensors by strides of its own: not channels_last")
         build = functools.partial(_build, program, channels_last)
         lowered, module = build(matches)
-        found, alone = None, []
+        proof, alone = None, []
         prepared = module.prepared(inputs)
         doubled = captured.dynamic_batch and batch.size_of(inputs, captured.free) == 1
         if doubled:
-            batch.require_that_it_runs(module, inputs)
+            batch.require_that_it_runs(module.in_order, inputs)
         if evidence is not None:
             witness = Witness(exact, inputs, dtype, channels_last=channels_last, see=evidence.see)
-            found = witness.judge(module)
-            if doubled and not found.passed:
+            proof = witness.judge(module.in_order)
+            if doubled and not proof.passed:
                 raise BatchMatters("a batch of one is a case of its own for the model")
             alone = judge_alone(program, matches, lowered, prepared, dtype)
-            found = replace(found, wrong=what_is_wrong(alone) or "")
-        if found is not None and found.passed:
-            notes += on_bound(found.unfused, found.bound)
-            require_rest(exact, inputs, dtype, evidence.outputs, module)
+            proof = replace(proof, wrong=what_is_wrong(alone) or "")
+        if proof is not None and proof.passed:
+            notes += on_bound(proof.unfused, proof.bound)
+            require_rest(exact, inputs, dtype, evidence.outputs, module.in_order)
             if captured.dynamic_batch:
                 notes += _at_other_sizes(
                     exact, inputs, dtype, module, captured.free, channels_last=channels_last, see=evidence.see
                 )
-        work = Work(exact, captured, evaluated, matches, lowered, unfused, channels_last)
+        work = Work(exact, captured, evaluated, matches, lowered, found.declined, channels_last)
         errors = [each.in_whole for each in alone]
-        report = account(work, dtype, device, prepared, found, errors, (*notes, *captured.notes))
-        if found is not None and not found.passed:
-            told = found.wrong or blame(found, matches, lambda chosen: witness.judge(build(chosen)[1]))
+        report = account(work, dtype, device, prepared, proof, errors, (*notes, *captured.notes))
+        if proof is not None and not proof.passed:
+            told = proof.wrong or blame(proof, matches, lambda chosen: witness.judge(build(chosen)[1].in_order))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
     return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
 
@@ -167,11 +174,11 @@ def _at_other_sizes(
         return duplicate(exact).to(dtype)(*cast(given, dtype))
 
     def judge(given: tuple) -> Verification:
-        return Witness(exact, given, dtype, **settings).judge(module)
+        return Witness(exact, given, dtype, **settings).judge(module.in_order)
 
-    apart = batch.sizes_apart(original, module, judge, inputs, free)
+    apart = batch.sizes_apart(original, module.in_order, judge, inputs, free)
     module.interface = replace(module.interface, apart=apart, may_lack_it=True)
-    lacking = batch.may_lack_it(module, judge, inputs, free)
+    lacking = batch.may_lack_it(module.in_order, judge, inputs, free)
     module.interface = replace(module.interface, may_lack_it=lacking)
     if not any(1 in sizes for sizes in apart.values()):
         return []
@@ -205,9 +212,10 @@ def _dtype_of(model: torch.nn.Module, inputs: tuple) -> torch.dtype:
     return next((t.dtype for t in held if isinstance(t, torch.Tensor) and t.is_floating_point()), torch.float32)
 
 
-def _notes_on(model: torch.nn.Module) -> list[str]:
+def _notes_on(model: torch.nn.Module, *, changed: bool) -> list[str]:
+    """``changed``: whether its copy is in evaluation mode. What torch.export captured has no such mode."""
     notes = []
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    training = [name or "the model" for name, module in model.named_modules() if changed and module.training]
     if training:
         named = ", ".join(training[:3]) + (", ..." if len(training) > 3 else "")
         notes.append(f"In training mode were {named}: fused as in evaluation mode, on a copy")
@@ -219,7 +227,7 @@ def _notes_on(model: torch.nn.Module) -> list[str]:
     return notes
 
 
-def _require_all(unfused: Sequence[Left]) -> None:
-    told = [f"{each.told.name}: {each.told.reason}" for each in unfused if each.follows and not each.asked]
+def _require_all(declined: Sequence[Declined]) -> None:
+    told = [f"{title(each.node)}: {each.reason}" for each in declined if each.follows and not each.asked]
     if told:
         raise FusionError("strict=True, and these stay unfused: " + "; ".join(told))

@@ -8,12 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Node
 
-from gpukern.conv.cost import work
-from gpukern.conv.plan import Direction
-from gpukern.conv.pooled.plan import apart
-from gpukern.conv.prepare import pooled_choice
-from gpukern.conv.problem import conv_problem, pooled_problem
-from gpukern.conv.request import Epilogue
+from gpukern.conv import Direction, Epilogue, conv_problem, minimum_work, pooled_choice, pooled_problem, seconds_apart
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import KINDS, Question, convolution, linear
 from gpukern.explain.ranking import chosen, ranked, residual_bytes
@@ -65,12 +60,12 @@ def _with_pool(question: Question) -> Kernel:
     if pooled_choice(*launch) is not None:
         return _alone(both)
     words = f"{_alone(question).plan}, and max_pool2d"
-    return Kernel(words, *_least(both), apart(question.problem, question.operands, question.device))
+    return Kernel(words, *_least(both), seconds_apart(question.problem, question.operands, question.device))
 
 
 def _least(question: Question) -> tuple[int, float]:
     """The bytes that must move, and the seconds of the roofline."""
-    must = work(question.problem, question.direction, question.operands.itemsize, question.operands.kind)
+    must = minimum_work(question.problem, question.direction, question.operands.itemsize, question.operands.kind)
     moved = must.bytes + residual_bytes(question)
     return int(moved), floor(Work(must.flops, moved, must.kind), question.device.peaks).seconds
 

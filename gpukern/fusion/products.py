@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gpukern.conv.problem import same_padding
+from gpukern.conv import POOL_WINDOWS, same_padding
 from gpukern.fusion.program import arguments, aten, is_call, value
-from gpukern.ops.conv_max_pool2d import WINDOWS
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 _CONVOLUTIONS = {
@@ -212,4 +211,4 @@ def is_epilogue_pool(node: Any) -> bool:
     target, found = (node.target, node.args) if str(node.target).startswith("gpukern.") else pool(node) or (None, ())
     if target is not torch.ops.gpukern.max_pool2d.default:
         return False
-    return tuple(tuple(each) if isinstance(each, (list, tuple)) else each for each in found[1:]) == WINDOWS
+    return tuple(tuple(each) if isinstance(each, (list, tuple)) else each for each in found[1:]) == POOL_WINDOWS

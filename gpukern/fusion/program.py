@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,6 +81,14 @@ def assemble(graph: Graph, constants: dict[str, torch.Tensor], modules: dict[str
             root.register_buffer(target, constants[target])
     module = GraphModule(root, graph)
     return module.eval()
+
+
+def in_branches(program: Program) -> Iterator[Node]:
+    """The nodes of graphs that control flow chooses from."""
+    for module in program.modules.values():
+        for inner in module.modules():
+            if isinstance(inner, GraphModule):
+                yield from inner.graph.nodes
 
 
 # ---- reading nodes -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def perturb(model: torch.nn.Module, generator: torch.Generator) -> None:
             parameter.data = (parameter.data.double() * scale).to(parameter.dtype)
 
 
-def spread(errors: Sequence[torch.Tensor]) -> tuple[float, float]:
+def spread_of(errors: Sequence[torch.Tensor]) -> tuple[float, float]:
     """Of the error vectors of draws: the root mean square of their norms, and by what factor one more may exceed it."""
     stacked = torch.stack([each.flatten() for each in errors])
     products = stacked @ stacked.mT.conj()

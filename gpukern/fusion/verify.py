@@ -25,8 +25,8 @@ from gpukern.fusion.decisions import See, decided, leaves, returned
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.given import duplicate
 from gpukern.fusion.match import Match
-from gpukern.fusion.report import Verification
-from gpukern.fusion.spread import DRAWS, perturb, spread
+from gpukern.fusion.report.values import Verification
+from gpukern.fusion.spread import DRAWS, perturb, spread_of
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.precision import TF32_ROUNDED, conv_precision, matmul_precision
 
@@ -73,7 +73,7 @@ class Witness:
         if not any(leaf.is_floating_point() for leaf in self.truth):
             self.floor = max(self.floor, DISAGREEMENT)
 
-    def judge(self, module: torch.nn.Module) -> Verification:
+    def judge(self, module: Callable[..., Any]) -> Verification:
         """How far ``module`` is from the truth. FusionError where it decides by other kinds of numbers."""
         with torch.no_grad():
             outputs = self._see(module, self.inputs)
@@ -106,7 +106,7 @@ class Witness:
         for number, truth in enumerate(self.truth):
             errors = [_error(draw[number], truth) for draw in draws]
             if truth.is_floating_point() and all(error is not None for error in errors):
-                found.append(spread(errors))
+                found.append(spread_of(errors))
         unfused, factors = zip(*found, strict=True)
         return max(unfused), max(factors)
 

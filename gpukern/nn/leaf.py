@@ -1,6 +1,19 @@
 from __future__ import annotations
 
+import inspect
+
 import torch
+
+
+class _ConstructorSignature:
+    """That of a class's ``__init__``, where Python would take ``__new__``'s: for help(), editors and what fills in
+    options. A layer, which can be called too, has none of its own."""
+
+    def __get__(self, layer: torch.nn.Module | None, kind: type) -> inspect.Signature:
+        if layer is not None:
+            raise AttributeError("__signature__")
+        own = inspect.signature(kind.__init__)
+        return own.replace(parameters=list(own.parameters.values())[1:])
 
 
 class Leaf(torch.nn.Module):
@@ -9,6 +22,8 @@ class Leaf(torch.nn.Module):
     Tracers of ``torch.fx`` take for one what an object calls its Python module, if that begins with ``torch.nn``.
     TorchScript's compiler, which knows no registered operator of Python's, is refused.
     """
+
+    __signature__ = _ConstructorSignature()
 
     def __new__(cls, *args, **kwargs):
         layer = super().__new__(cls)

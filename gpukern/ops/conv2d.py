@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.problem import ConvProblem, Padding, Pair, conv_problem, output_size
+from gpukern.conv import Padding, Pair, conv_problem, output_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, activation_grad_jvp, affine_jvp, needs_input
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator
-from gpukern.runtime.tensors import as_memory_format, check_alike, check_bias, memory_format_of
+from gpukern.runtime.operator import Operator, wants_gradient
+from gpukern.runtime.strides import is_channels_last
+from gpukern.runtime.tensors import as_memory_format, check_operands, memory_format_of
 from gpukern.runtime.transforms import Batch, bilinear_jvp, linear_jvp
 
 _implementations = Implementations("gpukern.conv")
+_reductions = Implementations("gpukern.ops._reduction")
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
@@ -37,23 +39,13 @@ def apply(
     negative_slope: float,
 ) -> torch.Tensor:
     """``act(x ∗ w + b + residual)`` in one kernel, or in two where a gradient will need what goes into ``act``."""
-    operands = input, weight, bias, residual
-    if needs_input(activation) and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        inner = conv2d(*operands, stride, padding, dilation, groups, "none", 0.0)
+    if activation != "none" and needs_input(activation) and wants_gradient(input, weight, bias, residual):
+        inner = conv2d(input, weight, bias, residual, stride, padding, dilation, groups, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
-    return conv2d(*operands, stride, padding, dilation, groups, activation, negative_slope)
+    return conv2d(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope)
 
 
 # ---- forward -------------------------------------------------------------------------------------------------------
-
-
-def _problem(input, weight, bias, residual, *geometry) -> ConvProblem:
-    check_alike("conv2d", input, weight, residual)
-    check_bias("conv2d", input, bias)
-    problem = conv_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
-    if residual is not None:
-        check_residual(residual, (problem.N, problem.K, problem.P, problem.Q))
-    return problem
 
 
 def check_residual(residual: torch.Tensor, shape: tuple) -> None:
@@ -76,15 +68,19 @@ def _conv2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    problem = _problem(input, weight, bias, residual, stride, padding, dilation, groups)
+    # Every name in full and no *arguments: to pack and unpack ten of them takes as long as all that is checked here.
+    check_operands("conv2d", input, weight, bias, residual)
+    bias_shape = None if bias is None else bias.shape
+    problem = conv_problem(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
+    if residual is not None:
+        check_residual(residual, (problem.N, problem.K, problem.P, problem.Q))
     return _implementations.of(input).conv2d(problem, input, weight, bias, residual, activation, negative_slope)
 
 
 def _conv2d_fake(
     input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope
 ) -> torch.Tensor:
-    check_alike("conv2d", input, weight, residual)
-    check_bias("conv2d", input, bias)
+    check_operands("conv2d", input, weight, bias, residual)
     bias_shape = None if bias is None else bias.shape
     P, Q = output_size(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
     shape = (input.shape[0], weight.shape[0], P, Q)
@@ -105,22 +101,17 @@ def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     )
     # One attribute: each costs a tenth of a microsecond, and the forward of a small layer is all host time.
     ctx.state = (
-        _layout(input) if needs_input_grad else None,
-        _layout(weight) if needs_weight_grad else None,
+        (input.shape, input.stride()) if needs_input_grad else None,
+        (weight.shape, weight.stride()) if needs_weight_grad else None,
         (stride, padding, dilation, groups),
         (activation, negative_slope),
     )
 
 
-def _layout(tensor: torch.Tensor) -> tuple[torch.Size, bool]:
-    """The shape, and whether the layout is channels_last: what a gradient must look like."""
-    return tensor.shape, memory_format_of(tensor) is torch.channels_last
-
-
 def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     input, weight, output, *others = ctx.saved_tensors
     needs_input_grad, needs_weight_grad, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    input_layout, weight_layout, geometry, epilogue = ctx.state
+    of_input, of_weight, geometry, epilogue = ctx.state
     if others:
         # Its derivative needs what went into the activation, and nobody kept it: see :func:`apply`.
         output = conv2d(input, weight, *others, *geometry, "none", 0.0)
@@ -133,12 +124,17 @@ def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     if needs_bias and grad_bias is None:
         grad_bias = channel_sum(grad)
     return (
-        conv2d_input_grad(grad, weight, *input_layout, *geometry) if needs_input_grad else None,
-        conv2d_weight_grad(grad, input, *weight_layout, *geometry) if needs_weight_grad else None,
+        conv2d_input_grad(grad, weight, *_shape_and_layout(*of_input), *geometry) if needs_input_grad else None,
+        conv2d_weight_grad(grad, input, *_shape_and_layout(*of_weight), *geometry) if needs_weight_grad else None,
         grad_bias,
         grad if needs_residual else None,
         *(None,) * 6,
     )
+
+
+def _shape_and_layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[torch.Size, bool]:
+    """The shape, and whether the layout is channels_last: what a gradient must look like."""
+    return shape, is_channels_last(shape, strides)
 
 
 conv2d = Operator(
@@ -160,7 +156,9 @@ conv2d = Operator(
 def _statistics(
     input, weight, bias, stride, padding, dilation, groups
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    problem = _problem(input, weight, bias, None, stride, padding, dilation, groups)
+    check_operands("conv2d", input, weight, bias)
+    bias_shape = None if bias is None else bias.shape
+    problem = conv_problem(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
     return _implementations.of(input).conv2d_statistics(problem, input, weight, bias)
 
 
@@ -266,7 +264,7 @@ conv2d_weight_grad = Operator(
 
 
 def _channel_sum(grad: torch.Tensor) -> torch.Tensor:
-    return _implementations.of(grad).channel_sum(grad)
+    return _reductions.of(grad).channel_sum(grad)
 
 
 def _channel_sum_fake(grad: torch.Tensor) -> torch.Tensor:
@@ -296,7 +294,7 @@ channel_sum = Operator(
 
 
 def _activation_grad_sum(grad, output, activation, negative_slope) -> tuple[torch.Tensor, torch.Tensor]:
-    return _implementations.of(grad).activation_grad_sum(grad, output, activation, negative_slope)
+    return _reductions.of(grad).activation_grad_sum(grad, output, activation, negative_slope)
 
 
 def _activation_grad_sum_fake(grad, output, activation, negative_slope) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.problem import Padding, Pair, conv_problem, output_size
+from gpukern.conv import Padding, Pair, conv_problem, output_size
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_several_values, check_sizes
 from gpukern.ops.activation import affine_jvp

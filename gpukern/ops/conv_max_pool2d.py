@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.pooled.problem import WINDOWS
-from gpukern.conv.problem import Padding, Pair, conv_problem
-from gpukern.conv.problem import output_size as convolved_size
+from gpukern.conv import POOL_WINDOWS, Padding, Pair, conv_problem
+from gpukern.conv import output_size as convolved_size
 from gpukern.ops._pool2d.problem import output_size as pooled_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
@@ -32,7 +31,7 @@ def _output_shape(input, weight, bias, *geometry) -> tuple[int, int, int, int]:
     check_bias("conv2d", input, bias)
     size = convolved_size(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
     convolved = input.shape[0], weight.shape[0], *size
-    return *convolved[:2], *pooled_size(convolved, *WINDOWS)
+    return *convolved[:2], *pooled_size(convolved, *POOL_WINDOWS)
 
 
 def _forward(
@@ -73,8 +72,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
         y = apply_activation(saved, *epilogue)
     else:
         saved = y = conv2d(input, weight, bias, None, *geometry, *epilogue)
-    _, taps = max_pool2d_with_taps(y.detach(), *WINDOWS)
-    grad = max_pool2d_backward(grad, taps, y.shape, _is_last(y), *WINDOWS)
+    _, taps = max_pool2d_with_taps(y.detach(), *POOL_WINDOWS)
+    grad = max_pool2d_backward(grad, taps, y.shape, _is_last(y), *POOL_WINDOWS)
     if epilogue[0] != "none":
         grad = activation_grad(grad, saved, *epilogue)
     needs_input_grad, needs_weight_grad, needs_bias = ctx.needs_input_grad[:3]
@@ -92,7 +91,7 @@ def _jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Te
     tangent = affine_jvp(conv2d, inner, (*tangents, None), y)
     if tangent is None:
         return None
-    return max_pool2d_gather(tangent, max_pool2d_with_taps(y, *WINDOWS)[1], *WINDOWS)
+    return max_pool2d_gather(tangent, max_pool2d_with_taps(y, *POOL_WINDOWS)[1], *POOL_WINDOWS)
 
 
 def _is_last(tensor: torch.Tensor) -> bool:

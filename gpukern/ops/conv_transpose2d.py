@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.problem import ConvProblem, Pair, transposed_problem, transposed_size
+from gpukern.conv import ConvProblem, Pair, transposed_problem, transposed_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weight_grad

@@ -42,9 +42,8 @@ class Optimizer(torch.optim.Optimizer):
     ``torch.amp.GradScaler`` hands over scale and overflow: a skipped step changes nothing, and ``.grad`` stays scaled,
     which torch's fused optimizers write back divided. On a GPU numbers below 1.2e-38 are taken for zeros.
 
-    What is put into :attr:`state`, or taken out of it, holds from the next step on; a parameter whose state is empty
-    begins anew. Where the kernels run, states whose ``data`` was replaced are noticed at once if it was that of all,
-    else in the course of as many steps as there are parameters: put another tensor in its place instead.
+    What is put into :attr:`state`, or taken out of it, holds from the next step on, the ``data`` of its tensors too; a
+    parameter whose state is empty begins anew.
 
     Of a DTensor, as FSDP2 makes parameters, each process updates its shard, and states are DTensors too.
 
@@ -258,7 +257,7 @@ class Optimizer(torch.optim.Optimizer):
 
         Moments stay in the dtype that they are in, unless ``state_dtype`` says another. A state without its number of
         updates takes that of its group, where other libraries have it. ValueError, with nothing changed, for what does
-        not fit, and for a state in which a moment is missing.
+        not fit, and for a state in which a moment or a group in which a number is missing; switches may be.
         """
         given: list[dict[str, Any]] = []
 
@@ -288,6 +287,13 @@ class Optimizer(torch.optim.Optimizer):
                 hook.remove()
 
     def _check_loadable(self, state_dict: dict[str, Any]) -> None:
+        for number, group in enumerate(state_dict["param_groups"]):
+            lacking = [name for name in self._numbers() if name not in group]
+            if lacking:
+                raise ValueError(
+                    f"loaded state dict lacks {', '.join(lacking)} in group {number}; it has {', '.join(group)}"
+                )
+        moments = {"master", *(each.name for each in self._rule.states)}
         for number, parameter in enumerate(self._in_order()):
             held = state_dict["state"].get(number, {})
             lacking = self._lacking(held, _group_of(state_dict, number)) if held else []
@@ -296,12 +302,17 @@ class Optimizer(torch.optim.Optimizer):
                     f"loaded state dict lacks {', '.join(lacking)} for parameter {number}; it has {', '.join(held)}"
                 )
             for name, value in held.items():
-                is_moment = isinstance(value, torch.Tensor) and name != "step"
+                is_moment = isinstance(value, torch.Tensor) and name in moments
                 if (is_moment and value.shape != parameter.shape) or (name == "step" and not _is_number(value)):
                     got = list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
                     raise ValueError(
                         f"loaded state dict has {name} {got} for parameter {number}, which is {list(parameter.shape)}"
                     )
+
+    def _numbers(self) -> list[str]:
+        """Names of a group's entries that the arithmetic needs, without switches: those came with later versions."""
+        needed = self._names or self._rule.hyperparameters
+        return [name for name in needed if not isinstance(self.defaults[name], (bool, type(None)))]
 
     def _lacking(self, held: dict[str, Any], group: dict[str, Any]) -> list[str]:
         """Names of what a parameter of ``group`` needs and ``held`` has not."""

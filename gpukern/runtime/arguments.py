@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, strided
 
 
 def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -63,25 +64,28 @@ def _index(value: Any) -> int:
 def check_tensors(function: str, *tensors: torch.Tensor, optional: tuple[torch.Tensor | None, ...] = ()) -> None:
     """Raise TypeError for anything that is no tensor, of which only the ``optional`` may be None.
 
-    NotImplementedError for tensors without strides, sparse ones for example.
+    NotImplementedError for tensors without strides, sparse ones for example, and for nested ones.
     """
     for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{function}(): expected a Tensor, but got {type(tensor).__name__}")
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not strided:
             raise NotImplementedError(f"{function}(): expected a tensor of torch.strided, but got {tensor.layout}")
+        if tensor.is_nested:
+            raise NotImplementedError(f"{function}(): expected a tensor with one size, but got a nested one")
     for tensor in optional:
-        if tensor is not None and not isinstance(tensor, torch.Tensor):
+        if tensor is not None and not isinstance(tensor, Tensor):
             raise TypeError(f"{function}(): expected a Tensor or None, but got {type(tensor).__name__}")
 
 
-def check_batched_or_not(function: str, input: torch.Tensor) -> bool:
-    """Whether ``input`` is one image [C, H, W] and no batch. RuntimeError for any other rank than 3 and 4."""
+def check_batched_or_not(function: str, input: torch.Tensor, too_few: type[Exception] = RuntimeError) -> bool:
+    """Whether ``input`` is one image [C, H, W] and no batch. RuntimeError for any other rank than 3 and 4; ``too_few``
+    for a smaller one, where torch looks for a dimension that is not there."""
     rank = input.dim()
     if rank == 4:
         return False
     if rank == 3:
         return True
-    raise RuntimeError(
+    raise (too_few if rank < 3 else RuntimeError)(
         f"expected 3D (unbatched) or 4D (batched) input to {function}, but got input of size: {list(input.shape)}"
     )

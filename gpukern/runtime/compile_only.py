@@ -87,7 +87,8 @@ def record_launches(device: DeviceSpec) -> Iterator[list[Launch]]:
     def record(self, *args, grid, warmup, **options):
         if warmup:
             return run(self, *args, grid=grid, warmup=warmup, **options)
-        launches.append(Launch(self, tuple(grid), args, options, device))
+        arguments, by_position = _split(self, args)
+        launches.append(Launch(self, tuple(grid), arguments, by_position | options, device))
         return None
 
     JITFunction.run = record
@@ -96,6 +97,12 @@ def record_launches(device: DeviceSpec) -> Iterator[list[Launch]]:
             yield launches
     finally:
         JITFunction.run = run
+
+
+def _split(function: JITFunction, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the launch, and the compile-time ones behind them by name."""
+    count = next((i for i, parameter in enumerate(function.params) if parameter.is_constexpr), len(arguments))
+    return arguments[:count], dict(zip(function.arg_names[count:], arguments[count:], strict=False))
 
 
 class _CompileOnlyDriver:

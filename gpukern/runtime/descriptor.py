@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,16 @@ class Described:
     strides: tuple[int, ...]
     block: tuple[int, ...]
 
+    @functools.cached_property
+    def _lists(self) -> tuple[list[int], list[int], list[int]]:
+        """Lists, which Triton wants, shared by all descriptors: nobody changes them."""
+        return list(self.shape), list(self.strides), list(self.block)
+
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
         # Not the constructor: its checks take longer than all the rest of a launch, and these sizes were checked once.
         descriptor = TensorDescriptor.__new__(TensorDescriptor)
         descriptor.base = tensor
-        descriptor.shape = list(self.shape)
-        descriptor.strides = list(self.strides)
-        descriptor.block_shape = list(self.block)
+        descriptor.shape, descriptor.strides, descriptor.block_shape = self._lists
         descriptor.padding = "zero"
         descriptor.round_f32_to_tf32 = False
         return descriptor

@@ -10,7 +10,7 @@ import gc
 import io
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -44,15 +44,22 @@ def fill(memo: dict[int, Any], model: torch.nn.Module) -> None:
 
 def _reached(model: torch.nn.Module) -> Iterator[Any]:
     """Everything in the attributes of the model's modules: containers, objects of any class, what is bound to hooks."""
-    seen: set[int] = set()
-    waiting: list[Any] = [model]
+    return reach(model, _held_by, lambda value: isinstance(value, _ATOMS))
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    if isinstance(value, torch.Tensor):
+        return vars(value).values()
+    return () if isinstance(value, _COMMON) else gc.get_referents(value)
+
+
+def reach(start: Any, held_by: Callable[[Any], Iterable[Any]], is_atom: Callable[[Any], bool]) -> Iterator[Any]:
+    """``start`` and all that it holds, directly, as ``held_by`` tells, or through others: each once, and no atoms."""
+    seen: dict[int, Any] = {}  # and alive, so that no other object gets its id
+    waiting = [start]
     while waiting:
-        held = waiting.pop()
-        if id(held) in seen or isinstance(held, _ATOMS):
-            continue
-        seen.add(id(held))
-        yield held
-        if isinstance(held, torch.Tensor):
-            waiting += vars(held).values()
-        elif not isinstance(held, _COMMON):
-            waiting += gc.get_referents(held)
+        each = waiting.pop()
+        if id(each) not in seen and not is_atom(each):
+            seen[id(each)] = each
+            yield each
+            waiting += held_by(each)

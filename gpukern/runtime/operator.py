@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.transforms import Batch, register_transforms, tuples
@@ -25,7 +26,7 @@ from gpukern.runtime.transforms import Batch, register_transforms, tuples
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
-_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 class Operator:
@@ -86,23 +87,37 @@ class Operator:
         if backward is None:
             save, backward = _save_nothing, _refuse(name)
         register_transforms(self, name, definition, self._tensors, save, backward, jvp, batch, plain)
-        self._apply = _autograd_function(name, self._tensors, forward, save, backward).apply
+        self._apply = _autograd_function(name, self._tensors, forward, save, backward)
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = arguments[: self._tensors]
-        if needs_operator(tensors):
+        if _is_watched(tensors):
             return self.overload(*arguments)
-        differentiable = False
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            if tensor.is_neg() or tensor._is_zerotensor():
-                return self(*map(resolved, tensors), *arguments[self._tensors :])
-            if tensor.requires_grad:
-                differentiable = True
+        differentiable = lazy = False
+        # One loop and the cheapest test first: these are a tenth of a small layer's time on the host.
+        try:
+            for tensor in tensors:
+                if tensor is not None:
+                    if type(tensor) not in _PLAIN_TENSORS:
+                        return self.overload(*arguments)
+                    if tensor.requires_grad:
+                        differentiable = True
+                    if tensor.is_neg() or (not tensor.data_ptr() and tensor._is_zerotensor()):
+                        lazy = True
+        except RuntimeError:  # there is no memory to point to
+            lazy = True
+        if lazy:
+            return self._resolve(tensors, arguments)
         if differentiable and torch.is_grad_enabled():
             return self._apply(*tensors, arguments[self._tensors :])
         return self._forward(*arguments)
+
+    def _resolve(self, tensors: tuple[torch.Tensor | None, ...], arguments: tuple) -> Any:
+        """The call with :func:`resolved` tensors; the dispatcher's error if there is one that nothing resolves."""
+        given = tuple(map(resolved, tensors))
+        if all(each is tensor for each, tensor in zip(given, tensors, strict=True)):
+            return self.overload(*arguments)
+        return self(*given, *arguments[self._tensors :])
 
 
 def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
@@ -111,16 +126,26 @@ def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
 
     RuntimeError where TorchScript traces: it would record the sizes and the mode of one call for all.
     """
-    if torch.compiler.is_compiling():
+    if _is_watched(tensors):
+        return True
+    for tensor in tensors:  # noqa: SIM110 - any() and its generator take twice as long
+        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+            return True
+    return False
+
+
+def _is_watched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """:func:`needs_operator` but for the tensors' own types."""
+    if is_compiling():
         return True
     if _is_tracing():
         _check_torchscript(tensors)
-    if _dispatch_modes() or _transforms_active() or forward_ad._current_level >= 0:
-        return True
-    for tensor in tensors:  # noqa: SIM110 - any() and its generator take twice as long
-        if type(tensor) not in _PLAIN_TENSORS:
-            return True
-    return False
+    return _dispatch_modes() > 0 or _transforms_active() or forward_ad._current_level >= 0
+
+
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_lazy(tensor: torch.Tensor) -> bool:
@@ -129,8 +154,14 @@ def is_lazy(tensor: torch.Tensor) -> bool:
 
 
 def resolved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """``tensor`` with its values in memory, differentiably. Registered operators have PyTorch's dispatcher for this."""
-    if tensor is None or not is_lazy(tensor):
+    """``tensor`` with its values in memory, differentiably. Registered operators have PyTorch's dispatcher for this.
+
+    It also takes off a wrapper of ``torch.func`` that outlived its transform.
+    """
+    if tensor is None:
+        return None
+    tensor = torch._C._functorch.unwrap_if_dead(tensor)
+    if not is_lazy(tensor):
         return tensor
     return tensor.resolve_neg() if tensor.is_neg() else tensor.clone()
 
@@ -160,8 +191,12 @@ def _check_torchscript(tensors: tuple[torch.Tensor | None, ...]) -> None:
 
 def _autograd_function(
     name: str, tensors: int, forward: Callable, save: Callable, backward: Callable
-) -> type[torch.autograd.Function]:
-    """The eager form: takes the tensors and one tuple of all other arguments, because every argument costs time."""
+) -> Callable[..., Any]:
+    """The eager form: takes the tensors and one tuple of all other arguments, because every argument costs time.
+
+    Without ``torch.autograd.Function.apply`` in Python around it, which takes a microsecond to look for transforms and
+    for tensors that outlived theirs: the caller has excluded both.
+    """
 
     # forward(ctx, ...) in one piece: a separate setup_context costs another 8 microseconds a call.
     def run(ctx: Any, *packed: Any) -> Any:
@@ -175,6 +210,5 @@ def _autograd_function(
         by_tensor = by_argument[:tensors] if isinstance(by_argument, tuple) else (by_argument,)
         return *by_tensor, None
 
-    return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(run), "backward": staticmethod(run_backward)}
-    )
+    methods = {"forward": staticmethod(run), "backward": staticmethod(run_backward)}
+    return super(torch.autograd.Function, type(name, (torch.autograd.Function,), methods)).apply

@@ -17,3 +17,9 @@ def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
         return False
     # Of a tracer's batch nothing may be asked, and an example is never empty.
     return C != 0 and H != 0 and W != 0 and h * H != c and not (type(N) is int and N == 0)
+
+
+def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
+    """The strides PyTorch gives a new tensor; of an empty one too."""
+    _, C, H, W = (max(size, 1) for size in shape)
+    return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)

@@ -29,6 +29,21 @@ def check_bias(operation: str, input: torch.Tensor, bias: torch.Tensor | None) -
         check_alike(operation, input, bias)
 
 
+def check_operands(
+    operation: str,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """:func:`check_alike` for input, weight and residual, and :func:`check_bias`."""
+    dtype, device = input.dtype, input.device
+    if residual is not None or weight.dtype is not dtype or weight.device != device:
+        check_alike(operation, input, weight, residual)
+    if bias is not None and (bias.dtype is not dtype or bias.device != device):
+        check_bias(operation, input, bias)
+
+
 def check_floating(operation: str, input: torch.Tensor) -> None:
     """Raise NotImplementedError, torch's RuntimeError for a dtype, unless ``input`` is real floating point."""
     if not input.is_floating_point():

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
+from gpukern.runtime.evaluation import evaluate
 from gpukern.summary.inputs import example, original
 from gpukern.summary.table import Row, Summary
+from gpukern.summary.views import tensors
 
 __all__ = ["Row", "Summary", "summary"]
 
 
 def summary(
-    model: torch.nn.Module, input_size: Sequence[int] | torch.Tensor | Sequence[Sequence[int] | torch.Tensor]
+    model: torch.nn.Module,
+    input_size: Sequence[int] | torch.Tensor | Mapping[str, Any] | Sequence[Sequence[int] | torch.Tensor | Any],
 ) -> Summary:
     """Run ``model`` once on zeros and describe every layer that has no layers inside.
 
@@ -34,7 +38,8 @@ def summary(
         one sample [features], [C, L], [C, H, W] or [C, D, H, W], or a batch of them, [N, …]: the model's first
         convolution, pooling or normalization tells which (without one, sizes of even length are batches, and a first
         embedding gets whole numbers). For several inputs a list of sizes. For anything else a tensor, or a list of
-        tensors, the batch first; multiply-adds are divided by its size.
+        the arguments, each a tensor or a dict, list or tuple with tensors in it, the batch first; a dict alone is one
+        argument. Multiply-adds are divided by the first tensor's size.
 
     Where the size formula gives a fraction, torch silently rounds down and never reads the last rows or columns: a
     note says so. In a network with branches the receptive field is that of the branch that sees most; a norm over
@@ -46,7 +51,8 @@ def summary(
 
     model = original(model)
     inputs = example(model, input_size)
-    recorder = Recorder(model, inputs, max(1, *inputs[0].shape[:1]))
+    given = tensors(inputs)
+    recorder = Recorder(model, given, max(1, *given[0].shape[:1]))
     with torch.no_grad(), _eval_mode(model):
         with recorder.watching():
             model(*inputs)
@@ -62,7 +68,7 @@ def summary(
 @contextlib.contextmanager
 def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    evaluate(model)
     try:
         yield
     finally:

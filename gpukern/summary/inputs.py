@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from gpukern.summary.layers import dimensions
+from gpukern.summary.views import tensors
 
 _KINDS = {1: "[C, L]", 2: "[C, H, W]", 3: "[C, D, H, W]"}
 
@@ -29,19 +33,18 @@ def original(model: object) -> torch.nn.Module:
     raise TypeError(f"summary() takes a torch.nn.Module, and got {type(model).__name__}{hint}")
 
 
-def example(
-    model: torch.nn.Module, input_size: Sequence[int] | torch.Tensor | Sequence[Sequence[int] | torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """One tensor for each input, a batch of one or more."""
-    if isinstance(input_size, torch.Tensor):
-        return (input_size,)
-    inputs = list(input_size) if isinstance(input_size, Sequence) else [input_size]
-    if inputs and all(isinstance(each, torch.Tensor) for each in inputs):
+def example(model: torch.nn.Module, input_size: Any) -> tuple[Any, ...]:
+    """The arguments of a call: a tensor for each size, a batch of one or more, or what was given with tensors in it."""
+    if isinstance(input_size, (torch.Tensor, Mapping)):
+        inputs = [input_size]
+    else:
+        inputs = list(input_size) if isinstance(input_size, Sequence) else [input_size]
+    if inputs and all(map(tensors, inputs)):
         return tuple(inputs)
     several = bool(inputs) and all(isinstance(each, (list, tuple, torch.Size)) for each in inputs)
     sizes = [tuple(each) for each in inputs] if several else [tuple(inputs)]
-    if not isinstance(input_size, Sequence) or not all(isinstance(n, int) for size in sizes for n in size):
-        raise TypeError(f"expected sizes, a list of sizes, or tensors, got {input_size!r}")
+    if not isinstance(input_size, Sequence) or not all(isinstance(n, Integral) for size in sizes for n in size):
+        raise TypeError(f"expected sizes, a list of sizes, or tensors, got {_told(input_size)}")
     batched = _is_batch(sizes[0], _dimensions(model))
     like, looks_up = _like(model), _looks_up(model)
     return tuple(
@@ -52,6 +55,13 @@ def example(
         )
         for number, size in enumerate(sizes)
     )
+
+
+def _told(given: Any) -> str:
+    """In a message: of tensors their sizes, not their values."""
+    leaves, structure = pytree.tree_flatten(given)
+    told = [f"tensor{list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    return repr(pytree.tree_unflatten(told, structure))
 
 
 def _is_batch(size: tuple[int, ...], spatial: int | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ class _Call:
 class Recorder:
     """Makes the rows, and knows what the elements of each tensor see of the network's ``inputs``."""
 
-    def __init__(self, model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], batch: int) -> None:
+    def __init__(self, model: torch.nn.Module, inputs: Sequence[torch.Tensor], batch: int) -> None:
         self.notes: list[str] = []
         self._model, self._batch = model, batch
         self._features = inputs[0].dim() <= 2

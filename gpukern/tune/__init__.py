@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.plan import Direction
+from gpukern.conv import Direction
 from gpukern.tune.measure import Timer
 from gpukern.tune.record import calls_of
 from gpukern.tune.report import Report

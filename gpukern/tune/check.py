@@ -19,11 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from gpukern.conv import reference
-from gpukern.conv.layouts import Shape, Strides
-from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.prepare import prepare
-from gpukern.conv.problem import ConvProblem
+from gpukern.conv import ConvPlan, ConvProblem, Direction, Shape, Strides, prepare_launch, reference
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.precision import TF32_CUT, TF32X3
@@ -58,7 +54,7 @@ class Check:
     def launch(self, choice: ConvPlan) -> Callable[[], object]:
         """What starts the kernels of ``choice``, after one look at their result; WrongResult, or what they raise."""
         kernels = _implementations.of(self._first)
-        prepared = prepare(*self._call, self._spec, choice=choice)
+        prepared = prepare_launch(*self._call, self._spec, choice=choice)
         with _poisoned():
             self._output = kernels.run(prepared, self._first, self._second)[0]
         self._compare(self._output, choice.precision)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpukern.conv.plan import ConvPlan
-from gpukern.conv.planner import Ranked, plan, ranking
+from gpukern.conv import ConvPlan, Ranked, heuristic_plan, ranking
 from gpukern.runtime.current_device import device_spec
 from gpukern.tune.check import Check
 from gpukern.tune.record import Call
@@ -71,7 +70,7 @@ def do_bench(candidate: Candidate) -> float:
 
 
 def heuristic_of(call: Call, device: torch.device) -> ConvPlan:
-    return plan(call.problem, call.direction, call.operands, device_spec(device))
+    return heuristic_plan(call.problem, call.direction, call.operands, device_spec(device))
 
 
 def measure(

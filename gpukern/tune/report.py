@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpukern.conv.database import Entry
+from gpukern.conv import Entry
 from gpukern.formatting import count, micro, number, ratio
 
 if TYPE_CHECKING:

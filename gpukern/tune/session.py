@@ -12,10 +12,7 @@ from pathlib import Path
 
 import torch
 
-from gpukern.conv import database
-from gpukern.conv.database import Entry
-from gpukern.conv.plan import ConvPlan
-from gpukern.conv.prepare import prepare
+from gpukern.conv import ConvPlan, Entry, database, forget
 from gpukern.info import driver_version, package_version
 from gpukern.runtime.current_device import device_spec
 from gpukern.tune.measure import DeviceLost, Outcome, Timer, do_bench, heuristic_of, is_lost, measure, reason_of
@@ -67,7 +64,7 @@ def tune_calls(
                 bar.advance()
     finally:
         # What calls were prepared for until now may not be the fastest any more.
-        prepare.cache_clear()
+        forget()
     return report
 
 

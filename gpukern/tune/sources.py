@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 
-from gpukern.conv.layouts import dense_strides
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import shapes
+from gpukern.conv import ConvProblem, Direction, shapes
 from gpukern.explain.formatting import problem_called, sizes_called
 from gpukern.explain.query import KINDS
 from gpukern.runtime.precision import fp32_products
-from gpukern.runtime.strides import is_channels_last
+from gpukern.runtime.strides import dense_strides, is_channels_last
 from gpukern.tune.record import Call, calls_of
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")

@@ -203,7 +203,7 @@ def test_a_network_s_work_is_the_sum_of_its_layers():
     """A training step: forward, weight gradient and, but for the first layer, input gradient."""
     suite = suites()["model"]
     inference, training = (suite.work(task) for task in model_tasks(batch=8))
-    # The README's table: 6,522,000 multiply-adds an image, 392,000 of them in the first layer; pools add none of these.
+    # docs/summary.md: 6,522,000 multiply-adds an image, 392,000 of them in the first layer; pools add none of these.
     products = 2 * 8 * 6_522_000
     assert products * 0.85 <= inference.flops <= products * 1.02
     assert 2.7 < training.flops / inference.flops < 3.05

@@ -13,7 +13,7 @@ from bench.results import Candidate, ResultsError
 from gpukern.conv import database
 from gpukern.conv.estimate import MEASURED
 from gpukern.conv.plan import Direction, Operands
-from gpukern.conv.planner import only_measured, plan, ranking
+from gpukern.conv.planner import heuristic_plan, only_measured, ranking
 from gpukern.conv.problem import conv_problem
 from gpukern.explain.formatting import describe_plan
 from gpukern.runtime.device import H100, H200
@@ -102,7 +102,7 @@ def test_quality_is_what_the_choice_costs(tmp_path):
 
 
 def test_the_bundle_has_the_fastest_offered_plan(tmp_path):
-    heuristic = plan(PROBLEM, Direction.FORWARD, OPERANDS, H200)
+    heuristic = heuristic_plan(PROBLEM, Direction.FORWARD, OPERANDS, H200)
     other = next(each.plan for each in offered() if each.plan != heuristic)
     gone = dataclasses.replace(other, num_stages=17)
     rows = measured_plans.read(file(tmp_path, {heuristic: 3e-5, other: 2e-5, gone: 1e-5}))
@@ -113,7 +113,7 @@ def test_the_bundle_has_the_fastest_offered_plan(tmp_path):
 
 
 def test_the_planners_choice_stays_within_the_noise(tmp_path):
-    heuristic = plan(PROBLEM, Direction.FORWARD, OPERANDS, H200)
+    heuristic = heuristic_plan(PROBLEM, Direction.FORWARD, OPERANDS, H200)
     other = next(each.plan for each in offered() if each.plan != heuristic)
     (row,) = measured_plans.read(file(tmp_path, {heuristic: 2.02e-5, other: 2e-5}))
     assert bundle_plans.entry(row).plan == heuristic

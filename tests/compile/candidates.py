@@ -7,19 +7,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from unittest import mock
 
 import torch
 
-from gpukern.conv import database, launch, planner, prepare, request
-from gpukern.conv.layouts import Shape
-from gpukern.conv.plan import ConvPlan, Direction, Layout
+from gpukern.conv import (
+    Call,
+    ConvPlan,
+    Direction,
+    Epilogue,
+    Layout,
+    Shape,
+    candidates,
+    choose,
+    observe,
+    prepared_for,
+    run,
+    shapes,
+)
+from gpukern.runtime.device import DeviceSpec
 
 #: What the end of a forward kernel is asked for beside the bias, by fused networks and by a batch norm in training.
 EPILOGUES = (
-    request.Epilogue("silu", residual=True),
-    request.Epilogue("gelu"),
-    request.Epilogue(statistics=True),
+    Epilogue("silu", residual=True),
+    Epilogue("gelu"),
+    Epilogue(statistics=True),
 )
 
 
@@ -32,14 +43,10 @@ class Requests:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        prepare.prepare.cache_clear()  # what is prepared already is not planned again
-        lookup = database.lookup
+        def record(call: Call, device: DeviceSpec) -> None:
+            self._planned.append((call.problem, call.direction, call.operands, device))
 
-        def record(*asked):
-            self._planned.append(asked)
-            return lookup(*asked)
-
-        with mock.patch.object(database, "lookup", record):
+        with observe(record):
             yield
 
     def launches(self, wanted: Callable[[ConvPlan], bool]) -> Iterator[Callable[[], None]]:
@@ -50,8 +57,7 @@ class Requests:
         for asked in self._planned:
             problem, direction, operands, _ = asked
             window = problem.R, problem.S, problem.stride, problem.dilation, problem.groups > 1
-            chosen = database.lookup(*asked) or planner.plan(*asked)
-            for choice in (chosen, *filter(wanted, planner.candidates(*asked))):
+            for choice in (choose(*asked).plan, *filter(wanted, candidates(*asked))):
                 alike = direction, operands, window, str(choice)
                 if alike not in self._launched:
                     self._launched.add(alike)
@@ -61,16 +67,16 @@ class Requests:
 
 def _launch(problem, direction: Direction, operands, choice: ConvPlan) -> None:
     dtype = getattr(torch, operands.dtype)
-    of_first, of_second, of_output = request.shapes(problem, direction)
+    of_first, of_second, of_output = shapes(problem, direction)
     first, second = _tensor(of_first, operands.first, dtype), _tensor(of_second, operands.second, dtype)
     channels_last = operands.output is not Layout.PLANES
     if direction is not Direction.FORWARD:
-        launch.run(launch.prepared_for(problem, direction, first, second, channels_last, choice=choice), first, second)
+        run(prepared_for(problem, direction, first, second, channels_last, choice=choice), first, second)
         return
     bias, residual = first.new_empty(of_output[1]), _tensor(of_output, operands.output, dtype)
     for epilogue in EPILOGUES:
-        prepared = launch.prepared_for(problem, direction, first, second, channels_last, epilogue, choice)
-        launch.run(prepared, first, second, bias, residual if epilogue.residual else None)
+        prepared = prepared_for(problem, direction, first, second, channels_last, epilogue, choice)
+        run(prepared, first, second, bias, residual if epilogue.residual else None)
 
 
 def _tensor(shape: Shape, layout: Layout, dtype: torch.dtype) -> torch.Tensor:

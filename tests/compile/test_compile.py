@@ -72,8 +72,7 @@ def test_machine_code(architecture, kind, share):
 PLANTED = """
 import json, sys
 import torch
-from gpukern.conv import prepare
-from gpukern.conv.plan import ConvPlan, Variant
+from gpukern.conv import ConvPlan, Variant, force_plan
 from gpukern.runtime import device
 from gpukern.runtime.compile_only import record_launches
 import gpukern.functional as F
@@ -81,10 +80,10 @@ from tests.compile.worker import describe
 
 variant, *numbers = json.loads(sys.argv[2])
 box = {"box": (1, 16, numbers[0] // 16)} if variant == "box" else {}
-prepare.plan = lambda *_: ConvPlan(Variant(variant), *numbers, **box)
+plan = ConvPlan(Variant(variant), *numbers, **box)
 shapes = (8, 256, 28, 28), (256, 256, 3, 3)
 x, w = (torch.empty(s, device="meta").half().contiguous(memory_format=torch.channels_last) for s in shapes)
-with record_launches(getattr(device, sys.argv[1])) as launches:
+with force_plan(plan), record_launches(getattr(device, sys.argv[1])) as launches:
     F.conv2d(x, w, padding=1)
 print(json.dumps(describe(launches[-1])))
 """

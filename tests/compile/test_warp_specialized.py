@@ -14,7 +14,7 @@ from tests.compile.faults import BUDGETS, faults
 COMPILE = """
 import json, sys
 import torch
-from gpukern.conv.layouts import dense_strides
+from gpukern.runtime.strides import dense_strides
 from gpukern.conv.plan import Direction, Operands
 from gpukern.conv.request import Epilogue, Request, shapes
 from gpukern.conv.problem import conv_problem

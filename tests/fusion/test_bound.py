@@ -12,7 +12,7 @@ from torch import nn
 import gpukern
 from gpukern.fusion import FusionError, affine, pipeline
 from gpukern.fusion.report import FusionReport
-from gpukern.fusion.spread import DRAWS, f_quantile, perturb, spread
+from gpukern.fusion.spread import DRAWS, f_quantile, perturb, spread_of
 from gpukern.fusion.verify import FACTOR, Witness
 from tests.fusion.networks import conv, lively, net, norm
 
@@ -43,7 +43,7 @@ def test_one_more_draw_is_within_what_the_spread_says(directions):
     beyond, factors = 0, []
     for _ in range(trials := 1000):
         errors = torch.randn(DRAWS + 1, directions, generator=generator, dtype=torch.float64) @ basis
-        size, factor = spread(list(errors[:-1]))
+        size, factor = spread_of(list(errors[:-1]))
         beyond += errors[-1].norm().item() > factor * size
         factors.append(factor)
     assert beyond <= 5  # 1 expected, and that without the margin for the order of sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 
 import pytest
@@ -10,16 +11,12 @@ from torch import nn
 
 import gpukern
 from gpukern.fusion.calls import Signature, text
-from gpukern.runtime.mode import Mode, force_mode
 from tests.fusion.networks import conv, lively, net, norm
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 
 class Flags(nn.Module):
@@ -103,7 +100,7 @@ def test_other_arguments_are_taken_or_named(number, model, fused):
         ((), {}, TypeError, "missing argument 'x'"),
         ((X,), {"x": X}, TypeError, "argument 'x' is given twice"),
         ((X,), {"bias": 1}, TypeError, "unexpected argument 'bias': the model takes x, relu, scale, head"),
-        ((X, True, 1.0, "a", (1, 2), None, 7), {}, TypeError, "arguments as in the example, 6 at most, got 7"),
+        ((X, True, 1.0, "a", (1, 2), None, 7), {}, TypeError, "arguments as in the example, 6 at most by place, got 7"),
         ((X, False), {}, ValueError, "argument 'relu' was left at its default True in the example, got False"),
         ((X,), {"mask": MASK}, ValueError, "argument 'mask' was left at its default None in the example, got a Tensor"),
         ((2.0,), {}, TypeError, "expected a tensor as input 0, got float"),
@@ -113,6 +110,78 @@ def test_what_is_said(model, inputs, named, kind, words):
     fused = gpukern.fuse(model, X, verify=False)
     with pytest.raises(kind, match=words):
         fused(*inputs, **named)
+
+
+class ByName(nn.Module):
+    """Arguments that can be given by name only, any number of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(), norm()
+
+    def forward(self, x, scale=1.0, shift=None, *, mask=None, power=1, **more):
+        y = self.b(self.a(x)) * scale
+        y = y if shift is None else y + shift
+        y = y if mask is None else y * mask
+        return {"y": y**power, **{name: y + each for name, each in more.items()}}
+
+
+#: Arguments of an example by name, and other calls that the fused model must take, by place and by name.
+BY_NAME = [
+    ({"mask": MASK}, [((X,), {"mask": MASK + 1}), ((X, 1.0), {"mask": MASK}), ((X,), {"mask": MASK, "power": 1})]),
+    ({"shift": MASK}, [((X,), {"shift": X}), ((X, 1.0, X), {}), ((X,), {"scale": 1.0, "shift": X})]),
+    ({"mask": MASK, "scale": 2.0}, [((X, 2.0), {"mask": X}), ((), {"x": X, "scale": 2.0, "mask": X})]),
+    ({"other": MASK, "power": 2}, [((X,), {"other": X, "power": 2})]),
+]
+
+
+@pytest.mark.parametrize("named, calls", BY_NAME)
+def test_an_example_with_arguments_by_name(named, calls, tmp_path):
+    model = lively(ByName())
+    fused = gpukern.fuse(model, X, named)
+    assert fused.report.verification.passed and len(fused.report.fused) == 1 and "forward" not in vars(model)
+    fused.save(tmp_path / "a.pt2")
+    for each in (fused, fused.module, gpukern.load(tmp_path / "a.pt2"), copy.deepcopy(fused)):
+        for inputs, others in ((X,), named), *calls:
+            expected, found = model(*inputs, **others), each(*inputs, **others)
+            assert found.keys() == expected.keys()
+            assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+        # The batch is free for all of them.
+        given = {name: each[:1] if isinstance(each, torch.Tensor) else each for name, each in named.items()}
+        assert each(X[:1], **given)["y"].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    "inputs, named, kind, words",
+    [
+        ((X,), {}, ValueError, "argument 'power' was 2 in the example, and is left at its default 1 now"),
+        ((X,), {"power": 2}, TypeError, "missing argument 'other'"),
+        ((X,), {"other": MASK}, ValueError, "argument 'power' was 2 in the example, and is left at its default 1 now"),
+        ((X,), {"other": MASK, "power": 3}, ValueError, "argument 'power' was 2 in the example, got 3"),
+        ((X,), {"other": MASK, "power": 2, "mask": MASK}, ValueError, "'mask' was left at its default None"),
+        ((X,), {"other": MASK, "power": 2, "third": 1}, TypeError, "unexpected argument 'third': .*power, other"),
+        ((X, 1.0, None, MASK, 2), {}, TypeError, "3 at most by place, got 5"),
+        ((X,), {"other": 2.0, "power": 2}, TypeError, "expected a tensor as input 2, got float"),
+        ((X,), {"other": MASK[:, :1], "power": 2}, ValueError, r"expected input 2 of shape \[batch, 4, 7, 7\]"),
+    ],
+)
+def test_what_is_said_of_arguments_by_name(inputs, named, kind, words):
+    fused = gpukern.fuse(lively(ByName()), X, kwargs={"power": 2, "other": MASK}, verify=False)
+    with pytest.raises(kind, match=words):
+        fused(*inputs, **named)
+
+
+def test_an_example_of_arguments_that_the_model_does_not_take(model):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'masks'"):
+        gpukern.fuse(model, X, {"masks": MASK})
+    with pytest.raises(TypeError, match="multiple values for argument 'x'"):
+        gpukern.fuse(model, X, {"x": MASK})
+
+
+def test_all_arguments_by_name():
+    model = lively(ByName())
+    fused = gpukern.fuse(model, (), {"x": X, "mask": MASK})
+    assert torch.allclose(fused(X, mask=MASK)["y"], fused(x=X, mask=MASK)["y"])
 
 
 def test_arguments_in_dicts_and_of_any_number():
@@ -126,7 +195,7 @@ def test_arguments_in_dicts_and_of_any_number():
         fused(x, {"by": (2.5, 1), "do": True})
     with pytest.raises(TypeError, match=r"argument 1 was \{'by': \(\*, \*\), 'do': \*\}, got \{'do': \*\}"):
         fused(x, {"do": True})
-    with pytest.raises(TypeError, match="2 at most, got 3"):
+    with pytest.raises(TypeError, match="2 at most by place, got 3"):
         fused(x, {"by": (2.0, 1), "do": True}, x)
     with pytest.raises(TypeError, match="unexpected argument 'how'"):
         fused(x, how={"by": (2.0, 1), "do": True})

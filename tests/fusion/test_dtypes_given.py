@@ -11,16 +11,12 @@ import torch
 from torch import nn
 
 import gpukern
-from gpukern.runtime.mode import Mode, force_mode
 from tests.fusion.networks import conv, net, norm
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def reference():
-    with force_mode(Mode.REFERENCE):
-        yield
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("reference_mode"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gpukern
-from gpukern.fusion import FusionError, fold, pipeline
+from gpukern.fusion import FusionError, folding, pipeline
 from gpukern.fusion.decisions import decided
 from gpukern.fusion.evidence import _another, on_bound, require_rest
 from gpukern.fusion.verify import Witness
@@ -137,8 +137,8 @@ def test_what_is_proved_in_part_is_told(name):
 
 def test_a_wrong_model_of_one_class_is_found(monkeypatch):
     """By the numbers that the class is chosen by: it is the right one."""
-    right = fold.exact
-    monkeypatch.setattr(fold, "exact", lambda *given: (right(*given)[0] * 1.001, right(*given)[1]))
+    right = folding.exact
+    monkeypatch.setattr(folding, "exact", lambda *given: (right(*given)[0] * 1.001, right(*given)[1]))
     monkeypatch.setattr(pipeline, "what_is_wrong", lambda judged: None)
     with pytest.raises(FusionError, match=r"the fused model is wrong: error .* To blame is conv2d"):
         gpukern.fuse(made(lambda m, x: one_class(m, x).argmax(1)), X)

@@ -9,10 +9,12 @@ from torch import nn
 
 import gpukern
 from gpukern.fusion import describe
-from gpukern.fusion.capture import capture, private_copy
-from gpukern.fusion.lower import lower
-from gpukern.fusion.match import find
+from gpukern.fusion.calls import Signature
+from gpukern.fusion.capture import capture_program, private_copy
+from gpukern.fusion.lowering import lower
+from gpukern.fusion.matcher import find
 from gpukern.fusion.prediction import kernel
+from gpukern.fusion.settling import Settled
 from gpukern.fusion.verify import cast, distance, leaves
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.mode import force_mode, mode_of
@@ -164,8 +166,8 @@ def test_prediction():
         a=nn.Conv2d(64, 64, 1, bias=False),
         b=nn.Conv2d(64, 64, 3, padding=1, bias=False),
     )
-    captured = capture(private_copy(model).half(), model, (x.half(),), dynamic_batch=True)
-    lowered = lower(captured, find(captured), channels_last=True)
+    captured = capture_program(private_copy(model).half(), model, (x.half(),), Signature.of(model), dynamic_batch=True)
+    lowered = lower(captured, find(Settled(captured)).matches, channels_last=True)
     graph = describe.shaped(lowered.module.graph, dict(lowered.module.named_buffers()), {}, (x.half(),))
     nodes = calls(graph, "conv2d_max_pool2d")
     image = x.numel()

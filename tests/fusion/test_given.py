@@ -225,3 +225,30 @@ def test_a_command_line_says_what_nothing_expects(monkeypatch):
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     assert "gpukern fuse: the model cannot be fused: LookupError: of a kind of its own\n" in result.output
+
+
+# ---- what torch.export made ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["captured", "loaded"])
+def test_an_exported_program_is_fused_and_summarized(saved, tmp_path):
+    model = nn.Sequential(conv(), norm(), nn.ReLU(), nn.Dropout(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    x = torch.randn(4, 4, 6, 6)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    if saved:
+        torch.export.save(exported, tmp_path / "model.pt2")
+        exported = torch.export.load(tmp_path / "model.pt2")
+    fused = gpukern.fuse(exported.module(), x)
+    assert fused.report.fused[0].pattern == "conv2d + batch_norm + relu"
+    assert not any("training" in note for note in fused.report.notes)
+    for batch in (4, 2, 7):
+        given = torch.randn(batch, 4, 6, 6)
+        torch.testing.assert_close(fused(given), model(given), rtol=1e-4, atol=1e-5)
+    assert gpukern.summary(exported.module(), x).multiply_adds == gpukern.summary(model, x).multiply_adds
+
+
+def test_a_program_exported_in_training_is_refused_as_random():
+    model = nn.Sequential(conv(), nn.Dropout()).train()
+    x = torch.randn(2, 4, 6, 6)
+    with pytest.raises(FusionError, match=r"does not repeat itself.*native_dropout"):
+        gpukern.fuse(torch.export.export(model, (x,)).module(), x)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from gpukern.fusion.page import page
 from gpukern.fusion.report import FusedGroup, NotFused
+from gpukern.fusion.report.html import page
 from models.resnet import resnet50
 from tests.browser import Parsed, chromium, needs_browser
 from tests.fusion.made_up import CHECK, TIMINGS, group, of_network, report

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gpukern.fusion.graph_layout import Way, layout
 from gpukern.fusion.report import GraphNode
-from gpukern.fusion.svg import COLOURS, picture
+from gpukern.fusion.report.graph_layout import Way, layout
+from gpukern.fusion.report.svg import COLOURS, picture
 from models.resnet import resnet50
 from tests.fusion.made_up import group, of_network, report
 

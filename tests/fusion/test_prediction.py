@@ -6,10 +6,12 @@ import pytest
 from torch import nn
 
 from gpukern.fusion import describe
-from gpukern.fusion.capture import capture, private_copy
-from gpukern.fusion.lower import lower
-from gpukern.fusion.match import find
+from gpukern.fusion.calls import Signature
+from gpukern.fusion.capture import capture_program, private_copy
+from gpukern.fusion.lowering import lower
+from gpukern.fusion.matcher import find
 from gpukern.fusion.prediction import kernel
+from gpukern.fusion.settling import Settled
 from gpukern.runtime.device import H100
 from tests.fusion.networks import conv, net, norm
 
@@ -19,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 def test_plan_bytes_and_floor_of_a_group():
     model, (x,) = net(lambda m, x: m.c((m.b(m.a(x)) + x).flatten(1)).relu(), a=conv(), b=norm(), c=nn.Linear(196, 8))
     x = x.half()
-    captured = capture(private_copy(model).half(), model, (x,), dynamic_batch=True)
-    lowered = lower(captured, find(captured), channels_last=True)
+    captured = capture_program(private_copy(model).half(), model, (x,), Signature.of(model), dynamic_batch=True)
+    lowered = lower(captured, find(Settled(captured)).matches, channels_last=True)
     graph = describe.shaped(lowered.module.graph, dict(lowered.module.named_buffers()), {}, (x,))
     found = [each for node in graph.nodes if node.op == "call_function" and (each := kernel(node, H100, True))]
     convolution, linear = found

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from gpukern.fusion import formatting
-from gpukern.fusion.report import FusionReport, NotFused
+from gpukern.fusion.report import FusionReport, NotFused, formatting
 from tests.fusion.made_up import CHECK, TIMINGS, group, report
 
 #: What the version before the common codec wrote.

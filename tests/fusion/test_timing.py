@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 
 import gpukern
 from gpukern.fusion import pipeline, timing
+from gpukern.fusion.calls import Signature
 from tests.fusion.made_up import TIMINGS, report, tiny
 
 
@@ -58,8 +59,8 @@ def test_median_worst_rate_and_memory(monkeypatch):
         "Event": device.event,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(timing, "_kernels", lambda counted, inputs: 7 if counted is module else None)
-    found = timing.time_forward(device.call, (torch.zeros(32, 3),), module)
+    monkeypatch.setattr(timing, "_kernels", lambda counted, inputs, named: 7 if counted is module else None)
+    found = timing.time_forward(device.call, (torch.zeros(32, 3),), {}, module)
     assert device.passes == 100 and found.kernels == 7
     assert found.median == pytest.approx(50.5e-3) and found.p99 == pytest.approx(100e-3)
     assert found.images_per_second == pytest.approx(32 / 50.5e-3)
@@ -106,12 +107,12 @@ def test_kernels_are_counted_once_the_device_is_done(monkeypatch, events, kernel
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronized"))
-    assert timing._kernels(lambda x: done.append("run"), (torch.zeros(1),)) == kernels
+    assert timing._kernels(lambda x: done.append("run"), (torch.zeros(1),), {}) == kernels
 
 
 def test_the_profiler_is_not_heard(monkeypatch, capfd):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: os.write(2, b"inside"))
-    assert timing._kernels(torch.nn.Identity(), (torch.zeros(1),)) is None
+    assert timing._kernels(torch.nn.Identity(), (torch.zeros(1),), {}) is None
     os.write(2, b"after")
     assert capfd.readouterr().err == "after"
 
@@ -119,21 +120,23 @@ def test_the_profiler_is_not_heard(monkeypatch, capfd):
 def timed_beside(monkeypatch, time_forward):
     monkeypatch.setattr(timing, "time_forward", time_forward)
     model, x = tiny(), torch.randn(2, 3, 8, 8)
-    fused = types.SimpleNamespace(report=report(dtype="bfloat16"), module=torch.nn.Identity())
+    module = torch.nn.Identity()
+    module.interface = types.SimpleNamespace(signature=Signature(by_name=("number",)))
+    fused = types.SimpleNamespace(report=report(dtype="bfloat16"), module=module)
     return model, fused, timing.beside(fused, model, ({"x": x}, torch.zeros(2, 5), 3), channels_last=True)
 
 
 def test_the_unfused_model_is_timed_as_it_would_run(monkeypatch):
     timed = []
 
-    def time_forward(call, inputs, module):
-        timed.append((call, inputs, module))
+    def time_forward(call, inputs, named, module):
+        timed.append((call, inputs, named, module))
         return TIMINGS["timing_before" if len(timed) == 1 else "timing_after"]
 
     model, fused, found = timed_beside(monkeypatch, time_forward)
     assert (found.timing_before, found.timing_after) == tuple(TIMINGS.values())
-    (plain, (images, flat, number), _), (call, _, module) = timed
-    assert call is fused and module is fused.module
+    (plain, (images, flat, number), _, _), (call, by_place, named, module) = timed
+    assert call is fused and module is fused.module and len(by_place) == 2 and named == {"number": 3}
     assert plain[0].weight.dtype == images["x"].dtype == flat.dtype == torch.bfloat16 and number == 3
     assert images["x"].is_contiguous(memory_format=torch.channels_last)
     assert plain[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -141,7 +144,7 @@ def test_the_unfused_model_is_timed_as_it_would_run(monkeypatch):
 
 
 def test_what_cannot_be_timed_is_a_note(monkeypatch):
-    def time_forward(call, inputs, module):
+    def time_forward(call, inputs, named, module):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     _, fused, found = timed_beside(monkeypatch, time_forward)

@@ -152,6 +152,21 @@ def test_averaged_weights_that_do_not_fit_are_not_taken_and_that_is_said(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("held", "label"),
+    [
+        ({"model": STATE, "ema": {"decay": 0.9, "shadow_params": list(OTHER.values())}}, "ema.shadow_params"),
+        ({"state_dict": STATE, "ema_params": tuple(OTHER.values())}, "ema_params"),
+        ({"model": STATE, "optimizer_states": [{"state": {}, "param_groups": [], "ema": list(OTHER.values())}]},
+         "optimizer_states.0.ema"),
+    ],
+)  # fmt: skip
+def test_averaged_weights_without_names_are_not_taken_and_that_is_said(tmp_path, held, label):
+    model, told = filled(tmp_path, held)
+    assert holds(model)
+    assert told == [f"averaged weights that are a list, without names, were not taken: {label}"]
+
+
+@pytest.mark.parametrize(
     ("held", "named"),
     [
         ({"G_A": STATE, "G_B": OTHER}, "'G_A', 'G_B'"),
@@ -210,6 +225,16 @@ def test_the_names_of_published_densenets(tmp_path, prefix):
     model, _ = filled(tmp_path, under(prefix, published), Dense())
     own = model.state_dict()
     assert all(torch.equal(own[name], held) for name, held in state.items() if "num_batches" not in name)
+
+
+def test_what_a_model_renames_itself_is_not_called_left_out(tmp_path):
+    old, new = Net(), Net()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(old.fc)
+    nn.utils.parametrizations.weight_norm(new.fc)
+    old.fc.weight_v.data.normal_()
+    _, told = filled(tmp_path, old.state_dict(), new)
+    assert torch.equal(new.fc.parametrizations.weight.original1, old.fc.weight_v) and not told
 
 
 def test_gamma_and_beta(tmp_path):

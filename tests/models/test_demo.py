@@ -23,7 +23,7 @@ def test_demo(start):
     assert "Conv (C_out=20, K=5, P=2, S=1)   20 × 28 × 28   20 × 1 × 5 × 5" in output
     reached = float(re.search(r"held-out accuracy ([\d.]+)% \(97% required\): ok", output)[1])
     assert reached >= 97
-    rows = re.findall(r"^(logits|∂L/∂\S+) +(\S+) +(\S+) +(\S+)", output, re.MULTILINE)
+    rows = re.findall(r"^ *(logits|∂L/∂\S+) +(\S+) +(\S+) +(\S+)", output, re.MULTILINE)
     assert len(rows) == 12
     assert all(float(error) <= float(bound) and verdict == "ok" for _, error, bound, verdict in rows)
     assert "kernels within their bounds: ok" in output

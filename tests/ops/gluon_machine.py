@@ -27,13 +27,15 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from gpukern.runtime.launch import CompileTime
 
-def run_gluon(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any], seed: int = 0) -> None:
-    """Run every program of ``kernel[grid](*arguments, **options)``."""
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+
+def run_gluon(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: CompileTime, seed: int = 0) -> None:
+    """Run every program of ``kernel[grid](*arguments, *options.values, **options.keywords)``."""
+    values, keywords = options
     for program in range(math.prod(grid)):
-        machine = _Machine(program, math.prod(grid), options["num_warps"], random.Random(f"{seed} {program}"))
-        machine.translate(kernel)(*map(_argument, arguments), **constants)
+        machine = _Machine(program, math.prod(grid), keywords["num_warps"], random.Random(f"{seed} {program}"))
+        machine.translate(kernel)(*map(_argument, arguments), *values)
         if machine.stores:
             raise RuntimeError("the kernel ends before its write-backs have read their tiles")
 

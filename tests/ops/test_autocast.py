@@ -82,3 +82,20 @@ def test_operators_compute_in_what_they_are_given(low, where):
                 found.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
         for plain, under in zip(*found, strict=True):
             assert torch.equal(plain, under), name
+
+
+def test_compiled_functions_follow_it():
+    """Compiled once without autocast and once inside of it, and where the function itself switches it on."""
+    x, w = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 2, 2)
+
+    def both(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = F.conv2d(x, w)
+        return inside, F.conv2d(x, w)
+
+    compiled = torch.compile(both, fullgraph=True, backend="eager")
+    for _ in range(2):
+        assert [y.dtype for y in compiled(x, w)] == [torch.bfloat16, torch.float32]
+    with torch.autocast("cpu", torch.float16):
+        assert [y.dtype for y in compiled(x, w)] == [torch.bfloat16, torch.float16]
+    assert [y.dtype for y in compiled(x, w)] == [torch.bfloat16, torch.float32]

@@ -12,12 +12,12 @@ from gpukern.conv import reference
 from gpukern.conv.families.tma_conv import launch
 from gpukern.conv.families.tma_conv import plan as box
 from gpukern.conv.launch import prepared_for, run
-from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.conv.request import Epilogue
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
+from gpukern.ops._reduction.launch import merge_statistics
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.precision import conv_precision
 from tests.numerics import FP32_EPS, assert_within, sum_bound, uses_tf32

@@ -12,18 +12,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gpukern.conv import launch
-from gpukern.conv.cost import cost, work
+from gpukern.conv.cost import cost, minimum_work
 from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.geometry import dimensions
-from gpukern.conv.layouts import dense_strides
-from gpukern.conv.passes import launch as passes
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.conv.planner import plan, ranking
+from gpukern.conv.planner import heuristic_plan, ranking
 from gpukern.conv.problem import conv_problem
 from gpukern.conv.request import operands_of, shapes
+from gpukern.ops._reduction import launch as passes
 from gpukern.runtime.current_device import pretend
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, Peaks
 from gpukern.runtime.roofline import Work, floor, window_reads
+from gpukern.runtime.strides import dense_strides
 from tests.ops.conv_cases import CASES, as_problem
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = Direction
@@ -83,7 +83,7 @@ def costed(p, direction, choice, operands=HALF, device=H100):
 
 @pytest.mark.parametrize("direction", Direction)
 def test_work_of_a_resnet_layer(direction):
-    must = work(CONV2, direction, 2, "float16")
+    must = minimum_work(CONV2, direction, 2, "float16")
     assert must.flops == 2 * (32 * 56 * 56) * 64 * (64 * 9) == 7_398_752_256
     assert must.bytes == 2 * (32 * 64 * 56 * 56 * 2 + 64 * 64 * 9) == 25_763_840
     # 25.8 MB / 3.35 TB/s = 7.69 µs, just above 7.40 GFLOP / 989.4 TFLOP/s = 7.48 µs; on an A100 arithmetic is slower.
@@ -120,17 +120,17 @@ def test_a_sum_over_few_channels_is_rounded_up_once():
 def test_a_stride_beyond_the_kernel_reads_part_of_the_image():
     p = square(1, 256, 56, 512, 1, 2)
     x, y, w = 256 * 56 * 56, 512 * 28 * 28, 256 * 512
-    assert work(p, FORWARD, 2, "float16").bytes == 2 * (x // 4 + w + y)
-    assert work(p, WEIGHT_GRAD, 2, "float16").bytes == 2 * (x // 4 + y + w)
+    assert minimum_work(p, FORWARD, 2, "float16").bytes == 2 * (x // 4 + w + y)
+    assert minimum_work(p, WEIGHT_GRAD, 2, "float16").bytes == 2 * (x // 4 + y + w)
     # All of dx is written, zeros too.
-    assert work(p, INPUT_GRAD, 2, "float16").bytes == 2 * (y + w + x)
+    assert minimum_work(p, INPUT_GRAD, 2, "float16").bytes == 2 * (y + w + x)
 
 
 def test_taps_that_reach_no_pixel_of_dx_do_not_count():
     p = square(1, 16, 57, 16, 3, 2)
-    assert work(p, FORWARD, 2, "float16").flops == 2 * (29 * 3) ** 2 * 16 * 16
+    assert minimum_work(p, FORWARD, 2, "float16").flops == 2 * (29 * 3) ** 2 * 16 * 16
     # Even rows, 29 of them, meet one tap, the 28 odd ones two.
-    assert work(p, INPUT_GRAD, 2, "float16").flops == 2 * (29 + 2 * 28) ** 2 * 16 * 16
+    assert minimum_work(p, INPUT_GRAD, 2, "float16").flops == 2 * (29 + 2 * 28) ** 2 * 16 * 16
 
 
 def test_phases_of_the_input_gradient_walk_their_own_taps():
@@ -219,8 +219,8 @@ def test_a_device_without_peaks():
     "p", [square(0, 16, 6, 16, 3), square(0, 32, 6, 32, 3, groups=32), problem(2, 0, 4, 4, 8, 3, 3)], ids=str
 )
 def test_nothing_to_do(p, direction):
-    found = costed(p, direction, plan(p, direction, HALF, H100))
-    assert floor(work(p, direction, 2, "float16"), H100.peaks).seconds <= found.seconds < 1e-6
+    found = costed(p, direction, heuristic_plan(p, direction, HALF, H100))
+    assert floor(minimum_work(p, direction, 2, "float16"), H100.peaks).seconds <= found.seconds < 1e-6
     if not p.N:
         assert (found.tiles, found.launches) == (0, 0)
 
@@ -243,7 +243,7 @@ def test_cost_counts_the_launches_that_are_made(name, channels_last, monkeypatch
                     launches.clear()
                     _run(p, direction, channels_last, dtype, device, each.plan)
                     _check_launches(each, launches, device)
-                    assert each.cost.bytes >= work(p, direction, operands.itemsize, operands.kind).bytes
+                    assert each.cost.bytes >= minimum_work(p, direction, operands.itemsize, operands.kind).bytes
                     must = inside(p, direction, operands)
                     assert floor(must, device.peaks).seconds <= each.cost.seconds
                     assert each.cost.efficiency > 0
@@ -291,7 +291,7 @@ def _run(p, direction, channels_last, dtype, device, choice) -> None:
 
 def inside(p, direction, operands) -> Work:
     """What must be done by those who skip the taps in the padding, as some kernels can."""
-    must = work(p, direction, operands.itemsize, operands.kind)
+    must = minimum_work(p, direction, operands.itemsize, operands.kind)
     rows, cols = (len(window_reads(*dimension)) for dimension in dimensions(p))
     flops = 2 * p.N * rows * cols * p.K * p.group_inputs
     assert flops <= must.flops
@@ -319,7 +319,7 @@ def test_no_plan_beats_the_floor(
     device = DEVICES[name]
     for direction in Direction:
         operands = _operands(p, direction, channels_last, *how)
-        must, least = work(p, direction, operands.itemsize, operands.kind), inside(p, direction, operands)
+        must, least = minimum_work(p, direction, operands.itemsize, operands.kind), inside(p, direction, operands)
         for ranked in ranking(p, direction, operands, device):
             choice = ranked.plan
             # Also where nothing but arithmetic bounds.

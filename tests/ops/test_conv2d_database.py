@@ -17,13 +17,13 @@ import torch
 
 from gpukern.conv import database, planner
 from gpukern.conv.database import Entry, bucket, file_name, key, lookup
-from gpukern.conv.layouts import dense_strides
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.conv.prepare import prepare
+from gpukern.conv.prepare import prepare_launch
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import operands_of, shapes
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import H100, DeviceSpec
+from gpukern.runtime.strides import dense_strides
 
 HALF = Operands("float16")
 FORWARD = Direction.FORWARD
@@ -63,7 +63,7 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     database.clear()
     yield chosen
     database.clear()
-    prepare.cache_clear()
+    prepare_launch.cache_clear()
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_files_are_named_after_devices():
 
 def test_what_was_stored_is_found_for_every_batch_of_its_bucket(folder):
     p = problem()
-    plan = other_than(planner.plan(p, FORWARD, HALF, GPU), p)
+    plan = other_than(planner.heuristic_plan(p, FORWARD, HALF, GPU), p)
     assert lookup(p, FORWARD, HALF, GPU) is None
     store(folder, p, plan)
     for batch in (23, 24, 32, 45):
@@ -388,14 +388,14 @@ def prepared(device):
     p = ConvProblem(3, 16, 6, 6, 16, 3, 3, 6, 6, (1, 1), (1, 1, 1, 1), (1, 1), 1)
     strides = tuple(dense_strides(shape, True) for shape in shapes(p, FORWARD))
     question = p, FORWARD, operands_of(p, FORWARD, strides, True, torch.float16, "ieee"), device_spec(device)
-    return question, prepare(p, FORWARD, *strides[:2], None, True, torch.float16, "ieee", device_spec(device))
+    return question, prepare_launch(p, FORWARD, *strides[:2], None, True, torch.float16, "ieee", device_spec(device))
 
 
 def test_launches_get_measured_plans(folder, device):
     question, planned = prepared(device)
-    assert planned.plan == planner.plan(*question)
+    assert planned.plan == planner.heuristic_plan(*question)
     other = next(each for each in planner.candidates(*question) if each != planned.plan)
     spec = device_spec(device)
     database.store(folder / file_name(spec.name), spec.name, key(*question[:3]), entry(other, 4))
-    prepare.cache_clear()
+    prepare_launch.cache_clear()
     assert prepared(device)[1].plan == other != planned.plan

@@ -162,7 +162,7 @@ def test_against_float64(case, direction, dtype, layout, device):
 @pytest.mark.parametrize("dtype, layout", ((torch.bfloat16, "channels_last"), (torch.float16, "NCHW")), ids=str)
 def test_epilogue_and_statistics(dtype, layout, device):
     """Bias, residual and activation on the fp32 sum; sums and squared deviations of what is stored, tile by tile."""
-    from gpukern.conv.passes.launch import merge_statistics
+    from gpukern.ops._reduction.launch import merge_statistics
 
     case = Case("", (2, 8, 7, 8), (3, 3), padding=(1, 1, 1, 1))
     p = case.problem

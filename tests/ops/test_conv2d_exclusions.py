@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as torch_F
 
 import gpukern.functional as F
-from gpukern.conv import database, exclusions, launch, planner, prepare
+from gpukern import conv
+from gpukern.conv import database, exclusions, launch, planner
 from gpukern.conv.exclusions import Exclusion
 from gpukern.conv.families.registry import family_of
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
@@ -34,8 +35,8 @@ WHOLE = Exclusion((9, 0), "it hangs", Variant.BOX)
 
 
 def forget() -> None:
-    for cached in (planner.plan, prepare.prepare, prepare.pooled_choice):
-        cached.cache_clear()
+    planner.heuristic_plan.cache_clear()
+    conv.forget()
 
 
 @pytest.fixture
@@ -86,10 +87,10 @@ def test_what_a_line_names_is_no_candidate_and_all_else_is(switch_off, line):
 
 def test_the_next_best_plan_takes_its_place(switch_off):
     before = [r.plan for r in planner.ranking(LAYER, FORWARD, HALF, H100) if not planner.only_measured(r.plan)]
-    assert planner.plan(LAYER, FORWARD, HALF, H100) == before[0] and before[0].variant is Variant.BOX
+    assert planner.heuristic_plan(LAYER, FORWARD, HALF, H100) == before[0] and before[0].variant is Variant.BOX
     switch_off(WHOLE)
     expected = next(each for each in before if each.variant is not Variant.BOX)
-    assert planner.plan(LAYER, FORWARD, HALF, H100) == expected
+    assert planner.heuristic_plan(LAYER, FORWARD, HALF, H100) == expected
 
 
 def test_the_plan_database_does_not_bring_it_back(switch_off, tmp_path, monkeypatch):
@@ -107,7 +108,7 @@ def test_the_plan_database_does_not_bring_it_back(switch_off, tmp_path, monkeypa
 def test_where_nothing_is_left_the_error_says_why(switch_off):
     switch_off(Exclusion((9, 0), "all of it is wrong"))
     with pytest.raises(RuntimeError, match=r"no kernel left for forward of .* on H100: plans: all of it is wrong$"):
-        planner.plan(LAYER, FORWARD, HALF, H100)
+        planner.heuristic_plan(LAYER, FORWARD, HALF, H100)
 
 
 def test_explain_says_so(switch_off):
@@ -228,7 +229,7 @@ def test_who_chose_the_plan_is_told(driver):
     kernel, (x, w, _) = driver(REFUSED), layer()
     p = conv_problem(x.shape, w.shape, None, (2, 2), (3,) * 4, (1, 1), 1)
     operands = Operands("float16", "ieee", Layout.CHANNELS, Layout.CHANNELS)
-    choice = planner.plan(p, FORWARD, operands, EMULATED)
+    choice = planner.heuristic_plan(p, FORWARD, operands, EMULATED)
     assert choice.variant is Variant.STEM
     with pytest.raises(DescriptorRefused, match="invalid argument"):
         launch.run(launch.prepared_for(p, FORWARD, x, w, True, choice=choice), x, w)

@@ -9,13 +9,13 @@ import torch
 
 from gpukern.conv import launch
 from gpukern.conv.families.registry import FAMILIES
-from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.planner import candidates, only_measured
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
+from gpukern.ops._reduction.launch import merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import EMULATED, H100, DeviceSpec
 from gpukern.runtime.precision import conv_precision

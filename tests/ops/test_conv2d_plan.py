@@ -11,13 +11,13 @@ import torch
 
 from gpukern.conv.cost import is_elementwise
 from gpukern.conv.families.registry import FAMILIES, family_of
-from gpukern.conv.layouts import alignment, dense_strides
+from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
-from gpukern.conv.planner import only_measured, plan, ranking
+from gpukern.conv.planner import heuristic_plan, only_measured, ranking
 from gpukern.conv.problem import conv_problem, same_padding
 from gpukern.ops._image import strides_of
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4, RTX_5090
-from gpukern.runtime.strides import is_channels_last
+from gpukern.runtime.strides import dense_strides, is_channels_last
 from tests.ops.conv_cases import CASES, as_problem
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = Direction
@@ -63,7 +63,7 @@ def test_few_channels_are_joined_with_their_taps():
 def test_few_channels_a_group_are_multiplied_element_by_element(direction):
     elementwise = {variant for family in FAMILIES for variant in family.elementwise}
     for device in (A100, H100):
-        assert is_elementwise(plan(DEPTHWISE, direction, HALF, device))
+        assert is_elementwise(heuristic_plan(DEPTHWISE, direction, HALF, device))
         assert not variants(RESNET_3X3, direction, device=device) & elementwise
 
 
@@ -77,10 +77,10 @@ def test_before_hopper_nothing_is_read_by_descriptors(p, direction):
 
 
 def test_on_hopper_large_layers_are_read_by_descriptors():
-    assert plan(RESNET_3X3, FORWARD, HALF, H100).variant in BY_DESCRIPTOR
-    assert plan(RESNET_3X3, INPUT_GRAD, HALF, H100).variant in BY_DESCRIPTOR
+    assert heuristic_plan(RESNET_3X3, FORWARD, HALF, H100).variant in BY_DESCRIPTOR
+    assert heuristic_plan(RESNET_3X3, INPUT_GRAD, HALF, H100).variant in BY_DESCRIPTOR
     for direction in Direction:
-        assert plan(problem(64, 256, 14, 14, 1024, 1, 1), direction, HALF, H100).variant in BY_DESCRIPTOR
+        assert heuristic_plan(problem(64, 256, 14, 14, 1024, 1, 1), direction, HALF, H100).variant in BY_DESCRIPTOR
 
 
 def test_blackwell_without_wgmma_reads_by_descriptors_into_registers():
@@ -117,7 +117,7 @@ def test_rows_that_no_descriptor_describes_are_gathered():
 
 
 def test_large_problems_get_large_tiles_and_small_ones_fill_the_chip():
-    large = plan(problem(128, 128, 56, 56, 128, 3, 3, padding=1), FORWARD, HALF, H100)
+    large = heuristic_plan(problem(128, 128, 56, 56, 128, 3, 3, padding=1), FORWARD, HALF, H100)
     assert large.block_m * large.block_n >= 128 * 128
     for direction in Direction:
         small = ranking(problem(1, 512, 7, 7, 512, 3, 3, padding=1), direction, HALF, H100)
@@ -128,7 +128,7 @@ def test_weight_gradient_splits_long_sums_over_the_chip():
     p = problem(128, 64, 56, 56, 64, 3, 3, padding=1)
     best = next(r for r in ranking(p, WEIGHT_GRAD, HALF, H100) if not only_measured(r.plan))
     assert best.plan.splits > 1 and best.cost.tiles >= H100.sm_count
-    assert plan(problem(1, 64, 4, 4, 64, 3, 3, padding=1), WEIGHT_GRAD, HALF, H100).splits == 1
+    assert heuristic_plan(problem(1, 64, 4, 4, 64, 3, 3, padding=1), WEIGHT_GRAD, HALF, H100).splits == 1
 
 
 # ---- all candidates ------------------------------------------------------------------------------------------------
@@ -151,9 +151,9 @@ def test_every_plan_is_launchable(case):
             assert each.seconds >= each.cost.seconds >= 0
         assert [r.seconds for r in ranked] == sorted(r.seconds for r in ranked)
         assert len({r.plan for r in ranked}) == len(ranked)
-        chosen = plan(p, direction, operands, device)
+        chosen = heuristic_plan(p, direction, operands, device)
         assert chosen == next(r.plan for r in ranked if not only_measured(r.plan))
-        assert plan(p, direction, operands, device) is chosen
+        assert heuristic_plan(p, direction, operands, device) is chosen
 
 
 def fits(choice: ConvPlan, operands: Operands, device) -> bool:
@@ -200,7 +200,7 @@ def test_float32_in_full_may_be_three_products_of_halves():
 
 def test_plans_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        plan(RESNET_3X3, FORWARD, HALF, H100).block_m = 1
+        heuristic_plan(RESNET_3X3, FORWARD, HALF, H100).block_m = 1
 
 
 def test_a_plan_says_what_it_is():

@@ -9,16 +9,16 @@ import torch
 
 from gpukern.conv.families.tma_stem.launch import prepare
 from gpukern.conv.families.tma_stem.plan import candidates, packed, tiles, window
-from gpukern.conv.layouts import dense_strides
-from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.conv.reference import conv2d as reference
 from gpukern.conv.request import Epilogue, Request
+from gpukern.ops._reduction.launch import merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.integers import power_of_two
 from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.strides import dense_strides
 from tests.numerics import assert_within, sum_bound, uses_tf32
 from tests.ops.conv_cases import Case, as_problem
 

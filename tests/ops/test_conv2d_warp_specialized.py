@@ -10,16 +10,16 @@ import torch
 from gpukern.conv import reference
 from gpukern.conv.families.warp_specialized import launch
 from gpukern.conv.families.warp_specialized.plan import candidates, tiles
-from gpukern.conv.layouts import dense_strides
-from gpukern.conv.passes.launch import merge_statistics
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.planner import only_measured
 from gpukern.conv.problem import conv_problem
 from gpukern.conv.request import Epilogue, Request
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
+from gpukern.ops._reduction.launch import merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, B200, EMULATED, H100
+from gpukern.runtime.strides import dense_strides
 from tests.device import DEVICE
 from tests.numerics import assert_within, sum_bound
 from tests.ops.conv_cases import Case, as_problem

@@ -11,7 +11,7 @@ from gpukern.conv import launch, planner
 from gpukern.conv.families.tma_conv.plan import part
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.pooled import launch as pooled_launch
-from gpukern.conv.pooled.plan import apart, choose, together
+from gpukern.conv.pooled.plan import choose, seconds_apart, together
 from gpukern.conv.prepare import pooled_choice
 from gpukern.conv.problem import ConvProblem, conv_problem, pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
@@ -432,7 +432,7 @@ def test_never_slower_by_expectation(device):
         for batch, operands in ((1, LAST), (64, LAST), (1, PLANES), (64, PLANES)):
             p = layer(batch, channels, size, outputs, kernel)
             plan, one = choose(p, operands, operands, device), together(p, operands, device)
-            assert (plan is not None) == (one.seconds <= apart(p, operands, device))
+            assert (plan is not None) == (one.seconds <= seconds_apart(p, operands, device))
             chosen.append(plan)
     assert any(chosen)
 

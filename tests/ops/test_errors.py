@@ -104,6 +104,20 @@ def test_mixed_devices(no_launch):
             call()
 
 
+def test_nested_tensors(no_launch):
+    nested = torch.nested.nested_tensor([x[0], x[0, :, :4]], device=DEVICE)
+    weight = torch.nested.nested_tensor([v[0], v[1]], device=DEVICE)
+    for call in (
+        lambda: F.conv2d(nested, square),
+        lambda: F.linear(m, weight),
+        lambda: F.max_pool2d(nested, 2),
+        lambda: F.batch_norm(nested, None, None, training=True),
+        lambda: F.relu(nested),
+    ):
+        with pytest.raises(NotImplementedError, match="nested"):
+            call()
+
+
 def test_unknown_activation(no_launch):
     for call in (
         lambda a, s: F.conv2d(x, w, activation=a, negative_slope=s),
@@ -203,6 +217,15 @@ IMAGES = {
     "max pool of size 0": lambda f: f.max_pool2d(x[:, :, :0], 2, padding=1),
     "average of size 0": lambda f: f.avg_pool2d(x[:, :, :0], 2, padding=1),
     "adaptive of size 0": lambda f: f.adaptive_avg_pool2d(x[:, :, :0], 2),
+    "average of rank 2": lambda f: f.avg_pool2d(x[0, 0], 2),
+    "average of rank 1": lambda f: f.avg_pool2d(four, 2),
+    "average of rank 5": lambda f: f.avg_pool2d(x[None], 2),
+    "adaptive of rank 2": lambda f: f.adaptive_avg_pool2d(x[0, 0], 2),
+    "adaptive of rank 2, a pair": lambda f: f.adaptive_avg_pool2d(x[0, 0], (2, None)),
+    "max pool of rank 2": lambda f: f.max_pool2d(x[0, 0], 2),
+    "batch norm of rank 1": lambda f: f.batch_norm(four[:3], None, None, training=True),
+    "batch norm of rank 1, statistics": lambda f: f.batch_norm(four, four, four),
+    "batch norm of one number": lambda f: f.batch_norm(four[0], four[:1], four[:1]),
     "integers, conv": lambda f: f.conv2d(x.int(), square),
     "integers, average": lambda f: f.avg_pool2d(x.int(), 2),
     "integers, gelu": lambda f: f.gelu(x.int()),
@@ -248,8 +271,8 @@ def test_images_and_modules(name, no_launch):
 
 def test_a_batch_norm_of_size_0_is_given_back(where):
     empty, numbers = torch.randn(0, device=where, requires_grad=True), torch.ones(0, device=where)
-    for training in (False, True):
-        y = F.batch_norm(empty, numbers, numbers, training=training)
+    for statistics, training in ((numbers, False), (numbers, True), (None, False)):
+        y = F.batch_norm(empty, statistics, statistics, training=training)
         assert y.shape == (0,) and torch.autograd.grad(y.sum(), empty)[0].shape == (0,)
 
 

@@ -137,3 +137,20 @@ def test_zeros_without_memory(where):
     w, b = torch.randn(3, 2, 3, 3), torch.randn(3)
     _close(F.conv2d(zeros, w.to(where), b.to(where)), b.double()[:, None, None].expand(2, 3, 2, 2))
     assert not F.relu(zeros).any() and not F.avg_pool2d(zeros, 2).any() and not F.max_pool2d(zeros, 2).any()
+
+
+def test_wrappers_that_outlived_their_transform(where):
+    """What a function kept of ``torch.func.grad``'s tensors has no memory of its own; torch's operators take it off."""
+    x, w = torch.randn(2, 2, 4, 4).to(where), torch.randn(3, 2, 1, 1).to(where)
+    kept: list[torch.Tensor] = []
+    torch.func.grad(lambda t: (kept.append(t), t.sum())[1])(x)
+    assert torch._C._functorch.is_functorch_wrapped_tensor(kept[0])
+    leaf = w.clone().requires_grad_()
+    for weight in (w, leaf):
+        _close(F.conv2d(kept[0], weight), T.conv2d(x.cpu().double(), w.cpu().double()))
+    (found,) = torch.autograd.grad(F.conv2d(kept[0], leaf).sum(), leaf)
+    _close(found, x.cpu().double().sum((0, 2, 3)).expand(3, 2)[:, :, None, None])
+    mean, var = torch.zeros(2).to(where), torch.ones(2).to(where)
+    y = F.batch_norm(kept[0], mean, var, training=True, momentum=1.0)
+    _close(y, T.batch_norm(x.cpu().double(), None, None, training=True))
+    _close(mean, x.cpu().double().mean((0, 2, 3)))

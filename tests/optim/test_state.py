@@ -105,6 +105,14 @@ def other_data(optimizer):
             value.data = value.data.clone()
 
 
+def other_data_of_one(optimizer):
+    """Not of the parameters that are looked at first. The old memory stays, where a kernel might write without harm."""
+    parameter = owners(optimizer)[2]
+    for value in optimizer.state[parameter].values():
+        optimizer.replaced = [*getattr(optimizer, "replaced", ()), value.data]
+        value.data = value.data / 2
+
+
 def other_steps(optimizer):
     for held in optimizer.state.values():
         if "step" in held:
@@ -142,8 +150,8 @@ def shorter_parameters(optimizer):
 
 
 CHANGES = [
-    *(halve, halve_of_the_single_element, equal_copies, other_dicts, another_state, other_data, other_steps),
-    *(other_parameter_data, another_parameter, another_order, fewer_parameters, shorter_parameters),
+    *(halve, halve_of_the_single_element, equal_copies, other_dicts, another_state, other_data, other_data_of_one),
+    *(other_steps, other_parameter_data, another_parameter, another_order, fewer_parameters, shorter_parameters),
 ]
 
 
@@ -268,6 +276,37 @@ def test_the_state_of_another_optimizer_is_refused(source, target):
     optimizer, _ = saved(target)
     with pytest.raises(ValueError, match="loaded state dict lacks"):
         optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("Adam", "lr"), ("AdamW", "betas"), ("SGD", "momentum"), ("RMSprop", "alpha"), ("Adagrad", "eps"), ("LAMB", "lr")],
+)
+def test_a_number_that_a_group_lacks_is_named(name, missing):
+    optimizer, state = saved(name)
+    del state["param_groups"][0][missing]
+    with pytest.raises(ValueError, match=f"loaded state dict lacks {missing} in group 0; it has .*weight_decay"):
+        optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_switches_that_older_versions_did_not_have_are_off(name):
+    theirs, ours = both(name)
+    state = copy.deepcopy(theirs.state_dict())
+    for switch in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+        state["param_groups"][0].pop(switch, None)
+    for optimizer in (theirs, ours):
+        optimizer.load_state_dict(copy.deepcopy(state))
+        step(optimizer, 3)
+    assert_equal(theirs, ours)
+
+
+def test_notes_of_the_user_in_a_state_are_loaded():
+    optimizer, state = saved("Adam")
+    state["state"][0]["row_averages"] = torch.ones(3)
+    optimizer.load_state_dict(state)
+    step(optimizer, 3)
+    assert torch.equal(optimizer.state_dict()["state"][0]["row_averages"], torch.ones(3))
 
 
 @pytest.mark.parametrize("name", ["Adam", "LAMB"])

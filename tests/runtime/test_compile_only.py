@@ -81,6 +81,28 @@ print(json.dumps([
     assert all(alike) and not any(different)
 
 
+def test_compile_time_arguments_by_position_are_the_same_launch(run):
+    """As convolutions hand them on: what is recorded and compiled has them by name all the same."""
+    same, options, count, refusal = run(
+        """
+from gpukern.runtime.launch import compile_time, launch
+given = {"num_warps": 4, "BLOCK": 64}
+arguments = (tensor(64), (tensor(1), 3), tensor(64), 64)
+with record_launches(H100) as launches:
+    for options in (given, compile_time(k.double_kernel, given)):
+        launch(k.double_kernel, (1,), arguments[0].device, arguments, options)
+try:
+    compile_time(k.double_kernel, {"size": 64, "num_warps": 4})
+except ValueError as error:
+    refusal = str(error)
+a, b = launches
+print(json.dumps([a.fingerprint == b.fingerprint, [a.options, b.options], len(b.arguments), refusal]))
+"""
+    )
+    assert same and options == [{"num_warps": 4, "BLOCK": 64, "enable_fp_fusion": True}] * 2 and count == 4
+    assert "double_kernel" in refusal
+
+
 def test_the_fingerprint_knows_the_architecture(run):
     prints = run(
         """
@@ -157,12 +179,11 @@ def test_the_log_of_ptxas_comes_with_the_compilation_or_from_a_run_of_its_own(ru
     result = run_python(
         COMMON
         + """
-from gpukern.conv import prepare
-from gpukern.conv.plan import ConvPlan, Variant
+from gpukern.conv import ConvPlan, Variant, force_plan
 import gpukern.functional as F
-prepare.plan = lambda *_: ConvPlan(Variant.TAPS, 128, 256, 64, num_warps=4, num_stages=3)
+wide = ConvPlan(Variant.TAPS, 128, 256, 64, num_warps=4, num_stages=3)
 x, w = (tensor(*shape).contiguous(memory_format=torch.channels_last) for shape in ((8, 256, 28, 28), (256, 256, 3, 3)))
-with record_launches(H100) as launches:
+with force_plan(wide), record_launches(H100) as launches:
     F.conv2d(x, w, padding=1)
 with ptxas_log() as log:
     compiled = launches[-1].compile()

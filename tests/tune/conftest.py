@@ -9,7 +9,7 @@ import pytest
 
 from gpukern.conv import database, launch, planner
 from gpukern.conv.plan import ConvPlan
-from gpukern.conv.prepare import prepare
+from gpukern.conv.prepare import prepare_launch
 from gpukern.runtime.mode import EMULATE
 from gpukern.tune import measure
 from tests.device import DEVICE
@@ -23,10 +23,10 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setenv("GPUKERN_PLANS", str(tmp_path / "plans"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     database.clear()
-    prepare.cache_clear()
+    prepare_launch.cache_clear()
     yield tmp_path / "plans"
     database.clear()
-    prepare.cache_clear()
+    prepare_launch.cache_clear()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def plans_of(call: Call, device) -> list[ConvPlan]:
     """Those that are tried and can run here, the planner's choice first."""
     spec = device_spec(device)
     ranked = planner.ranking(call.problem, call.direction, call.operands, spec)
-    heuristic = planner.plan(call.problem, call.direction, call.operands, spec)
+    heuristic = planner.heuristic_plan(call.problem, call.direction, call.operands, spec)
     tried = [plan for plan in measure.worth_trying(ranked, heuristic) if not planner.only_measured(plan)]
     return sorted(tried, key=lambda plan: plan != heuristic)
 

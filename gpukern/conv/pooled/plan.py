@@ -19,7 +19,7 @@ def together(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> Ra
     return _fastest(pooled_problem(problem), operands, device)
 
 
-def apart(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> float:
+def seconds_apart(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> float:
     """The seconds that both launches are expected to take; ``operands.output`` is the convolution's."""
     moved = pool.work(windows_of(problem), pool.Pooling.MAX, operands.itemsize).bytes
     return _fastest(problem, operands, device).seconds + pass_seconds(moved, device)
@@ -34,7 +34,7 @@ def choose(problem: ConvProblem, of_both: Operands, of_convolution: Operands, de
     if not problem.N:
         return None
     one = together(problem, of_both, device)
-    return one.plan if one and one.seconds <= apart(problem, of_convolution, device) else None
+    return one.plan if one and one.seconds <= seconds_apart(problem, of_convolution, device) else None
 
 
 def _fastest(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> Ranked | None:

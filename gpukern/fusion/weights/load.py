@@ -6,6 +6,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from gpukern.fusion.errors import WeightsError, WeightsWarning
 from gpukern.fusion.weights.files import read
 from gpukern.fusion.weights.foreign import listed
 from gpukern.fusion.weights.names import Fit, completed, fits, is_auxiliary, missing, plain, unwrapped
-from gpukern.fusion.weights.states import State, is_averaged, rank, states, without
+from gpukern.fusion.weights.states import State, is_averaged, rank, states_in, unnamed_averages, without
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -25,7 +26,7 @@ def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     but tensors and plain values is unpickled.
     """
     path = Path(path)
-    found = _states(path)
+    found = _states(read(path), path)
     chosen = min(found, key=lambda state: (not is_averaged(".".join(state.path)), rank(".".join(state.path))))
     return plain(chosen.tensors)
 
@@ -38,8 +39,8 @@ def fill(model: torch.nn.Module, path: str | Path) -> None:
     does not fit, or where several states do and none is the obvious one.
     """
     path = Path(path)
-    own = model.state_dict()
-    found = [fit for state in _states(path) for fit in fits(state, own)]
+    own, held = model.state_dict(), read(path)
+    found = [fit for state in _states(held, path) for fit in fits(state, own)]
     whole = [fit for fit in found if _is_whole(fit, own)]
     if whole:
         chosen = _choose(whole, path)
@@ -50,11 +51,12 @@ def fill(model: torch.nn.Module, path: str | Path) -> None:
             _warn(f"{path}: {closest.label!r} was taken, and of other parts: {listed(closest.missing)}")
     _copy(model, own, chosen, path)
     _tell(chosen, found, own, path)
+    if lists := list(unnamed_averages(held)):
+        _warn(f"{path}: averaged weights that are a list, without names, were not taken: {listed(lists)}")
 
 
-def _states(path: Path) -> list[State]:
-    held = read(path)
-    found = states(held)
+def _states(held: Any, path: Path) -> list[State]:
+    found = states_in(held)
     if not found:
         raise WeightsError(f"{path} holds no state_dict: expected tensors by name, and there is {without(held)}")
     return found
@@ -99,7 +101,8 @@ def _tell(chosen: Fit, found: Sequence[Fit], own: Collection[str], path: Path) -
     if beside:
         of = " (averaged weights)" if is_averaged(chosen.label) else ""
         _warn(f"{path}: {taken}{of} was taken, and not {listed([repr(label) for label in beside])}")
-    others = [*chosen.others, *(name for name in chosen.tensors if name not in own)]
+    # What else the model has no such name for, its own hooks of loading have renamed, or it would have been refused.
+    others = [*chosen.others, *(name for name in chosen.tensors if name not in own and is_auxiliary(name))]
     if others:
         of = f" of {taken}" if chosen.label else ""
         _warn(f"{path}: left out{of}: {listed(others)}")

@@ -27,7 +27,7 @@ class State:
     versions: Mapping[str, Any] | None = None
 
 
-def states(held: Any) -> list[State]:
+def states_in(held: Any) -> list[State]:
     """Every state in what a file holds, in order, without those of optimizers."""
     return list(_found(held, (), set()))
 
@@ -48,6 +48,19 @@ def _found(held: Any, path: tuple[str, ...], seen: set[int]) -> Iterator[State]:
     for name, value in held.items():
         if isinstance(name, str) and isinstance(value, (Mapping, list, tuple)):
             yield from _found(value, (*path, name), seen)
+
+
+def unnamed_averages(held: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Labels of averaged weights that are lists: some averaging programs keep them by the order of the parameters."""
+    if isinstance(held, (list, tuple)):
+        if held and all(isinstance(value, torch.Tensor) for value in held):
+            if is_averaged(".".join(path)):
+                yield ".".join(path)
+            return
+        held = dict(enumerate(held[:_ENTRIES]))
+    if isinstance(held, Mapping) and len(path) <= _DEPTH:
+        for name, value in held.items():
+            yield from unnamed_averages(value, (*path, str(name)))
 
 
 def is_averaged(label: str) -> bool:

@@ -8,9 +8,9 @@ order, and there are no atomics: the same bits in every run. See :mod:`gpukern.o
 import triton
 import triton.language as tl
 
-from gpukern.conv.passes.kernels import merged_statistics
 from gpukern.ops._activation.functions import activation_backward, apply_activation
 from gpukern.ops._batch_norm.functions import affine, channel_tile, load_numbers, load_tile, pixel_tile, store_tile
+from gpukern.ops._reduction.kernels import merged_statistics
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.conv.launch import prepared_for, run
-from gpukern.conv.plan import Direction
-from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import Epilogue
+from gpukern.conv import ConvProblem, Direction, Epilogue, prepared_for, run
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm import functions, kernels
 from gpukern.ops._batch_norm.problem import Running

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gpukern.conv.problem import ConvProblem
-from gpukern.conv.reference import conv2d
+from gpukern.conv import ConvProblem, reference
 from gpukern.ops._activation import reference as activations
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm.problem import Running
@@ -74,7 +73,7 @@ def conv2d_batch_norm(
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, z, mean, variance) with ``z = x ∗ filters + filters_bias`` and y as :func:`batch_norm_training` of z."""
-    z = conv2d(problem, input, filters, filters_bias, None, "none", 0.0)
+    z = reference.conv2d(problem, input, filters, filters_bias, None, "none", 0.0)
     y, *numbers = batch_norm_training(z, weight, bias, residual, eps, activation, negative_slope, running)
     return y, z, *numbers
 

@@ -6,11 +6,7 @@ import functools
 
 import torch
 
-from gpukern.conv import launch
-from gpukern.conv.plan import Direction
-from gpukern.conv.prepare import prepare
-from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import Epilogue, Prepared
+from gpukern.conv import ConvProblem, Direction, Epilogue, Prepared, prepare_launch, write
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import matmul_precision
 
@@ -24,7 +20,7 @@ def linear(
     if bias is not None and bias.shape[0] != outputs:
         bias = bias.expand(outputs)
     output = torch.empty((problem.N, outputs), dtype=input.dtype, device=input.device)
-    launch.write(prepared, output, input, weight, bias, None, negative_slope)
+    write(prepared, output, input, weight, bias, None, negative_slope)
     return output
 
 
@@ -32,7 +28,7 @@ def linear_weight_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     (rows, inputs), outputs = input.shape, grad.shape[1]
     prepared = _prepared(_as_convolution(rows, inputs, outputs), Direction.WEIGHT_GRAD, grad, input)
     output = torch.empty((outputs, inputs), dtype=grad.dtype, device=grad.device)
-    launch.write(prepared, output, grad, input)
+    write(prepared, output, grad, input)
     return output
 
 
@@ -40,7 +36,7 @@ def _prepared(
     problem: ConvProblem, direction: Direction, first: torch.Tensor, second: torch.Tensor, activation: str = "none"
 ) -> Prepared:
     """For matrices [M, C] as M images of one pixel."""
-    return prepare(
+    return prepare_launch(
         problem,
         direction,
         (*first.stride(), 0, 0),

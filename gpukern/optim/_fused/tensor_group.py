@@ -58,10 +58,11 @@ class Bundle:
         }
         self._dense = [self._copies.get(number, parameter) for number, parameter in enumerate(self._parameters)]
         self._strides = [dense.stride() for dense in self._dense]
-        self._state_places = [
-            [(held, _place(held)) for held in (*entry.states, entry.master, entry.step) if held is not None]
-            for entry in entries
+        # So may the ``data`` of a state, whose old memory is then somebody else's: a kernel must not write there.
+        self._held_states = [
+            held for entry in entries for held in (*entry.states, entry.master, entry.step) if held is not None
         ]
+        self._state_places = list(map(_place, self._held_states))
         self._turn = 0
         # Gradients are held no longer than a step: what zero_grad() gives up is free for the next backward.
         self._seen: list[Callable[[], torch.Tensor | None]] = []
@@ -159,20 +160,17 @@ class Bundle:
         return True
 
     def _is_untouched(self) -> bool:
-        """Whether the sizes and the states of the first parameter, and of another in every step, are what they were.
+        """Whether all states are where they were, and the sizes of the first parameter, and of another in every step,
+        what they were.
 
-        What is replaced in the optimizer's state is always noticed, and so is a parameter that is elsewhere. This is
-        for the ``data`` of states, and for a parameter that became shorter where it lies. Whoever does so, to keep
-        states in the host's memory for instance, does so for all; to look at all would take as long as all the rest.
+        What is replaced in the optimizer's state is always noticed, and so are a parameter and the ``data`` of a state
+        that are elsewhere. The sizes are for a parameter that became shorter where it lies: whoever does so does it to
+        all, and to look at all would take as long as all the rest.
         """
         self._turn = (self._turn + 1) % len(self.entries)
-        for number in (0, self._turn):
-            if self._owners[number].shape != self._shapes[number]:
-                return False
-            for held, place in self._state_places[number]:
-                if _place(held) != place:
-                    return False
-        return True
+        return list(map(_place, self._held_states)) == self._state_places and all(
+            self._owners[number].shape == self._shapes[number] for number in (0, self._turn)
+        )
 
     def _are_as_expected(self, gradients: list[torch.Tensor]) -> bool:
         """Whether nothing of these tensors has to be looked at one by one. Quickly."""

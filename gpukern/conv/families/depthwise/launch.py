@@ -9,11 +9,11 @@ from gpukern.conv.families.depthwise import kernels, weight_kernels
 from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tiles_per_split
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Shape, Strides, alignment
-from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
+from gpukern.runtime.launch import compile_time, index_type, launch, reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -52,6 +52,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
         "INDEX": index_type(max(map(reach, (of_source, of_output), (source, output)))),
     }
     cut = cut_of(p, direction, choice)
+    constants = compile_time(kernels.conv2d_depthwise_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         arguments = (
@@ -65,7 +66,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
             choice.box[1],
             negative_slope,
         )
-        launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, options)
+        launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, constants)
 
     return Launch(run, cut.tiles if request.epilogue.statistics else 0)
 
@@ -96,12 +97,13 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
         "INDEX": index_type(max(map(reach, (of_grad, of_source), (grad, source)))),
     }
     programs = cut_of(p, request.direction, choice).channel_blocks, choice.splits
+    constants = compile_time(weight_kernels.conv2d_depthwise_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
         filter = Filter(partial, p.group_outputs * k, k, c, r, s)
         arguments = (Image(first, *grad), Image(second, *source), filter, *scalars)
-        launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, options)
+        launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
 
     return Launch(run)

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from gpukern.conv.epilogue import store_statistics
-from gpukern.conv.indexing import phase_taps, split_pixel, taps_inside
+from gpukern.conv.indexing import phase_taps, taps_inside
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._pixels import split_pixel
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch, reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -38,6 +38,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         "num_stages": choice.num_stages,
     }
     rows, cols, phases = grid(p, request.direction, choice)
+    constants = compile_time(kernels.conv2d_block_diagonal_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         arguments = (
@@ -52,6 +53,6 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
             p.padding[2],
             negative_slope,
         )
-        launch(kernels.conv2d_block_diagonal_kernel, (rows * cols, phases), out.device, arguments, options)
+        launch(kernels.conv2d_block_diagonal_kernel, (rows * cols, phases), out.device, arguments, constants)
 
     return Launch(run, rows if request.epilogue.statistics else 0)

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 
 from gpukern.conv.epilogue import add_splits, pooled_rows, store_statistics
-from gpukern.conv.indexing import inside_image, phase_taps, split_pixel, taps_inside, tile_order
+from gpukern.conv.indexing import inside_image, phase_taps, taps_inside, tile_order
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._pixels import split_pixel
 
 
 @triton.jit

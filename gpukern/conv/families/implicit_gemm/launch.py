@@ -12,14 +12,14 @@ from gpukern.conv.families.implicit_gemm.plan import grid
 from gpukern.conv.geometry import tiled_pixels
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
-from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
+from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch, reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -56,6 +56,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     programs = grid(p, request.direction, choice)
     tiles = math.prod(programs) // choice.splits
     partial_size = tiles * choice.splits * choice.block_m * choice.block_n if choice.splits > 1 else 0
+    constants = compile_time(kernels.conv2d_gather_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         device = out.device
@@ -77,7 +78,7 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
             p.padding[2],
             negative_slope,
         )
-        launch(kernels.conv2d_gather_kernel, programs, device, arguments, options)
+        launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
     pixels, _ = tiled_pixels(p, request.direction)
     return Launch(run, cdiv(pixels, choice.block_m) if request.epilogue.statistics else 0)
@@ -106,11 +107,12 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
         **_tile(choice),
     }
     programs = grid(p, Direction.WEIGHT_GRAD, choice)
+    constants = compile_time(weight_kernels.conv2d_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
         arguments = (Image(first, *grad), Image(second, *source), Filter(partial, *of_filter), *scalars)
-        launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, options)
+        launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
 
     return Launch(run)

@@ -9,6 +9,7 @@ from gpukern.conv.families.family import Family
 from gpukern.conv.geometry import dimensions, phases, tiled_pixels
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
+from gpukern.ops._reduction.splits import pixel_splits
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two, shares
 
@@ -166,17 +167,6 @@ def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[int]:
 def _whole_steps(reduction: int, longest: int) -> bool:
     """Whether steps of ``longest``, or of the next power of two, end where the channels do."""
     return reduction % power_of_two(reduction, 16, longest) == 0
-
-
-def pixel_splits(pixels: int, block_k: int, programs: int, device: DeviceSpec) -> int:
-    """Enough splits for two waves, of at least four steps along the sum each; partial sums cost memory traffic."""
-    wanted = cdiv(2 * device.sm_count, max(programs, 1))
-    return max(1, min(wanted, cdiv(pixels, 4 * block_k), 64))
-
-
-def channel_sum_splits(pixels: int, channels: int, device: DeviceSpec) -> int:
-    """Splits of the bias gradient, whose programs take 64 channels each."""
-    return pixel_splits(pixels, 64, cdiv(channels, 64), device)
 
 
 def _needs_measurement(plan: ConvPlan) -> bool:

@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from gpukern.conv.indexing import inside_image, split_pixel, tile_order
+from gpukern.conv.indexing import inside_image, tile_order
 from gpukern.conv.tf32 import rounded
+from gpukern.ops._pixels import split_pixel
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from gpukern.conv.request import Launch, Request
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launch import compile_time, launch
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -37,6 +37,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     tiles, phases = tile_count(p, direction, choice), 4 if writes_halves(p, direction) else 1
     partial_size = tiles * phases * choice.splits * choice.block_m * choice.block_n if choice.splits > 1 else 0
     scalars, options = _scalars(request), _options(request, choice)
+    grid, constants = (tiles, phases, choice.splits), compile_time(kernels.conv2d_box_kernel, options)
 
     def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
         device = output.device
@@ -56,7 +57,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
             *scalars,
             negative_slope,
         )
-        launch(kernels.conv2d_box_kernel, (tiles, phases, choice.splits), device, arguments, options)
+        launch(kernels.conv2d_box_kernel, grid, device, arguments, constants)
 
     parts = math.prod(choice.box) // math.prod(part(choice.box))
     return Launch(run, box_count(p, direction, choice.box) * parts if request.epilogue.statistics else 0)

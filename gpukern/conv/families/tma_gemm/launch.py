@@ -9,14 +9,14 @@ import torch
 from gpukern.conv.families.tma_gemm import kernels
 from gpukern.conv.families.tma_gemm.plan import matrices, parts, persistent, row_tiles, tile_count
 from gpukern.conv.layouts import Shape, Strides, pixel_stride
-from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import strides_of
+from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launch import compile_time, launch
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -46,6 +46,7 @@ def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
         "ACTIVATION": request.epilogue.activation,
         **_tile(choice),
     }
+    constants = compile_time(kernels.conv2d_gemm_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         device = out.device
@@ -68,7 +69,7 @@ def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
             reduction,
             negative_slope,
         )
-        launch(kernels.conv2d_gemm_kernel, (programs, choice.splits), device, arguments, options)
+        launch(kernels.conv2d_gemm_kernel, (programs, choice.splits), device, arguments, constants)
 
     return Launch(run, row_tiles(p, choice) * pieces if request.epilogue.statistics else 0)
 
@@ -85,11 +86,12 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     scalars = (*matrices(p, choice), p.K, p.C)
     programs = tile_count(p, Direction.WEIGHT_GRAD, choice), choice.splits
     options = {"PLANES": choice.box is not None, **_tile(choice)}
+    constants = compile_time(kernels.conv2d_gemm_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
         arguments = (grad.of(first), source.of(second), output.of(partial), *scalars)
-        launch(kernels.conv2d_gemm_weight_grad_kernel, programs, out.device, arguments, options)
+        launch(kernels.conv2d_gemm_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
 
     return Launch(run)

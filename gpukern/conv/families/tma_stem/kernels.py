@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from gpukern.conv.families.tma_conv.kernels import finish
-from gpukern.conv.indexing import inside_image, split_pixel, tile_order
+from gpukern.conv.indexing import inside_image, tile_order
+from gpukern.ops._pixels import split_pixel
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv, power_of_two
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch, reach
 
 # A thread packs two pixels.
 _PACKED_PIXELS = 256
@@ -72,13 +72,15 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         "num_warps": choice.num_warps,
         "num_stages": choice.num_stages,
     }
+    pack_constants = compile_time(kernels.stem_pack_kernel, pack_options)
+    constants = compile_time(kernels.conv2d_stem_kernel, options)
 
     def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
         device = output.device
         image = torch.empty(of_packed.elements, dtype=dtype, device=device)
         rows = torch.empty(p.R * p.K * block_k, dtype=dtype, device=device)
         pack_arguments = (Image(first, *source), Image(second, *filter), image, rows, *pack_scalars)
-        launch(kernels.stem_pack_kernel, pack_grid, device, pack_arguments, pack_options)
+        launch(kernels.stem_pack_kernel, pack_grid, device, pack_arguments, pack_constants)
         arguments = (
             windows.of(image),
             filter_rows.of(rows),
@@ -89,6 +91,6 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
             *scalars,
             negative_slope,
         )
-        launch(kernels.conv2d_stem_kernel, grid, device, arguments, options)
+        launch(kernels.conv2d_stem_kernel, grid, device, arguments, constants)
 
     return Launch(run, box_count(p, request.direction, box) if request.epilogue.statistics else 0)

@@ -7,12 +7,12 @@ import torch
 from gpukern.conv.families.tma_wgrad import kernels
 from gpukern.conv.families.tma_wgrad.plan import tile_count, together
 from gpukern.conv.layouts import Shape, Strides
-from gpukern.conv.passes.launch import add_partial_sums, partial_sums
 from gpukern.conv.plan import ConvPlan
 from gpukern.conv.request import Launch, Request
+from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launch import compile_time, launch
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -44,11 +44,12 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         "num_stages": choice.num_stages,
     }
     programs = tile_count(p, choice), choice.splits
+    constants = compile_time(kernels.conv2d_batch_box_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
         arguments = (grad.of(first), source.of(second), output.of(partial), *scalars)
-        launch(kernels.conv2d_batch_box_weight_grad_kernel, programs, out.device, arguments, options)
+        launch(kernels.conv2d_batch_box_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
 
     return Launch(run)

@@ -15,7 +15,7 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import strides_of
 from gpukern.runtime.descriptor import Described
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launch import compile_time, launch
 
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -56,6 +56,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         "num_warps": choice.num_warps,
     }
     grid = (min(tile_count(p, direction, choice), request.device.sm_count),)
+    constants = compile_time(kernels.conv2d_warp_specialized_kernel, options)
 
     def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
         arguments = (
@@ -68,7 +69,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
             window,
             negative_slope,
         )
-        launch(kernels.conv2d_warp_specialized_kernel, grid, output.device, arguments, options)
+        launch(kernels.conv2d_warp_specialized_kernel, grid, output.device, arguments, constants)
 
     return Launch(run, box_count(p, direction, box) if request.epilogue.statistics else 0)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from gpukern.fusion import formatting
-from gpukern.fusion.graph_layout import Edge, Layout, Way, layout
-from gpukern.fusion.report import FusedGroup, GraphNode
+from gpukern.fusion.report import formatting
+from gpukern.fusion.report.graph_layout import Edge, Layout, Way, layout
+from gpukern.fusion.report.values import FusedGroup, GraphNode
 
 #: Groups take turns: as many colours as CSS classes c0, c1, …
 COLOURS = 10

@@ -1,22 +1,9 @@
-"""What a fusion did, as values: see ``render`` for the terminal, ``page`` for HTML."""
+"""What a fusion did, as values."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
-
-from gpukern.runtime.files import write_text
-from gpukern.runtime.records import build, plain
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-#: Of the JSON; changed whenever the meaning of a field changes.
-FORMAT = "gpukern fusion report, version 1"
-#: Its name inside a saved model.
-IN_ARCHIVE = "gpukern_report.json"
+from typing import NamedTuple
 
 
 class NotFused(NamedTuple):
@@ -113,8 +100,8 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class FusionReport:
-    """What :func:`gpukern.fuse` did. ``environment`` names versions and device."""
+class ReportValues:
+    """What :func:`gpukern.fuse` did, without the forms that a report has. ``environment`` names versions and device."""
 
     model: str
     dtype: str
@@ -134,35 +121,3 @@ class FusionReport:
     def max_error(self) -> float | None:
         """‖y − truth‖ / ‖truth‖ of the model's output; None where verification was not asked for."""
         return None if self.verification is None else self.verification.error
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """All of it as JSON, also written to ``path``: whole or, with OSError, not at all."""
-        told = {"format": FORMAT, **plain(self, name_nonfinite=True)}
-        text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        if path is not None:
-            write_text(path, text)
-        return text
-
-    @classmethod
-    def from_json(cls, text: str) -> FusionReport:
-        """What :meth:`to_json` wrote. ValueError, saying what is wrong, for anything else."""
-        given = json.loads(text)
-        if not isinstance(given, dict) or given.get("format") != FORMAT:
-            raise ValueError(f"not a {FORMAT!r}")
-        return build(cls, given, "the report", ignore_unknown=True)
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """One page that needs no other file, as ``path``: whole or, with OSError, not at all."""
-        from gpukern.fusion.page import page
-
-        write_text(path, page(self))
-
-    def __rich__(self) -> RenderableType:
-        from gpukern.fusion.render import render
-
-        return render(self)
-
-    def __str__(self) -> str:
-        from gpukern.fusion.render import as_text
-
-        return as_text(self)

@@ -8,16 +8,16 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from gpukern.fusion import formatting
-from gpukern.fusion.report import FusedGroup, FusionReport, GraphNode
-from gpukern.fusion.svg import COLOURS, picture
+from gpukern.fusion.report import formatting
+from gpukern.fusion.report.svg import COLOURS, picture
+from gpukern.fusion.report.values import FusedGroup, GraphNode, ReportValues
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 #: Numbers written under the bars, at most.
 _LABELS = 30
 
 
-def page(report: FusionReport) -> str:
+def page(report: ReportValues) -> str:
     """The page; the same report gives the same bytes."""
     return Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_text(f"{report.model}, fused"),
@@ -44,12 +44,12 @@ def _nodes(graph: Sequence[GraphNode]) -> str:
     return formatting.count(len(graph), "node")
 
 
-def _notes(report: FusionReport) -> str:
+def _notes(report: ReportValues) -> str:
     items = "".join(f"<li>{_text(note)}</li>" for note in report.notes)
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 
-def _cards(report: FusionReport) -> Iterator[str]:
+def _cards(report: ReportValues) -> Iterator[str]:
     before, after = report.before, report.after
     if report.timing_before and report.timing_after:
         fast = report.timing_after
@@ -64,7 +64,7 @@ def _cards(report: FusionReport) -> Iterator[str]:
     yield _card("groups fused", f"{len(report.fused):,}", f"{len(report.not_fused) or 'nothing'} left as it was")
 
 
-def _error_card(report: FusionReport) -> str:
+def _error_card(report: ReportValues) -> str:
     check = report.verification
     if check is None:
         return _card("error", formatting.NONE, "not verified")
@@ -91,7 +91,7 @@ def _card(name: str, value: str, detail: str, kind: str = "") -> str:
     )
 
 
-def _comparison(report: FusionReport) -> str:
+def _comparison(report: ReportValues) -> str:
     rows = "".join(
         f'<tr><td>{_text(line.name)}</td><td class="n">{_text(line.before)}</td><td class="n">{_text(line.after)}</td>'
         f"<td>{_text(line.gain)}</td></tr>"
@@ -173,7 +173,7 @@ def _lines(text: str) -> str:
 # ---- tables --------------------------------------------------------------------------------------------------------
 
 
-def _groups(report: FusionReport) -> str:
+def _groups(report: ReportValues) -> str:
     if not report.fused:
         return '<div class="panel">nothing</div>'
     columns = formatting.columns(report)
@@ -194,7 +194,7 @@ def _row(number: int, group: FusedGroup, columns: Sequence[formatting.Column]) -
     return f'<tr id="g{number}" data-group="{number}"><td>{link}</td>{cells}</tr>'
 
 
-def _left(report: FusionReport) -> str:
+def _left(report: ReportValues) -> str:
     items = "".join(
         f"<li><b>{escape(reason)}</b> ({len(names)})<small>{escape(', '.join(names))}</small></li>"
         for reason, names in formatting.reasons(report).items()

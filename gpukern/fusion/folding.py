@@ -47,7 +47,7 @@ def exact(program: Program, match: Match) -> tuple[torch.Tensor, torch.Tensor | 
     bias = None if product.bias is None else constant(program, product.bias).double()
     groups, transposed = product.groups, product.transposed
     for step in reversed(match.before):
-        # [1, C/groups] for each group: never transposed, see match.py.
+        # [1, C/groups] for each group: never transposed, see matcher.py.
         shift = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
         added = (grouped(shift, groups) * step.shift.view(groups, 1, -1)).sum(2).flatten()
         bias = added if bias is None else bias + added

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from gpukern.conv.indexing import split_pixel
 from gpukern.ops._activation.functions import activation_backward
+from gpukern.ops._pixels import split_pixel
 
 
 @triton.jit

@@ -11,8 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from gpukern.fusion import formatting
-from gpukern.fusion.report import FusionReport
+from gpukern.fusion.report import formatting
+from gpukern.fusion.report.values import ReportValues
 
 #: Columns of what goes into a pipe: no window to fit, and nothing may be cut off.
 _WIDE = 180
@@ -20,13 +20,13 @@ _WIDE = 180
 _LISTED = 6
 
 
-def as_text(report: FusionReport) -> str:
+def as_text(report: ReportValues) -> str:
     console = Console(width=_WIDE, color_system=None, highlight=False, file=io.StringIO())
     console.print(render(report))
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def render(report: FusionReport) -> RenderableType:
+def render(report: ReportValues) -> RenderableType:
     """All of it, for a rich console."""
     failed = report.verification is not None and not report.verification.passed
     return Group(
@@ -47,7 +47,7 @@ def _table(*columns: tuple[str, bool]) -> Table:
     return table
 
 
-def _comparison(report: FusionReport) -> RenderableType:
+def _comparison(report: ReportValues) -> RenderableType:
     table = _table(("", False), ("before", True), ("after", True), ("gain", False))
     for line in formatting.comparison(report):
         table.add_row(line.name, line.before, Text(line.after, style="bold"), line.gain)
@@ -57,7 +57,7 @@ def _comparison(report: FusionReport) -> RenderableType:
     return table
 
 
-def _groups(report: FusionReport) -> Iterator[RenderableType]:
+def _groups(report: ReportValues) -> Iterator[RenderableType]:
     """A row each; what no group has gets no column."""
     if not report.fused:
         return
@@ -69,7 +69,7 @@ def _groups(report: FusionReport) -> Iterator[RenderableType]:
     yield table
 
 
-def _left(report: FusionReport) -> Iterator[RenderableType]:
+def _left(report: ReportValues) -> Iterator[RenderableType]:
     if not report.not_fused:
         return
     yield Text("not fused, because", style="bold")
@@ -82,7 +82,7 @@ def _left(report: FusionReport) -> Iterator[RenderableType]:
     yield Padding(grid, (0, 0, 1, 0))
 
 
-def _environment(report: FusionReport) -> Iterator[RenderableType]:
+def _environment(report: ReportValues) -> Iterator[RenderableType]:
     if report.environment:
         known = ", ".join(
             f"{formatting.clean(name)} {formatting.clean(value)}" for name, value in report.environment.items()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from gpukern.fusion.report import GraphNode
+from gpukern.fusion.report.values import GraphNode
 
 
 class Way(Enum):

@@ -1,14 +1,17 @@
-"""Launches the passes over whole tensors."""
+"""Launches copies between layouts, sums over pixels, and what puts partial results together."""
 
 from __future__ import annotations
 
 import torch
 
-from gpukern.conv.layouts import dense_strides
-from gpukern.conv.passes import kernels
 from gpukern.ops._image import Image, image
+from gpukern.ops._reduction import kernels
+from gpukern.ops._reduction.splits import channel_sum_splits
+from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.strides import dense_strides
+from gpukern.runtime.tensors import check_kernel_dtype
 
 _NOTHING = Image(None, 0, 0, 0, 0)
 #: Partial sums that a program has on their way to it: 16 of each thread.
@@ -80,27 +83,30 @@ def merge_statistics(statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return total, deviations
 
 
-def channel_sum(grad: torch.Tensor, splits: int) -> torch.Tensor:
-    """Σ over all but the channels of ``grad`` [N, K, P, Q], shared by ``splits`` programs: [K]."""
-    return _channel_sum(grad, _NOTHING, _NOTHING, splits, "none", 0.0)
+def channel_sum(grad: torch.Tensor) -> torch.Tensor:
+    """Σ over all but the channels of ``grad`` [N, K, P, Q]: [K]."""
+    check_kernel_dtype("channel_sum", grad.dtype)
+    return _channel_sum(grad, _NOTHING, _NOTHING, "none", 0.0)
 
 
 def activation_grad_sum(
-    grad: torch.Tensor, output: torch.Tensor, splits: int, activation: str, negative_slope: float
+    grad: torch.Tensor, output: torch.Tensor, activation: str, negative_slope: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``∂L/∂z = ∂L/∂y · act′`` in ``output``'s layout, and its :func:`channel_sum`, in one pass."""
+    check_kernel_dtype("activation_grad_sum", grad.dtype)
     inner = torch.empty_like(output)
-    return inner, _channel_sum(grad, image(output), image(inner), splits, activation, negative_slope)
+    return inner, _channel_sum(grad, image(output), image(inner), activation, negative_slope)
 
 
 def _channel_sum(
-    grad: torch.Tensor, output: Image, inner: Image, splits: int, activation: str, negative_slope: float
+    grad: torch.Tensor, output: Image, inner: Image, activation: str, negative_slope: float
 ) -> torch.Tensor:
     N, K, P, Q = grad.shape
     sums = torch.empty(K, dtype=grad.dtype, device=grad.device)
     pixels = N * P * Q
     if pixels == 0 or K == 0:
         return sums.zero_()
+    splits = channel_sum_splits(pixels, K, device_spec(grad.device))
     partial = partial_sums(sums, splits)
     farthest = max(reach(grad.shape, strides) for strides in (grad.stride(), output[1:], inner[1:]))
     launch(

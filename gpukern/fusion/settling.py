@@ -3,20 +3,21 @@
     bn(cat([a ∗ x, b ∗ y])) = cat([bn₁(a ∗ x), bn₂(b ∗ y)]),   relu(reshape(x w)) = reshape(relu(x w)),
     flatten(bn(x)) w = bn'(flatten(x)) w
 
-The program computes the same in exact arithmetic, and matching finds the pairs that it knows. ``moves`` tells what is
+The program computes the same in exact arithmetic, and matching finds the pairs that it knows. ``is_move`` tells what is
 a move; averages of a channel's pixels are as good for a batch norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Node
 
-from gpukern.fusion.affine import Affine, affine, is_batch_norm
-from gpukern.fusion.match import skipped_by, understood
-from gpukern.fusion.moves import FOREIGN, Flow, carries, flow, moves, numbered
+from gpukern.fusion.affine import Affine, as_affine, is_batch_norm
+from gpukern.fusion.conditions import skipped_by, why_no_product
+from gpukern.fusion.moves import FOREIGN, Flow, carries, flow, is_move, numbered
 from gpukern.fusion.moving import Place, move_after, move_before
 from gpukern.fusion.products import Product, activation, is_product, product
 from gpukern.fusion.program import Program, is_call, operation, sole_user, title, value, value_of_any
@@ -26,18 +27,36 @@ _Found = list[Place] | torch.Tensor | str
 _BATCHES = (2, 3)
 
 
-def settle(program: Program, skip: Sequence[str] = ()) -> Program:
-    """``program`` with all beside its layer that a layer can take."""
+@dataclass(frozen=True)
+class Settled:
+    """``program`` with all beside its layer that a layer can take. ``before`` and ``after``: of nodes that stayed, why
+    no layer before or after them could take what they scale and shift."""
+
+    program: Program
+    before: dict[Node, str] = field(default_factory=dict)
+    after: dict[Node, str] = field(default_factory=dict)
+
+    def why_there(self, node: Node, why_not_fused: str) -> str:
+        """Why a batch norm is where it is, ``why_not_fused`` with what comes right before it."""
+        return "; ".join(filter(None, (self.before.get(node, why_not_fused), self.after.get(node))))
+
+
+def settle(program: Program, skip: Sequence[str] = ()) -> Settled:
+    """Move what a layer can take beside it."""
     graph, _ = program.copy()
-    settled = program.with_graph(graph, dict(program.constants))
+    settled = Settled(program.with_graph(graph, dict(program.constants)))
     for node in [each for each in graph.nodes if is_call(each)]:
-        places = _of_activation(settled, node, skip) or upward(settled, node, skip)
+        places = _of_activation(settled.program, node, skip) or _upward(settled.program, node, skip)
         if isinstance(places, list):
-            move_after(settled, node, places)
+            move_after(settled.program, node, places)
+        elif places:
+            settled.before[node] = places
     for node in [each for each in reversed(graph.nodes) if is_call(each)]:
-        places = downward(settled, node, skip)
+        places = _downward(settled.program, node, skip)
         if isinstance(places, list):
-            move_before(settled, node, places)
+            move_before(settled.program, node, places)
+        elif places:
+            settled.after[node] = places
     graph.lint()
     return settled
 
@@ -45,7 +64,7 @@ def settle(program: Program, skip: Sequence[str] = ()) -> Program:
 # ---- to the layer before ---------------------------------------------------------------------------------------------
 
 
-def upward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | str | None:
+def _upward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | str | None:
     """The layers that can take over what ``node`` scales and shifts; why not, if moves are all that is between them.
 
     None for other nodes, and for those that follow no move.
@@ -115,16 +134,16 @@ def _layer(program: Program, node: Node) -> Product | None:
             return None
         found = found.args[0]
     layer = product(found) if is_product(found) else None
-    if layer is None or not understood(program, layer):
+    if layer is None or why_no_product(program, layer):
         return None
     return layer if found is node or layer.has_channels else None
 
 
 def _of_activation(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | None:
     """The layers that can compute an activation of all that they make, which only moves part from it."""
-    if activation(node) is None or not node.args or not moves(node.args[0]) or skipped_by(node, skip):
+    if activation(node) is None or not node.args or not is_move(node.args[0]) or skipped_by(node, skip):
         return None
-    sources, between = _cone(node.args[0], moves)
+    sources, between = _cone(node.args[0], is_move)
     layers = [None if _why_no_layer(program, source, skip) else _layer(program, source) for source in sources]
     if not all(layer is not None and layer.takes_activation for layer in layers):
         return None
@@ -138,7 +157,7 @@ def _of_activation(program: Program, node: Node, skip: Sequence[str]) -> list[Pl
 # ---- to the layer after ----------------------------------------------------------------------------------------------
 
 
-def downward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | str | None:
+def _downward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | str | None:
     """The layers whose inputs can be scaled and shifted instead of ``node``'s; why not, if it only could be so folded.
 
     None for other nodes, and for those that are beside a layer already.
@@ -183,7 +202,7 @@ def _why_not_into(program: Program, user: Node, operand: Node, skip: Sequence[st
     if found.padded:
         return f"{named} pads it with zeros, which are not shifted"
     once = user.all_input_nodes.count(operand) == 1 and found.input is operand
-    return None if once and understood(program, found) else f"{named} has no constant weights"
+    return None if once and not why_no_product(program, found) else f"{named} has no constant weights"
 
 
 # ---- both ways -------------------------------------------------------------------------------------------------------
@@ -194,12 +213,12 @@ def _affine(program: Program, node: Node) -> Affine | None:
     first = node.args[0] if node.args else None
     if not isinstance(first, Node) or node.all_input_nodes.count(first) != 1:
         return None
-    return affine(program, node, first)
+    return as_affine(program, node, first)
 
 
 def _through(node: Node) -> Callable[[Node], bool]:
     """By what ``node`` may move: plain arithmetic stays with the pools that it follows or precedes."""
-    return carries if is_batch_norm(node) else moves
+    return carries if is_batch_norm(node) else is_move
 
 
 def _same_for_all(node: Node, at: Callable[[int], _Found]) -> _Found:

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from gpukern.fusion.affine import is_batch_norm
 from gpukern.fusion.constants import constant
-from gpukern.fusion.fold import Folded, fold
+from gpukern.fusion.folding import Folded, fold
 from gpukern.fusion.match import Match
 from gpukern.fusion.products import activation, image, pool
 from gpukern.fusion.program import Program, arguments, assemble, aten, value

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from gpukern.fusion.report import FusedGroup, FusionReport, Verification
+from gpukern.fusion.report.values import FusedGroup, ReportValues, Verification
 
 #: Where a value is not known.
 NONE = "–"
@@ -68,7 +68,7 @@ def allowed(verification: Verification) -> str:
     return f"{error(bound)} allowed: {verification.factor:g} × unfused + {error(verification.floor)}"
 
 
-def comparison(report: FusionReport) -> list[Line]:
+def comparison(report: ReportValues) -> list[Line]:
     """What is known of the model before and after, the most telling first."""
     before, after = report.before, report.after
     lines = [
@@ -92,12 +92,12 @@ def _counted(name: str, before: int, after: int) -> Line:
     return Line(name, f"{before:,}", f"{after:,}", times(before, after))
 
 
-def _kernels(report: FusionReport) -> list[Line]:
+def _kernels(report: ReportValues) -> list[Line]:
     before, after = (timing and timing.kernels for timing in (report.timing_before, report.timing_after))
     return [_counted("kernels launched per forward", before, after)] if before and after else []
 
 
-def _timings(report: FusionReport) -> list[Line]:
+def _timings(report: ReportValues) -> list[Line]:
     before, after = report.timing_before, report.timing_after
     if before is None or after is None:
         return []
@@ -130,7 +130,7 @@ def modules(names: Sequence[str]) -> str:
     return f"{'.'.join(parts[0][:shared])}: {listed}" if shared else listed
 
 
-def reasons(report: FusionReport) -> dict[str, list[str]]:
+def reasons(report: ReportValues) -> dict[str, list[str]]:
     """Why something was not fused → the names of all it holds for; the most frequent first."""
     grouped: dict[str, list[str]] = {}
     for name, reason in report.not_fused:
@@ -146,7 +146,7 @@ class Column(NamedTuple):
     cell: Callable[[FusedGroup], str]
 
 
-def _columns(report: FusionReport) -> tuple[Column, ...]:
+def _columns(report: ReportValues) -> tuple[Column, ...]:
     return (
         Column("modules", False, lambda group: modules(group.modules)),
         Column("pattern", False, lambda group: clean(group.pattern)),
@@ -160,19 +160,19 @@ def _columns(report: FusionReport) -> tuple[Column, ...]:
     )
 
 
-def _dtype(group: FusedGroup, report: FusionReport) -> str:
+def _dtype(group: FusedGroup, report: ReportValues) -> str:
     """Where it is not the model's, and why not."""
     if group.note:
         return clean(f"{group.dtype}: {group.note}")
     return NONE if group.dtype == report.dtype else clean(group.dtype)
 
 
-def columns(report: FusionReport) -> list[Column]:
+def columns(report: ReportValues) -> list[Column]:
     """Those of which a group of the report has something to say."""
     return [column for column in _columns(report) if any(column.cell(group) != NONE for group in report.fused)]
 
 
-def headline(report: FusionReport) -> str:
+def headline(report: ReportValues) -> str:
     """One line: how much was fused, how much was not."""
     fused, left = count(len(report.fused), "group"), len(report.not_fused)
     failed = "the verification FAILED; " if report.verification and not report.verification.passed else ""

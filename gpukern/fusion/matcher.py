@@ -1,0 +1,233 @@
+"""Which nodes of a program become one: a walk that follows each product, and each batch norm that follows none.
+
+What users look for and does not get into a match is declined, with the reason, by whoever says no to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch.fx import Node
+
+from gpukern.fusion.affine import Affine, as_affine, is_any_batch_norm, is_batch_norm
+from gpukern.fusion.conditions import (
+    has_kernel,
+    other_operand,
+    skipped_by,
+    why_no_product,
+    why_no_residual,
+    why_not_foldable,
+    why_not_next,
+)
+from gpukern.fusion.errors import FusionError
+from gpukern.fusion.match import Match
+from gpukern.fusion.moving import PART_OF
+from gpukern.fusion.products import (
+    MONOTONE,
+    Product,
+    activation,
+    is_epilogue_pool,
+    is_product,
+    product,
+    zeros_around,
+)
+from gpukern.fusion.program import Program, aten, in_branches, is_call, operation, sole_user, title, value
+from gpukern.fusion.settling import Settled
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A product, batch norm, activation or addition that is fused with nothing, and why.
+
+    ``follows`` where it takes what a convolution or linear layer made; ``asked`` where the caller wanted it so.
+    """
+
+    node: Node
+    reason: str
+    follows: bool = False
+    asked: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """``matches`` in the order of their outputs, no node in two; ``declined`` in the order of the computation."""
+
+    matches: list[Match]
+    declined: list[Declined]
+
+
+def find(settled: Settled, skip: Sequence[str] = ()) -> Found:
+    """All that can be fused in a program, and what cannot."""
+    return _Finder(settled, skip).find()
+
+
+class _Finder:
+    def __init__(self, settled: Settled, skip: Sequence[str]) -> None:
+        self.settled, self.program, self.skip = settled, settled.program, skip
+        self.order = {node: number for number, node in enumerate(self.program.graph.nodes)}
+        self.taken: set[Node] = set()
+        self.declined: dict[Node, Declined] = {}
+
+    def find(self) -> Found:
+        matches = [self.with_affine(product(node)) for node in self.products()]
+        matches = [self.with_input(self.with_zeros(match)) for match in matches]
+        matches += [Match(node, node) for node in self.free_batch_norms()]
+        # Of two that meet in an addition the later takes it: the other's result is there by then.
+        matches.sort(key=lambda match: self.order[match.output], reverse=True)
+        matches = [self.finished(match) for match in matches]
+        self.decline_rest()
+        # A batch norm that is alone in its match was not fused with anything.
+        fused = {node for match in matches if match.fuses for node in match.nodes}
+        declined = [self.declined[node] for node in self.order if node in self.declined and node not in fused]
+        matches.sort(key=lambda match: self.order[match.output])
+        return Found(matches, [*declined, *_inside_branches(self.program)])
+
+    def finished(self, match: Match) -> Match:
+        """``match`` with its epilogue; what follows is declined."""
+        match = self.with_pool(self.with_activation(self.with_residual(match)))
+        # What follows the pool would have followed a pool without the match too.
+        if match.product is not None and match.pool is None:
+            self.decline_users(match.output, match)
+        return match
+
+    def products(self) -> Iterator[Node]:
+        for node in self.order:
+            if not is_product(node):
+                continue
+            why = why_no_product(self.program, product(node))
+            if self.may_take(node) and why is None:
+                self.taken.add(node)
+                yield node
+            else:
+                self.decline(node, why or "")
+                self.decline_users(node)
+
+    def free_batch_norms(self) -> Iterator[Node]:
+        for node in self.order:
+            if is_batch_norm(node) and self.may_take(node) and has_kernel(self.program, node):
+                self.taken.add(node)
+                yield node
+
+    def may_take(self, node: Node | None) -> bool:
+        return node is not None and node not in self.taken and skipped_by(node, self.skip) is None
+
+    def with_affine(self, match_of: Product) -> Match:
+        """All batch norms and constants that scale or shift what the product computes."""
+        match = Match(match_of.node, match_of.node, match_of)
+        while match_of.has_channels:
+            user = sole_user(match.output)
+            step = as_affine(self.program, user, match.output) if self.may_take(user) else None
+            if step is None:
+                break
+            self.taken.add(user)
+            match = replace(match, after=(*match.after, step), output=user)
+        return match
+
+    def with_zeros(self, match: Match) -> Match:
+        """Zeros that a node of its own puts around the input: the convolution's own padding from now on."""
+        node = match.product.input
+        if not match.product.is_of_images or not self.may_take(node) or sole_user(node) is not match.core:
+            return match
+        zeros = zeros_around(node)
+        if zeros is None:
+            return match
+        self.taken.add(node)
+        return replace(match, zeros=node, product=replace(match.product, input=node.args[0], zeros=zeros))
+
+    def with_input(self, match: Match) -> Match:
+        """The same of what goes into it, if no zeros are put around that."""
+        while match.product.has_channels and not match.product.padded and not match.product.transposed:
+            step = self._input_step(match.input, match.before[0].node if match.before else match.core)
+            if step is None:
+                break
+            self.taken.add(step.node)
+            match = replace(match, before=(step, *match.before))
+        return match
+
+    def _input_step(self, node: Node, user: Node) -> Affine | None:
+        # Only where the input is the first operand, so that Match.input finds it.
+        if not is_call(node) or not self.may_take(node) or sole_user(node) is not user:
+            return None
+        if not node.args or not isinstance(node.args[0], Node) or user.all_input_nodes.count(node) != 1:
+            return None
+        return as_affine(self.program, node, node.args[0])
+
+    def with_residual(self, match: Match) -> Match:
+        user = sole_user(match.output)
+        takes = match.product is None or match.product.takes_residual
+        if not takes or not self.may_take(user) or why_no_residual(user, match.output) is not None:
+            return match
+        self.taken.add(user)
+        return replace(match, add=user, residual=other_operand(user, match.output), output=user)
+
+    def with_activation(self, match: Match) -> Match:
+        user = sole_user(match.output)
+        takes = match.product is None or match.product.takes_activation
+        found = activation(user) if takes and self.may_take(user) else None
+        if found is None or (match.pool is not None and found[0] not in MONOTONE):
+            return match
+        self.taken.add(user)
+        return replace(match, activation=found, activated=user, output=user)
+
+    def with_pool(self, match: Match) -> Match:
+        """A max pool, and a monotone activation after it if there was none before."""
+        user = sole_user(match.output)
+        takes = match.product is not None and match.product.is_of_images and match.add is None
+        if not takes or not self.may_take(user) or not is_epilogue_pool(user):
+            return match
+        self.taken.add(user)
+        pooled = replace(match, pool=user, output=user)
+        return pooled if match.activated is not None else self.with_activation(pooled)
+
+    # ---- what is in no match ----
+
+    def decline_users(self, source: Node, match: Match | None = None) -> None:
+        """Say why no user of ``source`` is in the ``match`` that it is the output of; in none, if there is no match."""
+        for user in source.users:
+            if is_product(user) and user in self.declined:
+                self.declined[user] = replace(self.declined[user], follows=True)
+            elif is_any_batch_norm(user) or activation(user) is not None or is_call(user, aten.add.Tensor):
+                self.decline(user, why_not_next(user, source, match), source, follows=True)
+
+    def decline_rest(self) -> None:
+        """Say of what no match comes before what it follows instead."""
+        for node in self.order:
+            if node not in self.declined and (is_any_batch_norm(node) or activation(node) is not None):
+                operands = [each for each in node.all_input_nodes if value(each) is not None and each.op != "get_attr"]
+                source = operands[0] if operands else None
+                self.decline(node, _what_it_follows(source), source)
+
+    def decline(self, node: Node, reason: str, source: Node | None = None, follows: bool = False) -> None:
+        """``reason``: what keeps it from what comes before it. A batch norm could also go elsewhere."""
+        by = skipped_by(node, self.skip) or (source and skipped_by(source, self.skip))
+        if by:
+            reason = f"skipped, by {by!r}"
+        elif is_any_batch_norm(node):
+            reason = why_not_foldable(self.program, node) or self.settled.why_there(node, reason)
+        self.declined[node] = Declined(node, reason, follows, by is not None)
+
+
+def _what_it_follows(source: Node | None) -> str:
+    if source is None or source.op == "placeholder":
+        return "follows the model's input"
+    return f"follows {operation(source)}, {title(source)}: no convolution or linear layer"
+
+
+def _inside_branches(program: Program) -> Iterator[Declined]:
+    for node in in_branches(program):
+        if is_any_batch_norm(node):
+            yield Declined(node, "inside a branch of control flow")
+
+
+def require_account(evaluated: Program, program: Program, found: Found) -> None:
+    """FusionError unless each batch norm of ``evaluated``, which became ``program``, is in a group or declined."""
+    accounted = {node for match in found.matches if match.fuses for node in match.nodes}
+    accounted |= {each.node for each in found.declined}
+    known = [*program.graph.nodes, *in_branches(program)]
+    silent = {node.meta.get(PART_OF, node.name) for node in known if is_any_batch_norm(node) and node not in accounted}
+    kept = {node.meta.get(PART_OF, node.name) for node in known}
+    lost = {node.name for node in evaluated.graph.nodes if is_any_batch_norm(node)} - kept
+    if silent or lost:
+        names = ", ".join(sorted(silent | lost))
+        raise FusionError(f"of the batch norms {names} nothing can be said: they are neither fused nor left")
