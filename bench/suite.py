@@ -72,6 +72,8 @@ class Suite(abc.ABC, Generic[P]):
     cold: bool = True
     #: Whether calls can be captured: else they are timed from Python alone.
     graphs: bool = True
+    #: Whether its kernels are Triton's, which can be compiled before they are launched.
+    in_triton: bool = True
     #: A task launches many different kernels: those of one task are compiled by several processes.
     many_kernels: bool = False
     #: What is taken where the command line does not say.

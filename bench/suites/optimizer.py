@@ -66,6 +66,7 @@ class Optimizers(Suite[Update]):
     cold = False
     #: PyTorch's count steps on the host unless they are told otherwise.
     graphs = False
+    in_triton = False
     networks = ("resnet50", LLAMA)
     batches = (1,)
 
