@@ -5,15 +5,11 @@ It counts two operations for each product of convolutions and matrices, in the p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
 from types import ModuleType
 
-import torch
-
-from gpukern.conv import output_size
+from gpukern.ops._operators import OPERATORS
 from gpukern.runtime.when_imported import when_imported
-
-Shape = Sequence[int]
 
 
 def register_formulas() -> None:
@@ -22,52 +18,8 @@ def register_formulas() -> None:
 
 
 def _register(counter: ModuleType) -> None:
-    for name, formula in _formulas(counter.conv_flop_count).items():
-        operator = getattr(torch.ops.gpukern, name)
-        if operator not in counter.flop_registry:
-            counter.register_flop_formula(operator)(formula)
-
-
-def _formulas(of_conv: Callable[..., int]) -> dict[str, Callable[..., int]]:
-    """By the operator's name, of its arguments with shapes for tensors. ``of_conv`` is torch's: of the shapes of input,
-    weight and output, and whether it is transposed."""
-
-    def conv2d(input: Shape, weight: Shape, *_: object, out_shape: Shape, **__: object) -> int:
-        return of_conv(input, weight, out_shape)
-
-    def conv2d_with_more(input: Shape, weight: Shape, *_: object, out_shape: tuple[Shape, ...], **__: object) -> int:
-        return of_conv(input, weight, out_shape[0])
-
-    def conv2d_max_pool2d(
-        input: Shape, weight: Shape, bias: Shape | None, *geometry: object, out_shape: Shape, **_: object
-    ) -> int:
-        return of_conv(input, weight, (*out_shape[:2], *output_size(input, weight, bias, *geometry[:4])))
-
-    def conv_transpose2d(input: Shape, weight: Shape, *_: object, out_shape: Shape, **__: object) -> int:
-        return of_conv(input, weight, out_shape, transposed=True)
-
-    def conv2d_weight_grad(grad: Shape, input: Shape, *_: object, out_shape: Shape, **__: object) -> int:
-        # As torch has it: a convolution in which images and channels have changed places, whatever the groups.
-        return of_conv(*map(_swapped, (input, grad, out_shape)))
-
-    def linear(input: Shape, weight: Shape, *_: object, **__: object) -> int:
-        return 2 * input[0] * weight[0] * weight[1]
-
-    def linear_weight_grad(grad: Shape, input: Shape, **_: object) -> int:
-        return 2 * grad[0] * grad[1] * input[1]
-
-    return {
-        "conv2d": conv2d,
-        "conv2d_statistics": conv2d_with_more,
-        "conv2d_batch_norm": conv2d_with_more,
-        "conv2d_max_pool2d": conv2d_max_pool2d,
-        "conv2d_input_grad": conv_transpose2d,
-        "conv2d_weight_grad": conv2d_weight_grad,
-        "conv_transpose2d": conv_transpose2d,
-        "linear": linear,
-        "linear_weight_grad": linear_weight_grad,
-    }
-
-
-def _swapped(shape: Shape) -> list[int]:
-    return [shape[1], shape[0], *shape[2:]]
+    for overload, operator in OPERATORS.items():
+        packet = overload.overloadpacket
+        if operator.flops is not None and packet not in counter.flop_registry:
+            formula = functools.partial(operator.flops, counter.conv_flop_count)
+            counter.register_flop_formula(packet)(formula)

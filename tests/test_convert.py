@@ -38,6 +38,8 @@ LAYERS = [
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
 ]
+_ACTIVATIONS = [getattr(nn, name) for name, kind in vars(gpukern.nn.activation).items() if hasattr(kind, "_epilogue")]
+LAYERS += [kind() for kind in _ACTIVATIONS if kind not in map(type, LAYERS)]
 
 
 def reasons(model: nn.Module) -> dict[str, str]:

@@ -78,6 +78,8 @@ def fuse(
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"fuse() takes a torch.nn.Module, got {type(model).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must be a dict of arguments by their names, got {type(kwargs).__name__}")
     return run(
         model,
         tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,),

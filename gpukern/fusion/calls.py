@@ -70,7 +70,7 @@ class Signature:
         )
 
     def arguments(self, count: int) -> list[str | int]:
-        """Of the ``count`` arguments of the example each one's name, or its place where it has none."""
+        """Names of the ``count`` arguments of the example; the place of one that has none."""
         return [*map(self._name_at, range(count - len(self.by_name))), *self.by_name]
 
     def _name_at(self, place: int) -> str | int:

@@ -29,6 +29,10 @@ class Replayed:
         self._call = call
         self._captured: dict[tuple, _Captured] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without captures, which read the memory of this one: a copy makes its own."""
+        return {"_call": self._call, "_captured": {}}
+
     def __call__(self, *inputs: Any) -> Any:
         """RuntimeError for tensors that are not on a CUDA device."""
         leaves, structure = pytree.tree_flatten(inputs)

@@ -4,61 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import Graph, Node
+import torch
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
 
-from gpukern.fusion.products import ACTIVATIONS
-from gpukern.fusion.program import arguments, aten
-
-_TARGETS = {name: target for target, name in ACTIVATIONS.items()}
+from gpukern.fusion.program import arguments, value
+from gpukern.ops._operators import OPERATORS
 
 
 def write_out(graph: Graph) -> None:
-    """A convolution, linear layer, batch norm or activation of gpukern becomes torch's, its epilogue nodes after it."""
+    """What gpukern's operators decompose into, in their places, the epilogue's nodes after those of its operator."""
+    tracer = GraphAppendingTracer(graph)
     for node in list(graph.nodes):
-        if not str(node.target).startswith("gpukern."):
+        operator = OPERATORS.get(node.target)
+        # Those of several results are for training.
+        if operator is None or operator.decomposition is None or value(node) is None:
             continue
-        given = arguments(node)
-        core = _core(node, given)
-        if core is None:
-            continue
+        given = torch.fx.map_arg(tuple(arguments(node).values()), lambda each: Proxy(each, tracer))
+        before = set(graph.nodes)
         with graph.inserting_before(node):
-            result = core if isinstance(core, Node) else _call(graph, node, *core)
-            if given.get("residual") is not None:
-                result = _call(graph, node, aten.add.Tensor, (result, given["residual"]))
-            name = given.get("activation", given.get("name"))
-            if name != "none":
-                result = _call(graph, node, *_activation(name, result, given["negative_slope"]))
+            result = operator.decomposition(*given).node
+        for made in graph.nodes:
+            if made not in before:
+                made.meta = {**node.meta, "val": _value_of(made, node)}
         node.replace_all_uses_with(result)
         graph.erase_node(node)
 
 
-def _call(graph: Graph, old: Node, target: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> Node:
-    """Every step has the shape and dtype of the last."""
-    node = graph.call_function(target, args, kwargs)
-    node.meta = dict(old.meta)
-    return node
-
-
-def _core(node: Node, given: dict[str, Any]) -> Any:
-    """What comes before the epilogue: a call, or a node that is there already; None for other operators."""
-    name = node.target._schema.name.split("::")[1]
-    if name == "activation":
-        return given["input"]
-    operands = tuple(given.get(each) for each in ("input", "weight", "bias"))
-    if name == "linear":
-        return aten.linear.default, operands
-    if name == "batch_norm":
-        return aten.batch_norm.default, (*operands, given["mean"], given["var"], False, 0.0, given["eps"], False)
-    if name != "conv2d":
-        return None
-    top, bottom, left, right = given["padding"]
-    if (top, left) != (bottom, right):
-        return None  # torch's operator pads both sides alike
-    geometry = given["stride"], [top, left], given["dilation"], given["groups"]
-    return aten.conv2d.default, (*operands, *geometry)
-
-
-def _activation(name: str, input: Node, slope: float) -> tuple[Any, tuple, dict[str, Any]]:
-    if name == "gelu_tanh":
-        return aten.gelu.default, (input,), {"approximate": "tanh"}
-    return _TARGETS[name], (input, slope) if name == "leaky_relu" else (input,), {}
+def _value_of(made: Node, whole: Node) -> Any:
+    """The shape and dtype of a part; in the dtype of the ``whole`` where operands of several are rounded once."""
+    given = torch.fx.map_arg((made.args, made.kwargs), lambda each: each.meta["val"])
+    dtype = value(whole).dtype
+    args, kwargs = torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, given
+    )
+    return made.target(*args, **kwargs)

@@ -10,13 +10,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule
 
-from gpukern.ops.activation import activation
-from gpukern.ops.batch_norm import batch_norm
-from gpukern.ops.conv2d import conv2d
-from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
-from gpukern.ops.conv_transpose2d import conv_transpose2d
-from gpukern.ops.linear import linear
-from gpukern.ops.pool2d import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from gpukern.ops._operators import OPERATORS
 from gpukern.runtime.operator import Operator
 
 
@@ -30,18 +24,7 @@ def _named(operator: Operator) -> Callable[..., Any]:
     return call
 
 
-_OPERATORS = (
-    activation,
-    adaptive_avg_pool2d,
-    avg_pool2d,
-    batch_norm,
-    conv2d,
-    conv2d_max_pool2d,
-    conv_transpose2d,
-    linear,
-    max_pool2d,
-)
-_FUNCTIONS = {operator.overload: _named(operator) for operator in _OPERATORS}
+_FUNCTIONS = {overload: _named(operator) for overload, operator in OPERATORS.items()}
 # Where generated code that is unpickled looks for them.
 globals().update({function.__name__: function for function in _FUNCTIONS.values()})
 

@@ -73,7 +73,7 @@ class _Finder:
         matches = [self.with_affine(product(node)) for node in self.products()]
         matches = [self.with_input(self.with_zeros(match)) for match in matches]
         matches += [Match(node, node) for node in self.free_batch_norms()]
-        # Of two that meet in an addition the later takes it: the other's result is there by then.
+        # Where two meet in an addition the later takes it: the other's result is there by then.
         matches.sort(key=lambda match: self.order[match.output], reverse=True)
         matches = [self.finished(match) for match in matches]
         self.decline_rest()

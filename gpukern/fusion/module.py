@@ -112,15 +112,25 @@ class FusedModule(ForInference):
         return pytree.tree_unflatten(self._run(self.prepared(inputs)), self.interface.out_spec)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedModule:
-        """Move tensors, as ``to()`` does. RuntimeError where a dtype would change: the graph casts to those it has."""
-        for name, buffer in self.named_buffers():
-            dtype = fn(buffer.new_empty(0)).dtype
-            if dtype is not buffer.dtype:
-                raise RuntimeError(
-                    f"a fused model computes in the dtype it was fused for, and {name} in {buffer.dtype}: "
-                    f"fuse the model with dtype={dtype}"
-                )
-        return super()._apply(fn, recurse)
+        """Move tensors, as ``to()`` does. RuntimeError for a dtype that the model was not fused for."""
+        wanted = fn(torch.empty(0, dtype=self._dtype)).dtype
+        if wanted is not self._dtype:
+            raise RuntimeError(
+                f"a fused model computes in the dtype it was fused for, {self._dtype}: "
+                f"fuse the model with dtype={wanted}"
+            )
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor.new_empty(0))
+            # Biases and the statistics of batch norms may be wider, and stay so.
+            return fn(tensor) if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        held = (spec.dtype for spec in (*self.interface.inputs, *self.buffers()) if spec is not None)
+        return next((dtype for dtype in held if dtype.is_floating_point), torch.float32)
 
     def _run(self, prepared: list[Any]) -> tuple:
         device = next(leaf.device.type for leaf in prepared if isinstance(leaf, torch.Tensor))

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from gpukern.conv import POOL_WINDOWS, same_padding
 from gpukern.fusion.program import arguments, aten, is_call, value
+from gpukern.ops._activation.reference import IN_TORCH
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 _CONVOLUTIONS = {
@@ -148,17 +149,7 @@ def zeros_around(node: Node) -> tuple[int, int, int, int] | None:
 
 # ---- what may follow ------------------------------------------------------------------------------------------------
 
-ACTIVATIONS = {
-    aten.relu.default: "relu",
-    aten.relu6.default: "relu6",
-    aten.leaky_relu.default: "leaky_relu",
-    aten.silu.default: "silu",
-    aten.gelu.default: "gelu",
-    aten.hardswish.default: "hardswish",
-    aten.hardsigmoid.default: "hardsigmoid",
-    aten.sigmoid.default: "sigmoid",
-    aten.tanh.default: "tanh",
-}
+_ACTIVATIONS = {target: name for name, target in IN_TORCH.items()}
 _BOUNDS = {(0.0, 6.0): "relu6", (0.0, None): "relu"}
 
 
@@ -169,9 +160,9 @@ def activation(node: Any) -> tuple[str, float] | None:
         low, high = (given.get("min_val", given.get("min")), given.get("max_val", given.get("max")))
         name = _BOUNDS.get((low, high))
         return (name, 0.0) if name else None
-    if not is_call(node, *ACTIVATIONS):
+    if not is_call(node, *_ACTIVATIONS):
         return None
-    name, given = ACTIVATIONS[node.target], arguments(node)
+    name, given = _ACTIVATIONS[node.target], arguments(node)
     slope = float(given["negative_slope"]) if name == "leaky_relu" else 0.0
     if slope < 0:
         return None
@@ -206,9 +197,7 @@ def _pair(sizes: Sequence[int]) -> list[int]:
 
 def is_epilogue_pool(node: Any) -> bool:
     """Whether a call takes the maximum of each 2 × 2 pixels, which gpukern::conv2d_max_pool2d does after a product."""
-    if not is_call(node):
-        return False
-    target, found = (node.target, node.args) if str(node.target).startswith("gpukern.") else pool(node) or (None, ())
+    target, found = pool(node) or (None, ())
     if target is not torch.ops.gpukern.max_pool2d.default:
         return False
     return tuple(tuple(each) if isinstance(each, (list, tuple)) else each for each in found[1:]) == POOL_WINDOWS

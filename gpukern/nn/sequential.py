@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
-from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
+from gpukern.nn import activation as activations
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
 from gpukern.nn.leaf import refuse_script
 from gpukern.nn.linear import Linear
 
-_ACTIVATIONS = frozenset((GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh))
+_ACTIVATIONS = frozenset(kind for kind in vars(activations).values() if hasattr(kind, "_epilogue"))
 #: Layers whose kernels take an activation.
 _HEADS = frozenset((BatchNorm1d, BatchNorm2d, Conv2d, ConvTranspose2d, Linear))
 

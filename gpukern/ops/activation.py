@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from gpukern.ops._activation.properties import PROPERTIES
+from gpukern.ops._activation.reference import in_torch
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, is_lazy, needs_operator
 from gpukern.runtime.tensors import elementwise_like
@@ -105,6 +106,7 @@ activation = Operator(
     backward=_activation_backward,
     jvp=_activation_jvp,
     batch=Batch(images=(0,)),
+    decomposition=in_torch,
 )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from gpukern.ops._activation.reference import in_torch
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_sizes
 from gpukern.ops.activation import needs_input, through_activation
@@ -27,6 +28,7 @@ from gpukern.runtime.transforms import Batch
 
 _implementations = Implementations("gpukern.ops._batch_norm")
 
+_aten = torch.ops.aten
 _EPILOGUE = "str activation, float negative_slope"
 
 
@@ -169,6 +171,11 @@ def norm_jvp(operands, mean, var, training: bool, epilogue, tangents, output) ->
     return through_activation(tangent, before, output, activation, negative_slope)
 
 
+def _in_torch(input, weight, bias, residual, mean, var, eps, activation, negative_slope) -> torch.Tensor:
+    z = _aten.batch_norm.default(input, weight, bias, mean, var, False, 0.0, eps, False)
+    return in_torch(z if residual is None else _aten.add.Tensor(z, residual), activation, negative_slope)
+
+
 #: The inference operator: ``act((x − mean) · weight / √(var + eps) + bias + residual)``, one pass and one rounding.
 batch_norm = Operator(
     "batch_norm",
@@ -180,6 +187,7 @@ batch_norm = Operator(
     backward=_backward,
     jvp=_batch_norm_jvp,
     batch=Batch(images=(0, 3)),
+    decomposition=_in_torch,
 )
 
 
@@ -218,6 +226,23 @@ def _training_jvp(operator: Operator, arguments: tuple, tangents: tuple, outputs
     return norm_jvp(arguments[:4], mean, var, True, arguments[4:], tangents, output), None, None
 
 
+def _training_in_torch(
+    input, weight, bias, residual, eps, activation, negative_slope
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, mean, biased variance), in fp32 at least and rounded once: sums over a batch overflow in halves."""
+    x = input.to(torch.promote_types(input.dtype, torch.float32))
+    others = [dim for dim in range(x.dim()) if dim != 1]
+    mean = x.mean(others)
+    shape = [1, -1, *(1 for _ in others[1:])]
+    centered = x - mean.reshape(shape)
+    variance = centered.square().mean(others)
+    z = centered * torch.rsqrt(variance + eps).reshape(shape)
+    for factor, combine in ((weight, torch.mul), (bias, torch.add)):
+        z = z if factor is None else combine(z, factor.to(x.dtype).reshape(shape))
+    z = z if residual is None else z + residual.to(x.dtype)
+    return in_torch(z, activation, negative_slope).to(input.dtype), mean, variance
+
+
 #: y, and the batch's mean and biased variance, which have no gradients of their own.
 batch_norm_training = Operator(
     "batch_norm_training",
@@ -228,6 +253,7 @@ batch_norm_training = Operator(
     save=_training_save,
     backward=_backward,
     jvp=_training_jvp,
+    decomposition=_training_in_torch,
 )
 
 

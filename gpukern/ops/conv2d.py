@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gpukern.conv import Padding, Pair, conv_problem, output_size
+from gpukern.ops._activation.reference import in_torch
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, activation_grad_jvp, affine_jvp, needs_input
 from gpukern.runtime.integers import require
@@ -23,6 +24,7 @@ from gpukern.runtime.transforms import Batch, bilinear_jvp, linear_jvp
 _implementations = Implementations("gpukern.conv")
 _reductions = Implementations("gpukern.ops._reduction")
 
+_aten = torch.ops.aten
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
@@ -39,7 +41,7 @@ def apply(
     negative_slope: float,
 ) -> torch.Tensor:
     """``act(x ∗ w + b + residual)`` in one kernel, or in two where a gradient will need what goes into ``act``."""
-    if activation != "none" and needs_input(activation) and wants_gradient(input, weight, bias, residual):
+    if needs_input(activation) and wants_gradient(input, weight, bias, residual):
         inner = conv2d(input, weight, bias, residual, stride, padding, dilation, groups, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
     return conv2d(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope)
@@ -137,6 +139,20 @@ def _shape_and_layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[torc
     return shape, is_channels_last(shape, strides)
 
 
+def _in_torch(
+    input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope
+) -> torch.Tensor:
+    top, bottom, left, right = padding
+    if (top, left) != (bottom, right):  # torch's operator pads both sides alike
+        input, top, left = _aten.constant_pad_nd.default(input, [left, right, top, bottom], 0.0), 0, 0
+    y = _aten.conv2d.default(input, weight, bias, stride, [top, left], dilation, groups)
+    return in_torch(y if residual is None else _aten.add.Tensor(y, residual), activation, negative_slope)
+
+
+def _flops(of_conv, input, weight, *_, out_shape, **__) -> int:
+    return of_conv(input, weight, out_shape)
+
+
 conv2d = Operator(
     "conv2d",
     f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, str activation, float negative_slope)"
@@ -147,6 +163,8 @@ conv2d = Operator(
     backward=_conv2d_backward,
     jvp=affine_jvp,
     batch=Batch(images=(0, 3)),
+    decomposition=_in_torch,
+    flops=_flops,
 )
 
 
@@ -170,6 +188,11 @@ def _statistics_fake(
     return output, *(output.new_empty(output.shape[1], dtype=total) for _ in range(2))
 
 
+def first_output_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
+    """FLOPs of the convolution in an operator that computes more."""
+    return of_conv(input, weight, out_shape[0])
+
+
 #: ``y = x ∗ w + b`` with ``Σ y`` and ``Σ (y − mean)²`` of each channel, in fp32 of the rounded y, for a batch norm that
 #: follows in training: it need not read y for them. The deviations are from the mean, so that a large one costs no
 #: digits. Not differentiable by itself: the batch norm's backward knows the derivatives of both.
@@ -178,6 +201,7 @@ conv2d_statistics = Operator(
     f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
     forward=_statistics,
     fake=_statistics_fake,
+    flops=first_output_flops,
 )
 
 
@@ -209,6 +233,10 @@ def _input_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     )
 
 
+def transposed_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
+    return of_conv(input, weight, out_shape, transposed=True)
+
+
 conv2d_input_grad = Operator(
     "conv2d_input_grad",
     f"(Tensor grad, Tensor weight, SymInt[] input_shape, bool channels_last, {_GEOMETRY}) -> Tensor",
@@ -218,6 +246,7 @@ conv2d_input_grad = Operator(
     backward=_input_grad_backward,
     jvp=bilinear_jvp,
     batch=Batch(images=(0,), sizes=2),
+    flops=transposed_flops,
 )
 
 
@@ -249,6 +278,11 @@ def _weight_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     )
 
 
+def _weight_grad_flops(of_conv, grad, input, *_, out_shape, **__) -> int:
+    # As torch has it: a convolution in which images and channels have changed places, whatever the groups.
+    return of_conv(*([shape[1], shape[0], *shape[2:]] for shape in (input, grad, out_shape)))
+
+
 conv2d_weight_grad = Operator(
     "conv2d_weight_grad",
     f"(Tensor grad, Tensor input, SymInt[] weight_shape, bool channels_last, {_GEOMETRY}) -> Tensor",
@@ -257,6 +291,7 @@ conv2d_weight_grad = Operator(
     save=_weight_grad_save,
     backward=_weight_grad_backward,
     jvp=bilinear_jvp,
+    flops=_weight_grad_flops,
 )
 
 

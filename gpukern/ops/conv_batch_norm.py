@@ -14,8 +14,8 @@ from gpukern.conv import Padding, Pair, conv_problem, output_size
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_several_values, check_sizes
 from gpukern.ops.activation import affine_jvp
-from gpukern.ops.batch_norm import batch_norm_backward, check_numbers, kept_for_backward, norm_jvp
-from gpukern.ops.conv2d import channel_sum, conv2d, conv2d_input_grad, conv2d_weight_grad
+from gpukern.ops.batch_norm import batch_norm_backward, batch_norm_training, check_numbers, kept_for_backward, norm_jvp
+from gpukern.ops.conv2d import channel_sum, conv2d, conv2d_input_grad, conv2d_weight_grad, first_output_flops
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, needs_operator
 from gpukern.runtime.tensors import check_alike, format_kept_by, memory_format_of
@@ -141,6 +141,14 @@ def _is_last(tensor: torch.Tensor) -> bool:
     return memory_format_of(tensor) is torch.channels_last
 
 
+def _in_torch(
+    input, weight, bias, norm_weight, norm_bias, residual, stride, padding, dilation, groups, *epilogue
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    z = conv2d.decomposition(input, weight, bias, None, stride, padding, dilation, groups, "none", 0.0)
+    y, mean, variance = batch_norm_training.decomposition(z, norm_weight, norm_bias, residual, *epilogue)
+    return y, z, mean, variance
+
+
 #: y, the convolution's output z, and the mean and the biased variance of z.
 conv2d_batch_norm = Operator(
     "conv2d_batch_norm",
@@ -151,4 +159,6 @@ conv2d_batch_norm = Operator(
     save=_save,
     backward=_backward,
     jvp=_jvp,
+    decomposition=_in_torch,
+    flops=first_output_flops,
 )

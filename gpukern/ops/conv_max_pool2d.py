@@ -16,7 +16,7 @@ from gpukern.ops._pool2d.problem import output_size as pooled_size
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum, conv2d, conv2d_input_grad, conv2d_weight_grad
-from gpukern.ops.pool2d import max_pool2d_backward, max_pool2d_gather, max_pool2d_with_taps
+from gpukern.ops.pool2d import max_pool2d, max_pool2d_backward, max_pool2d_gather, max_pool2d_with_taps
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import check_alike, check_bias, memory_format_of
@@ -98,6 +98,14 @@ def _is_last(tensor: torch.Tensor) -> bool:
     return memory_format_of(tensor) is torch.channels_last
 
 
+def _in_torch(input, weight, bias, *others) -> torch.Tensor:
+    return max_pool2d.decomposition(conv2d.decomposition(input, weight, bias, None, *others), *POOL_WINDOWS)
+
+
+def _flops(of_conv, input, weight, bias, *geometry, out_shape, **_) -> int:
+    return of_conv(input, weight, (*out_shape[:2], *convolved_size(input, weight, bias, *geometry[:4])))
+
+
 #: ``max_pool2d(act(x ∗ w + b), 2)``: [N, C, H, W] with [K, C/groups, R, S] gives [N, K, ⌊P/2⌋, ⌊Q/2⌋], of float32,
 #: float16 or bfloat16; the bias may be float32. padding is top, bottom, left, right. A NaN in a window is its maximum.
 #: RuntimeError, as torch's, for sizes that do not fit together. Its backward computes the convolution once more.
@@ -111,4 +119,6 @@ conv2d_max_pool2d = Operator(
     backward=_backward,
     jvp=_jvp,
     batch=Batch(images=(0,)),
+    decomposition=_in_torch,
+    flops=_flops,
 )

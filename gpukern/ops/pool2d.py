@@ -18,6 +18,7 @@ from gpukern.runtime.transforms import Batch, linear_jvp
 
 _implementations = Implementations("gpukern.ops._pool2d")
 
+_aten = torch.ops.aten
 _GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 _BATCH = Batch(images=(0,))
@@ -94,6 +95,7 @@ max_pool2d = Operator(
     backward=_max_pool2d_backward,
     jvp=_max_pool2d_jvp,
     batch=_BATCH,
+    decomposition=_aten.max_pool2d.default,
 )
 
 
@@ -127,6 +129,11 @@ def _with_taps_jvp(operator: Operator, arguments: tuple, tangents: tuple, output
     return max_pool2d_gather(tangents[0], output[1], *arguments[1:]), None
 
 
+def _with_indices_in_torch(input, *geometry) -> tuple[torch.Tensor, torch.Tensor]:
+    # By two operators: the indices are mostly for a backward that there will not be.
+    return _aten.max_pool2d.default(input, *geometry), _aten.max_pool2d_with_indices.default(input, *geometry)[1]
+
+
 #: The maximum and its taps, in the form that the mode's own kernels read.
 max_pool2d_with_taps = Operator(
     "max_pool2d_with_taps",
@@ -137,6 +144,7 @@ max_pool2d_with_taps = Operator(
     backward=_with_taps_backward,
     jvp=_with_taps_jvp,
     batch=_BATCH,
+    decomposition=_with_indices_in_torch,
 )
 
 
@@ -149,6 +157,11 @@ def _indices_fake(taps, input_shape, *geometry) -> torch.Tensor:
     return _empty(taps, taps.shape, memory_format_of(taps), torch.int64)
 
 
+def _indices_in_torch(taps, *_) -> torch.Tensor:
+    """Those of :func:`_with_indices_in_torch` are torch's already."""
+    return _aten.clone.default(taps)
+
+
 #: torch's flat indices h·W + w of the maxima, from their taps.
 max_pool2d_indices = Operator(
     "max_pool2d_indices",
@@ -156,6 +169,7 @@ max_pool2d_indices = Operator(
     forward=_indices,
     fake=_indices_fake,
     batch=Batch(images=(0,), sizes=1),
+    decomposition=_indices_in_torch,
 )
 
 
@@ -246,6 +260,10 @@ def _avg_pool2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return avg_pool2d_backward(grad, ctx.shape, ctx.channels_last, *ctx.geometry), *(None,) * 7
 
 
+def _avg_pool2d_in_torch(input, kernel, stride, padding, dilation, *others) -> torch.Tensor:
+    return _aten.avg_pool2d.default(input, kernel, stride, padding, *others)
+
+
 #: ``dilation`` is always (1, 1): averages share the geometry of the maximum.
 avg_pool2d = Operator(
     "avg_pool2d",
@@ -256,6 +274,7 @@ avg_pool2d = Operator(
     backward=_avg_pool2d_backward,
     jvp=linear_jvp,
     batch=_BATCH,
+    decomposition=_avg_pool2d_in_torch,
 )
 
 
@@ -315,6 +334,7 @@ adaptive_avg_pool2d = Operator(
     backward=_adaptive_backward,
     jvp=linear_jvp,
     batch=_BATCH,
+    decomposition=_aten.adaptive_avg_pool2d.default,
 )
 
 

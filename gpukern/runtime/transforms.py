@@ -120,7 +120,7 @@ def _function(
         return _one_by_one(operator, info.batch_size, mapped, in_dims, arguments)
 
     functions = {
-        "forward": operator.__call__,
+        "forward": operator.__call__,  # type: ignore[operator]
         "setup_context": setup_context,
         "backward": run_backward,
         "jvp": run_jvp,

@@ -17,7 +17,7 @@ _KINDS = {1: "[C, L]", 2: "[C, H, W]", 3: "[C, D, H, W]"}
 
 
 def original(model: object) -> torch.nn.Module:
-    """The module whose layers are Python's: of what torch.compile or gpukern.fuse made, the one inside."""
+    """The module whose layers are Python's: of what torch.compile made, the one inside."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "summary() watches the calls of Python modules, and TorchScript has compiled this one: pass the original"
@@ -26,10 +26,7 @@ def original(model: object) -> torch.nn.Module:
         return original(model._orig_mod)
     if isinstance(model, torch.nn.Module):
         return model
-    inner = getattr(model, "module", None)
-    if isinstance(inner, torch.nn.Module):  # gpukern.fuse's FusedModel
-        return inner
-    hint = ": pass its .module()" if callable(inner) else ""
+    hint = ": pass its .module()" if callable(getattr(model, "module", None)) else ""
     raise TypeError(f"summary() takes a torch.nn.Module, and got {type(model).__name__}{hint}")
 
 

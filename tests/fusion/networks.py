@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gpukern
+
 Made = tuple[nn.Module, tuple]
 NORM = "conv2d + batch_norm"
 
@@ -144,17 +146,16 @@ def _batch_statistics(m, x):
     return F.relu(F.batch_norm(m.a(x), m.b.running_mean, m.b.running_var, training=True))
 
 
+#: By gpukern's names: every layer that gpukern has, and the forms of those that have several.
 ACTIVATIONS = {
-    "relu": nn.ReLU(),
-    "relu6": nn.ReLU6(),
+    **{
+        kind._epilogue["activation"]: getattr(nn, name)()
+        for name, kind in vars(gpukern.nn.activation).items()
+        if isinstance(getattr(kind, "_epilogue", None), dict)
+    },
     "leaky_relu": nn.LeakyReLU(0.3),
-    "silu": nn.SiLU(),
     "gelu": nn.GELU(),
     "gelu_tanh": nn.GELU(approximate="tanh"),
-    "hardswish": nn.Hardswish(),
-    "hardsigmoid": nn.Hardsigmoid(),
-    "sigmoid": nn.Sigmoid(),
-    "tanh": nn.Tanh(),
 }
 
 CASES = {

@@ -58,6 +58,15 @@ def test_training_and_other_dtypes_are_refused(fused, of):
     assert not fused.training and torch.equal(copy.deepcopy(fused)(X), fused(X))
 
 
+def test_its_own_dtype_changes_nothing():
+    fused = gpukern.fuse(lively(nn.Sequential(conv(), norm(), nn.ReLU())), X, dtype=torch.bfloat16)
+    dtypes = {each.dtype for each in fused.buffers()}
+    expected = fused(X.bfloat16())
+    assert dtypes == {torch.bfloat16, torch.float32}  # biases are wider
+    assert {each.dtype for each in fused.bfloat16().buffers()} == dtypes
+    assert torch.equal(fused(X.bfloat16()), expected)
+
+
 def test_it_moves_to_another_device(fused):
     moved = copy.deepcopy(fused).to("meta")
     assert {each.device.type for each in moved.buffers()} == {"meta"}

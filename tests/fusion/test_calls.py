@@ -176,6 +176,8 @@ def test_an_example_of_arguments_that_the_model_does_not_take(model):
         gpukern.fuse(model, X, {"masks": MASK})
     with pytest.raises(TypeError, match="multiple values for argument 'x'"):
         gpukern.fuse(model, X, {"x": MASK})
+    with pytest.raises(TypeError, match="kwargs must be a dict of arguments by their names, got dtype"):
+        gpukern.fuse(model, X, torch.float16)
 
 
 def test_all_arguments_by_name():

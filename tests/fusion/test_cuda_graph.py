@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -14,6 +16,13 @@ def test_needs_cuda_tensors():
     replayed = Replayed(torch.nn.Identity())
     with pytest.raises(RuntimeError, match="expected CUDA tensors"):
         replayed(torch.randn(2, 3))
+
+
+def test_a_copy_has_a_module_of_its_own_and_captures_anew():
+    replayed = Replayed(torch.nn.Identity().forward)
+    replayed._captured["a shape"] = (None for _ in ())  # as a graph, nothing that can be copied
+    copied = copy.deepcopy(replayed)
+    assert not copied._captured and copied._call.__self__ is not replayed._call.__self__
 
 
 @pytest.mark.gpu

@@ -84,7 +84,7 @@ def test_the_model_is_not_touched(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*", "ignore:gpukern.fuse.*training mode")
-@pytest.mark.parametrize("step", ["capture", "evaluate_constants", "lower", "Witness", "account"])
+@pytest.mark.parametrize("step", ["capture_program", "evaluate_constants", "lower", "Witness", "account"])
 def test_the_model_is_not_touched_when_fusing_fails(step, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("no")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedGroup", "FusionReport", "GraphNode", "NotFused", "Timing", "Totals", "Verification"]
 
-#: Of the JSON; changed whenever the meaning of a field changes.
+#: The name of the JSON's form, another one whenever the meaning of a field changes.
 FORMAT = "gpukern fusion report, version 1"
 #: Its name inside a saved model.
 IN_ARCHIVE = "gpukern_report.json"

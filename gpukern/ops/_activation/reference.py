@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from gpukern.ops._activation.properties import PROPERTIES
 
+_aten = torch.ops.aten
 
-def _identity_at_last(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """``function(x)``, which is x where x is large: torch multiplies by 2 or 6 on the way, which overflows, and its
-    vectorized gelu multiplies infinity by zero."""
-    return torch.where(x > 2.0**64, x, function(x))
-
-
-_VALUES = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "hardsigmoid": F.hardsigmoid,
-    "tanh": torch.tanh,
-    "silu": F.silu,
-    "gelu": functools.partial(_identity_at_last, F.gelu),
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "hardswish": functools.partial(_identity_at_last, F.hardswish),
+#: torch's operator of each name, but for ``gelu_tanh``, which is a form of ``gelu``.
+IN_TORCH = {
+    "relu": _aten.relu.default,
+    "relu6": _aten.relu6.default,
+    "leaky_relu": _aten.leaky_relu.default,
+    "sigmoid": _aten.sigmoid.default,
+    "hardsigmoid": _aten.hardsigmoid.default,
+    "tanh": _aten.tanh.default,
+    "silu": _aten.silu.default,
+    "gelu": _aten.gelu.default,
+    "hardswish": _aten.hardswish.default,
 }
+#: These are x where x is large: torch multiplies by 2 or 6 on the way, which overflows, and its vectorized gelu
+#: multiplies infinity by zero.
+_OVERFLOWING = frozenset(("gelu", "hardswish"))
 
 
-def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+def in_torch(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
     """``y = act(x)`` for a name of :data:`gpukern.ops.activation.ACTIVATIONS`; ``"none"`` returns ``x`` itself."""
     if name == "none":
         return x
-    if name == "leaky_relu":
-        return F.leaky_relu(x, negative_slope)
-    return _VALUES[name](x)
+    if name == "gelu_tanh":
+        return _aten.gelu.default(x, approximate="tanh")
+    return IN_TORCH[name](x, negative_slope) if name == "leaky_relu" else IN_TORCH[name](x)
+
+
+def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+    """:func:`in_torch` without overflow on the way."""
+    y = in_torch(x, name, negative_slope)
+    return torch.where(x > 2.0**64, x, y) if name in _OVERFLOWING else y
 
 
 def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
