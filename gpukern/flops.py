@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from gpukern.conv import output_size
-from gpukern.runtime.when_imported import when_imported
+from gpukern.runtime.import_hooks import when_imported
 
 Shape = Sequence[int]
 

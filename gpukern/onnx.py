@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from gpukern.conv import POOL_WINDOWS
 from gpukern.ops._activation.reference import activation
 from gpukern.ops._linear.reference import linear
-from gpukern.runtime.when_imported import when_imported
+from gpukern.runtime.import_hooks import when_imported
 
 __all__ = ["decompositions"]
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from gpukern.runtime import emulation
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launcher import index_type, launch, reach
 
 emulation.prepare()
 

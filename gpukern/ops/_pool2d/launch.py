@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._image import image
+from gpukern.ops._images import image
 from gpukern.ops._pool2d import kernels
-from gpukern.ops._pool2d.plan import Tile, plan
+from gpukern.ops._pool2d.planner import Tile, plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launcher import index_type, launch, reach
 from gpukern.runtime.tensors import check_kernel_dtype
 
 

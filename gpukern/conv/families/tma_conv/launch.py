@@ -26,7 +26,7 @@ from gpukern.conv.request import Launch, Request
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:

@@ -12,7 +12,7 @@ from gpukern.conv.request import Launch, Request
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.descriptor import Described
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:

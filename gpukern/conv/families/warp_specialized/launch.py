@@ -13,9 +13,9 @@ from gpukern.conv.families.warp_specialized import kernels
 from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import strides_of
+from gpukern.ops._images import strides_of
 from gpukern.runtime.descriptor import Described
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
