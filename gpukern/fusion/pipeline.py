@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern import formatting
 from gpukern.fusion import batch, chance
 from gpukern.fusion.alone import judge_alone, what_is_wrong
 from gpukern.fusion.batch import BatchMatters
@@ -155,7 +156,8 @@ def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
         return [f"The model is random, by {'; '.join(draws)}"] if draws else []
     if draws or evidence.difference:
         why = f"it draws random numbers, by {'; '.join(draws)}" if draws else "it is random, or keeps a state"
-        how = f": two calls of it with the same example differ by {evidence.difference:.2g} of its size"
+        differ = formatting.number(evidence.difference, 2)
+        how = f": two calls of it with the same example differ by {differ} of its size"
         raise FusionError(
             f"nothing can be proved of a model that does not repeat itself{how if evidence.difference else ''}; {why}. "
             "Make it repeat itself in evaluation mode, or fuse with verify=False, unproved"
