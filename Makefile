@@ -35,17 +35,18 @@ gate: $(INSTALLED) ## compile every launch for sm_80 to sm_120 and read the mach
 lease: $(INSTALLED) ## compile what a rented H200 will run and try both calls without one (bench/LEASE.md)
 	@$(BIN)/python -m bench.lease
 
-lint: $(INSTALLED) ## check style and spelling
+lint: $(INSTALLED) ## check style, spelling and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/codespell
+	@$(BIN)/mypy
 
 format: $(INSTALLED) ## rewrite the code in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean: ## remove .venv, .venv-latest and what tools left behind
-	rm -rf $(VENV) $(LATEST) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LATEST) build dist *.egg-info .cache .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt

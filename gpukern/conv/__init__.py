@@ -20,23 +20,31 @@ from gpukern.conv.problem import (
 )
 
 #: Module → what it offers, imported at the first use: all of planning takes 30 ms, and ``launch`` needs Triton.
-_LAZY = {
-    "choice": ("Choice", "choose"),
-    "cost": ("is_elementwise", "minimum_work"),
-    "database": ("Entry",),
-    "estimate": ("MEASURED", "Constants", "expected"),
-    "exclusions": ("Exclusion",),
-    "families.registry": ("family_of",),
-    "hooks": ("force_plan", "observe"),
-    "launch": ("prepared_for", "run", "write"),
-    "layouts": ("Shape", "Strides"),
-    "planner": ("Ranked", "candidates", "heuristic_plan", "only_measured", "ranked", "ranking", "switched_off"),
-    "pooled.plan": ("seconds_apart",),
-    "pooled.problem": ("POOL_WINDOWS",),
-    "prepare": ("forget", "pooled_choice", "prepare_launch"),
-    "request": ("Call", "Epilogue", "Prepared", "check_countable", "operands_of", "shapes"),
+_LATER = {
+    "gpukern.conv.choice": ("Choice", "choose"),
+    "gpukern.conv.cost": ("is_elementwise", "minimum_work"),
+    "gpukern.conv.database": ("Entry",),
+    "gpukern.conv.estimate": ("MEASURED", "Constants", "expected"),
+    "gpukern.conv.exclusions": ("Exclusion",),
+    "gpukern.conv.families.registry": ("family_of",),
+    "gpukern.conv.hooks": ("force_plan", "observe"),
+    "gpukern.conv.launch": ("prepared_for", "run", "write"),
+    "gpukern.conv.layouts": ("Shape", "Strides"),
+    "gpukern.conv.planner": (
+        "Ranked",
+        "candidates",
+        "heuristic_plan",
+        "only_measured",
+        "ranked",
+        "ranking",
+        "switched_off",
+    ),
+    "gpukern.conv.pooled.plan": ("seconds_apart",),
+    "gpukern.conv.pooled.problem": ("POOL_WINDOWS",),
+    "gpukern.conv.prepare": ("forget", "pooled_choice", "prepare_launch"),
+    "gpukern.conv.request": ("Call", "Epilogue", "Prepared", "check_countable", "operands_of", "shapes"),
 }
-_HOMES = {name: f"gpukern.conv.{module}" for module, names in _LAZY.items() for name in names}
+_HOMES = {name: module for module, names in _LATER.items() for name in names}
 
 __all__ = [
     "ConvPlan",

@@ -33,7 +33,7 @@ def minimum_work(problem: ConvProblem, direction: Direction, itemsize: int, kind
     taps = [dimension.outputs * dimension.taps for dimension in both]
     if direction is Direction.INPUT_GRAD:
         gathered = (sum(pixels * taps for pixels, taps in phases(dimension)) for dimension in both)
-        taps = map(min, taps, gathered)
+        taps = [*map(min, taps, gathered)]
     return Work(2 * p.N * math.prod(taps) * p.K * p.group_inputs, elements * itemsize, kind)
 
 

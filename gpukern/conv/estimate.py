@@ -130,7 +130,7 @@ def expected(
     return constants.launch * bound.launches + longer + constants.overlap * shorter
 
 
-def pass_seconds(bytes_moved: int, device: DeviceSpec) -> float:
+def pass_seconds(bytes_moved: float, device: DeviceSpec) -> float:
     """What a launch is expected to take that does little but move so much."""
     return bytes_moved / (MEASURED.memory * assumed_peaks(device).bandwidth) + MEASURED.launch
 

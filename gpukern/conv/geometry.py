@@ -48,6 +48,24 @@ def tiled_pixels(p: ConvProblem, direction: Direction) -> tuple[int, int]:
     return p.N * p.P * p.Q, 1
 
 
+class Gemm(NamedTuple):
+    """The matrix product [M, K] × [K, N] that each tap, group and phase of a convolution is."""
+
+    M: int
+    N: int
+    K: int
+
+
+def gemm_mnk(p: ConvProblem, direction: Direction) -> Gemm:
+    """Pixels × channels made, summed over channels; the weight gradient is K/G × C/G, summed over pixels."""
+    pixels, _ = tiled_pixels(p, direction)
+    return {
+        Direction.FORWARD: Gemm(pixels, p.group_outputs, p.group_inputs),
+        Direction.INPUT_GRAD: Gemm(pixels, p.group_inputs, p.group_outputs),
+        Direction.WEIGHT_GRAD: Gemm(p.group_outputs, p.group_inputs, pixels),
+    }[direction]
+
+
 def channels_of(p: ConvProblem, direction: Direction) -> tuple[int, int, int]:
     """Of first, second and output; see :class:`gpukern.conv.plan.Operands`."""
     x, w, y = p.C, p.group_inputs, p.K

@@ -28,23 +28,7 @@ def conv2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    dtype = input.dtype
-    prepared = prepare_launch(
-        problem,
-        _FORWARD,
-        input.stride(),
-        weight.stride(),
-        None,
-        (input.data_ptr() | weight.data_ptr()) % 16 == 0,
-        dtype,
-        conv_precision(dtype),
-        device_spec(input.device),
-        _epilogue(activation, residual is not None),
-        None,
-    )
-    output = input.new_empty_strided(prepared.shape, prepared.strides)
-    write(prepared, output, input, weight, bias, residual, negative_slope)
-    return output
+    return _with_epilogue(_FORWARD, problem, input, weight, bias, residual, activation, negative_slope)
 
 
 def conv_transpose2d(
@@ -56,12 +40,20 @@ def conv_transpose2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
+    return _with_epilogue(Direction.INPUT_GRAD, problem, input, weight, bias, residual, activation, negative_slope)
+
+
+def _with_epilogue(
+    direction: Direction, problem: ConvProblem, input, weight, bias, residual, activation: str, negative_slope: float
+) -> torch.Tensor:
     epilogue = _epilogue(activation, residual is not None)
-    prepared = prepared_for(problem, Direction.INPUT_GRAD, input, weight, None, epilogue)
-    return run(prepared, input, weight, bias, residual, negative_slope)[0]
+    prepared = prepared_for(problem, direction, input, weight, None, epilogue)
+    output = input.new_empty_strided(prepared.shape, prepared.strides)
+    write(prepared, output, input, weight, bias, residual, negative_slope)
+    return output
 
 
-_FORWARD = Direction.FORWARD  # an enumeration takes a while to find its members
+_FORWARD = Direction.FORWARD  # members of an enumeration are slow to look up
 #: The same object for the same arguments: looking one up takes less time than making one.
 _epilogue = functools.cache(Epilogue)
 
@@ -145,7 +137,8 @@ def write(
     """
     try:
         if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
-            return prepared.launch.run(first, second, output, bias, None, None, negative_slope)
+            prepared.launch.run(first, second, output, bias, None, None, negative_slope)
+            return None
         return _write(prepared, output, first, second, bias, residual, negative_slope)
     except DescriptorRefused as problem:
         if prepared.again is None:
@@ -167,7 +160,8 @@ def _write(
         return None
     if first.numel() == 0:
         # Sums of nothing: the weight gradient of no images, a linear layer without features.
-        return _write_empty_sums(prepared, output, bias, residual, negative_slope)
+        _write_empty_sums(prepared, output, bias, residual, negative_slope)
+        return None
     statistics = None
     if prepared.launch.row_tiles:
         size = (3, prepared.launch.row_tiles, prepared.shape[1])

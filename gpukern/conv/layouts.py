@@ -8,7 +8,7 @@ from gpukern.conv.plan import Layout
 from gpukern.ops._image import strides_of
 from gpukern.runtime.strides import dense_strides
 
-Shape = tuple[int, ...]
+Shape = tuple[int, int, int, int]
 Strides = tuple[int, ...]
 
 

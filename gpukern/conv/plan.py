@@ -112,6 +112,13 @@ class ConvPlan:
     pack: Pack = (False, False, False)
     precision: str = "ieee"
 
+    @property
+    def own_box(self) -> tuple[int, int, int]:
+        """``box``, for kernels whose plans all have one; ValueError without."""
+        if self.box is None:
+            raise ValueError(f"{self} has no box")
+        return self.box
+
     def __str__(self) -> str:
         words = f"{self.variant.value} {self.block_m}×{self.block_n}×{self.block_k}"
         if self.box:

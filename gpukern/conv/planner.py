@@ -108,10 +108,9 @@ def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
 def _packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:
     """What to copy, nothing at first: of equals, the first is chosen."""
     runs = Layout.PIXEL_RUNS, Layout.RUNS, Layout.CHANNELS
-    return itertools.product(
-        *(
-            # A copy of few channels would still have no runs to speak of.
-            (False,) if layout in runs or count < 8 else (False, True)
-            for layout, count in zip((operands.first, operands.second, operands.output), channels, strict=True)
-        )
+    first, second, output = (
+        # A copy of few channels would still have no runs to speak of.
+        (False,) if layout in runs or count < 8 else (False, True)
+        for layout, count in zip((operands.first, operands.second, operands.output), channels, strict=True)
     )
+    return itertools.product(first, second, output)

@@ -64,11 +64,11 @@ def prepare_launch(
         again = functools.partial(prepare_launch, *call, device, epilogue)
         _report(call, device)
         choice = choose(problem, direction, call.operands, device).plan
-    seen = (
+    seen_first, seen_second, seen_output = (
         dense_strides(shape, channels_last=True) if packed else given
         for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
     )
-    request = Request(problem, direction, *seen, dtype, epilogue, device)
+    request = Request(problem, direction, seen_first, seen_second, seen_output, dtype, epilogue, device)
     launch = importlib.import_module(family_of(choice).launch_module).prepare(request, choice)
     return Prepared(
         choice,

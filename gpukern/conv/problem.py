@@ -68,7 +68,7 @@ def conv_problem(
     P, Q = output_size(input_shape, weight_shape, bias_shape, stride, padding, dilation, groups)
     N, C, H, W = input_shape
     K, _, R, S = weight_shape
-    return ConvProblem(N, C, H, W, K, R, S, P, Q, tuple(stride), tuple(padding), tuple(dilation), groups)
+    return ConvProblem(N, C, H, W, K, R, S, P, Q, (*stride,), (*padding,), (*dilation,), groups)
 
 
 def output_size(
@@ -140,7 +140,7 @@ def transposed_problem(
     N, K, P, Q = input_shape
     _, group_outputs, R, S = weight_shape
     both = (padding[0], padding[0], padding[1], padding[1])
-    return ConvProblem(N, group_outputs * groups, H, W, K, R, S, P, Q, tuple(stride), both, tuple(dilation), groups)
+    return ConvProblem(N, group_outputs * groups, H, W, K, R, S, P, Q, (*stride,), both, (*dilation,), groups)
 
 
 def transposed_size(

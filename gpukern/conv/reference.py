@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -28,7 +30,7 @@ def conv2d(
     else:  # sums of nothing, where torch forgets the output's channels
         y = padded.new_zeros(problem.N, problem.K, problem.P, problem.Q)
         y = y if bias is None else y + bias[:, None, None]
-    y = activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+    y = activation(y if added is None else y + added, activation_name, negative_slope).to(input.dtype)
     return laid_out(y, layout)
 
 
@@ -50,7 +52,7 @@ def conv_transpose2d(
     )
     given, weight, added = _alike(input, weight, bias, residual)
     y = F.conv_transpose2d(given, weight, bias, p.stride, (p.padding[0], p.padding[2]), extra, p.groups, p.dilation)
-    y = activation(y if residual is None else y + added, activation_name, negative_slope).to(input.dtype)
+    y = activation(y if added is None else y + added, activation_name, negative_slope).to(input.dtype)
     return laid_out(y, layout)
 
 
@@ -100,7 +102,7 @@ def _pad(problem: ConvProblem, input: torch.Tensor) -> tuple[torch.Tensor, tuple
     return F.pad(input, (left, right, top, bottom)), (0, 0)
 
 
-def _backward(problem, grad, input, weight, mask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _backward(problem, grad, input, weight, mask) -> tuple[Any, Any]:
     padded, padding = _pad(problem, input)
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, padded, weight, None, problem.stride, padding, problem.dilation, False, (0, 0), problem.groups, mask

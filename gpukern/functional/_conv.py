@@ -10,8 +10,8 @@ from gpukern.conv import same_padding
 from gpukern.ops import conv2d as _conv2d
 from gpukern.ops import conv_transpose2d as _conv_transpose2d
 from gpukern.ops.activation import check_activation
-from gpukern.runtime.arguments import as_int, as_pair, check_batched_or_not, check_tensors
-from gpukern.runtime.autocast import autocast
+from gpukern.runtime.arguments import as_int, as_pair, check_batched_or_not, check_operand_tensors
+from gpukern.runtime.autocast import autocast, is_any_autocast_enabled
 from gpukern.runtime.tensors import check_alike
 
 
@@ -64,7 +64,7 @@ def conv2d(
     RuntimeError for sizes, dtypes or devices that do not fit; TypeError for arguments of a wrong type; ValueError for
     an unknown activation. As ``torch.nn.functional.conv2d``, before anything is computed.
     """
-    check_tensors("conv2d", input, weight, optional=(bias, residual))
+    check_operand_tensors("conv2d", input, weight, bias, residual)
     if input.dim() != 4 and check_batched_or_not("conv2d", input):
         return conv2d(
             input.unsqueeze(0), weight, bias, stride, padding, dilation, groups,
@@ -73,7 +73,8 @@ def conv2d(
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     padding = sides(padding, weight, stride, dilation)
-    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    if is_any_autocast_enabled():
+        input, weight, bias, residual = autocast(input, weight, bias, residual)
     if bias is not None and bias.dtype is not input.dtype:
         check_alike("conv2d", input, bias)  # a folded bias may be float32; torch's layers have none such
     return _conv2d.apply(
@@ -130,7 +131,7 @@ def conv_transpose2d(
     output_padding + 1. All else, gpukern's extensions too, is as in :func:`conv2d`. Raises as
     ``torch.nn.functional.conv_transpose2d``, before anything is computed.
     """
-    check_tensors("conv_transpose2d", input, weight, optional=(bias, residual))
+    check_operand_tensors("conv_transpose2d", input, weight, bias, residual)
     if input.dim() != 4 and check_batched_or_not("conv_transpose2d", input):
         return conv_transpose2d(
             input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation,
@@ -139,7 +140,8 @@ def conv_transpose2d(
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     padding, extra = as_pair("padding", padding), as_pair("output_padding", output_padding)
-    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    if is_any_autocast_enabled():
+        input, weight, bias, residual = autocast(input, weight, bias, residual)
     if bias is not None and bias.dtype is not input.dtype:
         check_alike("conv_transpose2d", input, bias)
     return _conv_transpose2d.apply(

@@ -6,8 +6,8 @@ import torch
 
 from gpukern.ops import linear as _linear
 from gpukern.ops.activation import check_activation
-from gpukern.runtime.arguments import check_tensors
-from gpukern.runtime.autocast import autocast
+from gpukern.runtime.arguments import check_operand_tensors
+from gpukern.runtime.autocast import autocast, is_any_autocast_enabled
 from gpukern.runtime.tensors import check_alike
 
 
@@ -26,10 +26,11 @@ def linear(
     ``torch.backends.cuda.matmul.allow_tf32`` set too, decides about TF32. Raises RuntimeError for sizes, dtypes or
     devices that do not fit, TypeError and ValueError as :func:`conv2d` does.
     """
-    check_tensors("linear", input, weight, optional=(bias,))
+    check_operand_tensors("linear", input, weight, bias)
     if bias is not None and bias.dim() == 0:
         bias = bias.reshape(1)
-    input, weight, bias = autocast(input, weight, bias)
+    if is_any_autocast_enabled():
+        input, weight, bias = autocast(input, weight, bias)
     if bias is not None and bias.dtype is not input.dtype:
         check_alike("linear", input, bias)
     return _linear.apply(input, weight, bias, check_activation(activation, negative_slope), negative_slope)

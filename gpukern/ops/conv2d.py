@@ -41,7 +41,7 @@ def apply(
     negative_slope: float,
 ) -> torch.Tensor:
     """``act(x ∗ w + b + residual)`` in one kernel, or in two where a gradient will need what goes into ``act``."""
-    if activation != "none" and needs_input(activation) and wants_gradient(input, weight, bias, residual):
+    if needs_input(activation) and wants_gradient(input, weight, bias, residual):
         inner = conv2d(input, weight, bias, residual, stride, padding, dilation, groups, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
     return conv2d(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope)

@@ -16,8 +16,8 @@ from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weight_grad, transposed_flops
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator
-from gpukern.runtime.tensors import check_alike, check_bias, memory_format_of
+from gpukern.runtime.operator import Operator, wants_gradient
+from gpukern.runtime.tensors import check_operands, memory_format_of
 from gpukern.runtime.transforms import Batch
 
 _implementations = Implementations("gpukern.conv")
@@ -45,8 +45,7 @@ def apply(
         output_padding = tuple(extra % step for extra, step in zip(output_padding, stride, strict=True))
     operands = input, weight, bias, residual
     geometry = stride, padding, output_padding, dilation, groups
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    if wanted and activation != "none":
+    if activation != "none" and wants_gradient(*operands):
         inner = conv_transpose2d(*operands, *geometry, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
     return conv_transpose2d(*operands, *geometry, activation, negative_slope)
@@ -63,8 +62,7 @@ def _check_output_padding(stride: Pair, output_padding: Pair, dilation: Pair) ->
 
 
 def _problem(input, weight, bias, residual, *geometry) -> ConvProblem:
-    check_alike("conv_transpose2d", input, weight, residual)
-    check_bias("conv_transpose2d", input, bias)
+    check_operands("conv_transpose2d", input, weight, bias, residual)
     problem = transposed_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
     if residual is not None:
         check_residual(residual, (problem.N, problem.C, problem.H, problem.W))

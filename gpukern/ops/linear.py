@@ -15,8 +15,8 @@ from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
 from gpukern.ops.conv2d import channel_sum
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator
-from gpukern.runtime.tensors import check_alike, check_bias
+from gpukern.runtime.operator import Operator, wants_gradient
+from gpukern.runtime.tensors import check_operands
 from gpukern.runtime.transforms import Batch, bilinear_jvp
 
 _implementations = Implementations("gpukern.ops._linear")
@@ -32,27 +32,25 @@ def apply(input, weight, bias, activation: str, negative_slope: float) -> torch.
     if weight.dim() == 1:
         bias = None if bias is None else bias.reshape(1)
         return apply(input, weight.unsqueeze(0), bias, activation, negative_slope).squeeze(-1)
-    operands = input, weight, bias
-    if needs_input(activation) and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        return apply_activation(apply(*operands, "none", 0.0), activation, negative_slope)
-    *leading, features = input.shape
+    if needs_input(activation) and wants_gradient(input, weight, bias):
+        return apply_activation(apply(input, weight, bias, "none", 0.0), activation, negative_slope)
     if input.dim() == 2:
         return linear(input, weight, bias, activation, negative_slope)
+    *leading, features = input.shape
     # Of rows without features, reshape cannot tell how many there are.
     rows = input.reshape(-1 if features else math.prod(leading), features)
     return linear(rows, weight, bias, activation, negative_slope).reshape(*leading, weight.shape[0])
 
 
 def _check(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    check_alike("linear", input, weight)
-    check_bias("linear", input, bias)
-    if input.shape[1] != weight.shape[1]:
+    check_operands("linear", input, weight, bias)
+    rows, columns = input.shape, weight.shape
+    if rows[1] != columns[1]:
         raise RuntimeError(
-            f"linear: input and weight shapes cannot be multiplied "
-            f"({input.shape[0]}x{input.shape[1]} and {weight.shape[1]}x{weight.shape[0]})"
+            f"linear: input and weight shapes cannot be multiplied ({rows[0]}x{rows[1]} and {columns[1]}x{columns[0]})"
         )
-    if bias is not None and tuple(bias.shape) not in ((weight.shape[0],), (1,)):
-        raise RuntimeError(f"linear: expected bias of shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if bias is not None and tuple(bias.shape) not in ((columns[0],), (1,)):
+        raise RuntimeError(f"linear: expected bias of shape [{columns[0]}], got {list(bias.shape)}")
 
 
 def _linear(

@@ -73,9 +73,30 @@ def check_tensors(function: str, *tensors: torch.Tensor, optional: tuple[torch.T
             raise NotImplementedError(f"{function}(): expected a tensor of torch.strided, but got {tensor.layout}")
         if tensor.is_nested:
             raise NotImplementedError(f"{function}(): expected a tensor with one size, but got a nested one")
-    for tensor in optional:
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{function}(): expected a Tensor or None, but got {type(tensor).__name__}")
+    for other in optional:
+        if other is not None and not isinstance(other, Tensor):
+            raise TypeError(f"{function}(): expected a Tensor or None, but got {type(other).__name__}")
+
+
+def check_operand_tensors(
+    function: str,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """:func:`check_tensors` with an optional bias and residual, in less time."""
+    if not (
+        isinstance(input, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+        and (residual is None or isinstance(residual, Tensor))
+        and input.layout is strided
+        and weight.layout is strided
+        and not input.is_nested
+        and not weight.is_nested
+    ):
+        check_tensors(function, input, weight, optional=(bias, residual))
 
 
 def check_batched_or_not(function: str, input: torch.Tensor, too_few: type[Exception] = RuntimeError) -> bool:

@@ -38,5 +38,5 @@ def _query(device: torch.device) -> DeviceSpec:
         name=properties.name,
         compute_capability=(properties.major, properties.minor),
         sm_count=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
+        shared_memory=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )

@@ -4,10 +4,33 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from gpukern.runtime.integers import cdiv
+
+_Described = TypeVar("_Described", bound="Described")
+
+
+def whole_run(length: int, dtype: torch.dtype) -> int:
+    """``length`` elements, rounded up to whole units of 16 bytes."""
+    sixteen = 16 // dtype.itemsize
+    return cdiv(length, sixteen) * sixteen
+
+
+def channel_run_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> tuple[int, int, int, int]:
+    """The strides of [N, C, H, W] or [K, C, R, S] in runs of channels, such that a descriptor takes them.
+
+    PyTorch leaves any number at a dimension of one element. It is never used, but a descriptor wants multiples of 16
+    bytes there too: the run of channels, rounded up.
+    """
+    run = whole_run(shape[1], dtype)
+    n, _, h, w = (run if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    return n, 1, h, w
 
 
 @dataclass(frozen=True)
@@ -42,7 +65,7 @@ class Described:
         rounds = dtype is torch.float32 and precision == "tf32"
         return _Rounding(self.shape, self.strides, self.block) if rounds else self
 
-    def checked(self, dtype: torch.dtype) -> Described:
+    def checked(self: _Described, dtype: torch.dtype) -> _Described:
         """Itself; raises ValueError for what the copy engine cannot do."""
         sixteen = 16 // dtype.itemsize
         if not 1 <= len(self.shape) == len(self.strides) == len(self.block) <= 5:

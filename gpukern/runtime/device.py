@@ -133,9 +133,10 @@ def assumed_peaks(device: DeviceSpec) -> Peaks:
     named = [d for d in DEVICES.values() if d.name.lower() in device.name.lower()]
     older = [d for d in DEVICES.values() if d.compute_capability <= device.compute_capability] or [A100]
     relative = max(named, key=lambda d: len(d.name)) if named else max(older, key=lambda d: d.compute_capability)
-    share = device.sm_count / relative.sm_count
-    rates = {kind: rate * share for kind, rate in relative.peaks.matrix_rates.items()}
-    return Peaks(relative.peaks.bandwidth * share, rates)
+    share, peaks = device.sm_count / relative.sm_count, relative.peaks
+    assert peaks is not None, "every device of the table has its peaks"
+    rates = {kind: rate * share for kind, rate in peaks.matrix_rates.items()}
+    return Peaks(peaks.bandwidth * share, rates)
 
 
 #: Emulated kernels run with the plan of this device: few multiprocessors, so that the interpreter, which takes the same

@@ -18,7 +18,7 @@ import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gpukern.runtime.launch import reach
+from gpukern.runtime.strides import reach
 
 _allowed: list[tuple[int, int]] = []
 

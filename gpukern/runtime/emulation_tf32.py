@@ -100,6 +100,8 @@ def prepare() -> None:
         return descriptor
 
     def create_descriptor_load(self, descriptor, *rest) -> TensorHandle:
+        if not EMULATE_TF32:
+            descriptor.round_f32_to_tf32 = False  # which Triton 3.9 does by itself
         loaded = plain_load(self, descriptor, *rest)
         return TensorHandle(round_to_tf32(loaded.data), tl.float32) if descriptor.rounds else loaded
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +59,7 @@ def launch(
     Every launch happens under its tensors' own device: Triton launches on the current one, whatever the tensors say.
     DescriptorRefused if the driver takes a descriptor among the arguments for none.
     """
-    values, keywords = options if type(options) is CompileTime else ((), options | _ALWAYS)
+    values, keywords = options if type(options) is CompileTime else ((), options | _ALWAYS)  # type: ignore[operator]
     try:
         # Tensors have a numbered device on GPUs only, and device.type would make a string in every call.
         if device.index is not None:
@@ -86,8 +85,3 @@ def index_type(largest_offset: int) -> tl.dtype:
     """The integer type for offsets up to ``largest_offset`` elements, masked lanes beyond the end included."""
     # Blocks may reach past the end of a tensor by far less than 2²⁴ elements before their mask holds.
     return tl.int32 if largest_offset < 2**31 - 2**24 else tl.int64
-
-
-def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """The largest offset, in elements, between two elements of a tensor."""
-    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -39,6 +39,9 @@ class Mode(enum.Enum):
     REFERENCE = "reference"
 
 
+#: Members of an enumeration are slow to look up, and every call needs these.
+_KERNELS, _REFERENCE = Mode.KERNELS, Mode.REFERENCE
+
 _forced: Mode | None = None
 
 
@@ -60,10 +63,10 @@ def mode_of(tensor: torch.Tensor) -> Mode:
     if tensor.is_cuda:
         if EMULATE:
             raise RuntimeError("GPUKERN_EMULATE=1 runs the kernels on CPU tensors, but got a CUDA tensor; unset it")
-        return Mode.KERNELS
+        return _KERNELS
     if EMULATE and tensor.device.type == "cpu":
         return Mode.EMULATED
-    return Mode.REFERENCE
+    return _REFERENCE
 
 
 def has_triton() -> bool:
@@ -84,7 +87,7 @@ class Implementations:
         self._launch: ModuleType | None = None
 
     def of(self, tensor: torch.Tensor) -> Any:
-        if mode_of(tensor) is Mode.REFERENCE:
+        if mode_of(tensor) is _REFERENCE:
             return self._reference
         return self._launch or self._import_launch()
 

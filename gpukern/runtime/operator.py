@@ -6,7 +6,8 @@ Crossing PyTorch's operator boundary costs tens of microseconds in Python, so ea
 Both ways share the same forward, ``save`` and ``backward`` functions. What ``torch.func`` and forward-mode
 differentiation make of an operator is in :mod:`gpukern.runtime.transforms`.
 
-Behind this door a computation meets tensors whose memory holds their values, and no autocast.
+Behind this door a computation meets tensors whose memory holds their values. What autocast means was decided before it,
+in ``functional``, and :class:`gpukern.runtime.mode.Implementations` computes without.
 """
 
 from __future__ import annotations
@@ -89,16 +90,14 @@ class Operator:
             schema=schema,
         )
         definition.register_fake(fake)
-        if backward is not None:
-            definition.register_autograd(
-                backward, setup_context=lambda ctx, inputs, output: save(ctx, tuples(inputs), output)
-            )
+        if save is not None and backward is not None:
+            definition.register_autograd(backward, setup_context=_setup_context(save))
         self.overload = getattr(torch.ops.gpukern, name).default
         OPERATORS[self.overload] = self
         self._tensors = sum(
             str(argument.type) in ("Tensor", "Optional[Tensor]") for argument in self.overload._schema.arguments
         )
-        if backward is None:
+        if save is None or backward is None:
             save, backward = _save_nothing, _refuse(name)
         register_transforms(self, name, definition, self._tensors, save, backward, jvp, batch, plain)
         self._apply = _autograd_function(name, self._tensors, forward, save, backward)
@@ -180,6 +179,10 @@ def resolved(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.resolve_neg() if tensor.is_neg() else tensor.clone()
 
 
+def _setup_context(save: Callable[..., None]) -> Callable[..., None]:
+    return lambda ctx, inputs, output: save(ctx, tuples(inputs), output)
+
+
 def _save_nothing(ctx: Any, arguments: tuple, output: Any) -> None:
     outputs = output if isinstance(output, tuple) else (output,)
     ctx.mark_non_differentiable(*(each for each in outputs if not each.is_floating_point()))
@@ -192,7 +195,7 @@ def _refuse(name: str) -> Callable[..., Any]:
     return backward
 
 
-def _check_torchscript(tensors: tuple[torch.Tensor | None, ...]) -> None:
+def _check_torchscript(tensors: tuple[Any, ...]) -> None:
     exporter = sys.modules.get("torch.onnx._internal.torchscript_exporter._globals")
     if exporter is None or not exporter.GLOBALS.in_onnx_export:
         raise RuntimeError(
@@ -225,4 +228,5 @@ def _autograd_function(
         return *by_tensor, None
 
     methods = {"forward": staticmethod(run), "backward": staticmethod(run_backward)}
-    return super(torch.autograd.Function, type(name, (torch.autograd.Function,), methods)).apply
+    function: Any = type(name, (torch.autograd.Function,), methods)
+    return super(torch.autograd.Function, function).apply

@@ -26,7 +26,7 @@ def conv_precision(dtype: torch.dtype) -> str:
     """Triton's ``input_precision`` for a convolution: follows ``torch.backends.cudnn.conv.fp32_precision``."""
     if dtype is not torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"  # type: ignore[attr-defined]
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
@@ -46,12 +46,12 @@ def fp32_products(conv: str | None = None, matmul: str | None = None) -> Iterato
     what the old ``torch.backends.cudnn.allow_tf32`` is where the two disagree; that of matrix products is set too.
     """
     above, cuda = torch.backends, torch.backends.cudnn
-    own_above = above.fp32_precision
+    own_above = above.fp32_precision  # type: ignore[attr-defined]
     own_cuda = _own(cuda, above, own_above)
-    convolutions, products = cuda.conv, torch.backends.cuda.matmul
+    convolutions, products = cuda.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     own_matmul, own_conv = _own(products, cuda, own_cuda), None
     # The old word for matrix products, which says of CPUs what it says of GPUs.
-    cpu = torch.backends.mkldnn.matmul
+    cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     own_cpu = _own(cpu, above, own_above)
     old_matmul = _old_matmul_precision(products, own_matmul)
     allowed = (matmul or products.fp32_precision) == "tf32"

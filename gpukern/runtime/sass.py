@@ -70,7 +70,7 @@ class Loop:
     @property
     def mix(self) -> dict[str, int]:
         """How many instructions of each kind, without those that do not occur."""
-        kinds = collections.Counter()
+        kinds: collections.Counter[str] = collections.Counter()
         for name, count in self.instructions.items():
             kinds[kind_of(name)] += count
         return {kind: kinds[kind] for kind in (*_KINDS, _OTHERS) if kinds[kind]}
@@ -123,6 +123,7 @@ def resources(kernel: CompiledKernel) -> tuple[int, int]:
     """(registers of a thread, bytes of its stack), in milliseconds. What has no stack spills nothing."""
     with _on_disk(kernel) as cubin:
         usage = _USAGE.search(_tool("cuobjdump", "-res-usage", cubin))
+    assert usage is not None, "cuobjdump lists the resources of every kernel"
     return int(usage[1]), int(usage[2])
 
 

@@ -23,3 +23,8 @@ def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
     """The strides PyTorch gives a new tensor; of an empty one too."""
     _, C, H, W = (max(size, 1) for size in shape)
     return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)
+
+
+def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """The largest offset, in elements, between two elements of a tensor."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))

@@ -35,5 +35,5 @@ class _Finder(importlib.abc.MetaPathFinder):
             execute(module)
             self._action(module)
 
-        spec.loader.exec_module = execute_and_act
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec

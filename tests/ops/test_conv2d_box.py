@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpukern.conv import reference
-from gpukern.conv.families.tma_conv import launch
+from gpukern.conv.families import split_k
 from gpukern.conv.families.tma_conv import plan as box
 from gpukern.conv.launch import prepared_for, run
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
@@ -155,7 +155,7 @@ def test_splits(geometry, direction, splits, device):
 @TINIES
 def test_only_the_last_program_of_a_split_writes(geometry, direction, device, monkeypatch):
     """With counters that nobody brings to the last one, what was there before stays."""
-    monkeypatch.setattr(launch, "zeroed_counters", lambda count, device: torch.full((count,), 99).int().to(device))
+    monkeypatch.setattr(split_k, "zeroed_counters", lambda count, device: torch.full((count,), 99).int().to(device))
     p = geometry.problem
     x, w, dy = operands(p, torch.float16, device)
     first, epilogue = (x, Epilogue(statistics=True)) if direction is Direction.FORWARD else (dy, Epilogue())

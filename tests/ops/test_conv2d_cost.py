@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpukern.conv import launch
 from gpukern.conv.cost import cost, minimum_work
 from gpukern.conv.families.registry import FAMILIES, family_of
-from gpukern.conv.geometry import dimensions
+from gpukern.conv.geometry import dimensions, gemm_mnk
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.planner import heuristic_plan, ranking
 from gpukern.conv.problem import conv_problem
@@ -91,6 +91,15 @@ def test_work_of_a_resnet_layer(direction):
     assert (least.bound, least.seconds) == ("memory", pytest.approx(7.6907e-6, rel=1e-4))
     least = floor(must, A100.peaks)
     assert (least.bound, least.seconds) == ("compute", pytest.approx(23.714e-6, rel=1e-4))
+
+
+def test_a_convolution_is_a_matrix_product_for_each_tap_group_and_phase():
+    p = problem(4, 24, 9, 7, 36, 3, 5, padding=(1, 0), groups=3)  # y of 9 × 3 pixels
+    assert gemm_mnk(p, FORWARD) == (4 * 9 * 3, 12, 8)
+    assert gemm_mnk(p, INPUT_GRAD) == (4 * 9 * 7, 8, 12)
+    assert gemm_mnk(p, WEIGHT_GRAD) == (12, 8, 4 * 9 * 3)
+    # Of the four phases of a stride of 2 the largest has 5 × 4 of the 9 × 7 pixels.
+    assert gemm_mnk(problem(4, 24, 9, 7, 36, 3, 3, stride=(2, 2)), INPUT_GRAD) == (4 * 5 * 4, 24, 36)
 
 
 def test_cost_of_a_resnet_layer():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import gpukern.functional as F
+from gpukern.conv.families import split_k
 from gpukern.runtime import capture, counters
 from gpukern.runtime.counters import zeroed_counters
 from tests.device import DEVICE
@@ -150,9 +151,10 @@ def test_no_driver_tells_no_captures_apart(monkeypatch):
 # ---- a network -----------------------------------------------------------------------------------------------------
 
 RECORD = """
-import sys, types
+import types
 import torch
 import gpukern
+from gpukern.conv.families import split_k
 from gpukern.runtime import counters
 from gpukern.runtime.compile_only import record_launches
 from gpukern.runtime.device import H200
@@ -180,9 +182,7 @@ def count_calls(count, device):
     return given(count, torch.device("cuda", 0))
 
 counters._zeros = count_zeros
-for name in ("tma_gemm", "implicit_gemm", "tma_conv"):
-    __import__(f"gpukern.conv.families.{name}.launch")
-    sys.modules[f"gpukern.conv.families.{name}.launch"].zeroed_counters = count_calls
+split_k.zeroed_counters = count_calls
 with torch.no_grad(), record_launches(H200) as launches:
     fused(x)
     launches.clear()
@@ -232,10 +232,8 @@ def captured(layers) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
 def test_graphs_of_split_launches(monkeypatch):
     """No memset in them; two of them beside each other, and again, compute what they should."""
     given = []
-    for name in ("tma_gemm", "implicit_gemm", "tma_conv"):
-        module = __import__(f"gpukern.conv.families.{name}.launch", fromlist=["launch"])
-        wrapped = lambda count, device: given.append(zeroed_counters(count, device)) or given[-1]  # noqa: E731
-        monkeypatch.setattr(module, "zeroed_counters", wrapped)
+    wrapped = lambda count, device: given.append(zeroed_counters(count, device)) or given[-1]  # noqa: E731
+    monkeypatch.setattr(split_k, "zeroed_counters", wrapped)
     work = [layers(), layers()]
     for x, w in (*work[0], *work[1]):
         F.conv2d(x, w, padding=1)  # compiles; the first fills the stock

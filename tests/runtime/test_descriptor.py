@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton.runtime import driver
 
-from gpukern.runtime.descriptor import Described
+from gpukern.runtime.descriptor import Described, channel_run_strides, whole_run
 
 FLOAT32, TFLOAT32 = 7, 11  # of CUtensorMapDataType
 METADATA = {"swizzle": 3, "elem_size": 4, "elem_type": FLOAT32, "block_size": [8, 32], "fp4_padded": False}
@@ -48,3 +48,15 @@ def test_operands_of_tf32_round(element_type):
 def test_operands_are_checked():
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         Described((64, 30), (30, 1), (8, 32)).operand(torch.float32, "tf32")
+
+
+@pytest.mark.parametrize("dtype, sixteen", [(torch.float32, 4), (torch.float16, 8)])
+def test_strides_of_one_element_are_made_whole_units_of_16_bytes(dtype, sixteen):
+    """PyTorch leaves any number there; strides that are used stay as they are, whatever they are."""
+    assert [whole_run(length, dtype) for length in (0, 1, sixteen, sixteen + 1)] == [0, sixteen, sixteen, 2 * sixteen]
+    run = 3 * sixteen
+    assert channel_run_strides((1, run - 1, 5, 1), (7, 1, 40, 3), dtype) == (run, 1, 40, run)
+    assert channel_run_strides((2, 1, 1, 4), (7, 9, 0, 3), dtype) == (7, 1, sixteen, 3)
+    N, C, H, W = 1, run, 1, 6
+    n, c, h, w = channel_run_strides((N, C, H, W), (7, 1, 3, run), dtype)
+    Described((N, H, W, C), (n, h, w, c), (1, 1, 2, sixteen)).checked(dtype)

@@ -13,10 +13,12 @@ if not EMULATE:
 
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 from gpukern.runtime import emulation
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launch import index_type, launch
+from gpukern.runtime.strides import reach
 
 emulation.prepare()
 
@@ -86,3 +88,63 @@ def test_promises_that_do_not_hold_raise():
 def test_offsets_choose_the_index_type():
     assert index_type(2**31 - 2**24 - 1) == tl.int32 and index_type(2**31 - 2**24) == tl.int64
     assert reach((5, 7), (0, 0)) == 0 and reach((4, 3), (6, 2)) == 3 * 6 + 2 * 2
+
+
+@triton.jit
+def halved_again(x):
+    return tl.sum(x * 0.5, axis=0)
+
+
+@triton.jit
+def halved(x):
+    return halved_again(x * 0.5)
+
+
+@triton.jit
+def calls_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, N))
+    tl.store(out_ptr, halved(x) + halved_again(x) + tl.max(x, axis=0))
+
+
+def test_the_language_is_patched_once_a_launch_and_put_back(monkeypatch):
+    """Device functions that call one another meet it patched; after the launch it is as it was, after errors too."""
+    patched = []
+    plain = interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *given: patched.append(given[0]) or plain(*given))
+    x, out = torch.arange(16.0), torch.empty(1)
+    before = tl.load, tl.tensor.__add__, tl.range
+    for _ in range(2):
+        patched.clear()
+        launch(calls_kernel, (1,), x.device, (x, out, 16), {})
+        assert out.item() == 120 / 4 + 120 / 2 + 15
+        # For the kernel, and for the first function of Triton's own, which names tl.core alone.
+        assert patched.count(tl.core.tensor_descriptor_base) == 2
+        assert before == (tl.load, tl.tensor.__add__, tl.range)
+    with pytest.raises(InterpreterError):
+        launch(copy_kernel, (1,), x.device, (x, out, 16, 10**6, 16), {})
+    assert before == (tl.load, tl.tensor.__add__, tl.range)
+
+
+def test_values_of_one_shape_share_it_and_others_do_not():
+    names = {}
+    for sizes in ((4, 8), (8, 4), (32,), (4, 8)):
+        for element in (tl.float32, tl.int32, tl.pointer_type(tl.float32)):
+            kind = tl.block_type(element, list(sizes))
+            assert tuple(kind.shape) == sizes and kind.numel == 32 and kind.scalar == element
+            assert names.setdefault(kind.name, (sizes, element.name)) == (sizes, element.name)
+            value = tl.tensor(None, kind)
+            assert [size.value for size in value.shape] == list(sizes) and value.numel.value == 32
+    assert len(names) == 9
+    scalar = tl.tensor(None, tl.int32)
+    assert len(scalar.shape) == 0 and scalar.numel.value == 1
+    with pytest.raises(ValueError, match="power of 2"):
+        tl.block_type(tl.float32, [3])
+
+
+@pytest.mark.parametrize("kind", [tl.bfloat16, tl.float16, tl.int1, tl.uint32, tl.int64, tl.float8e5], ids=str)
+def test_numpy_dtypes_are_the_interpreters(kind):
+    expected = {"bf16": np.uint16, "fp16": np.float16, "int1": bool, "uint32": np.uint32, "int64": np.int64}
+    assert interpreter._get_np_dtype(kind) == expected.get(kind.name, np.uint8)
+    assert interpreter._get_np_dtype(tl.block_type(kind, [2])) == expected.get(kind.name, np.uint8)
+    assert interpreter._get_np_dtype(tl.pointer_type(kind)) == np.uint64
+    assert interpreter._get_np_dtype(tl.block_type(tl.pointer_type(kind), [2])) == np.uint64

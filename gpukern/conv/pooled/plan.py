@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpukern.conv.estimate import pass_seconds
 from gpukern.conv.plan import ConvPlan, Direction, Operands
-from gpukern.conv.planner import Ranked, only_measured, ranking
+from gpukern.conv.planner import Ranked, heuristic_plan, only_measured, ranked, ranking
 from gpukern.conv.pooled.problem import windows_of
 from gpukern.conv.problem import ConvProblem, pooled_problem
 from gpukern.ops._pool2d import cost as pool
@@ -16,13 +16,15 @@ def together(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> Ra
 
     None where no kernel can: of groups, those that pool in their epilogue want 8 channels or more.
     """
-    return _fastest(pooled_problem(problem), operands, device)
+    found = ranking(pooled_problem(problem), Direction.FORWARD, operands, device)
+    return next((each for each in found if not only_measured(each.plan)), None)
 
 
 def seconds_apart(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> float:
     """The seconds that both launches are expected to take; ``operands.output`` is the convolution's."""
     moved = pool.work(windows_of(problem), pool.Pooling.MAX, operands.itemsize).bytes
-    return _fastest(problem, operands, device).seconds + pass_seconds(moved, device)
+    first = heuristic_plan(problem, Direction.FORWARD, operands, device)
+    return ranked(problem, Direction.FORWARD, first, operands, device).seconds + pass_seconds(moved, device)
 
 
 def choose(problem: ConvProblem, of_both: Operands, of_convolution: Operands, device: DeviceSpec) -> ConvPlan | None:
@@ -35,8 +37,3 @@ def choose(problem: ConvProblem, of_both: Operands, of_convolution: Operands, de
         return None
     one = together(problem, of_both, device)
     return one.plan if one and one.seconds <= seconds_apart(problem, of_convolution, device) else None
-
-
-def _fastest(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> Ranked | None:
-    ranked = ranking(problem, Direction.FORWARD, operands, device)
-    return next((each for each in ranked if not only_measured(each.plan)), None)

@@ -14,7 +14,8 @@ from gpukern.ops._batch_norm.problem import Shape, walk
 from gpukern.ops._image import Image
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.launch import index_type, reach
+from gpukern.runtime.launch import index_type
+from gpukern.runtime.strides import reach
 from gpukern.runtime.tensors import format_kept_by
 
 NOTHING = Image(None, 0, 0, 0, 0)

@@ -19,7 +19,7 @@ def linear(
     prepared = _prepared(problem, Direction.FORWARD, input, weight, activation)
     if bias is not None and bias.shape[0] != outputs:
         bias = bias.expand(outputs)
-    output = torch.empty((problem.N, outputs), dtype=input.dtype, device=input.device)
+    output = input.new_empty_strided((problem.N, outputs), (max(outputs, 1), 1))
     write(prepared, output, input, weight, bias, None, negative_slope)
     return output
 
@@ -27,7 +27,7 @@ def linear(
 def linear_weight_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     (rows, inputs), outputs = input.shape, grad.shape[1]
     prepared = _prepared(_as_convolution(rows, inputs, outputs), Direction.WEIGHT_GRAD, grad, input)
-    output = torch.empty((outputs, inputs), dtype=grad.dtype, device=grad.device)
+    output = grad.new_empty_strided((outputs, inputs), (max(inputs, 1), 1))
     write(prepared, output, grad, input)
     return output
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
-from gpukern.ops._image import image
+from gpukern.ops._image import Image, image, strides_of
 from gpukern.ops._pool2d import kernels
 from gpukern.ops._pool2d.plan import Tile, plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import index_type, launch, reach
+from gpukern.runtime.launch import CompileTime, compile_time, index_type, launch
+from gpukern.runtime.strides import reach
 from gpukern.runtime.tensors import check_kernel_dtype
 
 
@@ -168,39 +170,50 @@ def _run(
     """Run ``kernel`` over all of ``tiled``, which is cut into tiles."""
     if tiled.numel() == 0:
         return
-    pixels = tiled.shape[0] * tiled.shape[2] * tiled.shape[3]
-    launch(
-        kernel,
-        (cdiv(pixels, tile.pixels), cdiv(problem.C, tile.channels)),
-        tiled.device,
-        (*map(image, tensors), pixels, *sizes),
-        _tile(tile, problem, tensors) | options,
-    )
+    layouts = tuple([(tensor.shape, tensor.stride()) for tensor in tensors])
+    strides, constants = _prepared(kernel.__name__, problem, tile, layouts, tuple(options.items()))
+    N, _, H, W = tiled.shape
+    pixels = N * H * W
+    images = [Image(tensor, *each) for tensor, each in zip(tensors, strides, strict=True)]
+    grid = cdiv(pixels, tile.pixels), cdiv(problem.C, tile.channels)
+    launch(kernel, grid, tiled.device, (*images, pixels, *sizes), constants)
 
 
 def _run_whole_windows(problem, tile, input, output, sizes, **options) -> None:
     if output.numel() == 0:
         return
-    launch(
-        kernels.avg_pool2d_whole_window_kernel,
-        (problem.N * problem.P * problem.Q, cdiv(problem.C, tile.channels)),
-        output.device,
-        (image(input), image(output), *sizes),
-        _tile(tile, problem, (input, output)) | options,
-    )
+    layouts = (input.shape, input.stride()), (output.shape, output.stride())
+    kernel = kernels.avg_pool2d_whole_window_kernel
+    _, constants = _prepared(kernel.__name__, problem, tile, layouts, tuple(options.items()))
+    grid = problem.N * problem.P * problem.Q, cdiv(problem.C, tile.channels)
+    launch(kernel, grid, output.device, (image(input), image(output), *sizes), constants)
 
 
-def _tile(tile: Tile, problem: PoolProblem | AdaptiveProblem, tensors: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    largest = max(reach(tensor.shape, tensor.stride()) for tensor in tensors)
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    kernel: str,
+    problem: PoolProblem | AdaptiveProblem,
+    tile: Tile,
+    layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
+    options: tuple[tuple[str, Any], ...],
+) -> tuple[tuple[tuple[int, ...], ...], CompileTime]:
+    """What follows from the tensors' shapes and strides, worked out once: the strides of images, and all constants.
+
+    The kernel by its name: Triton's functions take long to hash.
+    """
+    largest = max(reach(*layout) for layout in layouts)
     if isinstance(problem, AdaptiveProblem):
         # Adaptive windows begin at p·H/P, and the product comes first.
         largest = max(largest, (problem.P + 1) * (problem.H + 1), (problem.Q + 1) * (problem.W + 1))
-    return {
+    constants = {
         "BLOCK_CHANNELS": tile.channels,
         "BLOCK_PIXELS": tile.pixels,
         "INDEX": index_type(largest),
         "num_warps": tile.warps,
     }
+    return tuple(strides_of(*layout) for layout in layouts), compile_time(
+        getattr(kernels, kernel), constants | dict(options)
+    )
 
 
 def _geometry(problem: PoolProblem) -> dict[str, Pair]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
 from gpukern.runtime.integers import cdiv, power_of_two
@@ -20,8 +21,7 @@ _UNROLLED_LOADS = 72
 _GRID_Y = 65535
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """What one program works on. ``pixels`` counts places of one window in the tile of a whole-window kernel."""
 
     channels: int

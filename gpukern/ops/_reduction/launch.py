@@ -9,8 +9,8 @@ from gpukern.ops._reduction import kernels
 from gpukern.ops._reduction.splits import channel_sum_splits
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.integers import cdiv, power_of_two
-from gpukern.runtime.launch import index_type, launch, reach
-from gpukern.runtime.strides import dense_strides
+from gpukern.runtime.launch import index_type, launch
+from gpukern.runtime.strides import dense_strides, reach
 from gpukern.runtime.tensors import check_kernel_dtype
 
 _NOTHING = Image(None, 0, 0, 0, 0)

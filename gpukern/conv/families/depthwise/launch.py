@@ -7,13 +7,16 @@ from typing import Any
 
 from gpukern.conv.families.depthwise import kernels, weight_kernels
 from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tiles_per_split
+from gpukern.conv.families.filters import filter_strides
+from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Shape, Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
-from gpukern.runtime.launch import compile_time, index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.strides import reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -27,43 +30,39 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     p, direction = request.problem, request.direction
     of_source, _, of_output = request.shapes
     source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
-    columns, reduction = p.group_outputs, p.group_inputs
-    k, c, r, s = weight
-    filter_strides = (columns * k, k, c, r, s)
-    if direction is Direction.INPUT_GRAD:
-        columns, reduction = reduction, columns
-        filter_strides = (reduction * k, c, k, r, s)
+    gemm = gemm_mnk(p, direction)
+    of_filter = filter_strides(p, weight, direction is Direction.INPUT_GRAD)
     vertical, horizontal = axes(p, direction)
     planes = _in_planes(source, output)
     source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
-    out_pairs = planes and _in_pairs(of_output, output, horizontal, choice.box[2])
-    sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, columns, reduction)
+    out_pairs = planes and _in_pairs(of_output, output, horizontal, choice.own_box[2])
+    sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, gemm.N, gemm.K)
     options = {
         **_walk(vertical, horizontal, planes),
-        "COLUMNS": columns,
-        "REDUCTION": reduction,
+        "COLUMNS": gemm.N,
+        "REDUCTION": gemm.K,
         "SOURCE_PAIRS": source_pairs,
         "OUT_PAIRS": out_pairs,
         # Channels that others lie between are not in runs.
-        "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if columns == reduction else 1,
+        "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if gemm.N == gemm.K else 1,
         "OUT_ALIGN": _alignment(of_output, output, planes, out_pairs),
         **_tile(choice, choice.block_n),
         "ACTIVATION": request.epilogue.activation,
         "INDEX": index_type(max(map(reach, (of_source, of_output), (source, output)))),
     }
-    cut = cut_of(p, direction, choice)
+    cut, rows = cut_of(p, direction, choice), choice.own_box[1]
     constants = compile_time(kernels.conv2d_depthwise_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         arguments = (
             Image(first, *source),
-            Filter(second, *filter_strides),
+            Filter(second, *of_filter),
             bias,
             None if residual is None else Image(residual, *output),
             Image(out, *output),
             statistics,
             sizes,
-            choice.box[1],
+            rows,
             negative_slope,
         )
         launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, constants)
@@ -75,15 +74,15 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     p = request.problem
     of_grad, of_source, of_output = request.shapes
     grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
-    k, c, r, s = output
+    of_filter = filter_strides(p, output, False)
     vertical, horizontal = axes(p, request.direction)
     planes = _in_planes(grad, source)
-    grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, choice.box[2])
+    grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, choice.own_box[2])
     source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
     scalars = (
         math.prod(of_output),
         Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, 1),
-        choice.box[1],
+        choice.own_box[1],
         tiles_per_split(p, choice),
     )
     options = {
@@ -101,7 +100,7 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
 
     def run(first, second, out, *_) -> None:
         partial = partial_sums(out, choice.splits)
-        filter = Filter(partial, p.group_outputs * k, k, c, r, s)
+        filter = Filter(partial, *of_filter)
         arguments = (Image(first, *grad), Image(second, *source), filter, *scalars)
         launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, constants)
         add_partial_sums(partial, out, choice.splits)
@@ -116,7 +115,7 @@ def _in_planes(*images: Strides) -> bool:
 
 def _sources(axis: Axis, choice: ConvPlan) -> int:
     """Columns of the source from one lane to the next, where lanes lie side by side."""
-    cols = choice.box[2]
+    cols = choice.own_box[2]
     return cols // axis.ratio if axis.transposed else cols * axis.ratio
 
 
@@ -137,7 +136,7 @@ def _walk(vertical: Axis, horizontal: Axis, planes: bool) -> dict[str, Any]:
 
 
 def _tile(choice: ConvPlan, channels: int) -> dict[str, int]:
-    lanes, _, cols = choice.box
+    lanes, _, cols = choice.own_box
     return {
         "COLS": cols,
         "BLOCK_Q": lanes,

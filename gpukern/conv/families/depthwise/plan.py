@@ -139,7 +139,7 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
     vertical, horizontal = axes(p, direction)
     cut = cut_of(p, direction, choice)
     # Of a stride's input gradient an output has only its share of the taps.
-    rows = choice.box[1] + vertical.warm_up * vertical.outputs
+    rows = choice.own_box[1] + vertical.warm_up * vertical.outputs
     steps = cdiv(rows * p.R * p.S * _reduction(p, direction), vertical.outputs * horizontal.outputs)
     if direction is Direction.WEIGHT_GRAD:
         return [(cut.channel_blocks * choice.splits, tiles_per_split(p, choice) * steps)]
@@ -148,7 +148,7 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
 
 def cut_of(p: ConvProblem, direction: Direction, choice: ConvPlan) -> Cut:
     channels = choice.block_m if direction is Direction.WEIGHT_GRAD else choice.block_n
-    return _cut(p, direction, channels, *choice.box)
+    return _cut(p, direction, channels, *choice.own_box)
 
 
 def tiles_per_split(p: ConvProblem, choice: ConvPlan) -> int:
@@ -197,13 +197,13 @@ def _thread(p: ConvProblem, direction: Direction, operands: Operands, limit: int
     vertical, horizontal = axes(p, direction)
     in_planes = _in_planes(p, direction, operands)
     words = operands.itemsize / 4
-    best = None
+    best: tuple[float, int, int] | None = None
     for channels, step in itertools.product(_widths(p, operands, in_planes), (1, 2, 4)):
         cols = step * horizontal.outputs
         if not _cuts_evenly(p, direction, in_planes, horizontal, cols, step):
             continue
         loads = vertical.sources * horizontal.span(cols) * _reduction(p, direction)
-        held = p.R * p.S * _reduction(p, direction) + vertical.waiting * cols
+        held: float = p.R * p.S * _reduction(p, direction) + vertical.waiting * cols
         if direction is Direction.WEIGHT_GRAD:
             held += loads + (loads + cols) * words
         else:
@@ -215,7 +215,7 @@ def _thread(p: ConvProblem, direction: Direction, operands: Operands, limit: int
         # An address or a predicate for every access.
         if channels * held + loads <= limit and (best is None or cost < best[0]):
             best = cost, channels, cols
-    return best and best[1:]
+    return best[1:] if best else None
 
 
 def _widths(p: ConvProblem, operands: Operands, in_planes: bool) -> tuple[int, ...]:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from gpukern.conv.families.filters import filter_strides, tap_options, window_options
 from gpukern.conv.families.grouped import kernels
-from gpukern.conv.families.grouped.plan import channels, grid
-from gpukern.conv.families.implicit_gemm.launch import filter_strides, tap_options, window_options
+from gpukern.conv.families.grouped.plan import grid
+from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
-from gpukern.runtime.launch import compile_time, index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.strides import reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
     p, transposed = request.problem, request.direction is Direction.INPUT_GRAD
     of_source, _, of_output = request.shapes
     source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
-    columns, reduction = channels(p, request.direction)
+    gemm = gemm_mnk(p, request.direction)
     of_filter = filter_strides(p, weight, transposed)
-    sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, columns, reduction)
+    sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, gemm.N, gemm.K)
     options = {
         **window_options(p),
         **tap_options(p, transposed),
-        "COLUMNS": columns,
-        "REDUCTION": reduction,
+        "COLUMNS": gemm.N,
+        "REDUCTION": gemm.K,
         "SOURCE_ALIGN": alignment(source, 1, of_source[1]),
         "FILTER_ALIGN": alignment(weight, 1, p.group_inputs),
         "OUT_ALIGN": alignment(output, 1, of_output[1]),

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from gpukern.conv.families.family import Family
-from gpukern.conv.geometry import dimensions, phases, tiled_pixels
+from gpukern.conv.geometry import dimensions, gemm_mnk, phases, tiled_pixels
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
@@ -29,10 +29,10 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
     if not _serves(p, direction, operands):
         return
     block_n, block_k = _blocks(p, direction)
-    pixels, _ = tiled_pixels(p, direction)
-    pairs = 2 in channels(p, direction)
+    gemm = gemm_mnk(p, direction)
+    pairs = 2 in (gemm.N, gemm.K)
     for block_m in _TILES[-1:] if pairs or operands.dtype == "float32" else _TILES:
-        if block_m <= power_of_two(pixels, _TILES[-1]):
+        if block_m <= power_of_two(gemm.M, _TILES[-1]):
             yield ConvPlan(Variant.GROUPED, block_m, block_n, block_k, num_warps=4, num_stages=_STAGES)
 
 
@@ -47,16 +47,9 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
 
 def grid(p: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[int, int, int]:
     """(tiles of pixels, of channels, phases)."""
-    pixels, phases = tiled_pixels(p, direction)
-    columns, _ = channels(p, direction)
-    return cdiv(pixels, choice.block_m), cdiv(columns * p.groups, choice.block_n), phases
-
-
-def channels(p: ConvProblem, direction: Direction) -> tuple[int, int]:
-    """Of a group: those that are made, and summed over."""
-    if direction is Direction.INPUT_GRAD:
-        return p.group_inputs, p.group_outputs
-    return p.group_outputs, p.group_inputs
+    gemm = gemm_mnk(p, direction)
+    _, phases = tiled_pixels(p, direction)
+    return cdiv(gemm.M, choice.block_m), cdiv(gemm.N * p.groups, choice.block_n), phases
 
 
 def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
@@ -64,17 +57,17 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
         return False
     if operands.dtype == "float32" and operands.precision != "tf32":
         return False
-    columns, reduction = channels(p, direction)
-    if any(size & (size - 1) for size in (columns, reduction)) or max(columns, reduction) >= _FULL_GROUP:
+    _, N, K = gemm_mnk(p, direction)
+    if any(size & (size - 1) for size in (N, K)) or max(N, K) >= _FULL_GROUP:
         return False
-    return min(columns, reduction) > 1 and operands.first in _RUNS and operands.output in _RUNS
+    return min(N, K) > 1 and operands.first in _RUNS and operands.output in _RUNS
 
 
 def _blocks(p: ConvProblem, direction: Direction) -> tuple[int, int]:
     """Channels of a tile that are made, and summed over: of the same groups."""
-    columns, reduction = channels(p, direction)
-    groups = max(_CHANNELS // max(columns, reduction), _SMALLEST // min(columns, reduction))
-    return groups * columns, groups * reduction
+    _, N, K = gemm_mnk(p, direction)
+    groups = max(_CHANNELS // max(N, K), _SMALLEST // min(N, K))
+    return groups * N, groups * K
 
 
 FAMILY = Family(

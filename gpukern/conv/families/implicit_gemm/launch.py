@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-
+from gpukern.conv.families.filters import filter_strides, tap_options, window_options
 from gpukern.conv.families.implicit_gemm import kernels, weight_kernels
 from gpukern.conv.families.implicit_gemm.plan import grid
-from gpukern.conv.geometry import tiled_pixels
+from gpukern.conv.families.split_k import split_k_workspace
+from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
@@ -17,9 +17,9 @@ from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
-from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import compile_time, index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.strides import reach
 
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
@@ -32,20 +32,18 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     p, transposed = request.problem, request.direction is Direction.INPUT_GRAD
     image, _, result = request.shapes
     source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
-    columns, reduction = p.group_outputs, p.group_inputs
-    if transposed:
-        columns, reduction = reduction, columns
+    gemm = gemm_mnk(p, request.direction)
     direct = choice.variant is Variant.DIRECT
     of_filter = filter_strides(p, weight, transposed)
-    sizes = Sizes(p.N, *image[2:], *result[2:], p.groups, columns, reduction)
+    sizes = Sizes(p.N, *image[2:], *result[2:], p.groups, gemm.N, gemm.K)
     options = {
         **window_options(p),
         **tap_options(p, transposed),
         "VARIANT": choice.variant.value,
-        "EVEN_K": reduction % choice.block_k == 0,
-        "SOURCE_ALIGN": alignment(source, 1, image[1] if direct else reduction),
+        "EVEN_K": gemm.K % choice.block_k == 0,
+        "SOURCE_ALIGN": alignment(source, 1, image[1] if direct else gemm.K),
         "FILTER_ALIGN": _filter_alignment(weight, p),
-        "OUT_ALIGN": alignment(output, 1, result[1] if direct else columns),
+        "OUT_ALIGN": alignment(output, 1, result[1] if direct else gemm.N),
         "SPLITS": choice.splits,
         "ACTIVATION": request.epilogue.activation,
         "POOL": p.pool,
@@ -55,15 +53,14 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     }
     programs = grid(p, request.direction, choice)
     tiles = math.prod(programs) // choice.splits
-    partial_size = tiles * choice.splits * choice.block_m * choice.block_n if choice.splits > 1 else 0
+    workspace = split_k_workspace(choice, tiles)
     constants = compile_time(kernels.conv2d_gather_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         device = out.device
         partial = counters = None
-        if partial_size:
-            partial = torch.empty(partial_size, dtype=torch.float32, device=device)
-            counters = zeroed_counters(tiles, device)
+        if workspace:
+            partial, counters = workspace(device)
         arguments = (
             Image(first, *source),
             Filter(second, *of_filter),
@@ -80,20 +77,19 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
-    pixels, _ = tiled_pixels(p, request.direction)
-    return Launch(run, cdiv(pixels, choice.block_m) if request.epilogue.statistics else 0)
+    return Launch(run, cdiv(gemm.M, choice.block_m) if request.epilogue.statistics else 0)
 
 
 def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
     p = request.problem
     grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
     of_filter = filter_strides(p, output, False)
-    pixels, _ = tiled_pixels(p, Direction.WEIGHT_GRAD)
+    gemm = gemm_mnk(p, Direction.WEIGHT_GRAD)
     direct = choice.variant is Variant.DIRECT
     scalars = (
         math.prod(request.shapes[2]),
         Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, p.group_inputs),
-        cdiv(pixels, choice.splits),
+        cdiv(gemm.K, choice.splits),
         p.padding[0],
         p.padding[2],
     )
@@ -124,32 +120,6 @@ def _filter_alignment(weight: Strides, problem: ConvProblem) -> int:
         return alignment(weight, 1, 16)
     # Along K a group starts after group_outputs elements.
     return alignment(weight, 0, 16 if problem.groups == 1 else problem.group_outputs)
-
-
-def filter_strides(problem: ConvProblem, weight: Strides, transposed: bool) -> Strides:
-    """Of ``indexing.Filter``, from those of [K, C/groups, R, S]."""
-    k, c, r, s = weight
-    group = problem.group_outputs * k
-    return (group, c, k, r, s) if transposed else (group, k, c, r, s)
-
-
-def tap_options(problem: ConvProblem, transposed: bool) -> dict[str, int]:
-    """How far apart the taps of a phase lie in the filter, see ``indexing``."""
-    steps = (1, 1)
-    if transposed:
-        steps = tuple(s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))
-    return {"TAP_STEP_H": steps[0], "TAP_STEP_W": steps[1], "TRANSPOSED": transposed}
-
-
-def window_options(problem: ConvProblem) -> dict[str, int]:
-    return {
-        "TAPS_H": problem.R,
-        "TAPS_W": problem.S,
-        "STRIDE_H": problem.stride[0],
-        "STRIDE_W": problem.stride[1],
-        "DILATION_H": problem.dilation[0],
-        "DILATION_W": problem.dilation[1],
-    }
 
 
 def _tile(choice: ConvPlan) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from gpukern.conv.families.family import Family
-from gpukern.conv.geometry import dimensions, phases, tiled_pixels
+from gpukern.conv.geometry import dimensions, gemm_mnk, phases, tiled_pixels
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.ops._reduction.splits import pixel_splits
@@ -23,14 +23,15 @@ _DIRECT_CHANNELS = 8
 # Below this many channels one step of 16 or more along the sum would be mostly padding: join the taps to the channels.
 _FLAT_CHANNELS = 16
 
+_Tiles = tuple[tuple[int, int], ...]
 # Tiles M × N. Addresses of a flat sum and fp32 operands split in three products fill the registers, and before Hopper
 # so do the operands: larger tiles than these spill.
-_TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
+_TILES: _Tiles = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
 # Where steps reach past the channels, or the output comes in runs of less than 16 bytes, addresses and masks fill them.
-_NARROW_TILES = ((64, 32), (32, 32), (16, 32))
-_FLAT_TILES = ((64, 32), (32, 32), (16, 32))
-_FULL_FP32_TILES = ((64, 64), (64, 32), (16, 32))
-_FLAT_FULL_FP32_TILES = ((32, 32), (16, 32))
+_NARROW_TILES: _Tiles = ((64, 32), (32, 32), (16, 32))
+_FLAT_TILES: _Tiles = ((64, 32), (32, 32), (16, 32))
+_FULL_FP32_TILES: _Tiles = ((64, 64), (64, 32), (16, 32))
+_FLAT_FULL_FP32_TILES: _Tiles = ((32, 32), (16, 32))
 
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
@@ -41,29 +42,27 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
 
 
 def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
-    pixels, phases = tiled_pixels(p, direction)
-    columns, reduction = p.group_outputs, p.group_inputs
-    if direction is Direction.INPUT_GRAD:
-        columns, reduction = reduction, columns
-    if p.groups > 1 and min(columns, reduction) < _DIRECT_CHANNELS:
-        block_n = power_of_two(columns * p.groups, 1, 64)
+    M, N, K = gemm_mnk(p, direction)
+    _, phases = tiled_pixels(p, direction)
+    if p.groups > 1 and min(N, K) < _DIRECT_CHANNELS:
+        block_n = power_of_two(N * p.groups, 1, 64)
         if p.pool:
             return
         # 16 elements a thread, if the columns fill a tile. Found by compiling: of 4 and of 8, some spill.
-        block_m = power_of_two(pixels, 1, 2048 // block_n if block_n >= 16 else 32)
+        block_m = power_of_two(M, 1, 2048 // block_n if block_n >= 16 else 32)
         yield ConvPlan(Variant.DIRECT, block_m, block_n, block_k=1, num_warps=MAX_WARPS, num_stages=1)
         return
     full_fp32 = operands.dtype == "float32" and operands.precision != "tf32"
-    flat = reduction < _FLAT_CHANNELS and p.R * p.S > 1
-    narrow = not _whole_steps(reduction, 32) or columns % 8 != 0
+    flat = K < _FLAT_CHANNELS and p.R * p.S > 1
+    narrow = not _whole_steps(K, 32) or N % 8 != 0
     if full_fp32:
         tiles = _FLAT_FULL_FP32_TILES if flat else _FULL_FP32_TILES[1:] if narrow else _FULL_FP32_TILES
     elif flat:
         tiles = _FLAT_TILES
     else:
         tiles = _NARROW_TILES if narrow else _TILES
-    rows, cols = power_of_two(pixels, 16), power_of_two(columns, 16)
-    seen = set()
+    rows, cols = power_of_two(M, 16), power_of_two(N, 16)
+    seen: set[tuple[int, int]] = set()
     for block_m, block_n in tiles:
         tile = block_m, min(block_n, cols)
         if tile in seen or block_m > rows:
@@ -71,10 +70,10 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
         seen.add(tile)
         # Operands of wgmma, which takes 64 rows or more, stay in shared memory; otherwise a long step fills registers.
         half = operands.dtype != "float32" and not flat and device.multiplies_from_shared_memory
-        long_step = half and block_m >= 64 and not narrow and _whole_steps(reduction, 64)
-        block_k = 16 if full_fp32 else power_of_two(reduction * (p.R * p.S if flat else 1), 16, 64 if long_step else 32)
-        programs = cdiv(pixels, block_m) * cdiv(columns, tile[1]) * p.groups * phases
-        steps = p.R * p.S * cdiv(reduction, block_k)
+        long_step = half and block_m >= 64 and not narrow and _whole_steps(K, 64)
+        block_k = 16 if full_fp32 else power_of_two(K * (p.R * p.S if flat else 1), 16, 64 if long_step else 32)
+        programs = cdiv(M, block_m) * cdiv(N, tile[1]) * p.groups * phases
+        steps = p.R * p.S * cdiv(K, block_k)
         for splits in _sum_splits(programs, steps, device) if not flat and direction is Direction.FORWARD else (1,):
             yield ConvPlan(
                 Variant.FLAT if flat else Variant.TAPS,
@@ -86,7 +85,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
             )
     block_m, block_n, stages = _WIDE_TILE
     if not flat and not narrow and operands.dtype != "float32" and block_m <= rows and block_n <= cols:
-        block_k = power_of_two(reduction, 16, 32)
+        block_k = power_of_two(K, 16, 32)
         yield ConvPlan(Variant.TAPS, block_m, block_n, block_k, 2 * MAX_WARPS, stages)
 
 
@@ -127,13 +126,13 @@ def _weight_grad(p: ConvProblem, operands: Operands, device: DeviceSpec) -> Iter
 
 def grid(p: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[int, int, int]:
     """The programs of a launch: (tiles, groups, phases · splits)."""
-    pixels, phases = tiled_pixels(p, direction)
+    _, phases = tiled_pixels(p, direction)
     # Element by element, a tile spans groups.
     direct = choice.variant is Variant.DIRECT
     groups, spanned = (1, p.groups) if direct else (p.groups, 1)
     if direction is not Direction.WEIGHT_GRAD:
-        columns = p.group_outputs if direction is Direction.FORWARD else p.group_inputs
-        tiles = cdiv(pixels, choice.block_m) * cdiv(columns * spanned, choice.block_n)
+        gemm = gemm_mnk(p, direction)
+        tiles = cdiv(gemm.M, choice.block_m) * cdiv(gemm.N * spanned, choice.block_n)
         return tiles, groups, phases * choice.splits
     taps = p.R * p.S
     if choice.variant is Variant.FLAT:
@@ -150,23 +149,22 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
 
 
 def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[int]:
+    K = gemm_mnk(p, direction).K
     if direction is Direction.WEIGHT_GRAD:
-        pixels, _ = tiled_pixels(p, direction)
-        return [cdiv(share, choice.block_k) for share in shares(pixels, choice.splits)]
-    reduction, taps = p.group_inputs, [p.R * p.S]
+        return [cdiv(share, choice.block_k) for share in shares(K, choice.splits)]
+    taps = [p.R * p.S]
     if direction is Direction.INPUT_GRAD:
         # A phase has as many tiles as the largest one, and those without a pixel walk their taps all the same.
-        pairs = itertools.product(*map(phases, dimensions(p)))
-        reduction, taps = p.group_outputs, [r * s for (_, r), (_, s) in pairs]
+        taps = [r * s for (_, r), (_, s) in itertools.product(*map(phases, dimensions(p)))]
     if choice.variant is Variant.FLAT:
-        return [cdiv(n * reduction, choice.block_k) for n in taps]
-    steps = [n * cdiv(reduction, choice.block_k) for n in taps]
+        return [cdiv(n * K, choice.block_k) for n in taps]
+    steps = [n * cdiv(K, choice.block_k) for n in taps]
     return [share for n in steps for share in shares(n, choice.splits)]
 
 
-def _whole_steps(reduction: int, longest: int) -> bool:
+def _whole_steps(K: int, longest: int) -> bool:
     """Whether steps of ``longest``, or of the next power of two, end where the channels do."""
-    return reduction % power_of_two(reduction, 16, longest) == 0
+    return K % power_of_two(K, 16, longest) == 0
 
 
 def _needs_measurement(plan: ConvPlan) -> bool:

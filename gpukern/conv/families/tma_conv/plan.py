@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gpukern.conv.families.family import Family
-from gpukern.conv.geometry import dimensions, phases
+from gpukern.conv.geometry import dimensions, gemm_mnk, phases
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
@@ -51,14 +51,14 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
     if not device.copies_boxes or not _serves(p, direction, operands):
         return
     images, rows, cols = output_sizes(p, direction)
-    columns, _ = channels(p, direction)
+    N = gemm_mnk(p, direction).N
     block_k = _step(p, direction, operands.itemsize)
     if not block_k:
         return
     sums = _steps(p, direction, block_k)
     for block_m, block_n, warps, stages in _tiles(direction, operands):
-        too_large = block_m > power_of_two(images * rows * cols, 64) or block_n > power_of_two(columns, 64)
-        if too_large or (writes_halves(p, direction) and columns % block_n):
+        too_large = block_m > power_of_two(images * rows * cols, 64) or block_n > power_of_two(N, 64)
+        if too_large or (writes_halves(p, direction) and N % block_n):
             continue
         stages = min(stages * _STEP_BYTES // (block_k * operands.itemsize), _MOST_STAGES)
         shared_memory = stages * (block_m + block_n) * block_k * operands.itemsize + _SHARED_MEMORY_BESIDE
@@ -82,7 +82,7 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
 
 def tile_count(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
     """Tiles of one phase."""
-    return box_count(p, direction, choice.box) * cdiv(channels(p, direction)[0], choice.block_n)
+    return box_count(p, direction, choice.own_box) * cdiv(gemm_mnk(p, direction).N, choice.block_n)
 
 
 def box_count(p: ConvProblem, direction: Direction, box: Box) -> int:
@@ -99,11 +99,6 @@ def part(box: Box) -> Box:
     if images > 1:
         return images // 2, rows, cols
     return (1, rows // 2, cols) if rows > 1 else (1, 1, cols // 2)
-
-
-def channels(p: ConvProblem, direction: Direction) -> tuple[int, int]:
-    """(made, summed over)."""
-    return (p.K, p.C) if direction is Direction.FORWARD else (p.C, p.K)
 
 
 def output_sizes(p: ConvProblem, direction: Direction) -> Box:
@@ -191,15 +186,15 @@ def _step(p: ConvProblem, direction: Direction, itemsize: int) -> int:
 
 
 def _longest_step(p: ConvProblem, direction: Direction, longest: int) -> int:
-    _, reduction = channels(p, direction)
+    K = gemm_mnk(p, direction).K
     if reads_halves(p, direction):
         # The next channels in memory are those of the other parity's pixels, so that a step must end where they do.
-        return next((step for step in (64, 32, 16) if step <= longest and reduction % step == 0), 0)
-    if reduction < longest:
-        return power_of_two(reduction, 16)
+        return next((step for step in (64, 32, 16) if step <= longest and K % step == 0), 0)
+    if longest > K:
+        return power_of_two(K, 16)
     half = longest // 2
     # A shorter step if that saves an eighth of the sum.
-    saves = 8 * cdiv(reduction, half) * half <= 7 * cdiv(reduction, longest) * longest
+    saves = 8 * cdiv(K, half) * half <= 7 * cdiv(K, longest) * longest
     return half if saves else longest
 
 
@@ -215,7 +210,7 @@ def _steps(p: ConvProblem, direction: Direction, block_k: int) -> list[int]:
     taps = [p.R * p.S]
     if direction is Direction.INPUT_GRAD:
         taps = [r * s for (_, r), (_, s) in itertools.product(*map(phases, dimensions(p)))]
-    return [n * cdiv(channels(p, direction)[1], block_k) for n in taps]
+    return [n * cdiv(gemm_mnk(p, direction).K, block_k) for n in taps]
 
 
 FAMILY = Family(

@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 
+from gpukern.conv.families.split_k import split_k_workspace
 from gpukern.conv.families.tma_gemm import kernels
 from gpukern.conv.families.tma_gemm.plan import matrices, parts, persistent, row_tiles, tile_count
+from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.layouts import Shape, Strides, pixel_stride
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
-from gpukern.runtime.counters import zeroed_counters
-from gpukern.runtime.descriptor import Described
-from gpukern.runtime.integers import cdiv
+from gpukern.runtime.descriptor import Described, whole_run
 from gpukern.runtime.launch import compile_time, launch
 
 
@@ -27,7 +27,7 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
 
 def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
     p, forward = request.problem, request.direction is Direction.FORWARD
-    columns, reduction = (p.K, p.C) if forward else (p.C, p.K)
+    gemm = gemm_mnk(p, request.direction)
     pieces = parts(choice)
     source = _images(request.shapes[0], request.first, request, choice, (choice.block_m, choice.block_k))
     source = source.operand(request.dtype, choice.precision)
@@ -36,7 +36,7 @@ def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
     images, pixels = matrices(p, choice)
     tiles = tile_count(p, request.direction, choice)
     programs = min(tiles, request.device.sm_count) if persistent(choice) else tiles
-    partial_size = tiles * choice.splits * choice.block_m * choice.block_n if choice.splits > 1 else 0
+    workspace = split_k_workspace(choice, tiles)
     options = {
         "PLANES": choice.box is not None,
         "FILTER_T": across_sum,
@@ -51,9 +51,8 @@ def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
         device = out.device
         partial = counters = None
-        if partial_size:
-            partial = torch.empty(partial_size, dtype=torch.float32, device=device)
-            counters = zeroed_counters(tiles, device)
+        if workspace:
+            partial, counters = workspace(device)
         arguments = (
             source.of(first),
             filter.of(second),
@@ -65,8 +64,8 @@ def _prepare_product(request: Request, choice: ConvPlan) -> Launch:
             counters,
             images,
             pixels,
-            columns,
-            reduction,
+            gemm.N,
+            gemm.K,
             negative_slope,
         )
         launch(kernels.conv2d_gemm_kernel, (programs, choice.splits), device, arguments, constants)
@@ -103,7 +102,7 @@ def _images(shape: Shape, strides: Strides, request: Request, choice: ConvPlan, 
     if choice.box:
         described = Described((N, C, H * W), (C * H * W, H * W, 1), (1, *reversed(box)))
     else:
-        described = Described((N * H * W, C), (_whole(pixel_stride(shape, strides), request.dtype), 1), box)
+        described = _matrix(N * H * W, C, pixel_stride(shape, strides), box, request.dtype)
     return described.checked(request.dtype)
 
 
@@ -115,14 +114,13 @@ def _filter(request: Request, choice: ConvPlan, forward: bool) -> tuple[Describe
     rows, runs, stride = (K, C, k) if along_inputs else (C, K, c)
     across_sum = along_inputs != forward
     box = (choice.block_k, choice.block_n) if across_sum else (choice.block_n, choice.block_k)
-    described = Described((rows, runs), (_whole(stride or runs, request.dtype), 1), box)
+    described = _matrix(rows, runs, stride, box, request.dtype)
     return described.operand(request.dtype, choice.precision), across_sum
 
 
-def _whole(stride: int, dtype: torch.dtype) -> int:
-    """``stride``; that of a single row, which may be any number, rounded up to whole units of 16 bytes."""
-    sixteen = 16 // dtype.itemsize
-    return cdiv(stride, sixteen) * sixteen
+def _matrix(rows: int, run: int, stride: int, box: tuple[int, int], dtype: torch.dtype) -> Described:
+    """[rows, run]; the stride of a single row may be any number."""
+    return Described((rows, run), (whole_run(run, dtype) if rows == 1 else stride, 1), box)
 
 
 def _tile(choice: ConvPlan) -> dict[str, Any]:

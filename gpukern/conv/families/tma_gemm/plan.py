@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gpukern.conv.families.family import Family
+from gpukern.conv.families.splits import grad_splits
+from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
@@ -96,7 +98,7 @@ def _is_product(p: ConvProblem, direction: Direction, operands: Operands) -> boo
 def _product(
     p: ConvProblem, direction: Direction, operands: Operands, planes: bool, device: DeviceSpec
 ) -> Iterator[ConvPlan]:
-    columns, reduction = (p.K, p.C) if direction is Direction.FORWARD else (p.C, p.K)
+    gemm = gemm_mnk(p, direction)
     along_sum = (operands.second is Layout.PIXEL_RUNS) == (direction is Direction.FORWARD)
     if operands.dtype != "float32":
         tiles, block_k = _TILES, 64
@@ -105,9 +107,9 @@ def _product(
     else:
         tiles, block_k = _TF32_TILES, 32
     pixels = p.H * p.W if planes else p.N * p.H * p.W
-    steps = cdiv(reduction, block_k)
+    steps = cdiv(gemm.K, block_k)
     for block_m, block_n, warps, stages in tiles:
-        if block_m > power_of_two(pixels, 16) or block_n > power_of_two(columns, 64):
+        if block_m > power_of_two(pixels, 16) or block_n > power_of_two(gemm.N, 64):
             continue
         if (block_m, warps) == (256, 4) and device.compute_capability >= (10, 0):
             continue  # with statistics it spills there
@@ -152,11 +154,6 @@ def _weight_grad(p: ConvProblem, operands: Operands, planes: bool, device: Devic
             yield replace(whole, splits=splits)
 
 
-def grad_splits(programs: int, steps: int, device: DeviceSpec) -> list[int]:
-    """Splits for one and for two programs on every multiprocessor; each keeps four steps at least."""
-    return sorted({max(1, min(waves * device.sm_count // programs, steps // 4)) for waves in (1, 2)})
-
-
 def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
     """(programs, steps along the sum of each) of every split."""
     count = tile_count(p, direction, choice)
@@ -166,8 +163,7 @@ def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[
 def tile_count(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
     if direction is Direction.WEIGHT_GRAD:
         return cdiv(p.K, choice.block_m) * cdiv(p.C, choice.block_n)
-    columns = p.K if direction is Direction.FORWARD else p.C
-    return row_tiles(p, choice) * cdiv(columns, choice.block_n)
+    return row_tiles(p, choice) * cdiv(gemm_mnk(p, direction).N, choice.block_n)
 
 
 def row_tiles(p: ConvProblem, choice: ConvPlan) -> int:
@@ -195,7 +191,7 @@ def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
     if direction is Direction.WEIGHT_GRAD:
         images, pixels = matrices(p, choice)
         return images * cdiv(pixels, choice.block_k)
-    return cdiv(p.C if direction is Direction.FORWARD else p.K, choice.block_k)
+    return cdiv(gemm_mnk(p, direction).K, choice.block_k)
 
 
 def _shared_memory(choice: ConvPlan, itemsize: int, direction: Direction) -> int:

@@ -11,9 +11,10 @@ from gpukern.conv.indexing import Sizes
 from gpukern.conv.plan import ConvPlan
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._image import Image, strides_of
-from gpukern.runtime.descriptor import Described
+from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.integers import cdiv, power_of_two
-from gpukern.runtime.launch import compile_time, index_type, launch, reach
+from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.strides import reach
 
 # A thread packs two pixels.
 _PACKED_PIXELS = 256
@@ -22,10 +23,10 @@ _PACKED_FILTERS = 16
 
 def prepare(request: Request, choice: ConvPlan) -> Launch:
     p, dtype, itemsize = request.problem, request.dtype, request.dtype.itemsize
-    box, block_n, block_k = choice.box, choice.block_n, choice.block_k
+    box, block_n, block_k = choice.own_box, choice.block_n, choice.block_k
     of_packed, channels = packed(p, itemsize), packed(p, itemsize).channels
     of_source, of_filter, _ = request.shapes
-    source, filter, (n, _, h, w) = map(strides_of, request.shapes, (request.first, request.second, request.output))
+    source, filter = map(strides_of, request.shapes[:2], (request.first, request.second))
 
     row = of_packed.cols * channels
     step_n, step_p, step_q = of_packed.rows * row, p.stride[0] * row, p.stride[1] * channels
@@ -36,11 +37,9 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     ).operand(dtype, choice.precision)
     filter_rows = Described((p.R, p.K, block_k), (p.K * block_k, block_k, 1), (1, block_n, block_k))
     filter_rows = filter_rows.operand(dtype, choice.precision)
-    # The stride of a dimension of one element is never used, but must be one that a descriptor takes.
-    run_length = cdiv(p.K, 8) * 8
-    strides = (n or run_length, h or run_length, w or run_length, 1)
+    n, k, h, w = channel_run_strides(request.shapes[2], request.output, dtype)
     height, width = request.shapes[2][2:]
-    out = Described((p.N, height, width, p.K), strides, (*stored(p, box), block_n)).checked(dtype)
+    out = Described((p.N, height, width, p.K), (n, h, w, k), (*stored(p, box), block_n)).checked(dtype)
 
     pack_grid = (cdiv(of_packed.elements // channels, _PACKED_PIXELS) + p.R * cdiv(p.K, _PACKED_FILTERS),)
     pack_scalars = (

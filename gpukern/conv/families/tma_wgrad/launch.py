@@ -10,8 +10,7 @@ from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
-from gpukern.runtime.descriptor import Described
-from gpukern.runtime.integers import cdiv
+from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.launch import compile_time, launch
 
 
@@ -19,8 +18,9 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     p, dtype = request.problem, request.dtype
     taps, channels = p.R * p.S, choice.block_n // together(choice)
     of_grad, of_source, _ = request.shapes
-    grad = _batch_inside(of_grad, request.first, (choice.block_k, choice.block_m)).operand(dtype, choice.precision)
-    source = _batch_inside(of_source, request.second, (choice.block_k, channels)).operand(dtype, choice.precision)
+    grad = _batch_inside(of_grad, request.first, (choice.block_k, choice.block_m), dtype)
+    source = _batch_inside(of_source, request.second, (choice.block_k, channels), dtype)
+    grad, source = (described.operand(dtype, choice.precision) for described in (grad, source))
     output = Described(
         (choice.splits, p.K, taps, p.C),
         (p.K * taps * p.C, taps * p.C, p.C, 1),
@@ -55,10 +55,8 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     return Launch(run)
 
 
-def _batch_inside(shape: Shape, strides: Strides, box: tuple[int, int]) -> Described:
+def _batch_inside(shape: Shape, strides: Strides, box: tuple[int, int], dtype: torch.dtype) -> Described:
     """Images [N, C, H, W] with runs of channels as [H, W, N, C], in boxes of (images, channels) of one pixel."""
     N, C, H, W = shape
-    # A dimension of one element may have any stride, which a descriptor would refuse.
-    run = cdiv(C, 8) * 8
-    n, _, h, w = (run if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
-    return Described((H, W, N, C), (h, w, n, 1), (1, 1, *box))
+    n, c, h, w = channel_run_strides(shape, strides, dtype)
+    return Described((H, W, N, C), (h, w, n, c), (1, 1, *box))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gpukern.conv.families.family import Family
-from gpukern.conv.families.tma_gemm.plan import grad_splits
+from gpukern.conv.families.splits import grad_splits
 from gpukern.conv.geometry import Dimension, dimensions
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem

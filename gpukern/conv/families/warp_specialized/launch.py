@@ -8,13 +8,13 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from gpukern.conv.families.tma_conv.plan import box_count, channels, output_sizes, tile_count
+from gpukern.conv.families.tma_conv.plan import box_count, output_sizes, tile_count
 from gpukern.conv.families.warp_specialized import kernels
+from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import strides_of
-from gpukern.runtime.descriptor import Described
+from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.launch import compile_time, launch
 
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -36,7 +36,7 @@ class _Swizzled(Described):
 def prepare(request: Request, choice: ConvPlan) -> Launch:
     p, direction = request.problem, request.direction
     transposed = direction is Direction.INPUT_GRAD
-    box, block_n, block_k = choice.box, choice.block_n, choice.block_k
+    box, block_n, block_k = choice.own_box, choice.block_n, choice.block_k
     of_source, of_filter, of_out = request.shapes
     nhwc, rskc = (0, 2, 3, 1), (2, 3, 0, 1)
     sides = (block_k, block_n) if transposed else (block_n, block_k)
@@ -44,10 +44,11 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     filter = _described(of_filter, request.second, rskc, (1, 1, *sides), request.dtype)
     out = _described(of_out, request.output, nhwc, (*box, block_n), request.dtype)
 
+    gemm = gemm_mnk(p, direction)
     # Of the input gradient, taps go backwards: source row = row + top − r · dilation.
     sign = -1 if transposed else 1
     steps = (sign * p.dilation[0], sign * p.dilation[1], sign * p.padding[0], sign * p.padding[2])
-    window = kernels.Window(*output_sizes(p, direction), *channels(p, direction), p.R, p.S, *steps)
+    window = kernels.Window(*output_sizes(p, direction), gemm.N, gemm.K, p.R, p.S, *steps)
     options = {
         "TRANSPOSED": transposed,
         "BUFFERS": choice.num_stages,
@@ -78,8 +79,7 @@ def _described(
     shape: Shape, strides: Strides, order: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
 ) -> _Swizzled:
     """The dimensions in ``order``, the last of which is contiguous."""
-    strides = strides_of(shape, strides)
-    # The stride of a dimension of one element is never used, but must be one that a descriptor takes.
-    outer = (strides[i] or 16 // dtype.itemsize for i in order[:-1])
+    strides = channel_run_strides(shape, strides, dtype)
     layout = gl.NVMMASharedLayout.get_default_for(list(block), _ELEMENTS[dtype])
-    return _Swizzled(tuple(shape[i] for i in order), (*outer, 1), block, layout).checked(dtype)
+    described = _Swizzled(tuple(shape[i] for i in order), tuple(strides[i] for i in order), block, layout)
+    return described.checked(dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpukern.conv.families.family import Family
-from gpukern.conv.families.tma_conv.plan import best_box, channels, output_sizes, tile_count
+from gpukern.conv.families.tma_conv.plan import best_box, output_sizes, tile_count
+from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
@@ -25,11 +26,11 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
     if device.compute_capability != (9, 0) or not _serves(p, direction, operands):
         return
     pixels = output_sizes(p, direction)
-    columns, reduction = channels(p, direction)
+    gemm = gemm_mnk(p, direction)
     # A last step of at most 32 channels would be half padding.
-    block_k = 32 if 0 < reduction % 64 <= 32 else 64
+    block_k = 32 if 0 < gemm.K % 64 <= 32 else 64
     for block_m, block_n, warps in _TILES:
-        if block_n > power_of_two(columns, 64):
+        if block_n > power_of_two(gemm.N, 64):
             continue
         buffer, tile = 2 * block_k * (block_m + block_n), 2 * block_m * block_n
         buffers = min((device.shared_memory - tile - _OTHER_SHARED_MEMORY) // buffer, _MOST_BUFFERS)
@@ -38,8 +39,7 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
 
 
 def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
-    _, reduction = channels(p, direction)
-    return [(tile_count(p, direction, choice), p.R * p.S * cdiv(reduction, choice.block_k))]
+    return [(tile_count(p, direction, choice), p.R * p.S * cdiv(gemm_mnk(p, direction).K, choice.block_k))]
 
 
 def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
