@@ -175,6 +175,13 @@ def test_the_chosen_plan_is_that_of_a_call(direction, device):
     assert 1 < len(reasons(found)) <= 5 or len(found.ranking) == 1
 
 
+def test_reasons_say_how_float32_is_multiplied():
+    """Rounded, where a reader of PTX would expect cut operands; full fp32 outside of the tensor cores says nothing."""
+    of_tf32, of_fp32, of_fp16 = (reasons(answer(asked(kind=kind))) for kind in ("tf32", "float32", "float16"))
+    assert "rounded to the nearest number of 10 mantissa bits" in of_tf32[1]
+    assert "three of TF32" in of_fp32[1] and not any("TF32" in reason for reason in of_fp16)
+
+
 def test_a_measured_plan_is_said_to_be_one(monkeypatch):
     question = asked()
     other = answer(question).alternatives[-1].plan

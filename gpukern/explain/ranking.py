@@ -111,11 +111,19 @@ def residual_bytes(question: Question) -> int:
 # ---- why -----------------------------------------------------------------------------------------------------------
 
 
+#: How float32 is multiplied on tensor cores, which would cut operands that nobody rounded.
+_PRODUCTS = {
+    "tf32": "Products are TF32's: both operands are rounded to the nearest number of 10 mantissa bits, sums are float32.",
+    "tf32x3": "Each product is three of TF32, of operands in two rounded halves: nearly float32's.",
+}
+
+
 def reasons(found: Answer) -> list[str]:
     """Why this plan, in plain sentences."""
     if not found.chosen.cost.launches:
         return ["There is nothing to compute, so nothing is launched."]
-    return [_limit(found), *_comparisons(found), *_switched_off(found)]
+    products = _PRODUCTS.get(found.chosen.plan.precision)
+    return [_limit(found), *([products] if products else []), *_comparisons(found), *_switched_off(found)]
 
 
 def _limit(found: Answer) -> str:
