@@ -113,7 +113,7 @@ def residual_bytes(question: Question) -> int:
 
 #: How float32 is multiplied on tensor cores, which would cut operands that nobody rounded.
 _PRODUCTS = {
-    "tf32": "Products are TF32's: both operands are rounded to the nearest number of 10 mantissa bits, sums are float32.",
+    "tf32": "Products are TF32's: operands are rounded to the nearest number of 10 mantissa bits, sums are float32.",
     "tf32x3": "Each product is three of TF32, of operands in two rounded halves: nearly float32's.",
 }
 
