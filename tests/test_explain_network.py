@@ -17,8 +17,8 @@ import gpukern
 from gpukern.cli import app
 from gpukern.conv.plan import Direction
 from gpukern.explain import network
-from gpukern.explain.compiled import CannotCompile, Compiled
 from gpukern.explain.layers import layer_calls
+from gpukern.explain.machine_code import CannotCompile, Compiled
 from gpukern.explain.network import Part, Setting, main_kernel, parts, total
 from gpukern.explain.network_show import markdown, summary
 from gpukern.fusion.network import fused_parts

@@ -31,7 +31,7 @@ def pretend_gpu() -> None:
 
     from bench import accuracy
     from bench.lease.stub import Stub
-    from gpukern.runtime import autocast, current_device
+    from gpukern.runtime import amp, current_device
     from gpukern.runtime.device import H200, DeviceSpec
     from gpukern.runtime.mode import Mode, force_mode
 
@@ -48,12 +48,12 @@ def pretend_gpu() -> None:
     spec = DeviceSpec(NAME, H200.compute_capability, H200.sm_count, H200.shared_memory)
     _forever(current_device.pretend(spec), force_mode(Mode.KERNELS), _OnMeta())
     accuracy.relative_error = lambda actual, reference: 0.0
-    amp = _Autocast()
-    torch.autocast = amp.region
+    pretended = _Autocast()
+    torch.autocast = pretended.region
     for module in [module for name, module in list(sys.modules.items()) if name.startswith("gpukern.")]:
-        if getattr(module, "autocast", None) is autocast.autocast:
-            module.autocast = amp.cast
-    autocast.autocast = amp.cast
+        if getattr(module, "autocast", None) is amp.autocast:
+            module.autocast = pretended.cast
+    amp.autocast = pretended.cast
     torch.compile = lambda function=None, **options: function if function is not None else (lambda each: each)
     for name, value in _cuda(spec).items():
         setattr(torch.cuda, name, value)
@@ -121,7 +121,7 @@ class _Autocast:
             self._dtype = before
 
     def cast(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """:func:`gpukern.runtime.autocast.autocast`."""
+        """:func:`gpukern.runtime.amp.autocast`."""
         if self._dtype is None:
             return tensors
         return tuple(

@@ -95,7 +95,7 @@ def with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tenso
             Direction.INPUT_GRAD: (dy, w),
             Direction.WEIGHT_GRAD: (dy, x),
         }[direction]
-        prepared = conv.prepared_for(p, direction, first, second, question.channels_last, choice=choice)
+        prepared = conv.prepared_for(p, direction, first, second, question.channels_last, plan=choice)
         return conv.run(prepared, first, second)[0]
 
     return run

@@ -62,8 +62,8 @@ def lookup(problem: ConvProblem, direction: Direction, operands: Operands, devic
         return None
     for folder in folders():
         stored = _read_once(folder / file_name(device.name)).get(key(problem, direction, operands))
-        choice = _plan_of(stored["plan"]) if isinstance(stored, dict) and "plan" in stored else None
-        if choice and (offered := _offered(choice, problem, direction, operands, device)):
+        plan = _plan_of(stored["plan"]) if isinstance(stored, dict) and "plan" in stored else None
+        if plan and (offered := _offered(plan, problem, direction, operands, device)):
             return offered
     return None
 
@@ -93,16 +93,16 @@ def bucket(batch: int) -> int:
 
 
 def _offered(
-    choice: ConvPlan, problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
+    plan: ConvPlan, problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
 ) -> ConvPlan | None:
-    """``choice`` as the kernels offer it for this very problem, so that no file can make a kernel do what it cannot.
+    """``plan`` as the kernels offer it for this very problem, so that no file can make a kernel do what it cannot.
 
     How many splits are worth a thought, and which boxes, depends on the batch size: within a bucket the nearest stand
     in for those that were measured.
     """
     offered = candidates(problem, direction, operands, device)
-    alike = [each for each in offered if replace(each, splits=choice.splits, box=choice.box) == choice]
-    return min(alike, key=lambda each: _distance(each, choice), default=None)
+    alike = [each for each in offered if replace(each, splits=plan.splits, box=plan.box) == plan]
+    return min(alike, key=lambda each: _distance(each, plan), default=None)
 
 
 def _distance(plan: ConvPlan, other: ConvPlan) -> tuple[bool, float, bool]:

@@ -191,4 +191,4 @@ def _across_runs(problem: ConvProblem, direction: Direction, plan: ConvPlan, ope
     if plan.variant not in family_of(plan).across_runs:
         return 0
     seen = operands.packed(plan.pack, channels_of(problem, direction))
-    return sum(layout in (Layout.PLANES, Layout.STRIDED) for layout in (seen.first, seen.second, seen.output))
+    return sum(layout in (Layout.NCHW, Layout.STRIDED) for layout in (seen.first, seen.second, seen.output))

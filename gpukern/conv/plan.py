@@ -31,24 +31,24 @@ class Variant(str, enum.Enum):
 
 
 class Layout(enum.Enum):
-    """How a tensor [N, C, H, W], or a filter [K, C/groups, R, S], lies in memory, as far as a kernel minds."""
+    """Memory-layout class of a tensor [N, C, H, W] or a filter [K, C/groups, R, S], as finely as kernels tell."""
 
     #: Stride 1 along the channels; the pixels collapse to one dimension; it and the start are multiples of 16 bytes.
-    PIXEL_RUNS = "channels_last"
+    NHWC = "channels_last"
     #: Stride 1 along the channels, every other stride and the start multiples of 16 bytes: a crop of channels_last.
-    RUNS = "runs of channels"
+    NHWC_STRIDED = "runs of channels"
     #: Stride 1 along the channels, the rest odd.
     CHANNELS = "odd runs of channels"
     #: Stride 1 along the first dimension, the second's and the start multiples of 16 bytes: a transposed matrix.
     TRANSPOSED = "transposed"
     #: Dense NCHW, the start a multiple of 16 bytes.
-    PLANES = "NCHW"
+    NCHW = "NCHW"
     STRIDED = "strided"
 
     @property
     def has_runs(self) -> bool:
         """Whether a descriptor of channels_last boxes can describe it."""
-        return self in (Layout.PIXEL_RUNS, Layout.RUNS)
+        return self in (Layout.NHWC, Layout.NHWC_STRIDED)
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Operands:
 
     dtype: str
     precision: str = "ieee"
-    first: Layout = Layout.PIXEL_RUNS
-    second: Layout = Layout.PIXEL_RUNS
-    output: Layout = Layout.PIXEL_RUNS
+    first: Layout = Layout.NHWC
+    second: Layout = Layout.NHWC
+    output: Layout = Layout.NHWC
 
     @property
     def itemsize(self) -> int:
@@ -78,7 +78,7 @@ class Operands:
     def packed(self, pack: Pack, channels: tuple[int, int, int]) -> Operands:
         """With the tensors that ``pack`` names, of so many channels, copied into dense runs of channels."""
         layouts = (
-            (Layout.CHANNELS if count * self.itemsize % 16 else Layout.PIXEL_RUNS) if copied else layout
+            (Layout.CHANNELS if count * self.itemsize % 16 else Layout.NHWC) if copied else layout
             for layout, copied, count in zip((self.first, self.second, self.output), pack, channels, strict=True)
         )
         return Operands(self.dtype, self.precision, *layouts)

@@ -88,9 +88,9 @@ def _all(problem: ConvProblem, direction: Direction, operands: Operands, device:
         for precision in ("ieee", "tf32x3") if in_full else (operands.precision,):
             for family in families:
                 for candidate in family.candidates(problem, direction, replace(seen, precision=precision), device):
-                    choice = replace(candidate, pack=pack, precision=precision)
-                    if _leaves_registers(choice, device):
-                        yield choice
+                    plan = replace(candidate, pack=pack, precision=precision)
+                    if _leaves_registers(plan, device):
+                        yield plan
 
 
 def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
@@ -107,7 +107,7 @@ def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
 
 def _packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:
     """What to copy, nothing at first: of equals, the first is chosen."""
-    runs = Layout.PIXEL_RUNS, Layout.RUNS, Layout.CHANNELS
+    runs = Layout.NHWC, Layout.NHWC_STRIDED, Layout.CHANNELS
     first, second, output = (
         # A copy of few channels would still have no runs to speak of.
         (False,) if layout in runs or count < 8 else (False, True)

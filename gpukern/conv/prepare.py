@@ -44,12 +44,12 @@ def prepare_launch(
     precision: str,
     device: DeviceSpec,
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
-    choice: ConvPlan | None = None,
+    plan: ConvPlan | None = None,
 ) -> Prepared:
     """The launch of a convolution or a gradient. Strides are those of NCHW and KCRS tensors.
 
     ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule. ``aligned`` tells
-    whether all tensors start at multiples of 16 bytes. ``choice`` takes the place of the plan, for tools that try
+    whether all tensors start at multiples of 16 bytes. ``plan`` takes the place of the chosen one, for tools that try
     others.
     """
     check_kernel_dtype("conv2d", dtype)
@@ -60,24 +60,24 @@ def prepare_launch(
     call = Call(problem, direction, first, second, channels_last, aligned, dtype, precision)
     strides = call.output
     again = None
-    if choice is None:
+    if plan is None:
         again = functools.partial(prepare_launch, *call, device, epilogue)
         _report(call, device)
-        choice = choose(problem, direction, call.operands, device).plan
+        plan = choose(problem, direction, call.operands, device).plan
     seen_first, seen_second, seen_output = (
         dense_strides(shape, channels_last=True) if packed else given
-        for shape, given, packed in zip(of_all, (first, second, strides), choice.pack, strict=True)
+        for shape, given, packed in zip(of_all, (first, second, strides), plan.pack, strict=True)
     )
     request = Request(problem, direction, seen_first, seen_second, seen_output, dtype, epilogue, device)
-    launch = importlib.import_module(family_of(choice).launch_module).prepare(request, choice)
+    launch = importlib.import_module(family_of(plan).launch_module).prepare(request, plan)
     return Prepared(
-        choice,
+        plan,
         of_output,
         strides,
         request.output,
         launch,
         epilogue.activation,
-        not (any(choice.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
+        not (any(plan.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
         again,
     )
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from gpukern.conv import ConvProblem, Direction
-from gpukern.explain.compiled import CannotCompile, Compiled, compiled
 from gpukern.explain.formatting import describe, describe_plan
 from gpukern.explain.layers import Kind, Linear, Pool, describe_pool, distinct, layer_calls, problem_of
+from gpukern.explain.machine_code import CannotCompile, Compiled, compiled
 from gpukern.explain.query import KINDS, Question, convolution, linear
 from gpukern.explain.ranking import answer
-from gpukern.ops._pool2d.cost import Pooling
-from gpukern.ops._pool2d.cost import cost as pool_cost
-from gpukern.ops._pool2d.cost import work as pool_work
-from gpukern.ops._pool2d.plan import plan as pool_plan
+from gpukern.ops._pool2d.cost_model import Pooling
+from gpukern.ops._pool2d.cost_model import cost as pool_cost
+from gpukern.ops._pool2d.cost_model import work as pool_work
+from gpukern.ops._pool2d.planner import plan as pool_plan
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, floor
 

@@ -14,7 +14,7 @@ from gpukern.explain.network import Part, Place, Setting, by_bytes, launch, pool
 from gpukern.fusion.capture import quiet
 from gpukern.fusion.prediction import question_of
 from gpukern.fusion.program import arguments, is_call, is_view, operation, value
-from gpukern.ops._pool2d.cost import Pooling
+from gpukern.ops._pool2d.cost_model import Pooling
 from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_problem, pool_problem
 
 

@@ -54,7 +54,7 @@ class Check:
     def launch(self, choice: ConvPlan) -> Callable[[], object]:
         """What starts the kernels of ``choice``, after one look at their result; WrongResult, or what they raise."""
         kernels = _implementations.of(self._first)
-        prepared = prepare_launch(*self._call, self._spec, choice=choice)
+        prepared = prepare_launch(*self._call, self._spec, plan=choice)
         with _poisoned():
             self._output = kernels.run(prepared, self._first, self._second)[0]
         self._compare(self._output, choice.precision)

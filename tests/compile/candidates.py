@@ -69,9 +69,9 @@ def _launch(problem, direction: Direction, operands, choice: ConvPlan) -> None:
     dtype = getattr(torch, operands.dtype)
     of_first, of_second, of_output = shapes(problem, direction)
     first, second = _tensor(of_first, operands.first, dtype), _tensor(of_second, operands.second, dtype)
-    channels_last = operands.output is not Layout.PLANES
+    channels_last = operands.output is not Layout.NCHW
     if direction is not Direction.FORWARD:
-        run(prepared_for(problem, direction, first, second, channels_last, choice=choice), first, second)
+        run(prepared_for(problem, direction, first, second, channels_last, plan=choice), first, second)
         return
     bias, residual = first.new_empty(of_output[1]), _tensor(of_output, operands.output, dtype)
     for epilogue in EPILOGUES:
@@ -84,5 +84,5 @@ def _tensor(shape: Shape, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     if layout is Layout.TRANSPOSED:
         rows, columns, *_ = shape
         return torch.empty((columns, rows), dtype=dtype, device="meta").t()[:, :, None, None]
-    order = torch.contiguous_format if layout in (Layout.PLANES, Layout.STRIDED) else torch.channels_last
+    order = torch.contiguous_format if layout in (Layout.NCHW, Layout.STRIDED) else torch.channels_last
     return torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=order)

@@ -53,7 +53,7 @@ def operands(case: Case, dtype, device) -> tuple[ConvProblem, torch.Tensor, torc
 
 def check(p: ConvProblem, grad: torch.Tensor, input: torch.Tensor, plan: ConvPlan) -> torch.Tensor:
     plan = replace(plan, precision=conv_precision(grad.dtype))
-    actual, _ = run(prepared_for(p, Direction.WEIGHT_GRAD, grad, input, True, choice=plan), grad, input)
+    actual, _ = run(prepared_for(p, Direction.WEIGHT_GRAD, grad, input, True, plan=plan), grad, input)
     value, absolute = truth(p, grad, input), truth(p, grad.abs(), input.abs())
     tf32 = uses_tf32(grad.dtype, plan.precision)
     assert_within(str(plan), actual, value, sum_bound(value, absolute, p.N * p.P * p.Q, grad.dtype, tf32=tf32))
@@ -102,7 +102,7 @@ def test_what_is_not_finite_stays_where_it_is(device):
     case = Case("stride 2", (17, 24, 6, 6), 40, (1, 1), stride=2)
     p, dy, x = operands(case, torch.float16, device)
     x[3, :, 1, 1], x[-1, 2, 4, 4], dy[-1, 5, -1, -1] = float("nan"), float("nan"), float("inf")
-    actual, _ = run(prepared_for(p, Direction.WEIGHT_GRAD, dy, x, True, choice=SMALL), dy, x)
+    actual, _ = run(prepared_for(p, Direction.WEIGHT_GRAD, dy, x, True, plan=SMALL), dy, x)
     value = truth(p, dy, x)
     assert torch.equal(actual.cpu().isnan(), value.isnan()) and torch.equal(actual.cpu().isinf(), value.isinf())
 
@@ -118,11 +118,11 @@ LAYER = Case("layer of ResNet-50", (64, 128, 28, 28), 128, (3, 3), stride=2, pad
 
 
 def test_what_is_served():
-    assert found(LAYER) and found(LAYER, first=Layout.RUNS, second=Layout.RUNS)
+    assert found(LAYER) and found(LAYER, first=Layout.NHWC_STRIDED, second=Layout.NHWC_STRIDED)
     assert not found(LAYER, Direction.FORWARD)
     assert not found(LAYER, device=A100)
-    assert not found(LAYER, first=Layout.PLANES)
-    assert not found(LAYER, output=Layout.PLANES)
+    assert not found(LAYER, first=Layout.NCHW)
+    assert not found(LAYER, output=Layout.NCHW)
     assert not found(LAYER, dtype="float32", precision="ieee")
     assert not found(replace(LAYER, groups=2))
     assert not found(replace(LAYER, input=(31, 128, 28, 28)))

@@ -93,7 +93,7 @@ def truth(p: ConvProblem, direction: Direction, first: torch.Tensor, second: tor
 
 def check(p: ConvProblem, direction: Direction, first: torch.Tensor, second: torch.Tensor, plan: ConvPlan):
     plan = replace(plan, precision=conv_precision(first.dtype))
-    actual, _ = run(prepared_for(p, direction, first, second, True, choice=plan), first, second)
+    actual, _ = run(prepared_for(p, direction, first, second, True, plan=plan), first, second)
     value, absolute = truth(p, direction, first, second), truth(p, direction, first.abs(), second.abs())
     terms = p.R * p.S * (p.C if direction is Direction.FORWARD else p.K)
     bound = sum_bound(value, absolute, terms, first.dtype, tf32=uses_tf32(first.dtype, plan.precision))
@@ -233,7 +233,7 @@ def test_nan_and_infinity_reach_what_they_should(geometry, device):
     # A tap in the padding is zero times a weight: no infinity there.
     assert not any(p.padding)
     for direction, first, second in ((Direction.FORWARD, x, infinite), (Direction.INPUT_GRAD, dy, w)):
-        actual, _ = run(prepared_for(p, direction, first, second, True, choice=SMALL), first, second)
+        actual, _ = run(prepared_for(p, direction, first, second, True, plan=SMALL), first, second)
         value = truth(p, direction, first, second)
         assert torch.equal(actual.cpu().isnan(), value.isnan())
         assert torch.equal(actual.cpu().isinf(), value.isinf())
@@ -256,8 +256,8 @@ def test_serves_only_what_the_kernel_can():
     assert not candidates(LAYER, Direction.WEIGHT_GRAD)
     assert not candidates(LAYER, operands=Operands("float32", "ieee"))
     for name in ("first", "second", "output"):
-        assert candidates(LAYER, operands=replace(HALF, **{name: Layout.RUNS}))
-        assert not candidates(LAYER, operands=replace(HALF, **{name: Layout.PLANES}))
+        assert candidates(LAYER, operands=replace(HALF, **{name: Layout.NHWC_STRIDED}))
+        assert not candidates(LAYER, operands=replace(HALF, **{name: Layout.NCHW}))
     assert not candidates(replace(LAYER, kernel=(1, 1)))
     assert not candidates(replace(LAYER, stride=3))
 

@@ -292,7 +292,7 @@ def _run(p, direction, channels_last, dtype, device, choice) -> None:
         for shape in shapes(p, direction)[:2]
     )
     with pretend(device):
-        launch.run(launch.prepared_for(p, direction, first, second, channels_last, choice=choice), first, second)
+        launch.run(launch.prepared_for(p, direction, first, second, channels_last, plan=choice), first, second)
 
 
 # ---- in general ----------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_a_key_holds_everything_but_the_exact_batch_size():
     assert of(problem(24)) == of(problem(45)) == of(problem(32)) != of(problem(64))
     sizes = {"C": 32, "H": 57, "W": 57, "K": 32, "R": 1, "S": 1, "groups": 2}
     pairs = {"stride": (2, 1), "padding": (0, 1, 1, 1), "dilation": (1, 2)}
-    layouts = {name: Layout.PLANES for name in ("first", "second", "output")}
+    layouts = {name: Layout.NCHW for name in ("first", "second", "output")}
     keys = [
         of(),
         *(of(problem(**{name: value})) for name, value in (sizes | pairs).items()),

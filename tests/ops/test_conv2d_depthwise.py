@@ -303,7 +303,7 @@ def layer(N: int, C: int, size: int, kernel: int, stride: int = 1) -> ConvProble
     return conv_problem((N, C, size, size), (C, 1, kernel, kernel), None, (stride,) * 2, (kernel // 2,) * 4, (1, 1), C)
 
 
-@pytest.mark.parametrize("layout", [Layout.PIXEL_RUNS, Layout.PLANES], ids=lambda layout: layout.value)
+@pytest.mark.parametrize("layout", [Layout.NHWC, Layout.NCHW], ids=lambda layout: layout.value)
 @pytest.mark.parametrize("direction", Direction, ids=lambda direction: direction.value)
 def test_plans_cover_the_work_and_keep_the_chip_busy(layout, direction):
     operands = Operands("float16", "ieee", layout, layout, layout)
@@ -342,7 +342,7 @@ def test_what_is_not_served():
 
     assert found(layer(2, 32, 14, 3))
     assert not found(conv_problem((2, 32, 9, 9), (32, 2, 3, 3), None, (1, 1), (0,) * 4, (1, 1), 16))
-    assert not found(layer(2, 32, 14, 3), first=Layout.PLANES)
+    assert not found(layer(2, 32, 14, 3), first=Layout.NCHW)
     assert not found(layer(2, 32, 64, 31))
     assert not any(found(layer(0, 32, 14, 3), direction) for direction in Direction)
     both = conv_problem((2, 32, 14, 14), (32, 1, 3, 3), None, (2, 2), (0,) * 4, (2, 2), 32)

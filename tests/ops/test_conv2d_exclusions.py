@@ -232,7 +232,7 @@ def test_who_chose_the_plan_is_told(driver):
     choice = planner.heuristic_plan(p, FORWARD, operands, EMULATED)
     assert choice.variant is Variant.STEM
     with pytest.raises(DescriptorRefused, match="invalid argument"):
-        launch.run(launch.prepared_for(p, FORWARD, x, w, True, choice=choice), x, w)
+        launch.run(launch.prepared_for(p, FORWARD, x, w, True, plan=choice), x, w)
     assert kernel.launches == 1 and not exclusions._found
 
 

@@ -34,7 +34,7 @@ def test_every_variant_belongs_to_one_family_which_tells_no_facts_of_others():
 def test_candidates_are_of_their_family_and_the_first_family_serves_every_problem(case):
     p = as_problem(case)
     kinds = ("float16", "ieee"), ("float32", "tf32"), ("float32", "ieee")
-    layouts = Layout.PIXEL_RUNS, Layout.PLANES, Layout.STRIDED
+    layouts = Layout.NHWC, Layout.NCHW, Layout.STRIDED
     for direction, kind, layout, device in itertools.product(Direction, kinds, layouts, (A100, H100)):
         operands = Operands(*kind, layout, layout, layout)
         found = {family: list(family.candidates(p, direction, operands, device)) for family in FAMILIES}

@@ -116,7 +116,7 @@ def test_every_variant(case, dtype, layout, device):
         tf32 = uses_tf32(dtype, precision)
         bound = sum_bound(value, absolute, terms(p, direction), dtype, tf32=tf32)
         for plan in plans(p, direction, operands, device).values():
-            prepared = launch.prepared_for(p, direction, first, second, layout == "channels_last", choice=plan)
+            prepared = launch.prepared_for(p, direction, first, second, layout == "channels_last", plan=plan)
             actual, _ = launch.run(prepared, first, second)
             assert_within(f"{case.name}, {direction.value}, {plan}", actual, value, bound)
             assert actual.is_contiguous(memory_format=FORMATS[layout])
@@ -219,7 +219,7 @@ def test_splits_give_the_same_bits_every_time(device):
     p = as_problem(case)
     x, w, _, bias, _ = tensors(case, torch.float16, device, "channels_last")
     plan = replace(plans(p, Direction.FORWARD, Operands("float16"), device)[Variant.TAPS], splits=4)
-    prepared = launch.prepared_for(p, Direction.FORWARD, x, w, True, choice=plan)
+    prepared = launch.prepared_for(p, Direction.FORWARD, x, w, True, plan=plan)
     first, *others = (launch.run(prepared, x, w, bias)[0] for _ in range(3))
     assert all(torch.equal(first, other) for other in others)
 

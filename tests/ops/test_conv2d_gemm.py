@@ -63,7 +63,7 @@ def check(
     plan: ConvPlan,
     channels_last: bool = True,
 ) -> torch.Tensor:
-    prepared = prepared_for(p, direction, first, second, channels_last, choice=plan)
+    prepared = prepared_for(p, direction, first, second, channels_last, plan=plan)
     actual, _ = run(prepared, first, second)
     value, absolute = truth(p, direction, first, second), truth(p, direction, first.abs(), second.abs())
     terms = {Direction.FORWARD: p.C, Direction.INPUT_GRAD: p.K, Direction.WEIGHT_GRAD: p.N * p.P * p.Q}[direction]
@@ -215,11 +215,11 @@ def test_what_is_not_finite_stays_where_it_is(layout, device):
     w[-1, -1] = float("inf")
     last = layout == "channels_last"
     for direction, first, second in ((Direction.FORWARD, x, w), (Direction.INPUT_GRAD, dy, w)):
-        actual = run(prepared_for(p, direction, first, second, last, choice=plan), first, second)[0].cpu()
+        actual = run(prepared_for(p, direction, first, second, last, plan=plan), first, second)[0].cpu()
         value = truth(p, direction, first, second)
         assert torch.equal(actual.isnan(), value.isnan()) and torch.equal(actual.isinf(), value.isinf())
     plan = for_layout(WHOLE, layout, torch.float16, Direction.WEIGHT_GRAD)
-    actual = run(prepared_for(p, Direction.WEIGHT_GRAD, dy, x, True, choice=plan), dy, x)[0].cpu()
+    actual = run(prepared_for(p, Direction.WEIGHT_GRAD, dy, x, True, plan=plan), dy, x)[0].cpu()
     value = truth(p, Direction.WEIGHT_GRAD, dy, x)
     assert torch.equal(actual.isnan(), value.isnan()) and torch.equal(actual.isinf(), value.isinf())
 
@@ -242,11 +242,11 @@ def test_only_products_are_served():
     assert not found(replace(LAYER, padding=1))
     assert not found(replace(LAYER, groups=2))
     assert not found(replace(LAYER, input=(0, 256, 56, 56))) and not found(replace(LAYER, input=(32, 0, 56, 56)))
-    assert not found(LAYER, first=Layout.RUNS)
+    assert not found(LAYER, first=Layout.NHWC_STRIDED)
     assert not found(LAYER, second=Layout.STRIDED)
-    assert not found(LAYER, output=Layout.PLANES)
+    assert not found(LAYER, output=Layout.NCHW)
     assert not found(LAYER, dtype="float32", precision="ieee")
-    planes = {"first": Layout.PLANES, "output": Layout.PLANES}
+    planes = {"first": Layout.NCHW, "output": Layout.NCHW}
     assert all(plan.box == (1, 1, plan.block_m) for plan in found(LAYER, **planes))
     assert found(LAYER, **planes) and not found(replace(LAYER, input=(32, 256, 14, 14)), **planes)
 
@@ -264,7 +264,7 @@ def test_small_grids_are_split_and_large_ones_are_not():
 def test_tiles_and_steps_cover_the_work(planes, batch, direction, device):
     case = Case("layer", (batch, 264, 28, 28), 136, (1, 1))
     p = as_problem(case)
-    image_layout = Layout.PLANES if planes else Layout.PIXEL_RUNS
+    image_layout = Layout.NCHW if planes else Layout.NHWC
     names = ("first", "second") if direction is Direction.WEIGHT_GRAD else ("first", "output")
     plans = found(case, direction, **dict.fromkeys(names, image_layout))
     assert 0 < len(plans) <= 16

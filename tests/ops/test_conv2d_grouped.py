@@ -42,7 +42,7 @@ def test_filters_of_any_layout_in_every_tile(channels, groups, device):
         found = list(grouped.candidates(p, Direction.FORWARD, operands, EMULATED))
         assert len(found) == (1 if channels == 2 else 2)
         for choice in found:
-            prepared = launch.prepared_for(p, Direction.FORWARD, x, filter, True, choice=choice)
+            prepared = launch.prepared_for(p, Direction.FORWARD, x, filter, True, plan=choice)
             assert_within(str(choice), launch.run(prepared, x, filter)[0], value, bound)
 
 
@@ -54,7 +54,7 @@ def test_no_group_sees_anothers_nan(device):
     value = reference.conv2d(p, x.double().cpu(), w.double().cpu(), None, None, "none", 0.0)
     operands = Operands("float16")
     for choice in grouped.candidates(p, Direction.FORWARD, operands, EMULATED):
-        actual, _ = launch.run(launch.prepared_for(p, Direction.FORWARD, x, w, True, choice=choice), x, w)
+        actual, _ = launch.run(launch.prepared_for(p, Direction.FORWARD, x, w, True, plan=choice), x, w)
         assert torch.equal(actual.cpu().isnan(), value.isnan())
         assert torch.equal(actual.cpu().double().clamp(-1, 1)[value.isinf()], value.sign()[value.isinf()])
         assert 0 < value.isnan().sum() < value.isinf().sum() < value.numel() / 2
@@ -92,5 +92,5 @@ def test_work_of_a_tile():
 
 def test_what_it_leaves_to_others():
     assert not found((4, 6)) and not found((32, 32)) and not found((1, 4))
-    assert not found((4, 4), Direction.WEIGHT_GRAD) and not found((4, 4), first=Layout.PLANES)
+    assert not found((4, 4), Direction.WEIGHT_GRAD) and not found((4, 4), first=Layout.NCHW)
     assert not found((4, 4), dtype="float32") and found((4, 4), dtype="float32", precision="tf32")

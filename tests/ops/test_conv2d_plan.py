@@ -15,7 +15,7 @@ from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.planner import heuristic_plan, only_measured, ranking
 from gpukern.conv.problem import conv_problem, same_padding
-from gpukern.ops._image import strides_of
+from gpukern.ops._images import strides_of
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4, RTX_5090
 from gpukern.runtime.strides import dense_strides, is_channels_last
 from tests.ops.conv_cases import CASES, as_problem
@@ -134,7 +134,7 @@ def test_weight_gradient_splits_long_sums_over_the_chip():
 # ---- all candidates ------------------------------------------------------------------------------------------------
 
 KINDS = (("float32", "ieee"), ("float32", "tf32"), ("float16", "ieee"), ("bfloat16", "ieee"))
-LAYOUTS_OF_ALL = (Layout.PIXEL_RUNS, Layout.PLANES, Layout.STRIDED)
+LAYOUTS_OF_ALL = (Layout.NHWC, Layout.NCHW, Layout.STRIDED)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -183,7 +183,7 @@ def test_what_only_a_gpu_can_show_is_not_chosen():
 
 @pytest.mark.parametrize("name", DEVICES)
 def test_tensors_without_runs_are_copied_where_that_pays(name):
-    planes = Operands("float16", "ieee", Layout.PLANES, Layout.PLANES, Layout.PLANES)
+    planes = Operands("float16", "ieee", Layout.NCHW, Layout.NCHW, Layout.NCHW)
     for direction in Direction:
         best = ranking(RESNET_3X3, direction, planes, DEVICES[name])
         assert len({r.plan.pack for r in best}) > 1

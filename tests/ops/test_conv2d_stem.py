@@ -185,7 +185,7 @@ def test_candidates():
         return list(candidates(problem_of(case), direction, Operands(**{"dtype": "float16", **operands}), device))
 
     resnet = Case("ResNet-50", (32, 3, 224, 224), 64, (7, 7), stride=2, padding=3)
-    found = of(resnet, first=Layout.PLANES, second=Layout.STRIDED)
+    found = of(resnet, first=Layout.NCHW, second=Layout.STRIDED)
     assert {(plan.block_m, plan.block_n) for plan in found} == {(256, 64), (128, 64), (64, 64)}
     assert all(plan.block_k == 32 and plan.box[0] * plan.box[1] * plan.box[2] == plan.block_m for plan in found)
     # 112 × 112 divide into boxes without rest.
@@ -196,7 +196,7 @@ def test_candidates():
     assert of(resnet, dtype="float32", precision="tf32") and of(resnet, dtype="float32", precision="tf32x3")
     assert not of(resnet, dtype="float32", precision="ieee")
     assert not of(resnet, device=A100)
-    assert not of(resnet, output=Layout.PLANES)
+    assert not of(resnet, output=Layout.NCHW)
     assert not of(resnet, direction=Direction.INPUT_GRAD)
     assert not of(Case("many channels", (1, 16, 9, 9), 16, (3, 3)))
     assert not of(Case("dilated", (1, 3, 9, 9), 16, (3, 3), dilation=2))

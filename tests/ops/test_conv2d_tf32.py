@@ -43,7 +43,7 @@ def errors(case: Case, layout: str, device: torch.device) -> dict[tuple[Directio
         allowed = sum(6 * 2.0**-11 * t.numel() ** -0.5 for t in (first, second))
         allowed += terms(p, direction) / 4 * 2.0**-23
         for plan in plans(p, direction, operands, device).values():
-            prepared = launch.prepared_for(p, direction, first, second, layout == "channels_last", choice=plan)
+            prepared = launch.prepared_for(p, direction, first, second, layout == "channels_last", plan=plan)
             actual, _ = launch.run(prepared, first, second)
             found[direction, plan.variant] = ((actual.double().cpu() - exact) / exact).mean().item(), allowed
     return found

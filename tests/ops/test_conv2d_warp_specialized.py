@@ -229,6 +229,6 @@ def test_candidates():
     assert not of(layer, Direction.WEIGHT_GRAD)
     assert not of(layer, device=A100) and not of(layer, device=B200)
     assert not of(layer, dtype="float32", precision="tf32")
-    assert not of(layer, first=Layout.PLANES) and not of(layer, output=Layout.CHANNELS)
+    assert not of(layer, first=Layout.NCHW) and not of(layer, output=Layout.CHANNELS)
     assert not of(replace(layer, stride=2)) and not of(replace(layer, groups=4))
     assert of(layer, device=EMULATED), "plans of emulated kernels are those of Hopper"

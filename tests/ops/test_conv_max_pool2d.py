@@ -401,7 +401,7 @@ def layer(batch: int, channels: int, size: int, outputs: int, kernel: int = 3, g
     return conv_problem((batch, channels, size, size), weight, None, (1, 1), padding, (1, 1), groups)
 
 
-LAST, PLANES = Operands("float16"), Operands("float16", "ieee", Layout.PLANES, Layout.PLANES, Layout.PLANES)
+LAST, PLANES = Operands("float16"), Operands("float16", "ieee", Layout.NCHW, Layout.NCHW, Layout.NCHW)
 
 
 @pytest.mark.parametrize("batch", [1, 32, 128])

@@ -26,7 +26,7 @@ def conv2d_max_pool2d(
     negative_slope: float,
 ) -> torch.Tensor:
     device = device_spec(input.device)
-    choice = pooled_choice(
+    plan = pooled_choice(
         problem,
         input.stride(),
         weight.stride(),
@@ -35,13 +35,13 @@ def conv2d_max_pool2d(
         conv_precision(input.dtype),
         device,
     )
-    if choice is None:
+    if plan is None:
         y = conv2d(problem, input, weight, bias, None, activation, negative_slope)
         return max_pool2d(windows_of(problem), y, memory_format_of(input, weight))
     epilogue = Epilogue(activation)
-    prepared = prepared_for(pooled_problem(problem), Direction.FORWARD, input, weight, None, epilogue, choice)
+    prepared = prepared_for(pooled_problem(problem), Direction.FORWARD, input, weight, None, epilogue, plan)
     try:
         return run(prepared, input, weight, bias, None, negative_slope)[0]
     except DescriptorRefused as refusal:
-        plan_without(choice, device, refusal)
+        plan_without(plan, device, refusal)
     return conv2d_max_pool2d(problem, input, weight, bias, activation, negative_slope)

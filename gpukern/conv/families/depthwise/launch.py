@@ -13,19 +13,19 @@ from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Shape, Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import Image, strides_of
+from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
-from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 
 
-def prepare(request: Request, choice: ConvPlan) -> Launch:
+def prepare(request: Request, plan: ConvPlan) -> Launch:
     if request.direction is Direction.WEIGHT_GRAD:
-        return _prepare_weight_grad(request, choice)
-    return _prepare_gather(request, choice)
+        return _prepare_weight_grad(request, plan)
+    return _prepare_gather(request, plan)
 
 
-def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
+def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     """Forward and input gradient."""
     p, direction = request.problem, request.direction
     of_source, _, of_output = request.shapes
@@ -34,8 +34,8 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     of_filter = filter_strides(p, weight, direction is Direction.INPUT_GRAD)
     vertical, horizontal = axes(p, direction)
     planes = _in_planes(source, output)
-    source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
-    out_pairs = planes and _in_pairs(of_output, output, horizontal, choice.own_box[2])
+    source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, plan))
+    out_pairs = planes and _in_pairs(of_output, output, horizontal, plan.own_box[2])
     sizes = Sizes(p.N, *of_source[2:], *of_output[2:], p.groups, gemm.N, gemm.K)
     options = {
         **_walk(vertical, horizontal, planes),
@@ -46,11 +46,11 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
         # Channels that others lie between are not in runs.
         "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if gemm.N == gemm.K else 1,
         "OUT_ALIGN": _alignment(of_output, output, planes, out_pairs),
-        **_tile(choice, choice.block_n),
+        **_tile(plan, plan.block_n),
         "ACTIVATION": request.epilogue.activation,
         "INDEX": index_type(max(map(reach, (of_source, of_output), (source, output)))),
     }
-    cut, rows = cut_of(p, direction, choice), choice.own_box[1]
+    cut, rows = cut_of(p, direction, plan), plan.own_box[1]
     constants = compile_time(kernels.conv2d_depthwise_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
@@ -70,20 +70,20 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
     return Launch(run, cut.tiles if request.epilogue.statistics else 0)
 
 
-def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
+def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     p = request.problem
     of_grad, of_source, of_output = request.shapes
     grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
     of_filter = filter_strides(p, output, False)
     vertical, horizontal = axes(p, request.direction)
     planes = _in_planes(grad, source)
-    grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, choice.own_box[2])
-    source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, choice))
+    grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, plan.own_box[2])
+    source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, plan))
     scalars = (
         math.prod(of_output),
         Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, 1),
-        choice.own_box[1],
-        tiles_per_split(p, choice),
+        plan.own_box[1],
+        tiles_per_split(p, plan),
     )
     options = {
         **_walk(vertical, horizontal, planes),
@@ -92,18 +92,18 @@ def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
         "SOURCE_PAIRS": source_pairs,
         "GRAD_ALIGN": _alignment(of_grad, grad, planes, grad_pairs),
         "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if p.group_outputs == 1 else 1,
-        **_tile(choice, choice.block_m),
+        **_tile(plan, plan.block_m),
         "INDEX": index_type(max(map(reach, (of_grad, of_source), (grad, source)))),
     }
-    programs = cut_of(p, request.direction, choice).channel_blocks, choice.splits
+    programs = cut_of(p, request.direction, plan).channel_blocks, plan.splits
     constants = compile_time(weight_kernels.conv2d_depthwise_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
-        partial = partial_sums(out, choice.splits)
+        partial = partial_sums(out, plan.splits)
         filter = Filter(partial, *of_filter)
         arguments = (Image(first, *grad), Image(second, *source), filter, *scalars)
         launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, constants)
-        add_partial_sums(partial, out, choice.splits)
+        add_partial_sums(partial, out, plan.splits)
 
     return Launch(run)
 
@@ -113,9 +113,9 @@ def _in_planes(*images: Strides) -> bool:
     return any(strides[1] != 1 for strides in images)
 
 
-def _sources(axis: Axis, choice: ConvPlan) -> int:
+def _sources(axis: Axis, plan: ConvPlan) -> int:
     """Columns of the source from one lane to the next, where lanes lie side by side."""
-    cols = choice.own_box[2]
+    cols = plan.own_box[2]
     return cols // axis.ratio if axis.transposed else cols * axis.ratio
 
 
@@ -135,12 +135,12 @@ def _walk(vertical: Axis, horizontal: Axis, planes: bool) -> dict[str, Any]:
     return {"AXIS_H": vertical, "AXIS_W": horizontal, "PLANES": planes}
 
 
-def _tile(choice: ConvPlan, channels: int) -> dict[str, int]:
-    lanes, _, cols = choice.own_box
+def _tile(plan: ConvPlan, channels: int) -> dict[str, int]:
+    lanes, _, cols = plan.own_box
     return {
         "COLS": cols,
         "BLOCK_Q": lanes,
         "BLOCK_C": channels,
-        "num_warps": choice.num_warps,
-        "num_stages": choice.num_stages,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
     }

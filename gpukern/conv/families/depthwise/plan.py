@@ -23,7 +23,7 @@ _RESIDENT = 4
 _STARTUP = 6
 # Partial sums of the weight gradient are read again, 32 at a time.
 _MOST_SPLITS = 256
-_RUNS = (Layout.PIXEL_RUNS, Layout.RUNS, Layout.CHANNELS)
+_RUNS = (Layout.NHWC, Layout.NHWC_STRIDED, Layout.CHANNELS)
 
 
 @dataclass(frozen=True)
@@ -134,26 +134,26 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
             yield _plan(p, direction, operands, *thread, device)
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
     """(programs, steps of each): a step is one tap of all lanes."""
     vertical, horizontal = axes(p, direction)
-    cut = cut_of(p, direction, choice)
+    cut = cut_of(p, direction, plan)
     # Of a stride's input gradient an output has only its share of the taps.
-    rows = choice.own_box[1] + vertical.warm_up * vertical.outputs
+    rows = plan.own_box[1] + vertical.warm_up * vertical.outputs
     steps = cdiv(rows * p.R * p.S * _reduction(p, direction), vertical.outputs * horizontal.outputs)
     if direction is Direction.WEIGHT_GRAD:
-        return [(cut.channel_blocks * choice.splits, tiles_per_split(p, choice) * steps)]
+        return [(cut.channel_blocks * plan.splits, tiles_per_split(p, plan) * steps)]
     return [(cut.tiles * cut.channel_blocks, steps)]
 
 
-def cut_of(p: ConvProblem, direction: Direction, choice: ConvPlan) -> Cut:
-    channels = choice.block_m if direction is Direction.WEIGHT_GRAD else choice.block_n
-    return _cut(p, direction, channels, *choice.own_box)
+def cut_of(p: ConvProblem, direction: Direction, plan: ConvPlan) -> Cut:
+    channels = plan.block_m if direction is Direction.WEIGHT_GRAD else plan.block_n
+    return _cut(p, direction, channels, *plan.own_box)
 
 
-def tiles_per_split(p: ConvProblem, choice: ConvPlan) -> int:
+def tiles_per_split(p: ConvProblem, plan: ConvPlan) -> int:
     """Of the weight gradient."""
-    return cdiv(cut_of(p, Direction.WEIGHT_GRAD, choice).tiles, choice.splits)
+    return cdiv(cut_of(p, Direction.WEIGHT_GRAD, plan).tiles, plan.splits)
 
 
 def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
@@ -167,7 +167,7 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
 
 def _in_planes(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
     layouts = _images(p, direction, operands)
-    return Layout.PLANES in layouts and not any(layout in _RUNS for layout in layouts)
+    return Layout.NCHW in layouts and not any(layout in _RUNS for layout in layouts)
 
 
 def _images(p: ConvProblem, direction: Direction, operands: Operands) -> list[Layout]:

@@ -10,12 +10,12 @@ from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import Image, strides_of
-from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.ops._images import Image, strides_of
+from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 
 
-def prepare(request: Request, choice: ConvPlan) -> Launch:
+def prepare(request: Request, plan: ConvPlan) -> Launch:
     p, transposed = request.problem, request.direction is Direction.INPUT_GRAD
     of_source, _, of_output = request.shapes
     source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
@@ -30,16 +30,16 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         "SOURCE_ALIGN": alignment(source, 1, of_source[1]),
         "FILTER_ALIGN": alignment(weight, 1, p.group_inputs),
         "OUT_ALIGN": alignment(output, 1, of_output[1]),
-        "BLOCK_M": choice.block_m,
-        "BLOCK_N": choice.block_n,
-        "BLOCK_K": choice.block_k,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
         "ACTIVATION": request.epilogue.activation,
-        "PRECISION": choice.precision,
+        "PRECISION": plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes, (source, weight, output)))),
-        "num_warps": choice.num_warps,
-        "num_stages": choice.num_stages,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
     }
-    rows, cols, phases = grid(p, request.direction, choice)
+    rows, cols, phases = grid(p, request.direction, plan)
     constants = compile_time(kernels.conv2d_block_diagonal_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:

@@ -22,7 +22,7 @@ _TILES = (128, 64)
 _STAGES = 4
 # Which taps of a pixel lie inside the image is one bit each.
 _MOST_TAPS = 32
-_RUNS = (Layout.PIXEL_RUNS, Layout.RUNS)
+_RUNS = (Layout.NHWC, Layout.NHWC_STRIDED)
 
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
@@ -36,20 +36,20 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
             yield ConvPlan(Variant.GROUPED, block_m, block_n, block_k, num_warps=4, num_stages=_STAGES)
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
     """(programs, steps of each) of each phase: a step is a tap."""
-    rows, columns, _ = grid(p, direction, choice)
+    rows, columns, _ = grid(p, direction, plan)
     if direction is Direction.FORWARD:
         return [(rows * columns, p.R * p.S)]
     pairs = itertools.product(*map(phases, dimensions(p)))
     return [(rows * columns, r * s) for (_, r), (_, s) in pairs]
 
 
-def grid(p: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[int, int, int]:
+def grid(p: ConvProblem, direction: Direction, plan: ConvPlan) -> tuple[int, int, int]:
     """(tiles of pixels, of channels, phases)."""
     gemm = gemm_mnk(p, direction)
     _, phases = tiled_pixels(p, direction)
-    return cdiv(gemm.M, choice.block_m), cdiv(gemm.N * p.groups, choice.block_n), phases
+    return cdiv(gemm.M, plan.block_m), cdiv(gemm.N * p.groups, plan.block_n), phases
 
 
 def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:

@@ -15,45 +15,45 @@ from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import Image, strides_of
+from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 
 
-def prepare(request: Request, choice: ConvPlan) -> Launch:
+def prepare(request: Request, plan: ConvPlan) -> Launch:
     if request.direction is Direction.WEIGHT_GRAD:
-        return _prepare_weight_grad(request, choice)
-    return _prepare_gather(request, choice)
+        return _prepare_weight_grad(request, plan)
+    return _prepare_gather(request, plan)
 
 
-def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
+def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     p, transposed = request.problem, request.direction is Direction.INPUT_GRAD
     image, _, result = request.shapes
     source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
     gemm = gemm_mnk(p, request.direction)
-    direct = choice.variant is Variant.DIRECT
+    direct = plan.variant is Variant.DIRECT
     of_filter = filter_strides(p, weight, transposed)
     sizes = Sizes(p.N, *image[2:], *result[2:], p.groups, gemm.N, gemm.K)
     options = {
         **window_options(p),
         **tap_options(p, transposed),
-        "VARIANT": choice.variant.value,
-        "EVEN_K": gemm.K % choice.block_k == 0,
+        "VARIANT": plan.variant.value,
+        "EVEN_K": gemm.K % plan.block_k == 0,
         "SOURCE_ALIGN": alignment(source, 1, image[1] if direct else gemm.K),
         "FILTER_ALIGN": _filter_alignment(weight, p),
         "OUT_ALIGN": alignment(output, 1, result[1] if direct else gemm.N),
-        "SPLITS": choice.splits,
+        "SPLITS": plan.splits,
         "ACTIVATION": request.epilogue.activation,
         "POOL": p.pool,
-        "PRECISION": choice.precision,
+        "PRECISION": plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes, (source, weight, output)))),
-        **_tile(choice),
+        **_tile(plan),
     }
-    programs = grid(p, request.direction, choice)
-    tiles = math.prod(programs) // choice.splits
-    workspace = split_k_workspace(choice, tiles)
+    programs = grid(p, request.direction, plan)
+    tiles = math.prod(programs) // plan.splits
+    workspace = split_k_workspace(plan, tiles)
     constants = compile_time(kernels.conv2d_gather_kernel, options)
 
     def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
@@ -77,39 +77,39 @@ def _prepare_gather(request: Request, choice: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
-    return Launch(run, cdiv(gemm.M, choice.block_m) if request.epilogue.statistics else 0)
+    return Launch(run, cdiv(gemm.M, plan.block_m) if request.epilogue.statistics else 0)
 
 
-def _prepare_weight_grad(request: Request, choice: ConvPlan) -> Launch:
+def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     p = request.problem
     grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
     of_filter = filter_strides(p, output, False)
     gemm = gemm_mnk(p, Direction.WEIGHT_GRAD)
-    direct = choice.variant is Variant.DIRECT
+    direct = plan.variant is Variant.DIRECT
     scalars = (
         math.prod(request.shapes[2]),
         Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, p.group_inputs),
-        cdiv(gemm.K, choice.splits),
+        cdiv(gemm.K, plan.splits),
         p.padding[0],
         p.padding[2],
     )
     options = {
         **window_options(p),
-        "VARIANT": choice.variant.value,
+        "VARIANT": plan.variant.value,
         "GRAD_ALIGN": alignment(grad, 1, p.K if direct else p.group_outputs),
         "SOURCE_ALIGN": alignment(source, 1, p.C if direct else p.group_inputs),
-        "PRECISION": choice.precision,
+        "PRECISION": plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes[:2], (grad, source)))),
-        **_tile(choice),
+        **_tile(plan),
     }
-    programs = grid(p, Direction.WEIGHT_GRAD, choice)
+    programs = grid(p, Direction.WEIGHT_GRAD, plan)
     constants = compile_time(weight_kernels.conv2d_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
-        partial = partial_sums(out, choice.splits)
+        partial = partial_sums(out, plan.splits)
         arguments = (Image(first, *grad), Image(second, *source), Filter(partial, *of_filter), *scalars)
         launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, constants)
-        add_partial_sums(partial, out, choice.splits)
+        add_partial_sums(partial, out, plan.splits)
 
     return Launch(run)
 
@@ -122,12 +122,12 @@ def _filter_alignment(weight: Strides, problem: ConvProblem) -> int:
     return alignment(weight, 0, 16 if problem.groups == 1 else problem.group_outputs)
 
 
-def _tile(choice: ConvPlan) -> dict[str, Any]:
+def _tile(plan: ConvPlan) -> dict[str, Any]:
     return {
-        "BLOCK_M": choice.block_m,
-        "BLOCK_N": choice.block_n,
-        "BLOCK_K": choice.block_k,
-        "GROUP_M": choice.group_m,
-        "num_warps": choice.num_warps,
-        "num_stages": choice.num_stages,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+        "GROUP_M": plan.group_m,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
     }

@@ -124,42 +124,42 @@ def _weight_grad(p: ConvProblem, operands: Operands, device: DeviceSpec) -> Iter
     )
 
 
-def grid(p: ConvProblem, direction: Direction, choice: ConvPlan) -> tuple[int, int, int]:
+def grid(p: ConvProblem, direction: Direction, plan: ConvPlan) -> tuple[int, int, int]:
     """The programs of a launch: (tiles, groups, phases · splits)."""
     _, phases = tiled_pixels(p, direction)
     # Element by element, a tile spans groups.
-    direct = choice.variant is Variant.DIRECT
+    direct = plan.variant is Variant.DIRECT
     groups, spanned = (1, p.groups) if direct else (p.groups, 1)
     if direction is not Direction.WEIGHT_GRAD:
         gemm = gemm_mnk(p, direction)
-        tiles = cdiv(gemm.M, choice.block_m) * cdiv(gemm.N * spanned, choice.block_n)
-        return tiles, groups, phases * choice.splits
+        tiles = cdiv(gemm.M, plan.block_m) * cdiv(gemm.N * spanned, plan.block_n)
+        return tiles, groups, phases * plan.splits
     taps = p.R * p.S
-    if choice.variant is Variant.FLAT:
-        columns = cdiv(taps * p.group_inputs, choice.block_n)
+    if plan.variant is Variant.FLAT:
+        columns = cdiv(taps * p.group_inputs, plan.block_n)
     else:
-        columns = taps * cdiv(p.group_inputs, choice.block_n)
-    return cdiv(p.group_outputs * spanned, choice.block_m) * columns, groups, choice.splits
+        columns = taps * cdiv(p.group_inputs, plan.block_n)
+    return cdiv(p.group_outputs * spanned, plan.block_m) * columns, groups, plan.splits
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
     """(programs, steps along the sum of each) of each phase or split, as the kernels loop."""
-    count, groups, _ = grid(p, direction, choice)
-    return [(count * groups, steps) for steps in _steps(p, direction, choice)]
+    count, groups, _ = grid(p, direction, plan)
+    return [(count * groups, steps) for steps in _steps(p, direction, plan)]
 
 
-def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[int]:
+def _steps(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[int]:
     K = gemm_mnk(p, direction).K
     if direction is Direction.WEIGHT_GRAD:
-        return [cdiv(share, choice.block_k) for share in shares(K, choice.splits)]
+        return [cdiv(share, plan.block_k) for share in shares(K, plan.splits)]
     taps = [p.R * p.S]
     if direction is Direction.INPUT_GRAD:
         # A phase has as many tiles as the largest one, and those without a pixel walk their taps all the same.
         taps = [r * s for (_, r), (_, s) in itertools.product(*map(phases, dimensions(p)))]
-    if choice.variant is Variant.FLAT:
-        return [cdiv(n * K, choice.block_k) for n in taps]
-    steps = [n * cdiv(K, choice.block_k) for n in taps]
-    return [share for n in steps for share in shares(n, choice.splits)]
+    if plan.variant is Variant.FLAT:
+        return [cdiv(n * K, plan.block_k) for n in taps]
+    steps = [n * cdiv(K, plan.block_k) for n in taps]
+    return [share for n in steps for share in shares(n, plan.splits)]
 
 
 def _whole_steps(K: int, longest: int) -> bool:

@@ -24,18 +24,18 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 
-def prepare(request: Request, choice: ConvPlan) -> Launch:
+def prepare(request: Request, plan: ConvPlan) -> Launch:
     p, direction = request.problem, request.direction
-    *operands, out = _descriptors(request, choice)
-    source, filter = (described.operand(request.dtype, choice.precision) for described in operands)
+    *operands, out = _descriptors(request, plan)
+    source, filter = (described.operand(request.dtype, plan.precision) for described in operands)
     out.checked(request.dtype)
-    tiles, phases = tile_count(p, direction, choice), 4 if writes_halves(p, direction) else 1
-    workspace = split_k_workspace(choice, tiles * phases)
-    scalars, options = _scalars(request), _options(request, choice)
-    grid, constants = (tiles, phases, choice.splits), compile_time(kernels.conv2d_box_kernel, options)
+    tiles, phases = tile_count(p, direction, plan), 4 if writes_halves(p, direction) else 1
+    workspace = split_k_workspace(plan, tiles * phases)
+    scalars, options = _scalars(request), _options(request, plan)
+    grid, constants = (tiles, phases, plan.splits), compile_time(kernels.conv2d_box_kernel, options)
 
     def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
         device = output.device
@@ -56,18 +56,18 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_box_kernel, grid, device, arguments, constants)
 
-    parts = math.prod(choice.own_box) // math.prod(part(choice.own_box))
-    return Launch(run, box_count(p, direction, choice.own_box) * parts if request.epilogue.statistics else 0)
+    parts = math.prod(plan.own_box) // math.prod(part(plan.own_box))
+    return Launch(run, box_count(p, direction, plan.own_box) * parts if request.epilogue.statistics else 0)
 
 
-def _descriptors(request: Request, choice: ConvPlan) -> tuple[Described, Described, Described]:
+def _descriptors(request: Request, plan: ConvPlan) -> tuple[Described, Described, Described]:
     """Of source, filter and output, in the order and the boxes of the kernel."""
     p, direction = request.problem, request.direction
     first, second, output = (
         channel_run_strides(shape, strides, request.dtype)
         for shape, strides in zip(request.shapes, (request.first, request.second, request.output), strict=True)
     )
-    shape, box = request.shapes[0], (choice.own_box, choice.block_k)
+    shape, box = request.shapes[0], (plan.own_box, plan.block_k)
     if reads_halves(p, direction):
         source = _in_halves(shape, first, *box)
     elif reads_every_other(p, direction):
@@ -76,8 +76,8 @@ def _descriptors(request: Request, choice: ConvPlan) -> tuple[Described, Describ
     else:
         source = _image(shape, first, *box)
     describe = _in_halves if writes_halves(p, direction) else _image
-    out = describe(request.shapes[2], output, stored(p, part(choice.own_box)), choice.block_n)
-    sides = choice.block_n, choice.block_k
+    out = describe(request.shapes[2], output, stored(p, part(plan.own_box)), plan.block_n)
+    sides = plan.block_n, plan.block_k
     return source, _filter(request.shapes[1], second, sides if direction is Direction.FORWARD else sides[::-1]), out
 
 
@@ -91,7 +91,7 @@ def _scalars(request: Request) -> tuple[int, ...]:
     return *output_sizes(p, direction), gemm_mnk(p, direction).N, padding_h, padding_w, parity_step
 
 
-def _options(request: Request, choice: ConvPlan) -> dict[str, Any]:
+def _options(request: Request, plan: ConvPlan) -> dict[str, Any]:
     p, direction = request.problem, request.direction
     halves = reads_halves(p, direction) or writes_halves(p, direction)
     return {
@@ -102,17 +102,17 @@ def _options(request: Request, choice: ConvPlan) -> dict[str, Any]:
         "DILATION_H": p.dilation[0],
         "DILATION_W": p.dilation[1],
         "TRANSPOSED": direction is Direction.INPUT_GRAD,
-        **dict(zip(("BOX_N", "BOX_H", "BOX_W"), choice.own_box, strict=True)),
-        **dict(zip(("PART_N", "PART_H", "PART_W"), part(choice.own_box), strict=True)),
-        "BLOCK_N": choice.block_n,
-        "BLOCK_K": choice.block_k,
-        "GROUP_M": choice.group_m,
-        "SPLITS": choice.splits,
+        **dict(zip(("BOX_N", "BOX_H", "BOX_W"), plan.own_box, strict=True)),
+        **dict(zip(("PART_N", "PART_H", "PART_W"), part(plan.own_box), strict=True)),
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+        "GROUP_M": plan.group_m,
+        "SPLITS": plan.splits,
         "ACTIVATION": request.epilogue.activation,
         "POOL": p.pool,
-        "PRECISION": choice.precision,
-        "num_warps": choice.num_warps,
-        "num_stages": choice.num_stages,
+        "PRECISION": plan.precision,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
     }
 
 

@@ -67,22 +67,22 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
         box = tile_box(p, direction, block_m)
         if p.pool and part(box)[1] % 2:
             continue
-        choice = ConvPlan(Variant.BOX, block_m, block_n, block_k, warps, stages, box=box)
-        programs = tile_count(p, direction, choice) * len(sums)
-        for splits in (1, *_splits(choice, programs, max(sums), device)):
+        plan = ConvPlan(Variant.BOX, block_m, block_n, block_k, warps, stages, box=box)
+        programs = tile_count(p, direction, plan) * len(sums)
+        for splits in (1, *_splits(plan, programs, max(sums), device)):
             # No more stages than steps.
-            yield replace(choice, splits=splits, num_stages=min(stages, cdiv(max(sums), splits)))
+            yield replace(plan, splits=splits, num_stages=min(stages, cdiv(max(sums), splits)))
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
     """(programs, steps along the sum of each) of each phase and split."""
-    count = tile_count(p, direction, choice)
-    return [(count, share) for steps in _steps(p, direction, choice.block_k) for share in shares(steps, choice.splits)]
+    count = tile_count(p, direction, plan)
+    return [(count, share) for steps in _steps(p, direction, plan.block_k) for share in shares(steps, plan.splits)]
 
 
-def tile_count(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
+def tile_count(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
     """Tiles of one phase."""
-    return box_count(p, direction, choice.own_box) * cdiv(gemm_mnk(p, direction).N, choice.block_n)
+    return box_count(p, direction, plan.own_box) * cdiv(gemm_mnk(p, direction).N, plan.block_n)
 
 
 def box_count(p: ConvProblem, direction: Direction, box: Box) -> int:
@@ -198,9 +198,9 @@ def _longest_step(p: ConvProblem, direction: Direction, longest: int) -> int:
     return half if saves else longest
 
 
-def _splits(choice: ConvPlan, programs: int, steps: int, device: DeviceSpec) -> list[int]:
+def _splits(plan: ConvPlan, programs: int, steps: int, device: DeviceSpec) -> list[int]:
     """The two largest that leave each program a multiprocessor and four steps at least, if any."""
-    if choice.block_m > _LARGEST_PART:
+    if plan.block_m > _LARGEST_PART:
         return []
     return [n for n in (2, 4, 8, 16) if n * programs <= device.sm_count and steps >= 4 * n][-2:]
 

@@ -65,7 +65,7 @@ _BESIDE_BUFFERS = 512
 
 
 def candidates(p: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Iterator[ConvPlan]:
-    planes = operands.first is Layout.PLANES
+    planes = operands.first is Layout.NCHW
     if not device.copies_boxes or not _is_product(p, direction, operands):
         return
     if operands.dtype == "float32" and operands.precision == "ieee":
@@ -86,20 +86,20 @@ def _is_product(p: ConvProblem, direction: Direction, operands: Operands) -> boo
     images = operands.first, operands.second if direction is Direction.WEIGHT_GRAD else operands.output
     filter = operands.output if direction is Direction.WEIGHT_GRAD else operands.second
     if direction is Direction.WEIGHT_GRAD:
-        if filter is not Layout.PIXEL_RUNS or p.C * operands.itemsize % 16:
+        if filter is not Layout.NHWC or p.C * operands.itemsize % 16:
             return False
-    elif filter not in (Layout.PIXEL_RUNS, Layout.TRANSPOSED):
+    elif filter not in (Layout.NHWC, Layout.TRANSPOSED):
         return False
-    if images == (Layout.PLANES, Layout.PLANES):
+    if images == (Layout.NCHW, Layout.NCHW):
         return p.H * p.W * operands.itemsize % 16 == 0
-    return images == (Layout.PIXEL_RUNS, Layout.PIXEL_RUNS)
+    return images == (Layout.NHWC, Layout.NHWC)
 
 
 def _product(
     p: ConvProblem, direction: Direction, operands: Operands, planes: bool, device: DeviceSpec
 ) -> Iterator[ConvPlan]:
     gemm = gemm_mnk(p, direction)
-    along_sum = (operands.second is Layout.PIXEL_RUNS) == (direction is Direction.FORWARD)
+    along_sum = (operands.second is Layout.NHWC) == (direction is Direction.FORWARD)
     if operands.dtype != "float32":
         tiles, block_k = _TILES, 64
     elif operands.precision == "tf32x3" or planes or not along_sum:
@@ -154,53 +154,53 @@ def _weight_grad(p: ConvProblem, operands: Operands, planes: bool, device: Devic
             yield replace(whole, splits=splits)
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
     """(programs, steps along the sum of each) of every split."""
-    count = tile_count(p, direction, choice)
-    return [(count, steps) for steps in shares(_steps(p, direction, choice), choice.splits)]
+    count = tile_count(p, direction, plan)
+    return [(count, steps) for steps in shares(_steps(p, direction, plan), plan.splits)]
 
 
-def tile_count(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
+def tile_count(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
     if direction is Direction.WEIGHT_GRAD:
-        return cdiv(p.K, choice.block_m) * cdiv(p.C, choice.block_n)
-    return row_tiles(p, choice) * cdiv(gemm_mnk(p, direction).N, choice.block_n)
+        return cdiv(p.K, plan.block_m) * cdiv(p.C, plan.block_n)
+    return row_tiles(p, plan) * cdiv(gemm_mnk(p, direction).N, plan.block_n)
 
 
-def row_tiles(p: ConvProblem, choice: ConvPlan) -> int:
+def row_tiles(p: ConvProblem, plan: ConvPlan) -> int:
     """Tiles along the pixels."""
-    images, pixels = matrices(p, choice)
-    return images * cdiv(pixels, choice.block_m)
+    images, pixels = matrices(p, plan)
+    return images * cdiv(pixels, plan.block_m)
 
 
-def matrices(p: ConvProblem, choice: ConvPlan) -> tuple[int, int]:
+def matrices(p: ConvProblem, plan: ConvPlan) -> tuple[int, int]:
     """(matrices, pixels of each): a plan with a box of one image is for NCHW, where every image is a matrix."""
-    return (p.N, p.H * p.W) if choice.box else (1, p.N * p.H * p.W)
+    return (p.N, p.H * p.W) if plan.box else (1, p.N * p.H * p.W)
 
 
-def parts(choice: ConvPlan) -> int:
+def parts(plan: ConvPlan) -> int:
     """In how many parts a tile is finished: of 128 sums a thread, half at a time leaves registers for the epilogue."""
-    return 2 if choice.block_m * choice.block_n >= 128 * 32 * choice.num_warps else 1
+    return 2 if plan.block_m * plan.block_n >= 128 * 32 * plan.num_warps else 1
 
 
-def persistent(choice: ConvPlan) -> bool:
+def persistent(plan: ConvPlan) -> bool:
     """Whether programs take tile after tile. Of smaller tiles a multiprocessor has two at work, which hides as much."""
-    return choice.splits == 1 and choice.block_m * choice.block_n >= 256 * 128
+    return plan.splits == 1 and plan.block_m * plan.block_n >= 256 * 128
 
 
-def _steps(p: ConvProblem, direction: Direction, choice: ConvPlan) -> int:
+def _steps(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
     if direction is Direction.WEIGHT_GRAD:
-        images, pixels = matrices(p, choice)
-        return images * cdiv(pixels, choice.block_k)
-    return cdiv(gemm_mnk(p, direction).K, choice.block_k)
+        images, pixels = matrices(p, plan)
+        return images * cdiv(pixels, plan.block_k)
+    return cdiv(gemm_mnk(p, direction).K, plan.block_k)
 
 
-def _shared_memory(choice: ConvPlan, itemsize: int, direction: Direction) -> int:
+def _shared_memory(plan: ConvPlan, itemsize: int, direction: Direction) -> int:
     """Bytes of the buffers of operands, and of the result on its way out; a lone tile's share one place."""
-    operands = choice.num_stages * (choice.block_m + choice.block_n) * choice.block_k * itemsize
+    operands = plan.num_stages * (plan.block_m + plan.block_n) * plan.block_k * itemsize
     if direction is Direction.WEIGHT_GRAD:
-        return max(operands, choice.block_m * choice.block_n * 4) + _BESIDE_BUFFERS
-    result = choice.block_m * choice.block_n * itemsize // parts(choice)
-    return (operands + result if persistent(choice) else max(operands, result)) + _BESIDE_BUFFERS
+        return max(operands, plan.block_m * plan.block_n * 4) + _BESIDE_BUFFERS
+    result = plan.block_m * plan.block_n * itemsize // parts(plan)
+    return (operands + result if persistent(plan) else max(operands, result)) + _BESIDE_BUFFERS
 
 
 FAMILY = Family(

@@ -10,10 +10,10 @@ from gpukern.conv.families.tma_stem.plan import packed, window
 from gpukern.conv.indexing import Sizes
 from gpukern.conv.plan import ConvPlan
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import Image, strides_of
+from gpukern.ops._images import Image, strides_of
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.integers import cdiv, power_of_two
-from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 
 # A thread packs two pixels.
@@ -21,9 +21,9 @@ _PACKED_PIXELS = 256
 _PACKED_FILTERS = 16
 
 
-def prepare(request: Request, choice: ConvPlan) -> Launch:
+def prepare(request: Request, plan: ConvPlan) -> Launch:
     p, dtype, itemsize = request.problem, request.dtype, request.dtype.itemsize
-    box, block_n, block_k = choice.own_box, choice.block_n, choice.block_k
+    box, block_n, block_k = plan.own_box, plan.block_n, plan.block_k
     of_packed, channels = packed(p, itemsize), packed(p, itemsize).channels
     of_source, of_filter, _ = request.shapes
     source, filter = map(strides_of, request.shapes[:2], (request.first, request.second))
@@ -34,9 +34,9 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         (p.N, p.P, p.R, p.Q, window(p, itemsize)),
         (step_n, step_p, row, step_q, 1),
         (box[0], box[1], 1, box[2], block_k),
-    ).operand(dtype, choice.precision)
+    ).operand(dtype, plan.precision)
     filter_rows = Described((p.R, p.K, block_k), (p.K * block_k, block_k, 1), (1, block_n, block_k))
-    filter_rows = filter_rows.operand(dtype, choice.precision)
+    filter_rows = filter_rows.operand(dtype, plan.precision)
     n, k, h, w = channel_run_strides(request.shapes[2], request.output, dtype)
     height, width = request.shapes[2][2:]
     out = Described((p.N, height, width, p.K), (n, h, w, k), (*stored(p, box), block_n)).checked(dtype)
@@ -58,18 +58,18 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         "INDEX": index_type(max(reach(of_source, source), reach(of_filter, filter), of_packed.elements)),
         "num_warps": 4,
     }
-    grid, scalars = (tile_count(p, request.direction, choice),), (p.N, p.P, p.Q, p.K)
+    grid, scalars = (tile_count(p, request.direction, plan),), (p.N, p.P, p.Q, p.K)
     options = {
         "TAPS_H": p.R,
         **dict(zip(("BOX_N", "BOX_H", "BOX_W"), box, strict=True)),
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "GROUP_M": choice.group_m,
+        "GROUP_M": plan.group_m,
         "ACTIVATION": request.epilogue.activation,
         "POOL": p.pool,
-        "PRECISION": choice.precision,
-        "num_warps": choice.num_warps,
-        "num_stages": choice.num_stages,
+        "PRECISION": plan.precision,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
     }
     pack_constants = compile_time(kernels.stem_pack_kernel, pack_options)
     constants = compile_time(kernels.conv2d_stem_kernel, options)

@@ -54,8 +54,8 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
         yield ConvPlan(Variant.STEM, block_m, block_n, block_k, warps, stages, box=box)
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
-    return [(tile_count(p, direction, choice), p.R)]
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
+    return [(tile_count(p, direction, plan), p.R)]
 
 
 def packed(p: ConvProblem, itemsize: int) -> Packed:

@@ -11,21 +11,21 @@ from gpukern.conv.plan import ConvPlan
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.descriptor import Described, channel_run_strides
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 
-def prepare(request: Request, choice: ConvPlan) -> Launch:
+def prepare(request: Request, plan: ConvPlan) -> Launch:
     p, dtype = request.problem, request.dtype
-    taps, channels = p.R * p.S, choice.block_n // together(choice)
+    taps, channels = p.R * p.S, plan.block_n // together(plan)
     of_grad, of_source, _ = request.shapes
-    grad = _batch_inside(of_grad, request.first, (choice.block_k, choice.block_m), dtype)
-    source = _batch_inside(of_source, request.second, (choice.block_k, channels), dtype)
-    grad, source = (described.operand(dtype, choice.precision) for described in (grad, source))
+    grad = _batch_inside(of_grad, request.first, (plan.block_k, plan.block_m), dtype)
+    source = _batch_inside(of_source, request.second, (plan.block_k, channels), dtype)
+    grad, source = (described.operand(dtype, plan.precision) for described in (grad, source))
     output = Described(
-        (choice.splits, p.K, taps, p.C),
+        (plan.splits, p.K, taps, p.C),
         (p.K * taps * p.C, taps * p.C, p.C, 1),
-        (1, choice.block_m, 1, channels),
-    ).checked(torch.float32 if choice.splits > 1 else dtype)
+        (1, plan.block_m, 1, channels),
+    ).checked(torch.float32 if plan.splits > 1 else dtype)
     scalars = (p.N, p.H, p.W, p.P, p.Q, p.K, p.C, p.padding[0], p.padding[2])
     options = {
         "TAPS_H": p.R,
@@ -34,23 +34,23 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
         "STRIDE_W": p.stride[1],
         "DILATION_H": p.dilation[0],
         "DILATION_W": p.dilation[1],
-        "BLOCK_M": choice.block_m,
-        "TOGETHER": together(choice),
+        "BLOCK_M": plan.block_m,
+        "TOGETHER": together(plan),
         "BLOCK_N": channels,
-        "BLOCK_K": choice.block_k,
-        "GROUP_M": choice.group_m,
-        "PRECISION": choice.precision,
-        "num_warps": choice.num_warps,
-        "num_stages": choice.num_stages,
+        "BLOCK_K": plan.block_k,
+        "GROUP_M": plan.group_m,
+        "PRECISION": plan.precision,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
     }
-    programs = tile_count(p, choice), choice.splits
+    programs = tile_count(p, plan), plan.splits
     constants = compile_time(kernels.conv2d_batch_box_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
-        partial = partial_sums(out, choice.splits)
+        partial = partial_sums(out, plan.splits)
         arguments = (grad.of(first), source.of(second), output.of(partial), *scalars)
         launch(kernels.conv2d_batch_box_weight_grad_kernel, programs, out.device, arguments, constants)
-        add_partial_sums(partial, out, choice.splits)
+        add_partial_sums(partial, out, plan.splits)
 
     return Launch(run)
 

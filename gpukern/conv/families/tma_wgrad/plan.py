@@ -55,7 +55,7 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
 
 
 def _serves(p: ConvProblem, operands: Operands) -> bool:
-    if not (operands.first.has_runs and operands.second.has_runs and operands.output is Layout.PIXEL_RUNS):
+    if not (operands.first.has_runs and operands.second.has_runs and operands.output is Layout.NHWC):
         return False
     if operands.dtype == "float32" and operands.precision == "ieee":
         return False
@@ -64,30 +64,30 @@ def _serves(p: ConvProblem, operands: Operands) -> bool:
     return p.C * operands.itemsize % 16 == 0
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
     """(programs, steps along the sum of each) of every group of taps and split."""
-    steps = _steps(p, choice)
-    count = tile_count(p, choice) // len(steps)
-    return [(count, share) for total in steps for share in shares(total, choice.splits)]
+    steps = _steps(p, plan)
+    count = tile_count(p, plan) // len(steps)
+    return [(count, share) for total in steps for share in shares(total, plan.splits)]
 
 
-def tile_count(p: ConvProblem, choice: ConvPlan) -> int:
-    taps = together(choice)
-    return p.R * p.S // taps * cdiv(p.K, choice.block_m) * cdiv(p.C, choice.block_n // taps)
+def tile_count(p: ConvProblem, plan: ConvPlan) -> int:
+    taps = together(plan)
+    return p.R * p.S // taps * cdiv(p.K, plan.block_m) * cdiv(p.C, plan.block_n // taps)
 
 
-def together(choice: ConvPlan) -> int:
+def together(plan: ConvPlan) -> int:
     """Neighbouring taps in a tile, whose columns are those of each in turn: powers of two, so three show."""
-    return 3 if choice.block_n % 3 == 0 else 1
+    return 3 if plan.block_n % 3 == 0 else 1
 
 
-def _steps(p: ConvProblem, choice: ConvPlan) -> list[int]:
+def _steps(p: ConvProblem, plan: ConvPlan) -> list[int]:
     """Steps of each group of taps: the pixels of dy for which one lies in the image, in boxes of ``block_k`` images."""
     vertical, horizontal = dimensions(p)
-    taps = together(choice)
+    taps = together(plan)
     rows = [_inside(vertical, r, r) for r in range(p.R)]
     cols = [_inside(horizontal, s, s + taps - 1) for s in range(0, p.S, taps)]
-    return [r * c * cdiv(p.N, choice.block_k) for r in rows for c in cols]
+    return [r * c * cdiv(p.N, plan.block_k) for r in rows for c in cols]
 
 
 def _inside(d: Dimension, first_tap: int, last_tap: int) -> int:

@@ -15,7 +15,7 @@ from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.runtime.descriptor import Described, channel_run_strides
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -33,10 +33,10 @@ class _Swizzled(Described):
         return descriptor
 
 
-def prepare(request: Request, choice: ConvPlan) -> Launch:
+def prepare(request: Request, plan: ConvPlan) -> Launch:
     p, direction = request.problem, request.direction
     transposed = direction is Direction.INPUT_GRAD
-    box, block_n, block_k = choice.own_box, choice.block_n, choice.block_k
+    box, block_n, block_k = plan.own_box, plan.block_n, plan.block_k
     of_source, of_filter, of_out = request.shapes
     nhwc, rskc = (0, 2, 3, 1), (2, 3, 0, 1)
     sides = (block_k, block_n) if transposed else (block_n, block_k)
@@ -51,12 +51,12 @@ def prepare(request: Request, choice: ConvPlan) -> Launch:
     window = kernels.Window(*output_sizes(p, direction), gemm.N, gemm.K, p.R, p.S, *steps)
     options = {
         "TRANSPOSED": transposed,
-        "BUFFERS": choice.num_stages,
-        "GROUP_M": choice.group_m,
+        "BUFFERS": plan.num_stages,
+        "GROUP_M": plan.group_m,
         "ACTIVATION": request.epilogue.activation,
-        "num_warps": choice.num_warps,
+        "num_warps": plan.num_warps,
     }
-    grid = (min(tile_count(p, direction, choice), request.device.sm_count),)
+    grid = (min(tile_count(p, direction, plan), request.device.sm_count),)
     constants = compile_time(kernels.conv2d_warp_specialized_kernel, options)
 
     def run(first, second, output, bias, residual, statistics, negative_slope) -> None:

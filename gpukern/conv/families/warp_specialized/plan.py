@@ -38,8 +38,8 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
         yield ConvPlan(Variant.WARP_SPECIALIZED, block_m, block_n, block_k, warps, num_stages=buffers, box=box)
 
 
-def tiles(p: ConvProblem, direction: Direction, choice: ConvPlan) -> list[tuple[int, int]]:
-    return [(tile_count(p, direction, choice), p.R * p.S * cdiv(gemm_mnk(p, direction).K, choice.block_k))]
+def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
+    return [(tile_count(p, direction, plan), p.R * p.S * cdiv(gemm_mnk(p, direction).K, plan.block_k))]
 
 
 def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
