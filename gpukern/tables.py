@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rich import box
@@ -63,6 +63,12 @@ def pairs(rows: Iterable[tuple[str, str | Text]]) -> Table:
     for name, value in rows:
         made.add_row(Text(name, style="bold"), Text(value) if isinstance(value, str) else value)
     return made
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table of Markdown, whose first ``left`` columns hold words and the others numbers."""
+    lines = [head, ["---" if i < left else "---:" for i in range(len(head))], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def as_text(shown: RenderableType, width: int = WIDE) -> str:

@@ -10,6 +10,7 @@ from bench.report import throughput
 from bench.report.summary import Group, Line, Problem, Versus, summarize
 from bench.report.throughput import Throughput, throughputs
 from bench.results import Results
+from gpukern.tables import markdown as table
 
 _KEY = ["suite", "computation", "dtype", "layout", "batch"]
 
@@ -114,8 +115,3 @@ def _details(title: str, body: str) -> str:
 
 def _list(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    lines = [head, ["---" if i < left else "---:" for i in range(len(head))], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -96,11 +96,9 @@ def markdown(batches: Batches, heading: str) -> str:
     blocks = [f"# {heading}", _LEGEND, f"{_versions()}."]
     for batch, found in batches.items():
         words, numbers = columns(found)
-        head = [name for name, _ in (*words, *numbers)]
-        lines = [head, ["---"] * len(words) + ["---:"] * len(numbers)]
-        lines += [[cell(part) for _, cell in (*words, *numbers)] for part in found]
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        blocks += [f"## Batch {batch}", summary(found, batch), rows, *(f"- {note}" for note in _notes(found))]
+        cells = [[cell(part) for _, cell in (*words, *numbers)] for part in found]
+        table = tables.markdown([name for name, _ in (*words, *numbers)], cells, left=len(words))
+        blocks += [f"## Batch {batch}", summary(found, batch), table, *(f"- {note}" for note in _notes(found))]
     return "\n\n".join(blocks) + "\n"
 
 

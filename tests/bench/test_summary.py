@@ -185,3 +185,11 @@ def test_the_made_up_run_has_everything():
     assert {problem.status for group in groups for problem in group.problems} == {"wrong", "failed", "missing", "note"}
     outcomes = {line.best.outcome for group in groups for line in group.lines if line.best}
     assert outcomes == {"win", "loss", "tie"}
+
+
+def test_times_of_layers_add_up_and_those_of_steps_do_not():
+    uses = (made_up.Use("resnet50", "plain", 1),)
+    layer = made_up.row(10.0, {"peer": 20.0}, uses=uses)
+    step = made_up.row(10.0, {"peer": 20.0}, uses=uses, suite="optimizer", sizes={"parameters": 9})
+    totals = {group.key.suite: len(group.totals) for group in summarize(made_up.results([layer, step]))}
+    assert totals == {"conv": 1, "optimizer": 0}
