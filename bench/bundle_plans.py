@@ -14,7 +14,7 @@ from pathlib import Path
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
 from gpukern.conv import candidates, database, heuristic_plan
-from gpukern.tune.measure import GAIN
+from gpukern.tune.measurement import GAIN
 
 
 def entry(row: Measured) -> database.Entry:

@@ -25,7 +25,6 @@ from bench.report.summary import common_timing
 from bench.results import ResultsError, Row
 from bench.run import run
 from bench.suite import Selection, Suite, Task, tasks
-from models.zoo import NETWORKS, network
 
 RESULTS = environment.ROOT / "bench" / "results"
 
@@ -113,7 +112,7 @@ class _Options:
 
     def networks(self, given: Iterable[str]) -> tuple[str, ...]:
         try:
-            found = [name for word in given for name in (NETWORKS if word.lower() == "all" else [network(word).name])]
+            found = [name for word in given for name in self.suite.networks_called(word)]
         except ValueError as error:
             fail(error)
         return tuple(dict.fromkeys(found))

@@ -105,6 +105,7 @@ class _Contest:
     ) -> None:
         self._suite, self._bound, self._device = suite, bound, device
         self._on_try, self._on_change = on_try, on_change
+        self._ways = [way for way in stopwatches(device) if suite.graphs or way.way != "graph"]
         #: By their place in the row.
         self._found: dict[int, Candidate] = {}
         self._calls: dict[int, Calls] = {}
@@ -150,7 +151,7 @@ class _Contest:
                     self.fail(implementations, f"{NOT_TRIED}{each.name} broke the device")
                     break
                 self._on_change(self.candidates)
-            for way in stopwatches(self._device) if not self.lost and set(self._calls) != before else ():
+            for way in self._ways if not self.lost and set(self._calls) != before else ():
                 self._time(way, method)
                 self._on_change(self.candidates)
             if self.lost:

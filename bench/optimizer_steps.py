@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gpukern.optim as optim
 from gpukern.optim._fused import tensor_group
+from gpukern.optim._fused.param_state import kept
 from gpukern.runtime.mode import Mode, force_mode
-from models.resnet import resnet50
+from models.zoo import network
 
 #: Tensors of a launch by how many belong to each element, with a list of numbers beside them if only one, and chunks.
 LIMITS = {"4 KB": ((110, 64, 48, 36, 30), 96, 320), "32 KB": ((770, 448, 336, 252, 210), 672, 2240)}
@@ -40,11 +42,15 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+#: A language model of 1.1 billion parameters.
+LLAMA = "llama"
+
+
 def shapes(model: str) -> list[tuple[int, ...]]:
-    """Of the parameters of ResNet-50, or of a language model of 1.1 billion."""
-    if model == "ResNet-50":
+    """Of the parameters of a network of models/zoo.py, or of :data:`LLAMA`."""
+    if model != LLAMA:
         with torch.device("meta"):
-            return [tuple(parameter.shape) for parameter in resnet50().parameters()]
+            return [tuple(parameter.shape) for parameter in network(model).make().parameters()]
     layer = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048), *[(5632, 2048)] * 2, (2048, 5632), (2048,), (2048,)]
     return [(32000, 2048), *layer * 22, (2048,), (32000, 2048)]
 
@@ -63,7 +69,7 @@ class Tensors:
     groups: bool = False
     bucket: bool = False
     dtype: torch.dtype = torch.float32
-    device: str = "cpu"
+    device: torch.device | str = "cpu"
 
     def made(self) -> list[torch.nn.Parameter]:
         like = {"dtype": self.dtype, "device": self.device}
@@ -91,6 +97,15 @@ def ones(name: str, tensors: Tensors, module: Any, way: str = "") -> tuple[Any, 
 def has(name: str, way: str) -> bool:
     kind = getattr(torch.optim, OPTIMIZERS[name][0], None)
     return kind is not None and (way != "fused" or kind is not torch.optim.RMSprop)
+
+
+def floor(name: str, tensors: Tensors) -> int:
+    """Bytes that any step must read and write: the moments are of the parameters' dtype."""
+    kind, options = OPTIMIZERS[name]
+    optimizer = getattr(optim, kind)([torch.nn.Parameter(torch.zeros(1))], **options)
+    (group,) = optimizer.param_groups
+    states = sum(kept(optimizer._rule, optimizer._hyperparameters.of(group)[1]))
+    return tensors.dtype.itemsize * (3 + 2 * states) * sum(torch.Size(size).numel() for size in tensors.sizes)
 
 
 # ---- what PyTorch does in a step ------------------------------------------------------------------------------------

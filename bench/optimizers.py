@@ -1,18 +1,16 @@
 """What a step of an optimizer costs beside PyTorch's: ``python -m bench.optimizers``.
 
-Without a GPU: kernel launches, bytes moved for each parameter, and Python microseconds with the launch replaced by
-nothing. On a GPU also step times, and bandwidth beside a copy's in the same run. ``--write`` and ``--out`` keep the
-figures.
+Kernel launches, bytes moved for each parameter, and Python microseconds with the launch replaced by nothing, all
+without a GPU. ``--write`` and ``--out`` keep the figures. Step times on a GPU are of the suite ``optimizer``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,16 +18,18 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.table import Table
 
 import gpukern.optim as optim
-from bench import optimizer_device
 from bench.environment import environment
 from bench.optimizer_steps import (
     LIMITS,
+    LLAMA,
     OPTIMIZERS,
     WAYS,
     Nothing,
     Tensors,
+    floor,
     has,
     launches,
     ones,
@@ -39,9 +39,11 @@ from bench.optimizer_steps import (
 )
 from bench.results import write_text
 from gpukern import tables
-from gpukern.formatting import percent
+from gpukern.formatting import MISSING
+from gpukern.runtime.records import plain
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MODELS = {"ResNet-50": "resnet50", "Llama 1.1B": LLAMA}
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
@@ -79,7 +81,7 @@ class Host:
 
 
 def count_launches(model: str, name: str) -> Launches:
-    sizes = [torch.Size(shape).numel() for shape in shapes(model)]
+    sizes = [torch.Size(shape).numel() for shape in shapes(MODELS[model])]
     with stubbed_launch():
         optimizer, _ = ones(name, Tensors([(1,)] * len(sizes)), optim)
         optimizer.step()
@@ -107,7 +109,7 @@ def count_bytes(name: str) -> Moved:
         for way in WAYS
         if has(name, way)
     }
-    return Moved(name, optimizer_device.floor(name, Tensors([(1,)])), ours + norms, torchs)
+    return Moved(name, floor(name, Tensors([(1,)])), ours + norms, torchs)
 
 
 def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Host:
@@ -149,52 +151,39 @@ def microseconds(call: Callable[[], Any], rounds: int, before: Callable[[], None
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def show(rows: Sequence[Any], title: str, columns: dict[str, Callable[[Any], str]], console: Console) -> None:
-    first, *others = columns
-    table = tables.table(first, *tables.numbers(*others), title=title)
+def _table(rows: Sequence[Launches | Moved | Host], title: str, columns: dict[str, Callable[[Any], float]]) -> Table:
+    """``columns`` of our own, then PyTorch's ways."""
+    names = [*columns, *(f"torch {way}" for way in WAYS)]
+    table = tables.table("optimizer", *tables.numbers(*names), title=title)
     for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
-    console.print(table)
+        values = [*(read(row) for read in columns.values()), *(row.torch.get(way) for way in WAYS)]
+        table.add_row(row.optimizer, *map(_cell, values))
+    return table
 
 
-def _way(way: str, form: Callable[[Any], str]) -> Callable[[Any], str]:
-    return lambda row: form(row.torch[way]) if way in row.torch else "–"
+def _cell(value: float | list[int] | None) -> str:
+    if isinstance(value, list):
+        return " / ".join(map(str, value))
+    return MISSING if value is None else f"{value:,.0f}"
 
 
-def _tables(found: dict[str, list[Any]], console: Console) -> None:
+def _tables(found: dict[str, list[Any]]) -> Iterator[Table]:
+    ours = {"gpukern": lambda row: row.gpukern}
     for model in dict.fromkeys(row.model for row in found["launches"]):
         rows = [row for row in found["launches"] if row.model == model]
-        columns = {"optimizer": lambda row: row.optimizer, "gpukern": lambda row: str(row.gpukern)}
-        columns |= {f"torch {way}": _way(way, lambda count: " / ".join(map(str, count))) for way in WAYS}
-        show(rows, f"Launches of a step, {model} (arguments of 4 KB / 32 KB)", columns, console)
-    columns = {"optimizer": lambda row: row.optimizer, "floor": lambda row: str(row.floor)}
-    columns |= {"gpukern": lambda row: str(row.gpukern)} | {f"torch {way}": _way(way, str) for way in WAYS}
-    show(found["bytes"], "Bytes for each parameter, fp32", columns, console)
-    columns = {"optimizer": lambda row: row.optimizer, "gpukern": lambda row: f"{row.cached:.0f}"}
-    columns |= {"new gradients": lambda row: f"{row.checked:.0f}"}
-    columns |= {f"torch {way}": _way(way, lambda us: f"{us:,.0f}") for way in WAYS}
+        yield _table(rows, f"Launches of a step, {model} (arguments of 4 KB / 32 KB)", ours)
+    yield _table(found["bytes"], "Bytes for each parameter, fp32", {"floor": lambda row: row.floor, **ours})
+    columns = {"gpukern": lambda row: row.cached, "new gradients": lambda row: row.checked}
     for tensors, groups in dict.fromkeys((row.tensors, row.groups) for row in found["host"]):
         rows = [row for row in found["host"] if (row.tensors, row.groups) == (tensors, groups)]
-        show(rows, f"µs of Python a step, launch stubbed: tensors {tensors}, groups {groups}", columns, console)
-    console.print("torch: with its kernels for tensors of one element, on the CPU.")
-
-
-def _device_columns(copy: float) -> dict[str, Callable[[Any], str]]:
-    return {
-        "problem": lambda row: row.problem,
-        "optimizer": lambda row: row.optimizer,
-        "candidate": lambda row: row.candidate,
-        "ms": lambda row: f"{row.seconds * 1e3:.3f}" if row.seconds else row.problem_found,
-        "GB/s of the floor": lambda row: f"{row.bandwidth / 1e9:,.0f}",
-        "of a copy": lambda row: percent(row.bandwidth / copy),
-    }
+        title = f"µs of Python a step, launch stubbed: tensors {tensors}, groups {groups}"
+        yield _table(rows, title, columns)
 
 
 def main(
     write: Annotated[bool, typer.Option("--write", help="Write bench/results/host/optimizers.json too.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write that file too.")] = None,
     optimizer: Annotated[list[str], typer.Option(help="Of those in the table; repeatable. All by default.")] = [],  # noqa: B006
-    problem: Annotated[list[str], typer.Option(help="Only these, and only on the device; repeatable.")] = [],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Steps of which each time is the median.")] = 200,
 ) -> None:
     """Count, measure and print."""
@@ -203,28 +192,17 @@ def main(
     names = optimizer or list(OPTIMIZERS)
     if unknown := set(names) - set(OPTIMIZERS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected {'; '.join(OPTIMIZERS)}")
-    found: dict[str, list[Any]] = (
-        {}
-        if problem
-        else {
-            "launches": [count_launches(model, name) for model in ("ResNet-50", "Llama 1.1B") for name in names],
-            "bytes": [count_bytes(name) for name in names],
-            "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],
-        }
-    )
-    if not problem:
-        _tables(found, console)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    about: dict[str, Any] = {"environment": dataclasses.asdict(environment(device))}
-    if device.type == "cuda":
-        copy = optimizer_device.copy_bandwidth()
-        found["device"] = optimizer_device.measure_all(names, problem or tuple(optimizer_device.PROBLEMS))
-        title = f"Steps on the device; a copy moves {copy / 1e9:,.0f} GB/s"
-        show(found["device"], title, _device_columns(copy), console)
-        about["copy_bandwidth"] = copy
-    rows = {name: [dataclasses.asdict(row) for row in each] for name, each in found.items()}
+    found: dict[str, list[Any]] = {
+        "launches": [count_launches(model, name) for model in MODELS for name in names],
+        "bytes": [count_bytes(name) for name in names],
+        "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],
+    }
+    for table in _tables(found):
+        console.print(table)
+    console.print("torch: with its kernels for tensors of one element, on the CPU.")
+    kept = plain({"environment": environment(torch.device("cpu")), **found})
     for path in ([RESULTS / "host" / "optimizers.json"] if write else []) + ([out] if out else []):
-        write_text(path, json.dumps({**about, **rows}, indent=1, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,9 @@ def block(devices: dict[str, list[Found]], folder: Path) -> str:
     lines = []
     for device, groups in devices.items():
         made = max((found.run.environment for found in groups), key=lambda each: each.date)
-        rows = [row for found in groups for row in _rows(found)] + _optimizers(folder, device)
+        rows = [row for found in groups for row in _rows(found)]
+        if not any(found.group.key.suite == "optimizer" for found in groups):
+            rows += _earlier_steps(folder, device)
         if not rows:
             continue
         lines += [
@@ -98,6 +100,8 @@ def _rows(found: Found) -> Iterator[list[str]]:
     if timed := throughputs(group):
         # The first way of timing is the device's own time.
         yield from _networks(group, timed[0][1])
+    elif group.key.suite == "optimizer":
+        yield from _steps(group)
     else:
         yield from _layers(group)
 
@@ -132,14 +136,27 @@ def _layers(group: Group) -> Iterator[list[str]]:
         ]
 
 
-def _optimizers(folder: Path, device: str) -> list[list[str]]:
-    """Steps that ``bench.optimizers`` timed last on ``device``."""
+def _steps(group: Group) -> Iterator[list[str]]:
+    """The time of each optimizer's step, by what is updated."""
+    for line in group.lines:
+        if best := line.best:
+            updated = f"{words.case_name(line.row.case)}, {group.key.dtype}"
+            yield _step(group.key.computation, updated, best.ours.median, best.candidate.name, best.time.median)
+
+
+def _step(optimizer: str, updated: str, ours: float, peer: str, theirs: float) -> list[str]:
+    times = words.micro(ours), f"{words.micro(theirs)} ({markdown.escape(peer)})", _times(theirs / ours)
+    return [f"step of {optimizer}: {updated}, µs", *times]
+
+
+def _earlier_steps(folder: Path, device: str) -> list[list[str]]:
+    """Steps that were timed on ``device`` before there was a suite of them, in files of another form."""
     files = []
     for path in sorted(folder.rglob("*.json")):
         read = json.loads(path.read_text(encoding="utf-8"))
-        steps_of = read.get("device") if isinstance(read, dict) else None
-        if isinstance(steps_of, list) and read["environment"]["device"] == device:
-            files.append((read["environment"]["date"], steps_of))
+        timed = read.get("device") if isinstance(read, dict) else None
+        if isinstance(timed, list) and read["environment"]["device"] == device:
+            files.append((read["environment"]["date"], timed))
     steps: dict[tuple[str, str], dict[str, float]] = {}
     for row in max(files, default=("", []), key=lambda file: file[0])[1]:
         if row["seconds"]:
@@ -149,10 +166,7 @@ def _optimizers(folder: Path, device: str) -> list[list[str]]:
         ours = times.pop("gpukern", None)
         if ours and times:
             best = min(times, key=times.__getitem__)
-            theirs = f"{words.micro(times[best])} ({best})"
-            rows.append(
-                [f"step of {optimizer}: {problem}, float32, µs", words.micro(ours), theirs, _times(times[best] / ours)]
-            )
+            rows.append(_step(optimizer, f"{problem}, float32", ours, best, times[best]))
     return rows
 
 

@@ -216,7 +216,7 @@ def _with_uses(row: Row, old: tuple[Use, ...], new: tuple[Use, ...]) -> Row:
 
 def _worth_compiling_together(suite: Suite, waiting: Sequence[Task], device: torch.device) -> bool:
     many = len(waiting) >= _WORTH_COMPILING_TOGETHER or (suite.many_kernels and bool(waiting))
-    return device.type == "cuda" and many
+    return device.type == "cuda" and suite.in_triton and many
 
 
 @contextlib.contextmanager

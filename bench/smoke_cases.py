@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,20 +11,12 @@ import torch
 import torch.nn.functional as T
 
 import gpukern.functional as F
+from bench import results
 from bench.accuracy import DTYPES, sum_bound
 from bench.peers import torch_at_its_best, without_cudnn
-from gpukern.conv import (
-    ConvPlan,
-    ConvProblem,
-    Direction,
-    conv_problem,
-    operands_of,
-    prepared_for,
-    ranking,
-    reference,
-    run,
-    shapes,
-)
+from bench.suite import Selection, Suite, Task, Tensors, suites, tasks
+from bench.suites.plans import question_of, with_plan
+from gpukern.conv import ConvPlan, Variant, conv_problem, ranking
 from gpukern.runtime.current_device import device_spec
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format
@@ -66,52 +59,37 @@ _CONVOLUTIONS = (
 
 def convolutions(device: torch.device) -> Iterator[Case]:
     """The best plan of every kernel family, in each direction, for layers of all kinds."""
+    suite = suites()["plans"]
     for dtype in ("float16", "tf32", "float32"):
         for images, filters, stride, padding, groups in _CONVOLUTIONS:
             p = conv_problem(images, filters, None, (stride, stride), (padding,) * 4, (1, 1), groups)
             if dtype == "float16" or images[0] <= 8 or images[2] <= 60:
-                for direction in Direction:
-                    yield from _families(p, direction, dtype, device)
+                words, sizes = suite.describe(p)
+                for direction in suite.computations:
+                    about = suite.name, direction, words, sizes, p.N, dtype, "channels_last", ()
+                    yield from _families(suite, Task(results.Case(*about), p), device)
 
 
-def _families(p: ConvProblem, direction: Direction, dtype: str, device: torch.device) -> Iterator[Case]:
-    of_all = shapes(p, direction)
-    meta = [torch.empty(s, dtype=DTYPES[dtype], device="meta").contiguous(memory_format=LAST) for s in of_all]
-    with torch_at_its_best(dtype):
-        strides = tuple(t.stride() for t in meta)
-        precision = "tf32" if dtype == "tf32" else "ieee"
-        operands = operands_of(p, direction, strides, True, DTYPES[dtype], precision)
-        best: dict[Any, ConvPlan] = {}
-        for ranked in ranking(p, direction, operands, device_spec(device)):
-            best.setdefault(ranked.plan.variant, ranked.plan)
-    sizes = f"{'×'.join(map(str, of_all[0]))} with {'×'.join(map(str, of_all[1]))}, stride {p.stride[0]}"
+def _families(suite: Suite, task: Task, device: torch.device) -> Iterator[Case]:
+    case = task.case
+    question = question_of(task, device_spec(device))
+    best: dict[Variant, ConvPlan] = {}
+    for ranked in ranking(question.problem, question.direction, question.operands, question.device):
+        best.setdefault(ranked.plan.variant, ranked.plan)
     for variant, plan in best.items():
-        name = f"{variant.value} {direction.value} {dtype} {sizes}, {p.groups} groups: {plan}"
-        yield Case(name, lambda device, plan=plan: _planned(p, direction, dtype, plan, device))
+        name = f"{variant.value} {case.computation} {case.dtype} {case.problem}: {plan}"
+        yield Case(name, functools.partial(_computed, suite, task, with_plan(question, plan), tuple))
 
 
-def _planned(
-    p: ConvProblem, direction: Direction, dtype: str, plan: ConvPlan, device: torch.device
+def _computed(
+    suite: Suite, task: Task, run: Callable[..., Any], prepare: Callable[[Tensors], Tensors], device: torch.device
 ) -> Iterator[Compared]:
-    of_first, of_second, _ = shapes(p, direction)
-    with torch_at_its_best(dtype):
-        first, second = (_random(size, DTYPES[dtype], LAST, device) for size in (of_first, of_second))
-        prepared = prepared_for(p, direction, first, second, True, plan=plan)
-        actual, _ = run(prepared, first, second)
-        exact = first.double(), second.double()
+    """What ``run`` makes of a task's tensors."""
+    with torch_at_its_best(task.case.dtype):
+        tensors = suite.tensors(task, device)
+        actual = suite.result(run(*prepare(tensors)))
         with without_cudnn():
-            if direction is Direction.FORWARD:
-                expected = reference.conv2d(p, *exact, None, None, "none", 0.0)
-            elif direction is Direction.INPUT_GRAD:
-                expected = reference.conv2d_input_grad(p, *exact, True)
-            else:
-                expected = reference.conv2d_weight_grad(p, *exact, True)
-    terms = {
-        Direction.FORWARD: p.group_inputs * p.R * p.S,
-        Direction.INPUT_GRAD: p.group_outputs * p.R * p.S,
-        Direction.WEIGHT_GRAD: p.N * p.P * p.Q,
-    }
-    yield Compared(actual, expected, sum_bound(dtype, terms[direction]))
+            yield Compared(actual, suite.reference(task, tensors), suite.bound(task))
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------
@@ -252,21 +230,13 @@ def _operated(operator: _Operator, dtype: str, layout: torch.memory_format, devi
 
 def optimizers(device: torch.device) -> Iterator[Case]:
     """Two steps over ResNet-50's tensors; compiled by NVRTC, not by Triton."""
-    from bench.optimizer_steps import OPTIMIZERS
-
-    for name in ("Adam", "SGD, momentum", *OPTIMIZERS):
-        yield Case(name, lambda device, name=name: _stepped(name))
-
-
-def _stepped(name: str) -> Iterator[Compared]:
-    import gpukern.optim as optim
-    from bench import optimizer_device
-    from bench.optimizer_steps import ones
-
-    tensors = optimizer_device.PROBLEMS["ResNet-50"].tensors()
-    optimizer, parameters = ones(name, tensors, optim)
-    optimizer_device.check(name, optimizer, parameters, tensors)  # raises
-    yield from ()
+    suite = suites()["optimizer"]
+    selection = Selection(("resnet50",), (1,), ("float32",), ("",), ("Adam", "SGD, momentum", *suite.computations))
+    for task in tasks(suite, selection):
+        if not (task.problem.groups or task.problem.bucket):
+            (ours,) = suite.implementations(task, (), device)
+            run = functools.partial(_computed, suite, task, ours.function, ours.prepare)
+            yield Case(task.case.computation, run)
 
 
 def _random(size: Any, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> torch.Tensor:

@@ -95,12 +95,11 @@ def bench(folder: Path) -> list[Step]:
     library, everyone = ("--peers", "library"), ("--peers", "library", "--peers", "compile")
     compilers = *everyone, "--peers", "max-autotune"
     everything, batches = ("--suite", "all"), ("--batch", "128", "--batch", "32", "--batch", "1")
-    optimizers = (sys.executable, "-m", "bench.optimizers", "--out", str(folder / "optimizers.json"))
     return [
         step("inference", "resnet50", *library, "--suite", "resnet50", *batches),
         step("conv", "resnet50-32", *library),
-        step("fused", "resnet50-32", *library),
-        Step("optimizers", optimizers),
+        step("epilogue", "resnet50-32", *library),
+        step("optimizer", "all"),
         step("model", "resnet50-32", *library),
         step("inference", "all", *library),
         step("pool", "all-32", *library, *everything),
@@ -108,7 +107,7 @@ def bench(folder: Path) -> list[Step]:
         step("conv", "resnet50-1", *library, "--batch", "1"),
         step("conv", "resnet50-128", *library, "--batch", "128"),
         step("conv", "mobilenet-32", *library, "--suite", "mobilenet_v2", "--suite", "efficientnet_b0"),
-        step("fused", "resnet50-1", *library, "--batch", "1"),
+        step("epilogue", "resnet50-1", *library, "--batch", "1"),
         step("conv", "resnet50-tf32", *library, "--dtype", "tf32"),
         step("conv", "resnet50-nchw", *library, "--layout", "nchw"),
         step("model", "all-32", *library, *everything),
@@ -120,7 +119,7 @@ def bench(folder: Path) -> list[Step]:
         step("model", "resnet50-compile", *everyone),
         step("inference", "resnet50-max", *compilers, "--suite", "resnet50", *batches),
         step("inference", "max", *compilers),
-        step("fused", "max", *compilers),
+        step("epilogue", "max", *compilers),
         step("conv", "max", *compilers, "--computation", "forward"),
     ]
 

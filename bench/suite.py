@@ -19,6 +19,7 @@ import torch
 from bench.results import Case, Use
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.roofline import Work
+from models import zoo
 
 Tensors = tuple[Any, ...]
 P = TypeVar("P")
@@ -69,11 +70,19 @@ class Suite(abc.ABC, Generic[P]):
     layouts: tuple[str, ...] = ("channels_last", "NCHW")
     #: Calls rotate through many sets of tensors, as the real use finds them in device memory and not in the L2 cache.
     cold: bool = True
+    #: Whether calls can be captured: else they are timed from Python alone.
+    graphs: bool = True
+    #: Whether its kernels are Triton's, which can be compiled before they are launched.
+    in_triton: bool = True
     #: A task launches many different kernels: those of one task are compiled by several processes.
     many_kernels: bool = False
     #: What is taken where the command line does not say.
     networks: tuple[str, ...] = ("resnet50",)
     batches: tuple[int, ...] = (32,)
+
+    def networks_called(self, word: str) -> list[str]:
+        """What a word on the command line names; ValueError for nothing."""
+        return list(zoo.NETWORKS) if word.lower() == "all" else [zoo.network(word).name]
 
     @abc.abstractmethod
     def problems(self, network: str, batch: int) -> Iterator[tuple[Use, P]]:

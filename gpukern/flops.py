@@ -9,7 +9,7 @@ import functools
 from types import ModuleType
 
 from gpukern.ops._operators import OPERATORS
-from gpukern.runtime.when_imported import when_imported
+from gpukern.runtime.import_hooks import when_imported
 
 
 def register_formulas() -> None:

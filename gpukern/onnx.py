@@ -22,7 +22,7 @@ import torch
 from gpukern.ops._operators import OPERATORS
 from gpukern.ops.batch_norm import batch_norm
 from gpukern.ops.pool2d import adaptive_avg_pool2d
-from gpukern.runtime.when_imported import when_imported
+from gpukern.runtime.import_hooks import when_imported
 
 __all__ = ["decompositions"]
 

@@ -78,4 +78,4 @@ def show(shown: RenderableType, width: int = WIDE) -> None:
     if terminal.is_terminal:
         terminal.print(shown)
     else:
-        print(as_text(shown, width))
+        print(as_text(shown, width), flush=True)  # before what is told on standard error next

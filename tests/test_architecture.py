@@ -18,8 +18,9 @@ LAYERS = (
         "version",
         "formatting",
         "tables",
+        "pages",
         "runtime",
-        "ops._image",
+        "ops._images",
         "ops._pixels",
         "ops._activation",
         "ops._reduction",
@@ -44,6 +45,7 @@ TORCH_FREE = (
     "cache.py",
     "choice.py",
     "cost.py",
+    "cost_model.py",
     "database.py",
     "device.py",
     "estimate.py",
@@ -62,6 +64,9 @@ TORCH_FREE = (
     "splits.py",
     "strides.py",
 )
+CONV = PACKAGE / "conv"
+#: Files of one public operation each, called as it is.
+OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "linear")
 #: What runs on the device.
 KERNELS = ("_pixels.py", "epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
 
@@ -149,11 +154,27 @@ def test_no_modules_import_each_other_in_a_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if p.is_relative_to(PACKAGE / "fusion")], ids=lambda p: p.stem)
-def test_no_module_holds_a_function_of_its_own_name(path):
-    """Whoever imports both has to call one of them something else."""
-    body = ast.parse(path.read_text()).body
-    assert path.stem not in [node.name for node in body if isinstance(node, ast.FunctionDef)]
+def definitions(path: Path) -> set[str]:
+    """The names of functions, classes and values that a module makes at its top."""
+    names = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_modules_do_not_hold_a_definition_of_their_own_name():
+    """Whoever imports both has to call one of them something else. Public functions alone are excepted."""
+    found = set()
+    for path in MODULES:
+        module = path.parent if path.name == "__init__.py" else path.with_suffix("")
+        if CONV not in path.parents and module.name.lstrip("_") in definitions(path):
+            found.add(str(module.relative_to(PACKAGE)))
+    assert found == {"convert", "summary", "tune", *(f"ops/{name}" for name in OPERATIONS)}
 
 
 @pytest.mark.parametrize("path", [*filter(torch_free, MODULES)], ids=str)
@@ -171,16 +192,6 @@ def test_kernels_know_only_triton(path):
         assert name.split(".")[0] in ("triton", "typing") or any(f".{k.removesuffix('.py')}." in name for k in KERNELS)
 
 
-def test_what_is_no_module_is_packaged():
-    tomllib = pytest.importorskip("tomllib")
-    setup = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
-    patterns = setup["tool"]["setuptools"]["package-data"]["gpukern"]
-    packaged = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
-    others = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert others <= packaged, others - packaged
-
-
-CONV = PACKAGE / "conv"
 OUTSIDE = sorted(
     path
     for folder in ("gpukern", "bench", "models")

@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -38,7 +39,8 @@ DOCS = sorted(
     path for path in ROOT.glob("docs/*.md") if path.name not in ("fusion-models.md", "roofline-resnet50-h100.md")
 )
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-ALL = [ROOT / name for name in FILES if name.endswith(".md")]
+#: But for what the benchmark writes beside its results.
+ALL = [ROOT / name for name in FILES if name.endswith(".md") and not name.endswith("/report.md")]
 APPS = {"gpukern": gpukern.cli.app, "python -m bench": bench.cli.app}
 FILE = re.compile(r"[\w.\-]*[\w\-/]+\.(?:py|md|toml|txt|sh|json|cuh|c|yaml)|[\w\-]+(?:/[\w\-]+)*/")
 
@@ -62,14 +64,20 @@ def torchvision(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, "torchvision", stand_in)
 
 
+@pytest.fixture
+def as_shown(reference_mode, tmp_path, monkeypatch) -> None:
+    """A folder of its own on a machine without a GPU, as the pages assume where they show what is printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 def python_examples(page: Path) -> list[Block]:
     return [block for block in blocks(page) if block.language == "python" and not block.reason]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_examples(page)], ids=named)
-def test_python_examples_print_what_is_shown(page, torchvision, reference_mode, tmp_path, monkeypatch):
+def test_python_examples_print_what_is_shown(page, torchvision, as_shown):
     """Those of a page one after the other, as somebody would type them."""
-    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in python_examples(page):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -88,8 +96,7 @@ def shown_commands() -> Iterator[tuple[Path, Command]]:
 
 
 @pytest.mark.parametrize("page, command", list(shown_commands()), ids=lambda value: getattr(value, "line", None))
-def test_commands_print_what_is_shown(page, command, reference_mode, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_commands_print_what_is_shown(page, command, as_shown):
     printed = run(command.words)
     assert is_shown(command.output, printed), f"{page.name} shows\n{command.output}\nand this was printed:\n{printed}"
 
@@ -142,6 +149,7 @@ def test_commands_have_the_options_that_are_written(page):
 
 def check(words: list[str]) -> None:
     """AssertionError, or the error of the command line's parser, for words that could not be typed like this."""
+    assert all(is_file(name) for name in re.findall(r"tests/[\w/]+\.py", " ".join(words))), words
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
     program, arguments = words[0], words[1:]
     if program in APPS:
@@ -194,6 +202,7 @@ def parse(app: typer.Typer, arguments: list[str]) -> None:
         ("python -m bench conv --absent", "--absent"),
         ("python -m bench.publish --absent", "--absent"),
         ("make absent", "absent"),
+        ("make test PYTEST_ARGS=tests/test_absent.py", "absent"),
         ("pip install -e '.[absent]'", "absent"),
         ("bash bench/absent.sh", "absent"),
         ("absent", "absent"),

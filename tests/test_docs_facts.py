@@ -119,6 +119,17 @@ def test_limits_of_kernels_are_the_codes():
         assert words in text, words
 
 
+def test_every_environment_variable_is_documented():
+    read = {
+        node.value
+        for path in (ROOT / "gpukern").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and re.fullmatch(r"GPUKERN_\w+", str(node.value))
+    }
+    rows = {row[0].strip("`").partition("=")[0] for row in table(DOCS / "README.md", "| variable |")}
+    assert len(read) > 4 and read == {name for name in rows if name.startswith("GPUKERN_")}
+
+
 def measured(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "bench" / "results" / "host" / name).read_text())
 

@@ -13,13 +13,12 @@ from gpukern.conv.cost import minimum_work
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Variant
 from gpukern.conv.planner import heuristic_plan, only_measured, ranking
 from gpukern.conv.problem import conv_problem
-from gpukern.explain import compiled as machine_code
-from gpukern.explain import formatting, show
+from gpukern.explain import formatting, machine_code, show
 from gpukern.explain import ranking as answers
-from gpukern.explain.chart import HEIGHT, WIDTH, Point, chart
-from gpukern.explain.compiled import CannotCompile, Compiled, compiled
+from gpukern.explain.machine_code import CannotCompile, Compiled, compiled
 from gpukern.explain.query import KINDS, Epilogue, convolution, linear
 from gpukern.explain.ranking import answer, ranked, reasons, residual_bytes
+from gpukern.explain.roofline_chart import HEIGHT, WIDTH, Point, chart
 from gpukern.runtime.device import A100, B200, B300, GH200, H100, L4, RTX_3090, RTX_4090, RTX_5090
 
 FORWARD, INPUT_GRAD, WEIGHT_GRAD = Direction
@@ -262,7 +261,7 @@ def test_without_a_compiler_there_is_a_reason(monkeypatch):
 COMPILE = """
 import dataclasses, json
 from gpukern.explain import formatting
-from gpukern.explain.compiled import CannotCompile, compiled
+from gpukern.explain.machine_code import CannotCompile, compiled
 from gpukern.explain.query import Epilogue, convolution
 from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.runtime.device import A100

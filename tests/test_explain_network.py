@@ -17,8 +17,8 @@ import gpukern
 from gpukern.cli import app
 from gpukern.conv.plan import Direction
 from gpukern.explain import network
-from gpukern.explain.compiled import CannotCompile, Compiled
 from gpukern.explain.layers import layer_calls
+from gpukern.explain.machine_code import CannotCompile, Compiled
 from gpukern.explain.network import Part, Setting, main_kernel, parts, total
 from gpukern.explain.network_show import markdown, summary
 from gpukern.fusion.network import fused_parts
@@ -73,7 +73,9 @@ def test_a_training_step_has_all_gradients_but_that_of_the_image():
     kept = next(part.bytes for part in found if part.layer == "maxpool")
     alone = next(part.bytes for part in predicted(resnet50, (1, 3, 224, 224)) if part.layer == "maxpool")
     assert kept - alone == 64 * 56 * 56
-    assert not [part for part in predicted(resnet50, (1, 3, 224, 224), [Direction.WEIGHT_GRAD]) if "pool" in part.plan]
+    assert not [
+        part for part in predicted(resnet50, (1, 3, 224, 224), [Direction.WEIGHT_GRAD]) if "pool" in part.operation
+    ]
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -159,6 +161,24 @@ def test_a_convolution_with_its_pool_counts_as_two_launches():
     assert [part.operation for part in found] == ["conv2d", "max_pool2d", "avg_pool2d"]
     assert found[0].problem.endswith(", relu") and "window 2×2, stride 2×2" in found[1].problem
     assert "4×8×32×32, window 3×3, stride 2×2, padding 1×1" in found[2].problem
+
+
+class Halved(nn.Module):
+    """What is neither gpukern's nor one tensor: a maximum with its places, and one of ATen's pools."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x):
+        values, places = nn.functional.max_pool2d(self.conv(x), 2, return_indices=True)
+        return values + places
+
+
+def test_results_of_several_tensors_count_by_the_bytes_of_all():
+    found = {part.operation: part for part in fused_parts(fused(Halved, 64), image(4, 64), HALF)}
+    pooled = found["max_pool2d_with_indices"]
+    assert pooled.problem == "4×8×32×32" and pooled.bytes == 4 * 8 * (64 * 64 * 2 + 32 * 32 * (2 + 8))
 
 
 # ---- machine code --------------------------------------------------------------------------------------------------

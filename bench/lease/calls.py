@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from bench.steps import Step, suite_step
@@ -39,9 +40,9 @@ def smoke(folder: Path, kind: str, limit: float, *options: str, dry: bool = True
 
 def optimizer_times(folder: Path, limit: float) -> Step:
     """Of two optimizers, over ResNet-50's tensors."""
-    few = ("--optimizer", "Adam", "--optimizer", "SGD, momentum", "--problem", "ResNet-50")
-    command = (sys.executable, "-m", "bench.optimizers", *few, "--out", str(folder / "optimizers-few.json"))
-    return Step("optimizers-few", command, limit=limit, dry=False)
+    few = (*_RESNET, "--computation", "Adam", "--computation", "SGD, momentum", "--filter", "plain")
+    step = measured(folder, "optimizer", "resnet50", *_LIBRARY, *few, limit=limit)
+    return replace(step, dry=False)  # CuPy needs a device
 
 
 def first(folder: Path) -> list[Step]:
@@ -73,7 +74,7 @@ def second(folder: Path) -> list[Step]:
         measured(folder, "conv", "gradients-32", *_LIBRARY, *gradients, limit=150),
         measured(folder, "model", "resnet50-32", *_LIBRARY, limit=90),
         measured(folder, "conv", "depthwise-32", *_LIBRARY, *depthwise, limit=60),
-        measured(folder, "fused", "resnet50-32", *_LIBRARY, limit=60),
+        measured(folder, "epilogue", "resnet50-32", *_LIBRARY, limit=60),
         measured(folder, "inference", "resnet50-compile", *compilers, limit=120),
         # The same shapes in every run: a kernel that was compiled for one serves the next.
         Step("gpu-tests", pytest, environment={"CI": "1"}, limit=100, dry=False),

@@ -31,7 +31,7 @@ def pretend_gpu() -> None:
 
     from bench import accuracy
     from bench.lease.stub import Stub
-    from gpukern.runtime import autocast, current_device
+    from gpukern.runtime import amp, current_device
     from gpukern.runtime.device import H200, DeviceSpec
     from gpukern.runtime.mode import Mode, force_mode
 
@@ -48,12 +48,12 @@ def pretend_gpu() -> None:
     spec = DeviceSpec(NAME, H200.compute_capability, H200.sm_count, H200.shared_memory)
     _forever(current_device.pretend(spec), force_mode(Mode.KERNELS), _OnMeta())
     accuracy.relative_error = lambda actual, reference: 0.0
-    amp = _Autocast()
-    torch.autocast = amp.region
+    pretended = _Autocast()
+    torch.autocast = pretended.region
     for module in [module for name, module in list(sys.modules.items()) if name.startswith("gpukern.")]:
-        if getattr(module, "autocast", None) is autocast.autocast:
-            module.autocast = amp.cast
-    autocast.autocast = amp.cast
+        if getattr(module, "autocast", None) is amp.autocast:
+            module.autocast = pretended.cast
+    amp.autocast = pretended.cast
     torch.compile = lambda function=None, **options: function if function is not None else (lambda each: each)
     for name, value in _cuda(spec).items():
         setattr(torch.cuda, name, value)
@@ -121,7 +121,7 @@ class _Autocast:
             self._dtype = before
 
     def cast(self, *tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        """:func:`gpukern.runtime.autocast.autocast`."""
+        """:func:`gpukern.runtime.amp.autocast`."""
         if self._dtype is None:
             return tensors
         return tuple(
@@ -129,45 +129,20 @@ class _Autocast:
         )
 
 
-class _Stream:
+#: Of a stream, an event or a graph; every other method returns None.
+_ANSWERS = {"query": True, "elapsed_time": _TIME, "pool": (0, 0)}
+
+
+class _Idle:
+    """A stream, an event or a graph: whatever is asked of it, nothing happens."""
+
     cuda_stream, stream_id, device = 0, 0, META
 
-    def wait_stream(self, other: Any) -> None:
-        pass
-
-    wait_event = record_event = wait_stream
-
-    def synchronize(self) -> None:
-        pass
-
-
-class _Event:
     def __init__(self, *given: Any, **options: Any) -> None:
         pass
 
-    def record(self, *given: Any) -> None:
-        pass
-
-    synchronize = wait = record
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: _Event) -> float:
-        return _TIME
-
-
-class _Graph:
-    def __init__(self, *given: Any, **options: Any) -> None:
-        pass
-
-    def replay(self) -> None:
-        pass
-
-    reset = replay
-
-    def pool(self) -> tuple[int, int]:
-        return (0, 0)
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **options: _ANSWERS.get(name)
 
 
 def _cuda(spec: Any) -> dict[str, Any]:
@@ -183,33 +158,23 @@ def _cuda(spec: Any) -> dict[str, Any]:
         total_memory=140 * 2**30,
     )
 
-    def nothing(*given: Any, **options: Any) -> None:
-        return None
-
-    @contextlib.contextmanager
-    def inside(*given: Any, **options: Any) -> Any:
-        yield
-
-    stream = _Stream()
-    return {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "get_device_name": lambda device=None: spec.name,
-        "get_device_properties": lambda device=None: properties,
-        "get_device_capability": lambda device=None: spec.compute_capability,
-        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": nothing,
-        "is_current_stream_capturing": lambda: False,
-        "current_stream": lambda device=None: stream,
-        "Stream": lambda *given, **options: _Stream(),
-        "stream": inside,
-        "device": inside,
-        "Event": _Event,
-        "CUDAGraph": _Graph,
-        "graph": inside,
+    values = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "get_device_name": spec.name,
+        "get_device_properties": properties,
+        "get_device_capability": spec.compute_capability,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+        "is_current_stream_capturing": False,
+        "current_stream": _Idle(),
+        **dict.fromkeys(("stream", "device", "graph"), contextlib.nullcontext()),
     }
+    # A function of its own for each: PyTorch's compiler has one rule for a function, whatever its names.
+    functions = {name: lambda *given, value=value, **options: value for name, value in values.items()}
+    return functions | {name: type(name, (_Idle,), {}) for name in ("Stream", "Event", "CUDAGraph")}

@@ -43,6 +43,11 @@ def is_network(case: Case) -> bool:
     return "network" in case.sizes
 
 
+def adds_up(case: Case) -> bool:
+    """Whether the case is a layer: times of a network's layers have a sum, those of networks and of steps have none."""
+    return not {"network", "parameters"} & case.sizes.keys()
+
+
 def images_per_second(case: Case, microseconds: float) -> float:
     return case.batch / microseconds * 1e6
 

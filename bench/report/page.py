@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from bench import report as words
 from bench.report import plots, throughput
 from bench.report.summary import Group, GroupKey, Tally, summarize, tallies
 from bench.results import Results
+from gpukern import pages
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,9 @@ class Device:
 
 def render(files: Sequence[tuple[Path, Results]]) -> str:
     """The page; the same files give the same bytes."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return pages.render(
+        Path(__file__).with_name("page.html"), words=words, throughput=throughput, devices=_devices(files)
     )
-    environment.globals |= {"words": words, "throughput": throughput}
-    return environment.get_template("page.html").render(devices=_devices(files))
 
 
 def _devices(measured: Sequence[tuple[Path, Results]]) -> list[Device]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from bench.report import TIMINGS, is_network, reason, state
+from bench.report import TIMINGS, adds_up, reason, state
 from bench.results import Candidate, Case, Ceilings, Results, Row
 from bench.stats import Spread, geometric_mean, ratio, spread
 
@@ -238,10 +238,10 @@ def _tally(name: str, found: Sequence[Versus | None]) -> Tally:
 
 
 def _totals(lines: Iterable[Line]) -> Iterable[Total]:
-    """Of layers: a row that is a whole network is its own sum."""
+    """Of layers: a row that is a whole network is its own sum, and what several steps take is none."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
     for line in lines:
-        if is_network(line.row.case):
+        if not adds_up(line.row.case):
             continue
         for use in line.row.case.uses:
             for peer in line.peers:

@@ -33,7 +33,7 @@ class Plans(Convolutions):
             Implementation(
                 f"gpukern {describe_plan(each, question.direction)}",
                 task.case.layout,
-                _with_plan(question, each),
+                with_plan(question, each),
                 missing=_missing(each, device),
             )
             for each in plans(question)
@@ -85,7 +85,8 @@ def _missing(choice: ConvPlan, device: torch.device) -> str:
     return "" if family_of(choice).emulated else "the interpreter cannot run it"
 
 
-def _with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tensor]:
+def with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tensor]:
+    """The function of x, w and ∂L/∂y that launches ``choice``."""
     p, direction = question.problem, question.direction
 
     def run(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:

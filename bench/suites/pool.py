@@ -15,7 +15,7 @@ from bench.peers import to_layout, torch_peers
 from bench.results import Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from gpukern.explain.layers import Kind, Pool, describe_pool, pool_of
-from gpukern.ops._pool2d.cost import Pooling, work
+from gpukern.ops._pool2d.cost_model import Pooling, work
 from gpukern.ops._pool2d.problem import AdaptiveProblem
 from gpukern.ops.pool2d import (
     adaptive_avg_pool2d_backward,

@@ -12,7 +12,7 @@ from gpukern.conv.prepare import plan_without, prepare_launch
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Epilogue, Prepared
 from gpukern.ops._activation.launch import activation as activate
-from gpukern.ops._image import strides_of
+from gpukern.ops._images import strides_of
 from gpukern.ops._reduction.launch import channels_last_copy, copy_image, merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision

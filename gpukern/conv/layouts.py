@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gpukern.conv.plan import Layout
-from gpukern.ops._image import strides_of
+from gpukern.ops._images import strides_of
 from gpukern.runtime.strides import dense_strides
 
 Shape = tuple[int, int, int, int]
@@ -57,7 +57,7 @@ def alignment(strides: Strides, dimension: int, run: int) -> int:
     """The power of two, at most 16, that every run of ``run`` elements along ``dimension`` starts at a multiple of.
 
     1 where the dimension is not contiguous. The kernels pass it to the compiler, which then reads 16 bytes at once; a
-    claim too high would make it read the wrong ones. ``strides`` are those of :func:`gpukern.ops._image.strides_of`.
+    claim too high would make it read the wrong ones. ``strides`` are those of :func:`gpukern.ops._images.strides_of`.
     """
     if strides[dimension] != 1:
         return 1

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from gpukern.conv import Direction
 from gpukern.explain import formatting, query, show
-from gpukern.explain.compiled import CannotCompile, Compiled, compiled
+from gpukern.explain.machine_code import CannotCompile, Compiled, compiled
 from gpukern.explain.query import Question
 from gpukern.explain.ranking import Answer, answer
 from gpukern.runtime.device import DEVICES, DeviceSpec

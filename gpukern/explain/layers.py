@@ -38,6 +38,8 @@ class Linear:
 
 
 class Kind(enum.Enum):
+    """How a pool makes one number of a window; the values are its names in descriptions and in files of results."""
+
     MAX = "maximum"
     AVERAGE = "average"
     ADAPTIVE = "adaptive average"
@@ -45,6 +47,8 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Pool:
+    """[N, C, H, W] → [N, C, P, Q]."""
+
     kind: Kind
     window: PoolProblem | AdaptiveProblem
 
@@ -102,12 +106,14 @@ def conv_of(call: LayerCall) -> ConvProblem | None:
 
 
 def linear_of(call: LayerCall) -> Linear | None:
+    """The problem of a fully-connected layer; dimensions before the last are rows."""
     if type(call.module) is not torch.nn.Linear:
         return None
     return Linear(math.prod(call.input_shape[:-1]), call.module.in_features, call.module.out_features)
 
 
 def pool_of(call: LayerCall) -> Pool | None:
+    """The problem of a maximum, an average or an adaptive average over images."""
     layer, shape = call.module, call.input_shape
     if type(layer) is torch.nn.MaxPool2d:
         window = _pairs(layer.kernel_size, layer.stride, layer.padding, layer.dilation)

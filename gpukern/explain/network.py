@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from gpukern.conv import ConvProblem, Direction
-from gpukern.explain.compiled import CannotCompile, Compiled, compiled
 from gpukern.explain.formatting import describe, describe_plan
 from gpukern.explain.layers import Kind, Linear, Pool, describe_pool, distinct, layer_calls, problem_of
+from gpukern.explain.machine_code import CannotCompile, Compiled, compiled
 from gpukern.explain.query import KINDS, Question, convolution, linear
 from gpukern.explain.ranking import answer
-from gpukern.ops._pool2d.cost import Pooling
-from gpukern.ops._pool2d.cost import cost as pool_cost
-from gpukern.ops._pool2d.cost import work as pool_work
-from gpukern.ops._pool2d.plan import plan as pool_plan
+from gpukern.ops._pool2d.cost_model import Pooling
+from gpukern.ops._pool2d.cost_model import cost as pool_cost
+from gpukern.ops._pool2d.cost_model import work as pool_work
+from gpukern.ops._pool2d.planner import plan as pool_plan
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, floor
 
@@ -134,7 +134,7 @@ def pooling_of(kind: Kind, direction: Direction, training: bool) -> Pooling:
 
 
 def launch(layer: str, count: int, operation: str, asked: Question, compiles: bool = False) -> Part:
-    """Of a convolution, or of a fully-connected layer seen as one. RuntimeError for what no kernel can run."""
+    """The part of a convolution, or of a fully-connected layer seen as one. RuntimeError for what no kernel can run."""
     found = answer(asked)
     chosen = found.chosen
     place = Place(layer, count, operation, asked.computation or asked.direction.value, describe(asked.problem))
@@ -144,7 +144,7 @@ def launch(layer: str, count: int, operation: str, asked: Question, compiles: bo
 
 
 def pool(layer: str, count: int, of: Pool, pooling: Pooling, setting: Setting) -> Part:
-    """Of a pool; it is expected to take its bound."""
+    """The part of a pool, which is expected to take its bound."""
     itemsize, device = KINDS[setting.kind][0].itemsize, setting.device
     chosen = pool_plan(of.window, setting.channels_last, itemsize)
     cost = pool_cost(of.window, pooling, chosen, itemsize, device)
@@ -157,7 +157,7 @@ def pool(layer: str, count: int, of: Pool, pooling: Pooling, setting: Setting) -
 
 
 def by_bytes(place: Place, moved: float, setting: Setting) -> Part:
-    """Of whatever reads its tensors and writes its result once: memory bounds it."""
+    """The part of whatever reads its tensors and writes its result once: memory bounds it."""
     cost = Cost(1, 0.0, 1.0, moved, 1, 0.0, moved / setting.device.peaks.bandwidth)
     return priced(place, place.operation, Work(0.0, moved, setting.kind), cost, cost.seconds, setting.device)
 

@@ -39,7 +39,7 @@ _WORDS: tuple[_Column, ...] = (
 )
 _NUMBERS: tuple[_Column, ...] = (
     ("launches", lambda part: str(part.launches)),
-    ("waves", lambda part: f"{part.waves:.2f}"),
+    ("waves", lambda part: number(part.waves)),
     ("efficiency", lambda part: percent(part.efficiency)),
     ("floor µs", lambda part: number(part.floor_us)),
     ("bound µs", lambda part: number(part.bound_us)),

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from gpukern import tables
 from gpukern.conv import Ranked, shapes
-from gpukern.explain.chart import Point, chart
-from gpukern.explain.compiled import Compiled
 from gpukern.explain.formatting import by, describe, describe_plan
+from gpukern.explain.machine_code import Compiled
 from gpukern.explain.ranking import Answer, reasons, residual_bytes
+from gpukern.explain.roofline_chart import Point, chart
 from gpukern.formatting import flops, memory, micro, number, percent, size
 from gpukern.runtime.records import plain
 from gpukern.tables import numbers, pairs, show

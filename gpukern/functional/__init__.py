@@ -7,9 +7,9 @@ kept: channels_last in, channels_last out. They follow ``torch.autocast`` as the
 import torch.fx
 
 from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
-from gpukern.functional._batch_norm import batch_norm, conv2d_batch_norm
 from gpukern.functional._conv import conv2d, conv_transpose2d
-from gpukern.functional._linear import linear
+from gpukern.functional._dense import linear
+from gpukern.functional._norm import batch_norm, conv2d_batch_norm
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
 # No function offers it, but saved graphs have it.

@@ -10,8 +10,8 @@ from gpukern.conv import same_padding
 from gpukern.ops import conv2d as _conv2d
 from gpukern.ops import conv_transpose2d as _conv_transpose2d
 from gpukern.ops.activation import check_activation
+from gpukern.runtime.amp import autocast, is_any_autocast_enabled
 from gpukern.runtime.arguments import as_int, as_pair, check_batched_or_not, check_operand_tensors
-from gpukern.runtime.autocast import autocast, is_any_autocast_enabled
 from gpukern.runtime.tensors import check_alike
 
 

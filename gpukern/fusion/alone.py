@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from gpukern import formatting
 from gpukern.fusion.lowering import Lowered, rounded
 from gpukern.fusion.match import Match
 from gpukern.fusion.program import Program, assemble
@@ -89,9 +90,10 @@ def what_is_wrong(judged: Sequence[Alone]) -> str | None:
     for each in judged:
         if not each.error <= each.bound:
             names = ", ".join(dict.fromkeys(node.name for node in each.match.nodes))
+            error, unfused, bound = map(formatting.error, (each.error, each.unfused, each.bound))
             return (
-                f"the fused model is wrong: given the original's own values a group has an error of {each.error:.3g}, "
-                f"while the unfused layers have {each.unfused:.3g} and {each.bound:.3g} would do. To blame is "
+                f"the fused model is wrong: given the original's own values a group has an error of {error}, "
+                f"while the unfused layers have {unfused} and {bound} would do. To blame is "
                 f"{each.match.pattern} ({names}), by {each.match.operator}"
             )
     return None

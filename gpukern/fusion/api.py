@@ -62,26 +62,30 @@ def fuse(
         on a CUDA device, time the model as it was and as it is, count their kernels, and put that in the report. A
         hundred passes of each.
     skip:
-        patterns, as of :mod:`fnmatch`, of paths of modules that stay as they are, with all inside: ``"head.*"``.
+        patterns, as of :mod:`fnmatch`, of paths of modules that stay as they are, with all inside: ``["head.*"]``. A
+        note names those that are the path of none.
     strict:
         raise where anything that follows a convolution or linear layer stays unfused, unless it was skipped.
 
     Raises
     ------
-    TypeError for what is no module, and for arguments that the model does not take; ValueError for an unknown dtype,
-    RuntimeError for ``cuda_graph`` without a CUDA device; FusionError if the model lacks its weights or cannot be
-    copied or captured, if the verification fails (it names the fused group to blame, and has the report as its
-    ``report``) or can prove nothing (the original is random or keeps a state, or returns nothing finite, or the same
-    for another example), or with ``strict``.
+    TypeError for what is no module or no list of patterns, and for arguments that the model does not take; ValueError
+    for an unknown dtype, RuntimeError for ``cuda_graph`` without a CUDA device; FusionError if the model lacks its
+    weights or cannot be copied or captured, if the verification fails (it names the fused group to blame, and has the
+    report as its ``report``) or can prove nothing (the original is random or keeps a state, or returns nothing finite,
+    or the same for another example), or with ``strict``.
     """
+    from gpukern.fusion.given import bare
     from gpukern.fusion.pipeline import run
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"fuse() takes a torch.nn.Module, got {type(model).__name__}")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(f"kwargs must be a dict of arguments by their names, got {type(kwargs).__name__}")
+    if isinstance(skip, str):
+        raise TypeError(f"skip takes a list of patterns, got the word {skip!r}")
     return run(
-        model,
+        bare(model),
         tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,),
         dict(kwargs or {}),
         dtype=dtype,

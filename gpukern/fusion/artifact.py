@@ -40,10 +40,13 @@ Without the import, torch says only that it cannot deserialize the file.
 #: What torch.export keeps of where a node comes from.
 _OF_SOURCES = ("stack_trace", "from_node", "source_fn_stack", "torch_fn", "custom")
 _PATH = re.compile(r"(?:\b[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+([^\s/\\:'\"]+)")
+#: What a constant of the interface is in a file.
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def save(path: str | os.PathLike[str], module: FusedModule, report: FusionReport, example: tuple, free: bool) -> None:
-    """Write ``path`` whole or not at all. FusionError if torch.export cannot capture the network of ``module``.
+    """Write ``path`` whole or not at all. FusionError if torch.export cannot capture the network of ``module``, or if a
+    file cannot hold what it takes or returns.
 
     ``free``: whether the batch size is. The file has the network alone, for the inputs that the module prepares.
     """
@@ -60,12 +63,30 @@ def save(path: str | os.PathLike[str], module: FusedModule, report: FusionReport
         raise FusionError(f"torch.export cannot capture the fused network: {first_line(error)}") from error
     _forget_sources(exported)
     told = replace(report, model=_without_paths(report.model), notes=tuple(map(_without_paths, report.notes)))
-    extra = {IN_ARCHIVE: told.to_json(), _INTERFACE: _interface_as_text(module.interface), _HINT: _HINT_TEXT}
+    extra = {IN_ARCHIVE: told.to_json(), _INTERFACE: _checked_text(module.interface), _HINT: _HINT_TEXT}
     with replacing(path) as draft, quiet(), tempfile.TemporaryDirectory(dir=path.parent, prefix=".fused.") as folder:
         # torch puts the file's name into the archive, and draft's has the number of this process.
         written = Path(folder) / f"{_FOLDER}.pt2"
         torch.export.save(exported, written, extra_files=extra)
         os.replace(written, draft)
+
+
+def _checked_text(interface: Interface) -> str:
+    """:func:`_interface_as_text`. FusionError for what no file can hold: a class of the user's in what is given or
+    returned."""
+    foreign = {type(each).__name__ for each in interface.constants if type(each) not in _PLAIN}
+    if foreign:
+        raise FusionError(
+            f"a file cannot hold the example's {', '.join(sorted(foreign))}, a constant of the fused model: "
+            "fuse with a number, a flag or a word in its place"
+        )
+    try:
+        return _interface_as_text(interface)
+    except NotImplementedError as error:
+        raise FusionError(
+            f"a file cannot hold how arguments or results are arranged: {first_line(error)} "
+            "Or take and return tuples, lists and dicts"
+        ) from error
 
 
 def _without_values(leaf: Any) -> Any:

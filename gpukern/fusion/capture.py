@@ -192,6 +192,11 @@ def _program(
 def _outputs(exported: ExportedProgram, notes: list[str]) -> tuple:
     """What the model returns; what it writes into its arguments or buffers on the way is left out."""
     (output,) = (node for node in exported.graph.nodes if node.op == "output")
+    written = [
+        spec.target for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_INPUT_MUTATION
+    ]
+    if written:
+        notes.append(f"The fused model does not write into {', '.join(written)}, which the model does in forward")
     returned = []
     for spec, each in zip(exported.graph_signature.output_specs, output.args[0], strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:

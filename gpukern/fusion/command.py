@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from gpukern.tables import show
+
 # What needs torch is imported where it is used: the command line's help shall not wait for it.
 if TYPE_CHECKING:
     import torch
@@ -100,7 +102,7 @@ def fuse(
         if fused is not None:
             fused.report = told
             written += _write(fused.save, save, "the fused model")
-    _print(told)
+    show(told)
     _tell(written)
     if problem:
         _fail(problem)
@@ -120,7 +122,7 @@ def explain_model(
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
-        _print(found)
+        show(found)
     _tell(written)
 
 
@@ -231,15 +233,6 @@ def _step(words: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task(words, total=None)
         yield
-
-
-def _print(report: FusionReport) -> None:
-    """In colour on a terminal, as plain text into anything else."""
-    terminal = Console(highlight=False)
-    if terminal.is_terminal:
-        terminal.print(report)
-    else:
-        typer.echo(str(report))
 
 
 def _write(write: Callable[[Path], Any], path: Path | None, what: str) -> Iterator[tuple[str, bool]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern import formatting
 from gpukern.fusion.decisions import See, decided, returned
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.given import devices_of, duplicate
@@ -52,7 +53,7 @@ def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidenc
         raise FusionError(f"{_NOTHING}: the original returns no finite number; {_INSTEAD}")
     if found.finite < 1:
         notes.append(
-            f"The original is not finite in {1 - found.finite:.0%} of its output for the example: "
+            f"The original is not finite in {formatting.percent(1 - found.finite, 1)} of its output for the example: "
             "there it is proved only that the fused model is not finite either"
         )
     difference, see = distance(_tensors(found.second), tensors), returned
@@ -61,18 +62,21 @@ def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidenc
         see, told = _dull(model, found, dtype)
         notes += told
     if see is returned and not any(map(_is_floating, tensors)):
-        notes.append(f"No output is of floating-point numbers: {DISAGREEMENT:.0%} of the elements may differ")
+        notes.append(
+            f"No output is of floating-point numbers: {formatting.percent(DISAGREEMENT)} of the elements may differ"
+        )
     return Evidence(found.inputs, found.first, difference, tuple(notes), see)
 
 
 def on_bound(unfused: float, bound: float) -> list[str]:
     """A note where the bound of a verification is wide; FusionError where it would let a model of zeros pass."""
+    allowed, own = formatting.number(bound, 2), formatting.number(unfused, 2)
     if not bound < 1:
         raise FusionError(
-            f"{_NOTHING}: in the fused model's dtype the original is {unfused:.3g} of its size from the truth, and "
-            f"with {bound:.3g} allowed a model that returns zeros would pass; {_INSTEAD}"
+            f"{_NOTHING}: in the fused model's dtype the original is {own} of its size from the truth, and "
+            f"with {allowed} allowed a model that returns zeros would pass; {_INSTEAD}"
         )
-    told = f"The proof is weak: an error of {bound:.2g} is allowed, the original has one of {unfused:.2g} in this dtype"
+    told = f"The proof is weak: an error of {allowed} is allowed, the original has one of {own} in this dtype"
     return [told] if bound > _WIDE else []
 
 
@@ -91,7 +95,8 @@ def require_rest(
         allowed = FACTOR * _share(unfused[place], expected[place]) + DISAGREEMENT
         if (share := _share(outputs[place], expected[place])) > allowed:
             raise FusionError(
-                f"the fused model is wrong: output {place} differs from the original's in {share:.0%} of its elements"
+                f"the fused model is wrong: output {place} differs from the original's in "
+                f"{formatting.percent(share, 1)} of its elements"
             )
 
 
@@ -173,7 +178,7 @@ def _best(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> tuple[_C
     if other is None or other.finite <= given.finite or (given.finite and other.finite < 1):
         return given, []
     return other, [
-        f"The original is finite in {given.finite:.0%} of its output for the example: "
+        f"The original is finite in {formatting.percent(given.finite, 1)} of its output for the example: "
         "verified with numbers between 0 and 1 in its place"
     ]
 

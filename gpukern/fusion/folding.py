@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gpukern import formatting
 from gpukern.fusion.constants import constant
 from gpukern.fusion.match import Match
 from gpukern.fusion.program import Program
@@ -82,10 +83,10 @@ def lost(weight: torch.Tensor, dtype: torch.dtype) -> str | None:
     limits = torch.finfo(dtype)
     largest = weight.abs().max().item() if weight.numel() else 0.0
     if not largest <= limits.max:
-        return f"weights up to {largest:.3g} overflow {str(dtype).removeprefix('torch.')}"
+        return f"weights up to {formatting.error(largest)} overflow {str(dtype).removeprefix('torch.')}"
     if dtype in (torch.float32, torch.float64):
         return None
     small = torch.where(weight.abs() < limits.tiny, weight, 0.0)
     if small.norm() > _SUBNORMAL_SHARE * weight.norm():
-        return f"weights of at most {largest:.3g} are subnormal in {str(dtype).removeprefix('torch.')}"
+        return f"weights of at most {formatting.error(largest)} are subnormal in {str(dtype).removeprefix('torch.')}"
     return None

@@ -41,6 +41,13 @@ def check_weights(model: torch.nn.Module) -> None:
             )
 
 
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` without DistributedDataParallel around it, which torch.export does not capture."""
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()

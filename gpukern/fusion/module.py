@@ -162,6 +162,9 @@ class FusedModule(ForInference):
         )
         leaves, structure = pytree.tree_flatten(inputs)
         if structure != interface.in_spec:
+            # A torch.Size is a tuple where it is put together again, as in the example.
+            structure = pytree.tree_structure(pytree.tree_unflatten(leaves, structure))
+        if structure != interface.in_spec:
             raise TypeError(interface.other_structure(inputs))
         known = zip(leaves, interface.inputs, interface.constants, strict=True)
         prepared = [self._prepared(number, *each) for number, each in enumerate(known)]

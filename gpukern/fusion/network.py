@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from gpukern.explain.layers import Kind, Pool
 from gpukern.explain.network import Part, Place, Setting, by_bytes, launch, pool
 from gpukern.fusion.capture import quiet
 from gpukern.fusion.prediction import question_of
 from gpukern.fusion.program import arguments, is_call, is_view, operation, value
-from gpukern.ops._pool2d.cost import Pooling
-from gpukern.ops._pool2d.problem import adaptive_problem, pool_problem
+from gpukern.ops._pool2d.cost_model import Pooling
+from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_problem, pool_problem
 
 
 def fused_parts(module: torch.nn.Module, image: torch.Tensor, setting: Setting) -> list[Part]:
@@ -47,39 +48,43 @@ def _parts(node: Node, setting: Setting) -> Iterator[Part]:
         epilogue = [asked.epilogue.activation, "residual" * asked.epilogue.residual]
         with_epilogue = ", ".join([part.problem, *(word for word in epilogue if word not in ("", "none"))])
         yield dataclasses.replace(part, problem=with_epilogue)
-    pooled = _POOLS.get(operation(node))
+    pooled = _POOLS.get(operation(node)) if node.target.namespace == "gpukern" else None
     if pooled is not None:
         kind, problem_of = pooled
         pooling = Pooling.MAX if kind is Kind.MAX else Pooling.AVG
-        window = Pool(kind, problem_of(node))
-        yield pool(node.name, 1, window, pooling, setting)
+        yield pool(node.name, 1, Pool(kind, problem_of(node)), pooling, setting)
     elif asked is None:
-        moved = sum(value(each).nbytes for each in (node, *node.all_input_nodes) if value(each) is not None)
-        sizes = "×".join(map(str, _shape(node)))
+        moved = sum(tensor.nbytes for each in (node, *node.all_input_nodes) for tensor in _tensors(each))
+        sizes = "×".join(map(str, _tensors(node)[0].shape))
         yield by_bytes(Place(node.name, 1, operation(node), "forward", sizes), moved, setting)
+
+
+def _tensors(node: Node) -> list[torch.Tensor]:
+    """One, or those of a tuple, without data."""
+    return [each for each in tree_leaves(node.meta.get("val")) if isinstance(each, torch.Tensor)]
 
 
 # ---- pools ---------------------------------------------------------------------------------------------------------
 
 
-def _max_pool(node: Node):
+def _max_pool(node: Node) -> PoolProblem:
     given = arguments(node)
     return pool_problem(_shape(given["input"]), *_window(node), given["ceil_mode"])
 
 
-def _max_pool_after(node: Node):
-    """Of a convolution: 2×2, with a stride of 2."""
+def _max_pool_after(node: Node) -> PoolProblem:
+    """The pool in the same operator as a convolution: 2×2, with a stride of 2."""
     n, k, p, q = _shape(node)
     return pool_problem((n, k, 2 * p, 2 * q), (2, 2), (2, 2), (0, 0), (1, 1), False)
 
 
-def _avg_pool(node: Node):
+def _avg_pool(node: Node) -> PoolProblem:
     given = arguments(node)
     rest = given["ceil_mode"], given["count_include_pad"], given["divisor_override"]
     return pool_problem(_shape(given["input"]), *_window(node), *rest)
 
 
-def _adaptive_pool(node: Node):
+def _adaptive_pool(node: Node) -> AdaptiveProblem:
     return adaptive_problem(_shape(arguments(node)["input"]), _shape(node)[2:])
 
 
@@ -92,7 +97,7 @@ def _shape(node: Node) -> tuple[int, ...]:
     return tuple(value(node).shape)
 
 
-_POOLS: dict[str, tuple[Kind, Callable]] = {
+_POOLS: dict[str, tuple[Kind, Callable[[Node], PoolProblem | AdaptiveProblem]]] = {
     "max_pool2d": (Kind.MAX, _max_pool),
     "conv2d_max_pool2d": (Kind.MAX, _max_pool_after),
     "avg_pool2d": (Kind.AVERAGE, _avg_pool),

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern import formatting
 from gpukern.fusion import batch, chance
 from gpukern.fusion.alone import judge_alone, what_is_wrong
 from gpukern.fusion.batch import BatchMatters
 from gpukern.fusion.build_report import Work, account
 from gpukern.fusion.calls import Signature, in_order, take_in_order
 from gpukern.fusion.capture import capture_program, private_copy
+from gpukern.fusion.conditions import skipped_by
 from gpukern.fusion.constants import evaluate_constants
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.evidence import Evidence, gather, on_bound, require_rest
@@ -52,6 +54,7 @@ def run(
     """:func:`gpukern.fuse` of the tuple of arguments that ``inputs`` is, and of ``named`` ones."""
     inputs, by_name = in_order(model, inputs, named)
     signature = Signature.of(model, by_name)
+    inputs = pytree.tree_map(lambda leaf: leaf, inputs)  # a torch.Size is a tuple then
     device = _device(inputs)
     if cuda_graph and device.type != "cuda":
         raise RuntimeError(f"cuda_graph=True needs the model and its inputs on a CUDA device, got {device}")
@@ -101,6 +104,7 @@ def _fused(
         captured = replace(captured, inputs=tuple(map(_as_given, captured.inputs, pytree.tree_leaves(inputs))))
         notes = [*notes, *_on_chance(captured, evidence)]
         evaluated = evaluate_constants(captured)
+        notes += _without_module(evaluated, skip)
         settled = settle(evaluated, skip)
         found, program = find(settled, skip), settled.program
         matches = found.matches
@@ -152,7 +156,8 @@ def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
         return [f"The model is random, by {'; '.join(draws)}"] if draws else []
     if draws or evidence.difference:
         why = f"it draws random numbers, by {'; '.join(draws)}" if draws else "it is random, or keeps a state"
-        how = f": two calls of it with the same example differ by {evidence.difference:.2g} of its size"
+        differ = formatting.number(evidence.difference, 2)
+        how = f": two calls of it with the same example differ by {differ} of its size"
         raise FusionError(
             f"nothing can be proved of a model that does not repeat itself{how if evidence.difference else ''}; {why}. "
             "Make it repeat itself in evaluation mode, or fuse with verify=False, unproved"
@@ -225,6 +230,14 @@ def _notes_on(model: torch.nn.Module, *, changed: bool) -> list[str]:
             notes.append(f"{name} is not finite in {buffer.dtype}")
             warnings.warn(f"gpukern.fuse: {name} of the model is not finite in {buffer.dtype}", stacklevel=4)
     return notes
+
+
+def _without_module(program: Program, skip: Sequence[str]) -> list[str]:
+    """A note on patterns that skip nothing."""
+    unused = [
+        repr(pattern) for pattern in skip if not any(skipped_by(node, (pattern,)) for node in program.graph.nodes)
+    ]
+    return [f"Nothing is skipped by {', '.join(unused)}: the path of no module that computes"] if unused else []
 
 
 def _require_all(declined: Sequence[Declined]) -> None:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gpukern import formatting
 from gpukern.fusion.decisions import See, decided, leaves, returned
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.given import duplicate
@@ -260,10 +261,8 @@ def blame(found: Verification, matches: Sequence[Match], judge: Callable[[Sequen
 
     ``judge`` verifies the model with some of the matches only.
     """
-    told = (
-        f"the fused model is wrong: error {found.error:.3g}, while the unfused model's is {found.unfused:.3g} "
-        f"and {found.bound:.3g} would do"
-    )
+    error, unfused, bound = map(formatting.error, (found.error, found.unfused, found.bound))
+    told = f"the fused model is wrong: error {error}, while the unfused model's is {unfused} and {bound} would do"
     if not judge([]).passed:
         return f"{told}. No fused group is to blame: it is wrong with none of them"
     good, bad = 0, len(matches)

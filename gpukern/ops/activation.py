@@ -111,18 +111,23 @@ activation = Operator(
 
 
 class _Inplace(torch.autograd.Function):
-    """``x ← act(x)``. Where torch's derivatives need the input, a copy of it is kept."""
+    """``x ← act(x)``. ``copy``: x before, where torch's derivatives need it. It is made outside, by an operator that
+    autograd sees, or derivatives of the gradient would not pass through it."""
 
     @staticmethod
-    def forward(ctx: Any, input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-        copy = input.clone() if needs_input(name) and not PROPERTIES[name].in_place_keeps_result else None
+    def forward(
+        ctx: Any, input: torch.Tensor, copy: torch.Tensor | None, name: str, negative_slope: float
+    ) -> torch.Tensor:
         _implementations.of(input).activation_(input, name, negative_slope)
         ctx.mark_dirty(input)
         ctx.save_for_backward(input if copy is None else copy)
         ctx.epilogue = name, negative_slope
         return input
 
-    backward = staticmethod(_activation_backward)
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        grad_input, *others = _activation_backward(ctx, grad)
+        return grad_input, None, *others
 
 
 def activation_(input: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
@@ -133,7 +138,8 @@ def activation_(input: torch.Tensor, name: str, negative_slope: float) -> torch.
     if input.requires_grad and torch.is_grad_enabled():
         if input.is_leaf:
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-        return _Inplace.apply(input, name, negative_slope)
+        kept = needs_input(name) and not PROPERTIES[name].in_place_keeps_result
+        return _Inplace.apply(input, input.clone() if kept else None, name, negative_slope)
     _implementations.of(input).activation_(input, name, negative_slope)
     return input
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpukern.optim._fused import rules
-from gpukern.optim._fused.source import elementwise
+from gpukern.optim._fused.codegen import elementwise
 
 #: By the name of the class.
 _RULES = {

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from gpukern.optim._fused.hyperparameters import Hyperparameters
-from gpukern.optim._fused.param_state import Amp, Entry, Settings, in_order_of, is_shard, kept, local
+from gpukern.optim._fused.param_state import Amp, Entry, Settings, has_values, in_order_of, is_shard, kept, local
 from gpukern.optim._fused.rules import Rule
 from gpukern.optim._fused.step import Step
 
@@ -247,7 +247,8 @@ class Optimizer(torch.optim.Optimizer):
         return packed
 
     def _has_nothing_yet(self, parameter: torch.Tensor) -> bool:
-        if parameter not in self._hidden_steps or self._hidden_steps[parameter]:
+        step = self._hidden_steps.get(parameter)
+        if step is None or not has_values(step) or step:
             return False
         moments = self._moments(self.state[parameter])
         return all(map(operator.is_, moments, self._counted.get(parameter, moments)))

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._functorch.pyfunctorch import TransformType, retrieve_current_functorch_interpreter
+from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 from torch.autograd import forward_ad
 
 
@@ -46,12 +48,39 @@ def register_transforms(
             return transformed(*tuples(arguments))
         return without_tangents(keyset, *arguments)
 
+    def in_front(*arguments: Any) -> Any:
+        interpreter = retrieve_current_functorch_interpreter()
+        if interpreter.key() == TransformType.Functionalize:
+            return _functionalized(operator.overload, interpreter, arguments)
+        return transformed(*tuples(arguments))
+
     library = definition._lib
-    library.impl(name, lambda *arguments: transformed(*tuples(arguments)), "FuncTorchDynamicLayerFrontMode")
+    library.impl(name, in_front, "FuncTorchDynamicLayerFrontMode")
     with warnings.catch_warnings():
         # That the kernel which torch.library has registered is replaced is the purpose.
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
         library.impl(name, differentiated, "Autograd", with_keyset=True, allow_override=True)
+
+
+def _functionalized(overload: Any, interpreter: Any, arguments: tuple) -> Any:
+    """The operator changes none of its arguments: it is called as it is, on what is inside."""
+    functional = FunctorchFunctionalizeAPI(interpreter)
+    with functional.redispatch_to_next():
+        return functional.wrap_tensors(overload(*functional.unwrap_tensors(arguments)))
+
+
+def overwrite(target: torch.Tensor, value: torch.Tensor) -> None:
+    """``target.copy_(value)``, also where a transform that differentiates was not given ``target``: it refuses that of
+    ``copy_``, but not of torch's batch norm, whose running statistics have no derivatives."""
+    functorch = torch._C._functorch
+    if torch._C._are_functorch_transforms_active() and not functorch.is_functorch_wrapped_tensor(target):
+        while functorch.is_gradtrackingtensor(value):
+            value = functorch.get_unwrapped(value)
+        if not functorch.is_functorch_wrapped_tensor(value):
+            with torch._C._DisableFuncTorch():
+                target.copy_(value)
+            return
+    target.copy_(value)
 
 
 def tuples(arguments: tuple) -> tuple:

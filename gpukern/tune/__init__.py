@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gpukern.conv import Direction
-from gpukern.tune.measure import Timer
+from gpukern.tune.measurement import Timer
 from gpukern.tune.record import calls_of
 from gpukern.tune.report import Report
 from gpukern.tune.session import TuneError, check_device, tune_calls

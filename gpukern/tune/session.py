@@ -15,7 +15,7 @@ import torch
 from gpukern.conv import ConvPlan, Entry, database, forget
 from gpukern.info import driver_version, package_version
 from gpukern.runtime.current_device import device_spec
-from gpukern.tune.measure import DeviceLost, Outcome, Timer, do_bench, heuristic_of, is_lost, measure, reason_of
+from gpukern.tune.measurement import DeviceLost, Outcome, Timer, do_bench, heuristic_of, is_lost, measure, reason_of
 from gpukern.tune.progress import Progress
 from gpukern.tune.record import Call
 from gpukern.tune.report import Report, Result

@@ -50,7 +50,7 @@ def refused(*arguments: object, status: int = 1) -> str:
 
 
 @pytest.mark.parametrize(
-    "suite, rows", [("conv", 5), ("fused", 4), ("pool", 6), ("linear", 6), ("model", 2), ("inference", 1)]
+    "suite, rows", [("conv", 5), ("epilogue", 4), ("pool", 6), ("linear", 6), ("model", 2), ("inference", 1)]
 )
 def test_the_whole_harness_runs_on_a_cpu(suite, rows, tmp_path):
     ran = bench(suite, *LENET, "--out", tmp_path)
@@ -209,7 +209,7 @@ def test_a_broken_file_is_not_overwritten(tmp_path):
 def test_help_names_every_suite_and_what_may_be_chosen():
     ran = bench("--help")
     assert all(
-        name in ran.stdout for name in ("conv", "fused", "pool", "linear", "model", "plans", "report", "--compare")
+        name in ran.stdout for name in ("conv", "epilogue", "pool", "linear", "model", "plans", "report", "--compare")
     )
     assert "input gradient" in bench("conv", "--help").stdout
 

@@ -38,7 +38,7 @@ SMALL_POOLS = {
 }
 SMALL = {
     "conv": SMALL_CONVOLUTIONS,
-    "fused": {name: SMALL_CONVOLUTIONS[name] for name in ("oblong, strided, padded", "groups", "1×1")},
+    "epilogue": {name: SMALL_CONVOLUTIONS[name] for name in ("oblong, strided, padded", "groups", "1×1")},
     "pool": SMALL_POOLS,
     "linear": {"odd": Linear(5, 33, 7), "one row": Linear(1, 16, 16)},
 }

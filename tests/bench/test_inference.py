@@ -1,4 +1,4 @@
-"""The inference suite beyond its being right: its networks, against whom they run, what they are predicted to cost."""
+"""The inference suite beyond its being right: its networks, and against whom they run."""
 
 from __future__ import annotations
 

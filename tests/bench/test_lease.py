@@ -174,7 +174,7 @@ def test_what_must_be_mended_first(given, statuses, size, said):
 def test_steps_that_cannot_be_tried_without_a_gpu_are_few(tmp_path):
     folder = tmp_path / "device" / "commit"
     left_out = [step.name for step in (*calls.first(folder), *calls.second(folder)) if not step.dry]
-    assert left_out == ["smoke-optimizers", "optimizers-few", "gpu-tests"]
+    assert left_out == ["smoke-optimizers", "optimizer-resnet50", "gpu-tests"]
 
 
 def test_a_copy_has_what_git_tracks_and_nothing_that_it_ignores(tmp_path):

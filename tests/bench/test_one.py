@@ -35,14 +35,14 @@ def invoke(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("name", ["conv", "fused", "pool", "linear", "model", "plans"])
+@pytest.mark.parametrize("name", ["conv", "epilogue", "pool", "linear", "model", "plans"])
 def test_a_row_is_found_again(name, tmp_path):
     task = some(name)
     suite, found = one.find(write(tmp_path / "a.json", made_up.case(), task.case), task.case.key)
     assert suite is suites()[name] and found == task
 
 
-@pytest.mark.parametrize("name", ["conv", "fused", "pool", "linear", "model"])
+@pytest.mark.parametrize("name", ["conv", "epilogue", "pool", "linear", "model"])
 def test_it_runs_on_the_cpu(name, tmp_path):
     task = some(name)
     with force_mode(Mode.REFERENCE):

@@ -8,15 +8,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import optimizer_device, optimizer_steps, optimizers
+from bench import measure as measure_module
+from bench import optimizer_steps, optimizers
+from bench.accuracy import relative_error
+from bench.measure import measure
 from bench.optimizer_steps import OPTIMIZERS, Operation, Tensors
+from bench.suite import Selection, suites, tasks
+from bench.suites import optimizer
 from gpukern.runtime.mode import Mode, force_mode
+from tests.bench.tiny import QUICK
 
 
 def test_shapes():
-    elements = [sum(torch.Size(shape).numel() for shape in optimizer_steps.shapes(m)) for m in ("ResNet-50", "Llama")]
+    found = [optimizer_steps.shapes(model) for model in ("resnet50", optimizer_steps.LLAMA)]
+    elements = [sum(torch.Size(shape).numel() for shape in shapes) for shapes in found]
     assert elements[0] == 25_557_032 and 1.05e9 < elements[1] < 1.15e9
-    assert [len(optimizer_steps.shapes(m)) for m in ("ResNet-50", "Llama")] == [161, 201]
+    assert list(map(len, found)) == [161, 201]
 
 
 @pytest.mark.parametrize(
@@ -94,26 +101,6 @@ def test_a_stubbed_step_changes_nothing_and_is_put_back():
     assert not torch.equal(parameters[0], torch.ones(3))
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Models of two tensors, and a device that is the CPU."""
-    monkeypatch.setattr(optimizer_device, "DEVICE", "cpu")
-    monkeypatch.setattr(optimizer_device, "shapes", lambda model: [(5, 3), (7,)])
-    monkeypatch.setattr(optimizer_device, "seconds", lambda call: (call(), 1e-3)[1])
-
-
-def test_every_candidate_is_measured(small):
-    rows = optimizer_device.measure_all(["Adam", "Lion"])
-    found = [(row.problem, row.optimizer, row.candidate) for row in rows]
-    adam = [("Adam", candidate) for candidate in ("gpukern", "torch fused", "torch foreach")]
-    all_of_them = [*adam, ("Lion", "gpukern")]
-    assert found == [
-        (name, *row) for name, p in optimizer_device.PROBLEMS.items() for row in (adam if p.optimizers else all_of_them)
-    ]
-    bandwidths = {row.problem: row.bandwidth for row in rows if row.optimizer == "Adam"}
-    assert bandwidths["ResNet-50"] == 22 * 28 / 1e-3 and bandwidths["Llama 1.1B, bfloat16"] == 22 * 14 / 1e-3
-
-
 def test_gradients_in_a_bucket():
     plain, in_bucket = ([p.grad for p in Tensors([(4, 3), (), (5,)], bucket=b).made()] for b in (False, True))
     assert all(torch.equal(one, other) for one, other in zip(plain, in_bucket, strict=True))
@@ -121,29 +108,97 @@ def test_gradients_in_a_bucket():
     assert in_bucket[0].data_ptr() % 16 == 4
 
 
+# ---- the suite -----------------------------------------------------------------------------------------------------
+
+SUITE, CPU = suites()["optimizer"], torch.device("cpu")
+
+
+def chosen(*names: str, networks=("tiny",), dtype: str = "float32"):
+    return tasks(SUITE, Selection(networks, (1,), (dtype,), ("",), names or SUITE.computations))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Networks of two tensors, on the kernels' substitute."""
+    monkeypatch.setattr(optimizer, "shapes", lambda model: [(5, 3), (7,)])
+    with force_mode(Mode.REFERENCE):
+        yield
+
+
+def test_every_optimizer_is_a_row_and_the_harder_layouts_are_of_few(small):
+    found = [(task.case.computation, task.case.uses[0].layer) for task in chosen()]
+    wanted = [(name, layer) for name in OPTIMIZERS for layer in ("plain", "groups", "bucket")]
+    assert found == [each for each in wanted if each[1] != "bucket" or each[0] in ("SGD, momentum", "Adam")]
+    (llama,) = chosen("Adam", networks=(optimizer_steps.LLAMA,))
+    assert llama.case.uses[0].network == optimizer_steps.LLAMA == SUITE.networks_called("Llama")[0]
+    assert [SUITE.work(task).bytes for task in chosen("Adam")] == [22 * 28, 3 * 22 * 28, 22 * 28]
+    assert SUITE.work(chosen("Adam", dtype="bfloat16")[0]).bytes == 22 * 14
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_candidate_is_right_and_leaves_the_gradients(name, dtype, small):
+    for task in chosen(name, dtype=dtype):
+        row = measure(SUITE, task, QUICK, CPU)
+        expected = ["gpukern", *(f"torch {way}" for way in ("fused", "foreach") if optimizer_steps.has(name, way))]
+        # Not each of PyTorch's fused ones runs on a CPU.
+        known = [each for each in row.candidates if "fused" not in each.name]
+        assert [each.name for each in row.candidates] == expected
+        assert {each.status for each in known} == {"ok"} and all(each.samples["wall"] for each in known)
+
+
+def test_gradients_of_the_suite_in_a_bucket(small):
+    plain, _, bucket = chosen("Adam")
+    first, second = SUITE.tensors(bucket, CPU)
+    assert second.data_ptr() - first.data_ptr() == 4 * 15 and first.data_ptr() % 16 == 4
+    assert first.std() > 0.1 and SUITE.tensors(plain, CPU)[0].shape == (5, 3)
+
+
 def test_a_wrong_step_is_not_timed(small, monkeypatch):
+    real = optimizers.optim.Adam.step
+
     def wrong(self, closure=None):
+        real(self, closure)
         for parameter in self.param_groups[0]["params"]:
-            parameter.data += 1e-3
+            parameter.data += 1e-5
 
     monkeypatch.setattr(optimizers.optim.Adam, "step", wrong)
-    with pytest.raises(RuntimeError, match="Adam: gpukern's step differs from torch's by"):
-        list(optimizer_device.measure("ResNet-50", "Adam"))
+    ours, *others = measure(SUITE, chosen("Adam")[0], QUICK, CPU).candidates
+    assert ours.status == "wrong" and not ours.samples and {each.status for each in others} == {"ok"}
 
 
-def test_without_memory_the_others_are_still_measured(small, monkeypatch):
-    def fails(call):
-        raise torch.cuda.OutOfMemoryError("no")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_is_left_out_is_found(name, small):
+    """Parameters are ones, and even the smallest update of one is more than the bound."""
+    task = chosen(name)[0]
+    gradients = SUITE.tensors(task, CPU)
+    reference = SUITE.reference(task, gradients)
+    (stepper,) = SUITE.implementations(task, (), CPU)[0].prepare(gradients)
+    assert relative_error(SUITE.result(stepper), reference) > SUITE.bound(task)
+    assert relative_error(SUITE.result(stepper.step()), reference) <= SUITE.bound(task)
 
-    monkeypatch.setattr(optimizer_device, "seconds", fails)
-    assert {row.problem_found for row in optimizer_device.measure("ResNet-50", "Adam")} == {"out of memory"}
+
+def test_of_a_large_model_a_part_is_compared(small, monkeypatch):
+    monkeypatch.setattr(optimizer, "_COMPARED", 15)
+    task = chosen("SGD, momentum")[0]
+    gradients = SUITE.tensors(task, CPU)
+    assert SUITE.reference(task, gradients).shape == (15,)
+    assert measure(SUITE, task, QUICK, CPU).candidates[0].status == "ok"
+
+
+def test_steps_are_timed_from_python_alone(monkeypatch):
+    """A step of PyTorch's counts on the host, and cannot be captured."""
+    ways = [type("Way", (), {"way": name}) for name in ("graph", "eager")]
+    monkeypatch.setattr(measure_module, "stopwatches", lambda device: ways)
+    contest = measure_module._Contest(SUITE, 0.0, CPU, lambda each: None, lambda found: None)
+    assert [way.way for way in contest._ways] == ["eager"]
+    assert len(measure_module._Contest(suites()["conv"], 0.0, CPU, print, print)._ways) == 2
 
 
 def test_the_command(tmp_path, monkeypatch):
     import typer
 
     monkeypatch.setattr(optimizers, "RESULTS", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     app = typer.Typer()
     app.command()(optimizers.main)
     out = tmp_path / "run" / "optimizers.json"

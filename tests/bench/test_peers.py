@@ -95,7 +95,7 @@ def test_what_was_compiled_is_forgotten_between_rows(compiles):
 
 
 def test_the_fused_peer_of_cudnn_is_missing_without_it():
-    suite = suites()["fused"]
+    suite = suites()["epilogue"]
     (task, *_) = tasks(suite, Selection(("lenet",), (1,), ("float32",), ("NCHW",), suite.computations))
     for device, missing in ((CPU, "cuDNN needs a CUDA device"), (CUDA, "")):
         found = {each.name: each.missing for each in suite.implementations(task, ("library",), device)}
@@ -103,7 +103,7 @@ def test_the_fused_peer_of_cudnn_is_missing_without_it():
     assert "cuDNN fused" not in [each.name for each in suite.implementations(task, (), CPU)]
 
 
-@pytest.mark.parametrize("name", ["conv", "fused", "pool", "linear", "model"])
+@pytest.mark.parametrize("name", ["conv", "epilogue", "pool", "linear", "model"])
 def test_gpukern_comes_first_and_peers_as_asked_for(name):
     suite = suites()[name]
     for task in tasks(suite, Selection(("lenet",), (1,), ("float32",), suite.layouts, suite.computations)):

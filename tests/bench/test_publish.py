@@ -67,6 +67,19 @@ def test_the_table_has_steps_of_optimizers(tmp_path):
     assert "| step of Adam: P, float32, µs | 200.0 | 500.0 (torch fused) | **2.50×** |" in table
 
 
+def test_steps_of_optimizers_of_the_suite_take_the_place_of_earlier_ones(tmp_path):
+    about = {"suite": "optimizer", "computation": "Adam", "dtype": "float32", "layout": "", "sizes": {"parameters": 9}}
+    of = made_up.case(**about, uses=(made_up.Use("resnet50", "plain", 1),))
+    row = made_up.row({"eager": [10.0] * 9}, {"torch fused": {"eager": [20.0] * 9}}, of=of)
+    written(tmp_path, "gpu/optimizer.json", made_up.results([row]))
+    steps = [{"problem": "P", "optimizer": "Adam", "candidate": name, "seconds": 1e-3} for name in ("gpukern", "x")]
+    file = {"environment": {"device": made_up.DEVICE, "date": "2001-01-02"}, "device": steps}
+    (tmp_path / "old.json").write_text(json.dumps(file))
+    table = publish.block(publish.newest(tmp_path), tmp_path)
+    assert "| step of Adam: resnet50 plain, float32, µs | 10.00 | 20.00 (torch fused) | **2.00×** |" in table
+    assert table.count("step of") == 1 and "1 × optimizer" not in table
+
+
 def test_the_table_goes_between_its_marks():
     text = f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter"
     shown = publish.within(text, "new")

@@ -308,6 +308,7 @@ def test_one_network_is_worth_compiling_together_and_few_layers_are_not():
 
     assert worth("inference", 1) and worth("model", 1) and worth("conv", 8)
     assert not worth("inference", 0) and not worth("conv", 7) and not worth("inference", 1, "cpu")
+    assert not worth("optimizer", 99)  # nothing of it is Triton's
 
 
 # ---- candidates, not rows ------------------------------------------------------------------------------------------

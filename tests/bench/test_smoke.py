@@ -104,6 +104,17 @@ def test_emulated_operators_are_right(name, dtype, tmp_path):
     assert len(found[0]["errors"]) >= 2
 
 
+def test_emulated_convolutions_are_right(tmp_path, monkeypatch):
+    """Of each family that an interpreter runs, in each direction."""
+    monkeypatch.setattr("bench.smoke_cases._CONVOLUTIONS", (((1, 16, 5, 4), (16, 16, 3, 3), 1, 1, 1),))
+    with pretend(H200):
+        chosen = [each for each in KINDS["convolutions"](DEVICE) if "warp-specialized" not in each.name]
+        halves = [each for each in chosen if " float16 " in each.name]
+        assert len(halves) >= 5 and {each.name.count("gradient") for each in halves} == {0, 1}
+        status, found = smoke.run(halves, DEVICE, tmp_path / "smoke.jsonl")
+    assert status == 0, [line for line in found if not line["ok"]]
+
+
 def test_a_wrong_gradient_is_found(tmp_path, monkeypatch):
     import bench.smoke_cases as cases
 

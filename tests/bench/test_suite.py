@@ -20,7 +20,7 @@ from gpukern.ops._pool2d.problem import pool_problem
 from models.zoo import NETWORKS
 from tests.bench.tiny import CPU, QUICK, Products
 
-LAYERS = ("conv", "fused", "pool", "linear", "plans")
+LAYERS = ("conv", "epilogue", "pool", "linear", "plans")
 
 
 def select(suite, *networks: str, batches=(32,), **others) -> list:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import stat
 import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +152,54 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         fused.save(path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.pt2"]
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Kind(enum.Enum):
+    SMALL = 1
+
+
+class Takes(torch.nn.Module):
+    def __init__(self, returned=lambda y: y):
+        super().__init__()
+        self.a, self.returned = conv(), returned
+
+    def forward(self, x, more=None):
+        return self.returned(self.a(x[0] if isinstance(x, Pair) else x))
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "words"),
+    [
+        (Takes(lambda y: Pair(y, y)), lambda x: (x,), "how arguments or results are arranged: .*namedtuple class"),
+        (Takes(), lambda x: (Pair(x, x),), "how arguments or results are arranged: .*namedtuple class"),
+        (Takes(), lambda x: (x, Kind.SMALL), "the example's Kind, a constant of the fused model"),
+        (Takes(), lambda x: (x, np.float64(2.0)), "the example's float64, a constant of the fused model"),
+    ],
+    ids=["namedtuple returned", "namedtuple given", "enum", "NumPy"],
+)
+def test_what_no_file_can_hold_is_refused_in_words(tmp_path, model, example, words):
+    given = example(torch.randn(2, 4, 6, 6))
+    fused = gpukern.fuse(model.eval(), given)
+    fused(*given)
+    with pytest.raises(FusionError, match=f"a file cannot hold {words}"):
+        fused.save(tmp_path / "fused.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_are_saved_as_tuples(tmp_path):
+    x = torch.randn(2, 4, 6, 6)
+    fused = gpukern.fuse(Takes().eval(), (x, x.shape[2:]))
+    fused.save(tmp_path / "fused.pt2")
+    for model in (fused, gpukern.load(tmp_path / "fused.pt2")):
+        for size in (x.shape[2:], (6, 6)):
+            assert torch.equal(model(x, size), fused(x, (6, 6)))
+        with pytest.raises(ValueError, match="6 in the example, got 5"):
+            model(x, (6, 5))
 
 
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):

@@ -359,3 +359,12 @@ def test_calls_spare_the_operator_boundary_and_can_be_copied_and_pickled(monkeyp
     with torch.no_grad():
         for module in (fused.module, *copies):
             assert torch.equal(module(x), expected)
+
+
+def test_a_pattern_that_skips_nothing_is_named():
+    model, inputs = one()
+    notes = gpukern.fuse(model, inputs, skip=["a", "head.*", "c?"]).report.notes
+    assert "Nothing is skipped by 'head.*', 'c?': the path of no module that computes" in notes
+    assert not any("skipped" in note for note in gpukern.fuse(model, inputs, skip=("b",)).report.notes)
+    with pytest.raises(TypeError, match="skip takes a list of patterns, got the word 'a'"):
+        gpukern.fuse(model, inputs, skip="a")

@@ -252,3 +252,38 @@ def test_a_program_exported_in_training_is_refused_as_random():
     x = torch.randn(2, 4, 6, 6)
     with pytest.raises(FusionError, match=r"does not repeat itself.*native_dropout"):
         gpukern.fuse(torch.export.export(model, (x,)).module(), x)
+
+
+# ---- what is around a model, and what it does to its input -----------------------------------------------------------
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_in_distributed_data_parallel_is_fused(process_group):
+    model, x = nn.Sequential(conv(), norm(), nn.ReLU()).eval(), torch.randn(2, 4, 6, 6)
+    fused = gpukern.fuse(nn.parallel.DistributedDataParallel(model), x)
+    assert fused.report.fused[0].modules == ("0", "1", "2")
+    torch.testing.assert_close(fused(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = conv()
+
+    def forward(self, image):
+        return self.a(image.relu_())
+
+
+def test_an_input_that_the_model_changes_stays_and_that_is_said():
+    model, x = WritesIntoItsInput().eval(), torch.randn(2, 4, 6, 6)
+    given = x.clone()
+    fused = gpukern.fuse(model, x.clone())
+    assert "The fused model does not write into image, which the model does in forward" in fused.report.notes
+    torch.testing.assert_close(fused(given), model(x.clone()).detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(given, x)

@@ -104,7 +104,7 @@ def test_text_says_all_that_is_known():
     for part in (
         "torchvision:resnet50 in float16: 2 groups fused, 3 left as it was",
         "note: the model was in training mode",
-        "25,557,032", "162 MB", "56.8 MB", "2.85×", "5.2e-04", "4.1e-04", "96.8%", "8.10 ms", "32,800", "2.08×",
+        "25,557,032", "162 MB", "56.8 MB", "2.85×", "5.2e-04", "4.1e-04", "96.9%", "8.10 ms", "32,800", "2.08×",
         "layer1.0: conv1, bn1, relu", "conv2d + batch_norm + add", "box 256×64", "38.6 MB", "float16: large",
         "its input has other users: aux.bn, aux.bn2", "batch statistics: norm", "device CPU",
     ):  # fmt: skip
@@ -152,21 +152,6 @@ def test_what_paths_share_is_written_once(names, shown):
     assert formatting.modules(names) == shown
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (0, "0"),
-        (0.0123, "0.0123"),
-        (1.234, "1.23"),
-        (12.34, "12.3"),
-        (161.8, "162"),
-        (12345.6, "12,346"),
-        (9.999, "10.00"),
-    ],
-)
-def test_three_digits(value, shown):
-    assert formatting.digits(value) == shown
-
-
 def test_only_all_rows_are_a_hundred_percent():
-    assert (formatting.percent(1.0), formatting.percent(0.9999), formatting.percent(None)) == ("100%", "99.9%", "–")
+    shown = map(formatting.agreement, (1.0, 0.9999, 0.96875, None))
+    assert list(shown) == ["100%", "99.9%", "96.9%", "–"]

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from gpukern.runtime.launch import CompileTime
+from gpukern.runtime.launcher import CompileTime
 
 
 def run_gluon(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: CompileTime, seed: int = 0) -> None:

@@ -217,6 +217,21 @@ def test_reference_gradcheck(name):
         assert torch.autograd.gradcheck(OURS[name], x) and torch.autograd.gradgradcheck(OURS[name], x)
 
 
+@pytest.mark.parametrize("name", INPLACE)
+def test_second_derivatives_in_place(name, where):
+    """As of the form that is not in place: what is kept of the input is still a function of it."""
+
+    def second(function, x):
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(leaf * 1.5).square().sum(), leaf, create_graph=True)
+        return first, *torch.autograd.grad(first.square().sum(), leaf)
+
+    x = 2 * torch.randn(60, device=where)
+    in_place = second(functools.partial(INPLACE[name], inplace=True), x)
+    for found, expected in zip(in_place, second(INPLACE[name], x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", OURS)
 def test_reference_derivatives_are_the_kernels(name, dtype, device):

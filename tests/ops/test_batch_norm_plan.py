@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpukern.ops._batch_norm.plan import plan
+from gpukern.ops._batch_norm.planner import plan
 from gpukern.ops._batch_norm.problem import walk
 from gpukern.runtime.device import EMULATED, H100
 from tests.ops.batch_norm_calls import SHAPES

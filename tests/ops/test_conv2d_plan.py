@@ -15,7 +15,7 @@ from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.planner import heuristic_plan, only_measured, ranking
 from gpukern.conv.problem import conv_problem, same_padding
-from gpukern.ops._image import strides_of
+from gpukern.ops._images import strides_of
 from gpukern.runtime.device import A100, B200, DEVICES, EMULATED, H100, L4, RTX_5090
 from gpukern.runtime.strides import dense_strides, is_channels_last
 from tests.ops.conv_cases import CASES, as_problem

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gpukern.functional as F
 from gpukern.ops._pool2d import launch as launches
-from gpukern.ops._pool2d.plan import plan
+from gpukern.ops._pool2d.planner import plan
 from gpukern.ops._pool2d.problem import adaptive_problem, pool_problem
 from gpukern.runtime.mode import Mode, force_mode
 
@@ -209,7 +209,7 @@ def test_offsets_beyond_32_bits(device):
 
 def test_64_bit_offsets(device, monkeypatch):
     """Offsets past 2³¹ take another integer type in the kernels, here for images that do not need it."""
-    from gpukern.runtime.launch import index_type
+    from gpukern.runtime.launcher import index_type
 
     monkeypatch.setattr(launches, "index_type", lambda _: index_type(2**40))
     # Launches of other tests are kept, with their own integers; and those of this one should not be.

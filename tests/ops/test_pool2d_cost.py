@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gpukern.ops._pool2d import launch
-from gpukern.ops._pool2d.cost import Pooling, cost, work
-from gpukern.ops._pool2d.plan import plan
+from gpukern.ops._pool2d.cost_model import Pooling, cost, work
+from gpukern.ops._pool2d.planner import plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, adaptive_problem, pool_problem
 from gpukern.runtime.device import DEVICES, EMULATED, H100, Peaks
 from gpukern.runtime.roofline import floor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpukern.ops._pool2d.plan import plan
+from gpukern.ops._pool2d.planner import plan
 from gpukern.ops._pool2d.problem import adaptive_problem, pool_problem
 
 

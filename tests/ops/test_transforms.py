@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as T
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gpukern
 import gpukern.functional as F
@@ -216,6 +217,77 @@ def test_a_models_parameters(where):
     base = gpukern.convert(layers[0]).to(where)
     stacked = {key: value.detach().to(where) for key, value in stacked.items()}
     _close(vmap(lambda p: functional_call(base, p, (rows.to(where),)))(stacked), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_functionalized(name, where):
+    """Alone and inside of a transform. Around one, torch has no rule for any autograd.Function."""
+    (ours, theirs), _ = CASES[name]
+    operands = _operands(name)
+    given, expected = _to(operands, where), _doubled(operands)
+    _close(functionalize(ours)(*given), theirs(*expected))
+    every = tuple(range(len(operands)))
+
+    def sums(function: Callable) -> Callable:
+        return lambda *tensors: function(*tensors).square().sum()
+
+    _close(grad(functionalize(sums(ours)), every)(*given), grad(sums(theirs), every)(*expected))
+
+
+def test_functionalized_in_place(where):
+    x = torch.randn(2, 3, device=where)
+    graph = make_fx(functionalize(lambda t: F.silu(t.clone(), inplace=True)))(x)
+    assert not any(str(node.target).split(".")[0].endswith("_") for node in graph.graph.nodes)
+    torch.testing.assert_close(graph(x), F.silu(x))
+
+
+def _differentiated(normalize: Callable, x: torch.Tensor, how: Callable) -> tuple:
+    """What a transform makes of ``normalize(x, mean, variance)``, and the statistics, which it was not given."""
+    statistics = [s.to(x, copy=True) for s in _STATISTICS]
+    found = how(lambda t: normalize(t, *statistics))(x)
+    return found, *statistics
+
+
+TRANSFORMS = {
+    "grad": lambda f: grad(lambda t: f(t).pow(3).sum()),
+    "vjp": lambda f: lambda t: (lambda y, pull: pull(y.detach()))(*vjp(f, t)),
+    "jvp": lambda f: lambda t: jvp(f, (t,), (t.flip(0),)),
+    "jacrev": lambda f: jacrev(lambda t: f(t).pow(3).sum()),
+    "grad of grad": lambda f: grad(lambda t: grad(lambda u: f(u).pow(3).sum())(t).sum()),
+}
+
+
+@pytest.mark.parametrize("how", TRANSFORMS)
+def test_running_statistics_that_a_transform_was_not_given_are_updated(how, where):
+    x, filters = torch.randn(3, 2, 4, 4), torch.randn(2, 2, 3, 3)
+
+    def of_conv(f):
+        kernels = filters.to(where)
+        return lambda t, mean, var: f.conv2d_batch_norm(t, kernels, None, mean, var, momentum=0.5)
+
+    def after_conv(t, mean, var):
+        return T.batch_norm(T.conv2d(t, filters.double()), mean, var, training=True, momentum=0.5)
+
+    alone = _both(lambda f: lambda t, mean, var: f.batch_norm(t, mean, var, training=True, momentum=0.5))
+    for ours, theirs in (alone, (of_conv(F), after_conv)):
+        expected = _differentiated(theirs, x.double(), TRANSFORMS[how])
+        found = _differentiated(ours, x.to(where), TRANSFORMS[how])
+        for one, other in zip(found, expected, strict=True):
+            _close(one, other)
+        assert not torch.equal(found[1].cpu(), _STATISTICS[0])
+
+
+def test_running_statistics_of_no_mapped_call_are_refused(where):
+    mean, var = (s.to(where, copy=True) for s in _STATISTICS)
+    x = torch.randn(3, 2, 2, 4, 4, device=where)
+    with pytest.raises(RuntimeError, match="vmap"):
+        vmap(lambda t: F.batch_norm(t, mean, var, training=True))(x)
+    each = mean.expand(3, 2).clone(), var.expand(3, 2).clone()
+    y, *updated = vmap(lambda t, m, v: (F.batch_norm(t, m, v, training=True), m, v))(x, *each)
+    expected = [s.clone() for s in (mean, var)]
+    torch.testing.assert_close(y[1], F.batch_norm(x[1], *expected, training=True))
+    for one, other in zip(updated, expected, strict=True):
+        torch.testing.assert_close(one[1], other)
 
 
 def test_what_has_no_derivative_says_so(where):

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from gpukern.optim._fused.codegen import Variant
 from gpukern.optim._fused.host import HostProgram
-from gpukern.optim._fused.source import Variant
 
 
 @dataclass

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpukern.optim._fused import rules, source
+from gpukern.optim._fused import codegen, rules
+from gpukern.optim._fused.codegen import Variant
 from gpukern.optim._fused.device_tables import GRADIENTS, arguments_type
-from gpukern.optim._fused.machine_code import OPTIONS
+from gpukern.optim._fused.nvrtc import OPTIONS
 from gpukern.optim._fused.rules import Rule
-from gpukern.optim._fused.source import Variant
 from gpukern.runtime.device import A100, B200, H100, DeviceSpec
 from tests.optim import nvrtc
 
@@ -51,12 +51,12 @@ def variant(rule: Rule, dtypes: str, **more) -> Variant:
 
 
 def compiled(given: Variant, architecture: str) -> dict[str, nvrtc.Kernel]:
-    return nvrtc.kernels(source.source(given), architecture, OPTIONS)
+    return nvrtc.kernels(codegen.source(given), architecture, OPTIONS)
 
 
 def blocks(kernel: nvrtc.Kernel) -> int:
     """How many of them a multiprocessor has registers for."""
-    return REGISTERS // (-(-kernel.registers // 8) * 8 * source.THREADS)
+    return REGISTERS // (-(-kernel.registers // 8) * 8 * codegen.THREADS)
 
 
 def wide(given: Variant, *names: str) -> int:
@@ -92,7 +92,7 @@ def faults(given: Variant, kernels: dict[str, nvrtc.Kernel], architecture: str =
         "square_sum_kernel": expected(given, ("gradient",), together=4),
         "norms_kernel": expected(given, (held, "gradient", *measured), together=1 if measured else 2),
     }
-    found = [] if set(kernels) == set(source.kernels(given.rule)) else [f"kernels {sorted(kernels)}"]
+    found = [] if set(kernels) == set(codegen.kernels(given.rule)) else [f"kernels {sorted(kernels)}"]
     for name, kernel in kernels.items():
         found += [f"{name}: {what}" for what in _faults(kernel, wanted[name], ISSUED[name], DEVICES[architecture])]
     return found
@@ -101,7 +101,7 @@ def faults(given: Variant, kernels: dict[str, nvrtc.Kernel], architecture: str =
 def _faults(kernel: nvrtc.Kernel, wanted: Expected, most: float, device: DeviceSpec) -> list[str]:
     # Once where all tensors begin alike, once where each is asked.
     loads, stores = 2 * wanted.loads, 2 * wanted.stores
-    waited_for = blocks(kernel) * source.THREADS * 16 * wanted.loads
+    waited_for = blocks(kernel) * codegen.THREADS * 16 * wanted.loads
     issued = kernel.run * device.peaks.bandwidth / wanted.size / (device.peaks.matrix_rates["fma"] / 2)
     checks = {
         f"{kernel.stack} bytes of stack": kernel.stack == 0,
@@ -143,7 +143,7 @@ def test_gpus_that_round_one_number_at_a_time(dtypes):
 
 def test_one_element_at_a_time_is_seen():
     given = variant(rules.ADAM, "fp32")
-    text = source.source(given)
+    text = codegen.source(given)
     assert "constexpr int RUN = 4;" in text
     narrow = nvrtc.kernels(text.replace("constexpr int RUN = 4;", "constexpr int RUN = 1;"), "sm_90", OPTIONS)
     found = faults(given, narrow)
@@ -153,14 +153,14 @@ def test_one_element_at_a_time_is_seen():
 
 def test_spills_are_seen():
     given = variant(rules.ADAM, "bf16")
-    tight = source.source(given).replace("RESIDENT = 3", "RESIDENT = 8")
+    tight = codegen.source(given).replace("RESIDENT = 3", "RESIDENT = 8")
     found = faults(given, nvrtc.kernels(tight, "sm_90", OPTIONS))
     assert any("bytes of stack" in each for each in found) and any("local memory" in each for each in found), found
 
 
 def test_too_few_loads_at_once_are_seen():
     given = variant(rules.SGD, "fp32")
-    text = source.source(given)
+    text = codegen.source(given)
     assert "TOGETHER = 4" in text
     found = faults(given, nvrtc.kernels(text.replace("TOGETHER = 4", "TOGETHER = 1"), "sm_90", OPTIONS))
     assert "square_sum_kernel: 2 loads of 16 bytes, not 8" in found
@@ -172,14 +172,14 @@ def test_too_few_loads_at_once_are_seen():
 
 def test_too_many_instructions_are_seen():
     given = variant(rules.ADAGRAD, "bf16")
-    slow = source.source(given).replace("sqrtf(sum)", "sqrtf(sqrtf(sum))")
+    slow = codegen.source(given).replace("sqrtf(sum)", "sqrtf(sqrtf(sum))")
     found = faults(given, nvrtc.kernels(slow, "sm_100", OPTIONS), "sm_100")
     assert any("update_kernel" in each and "of the memory's time" in each for each in found), found
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_nothing_is_flushed_to_zero(rule):
-    text = source.source(variant(rule, "fp32"))
+    text = codegen.source(variant(rule, "fp32"))
     assert ".ftz.f32" not in nvrtc.ptx(text, "sm_90", OPTIONS)
     assert ".ftz.f32" in nvrtc.ptx(text, "sm_90", (*OPTIONS, *CUPY))
 
@@ -194,7 +194,7 @@ def test_the_elementwise_kernel_compiles_as_cupy_writes_it(rule):
     cupy = pytest.importorskip("cupy")
     from cupy._core import _carray, _kernel
 
-    given, changed, operation = source.elementwise(rule)
+    given, changed, operation = codegen.elementwise(rule)
     kernel = cupy.ElementwiseKernel(given, changed, operation, name="elementwise")
     # What CuPy knows of arguments when they are there: arrays (1), sizes (2) and numbers (3).
     kinds = {

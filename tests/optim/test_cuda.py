@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gpukern.optim as optim
-from gpukern.optim._fused import cuda, source, tensor_group
+from gpukern.optim._fused import codegen, cuda, tensor_group
 from gpukern.runtime.mode import EMULATE
 from tests.optim.cases import FULL, Case, give_gradients, parameters
 from tests.optim.cupy_stub import Stub, TorchStream
@@ -22,7 +22,7 @@ def stub(monkeypatch):
     """Parameters on the CPU are taken for those of device 3; its current stream is number 7."""
     stubs, current = [], [TorchStream(7)]
 
-    def program(variant: source.Variant, device: torch.device) -> cuda.DeviceProgram:
+    def program(variant: codegen.Variant, device: torch.device) -> cuda.DeviceProgram:
         stubs.append(Stub(variant))
         monkeypatch.setattr(cuda, "_cupy", lambda: stubs[-1].module)
         return cuda.DeviceProgram(variant, 3)
@@ -56,7 +56,7 @@ def test_what_cupy_is_given_updates_the_parameters(case, request):
     (only,) = stubs
     norms = ["norms_kernel"] if case.name in ("LARS", "LAMB") else []
     assert [launch.kernel for launch in only.launches] == 3 * ["square_sum_kernel", *norms, "update_kernel"]
-    assert only.sources == [(source.source(only.variant), ("-arch=sm_90", "--std=c++17"))]
+    assert only.sources == [(codegen.source(only.variant), ("-arch=sm_90", "--std=c++17"))]
 
 
 @emulated
@@ -64,7 +64,7 @@ def test_all_kernels_are_loaded_before_the_first_launch(stub):
     """A graph may be captured after one step, whatever that launched."""
     stubs, _ = stub
     trained(BOTH_LAUNCHES, steps=1)
-    assert sorted(stubs[0].loaded) == [(name, 3) for name in sorted(source.kernels(stubs[0].variant.rule))]
+    assert sorted(stubs[0].loaded) == [(name, 3) for name in sorted(codegen.kernels(stubs[0].variant.rule))]
 
 
 @emulated
@@ -78,7 +78,7 @@ def test_launches_go_to_the_device_and_torchs_current_stream(stub):
         optimizer.step()
     launches = stubs[0].launches
     assert [launch.stream for launch in launches] == [7, 9, 9, 7, 0]
-    assert {(launch.device, launch.block) for launch in launches} == {(3, (source.THREADS,))}
+    assert {(launch.device, launch.block) for launch in launches} == {(3, (codegen.THREADS,))}
     assert stubs[0].current_device == 0, "the user's device is current again"
     assert stubs[0].wrapped == [7, 9, 0], "a stream is made CuPy's once"
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import gpukern.optim as optim
-from gpukern.optim._fused import device_tables, host, source, tensor_group
+from gpukern.optim._fused import codegen, device_tables, host, tensor_group
 from gpukern.runtime.mode import Mode, force_mode
 from tests.optim.cases import FULL, Case, give_gradients, parameters
 
@@ -75,7 +75,7 @@ def test_every_element_is_updated_once(size, offset):
 
 def changed(monkeypatch, *changes: tuple[str, str]) -> None:
     """Compile the kernels with these changes of their text."""
-    text = source.source
+    text = codegen.source
 
     def other(variant, platform):
         found = text(variant, platform)
@@ -117,7 +117,7 @@ def test_a_tensor_that_begins_elsewhere_is_no_burden_to_the_others(
     starts |= {"load4(unsigned long long from": "narrow", "store4(unsigned long long to": "narrow"}
     changes = [("#include <vector>\n", "#include <vector>\n" + counters)]
     for start, which in starts.items():
-        line = next(line for line in (source._HERE / "host.h").read_text().splitlines() if start in line)
+        line = next(line for line in (codegen._HERE / "host.h").read_text().splitlines() if start in line)
         changes.append((line, line.replace("{", f"{{ ++{which}_count;", 1)))
     agreed = "walk_runs<true>(work, body);"
     changed(monkeypatch, *changes, (agreed, f"++agreeing_count, {agreed}"))

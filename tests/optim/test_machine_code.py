@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpukern.optim._fused import rules, source
-from gpukern.optim._fused.machine_code import OPTIONS, machine_code
+from gpukern.optim._fused import codegen, rules
+from gpukern.optim._fused.nvrtc import OPTIONS, machine_code
 from gpukern.runtime import cache
 from tests.optim.cupy_stub import Nvrtc
 
@@ -99,8 +99,8 @@ def test_cupys_nvrtc_does_it(folder):
         nvrtc.getVersion()
     except Exception as missing:
         pytest.skip(f"CuPy finds no NVRTC: {missing}")
-    given = source.Variant(rules.SGD, *["float32"] * 3, (), 128)
-    assert machine_code(nvrtc, source.source(given), 90).startswith(b"\x7fELF")
-    assert b".target sm_" in machine_code(nvrtc, source.source(given), max(nvrtc.getSupportedArchs()) + 1)
+    given = codegen.Variant(rules.SGD, *["float32"] * 3, (), 128)
+    assert machine_code(nvrtc, codegen.source(given), 90).startswith(b"\x7fELF")
+    assert b".target sm_" in machine_code(nvrtc, codegen.source(given), max(nvrtc.getSupportedArchs()) + 1)
     with pytest.raises(RuntimeError, match='identifier "unknown" is undefined'):
         machine_code(nvrtc, 'extern "C" __global__ void kernel() { unknown(); }', 90)

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import gpukern.optim as optim
 from gpukern.runtime.mode import Mode, force_mode
@@ -355,3 +356,28 @@ def test_sparse_gradients_are_refused_in_torchs_words(name):
             getattr(which, name)([parameter], lr=0.1).step()
         told.append(str(refused.value))
     assert told[0] == told[1]
+
+
+# ---- parameters without values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [{}, {"max_grad_norm": 1.0}], ids=["alone", "clipped"])
+@pytest.mark.parametrize("how", ["meta", "fake"])
+@pytest.mark.parametrize("name", {**KINDS, **OWN})
+def test_states_of_parameters_without_values_are_made(name, how, more):
+    """As to estimate the memory that a training takes: nothing is computed."""
+    with FakeTensorMode() if how == "fake" else torch.device("meta"):
+        given = [torch.nn.Parameter(torch.empty(shape, dtype=torch.bfloat16)) for shape in ((3, 4), (1,))]
+        optimizer = getattr(optim, name)(given, **{**KINDS, **OWN}[name], **more, state_dtype=torch.float32)
+        for _ in range(2):
+            for parameter in given:
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+        saved = optimizer.state_dict()["state"]
+    expected = getattr(optim, name)(parameters(), **{**KINDS, **OWN}[name])
+    step(expected, 1)
+    for number, held in saved.items():
+        assert held.keys() == expected.state_dict()["state"][number].keys()
+        for key in names(held):
+            assert (held[key].shape, held[key].dtype) == (given[number].shape, torch.float32)
+            assert type(held[key]) is type(given[number].detach())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gpukern.optim as optim
-from gpukern.optim._fused import device_tables, host, source
+from gpukern.optim._fused import codegen, device_tables, host
 from gpukern.optim._fused.rules import ADAM, LAMB, SGD
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of the kernels as the host has them")
@@ -35,13 +35,13 @@ def test_chunk_sizes_fill_the_device():
 
 
 def test_tables_are_laid_out_as_the_compiler_lays_out_structs(tmp_path):
-    variant = source.Variant(LAMB, "float32", "bfloat16", "float16", ("exp_avg", "exp_avg_sq"), 128)
+    variant = codegen.Variant(LAMB, "float32", "bfloat16", "float16", ("exp_avg", "exp_avg_sq"), 128)
     wanted = {
         "Tensor": device_tables.tensor_type(2),
         "Group": device_tables.group_type(LAMB),
         "Arguments": device_tables.arguments_type(128),
     }
-    text = source.source(variant, "host.h") + "\n#include <cstdio>\n#include <cstddef>\nint main() {\n"
+    text = codegen.source(variant, "host.h") + "\n#include <cstdio>\n#include <cstddef>\nint main() {\n"
     for name, dtype in wanted.items():
         text += f'printf("%zu", sizeof({name}));\n'
         fields = [n for n in dtype.names if name != "Group" or n == "lr_place"]
@@ -59,7 +59,7 @@ def test_tables_are_laid_out_as_the_compiler_lays_out_structs(tmp_path):
 
 def test_elementwise_form_is_the_same_rule(tmp_path):
     """As cupy.ElementwiseKernel has it, here in a loop of the host's."""
-    *parameters_text, operation = source.elementwise(ADAM)
+    *parameters_text, operation = codegen.elementwise(ADAM)
     kinds = {"float32": "float", "float64": "double"}
     names = [word.split() for word in ", ".join(parameters_text).split(", ")]
     changed = ["p", *(state.name for state in ADAM.states)]
@@ -91,9 +91,9 @@ def test_the_elementwise_kernel_is_cupy_s(monkeypatch):
     stub = types.SimpleNamespace(ElementwiseKernel=lambda *texts, name: made.append((texts, name)))
     monkeypatch.setitem(sys.modules, "cupy", stub)
     optim.elementwise_kernel("Adam")
-    assert made == [(source.elementwise(ADAM), "adam_elementwise_kernel")]
+    assert made == [(codegen.elementwise(ADAM), "adam_elementwise_kernel")]
     optim.elementwise_kernel("AdamW")
-    assert made[1:] == [(source.elementwise(ADAM), "adamw_elementwise_kernel")]
+    assert made[1:] == [(codegen.elementwise(ADAM), "adamw_elementwise_kernel")]
     with pytest.raises(ValueError, match="lamb needs norms of whole tensors"):
         optim.elementwise_kernel("LAMB")
     with pytest.raises(ValueError, match="unknown optimizer 'AdamX', expected one of SGD") as refused:
@@ -120,7 +120,7 @@ def test_programs_are_compiled_once(tmp_path, monkeypatch):
     compiled = []
     real = host._compile
     monkeypatch.setattr(host, "_compile", lambda *given: compiled.append(given) or real(*given))
-    variant = source.Variant(SGD, "float32", "float32", "float32", (), 128)
+    variant = codegen.Variant(SGD, "float32", "float32", "float32", (), 128)
     library = host._library.__wrapped__
     assert library(variant) == library(variant) and len(compiled) == 1
     assert [path.suffix for path in (tmp_path / "gpukern" / "host").iterdir()] == [".so"]

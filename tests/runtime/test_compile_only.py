@@ -85,7 +85,7 @@ def test_compile_time_arguments_by_position_are_the_same_launch(run):
     """As convolutions hand them on: what is recorded and compiled has them by name all the same."""
     same, options, count, refusal = run(
         """
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 given = {"num_warps": 4, "BLOCK": 64}
 arguments = (tensor(64), (tensor(1), 3), tensor(64), 64)
 with record_launches(H100) as launches:

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
 from gpukern.runtime import emulation
-from gpukern.runtime.launch import index_type, launch
+from gpukern.runtime.launcher import index_type, launch
 from gpukern.runtime.strides import reach
 
 emulation.prepare()

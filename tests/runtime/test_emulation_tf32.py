@@ -16,7 +16,7 @@ import triton.language as tl
 
 from gpukern.runtime import emulation
 from gpukern.runtime.emulation_tf32 import cut_to_tf32, round_to_tf32
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launcher import launch
 from gpukern.runtime.precision import TF32X3
 
 emulation.prepare()

@@ -12,7 +12,7 @@ import torch
 import gpukern.functional as F
 from gpukern.runtime.compile_only import record_launches
 from gpukern.runtime.device import H100
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launcher import launch
 from tests.compile.small_kernels import copy_gluon_kernel
 
 def tensor(*shape):

@@ -11,7 +11,7 @@ from gpukern.conv import database, launch, planner
 from gpukern.conv.plan import ConvPlan
 from gpukern.conv.prepare import prepare_launch
 from gpukern.runtime.mode import EMULATE
-from gpukern.tune import measure
+from gpukern.tune import measurement
 from tests.device import DEVICE
 
 
@@ -32,13 +32,13 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
 @pytest.fixture
 def few(monkeypatch) -> None:
     """Only so many plans of each problem are tried, the planner's choice among them."""
-    all_of_them = measure.worth_trying
+    all_of_them = measurement.worth_trying
 
     def some(ranked, heuristic):
         others = [plan for plan in all_of_them(ranked, heuristic) if plan != heuristic]
         return [heuristic, *(plan for plan in others if not planner.only_measured(plan))][:3]
 
-    monkeypatch.setattr(measure, "worth_trying", some)
+    monkeypatch.setattr(measurement, "worth_trying", some)
 
 
 @pytest.fixture

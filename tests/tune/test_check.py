@@ -10,7 +10,7 @@ from torch import nn
 
 from gpukern.conv.plan import Direction
 from gpukern.runtime.precision import TF32_CUT, TF32_ROUNDED
-from gpukern.tune import check, measure
+from gpukern.tune import check, measurement
 from gpukern.tune.record import calls_of
 from tests.numerics import sum_bound
 from tests.tune.tools import Clock, call_of
@@ -76,4 +76,4 @@ def test_operands_are_laid_out_as_they_were_met(device, few):
         one = check.Check(call, device)
         assert one._first.stride() == view.stride() == call.first
         assert call.aligned == (name == "expanded") == (one._first.data_ptr() % 16 == 0)
-        assert not measure.measure(call, device, Clock()).rejected
+        assert not measurement.measure(call, device, Clock()).rejected

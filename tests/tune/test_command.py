@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gpukern.conv.plan import Direction
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.precision import fp32_products
-from gpukern.tune import command, measure, session, sources
+from gpukern.tune import command, measurement, session, sources
 from gpukern.tune.progress import Progress
 from gpukern.tune.record import calls_of
 from gpukern.tune.session import distinct
@@ -169,7 +169,7 @@ def test_the_command_ends_with_an_error_where_something_cannot_be_measured(devic
     def fails(call, device):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(measure, "Check", fails)
+    monkeypatch.setattr(measurement, "Check", fails)
     result = run("--layer", LAYERS[0], "--direction", "forward")
     assert result.exit_code == 1 and "out of memory" in result.stdout
 

@@ -13,7 +13,7 @@ from gpukern.conv.planner import Ranked
 from gpukern.conv.prepare import prepare_launch
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.roofline import Cost
-from gpukern.tune import measure
+from gpukern.tune import measurement
 from tests.tune.tools import LAYERS, Clock, call_of, entries, plans_of, quietly
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def test_the_fastest_plan_is_what_calls_get_from_then_on(folder, device):
 def test_two_percent_are_noise(device, few, microseconds, wins):
     call = call_of()
     heuristic, other, *_ = plans_of(call, device)
-    outcome = measure.measure(call, device, Clock({other: microseconds}))
+    outcome = measurement.measure(call, device, Clock({other: microseconds}))
     assert outcome.plan == (other if wins else heuristic)
     assert outcome.seconds == pytest.approx(1e-6 * (microseconds if wins else 10.0))
 
@@ -55,19 +55,19 @@ def test_a_lucky_sample_does_not_win(device, few):
         clock.microseconds[lucky] = 11.0
         return seconds
 
-    outcome = measure.measure(call, device, timer)
+    outcome = measurement.measure(call, device, timer)
     assert outcome.plan == heuristic and outcome.heuristic_seconds == pytest.approx(10e-6)
-    assert clock.timed.count(lucky) == clock.timed.count(heuristic) == 1 + measure.ROUNDS
+    assert clock.timed.count(lucky) == clock.timed.count(heuristic) == 1 + measurement.ROUNDS
 
 
 def test_finalists_take_turns(device, monkeypatch):
-    monkeypatch.setattr(measure, "FINALISTS", 2)
+    monkeypatch.setattr(measurement, "FINALISTS", 2)
     call = call_of()
     heuristic, *others = plans_of(call, device)
     fast, faster = others[:2]
     clock = Clock({fast: 3.0, faster: 2.0})
-    assert measure.measure(call, device, clock).plan == faster
-    assert clock.timed[-3 * measure.ROUNDS :] == [faster, fast, heuristic] * measure.ROUNDS
+    assert measurement.measure(call, device, clock).plan == faster
+    assert clock.timed[-3 * measurement.ROUNDS :] == [faster, fast, heuristic] * measurement.ROUNDS
 
 
 def test_hopeless_plans_are_not_tried():
@@ -76,7 +76,7 @@ def test_hopeless_plans_are_not_tried():
         return Ranked(ConvPlan("taps", 64, 64, 32, 4, stages), cost, 0.0)
 
     all_of_them = [ranked(1, 2.0), ranked(2, 1.0), ranked(3, 3.0), ranked(4, 3.1), ranked(5, 9.0)]
-    chosen = measure.worth_trying(all_of_them, all_of_them[4].plan)
+    chosen = measurement.worth_trying(all_of_them, all_of_them[4].plan)
     assert [plan.num_stages for plan in chosen] == [1, 2, 3, 5]
 
 
@@ -123,7 +123,7 @@ def test_unwritten_memory_is_seen_also_where_the_plan_before_wrote_it(device, fe
     monkeypatch.setattr(
         launch, "write", lambda prepared, *arguments: None if prepared.plan == lazy else write(prepared, *arguments)
     )
-    outcome = measure.measure(call, device, Clock({lazy: 1.0}))
+    outcome = measurement.measure(call, device, Clock({lazy: 1.0}))
     assert outcome.plan == heuristic and "nan" in outcome.rejected[lazy]
 
 
@@ -135,7 +135,7 @@ def test_what_fails_is_rejected_and_the_rest_goes_on(device, few, breaks):
         raise RuntimeError("out of resource: shared memory\nRequired: 300000\n")
 
     breaks(failing, fails)
-    outcome = measure.measure(call, device, Clock())
+    outcome = measurement.measure(call, device, Clock())
     assert outcome.plan == heuristic
     assert outcome.rejected == {failing: "RuntimeError: out of resource: shared memory"}
 
@@ -157,14 +157,14 @@ def test_where_every_plan_is_wrong_none_is_kept(folder, device, few, monkeypatch
 
 
 def test_a_problem_that_cannot_be_measured_is_no_end(folder, device, few, monkeypatch):
-    plain = measure.Check
+    plain = measurement.Check
 
     def no_memory_for_two_images(call, device):
         if call.problem.N == 2:
             raise RuntimeError("out of memory")
         return plain(call, device)
 
-    monkeypatch.setattr(measure, "Check", no_memory_for_two_images)
+    monkeypatch.setattr(measurement, "Check", no_memory_for_two_images)
     report = quietly([call_of(LAYERS[1]), call_of(LAYERS[0])], device, Clock())
     assert len(report.results) == len(entries(folder, device)) == 1
     assert report.failed == [(str(call_of(LAYERS[1])), "RuntimeError: out of memory")]

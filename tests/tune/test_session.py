@@ -8,7 +8,7 @@ import torch
 from gpukern.conv import database, launch
 from gpukern.conv.prepare import prepare_launch
 from gpukern.runtime.current_device import device_spec
-from gpukern.tune import TuneError, measure, session
+from gpukern.tune import TuneError, measurement, session
 from gpukern.tune.record import Call
 from gpukern.tune.session import distinct
 from tests.tune.tools import LAYERS, Clock, call_of, entries, plans_of, quietly
@@ -25,7 +25,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, device, few):
     def interrupted(candidate):
         nonlocal timed
         timed += 1
-        if timed > 3 * (1 + measure.ROUNDS):  # in the second problem
+        if timed > 3 * (1 + measurement.ROUNDS):  # in the second problem
             raise KeyboardInterrupt
         return clock(candidate)
 
@@ -88,7 +88,7 @@ def test_a_plan_that_takes_the_device_away_is_noted_and_left_out_next_time(folde
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     breaks(deadly, illegal)
-    monkeypatch.setattr(measure, "is_lost", lambda device: True)
+    monkeypatch.setattr(measurement, "is_lost", lambda device: True)
     with pytest.raises(TuneError, match=r"illegal memory access.* goes on without that plan"):
         quietly([call, other], device, Clock())
     (entry,) = entries(folder, device).values()
@@ -128,9 +128,9 @@ def test_only_a_device_that_answers_no_more_is_lost(monkeypatch):
             raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert not measure.is_lost(torch.device("cpu")) and not measure.is_lost(gpu)
+    assert not measurement.is_lost(torch.device("cpu")) and not measurement.is_lost(gpu)
     answers = False
-    assert measure.is_lost(gpu)
+    assert measurement.is_lost(gpu)
 
 
 def test_a_file_that_is_not_ours_is_refused_before_anything_is_measured(folder, device):

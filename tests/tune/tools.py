@@ -7,7 +7,7 @@ from pathlib import Path
 from gpukern.conv import database, planner
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.runtime.current_device import device_spec
-from gpukern.tune import measure, sources
+from gpukern.tune import measurement, sources
 from gpukern.tune.record import Call
 from gpukern.tune.session import tune_calls
 
@@ -25,7 +25,7 @@ def plans_of(call: Call, device) -> list[ConvPlan]:
     spec = device_spec(device)
     ranked = planner.ranking(call.problem, call.direction, call.operands, spec)
     heuristic = planner.heuristic_plan(call.problem, call.direction, call.operands, spec)
-    tried = [plan for plan in measure.worth_trying(ranked, heuristic) if not planner.only_measured(plan)]
+    tried = [plan for plan in measurement.worth_trying(ranked, heuristic) if not planner.only_measured(plan)]
     return sorted(tried, key=lambda plan: plan != heuristic)
 
 
@@ -36,7 +36,7 @@ class Clock:
         self.microseconds = microseconds or {}
         self.timed: list[ConvPlan] = []
 
-    def __call__(self, candidate: measure.Candidate) -> float:
+    def __call__(self, candidate: measurement.Candidate) -> float:
         if candidate.plan not in self.timed:  # once shows that it can be called; the interpreter is slow
             candidate()
         self.timed.append(candidate.plan)

@@ -7,7 +7,7 @@ from gpukern.conv.plan import ConvPlan, Direction, Operands
 from gpukern.conv.planner import Ranked, heuristic_plan, only_measured, ranked, ranking
 from gpukern.conv.pooled.problem import windows_of
 from gpukern.conv.problem import ConvProblem, pooled_problem
-from gpukern.ops._pool2d import cost as pool
+from gpukern.ops._pool2d import cost_model as pool
 from gpukern.runtime.device import DeviceSpec
 
 

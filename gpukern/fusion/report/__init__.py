@@ -62,6 +62,6 @@ class FusionReport(ReportValues):
         return render(self)
 
     def __str__(self) -> str:
-        from gpukern.fusion.report.terminal import as_text
+        from gpukern.tables import as_text
 
         return as_text(self)

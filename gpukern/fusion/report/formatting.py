@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from gpukern.formatting import MISSING, count, error, micro, milli, number, percent, ratio, size
 from gpukern.fusion.report.values import FusedGroup, ReportValues, Verification
-
-#: Where a value is not known.
-NONE = "–"
 
 
 class Line(NamedTuple):
@@ -27,40 +24,13 @@ def clean(text: str) -> str:
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def digits(value: float, significant: int = 3) -> str:
-    """12,345 or 123 or 1.23 or 0.0123."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    return f"{value:,.{max(0, significant - 1 - math.floor(math.log10(abs(value))))}f}"
-
-
-def megabytes(size: float | None) -> str:
-    return NONE if size is None else f"{digits(size / 1e6)} MB"
-
-
-def micro(seconds: float | None) -> str:
-    return NONE if seconds is None else f"{digits(seconds * 1e6)} µs"
-
-
-def milli(seconds: float) -> str:
-    return f"{digits(seconds * 1e3)} ms"
-
-
-def error(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1e}"
-
-
-def percent(share: float | None) -> str:
-    """Rounded down: only all of it is 100%."""
-    return NONE if share is None else f"{math.floor(share * 1000) / 10:g}%"
+def agreement(share: float | None) -> str:
+    """The share of rows with the truth's argmax."""
+    return percent(share, 1)
 
 
 def times(more: float, less: float) -> str:
-    return f"{digits(more / less)}×" if less else ""
+    return ratio(more / less) if less else ""
 
 
 def allowed(verification: Verification) -> str:
@@ -75,8 +45,8 @@ def comparison(report: ReportValues) -> list[Line]:
         _counted("operators per forward", before.operators, after.operators),
         Line(
             "activations moved per forward",
-            megabytes(before.activation_bytes),
-            megabytes(after.activation_bytes),
+            size(before.activation_bytes),
+            size(after.activation_bytes),
             times(before.activation_bytes, after.activation_bytes),
         ),
         _counted("parameters", before.parameters, after.parameters),
@@ -84,7 +54,7 @@ def comparison(report: ReportValues) -> list[Line]:
     if check := report.verification:
         lines.append(Line(f"error against {check.truth}", error(check.unfused), error(check.error), allowed(check)))
         if check.argmax_agreement is not None:
-            lines.append(Line("rows with the truth's argmax", NONE, percent(check.argmax_agreement), ""))
+            lines.append(Line("rows with the truth's argmax", MISSING, agreement(check.argmax_agreement), ""))
     return [*lines[:1], *_kernels(report), *lines[1:], *_timings(report)]
 
 
@@ -106,14 +76,14 @@ def _timings(report: ReportValues) -> list[Line]:
         Line("latency, p99", milli(before.p99), milli(after.p99), times(before.p99, after.p99)),
         Line(
             "images per second",
-            digits(before.images_per_second, 4),
-            digits(after.images_per_second, 4),
+            number(before.images_per_second, 4),
+            number(after.images_per_second, 4),
             times(after.images_per_second, before.images_per_second),
         ),
         Line(
             "peak memory",
-            megabytes(before.peak_memory),
-            megabytes(after.peak_memory),
+            size(before.peak_memory),
+            size(after.peak_memory),
             times(before.peak_memory, after.peak_memory),
         ),
     ]
@@ -152,9 +122,9 @@ def _columns(report: ReportValues) -> tuple[Column, ...]:
         Column("pattern", False, lambda group: clean(group.pattern)),
         Column("operator", False, lambda group: clean(group.operator)),
         Column("dtype", False, lambda group: _dtype(group, report)),
-        Column("plan", False, lambda group: clean(group.plan) or NONE),
+        Column("plan", False, lambda group: clean(group.plan) or MISSING),
         Column("error", True, lambda group: error(group.error)),
-        Column("bytes", True, lambda group: megabytes(group.bytes)),
+        Column("bytes", True, lambda group: size(group.bytes)),
         Column("floor", True, lambda group: micro(group.floor)),
         Column("expected", True, lambda group: micro(group.expected)),
     )
@@ -164,12 +134,12 @@ def _dtype(group: FusedGroup, report: ReportValues) -> str:
     """Where it is not the model's, and why not."""
     if group.note:
         return clean(f"{group.dtype}: {group.note}")
-    return NONE if group.dtype == report.dtype else clean(group.dtype)
+    return MISSING if group.dtype == report.dtype else clean(group.dtype)
 
 
 def columns(report: ReportValues) -> list[Column]:
     """Those of which a group of the report has something to say."""
-    return [column for column in _columns(report) if any(column.cell(group) != NONE for group in report.fused)]
+    return [column for column in _columns(report) if any(column.cell(group) != MISSING for group in report.fused)]
 
 
 def headline(report: ReportValues) -> str:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from gpukern import tables
 from gpukern.fusion.report import formatting
 from gpukern.fusion.report.values import ReportValues
+from gpukern.tables import Column
 
-#: Columns of what goes into a pipe: no window to fit, and nothing may be cut off.
-_WIDE = 180
 #: Names listed of those that share a reason; a page or JSON has all of them.
 _LISTED = 6
-
-
-def as_text(report: ReportValues) -> str:
-    console = Console(width=_WIDE, color_system=None, highlight=False, file=io.StringIO())
-    console.print(render(report))
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def render(report: ReportValues) -> RenderableType:
@@ -39,21 +31,12 @@ def render(report: ReportValues) -> RenderableType:
     )
 
 
-def _table(*columns: tuple[str, bool]) -> Table:
-    """Columns by name, and whether they hold numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, numbers in columns:
-        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
-    return table
-
-
 def _comparison(report: ReportValues) -> RenderableType:
-    table = _table(("", False), ("before", True), ("after", True), ("gain", False))
+    table = tables.table("", *tables.numbers("before", "after"), "gain")
     for line in formatting.comparison(report):
         table.add_row(line.name, line.before, Text(line.after, style="bold"), line.gain)
     if report.verification is None:
         table.caption = Text("not verified", style="yellow")
-        table.caption_justify = "left"
     return table
 
 
@@ -62,7 +45,7 @@ def _groups(report: ReportValues) -> Iterator[RenderableType]:
     if not report.fused:
         return
     columns = formatting.columns(report)
-    table = _table(("", True), *((column.name, column.numbers) for column in columns))
+    table = tables.table(Column(""), *(Column(column.name, column.numbers) for column in columns))
     for number, group in enumerate(report.fused, start=1):
         table.add_row(str(number), *(Text(column.cell(group)) for column in columns))
     yield Text("fused", style="bold")

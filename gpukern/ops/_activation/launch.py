@@ -7,7 +7,7 @@ import triton
 
 from gpukern.ops._activation import kernels
 from gpukern.ops._activation.properties import PROPERTIES
-from gpukern.runtime.launch import index_type, launch
+from gpukern.runtime.launcher import index_type, launch
 from gpukern.runtime.tensors import check_kernel_dtype, elementwise_like
 
 # 1024 elements on 4 warps are 8 for each thread: one 16-byte access in half precision, two in fp32.

@@ -1,4 +1,4 @@
-"""Batch norm kernels. Images are :class:`gpukern.ops._image.Image`: a pointer and the strides of [N, C, H, W].
+"""Batch norm kernels. Images are :class:`gpukern.ops._images.Image`: a pointer and the strides of [N, C, H, W].
 
 Tiles are [BLOCK_P, BLOCK_C], what belongs to pixels alone [BLOCK_P, 1] and to channels [1, BLOCK_C]. A *step* is one
 tile of pixels; programs that sum take several, of one tile of channels. All arithmetic is fp32, every sum has a fixed

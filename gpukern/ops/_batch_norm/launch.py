@@ -10,7 +10,7 @@ from gpukern.ops._batch_norm import functions, kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
 from gpukern.runtime.integers import cdiv, power_of_two
-from gpukern.runtime.launch import launch
+from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
 from gpukern.runtime.tensors import check_kernel_dtype
 

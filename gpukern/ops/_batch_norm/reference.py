@@ -10,7 +10,7 @@ from gpukern.ops._activation import reference as activations
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.runtime.tensors import format_kept_by, laid_out
-from gpukern.runtime.transforms import total
+from gpukern.runtime.transforms import overwrite, total
 
 
 def batch_norm(
@@ -91,7 +91,7 @@ def update(running: Running, mean: torch.Tensor, variance: torch.Tensor, count: 
     """``old ← (1 − momentum) · old + momentum · new`` in place; the variance unbiased, from ``count`` values."""
     with torch.no_grad():
         for old, new in ((running.mean, mean), (running.variance, variance * (count / (count - 1)))):
-            old.copy_((1 - running.momentum) * old.to(new.dtype) + running.momentum * new)
+            overwrite(old, (1 - running.momentum) * old.to(new.dtype) + running.momentum * new)
 
 
 def batch_norm_backward(

@@ -9,12 +9,12 @@ import torch
 import triton.language as tl
 
 from gpukern.ops._batch_norm.functions import Sizes
-from gpukern.ops._batch_norm.plan import BatchNormPlan, plan
+from gpukern.ops._batch_norm.planner import BatchNormPlan, plan
 from gpukern.ops._batch_norm.problem import Shape, walk
-from gpukern.ops._image import Image
+from gpukern.ops._images import Image
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import DeviceSpec
-from gpukern.runtime.launch import index_type
+from gpukern.runtime.launcher import index_type
 from gpukern.runtime.strides import reach
 from gpukern.runtime.tensors import format_kept_by
 

@@ -1,4 +1,4 @@
-"""Pooling kernels. Images are :class:`gpukern.ops._image.Image`: a pointer and the strides of [N, C, H, W].
+"""Pooling kernels. Images are :class:`gpukern.ops._images.Image`: a pointer and the strides of [N, C, H, W].
 
 Tiles are [BLOCK_CHANNELS, BLOCK_PIXELS]; what belongs to pixels alone is [1, BLOCK_PIXELS]. Pixels are counted
 through the whole batch. Backward kernels gather: each input pixel asks the windows that see it, in a fixed order,

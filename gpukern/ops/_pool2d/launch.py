@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._image import Image, image, strides_of
+from gpukern.ops._images import Image, image, strides_of
 from gpukern.ops._pool2d import kernels
-from gpukern.ops._pool2d.plan import Tile, plan
+from gpukern.ops._pool2d.planner import Tile, plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import CompileTime, compile_time, index_type, launch
+from gpukern.runtime.launcher import CompileTime, compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 from gpukern.runtime.tensors import check_kernel_dtype
 

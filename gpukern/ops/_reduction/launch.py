@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.ops._image import Image, image
+from gpukern.ops._images import Image, image
 from gpukern.ops._reduction import kernels
 from gpukern.ops._reduction.splits import channel_sum_splits
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.integers import cdiv, power_of_two
-from gpukern.runtime.launch import index_type, launch
+from gpukern.runtime.launcher import index_type, launch
 from gpukern.runtime.strides import dense_strides, reach
 from gpukern.runtime.tensors import check_kernel_dtype
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpukern.optim._fused.machine_code import machine_code
-from gpukern.optim._fused.source import THREADS, Variant, kernels, source
+from gpukern.optim._fused.codegen import THREADS, Variant, kernels, source
+from gpukern.optim._fused.nvrtc import machine_code
 
 
 class DeviceProgram:

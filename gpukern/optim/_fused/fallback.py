@@ -1,4 +1,4 @@
-"""Parameters updated by plain torch: on a CPU without emulation, and those with sparse gradients."""
+"""Parameters updated by plain torch: on a CPU without emulation, and those with sparse gradients or without values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from gpukern.optim._fused.param_state import Amp, Entry, Settings, local_gradient, place_of
+from gpukern.optim._fused.param_state import Amp, Entry, Settings, has_values, local_gradient, place_of
 from gpukern.optim._fused.reference import UPDATES
 from gpukern.optim._fused.rules import Rule
 
@@ -19,7 +19,8 @@ class Plain:
         self.device = entries[0].parameter.device
         self._rule, self._settings = rule, settings
         self._owners = [entry.owner for entry in entries]
-        self._place_of = place_of(self._owners)
+        self._has_values = has_values(entries[0].parameter)
+        self._place_of = place_of(self._owners) if self._has_values else id
         self._places = list(map(self._place_of, self._owners))
         self._square_sum = torch.zeros(1, dtype=torch.float64, device=self.device)
 
@@ -32,6 +33,8 @@ class Plain:
         return list(map(self._place_of, self._owners)) == self._places
 
     def square_sum(self, amp: Amp) -> torch.Tensor:
+        if not self._has_values:
+            return self._square_sum
         scale = 1.0 if amp.grad_scale is None else amp.grad_scale.item()
         squares = [(g.to(_wide(g)) / scale).double().square().sum() for g in self._taken if g is not None]
         self._square_sum.copy_(sum(squares, torch.zeros((), dtype=torch.float64, device=self.device)))
@@ -40,6 +43,8 @@ class Plain:
     def update(self, amp: Amp) -> None:
         # Held no longer: what zero_grad() gives up is free for the next backward.
         taken, self._taken = self._taken, []
+        if not self._has_values:
+            return
         if amp.found_inf is not None and amp.found_inf.item() != 0:
             return
         for number, (entry, gradient) in enumerate(zip(self.entries, taken, strict=True)):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpukern.optim._fused.source import Variant, source
+from gpukern.optim._fused.codegen import Variant, source
 from gpukern.runtime.cache import cache_folder
 from gpukern.runtime.files import replacing
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gpukern.optim._fused.rules import Rule
 
@@ -68,6 +69,11 @@ def local_gradient(owner: torch.Tensor) -> torch.Tensor | None:
     gradient = local(gradient)
     # It may still be on its way from other processes.
     return gradient.wait() if hasattr(gradient, "wait") else gradient
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether there is anything to compute: not on the meta device, nor of a tracer, which estimate the memory."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def is_shard(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from gpukern.optim._fused.device_tables import GRADIENTS
 from gpukern.optim._fused.fallback import Plain
 from gpukern.optim._fused.hyperparameters import Numbers
-from gpukern.optim._fused.param_state import Amp, Entry, Settings, kept, local
+from gpukern.optim._fused.param_state import Amp, Entry, Settings, has_values, kept, local
 from gpukern.optim._fused.rules import Rule
 from gpukern.optim._fused.tensor_group import Bundle
 from gpukern.runtime.mode import Mode, mode_of
@@ -145,7 +145,7 @@ def _kind(entry: Entry, gradient: torch.Tensor, rule: Rule) -> tuple:
     """Those of one kind can be updated together."""
     parameter = entry.parameter
     mode = mode_of(parameter)
-    if gradient.layout is not torch.strided:
+    if gradient.layout is not torch.strided or not has_values(parameter):
         mode = Mode.REFERENCE
     if mode is Mode.REFERENCE:
         return mode, parameter.device

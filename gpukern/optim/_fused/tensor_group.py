@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from gpukern.optim._fused.codegen import Variant
 from gpukern.optim._fused.device_tables import Row, arguments_type, chunk_size, groups_table, room_for, tables
 from gpukern.optim._fused.param_state import (
     Amp,
@@ -23,7 +24,6 @@ from gpukern.optim._fused.param_state import (
     same_order,
 )
 from gpukern.optim._fused.rules import Rule
-from gpukern.optim._fused.source import Variant
 
 _place, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
 _gradient, _dtype, _layout = map(operator.attrgetter, ("grad", "dtype", "layout"))

@@ -13,9 +13,9 @@ from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Shape, Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import Image, strides_of
+from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
-from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 
 

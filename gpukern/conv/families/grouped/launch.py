@@ -10,8 +10,8 @@ from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import Image, strides_of
-from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.ops._images import Image, strides_of
+from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 
 

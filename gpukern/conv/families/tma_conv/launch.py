@@ -24,7 +24,7 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.integers import cdiv
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 
 def prepare(request: Request, plan: ConvPlan) -> Launch:

@@ -13,10 +13,10 @@ from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.layouts import Shape, Strides, pixel_stride
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import strides_of
+from gpukern.ops._images import strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.descriptor import Described, whole_run
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 
 def prepare(request: Request, plan: ConvPlan) -> Launch:

@@ -10,10 +10,10 @@ from gpukern.conv.families.tma_stem.plan import packed, window
 from gpukern.conv.indexing import Sizes
 from gpukern.conv.plan import ConvPlan
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._image import Image, strides_of
+from gpukern.ops._images import Image, strides_of
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.integers import cdiv, power_of_two
-from gpukern.runtime.launch import compile_time, index_type, launch
+from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 
 # A thread packs two pixels.

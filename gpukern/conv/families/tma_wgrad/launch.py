@@ -11,7 +11,7 @@ from gpukern.conv.plan import ConvPlan
 from gpukern.conv.request import Launch, Request
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.descriptor import Described, channel_run_strides
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 
 def prepare(request: Request, plan: ConvPlan) -> Launch:

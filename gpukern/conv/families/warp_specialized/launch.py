@@ -15,7 +15,7 @@ from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request
 from gpukern.runtime.descriptor import Described, channel_run_strides
-from gpukern.runtime.launch import compile_time, launch
+from gpukern.runtime.launcher import compile_time, launch
 
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 

@@ -6,8 +6,8 @@ import torch
 
 from gpukern.ops import linear as _linear
 from gpukern.ops.activation import check_activation
+from gpukern.runtime.amp import autocast, is_any_autocast_enabled
 from gpukern.runtime.arguments import check_operand_tensors
-from gpukern.runtime.autocast import autocast, is_any_autocast_enabled
 from gpukern.runtime.tensors import check_alike
 
 

@@ -11,8 +11,8 @@ from gpukern.ops import batch_norm as _batch_norm
 from gpukern.ops import conv_batch_norm as _conv_batch_norm
 from gpukern.ops._batch_norm.problem import check_several_values
 from gpukern.ops.activation import check_activation
+from gpukern.runtime.amp import autocast
 from gpukern.runtime.arguments import as_bool, as_float, as_int, as_pair, check_tensors
-from gpukern.runtime.autocast import autocast
 from gpukern.runtime.integers import require
 from gpukern.runtime.tensors import check_floating
 

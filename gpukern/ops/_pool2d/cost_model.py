@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 
-from gpukern.ops._pool2d.plan import PoolPlan
+from gpukern.ops._pool2d.planner import PoolPlan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv

@@ -18,8 +18,8 @@ from gpukern.runtime.roofline import Work
 _WITH_RESIDUAL = "bias + residual + ReLU"
 
 
-class FusedConvolutions(Convolutions):
-    name = "fused"
+class EpilogueConvolutions(Convolutions):
+    name = "epilogue"
     title = "Convolution with a fused epilogue"
     directions = {"bias + ReLU": Direction.FORWARD, _WITH_RESIDUAL: Direction.FORWARD}  # noqa: RUF012 - constant
     computations = tuple(directions)
@@ -108,4 +108,4 @@ def _one_pointwise_kernel(task: Task[ConvProblem]) -> Implementation:
     return Implementation("cuDNN + one kernel", setting, run, slow=True)
 
 
-register(FusedConvolutions())
+register(EpilogueConvolutions())
