@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -133,10 +134,10 @@ needs_descriptors = pytest.mark.skipif(
 
 
 class Refusing:
-    """In place of a kernel: every launch ends in ``words``."""
+    """In place of ``kernel``, with its signature: every launch ends in ``words``."""
 
-    def __init__(self, words: str) -> None:
-        self.words, self.launches = words, 0
+    def __init__(self, kernel: Any, words: str) -> None:
+        self.arg_names, self.words, self.launches = kernel.arg_names, words, 0
 
     def run(self, *arguments, **options):
         self.launches += 1
@@ -149,7 +150,7 @@ def driver(switch_off, monkeypatch):
     from gpukern.conv.families.tma_stem import kernels
 
     def refuse(words: str, module=kernels, name: str = "conv2d_stem_kernel") -> Refusing:
-        kernel = Refusing(words)
+        kernel = Refusing(getattr(module, name), words)
         monkeypatch.setattr(module, name, kernel)
         return kernel
 
