@@ -37,7 +37,7 @@ def minimum_work(problem: ConvProblem, direction: Direction, itemsize: int, kind
     return Work(2 * p.N * math.prod(taps) * p.K * p.group_inputs, elements * itemsize, kind)
 
 
-def cost(
+def least_cost(
     problem: ConvProblem,
     direction: Direction,
     plan: ConvPlan,

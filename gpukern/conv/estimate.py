@@ -1,6 +1,6 @@
 """How long a plan can be expected to take, to choose between plans. No torch, no Triton.
 
-:func:`gpukern.conv.cost.cost` is a bound that no launch beats; this is a guess at what one reaches:
+:func:`gpukern.conv.cost.least_cost` is a bound that no launch beats; this is a guess at what one reaches:
 
     seconds = launch · launches + max(busy, memory) + overlap · min(busy, memory)
     memory  = bytes / (bandwidth · share)
@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from gpukern.conv.cost import cost, is_elementwise, rate_of
+from gpukern.conv.cost import is_elementwise, least_cost, rate_of
 from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.geometry import channels_of
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
@@ -90,7 +90,7 @@ _REGISTERS, _THREADS, _PROGRAMS = 65536, 2048, 16
 _OTHER_REGISTERS, _OTHER_SHARED_MEMORY = 48, 1024
 
 
-def estimate(
+def cost_and_seconds(
     problem: ConvProblem,
     direction: Direction,
     plan: ConvPlan,
@@ -101,7 +101,7 @@ def estimate(
 ) -> tuple[Cost, float]:
     """(the bound of ``plan``, the seconds it is expected to take)."""
     peaks = assumed_peaks(device)
-    bound = cost(problem, direction, plan, tiles, operands, replace(device, peaks=peaks))
+    bound = least_cost(problem, direction, plan, tiles, operands, replace(device, peaks=peaks))
     return bound, expected(problem, direction, plan, tiles, operands, device, bound, constants)
 
 
@@ -115,7 +115,7 @@ def expected(
     bound: Cost,
     constants: Constants,
 ) -> float:
-    """Seconds; ``bound`` is what :func:`gpukern.conv.cost.cost` says of the plan."""
+    """Seconds; ``bound`` is what :func:`gpukern.conv.cost.least_cost` says of the plan."""
     if not bound.launches:
         return bound.seconds
     peaks = assumed_peaks(device)

@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from gpukern.conv.estimate import estimate
+from gpukern.conv.estimate import cost_and_seconds
 from gpukern.conv.exclusions import Exclusion, exclusion
 from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.geometry import channels_of
@@ -54,7 +54,7 @@ def ranked(
 ) -> Ranked:
     """``plan`` with its cost, whether or not it is a candidate."""
     tiles = family_of(plan).tiles(problem, direction, plan)
-    return Ranked(plan, *estimate(problem, direction, plan, tiles, operands, device))
+    return Ranked(plan, *cost_and_seconds(problem, direction, plan, tiles, operands, device))
 
 
 def candidates(

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from gpukern.conv import launch
-from gpukern.conv.cost import cost, minimum_work
+from gpukern.conv.cost import least_cost, minimum_work
 from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.geometry import dimensions, gemm_mnk
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
@@ -75,7 +75,7 @@ def endless_memory(device):
 
 def costed(p, direction, choice, operands=HALF, device=H100):
     tiles = family_of(choice).tiles(p, direction, choice)
-    return cost(p, direction, choice, tiles, operands, device)
+    return least_cost(p, direction, choice, tiles, operands, device)
 
 
 # ---- by hand -------------------------------------------------------------------------------------------------------
