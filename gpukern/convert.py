@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch.nn.utils import parametrize
@@ -127,6 +127,14 @@ class ConversionReport:
         return f"{what}: {count(len(layers), noun)}{f' ({listed})' if listed else ''}"
 
 
+@overload
+def convert(
+    model: torch.nn.Module, inplace: bool = False, *, return_report: Literal[False] = False
+) -> torch.nn.Module: ...
+@overload
+def convert(
+    model: torch.nn.Module, inplace: bool = False, *, return_report: Literal[True]
+) -> tuple[torch.nn.Module, ConversionReport]: ...
 def convert(
     model: torch.nn.Module, inplace: bool = False, *, return_report: bool = False
 ) -> torch.nn.Module | tuple[torch.nn.Module, ConversionReport]:
