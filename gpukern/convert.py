@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch.nn.utils import parametrize
@@ -127,6 +127,14 @@ class ConversionReport:
         return f"{what}: {count(len(layers), noun)}{f' ({listed})' if listed else ''}"
 
 
+@overload
+def convert(
+    model: torch.nn.Module, inplace: bool = False, *, return_report: Literal[False] = False
+) -> torch.nn.Module: ...
+@overload
+def convert(
+    model: torch.nn.Module, inplace: bool = False, *, return_report: Literal[True]
+) -> tuple[torch.nn.Module, ConversionReport]: ...
 def convert(
     model: torch.nn.Module, inplace: bool = False, *, return_report: bool = False
 ) -> torch.nn.Module | tuple[torch.nn.Module, ConversionReport]:
@@ -294,7 +302,7 @@ def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:
     if not isinstance(module, gpukern.nn.Sequential):
         if not _has_torchs_forward(module):
             return []
-        module.__class__ = subclass_of(type(module))
+        module.__class__ = subclass_of(type(module))  # type: ignore[arg-type]  # classes are hashable
     layers = [slice(run.first, run.end) for run in found if all(map(is_plain, children[run.first : run.end]))]
     return [Together(tuple(names[of]), tuple(_torch_type(child).__name__ for child in children[of])) for of in layers]
 

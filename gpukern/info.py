@@ -203,7 +203,7 @@ def _device(index: int) -> Device:
         compute_capability=f"{properties.major}.{properties.minor}",
         sm_count=properties.multi_processor_count,
         memory=properties.total_memory,
-        shared_memory=properties.shared_memory_per_block_optin,
+        shared_memory=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
     )
 
 

@@ -79,4 +79,4 @@ def _extend(exporter: ModuleType) -> None:
         ours = {operator: function for operator, function in decompositions().items() if operator not in known}
         return {**make(known), **ours}
 
-    exporter.create_onnx_friendly_decomposition_table = make_with_ours
+    exporter.create_onnx_friendly_decomposition_table = make_with_ours  # type: ignore[attr-defined]

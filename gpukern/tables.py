@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -50,7 +50,7 @@ def table(*columns: str | Column, title: str = "", caption: str = "", narrow: bo
     for name, is_number, total in every:
         fixed = narrow and is_number
         heading = "\n".join(textwrap.wrap(name, _NARROW, break_long_words=False)) if fixed else name
-        justify = "right" if is_number else "left"
+        justify: Literal["right", "left"] = "right" if is_number else "left"
         made.add_column(Text(heading), total, justify=justify, overflow="fold", no_wrap=fixed, vertical="top")
     return made
 
@@ -73,9 +73,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
 
 def as_text(shown: RenderableType, width: int = WIDE) -> str:
     """What rich would print, without colours and trailing spaces."""
-    console = Console(width=width, color_system=None, highlight=False, file=io.StringIO())
+    written = io.StringIO()
+    console = Console(width=width, color_system=None, highlight=False, file=written)
     console.print(shown)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()).strip("\n")
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines()).strip("\n")
 
 
 def show(shown: RenderableType, width: int = WIDE) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -52,7 +53,11 @@ class StochasticDepth(nn.Module):
         return f"p={self.p}"
 
 
-def initialize(model: nn.Module, mode: str = "fan_out", linear: Callable[[torch.Tensor], object] | None = None) -> None:
+def initialize(
+    model: nn.Module,
+    mode: Literal["fan_in", "fan_out"] = "fan_out",
+    linear: Callable[[torch.Tensor], object] | None = None,
+) -> None:
     """Draw the weights of all convolutions, and with ``linear`` those of all linear layers; zero their biases.
 
     Convolutions: normal with std = √(2/fan). The ``mode`` "fan_in", C_in/groups·K², keeps the scale of what goes

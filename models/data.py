@@ -69,7 +69,7 @@ def load(directory: Path | None = None) -> Data:
 
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array))  # type: ignore[arg-type]
     return Data(directory, samples(train, train_labels), samples(held_out, held_out_labels), digest.hexdigest())
 
 

@@ -121,7 +121,8 @@ def _fuse(trainer: Trainer, console: Console) -> bool:
         f"The file {OUT / FUSED} runs anywhere (gpukern.load); gpukern explain shows how it was fused.",
         highlight=False,
     )
-    return fused.report.verification.passed
+    verification = fused.report.verification
+    return verification is not None and verification.passed
 
 
 def _emulated() -> list[Comparison]:

@@ -98,14 +98,16 @@ def _gradients(model: LeNet5, logits: torch.Tensor, loss_gradient: torch.Tensor)
 # rounding error, fp32 and fp64 may rightly choose differently, and the gradients then differ by far more than rounding.
 # There, and only there, the reference makes the choice that is right for the values the kernels were given.
 
+_Chooses = torch.nn.ReLU | torch.nn.MaxPool2d
 
-def _record_choice(choices: dict, name: str, layer: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+
+def _record_choice(choices: dict, name: str, layer: _Chooses, inputs: tuple, output: torch.Tensor) -> None:
     x = inputs[0].detach().cpu()
     choices[name] = x > 0 if isinstance(layer, torch.nn.ReLU) else _largest(x, layer)[1]
 
 
 def _follow_choice(
-    choices: dict, rounding: float, name: str, layer: torch.nn.Module, inputs: tuple, output: torch.Tensor
+    choices: dict, rounding: float, name: str, layer: _Chooses, inputs: tuple, output: torch.Tensor
 ) -> torch.Tensor:
     (x,), choice = inputs, choices[name]
     undecided = rounding * x.detach().abs().max()

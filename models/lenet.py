@@ -41,6 +41,11 @@ class LeNet5(torch.nn.Sequential):
     INPUT_SIZE = (1, 28, 28)
     CLASSES = 10
 
+    conv1: torch.nn.Conv2d
+    conv2: torch.nn.Conv2d
+    fc1: torch.nn.Linear
+    fc2: torch.nn.Linear
+
     def __init__(self, layers: ModuleType = gpukern.nn, batch_norm: bool = False) -> None:
         named = OrderedDict(
             conv1=layers.Conv2d(1, 20, kernel_size=5, padding=2, bias=not batch_norm),
@@ -66,6 +71,7 @@ class LeNet5(torch.nn.Sequential):
         The first is Kaiming/MSRA (He et al., "Delving Deep into Rectifiers", ICCV 2015): a ReLU drops half of the
         variance, the 2 restores it. The second is the lecture's Xavier, for outputs that stay as they are.
         """
+        layer: torch.nn.Conv2d | torch.nn.Linear
         for layer in (self.conv1, self.conv2, self.fc1):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:

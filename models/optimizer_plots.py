@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,13 +47,13 @@ def plot_losses(picture: Path, trainers: Sequence[Trainer], title: str) -> None:
     write(figure, picture)
 
 
-def _label_ends(axes: plt.Axes, ends: Mapping[str, float], rates: Mapping[str, float]) -> None:
+def _label_ends(axes: plt.Axes, ends: Mapping[str, float], rates: Mapping[str, float | None]) -> None:
     """Names beside the ends of their curves, one at least a line above the other."""
     if not ends:
         return
     line = 0.055  # of the height of the axes
     to_axes = axes.transScale + axes.transLimits
-    names = sorted(ends, key=ends.get)
+    names = sorted(ends, key=ends.__getitem__)
     heights: list[float] = []
     for name in names:
         height = to_axes.transform((0, ends[name]))[1]
@@ -69,7 +70,8 @@ def plot_paths(picture: Path, surfaces: Sequence[Surface] = SURFACES) -> None:
     """For every surface a panel for each of its optimizers: contour lines, and the way from the start to the end."""
     rows = [-(-len(surface.rates) // _COLUMNS) for surface in surfaces]
     figure = plt.figure(figsize=(10.5, 2.35 * sum(rows)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.12)
     parts = figure.subfigures(len(surfaces), 1, height_ratios=rows, squeeze=False)[:, 0]
     for part, surface, height in zip(parts, surfaces, rows, strict=True):
         part.suptitle(surface.title, fontsize=12)

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 #: The lecture averages the loss over the last (e.g.) 1000 samples.
 WINDOW = 1000
@@ -24,15 +25,15 @@ WINDOW = 1000
 _RAW, _MEAN, _ACCURACY = "#b8c4d6", "#1f4e9c", "#c2571a"
 
 
-def trailing_mean(losses: Sequence[float], sizes: Sequence[int], window: int = WINDOW) -> np.ndarray:
+def trailing_mean(losses: ArrayLike, sizes: ArrayLike, window: int = WINDOW) -> np.ndarray:
     """For every step, the loss averaged over the last ``window`` samples, or over all where there are fewer.
 
     ``losses`` are means over mini-batches of ``sizes`` samples, which count as a whole: batches of more than
     ``window`` samples are not averaged.
     """
-    sizes = np.asarray(sizes, dtype=np.float64)
-    samples = np.concatenate([[0], np.cumsum(sizes)])
-    sums = np.concatenate([[0], np.cumsum(np.asarray(losses) * sizes)])
+    counts = np.asarray(sizes, dtype=np.float64)
+    samples = np.concatenate([[0], np.cumsum(counts)])
+    sums = np.concatenate([[0], np.cumsum(np.asarray(losses) * counts)])
     last = np.arange(1, len(samples))
     first = np.minimum(np.searchsorted(samples, samples[1:] - window, side="left").clip(0), last - 1)
     return (sums[last] - sums[first]) / (samples[last] - samples[first])
@@ -52,12 +53,12 @@ def plot_convergence(
     sizes = batch_sizes(len(losses), training_size, batch_size)
     seen = np.cumsum(sizes)
     # A logarithm has no place for a loss that rounds to zero.
-    losses = np.maximum(np.asarray(losses, dtype=np.float64), 1e-7)
+    positive = np.maximum(np.asarray(losses, dtype=np.float64), 1e-7)
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(9, 6.5), sharex=True, height_ratios=(2.2, 1), layout="constrained"
     )
-    above.plot(seen, losses, color=_RAW, linewidth=0.8, label=f"every mini-batch ({batch_size} samples)")
-    above.plot(seen, trailing_mean(losses, sizes), color=_MEAN, linewidth=2, label=f"last {WINDOW:,} samples")
+    above.plot(seen, positive, color=_RAW, linewidth=0.8, label=f"every mini-batch ({batch_size} samples)")
+    above.plot(seen, trailing_mean(positive, sizes), color=_MEAN, linewidth=2, label=f"last {WINDOW:,} samples")
     above.set(yscale="log", ylabel="cross-entropy loss", title=title)
     above.legend(frameon=False)
     ends = training_size * np.arange(1, len(accuracies) + 1)

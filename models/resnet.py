@@ -79,6 +79,11 @@ class ResNet(nn.Module):
         channels of the first stage, 64 as published; each later stage has twice those of the one before.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(
         self,
         block: type[BasicBlock | Bottleneck],

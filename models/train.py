@@ -25,8 +25,8 @@ from gpukern.runtime.mode import mode_of
 from models import checkpoint, data, plots
 from models.trainer import OPTIMIZERS, Config, Trainer
 
-OptimizerName = Enum("OptimizerName", {name: name for name in OPTIMIZERS}, type=str)
-DeviceName = Enum("DeviceName", {name: name for name in ("auto", "cpu", "cuda")}, type=str)
+OptimizerName = Enum("OptimizerName", {name: name for name in OPTIMIZERS}, type=str)  # type: ignore[misc]
+DeviceName = Enum("DeviceName", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}, type=str)
 
 CHECKPOINT, LOSS_PLOT, FILTERS_PLOT = "checkpoint.pt", "loss.png", "filters.png"
 

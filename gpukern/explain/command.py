@@ -24,7 +24,7 @@ T = TypeVar("T")
 class _Questions(TyperGroup):
     """What is no command but a file is a saved model."""
 
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands and (args[0].endswith(".pt2") or Path(args[0]).is_file()):
             args = ["model", *args]
         return super().resolve_command(ctx, args)

@@ -146,7 +146,9 @@ def _padding(given: Pair | str, taps: Pair, stride: Pair, dilation: Pair) -> Pad
         if stride != (1, 1):
             raise ValueError("padding 'same' is for stride 1")
         return same_padding(taps, dilation)
-    vertical, horizontal = (0, 0) if given == "valid" else given
+    if isinstance(given, str):  # "valid"
+        return 0, 0, 0, 0
+    vertical, horizontal = given
     return vertical, vertical, horizontal, horizontal
 
 

@@ -24,7 +24,7 @@ from gpukern.ops._pool2d.cost_model import Pooling
 from gpukern.ops._pool2d.cost_model import cost as pool_cost
 from gpukern.ops._pool2d.cost_model import work as pool_work
 from gpukern.ops._pool2d.planner import plan as pool_plan
-from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.device import DeviceSpec, assumed_peaks
 from gpukern.runtime.roofline import Cost, Work, floor
 
 #: What of a part adds up.
@@ -158,13 +158,13 @@ def pool(layer: str, count: int, of: Pool, pooling: Pooling, setting: Setting) -
 
 def by_bytes(place: Place, moved: float, setting: Setting) -> Part:
     """The part of whatever reads its tensors and writes its result once: memory bounds it."""
-    cost = Cost(1, 0.0, 1.0, moved, 1, 0.0, moved / setting.device.peaks.bandwidth)
+    cost = Cost(1, 0.0, 1.0, moved, 1, 0.0, moved / assumed_peaks(setting.device).bandwidth)
     return priced(place, place.operation, Work(0.0, moved, setting.kind), cost, cost.seconds, setting.device)
 
 
 def priced(place: Place, plan: str, must: Work, cost: Cost, expected: float, device: DeviceSpec) -> Part:
     """``cost`` of the plan, beside what any implementation ``must`` do."""
-    least = floor(must, device.peaks)
+    least = floor(must, assumed_peaks(device))
     return Part(
         **dataclasses.asdict(place),
         plan=plan,

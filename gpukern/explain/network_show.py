@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -46,10 +46,13 @@ _NUMBERS: tuple[_Column, ...] = (
     ("expected µs", lambda part: number(part.expected_us)),
     ("expected / floor", lambda part: ratio(part.expected_us / part.floor_us)),
 )
-_CODE: tuple[_Column, ...] = tuple(
-    (name, lambda part, name=name: "–" if getattr(part, name) is None else str(getattr(part, name)))
-    for name in ("registers", "spills", "loop")
-)
+
+
+def _code(name: str) -> _Column:
+    return name, lambda part: "–" if getattr(part, name) is None else str(getattr(part, name))
+
+
+_CODE: tuple[_Column, ...] = tuple(map(_code, ("registers", "spills", "loop")))
 
 
 def columns(found: Sequence[Part]) -> tuple[list[_Column], list[_Column]]:
@@ -75,7 +78,7 @@ def summary(found: Sequence[Part], batch: int) -> str:
 
 def print_network(batches: Batches, heading: str) -> None:
     """A table for each batch size, in colour on a terminal, as plain text into anything else."""
-    shown = [Text(f"{heading}: predicted, not measured", style="bold")]
+    shown: list[RenderableType] = [Text(f"{heading}: predicted, not measured", style="bold")]
     for batch, found in batches.items():
         notes = (Text(note, style="dim") for note in _notes(found))
         shown += [Text(), _table(found, f"Batch {batch}", summary(found, batch)), *notes]

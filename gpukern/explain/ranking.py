@@ -23,6 +23,7 @@ from gpukern.conv import (
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import Question
 from gpukern.formatting import micro, number, percent, size
+from gpukern.runtime.device import assumed_peaks
 from gpukern.runtime.roofline import Floor, Work, floor
 
 #: Expected times of so many bounds need a word.
@@ -66,7 +67,7 @@ def answer(question: Question) -> Answer:
     return Answer(
         question,
         must,
-        floor(must, question.device.peaks),
+        floor(must, assumed_peaks(question.device)),
         ranked(question, choice),
         tuple(_with_residual(question, each) for each in ranking(p, direction, operands, question.device)),
         measured,
@@ -92,7 +93,7 @@ def _with_residual(question: Question, plain: Ranked) -> Ranked:
         return plain
     _, _, copied = plain.plan.pack
     extra *= 3 if copied else 1
-    bandwidth, cost = question.device.peaks.bandwidth, plain.cost
+    bandwidth, cost = assumed_peaks(question.device).bandwidth, plain.cost
     cost = replace(
         cost,
         bytes=cost.bytes + extra,
@@ -128,7 +129,7 @@ def reasons(found: Answer) -> list[str]:
 
 def _limit(found: Answer) -> str:
     cost, seconds = found.chosen.cost, found.chosen.seconds
-    memory = cost.bytes / found.question.device.peaks.bandwidth
+    memory = cost.bytes / assumed_peaks(found.question.device).bandwidth
     if memory >= cost.compute:
         more = cost.bytes / found.work.bytes
         moved = size(cost.bytes) + (f" ({number(more, 2)} times what must move)" if more > 1.05 else "")

@@ -16,6 +16,7 @@ from gpukern.explain.machine_code import Compiled
 from gpukern.explain.ranking import Answer, reasons, residual_bytes
 from gpukern.explain.roofline_chart import Point, chart
 from gpukern.formatting import flops, memory, micro, number, percent, size
+from gpukern.runtime.device import assumed_peaks
 from gpukern.runtime.records import plain
 from gpukern.tables import numbers, pairs, show
 
@@ -128,7 +129,7 @@ def _code(code: list[Compiled]) -> Iterator[RenderableType]:
 
 
 def _roofline(found: Answer) -> Iterator[RenderableType]:
-    peaks, cost, work = found.question.device.peaks, found.chosen.cost, found.work
+    peaks, cost, work = assumed_peaks(found.question.device), found.chosen.cost, found.work
     if not (work.flops and cost.bytes and found.chosen.seconds):
         return
     points = [

@@ -48,7 +48,10 @@ def max_pool2d(
     check_floating("max_pool2d", input)
     if input.dim() != 4 and check_batched_or_not("max_pool2d", input):
         pooled = max_pool2d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-        return tuple(y.squeeze(0) for y in pooled) if return_indices else pooled.squeeze(0)
+        if not isinstance(pooled, tuple):
+            return pooled.squeeze(0)
+        values, indices = pooled
+        return values.squeeze(0), indices.squeeze(0)
     kernel, stride = _window(kernel_size, stride)
     return _pool2d.max_pool(
         input,
@@ -110,10 +113,10 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
     if isinstance(output_size, Sequence) and not isinstance(output_size, str):
         if len(output_size) != 2:
             raise RuntimeError(f"output_size must have 2 elements, got {output_size!r}")
-        output_size = [
-            size if wanted is None else wanted for wanted, size in zip(output_size, input.shape[2:], strict=True)
-        ]
-    size = as_pair("output_size", output_size)
+        sizes = [n if wanted is None else wanted for wanted, n in zip(output_size, input.shape[2:], strict=True)]
+        size = as_pair("output_size", sizes)
+    else:
+        size = as_pair("output_size", output_size)
     if size == (1, 1) and 0 in input.shape[2:]:
         return input.mean((2, 3), keepdim=True)  # of no pixels: NaN, as torch's
     return _pool2d.adaptive_avg_pool2d(input, size)

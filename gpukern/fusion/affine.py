@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gpukern.fusion.constants import all_constant, constant
-from gpukern.fusion.program import Program, arguments, aten, is_call, operation, value
+from gpukern.fusion.constants import all_constant, constant, known_constant
+from gpukern.fusion.program import Program, arguments, aten, is_call, operation, tensor_of, value
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,19 @@ def _batch_norm(program: Program, node: Node) -> Affine | None:
     if not foldable(program, node):
         return None
     given = arguments(node)
-    weight, bias, mean, var = (
-        None if given[name] is None else constant(program, given[name]).double()
-        for name in ("weight", "bias", "running_mean", "running_var")
-    )
+    mean, var = (known_constant(program, given[name]).double() for name in ("running_mean", "running_var"))
     scale = (var + given["eps"]).rsqrt()
-    if weight is not None:
-        scale = scale * weight
+    if given["weight"] is not None:
+        scale = scale * known_constant(program, given["weight"]).double()
     shift = -mean * scale
-    if bias is not None:
-        shift = shift + bias
+    if given["bias"] is not None:
+        shift = shift + known_constant(program, given["bias"]).double()
     return Affine(node, "batch_norm", scale, shift)
 
 
 def _arithmetic(program: Program, node: Node, input: Node, channels: int) -> Affine | None:
     """``input`` times, plus, minus or divided by a constant, as a frozen batch norm is written out."""
-    targets = {
+    targets: dict[Any, str] = {
         aten.mul.Tensor: "scale",
         aten.mul.Scalar: "scale",
         aten.div.Tensor: "scale",
@@ -103,13 +100,13 @@ def _arithmetic(program: Program, node: Node, input: Node, channels: int) -> Aff
 def _per_channel(program: Program, other: Any, input: Node, channels: int) -> torch.Tensor | None:
     """A constant operand as fp64 [C]; None if it is not one number for each channel."""
     if isinstance(other, (int, float)) and not isinstance(other, bool):
-        return torch.full((channels,), float(other), dtype=torch.float64, device=value(input).device)
+        return torch.full((channels,), float(other), dtype=torch.float64, device=tensor_of(input).device)
     held = constant(program, other)
     if held is None or not held.is_floating_point():
         return None
-    if held.numel() == 1 and held.dim() <= value(input).dim():
+    if held.numel() == 1 and held.dim() <= tensor_of(input).dim():
         return held.double().reshape(1).expand(channels).clone()
-    place = 1 - (value(input).dim() - held.dim())
+    place = 1 - (tensor_of(input).dim() - held.dim())
     if place < 0 or held.numel() != channels or held.shape[place] != channels:
         return None
     return held.double().reshape(channels)

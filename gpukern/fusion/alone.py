@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from gpukern import formatting
 from gpukern.fusion.lowering import Lowered, rounded
 from gpukern.fusion.match import Match
-from gpukern.fusion.program import Program, assemble
+from gpukern.fusion.program import Program, assemble, first_operand
 from gpukern.fusion.spread import f_quantile
 from gpukern.fusion.verify import FACTOR, cast, distance, floor, tf32
 
@@ -53,8 +53,8 @@ def judge_alone(
     graph, _ = program.copy()
     doubled = {name: held.double() if held.is_floating_point() else held for name, held in program.constants.items()}
     try:
-        exact = _Recorder(assemble(graph, doubled, program.modules), {*names, *sources})
-        truth = exact.values_for(cast(list(inputs), torch.float64))
+        doubles = _Recorder(assemble(graph, doubled, program.modules), {*names, *sources})
+        truth = doubles.values_for(cast(list(inputs), torch.float64))
         forced = {name: truth[name] for name in names}
         own = _Recorder(assemble(graph, rounded(program, graph), program.modules), names, forced).values_for(inputs)
     except (RuntimeError, TypeError):
@@ -100,7 +100,7 @@ def what_is_wrong(judged: Sequence[Alone]) -> str | None:
 
 
 def _before_activation(match: Match) -> Node:
-    return match.output if match.activated is None else match.activated.args[0]
+    return match.output if match.activated is None else first_operand(match.activated)
 
 
 def _norm(values: torch.Tensor) -> float:

@@ -55,7 +55,7 @@ def save(path: str | os.PathLike[str], module: FusedModule, report: FusionReport
     try:
         with quiet(), torch.no_grad():
             if free:
-                names = tuple(spec and spec.batch for spec in module.interface.inputs)
+                names = tuple(None if spec is None else spec.batch for spec in module.interface.inputs)
                 exported = export_any_batch(module.network, prepared, names)
             else:
                 exported = torch.export.export(module.network, prepared)
@@ -166,7 +166,8 @@ def _interface_as_text(interface: Interface) -> str:
 
 
 def _stored_input(spec: InputSpec) -> _StoredInput:
-    return _StoredInput(spec.sizes, _name(spec.dtype), spec.batch, spec.example and _name(spec.example))
+    example = None if spec.example is None else _name(spec.example)
+    return _StoredInput(spec.sizes, _name(spec.dtype), spec.batch, example)
 
 
 def _interface_of(text: str) -> Interface:

@@ -81,7 +81,7 @@ def export_any_batch(model: torch.nn.Module, inputs: tuple, free: Free) -> Expor
     for leaf, name in zip(pytree.tree_leaves(inputs), free, strict=True):
         if name:
             shapes[leaf] = {0: dims[name]}
-    return torch.export.export(model, inputs, dynamic_shapes=shapes)
+    return torch.export.export(model, inputs, dynamic_shapes=shapes)  # type: ignore[arg-type]
 
 
 def require_that_it_runs(module: Callable[..., Any], inputs: tuple) -> None:

@@ -15,7 +15,7 @@ from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.match import Match
 from gpukern.fusion.matcher import Declined
 from gpukern.fusion.moving import PART_OF
-from gpukern.fusion.program import Program, title, value
+from gpukern.fusion.program import Program, tensor_of, title
 from gpukern.fusion.report import FusedGroup, FusionReport, NotFused, Verification
 
 
@@ -73,7 +73,7 @@ def _group(work: Work, place: int, errors: Sequence[float], kernels: dict[int, A
         modules=describe.modules_of(match, work.program.leaves),
         pattern=match.pattern,
         operator=match.operator,
-        dtype=_name(value(match.output).dtype if folded is None else folded.dtype),
+        dtype=_name(tensor_of(match.output).dtype if folded is None else folded.dtype),
         note="" if folded is None else folded.note,
         plan=kernel.plan if kernel else "",
         bytes=kernel.bytes if kernel else None,

@@ -99,9 +99,9 @@ class Signature:
                 raise TypeError(f"argument {name!r} is given twice, by place and by name")
             given[name] = argument
         wanted = dict(zip(self.arguments(len(example)), example, strict=True))
-        for name, argument in given.items():
-            if name not in wanted:
-                self._check_default(name, argument)
+        for key, argument in given.items():
+            if key not in wanted:
+                self._check_default(key, argument)
         return tuple(given[name] if name in given else self._left_out(name, text) for name, text in wanted.items())
 
     def _left_out(self, name: str | int, example: str | None) -> Any:
@@ -115,7 +115,7 @@ class Signature:
             )
         return AS_IN_THE_EXAMPLE
 
-    def _check_default(self, name: str, argument: Any) -> None:
+    def _check_default(self, name: Any, argument: Any) -> None:
         default, now = self.defaults.get(name), text(argument)
         if default is None or now != default:
             raise ValueError(

@@ -118,7 +118,7 @@ def _products_left_alone() -> Iterator[None]:
     precision and recurrent layers were not, and elsewhere leaves convolutions with a precision of their own, which no
     longer follows ``torch.backends.fp32_precision``.
     """
-    backends = torch.backends.cudnn, torch.backends.mkldnn
+    backends: tuple[Any, ...] = torch.backends.cudnn, torch.backends.mkldnn
     try:
         for backend in backends:
             backend.set_flags = functools.partial(_switch, backend)
@@ -147,7 +147,7 @@ def _program(
     leaves: frozenset[str],
     notes: list[str],
 ) -> Program:
-    graph, places, constants = Graph(), {}, {}
+    graph, places, constants = Graph(), dict[Node, Node](), dict[str, torch.Tensor]()
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     changed = {spec.target for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.BUFFER_MUTATION}
     held: dict[str, str] = {}
@@ -287,4 +287,6 @@ def _is_identity(node: Node) -> bool:
     if not isinstance(node.args[0], Node) or node.args[0].op == "placeholder":
         return False
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
-    return isinstance(before, torch.Tensor) and (before.dtype, before.device) == (after.dtype, after.device)
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return (before.dtype, before.device) == (after.dtype, after.device)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DtypeName = Enum("DtypeName", {name: name for name in ("fp16", "bf16", "fp32")}, type=str)
-DeviceName = Enum("DeviceName", {name: name for name in ("cpu", "cuda")}, type=str)
+DtypeName = Enum("DtypeName", {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}, type=str)
+DeviceName = Enum("DeviceName", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 
 #: Models of these come with random weights.
 _ZOOS = ("torchvision:", "timm:")
@@ -93,7 +93,7 @@ def fuse(
     kind = None if dtype is None else _dtype(dtype)
     steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
     with _step(f"fusing: {', '.join(steps)}"):
-        fused, told, problem = _fused(made, inputs, dtype=kind, skip=skip, strict=strict, **settings)
+        fused, told, failure = _fused(made, inputs, dtype=kind, skip=skip, strict=strict, **settings)
     if model.startswith(_ZOOS) and weights is None:
         notes.append("The weights are random: none were given")
     told = replace(told, model=model, notes=(*told.notes, *notes))
@@ -104,8 +104,8 @@ def fuse(
             written += _write(fused.save, save, "the fused model")
     show(told)
     _tell(written)
-    if problem:
-        _fail(problem)
+    if failure:
+        _fail(failure)
 
 
 def explain_model(

@@ -11,7 +11,7 @@ from gpukern.fusion.affine import foldable, is_batch_norm
 from gpukern.fusion.constants import constant
 from gpukern.fusion.match import Match
 from gpukern.fusion.products import Product
-from gpukern.fusion.program import Program, arguments, aten, is_call, module_path, operation, title, value
+from gpukern.fusion.program import Program, arguments, aten, is_call, module_path, operation, tensor_of, title, value
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 
@@ -47,7 +47,7 @@ def why_not_foldable(program: Program, node: Node) -> str | None:
 
 def has_kernel(program: Program, node: Node) -> bool:
     """Whether gpukern::batch_norm can compute what is left of a batch norm."""
-    input = value(arguments(node)["input"])
+    input = tensor_of(arguments(node)["input"])
     return foldable(program, node) and input.dim() in (2, 3, 4) and input.dtype in KERNEL_DTYPES
 
 
@@ -67,10 +67,10 @@ def why_no_residual(add: Node, one: Node) -> str | None:
     alpha = arguments(add)["alpha"]
     if alpha != 1:
         return f"alpha = {alpha}"
-    mine, theirs = value(one), value(other)
+    mine, theirs = tensor_of(one), tensor_of(other)
     if tuple(mine.shape) != tuple(theirs.shape):
         return "broadcasts"
-    if mine.dtype != theirs.dtype or value(add).dtype != mine.dtype:
+    if mine.dtype != theirs.dtype or tensor_of(add).dtype != mine.dtype:
         return "adds tensors of different dtypes"
     return None
 
@@ -90,15 +90,15 @@ def why_not_next(node: Node, source: Node, match: Match | None) -> str:
 
 def _why_no_epilogue(node: Node, source: Node, match: Match) -> str:
     if is_batch_norm(node):
-        if not match.product.has_channels:
-            rank = value(source).dim()
+        if not match.own_product.has_channels:
+            rank = tensor_of(source).dim()
             return f"normalises dimension 1 of {rank}, while the features of {title(source)} are the last"
-        return f"{operation(source)}, {title(source)}, comes between it and the {match.product.kind}"
+        return f"{operation(source)}, {title(source)}, comes between it and the {match.own_product.kind}"
     if is_call(node, aten.add.Tensor):
         why = why_no_residual(node, source)
         if why:
             return why
-        if match.add is not None:
+        if match.residual is not None:
             return f"the kernel of {title(match.core)} adds {title(match.residual)} already"
     if match.activated is not None:
         return f"follows an activation, {title(match.activated)}"

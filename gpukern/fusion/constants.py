@@ -49,6 +49,7 @@ def _is_constant(node: Node, known: dict[Node, Any]) -> bool:
 
 def _evaluate(node: Node, known: dict[Node, Any]) -> Any:
     """The value of a call, in fp64 or, for what cannot be computed so, as it was captured; None if not at all."""
+    target: Any = node.target
     for exact in (True, False):
 
         def operand(each: Node, exact: bool = exact) -> Any:
@@ -60,7 +61,7 @@ def _evaluate(node: Node, known: dict[Node, Any]) -> Any:
         given, named = torch.fx.map_arg(node.args, operand), torch.fx.map_arg(node.kwargs, operand)
         try:
             with torch.no_grad():
-                return node.target(*given, **named)
+                return target(*given, **named)
         except RuntimeError:
             continue
     return None
@@ -72,8 +73,15 @@ def _evaluate(node: Node, known: dict[Node, Any]) -> Any:
 def constant(program: Program, node: Any) -> torch.Tensor | None:
     """The tensor that ``node`` is in every call of the model; None if it depends on the input."""
     if isinstance(node, Node) and node.op == "get_attr":
-        return program.constants.get(node.target)
+        return program.constants.get(str(node.target))
     return None
+
+
+def known_constant(program: Program, node: Any) -> torch.Tensor:
+    """:func:`constant` of a node that was found to be one."""
+    found = constant(program, node)
+    assert found is not None, f"{node} is a constant"
+    return found
 
 
 def all_constant(program: Program, node: Node, *names: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from gpukern.fusion.program import arguments, value
+from gpukern.fusion.program import arguments, tensor_of, value
 from gpukern.ops._operators import OPERATORS
 
 
@@ -20,7 +20,7 @@ def write_out(graph: Graph) -> None:
         # Those of several results are for training.
         if operator is None or operator.decomposition is None or value(node) is None:
             continue
-        given = torch.fx.map_arg(tuple(arguments(node).values()), lambda each: Proxy(each, tracer))
+        given = torch.fx.map_arg(tuple(arguments(node).values()), lambda each: Proxy(each, tracer))  # type: ignore[arg-type,return-value]
         before = set(graph.nodes)
         with graph.inserting_before(node):
             result = operator.decomposition(*given).node
@@ -34,8 +34,9 @@ def write_out(graph: Graph) -> None:
 def _value_of(made: Node, whole: Node) -> Any:
     """The shape and dtype of a part; in the dtype of the ``whole`` where operands of several are rounded once."""
     given = torch.fx.map_arg((made.args, made.kwargs), lambda each: each.meta["val"])
-    dtype = value(whole).dtype
+    dtype = tensor_of(whole).dtype
     args, kwargs = torch.utils._pytree.tree_map_only(
         torch.Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, given
     )
-    return made.target(*args, **kwargs)
+    target: Any = made.target
+    return target(*args, **kwargs)

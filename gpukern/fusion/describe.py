@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.match import Match
-from gpukern.fusion.program import assemble, elements, is_view, module_path, operation, value, value_of_any
+from gpukern.fusion.program import assemble, elements, is_view, module_path, operation, tensor_of, value, value_of_any
 from gpukern.fusion.report.values import GraphNode, Totals
 from gpukern.version import __version__
 
@@ -29,7 +29,7 @@ def shaped(
     copied = Graph()
     copied.output(copied.graph_copy(graph, {}))
     dtypes = {
-        node.target: value(node).dtype for node in graph.nodes if node.op == "get_attr" and value(node) is not None
+        node.target: tensor_of(node).dtype for node in graph.nodes if node.op == "get_attr" and value(node) is not None
     }
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 

@@ -56,7 +56,8 @@ def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidenc
             f"The original is not finite in {formatting.percent(1 - found.finite, 1)} of its output for the example: "
             "there it is proved only that the fused model is not finite either"
         )
-    difference, see = distance(_tensors(found.second), tensors), returned
+    see: See = returned
+    difference = distance(_tensors(found.second), tensors)
     if difference <= _ROUNDINGS * torch.finfo(dtype).eps:
         difference = 0.0
         see, told = _dull(model, found, dtype)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from gpukern import formatting
-from gpukern.fusion.constants import constant
+from gpukern.fusion.constants import known_constant
 from gpukern.fusion.match import Match
 from gpukern.fusion.program import Program
 
@@ -43,9 +43,9 @@ def fold(program: Program, match: Match, dtype: torch.dtype) -> Folded:
 
 def exact(program: Program, match: Match) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The folded weight and bias in fp64; no bias where there was none and nothing shifts."""
-    product = match.product
-    weight = constant(program, product.weight).double()
-    bias = None if product.bias is None else constant(program, product.bias).double()
+    product = match.own_product
+    weight = known_constant(program, product.weight).double()
+    bias = None if product.bias is None else known_constant(program, product.bias).double()
     groups, transposed = product.groups, product.transposed
     for step in reversed(match.before):
         # [1, C/groups] for each group: never transposed, see matcher.py.

@@ -10,11 +10,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from gpukern.fusion.affine import is_batch_norm
-from gpukern.fusion.constants import constant
+from gpukern.fusion.constants import known_constant
 from gpukern.fusion.folding import Folded, fold
 from gpukern.fusion.match import Match
 from gpukern.fusion.products import activation, image, pool
-from gpukern.fusion.program import Program, arguments, assemble, aten, value
+from gpukern.fusion.program import Program, arguments, assemble, aten, tensor_of, value
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 
@@ -40,7 +40,7 @@ def rounded(program: Program, graph: Graph) -> dict[str, torch.Tensor]:
     found = {}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target in program.constants:
-            dtype = value(node).dtype
+            dtype = tensor_of(node).dtype
             if all(is_batch_norm(user) for user in node.users):
                 # A variance beyond 65504 is infinite in fp16, and its channel would be zero.
                 dtype = torch.promote_types(dtype, torch.float32)
@@ -99,7 +99,7 @@ class _Lowering:
     def fused(self, match: Match, name: str) -> tuple[Node, Folded | None]:
         if match.product is None:
             return lower_batch_norm(self, match, name), None
-        dtype = value(match.output).dtype
+        dtype = tensor_of(match.output).dtype
         weights = fold(self.program, match, dtype)
         input = self.cast(self.at(match.input), dtype, weights.dtype)
         residual = None
@@ -115,15 +115,17 @@ class _Lowering:
 
 def _convolution(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:
     """By gpukern's 2-D operators; sequences are images of height 1."""
-    product, flat = match.product, match.product.spatial == 1
+    product, flat = match.own_product, match.own_product.spatial == 1
     weight = weights.weight.unsqueeze(2) if flat else weights.weight
     weight = weight.contiguous(memory_format=to.packed)
     if flat:
         input = to.call(aten.unsqueeze.default, input, 2)
         residual = None if residual is None else to.call(aten.unsqueeze.default, residual, 2)
-    operands = input, to.held(f"{name}_weight", weight), to.held(f"{name}_bias", weights.bias)
+    operands: tuple[Node | None, ...] = input, to.held(f"{name}_weight", weight), to.held(f"{name}_bias", weights.bias)
     stride, dilation = image(product.stride, 1), image(product.dilation, 1)
+    geometry: tuple[Any, ...]
     if product.transposed:
+        assert not isinstance(product.padding, str)  # words are for convolutions
         geometry = (stride, image(product.padding, 0), image(product.output_padding, 0), dilation, product.groups)
         target = torch.ops.gpukern.conv_transpose2d.default
     else:
@@ -143,7 +145,7 @@ def _linear(to: _Lowering, match: Match, weights: Folded, input: Node, residual:
     """By gpukern's linear layer, which takes rows."""
     weight, bias = to.held(f"{name}_weight", weights.weight.contiguous()), to.held(f"{name}_bias", weights.bias)
     target = torch.ops.gpukern.linear.default
-    shape = value(match.product.input).shape
+    shape = tensor_of(match.own_product.input).shape
     if len(shape) == 2:
         return to.call(target, input, weight, bias, *match.activation)
     leading = [size if isinstance(size, int) else to.call(aten.sym_size.int, input, i) for i, size in enumerate(shape)]
@@ -160,8 +162,8 @@ def _aten(to: _Lowering, match: Match, weights: Folded, input: Node, residual: N
         "weight": to.held(f"{name}_weight", weights.weight.contiguous()),
         "bias": to.held(f"{name}_bias", bias),
     }
-    given = {**arguments(match.product.node), **changed}
-    return to.call(match.product.node.target, *given.values())
+    given = {**arguments(match.own_product.node), **changed}
+    return to.call(match.own_product.node.target, *given.values())
 
 
 def lower_batch_norm(to: _Lowering, match: Match, name: str) -> Node:
@@ -171,7 +173,7 @@ def lower_batch_norm(to: _Lowering, match: Match, name: str) -> Node:
     def parameter(argument: str) -> Node | None:
         if given[argument] is None:
             return None
-        return to.held(f"{name}_{argument}", constant(to.program, given[argument]).float())
+        return to.held(f"{name}_{argument}", known_constant(to.program, given[argument]).float())
 
     weight, bias, mean, var = (parameter(each) for each in ("weight", "bias", "running_mean", "running_var"))
     residual = None if match.residual is None else to.at(match.residual)
@@ -199,12 +201,11 @@ def _lower_one(graph: Graph, node: Node) -> None:
 
 def _activation(node: Node) -> tuple[Any, tuple] | None:
     found = activation(node)
-    input = None if found is None else value(arguments(node)[_first(node)])
+    if found is None:
+        return None
+    operand = next(iter(arguments(node).values()))
+    input = value(operand)
     # torch also takes integers, and makes fp32 of them.
     if input is None or input.dtype not in KERNEL_DTYPES:
         return None
-    return torch.ops.gpukern.activation.default, (arguments(node)[_first(node)], *found)
-
-
-def _first(node: Node) -> str:
-    return node.target._schema.arguments[0].name
+    return torch.ops.gpukern.activation.default, (operand, *found)

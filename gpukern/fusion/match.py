@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from gpukern.fusion.affine import Affine
 from gpukern.fusion.products import Product
-from gpukern.fusion.program import arguments
+from gpukern.fusion.program import arguments, first_operand
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class Match:
         return tuple(node for node in found if node is not None)
 
     @property
+    def own_product(self) -> Product:
+        """``product``, of a match that is not of a batch norm."""
+        assert self.product is not None
+        return self.product
+
+    @property
     def fuses(self) -> bool:
         return len(self.nodes) > 1
 
@@ -54,12 +60,18 @@ class Match:
     def pattern(self) -> str:
         core = "batch_norm" if self.product is None else self.product.kind
         words = {step.node: step.name for step in (*self.before, *self.after)}
-        words |= {self.zeros: "pad", self.core: core, self.add: "add", self.pool: "max_pool2d"}
-        words[self.activated] = self.activation[0]
+        words[self.core] = core
+        optional = (
+            (self.zeros, "pad"),
+            (self.add, "add"),
+            (self.pool, "max_pool2d"),
+            (self.activated, self.activation[0]),
+        )
+        words |= {node: word for node, word in optional if node is not None}
         return " + ".join(words[node] for node in self.nodes)
 
     @property
     def input(self) -> Node:
         if self.before:
-            return self.before[0].node.args[0]
+            return first_operand(self.before[0].node)
         return self.product.input if self.product else arguments(self.core)["input"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from torch.fx import Node
 
@@ -32,7 +33,17 @@ from gpukern.fusion.products import (
     product,
     zeros_around,
 )
-from gpukern.fusion.program import Program, aten, in_branches, is_call, operation, sole_user, title, value
+from gpukern.fusion.program import (
+    Program,
+    aten,
+    first_operand,
+    in_branches,
+    is_call,
+    operation,
+    sole_user,
+    title,
+    value,
+)
 from gpukern.fusion.settling import Settled
 
 
@@ -109,7 +120,7 @@ class _Finder:
                 self.taken.add(node)
                 yield node
 
-    def may_take(self, node: Node | None) -> bool:
+    def may_take(self, node: Node | None) -> TypeGuard[Node]:
         return node is not None and node not in self.taken and skipped_by(node, self.skip) is None
 
     def with_affine(self, match_of: Product) -> Match:
@@ -117,7 +128,9 @@ class _Finder:
         match = Match(match_of.node, match_of.node, match_of)
         while match_of.has_channels:
             user = sole_user(match.output)
-            step = as_affine(self.program, user, match.output) if self.may_take(user) else None
+            if not self.may_take(user):
+                break
+            step = as_affine(self.program, user, match.output)
             if step is None:
                 break
             self.taken.add(user)
@@ -126,18 +139,20 @@ class _Finder:
 
     def with_zeros(self, match: Match) -> Match:
         """Zeros that a node of its own puts around the input: the convolution's own padding from now on."""
-        node = match.product.input
-        if not match.product.is_of_images or not self.may_take(node) or sole_user(node) is not match.core:
+        product = match.own_product
+        node = product.input
+        if not product.is_of_images or not self.may_take(node) or sole_user(node) is not match.core:
             return match
         zeros = zeros_around(node)
         if zeros is None:
             return match
         self.taken.add(node)
-        return replace(match, zeros=node, product=replace(match.product, input=node.args[0], zeros=zeros))
+        return replace(match, zeros=node, product=replace(product, input=first_operand(node), zeros=zeros))
 
     def with_input(self, match: Match) -> Match:
         """The same of what goes into it, if no zeros are put around that."""
-        while match.product.has_channels and not match.product.padded and not match.product.transposed:
+        product = match.own_product
+        while product.has_channels and not product.padded and not product.transposed:
             step = self._input_step(match.input, match.before[0].node if match.before else match.core)
             if step is None:
                 break
@@ -164,7 +179,9 @@ class _Finder:
     def with_activation(self, match: Match) -> Match:
         user = sole_user(match.output)
         takes = match.product is None or match.product.takes_activation
-        found = activation(user) if takes and self.may_take(user) else None
+        if not takes or not self.may_take(user):
+            return match
+        found = activation(user)
         if found is None or (match.pool is not None and found[0] not in MONOTONE):
             return match
         self.taken.add(user)

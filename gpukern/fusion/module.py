@@ -65,6 +65,7 @@ class Interface:
     def named(self, number: int) -> str:
         """How a leaf is called in a message: "argument 'sizes'[1]"."""
         paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(self.inputs)), self.in_spec))
+        place: Any
         (place, *inner), _ = paths[number]
         return f"{self._argument(place.idx)}{pytree.keystr(tuple(inner))}"
 

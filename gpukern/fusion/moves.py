@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from gpukern.fusion.program import arguments, aten, is_call, value, value_of_any
+from gpukern.fusion.program import arguments, aten, first_operand, is_call, tensor_of, value, value_of_any
 
 #: Elements of the result are elements of the operands.
 MOVES = frozenset(
@@ -73,7 +73,7 @@ class Flow:
 
 def numbered(node: Node, dim: int, first: int, batch: int) -> torch.Tensor:
     """Of the shape of ``node`` at a batch size: the numbers ``first``, ``first`` + 1, ... of the channels, ``dim``."""
-    shape = _sizes(value(node).shape, batch)
+    shape = _sizes(tensor_of(node).shape, batch)
     channels = torch.arange(first, first + shape[dim], dtype=torch.float32)
     return channels.view([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]).expand(shape)
 
@@ -104,10 +104,11 @@ def _run(node: Node, labels: Mapping[Node, Any], batch: int) -> Any:
             return _size(each.meta["val"], batch)
         return torch.full(_sizes(held.shape, batch), FOREIGN)
 
+    target: Any = node.target
     try:
         if is_move(node):
-            return node.target(*torch.fx.map_arg(node.args, operand), **torch.fx.map_arg(node.kwargs, operand))
-        return _averaged(node, labels[node.args[0]], batch)
+            return target(*torch.fx.map_arg(node.args, operand), **torch.fx.map_arg(node.kwargs, operand))
+        return _averaged(node, labels[first_operand(node)], batch)
     except (RuntimeError, IndexError, KeyError, TypeError, ValueError):
         return None
 
@@ -119,13 +120,13 @@ def _averaged(node: Node, labels: torch.Tensor, batch: int) -> torch.Tensor | No
         keep = arguments(node)["keepdim"]
         same = torch.equal(labels.amin(dims, keepdim=keep), labels.amax(dims, keepdim=keep))
         return labels.amax(dims, keepdim=keep) if dims and same else None
-    window = value(node).dim() - 2
+    window = tensor_of(node).dim() - 2
     if window < 1:
         return None
     pixels = labels.flatten(-window)
     if not torch.equal(pixels.amin(-1), pixels.amax(-1)):
         return None
-    return pixels[..., 0].view(*pixels.shape[:-1], *[1] * window).expand(_sizes(value(node).shape, batch))
+    return pixels[..., 0].view(*pixels.shape[:-1], *[1] * window).expand(_sizes(tensor_of(node).shape, batch))
 
 
 def _sizes(shape: Any, batch: int) -> list[int]:

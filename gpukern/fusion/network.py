@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -13,7 +14,7 @@ from gpukern.explain.layers import Kind, Pool
 from gpukern.explain.network import Part, Place, Setting, by_bytes, launch, pool
 from gpukern.fusion.capture import quiet
 from gpukern.fusion.prediction import question_of
-from gpukern.fusion.program import arguments, is_call, is_view, operation, value
+from gpukern.fusion.program import arguments, is_call, is_view, operation, tensor_of
 from gpukern.ops._pool2d.cost_model import Pooling
 from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_problem, pool_problem
 
@@ -48,7 +49,8 @@ def _parts(node: Node, setting: Setting) -> Iterator[Part]:
         epilogue = [asked.epilogue.activation, "residual" * asked.epilogue.residual]
         with_epilogue = ", ".join([part.problem, *(word for word in epilogue if word not in ("", "none"))])
         yield dataclasses.replace(part, problem=with_epilogue)
-    pooled = _POOLS.get(operation(node)) if node.target.namespace == "gpukern" else None
+    target: Any = node.target
+    pooled = _POOLS.get(operation(node)) if target.namespace == "gpukern" else None
     if pooled is not None:
         kind, problem_of = pooled
         pooling = Pooling.MAX if kind is Kind.MAX else Pooling.AVG
@@ -94,7 +96,7 @@ def _window(node: Node) -> tuple[tuple[int, int], ...]:
 
 
 def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(value(node).shape)
+    return tuple(tensor_of(node).shape)
 
 
 _POOLS: dict[str, tuple[Kind, Callable[[Node], PoolProblem | AdaptiveProblem]]] = {

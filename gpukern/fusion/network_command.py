@@ -95,8 +95,8 @@ def _fused(
     """The parts of the fused network by the sizes of its input."""
     dtype = KINDS[setting.kind][0]
     try:
-        options = {"dtype": dtype, "channels_last": setting.channels_last}
-        module = fuse(made, torch.randn(2, *shape[1:]), verify=False, **options).module.to("meta")
+        example, last = torch.randn(2, *shape[1:]), setting.channels_last
+        module = fuse(made, example, verify=False, dtype=dtype, channels_last=last).module.to("meta")
     except FusionError as problem:
         raise typer.BadParameter(str(problem), param_hint="MODEL") from None
     return lambda size: fused_parts(module, torch.empty(*size, dtype=dtype, device="meta"), setting)

@@ -71,8 +71,8 @@ def run(
         evidence = gather(exact, inputs, own) if verify else None
         if evidence is not None:
             inputs, notes = evidence.inputs, [*notes, *evidence.notes]
-        settings = {"channels_last": channels_last, "skip": skip, "strict": strict}
-        fusing = functools.partial(_fused, exact, inputs, signature, dtype, evidence, device, cuda_graph, **settings)
+        operands = exact, inputs, signature, dtype, evidence, device, cuda_graph
+        fusing = functools.partial(_fused, *operands, channels_last=channels_last, skip=skip, strict=strict)
         try:
             fused = fusing(notes, dynamic_batch)
         except BatchMatters as problem:
@@ -128,7 +128,7 @@ def _fused(
                 raise BatchMatters("a batch of one is a case of its own for the model")
             alone = judge_alone(program, matches, lowered, prepared, dtype)
             proof = replace(proof, wrong=what_is_wrong(alone) or "")
-        if proof is not None and proof.passed:
+        if evidence is not None and proof is not None and proof.passed:
             notes += on_bound(proof.unfused, proof.bound)
             require_rest(exact, inputs, dtype, evidence.outputs, module.in_order)
             if captured.dynamic_batch:

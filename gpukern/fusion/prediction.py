@@ -12,8 +12,8 @@ from gpukern.conv import Direction, Epilogue, conv_problem, minimum_work, pooled
 from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import KINDS, Question, convolution, linear
 from gpukern.explain.ranking import chosen, ranked, residual_bytes
-from gpukern.fusion.program import arguments, value
-from gpukern.runtime.device import DEVICES, DeviceSpec
+from gpukern.fusion.program import arguments, tensor_of
+from gpukern.runtime.device import DEVICES, DeviceSpec, assumed_peaks
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.roofline import Work, floor
 
@@ -67,24 +67,26 @@ def _least(question: Question) -> tuple[int, float]:
     """The bytes that must move, and the seconds of the roofline."""
     must = minimum_work(question.problem, question.direction, question.operands.itemsize, question.operands.kind)
     moved = must.bytes + residual_bytes(question)
-    return int(moved), floor(Work(must.flops, moved, must.kind), question.device.peaks).seconds
+    return int(moved), floor(Work(must.flops, moved, must.kind), assumed_peaks(question.device)).seconds
 
 
 def question_of(node: Node, device: DeviceSpec, channels_last: bool) -> Question | None:
     given: dict[str, Any] = arguments(node)
     if node.target is torch.ops.gpukern.linear.default:
-        (rows, inputs), (outputs, _) = value(given["input"]).shape, value(given["weight"]).shape
-        kind = _kind(value(node).dtype)
+        (rows, inputs), (outputs, _) = tensor_of(given["input"]).shape, tensor_of(given["weight"]).shape
+        kind = _kind(tensor_of(node).dtype)
         has_bias = given["bias"] is not None
         return linear(rows, inputs, outputs, Direction.FORWARD, kind, device, has_bias, given["activation"])
     if node.target not in (torch.ops.gpukern.conv2d.default, torch.ops.gpukern.conv2d_max_pool2d.default):
         return None
-    shapes = tuple(value(given["input"]).shape), tuple(value(given["weight"]).shape)
+    shapes = tuple(tensor_of(given["input"]).shape), tuple(tensor_of(given["weight"]).shape)
     windows = (tuple(given[name]) for name in ("stride", "padding", "dilation"))
     problem = conv_problem(*shapes, None, *windows, given["groups"])
     epilogue = Epilogue(given["activation"], given.get("residual") is not None)
     has_bias = given["bias"] is not None
-    return convolution(problem, Direction.FORWARD, _kind(value(node).dtype), channels_last, device, has_bias, epilogue)
+    return convolution(
+        problem, Direction.FORWARD, _kind(tensor_of(node).dtype), channels_last, device, has_bias, epilogue
+    )
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -10,11 +10,11 @@ import torch
 from torch.fx import Node
 
 from gpukern.conv import POOL_WINDOWS, same_padding
-from gpukern.fusion.program import arguments, aten, is_call, value
+from gpukern.fusion.program import arguments, aten, is_call, tensor_of
 from gpukern.ops._activation.reference import IN_TORCH
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[Any, tuple[str, int]] = {
     aten.conv1d.default: ("conv1d", 1),
     aten.conv1d.padding: ("conv1d", 1),
     aten.conv2d.default: ("conv2d", 2),
@@ -58,7 +58,7 @@ class Product:
     def has_channels(self) -> bool:
         """Whether the channels of input and output are dimension 1: not of a linear layer over more than rows."""
         rank = 2 if self.kind == "linear" else self.spatial + 2
-        return value(self.node).dim() == rank == value(self.input).dim()
+        return tensor_of(self.node).dim() == rank == tensor_of(self.input).dim()
 
     @property
     def padded(self) -> bool:
@@ -68,7 +68,7 @@ class Product:
     @property
     def operator(self) -> str:
         """What computes it when fused: gpukern's operator, or torch's where gpukern has none."""
-        if value(self.node).dtype not in KERNEL_DTYPES:
+        if tensor_of(self.node).dtype not in KERNEL_DTYPES:
             return f"aten::{'linear' if self.kind == 'linear' else 'convolution'}"
         if self.kind == "linear":
             return "gpukern::linear"
@@ -105,7 +105,8 @@ class Product:
 
 def image(sizes: tuple[int, ...], of_height: int) -> tuple[int, int]:
     """Sizes of an image, for those of a sequence too."""
-    return tuple(sizes) if len(sizes) == 2 else (of_height, *sizes)
+    height, width = sizes if len(sizes) == 2 else (of_height, *sizes)
+    return height, width
 
 
 def is_product(node: Any) -> bool:
@@ -117,7 +118,7 @@ def product(node: Node) -> Product:
     if node.target is aten.linear.default:
         return Product(node, "linear", 0, given["input"], given["weight"], given["bias"])
     if node.target is aten.convolution.default:
-        spatial = value(given["weight"]).dim() - 2
+        spatial = tensor_of(given["weight"]).dim() - 2
         kind = f"conv{'_transpose' if given['transposed'] else ''}{spatial}d"
     else:
         kind, spatial = _CONVOLUTIONS[node.target]
@@ -136,7 +137,7 @@ def product(node: Node) -> Product:
 
 def zeros_around(node: Node) -> tuple[int, int, int, int] | None:
     """Top, bottom, left, right: the zeros that a call puts around images, their numbers known; None for all others."""
-    if not is_call(node, aten.constant_pad_nd.default, aten.pad.default) or value(node).dim() != 4:
+    if not is_call(node, aten.constant_pad_nd.default, aten.pad.default) or tensor_of(node).dim() != 4:
         return None
     given = arguments(node)
     sizes = [*given["pad"], 0, 0, 0]
@@ -150,7 +151,7 @@ def zeros_around(node: Node) -> tuple[int, int, int, int] | None:
 # ---- what may follow ------------------------------------------------------------------------------------------------
 
 _ACTIVATIONS = {target: name for name, target in IN_TORCH.items()}
-_BOUNDS = {(0.0, 6.0): "relu6", (0.0, None): "relu"}
+_BOUNDS: dict[Any, str] = {(0.0, 6.0): "relu6", (0.0, None): "relu"}
 
 
 def activation(node: Any) -> tuple[str, float] | None:
@@ -177,7 +178,7 @@ _POOLS = (aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_po
 
 def pool(node: Node) -> tuple[Any, tuple] | None:
     """gpukern's operator for a pool of images, with its arguments; None for other calls."""
-    if not is_call(node, *_POOLS) or value(node).dtype not in KERNEL_DTYPES or value(node).dim() != 4:
+    if not is_call(node, *_POOLS) or tensor_of(node).dtype not in KERNEL_DTYPES or tensor_of(node).dim() != 4:
         return None
     given = arguments(node)
     input = node.args[0]

@@ -58,14 +58,14 @@ class Program:
     @property
     def free(self) -> tuple[str | None, ...]:
         """Of each leaf of the arguments the name of its free batch."""
-        return tuple(spec and spec.batch for spec in self.inputs)
+        return tuple(None if spec is None else spec.batch for spec in self.inputs)
 
     def with_graph(self, graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> Program:
         return replace(self, graph=graph, constants=self.constants if constants is None else constants)
 
     def copy(self) -> tuple[Graph, dict[Node, Node]]:
         """The graph once more, and where each of its nodes is there."""
-        graph, places = Graph(), {}
+        graph, places = Graph(), dict[Node, Node]()
         result = graph.graph_copy(self.graph, places)
         graph.output(result)
         return graph, places
@@ -100,8 +100,9 @@ def is_call(node: Any, *targets: Any) -> bool:
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of a call of an operator by their names, defaults included."""
-    found = {}
-    for number, argument in enumerate(node.target._schema.arguments):
+    found, operator = {}, node.target
+    assert isinstance(operator, torch._ops.OpOverload)
+    for number, argument in enumerate(operator._schema.arguments):
         if number < len(node.args):
             found[argument.name] = node.args[number]
         elif argument.name in node.kwargs:
@@ -115,6 +116,18 @@ def value(node: Any) -> torch.Tensor | None:
     """What ``node`` is in the capture, as a tensor without data; None for what is no tensor."""
     val = node.meta.get("val") if isinstance(node, Node) else None
     return val if isinstance(val, torch.Tensor) else None
+
+
+def tensor_of(node: Any) -> torch.Tensor:
+    """:func:`value` of a node that is a tensor."""
+    found = value(node)
+    assert found is not None, f"{node} is a tensor"
+    return found
+
+
+def first_operand(node: Node) -> Any:
+    """What a call takes first, in graphs of operators mostly a node."""
+    return node.args[0]
 
 
 def sole_user(node: Node) -> Node | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
@@ -20,9 +21,19 @@ from gpukern.fusion.conditions import skipped_by, why_no_product
 from gpukern.fusion.moves import FOREIGN, Flow, carries, flow, is_move, numbered
 from gpukern.fusion.moving import Place, move_after, move_before
 from gpukern.fusion.products import Product, activation, is_product, product
-from gpukern.fusion.program import Program, is_call, operation, sole_user, title, value, value_of_any
+from gpukern.fusion.program import (
+    Program,
+    first_operand,
+    is_call,
+    operation,
+    sole_user,
+    tensor_of,
+    title,
+    value,
+    value_of_any,
+)
 
-_Found = list[Place] | torch.Tensor | str
+_Found = TypeVar("_Found", list[Place], torch.Tensor)
 #: Batch sizes at which channels are followed: where they get to must not depend on it.
 _BATCHES = (2, 3)
 
@@ -70,12 +81,12 @@ def _upward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | 
     None for other nodes, and for those that follow no move.
     """
     step, through = _affine(program, node), _through(node)
-    if step is None or not through(node.args[0]) or skipped_by(node, skip):
+    if step is None or not through(first_operand(node)) or skipped_by(node, skip):
         return None
-    sources, _ = _cone(node.args[0], through)
+    sources, _ = _cone(first_operand(node), through)
     why = next(filter(None, (_why_no_layer(program, source, skip) for source in sources)), None)
     if why:
-        return f"follows {operation(node.args[0])} of {why}"
+        return f"follows {operation(first_operand(node))} of {why}"
     homes = _same_for_all(node, lambda batch: _homes(program, node, sources, batch))
     if isinstance(homes, str):
         return homes
@@ -90,7 +101,7 @@ def _homes(program: Program, node: Node, sources: Sequence[Node], batch: int) ->
         first += count
     found = flow(program.graph, starts, batch, _through(node))
     names = ", ".join(map(title, sources))
-    arrived = found.labels.get(node.args[0])
+    arrived = found.labels.get(first_operand(node))
     if not isinstance(arrived, torch.Tensor):
         return f"what {names} computes is moved in a way that is not followed"
     arrived = arrived.movedim(1, 0).flatten(1).long()
@@ -130,9 +141,9 @@ def _layer(program: Program, node: Node) -> Product | None:
     """The layer whose result ``node`` is, scaled and shifted by constants at most."""
     found = node
     while is_call(found) and not is_product(found):
-        if _affine(program, found) is None or sole_user(found.args[0]) is not found:
+        if _affine(program, found) is None or sole_user(first_operand(found)) is not found:
             return None
-        found = found.args[0]
+        found = first_operand(found)
     layer = product(found) if is_product(found) else None
     if layer is None or why_no_product(program, layer):
         return None
@@ -143,7 +154,7 @@ def _of_activation(program: Program, node: Node, skip: Sequence[str]) -> list[Pl
     """The layers that can compute an activation of all that they make, which only moves part from it."""
     if activation(node) is None or not node.args or not is_move(node.args[0]) or skipped_by(node, skip):
         return None
-    sources, between = _cone(node.args[0], is_move)
+    sources, between = _cone(first_operand(node), is_move)
     layers = [None if _why_no_layer(program, source, skip) else _layer(program, source) for source in sources]
     if not all(layer is not None and layer.takes_activation for layer in layers):
         return None
@@ -165,7 +176,8 @@ def _downward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] 
     step = _affine(program, node)
     if step is None or skipped_by(node, skip):
         return None
-    if sole_user(node.args[0]) is node and _layer(program, node.args[0]) is not None:
+    operand = first_operand(node)
+    if sole_user(operand) is node and _layer(program, operand) is not None:
         return None
     places = _same_for_all(node, lambda batch: _takers(program, step, batch, skip))
     if isinstance(places, list) and places[0].node is sole_user(node) and product(places[0].node).has_channels:
@@ -221,16 +233,20 @@ def _through(node: Node) -> Callable[[Node], bool]:
     return carries if is_batch_norm(node) else is_move
 
 
-def _same_for_all(node: Node, at: Callable[[int], _Found]) -> _Found:
+def _same_for_all(node: Node, at: Callable[[int], _Found | str]) -> _Found | str:
     """What ``at`` gives for every batch size."""
-    free = any(isinstance(size, torch.SymInt) for size in value(node).shape)
+    free = any(isinstance(size, torch.SymInt) for size in tensor_of(node).shape)
     found = [at(batch) for batch in (_BATCHES if free else _BATCHES[:1])]
     why = next((each for each in found if isinstance(each, str)), None)
     if why:
         return why
-    plain = [[each] if isinstance(each, torch.Tensor) else [place.channels for place in each] for each in found]
+    plain = [_all_channels(each) for each in found]
     same = all(torch.equal(a, b) for other in plain[1:] for a, b in zip(plain[0], other, strict=True))
     return found[0] if same else "the moves between it and a layer depend on the batch size"
+
+
+def _all_channels(found: Any) -> list[Any]:
+    return [found] if isinstance(found, torch.Tensor) else [place.channels for place in found]
 
 
 def _cone(node: Node, through: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
@@ -253,4 +269,4 @@ def _channel_dim(source: Node) -> int:
 
 
 def _channels(sources: Sequence[Node]) -> list[int]:
-    return [int(value(source).shape[_channel_dim(source)]) for source in sources]
+    return [int(tensor_of(source).shape[_channel_dim(source)]) for source in sources]

@@ -79,7 +79,7 @@ def _trained(path: Path) -> torch.nn.Module:
         state = read(path)
     except WeightsError as problem:  # here it is the model that is to blame
         raise SourceError(str(problem)) from problem
-    maker = _TRAINED.get(state.get("format")) if isinstance(state, dict) else None
+    maker = _TRAINED.get(state.get("format", "")) if isinstance(state, dict) else None
     if maker is None:
         raise SourceError(
             f"{path} holds weights, and not what to compute with them: "

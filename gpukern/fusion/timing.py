@@ -38,7 +38,7 @@ def beside(fused: FusedModel, model: torch.nn.Module, inputs: tuple, channels_la
     try:
         plain = duplicate(model).to(dtype)
         if channels_last:
-            plain = plain.to(memory_format=torch.channels_last)
+            plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         before = time_forward(plain, plain_inputs, {}, plain)
         del plain
         after = time_forward(fused, *fused.module.interface.signature.split(plain_inputs), fused.module)

@@ -106,8 +106,9 @@ class Witness:
         found = [(self.unfused, FACTOR)]
         for number, truth in enumerate(self.truth):
             errors = [_error(draw[number], truth) for draw in draws]
-            if truth.is_floating_point() and all(error is not None for error in errors):
-                found.append(spread_of(errors))
+            finite = [error for error in errors if error is not None]
+            if truth.is_floating_point() and len(finite) == len(errors):
+                found.append(spread_of(finite))
         unfused, factors = zip(*found, strict=True)
         return max(unfused), max(factors)
 

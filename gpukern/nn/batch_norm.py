@@ -18,8 +18,9 @@ class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
 
     def _compute(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
         self._check_input_dim(input)
-        if self._counts():
-            self.num_batches_tracked.add_(1)
+        batches = self._batches()
+        if batches is not None:
+            batches.add_(1)
         momentum = self._momentum(0)
         mean, variance = self._running()
         batch = self.training or (mean is None and variance is None)
@@ -27,17 +28,17 @@ class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
 
     def _compute_after(self, conv: Conv2d, input: torch.Tensor, **epilogue) -> torch.Tensor:
         """In training, this norm of ``conv(input)``, whose kernel makes the statistics; ``input`` is [N, C, H, W]."""
-        counts = self._counts()
+        batches = self._batches()
         input, padding = conv._padded(input)
         output = F.conv2d_batch_norm(
             *(input, conv.weight, conv.bias, *self._running(), self.weight, self.bias),
             *(conv.stride, padding, conv.dilation, conv.groups),
-            momentum=self._momentum(1 if counts else 0),
+            momentum=self._momentum(0 if batches is None else 1),
             eps=self.eps,
             **epilogue,
         )
-        if counts:  # only now: a batch that the convolution refuses never comes to a norm
-            self.num_batches_tracked.add_(1)
+        if batches is not None:  # only now: a batch that the convolution refuses never comes to a norm
+            batches.add_(1)
         return output
 
     def _running(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -46,15 +47,17 @@ class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
             return None, None
         return self.running_mean, self.running_var
 
-    def _counts(self) -> bool:
-        return self.training and self.track_running_stats and self.num_batches_tracked is not None
+    def _batches(self) -> torch.Tensor | None:
+        """The counter of batches where one is kept of this batch, None elsewhere."""
+        return self.num_batches_tracked if self.training and self.track_running_stats else None
 
     def _momentum(self, ahead: int) -> float:
         """The weight of a batch, with ``ahead`` batches that ``num_batches_tracked`` has not counted yet."""
         if self.momentum is not None:
             return self.momentum
         # The mean over all batches so far.
-        return 1.0 / float(self.num_batches_tracked + ahead) if self._counts() else 0.0
+        batches = self._batches()
+        return 0.0 if batches is None else 1.0 / float(batches + ahead)
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):

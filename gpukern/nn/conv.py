@@ -36,15 +36,16 @@ class ConvTranspose2d(Leaf, torch.nn.ConvTranspose2d):
         return self._compute(input, output_size)
 
     def _compute(self, input: torch.Tensor, output_size: list[int] | None = None, **epilogue) -> torch.Tensor:
-        output_padding = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
+        own: Any = self  # torch's method is annotated with lists where its layers hold tuples
+        output_padding = own._output_padding(
+            input, output_size, own.stride, own.padding, own.kernel_size, 2, own.dilation
         )
         return F.conv_transpose2d(
             input,
             self.weight,
             self.bias,
             self.stride,
-            self.padding,
+            own.padding,
             output_padding,
             self.groups,
             self.dilation,

@@ -12,7 +12,7 @@ class _ConstructorSignature:
     def __get__(self, layer: torch.nn.Module | None, kind: type) -> inspect.Signature:
         if layer is not None:
             raise AttributeError("__signature__")
-        own = inspect.signature(kind.__init__)
+        own = inspect.signature(kind.__init__)  # type: ignore[misc]
         return own.replace(parameters=list(own.parameters.values())[1:])
 
 

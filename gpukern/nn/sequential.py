@@ -7,7 +7,7 @@ run may be computed as one is asked in every call: hooks on its inside would mis
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.modules.module import _has_any_global_hook
@@ -102,7 +102,7 @@ def _run_at(kinds: tuple[type, ...], first: int) -> Run:
     return Run(first, norm, activation, end)
 
 
-def _compute(input, children: tuple[torch.nn.Module, ...], run: Run):
+def _compute(input, children: tuple[Any, ...], run: Run):
     """What the children of ``run``, one after the other, make of ``input``."""
     first, norm, activation, end = run
     if norm is not None and not children[norm].training:
@@ -111,7 +111,7 @@ def _compute(input, children: tuple[torch.nn.Module, ...], run: Run):
         first, norm = norm, None
         if end == first + 1:
             return children[first](input)
-    epilogue = {} if activation is None else children[activation]._epilogue
+    epilogue: Any = {} if activation is None else children[activation]._epilogue
     # A tracer's placeholder is no tensor; a single image is what BatchNorm2d refuses.
     together = epilogue is not None and isinstance(input, torch.Tensor) and (norm is None or input.dim() == 4)
     for i in range(first, end):
@@ -157,5 +157,5 @@ def subclass_of(kind: type[torch.nn.Sequential]) -> type[Sequential]:
 
 
 def _new(kind: type[torch.nn.Sequential]) -> Sequential:
-    made = subclass_of(kind)
+    made = subclass_of(kind)  # type: ignore[arg-type]  # classes are hashable
     return made.__new__(made)

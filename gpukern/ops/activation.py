@@ -76,7 +76,7 @@ def _activation_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return activation_grad(grad, saved, *ctx.epilogue), None, None
 
 
-def _activation_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor:
+def _activation_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor | None:
     return through_activation(tangents[0], arguments[0], output, *arguments[1:])
 
 
@@ -164,7 +164,9 @@ def _activation_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     return by_grad, by_saved, None, None
 
 
-def activation_grad_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor:
+def activation_grad_jvp(
+    operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor
+) -> torch.Tensor | None:
     (grad, saved, *epilogue), (dgrad, dsaved) = arguments, tangents
     return total(
         None if dgrad is None else activation_grad(dgrad, saved, *epilogue),

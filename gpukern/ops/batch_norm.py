@@ -74,7 +74,7 @@ def _promoted(input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor
     return input.to(dtype), residual.to(dtype)
 
 
-def check(input, weight, bias, residual, **statistics: torch.Tensor) -> None:
+def check(input, weight, bias, residual, **statistics: torch.Tensor | None) -> None:
     """Raise RuntimeError for sizes, dtypes and devices that do not fit."""
     check_alike("batch_norm", input, residual)
     check_sizes(input.shape, None if residual is None else residual.shape)
@@ -160,7 +160,9 @@ def _batch_norm_jvp(operator: Operator, arguments: tuple, tangents: tuple, outpu
     return norm_jvp((input, weight, bias, residual), mean, var, False, epilogue, tangents[:4], output)
 
 
-def norm_jvp(operands, mean, var, training: bool, epilogue, tangents, output) -> torch.Tensor | None:
+def norm_jvp(
+    operands: tuple[Any, Any, Any, Any], mean, var, training: bool, epilogue, tangents, output
+) -> torch.Tensor | None:
     """The tangent of ``act(z)``, from those of x, weight, bias and residual."""
     (input, weight, _, _), (eps, activation, negative_slope) = operands, epilogue
     tangent = reference.tangent_of(input, weight, mean, var, training, eps, *tangents)
@@ -295,7 +297,7 @@ def _gradients_plainly(grad, input, weight, bias, other, mean, var, training, *o
 def _gradients_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
     with torch.enable_grad():
         # Aliases of what was saved: gradients by them alone, and through them any higher order.
-        tensors = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+        tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
         outputs = _gradients_plainly(*tensors, *ctx.state)
     needed = [i for i in range(5) if ctx.needs_input_grad[i]]
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]

@@ -185,7 +185,8 @@ def _statistics_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     output = _conv2d_fake(input, weight, bias, None, stride, padding, dilation, groups, "none", 0.0)
     total = torch.promote_types(output.dtype, torch.float32)
-    return output, *(output.new_empty(output.shape[1], dtype=total) for _ in range(2))
+    K = output.shape[1]
+    return output, output.new_empty(K, dtype=total), output.new_empty(K, dtype=total)
 
 
 def first_output_flops(of_conv, input, weight, *_, out_shape, **__) -> int:

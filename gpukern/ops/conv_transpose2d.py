@@ -42,7 +42,7 @@ def apply(
     if any(more):
         # Rows that a dilation beyond the stride lets through: those of more input, of zeros.
         input = torch.nn.functional.pad(input, (0, more[1], 0, more[0]))
-        output_padding = tuple(extra % step for extra, step in zip(output_padding, stride, strict=True))
+        output_padding = output_padding[0] % stride[0], output_padding[1] % stride[1]
     operands = input, weight, bias, residual
     geometry = stride, padding, output_padding, dilation, groups
     if activation != "none" and wants_gradient(*operands):

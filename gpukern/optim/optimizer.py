@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 
@@ -62,6 +62,10 @@ class Optimizer(torch.optim.Optimizer):
     #: torch.amp.GradScaler then hands over ``grad_scale`` and ``found_inf``, and leaves the rest to the kernel.
     _step_supports_amp_scaling = True
 
+    _step: Step | None
+    _square_sum: torch.Tensor | None
+    _hyperparameters: Hyperparameters
+
     def __init_subclass__(cls, **options: Any) -> None:
         """Its signature is that of both: for help() and for editors."""
         super().__init_subclass__(**options)
@@ -69,9 +73,9 @@ class Optimizer(torch.optim.Optimizer):
         if "__init__" in cls.__dict__ or torchs in (None, torch.optim.Optimizer):
             return
         shared = [p for p in inspect.signature(Optimizer.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        signature = inspect.signature(torchs.__init__)
+        signature = inspect.signature(torchs.__init__)  # type: ignore[misc]
         parameters = list(signature.parameters.values())[1:]
-        cls.__signature__ = signature.replace(
+        cls.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*parameters, *shared], return_annotation=inspect.Signature.empty
         )
 
@@ -144,8 +148,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """Where tensors lie, after they may have changed."""
-        self._step: Step | None = None
-        self._square_sum: torch.Tensor | None = None
+        self._step = None
+        self._square_sum = None
         self._hyperparameters = Hyperparameters(self._names or self._rule.hyperparameters)
 
     # ---- what belongs to a parameter -------------------------------------------------------------------------------
@@ -190,7 +194,7 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(f"gpukern.optim.{name} does not take complex parameters")
         if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
             raise RuntimeError(f"gpukern.optim.{name} does not take expanded parameters: their elements share memory")
-        if parameter.grad.is_sparse and not self._takes_sparse:
+        if parameter.grad is not None and parameter.grad.is_sparse and not self._takes_sparse:
             advice = ", please consider SparseAdam instead" if isinstance(self, torch.optim.Adam) else ""
             raise RuntimeError(f"{'Adam' if advice else name} does not support sparse gradients{advice}")
         if is_shard(parameter):
@@ -364,5 +368,5 @@ def _group_of(state_dict: dict[str, Any], number: int) -> dict[str, Any]:
     return next((group for group in state_dict["param_groups"] if number in group["params"]), {})
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float | torch.Tensor]:
     return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)

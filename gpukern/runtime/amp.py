@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 #: Whether autocast is on for any device. To test it before the call of :func:`autocast` takes half of the time.
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
+@overload
+def autocast(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, /
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]: ...
+@overload
+def autocast(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, /
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]: ...
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for their device (float64 is left alone, as torch does)."""
     # The first is the input, which is always there.

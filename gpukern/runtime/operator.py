@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.autograd import forward_ad
@@ -81,7 +81,9 @@ class Operator:
         decomposition: Callable[..., Any] | None = None,
         flops: Callable[..., int] | None = None,
     ) -> None:
-        self.decomposition, self.flops = decomposition, flops
+        # Typed for those who call it, of operators that have one.
+        self.decomposition: Callable[..., Any] | Any = decomposition
+        self.flops = flops
         self._forward = forward
         definition = torch.library.custom_op(
             f"gpukern::{name}",
@@ -166,6 +168,10 @@ def is_lazy(tensor: torch.Tensor) -> bool:
     return tensor.is_neg() or tensor._is_zerotensor()
 
 
+@overload
+def resolved(tensor: torch.Tensor) -> torch.Tensor: ...
+@overload
+def resolved(tensor: torch.Tensor | None) -> torch.Tensor | None: ...
 def resolved(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """``tensor`` with its values in memory, differentiably. Registered operators have PyTorch's dispatcher for this.
 

@@ -39,7 +39,7 @@ def example(model: torch.nn.Module, input_size: Any) -> tuple[Any, ...]:
     if inputs and all(map(tensors, inputs)):
         return tuple(inputs)
     several = bool(inputs) and all(isinstance(each, (list, tuple, torch.Size)) for each in inputs)
-    sizes = [tuple(each) for each in inputs] if several else [tuple(inputs)]
+    sizes: list[tuple[Any, ...]] = [tuple(each) for each in inputs] if several else [tuple(inputs)]
     if not isinstance(input_size, Sequence) or not all(isinstance(n, Integral) for size in sizes for n in size):
         raise TypeError(f"expected sizes, a list of sizes, or tensors, got {_told(input_size)}")
     batched = _is_batch(sizes[0], _dimensions(model))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -42,8 +43,10 @@ def window(layer: torch.nn.Module) -> Window | None:
     if isinstance(layer, _ConvTransposeNd) or not isinstance(layer, (_ConvNd, _MaxPoolNd, _AvgPoolNd)):
         return None
 
-    def each(value: int | Sequence[int]) -> Size:
-        return (value,) * dimensions(layer) if isinstance(value, int) else tuple(value)
+    spatial = dimensions(layer) or 0
+
+    def each(value: Any) -> Size:
+        return (value,) * spatial if isinstance(value, int) else tuple(value)
 
     kernel, dilation = each(layer.kernel_size), each(getattr(layer, "dilation", 1))
     if layer.padding == "same":
@@ -112,7 +115,7 @@ def parameters(layer: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [*layer.parameters(recurse=False), *(within.parameters() if within is not None else ())]
 
 
-def _short(value: int | str | Size) -> str:
+def _short(value: Any) -> str:
     """``5`` for (5, 5), ``1×7`` for (1, 7)."""
     if isinstance(value, (int, str)):
         return str(value)

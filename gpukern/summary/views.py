@@ -36,11 +36,12 @@ def _union(views: list[View | None]) -> View | None:
     """The view of an element computed from one element of each: that of the longest path."""
     if ALL in views:
         return ALL
-    if None in views:
+    known = [view for view in views if view is not None]
+    if len(known) < len(views):
         return None
-    if len({view.step for view in views}) > 1:
+    if len({view.step for view in known}) > 1:
         return SOME
-    return View(tuple(max(sizes) for sizes in zip(*(view.size for view in views), strict=True)), views[0].step)
+    return View(tuple(max(sizes) for sizes in zip(*(view.size for view in known), strict=True)), known[0].step)
 
 
 def _through_window(view: View, window: Window) -> View:

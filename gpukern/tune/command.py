@@ -87,7 +87,7 @@ def _asked(
     with _in("--layers"):
         problems += [problem for file in files for problem in sources.layers_in(file)]
     with _in("--batch"):
-        batches = [sizes_called(word, 1)[0] for word in _listed(batch)] or [None]
+        batches: list[int | None] = [sizes_called(word, 1)[0] for word in _listed(batch)] or [None]
     with _in("--dtype"):
         kinds = [kind_called(word) for word in _listed(dtype)]
     with _in("--direction"):

@@ -108,18 +108,20 @@ def worth_trying(ranked: list[Ranked], heuristic: ConvPlan) -> list[ConvPlan]:
 
 def _final(right: dict[Candidate, float], heuristic: ConvPlan, timer: Timer, rejected: dict[ConvPlan, str]) -> Outcome:
     """The best of one sample are mostly lucky ones, so they are timed again, in turns because clocks drift."""
-    finalists = sorted(right, key=right.get)[:FINALISTS]
+    finalists = sorted(right, key=right.__getitem__)[:FINALISTS]
     finalists += [candidate for candidate in right if candidate.plan == heuristic and candidate not in finalists]
     samples: dict[ConvPlan, list[float]] = {candidate.plan: [] for candidate in finalists}
     for _ in range(ROUNDS):
         for candidate in finalists:
             samples[candidate.plan].append(timer(candidate))
     medians = {choice: statistics.median(taken) for choice, taken in samples.items()}
-    best = min(medians, key=medians.get, default=None)
+    best = min(medians, key=medians.__getitem__, default=None)
     planned = medians.get(heuristic)
+    if best is None:
+        return Outcome(None, None, planned, rejected)
     if planned is not None and planned <= GAIN * medians[best]:
         best = heuristic
-    return Outcome(best, medians.get(best), planned, rejected)
+    return Outcome(best, medians[best], planned, rejected)
 
 
 def reason_of(problem: Exception) -> str:

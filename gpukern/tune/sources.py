@@ -34,10 +34,10 @@ def layer_called(words: str) -> ConvProblem:
     if len(parts) < 2 or len(names) != len(values) or not set(names) <= set(_GEOMETRY):
         options = " ".join(f"--{name} VALUE" for name in _GEOMETRY)
         raise ValueError(f"{words!r} is no layer: expected NxCxHxW KxRxS and any of {options}")
-    geometry = dict(zip(names, values, strict=True))
+    geometry: dict[str, Any] = dict(zip(names, values, strict=True))
     if "groups" in geometry:
         geometry["groups"] = sizes_called(geometry["groups"], 1)[0]
-    return problem_called(*parts[:2], **geometry)
+    return problem_called(parts[0], parts[1], **geometry)
 
 
 def layers_in(path: Path) -> list[ConvProblem]:
@@ -84,7 +84,7 @@ def model_called(name: str, *arguments: Any) -> torch.nn.Module:
         raise ValueError(f"{name!r} names no model: expected package.module:factory")
     with _working_directory_on_path():
         try:
-            factory = importlib.import_module(module_name)
+            factory: Any = importlib.import_module(module_name)
             for part in factory_name.split("."):
                 factory = getattr(factory, part)
         except (ImportError, AttributeError) as problem:
@@ -107,7 +107,7 @@ def calls_of_model(
     memory_format = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
     model = model.to(device, KINDS[kind][0])
     if channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     image = torch.randn(*shape, device=device).to(KINDS[kind][0], memory_format=memory_format)
     with fp32_products(KINDS[kind][1], KINDS[kind][1]):
         return calls_of(model, [image], directions)

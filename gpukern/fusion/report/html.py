@@ -144,8 +144,12 @@ def _bar(number: int, group: FusedGroup, value: float, floor: float | None, coun
     return Bar(
         number + 1,
         "\n".join([f"{number + 1}. {group.pattern}: {numbers.number(value)}", *group.modules]),
-        *map(_share, (left, width, left + width, 1 - value / top, value / top)),
-        floor="" if floor is None else _share(1 - floor / top),
+        _share(left),
+        _share(width),
+        _share(left + width),
+        _share(1 - value / top),
+        _share(value / top),
+        "" if floor is None else _share(1 - floor / top),
     )
 
 

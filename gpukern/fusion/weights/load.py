@@ -92,7 +92,7 @@ def _equal(one: Fit, other: Fit) -> bool:
 def _tell(chosen: Fit, found: Sequence[Fit], own: Collection[str], path: Path) -> None:
     """What was left in the file, if that may have been meant."""
     taken = repr(chosen.label) if chosen.label else "the tensors at the top"
-    beside = {}
+    beside: dict[str, None] = {}
     for fit in found:
         if fit.state is not chosen.state and (not fit.missing or is_averaged(fit.label)):
             beside[".".join(fit.state.path)] = None
@@ -124,7 +124,7 @@ def _copy(model: torch.nn.Module, own: Mapping[str, torch.Tensor], fit: Fit, pat
     if wrong:
         raise WeightsError(f"{path} does not fit the model: {listed(wrong)}")
     state = OrderedDict(fit.tensors)
-    state._metadata = _versions(model, fit)
+    state._metadata = _versions(model, fit)  # type: ignore[attr-defined]
     try:
         lacking, unexpected = model.load_state_dict(state, strict=False)
     except Exception as problem:  # RuntimeError, and what modules raise of formats they do not know
@@ -166,5 +166,5 @@ def _misfit(own: object, held: torch.Tensor) -> str:
     return ""
 
 
-def _by(tensor: torch.Tensor) -> str:
+def _by(tensor: Any) -> str:
     return "×".join(map(str, tensor.shape)) or "a number"

@@ -1,6 +1,6 @@
 """What the batch norm kernels share: where a tile lies, and the numbers of its channels."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -29,8 +29,8 @@ class Norm(NamedTuple):
 class Running(NamedTuple):
     """Running statistics to be updated, pointers to [C] or None."""
 
-    mean: object
-    variance: object
+    mean: Any
+    variance: Any
 
 
 @triton.jit

@@ -73,7 +73,8 @@ def batch_norm_training(
     check_kernel_dtype("batch_norm", input.dtype)
     C, device = input.shape[1], input.device
     if input.numel() == 0:
-        return empty_like(input), *(torch.zeros(C, dtype=torch.float32, device=device) for _ in range(2))
+        mean, variance = (torch.zeros(C, dtype=torch.float32, device=device) for _ in range(2))
+        return empty_like(input), mean, variance
     output = empty_like(input)
     tiles = tiles_of(True, input, residual, output)
     chosen = tiles.plan
@@ -94,7 +95,7 @@ def batch_norm_training(
         ),
         {"WHOLE": whole, "UNROLL": chosen.unroll, "ACTIVATION": activation if whole else "none"} | tiles.options,
     )
-    if whole:
+    if statistics is None:
         _keep(running, pointers)
     else:
         _merge(statistics, norm, running)
@@ -184,14 +185,15 @@ def batch_norm_backward(
     wants_input: bool,
     wants_parameters: bool,
     wants_inner: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     check_kernel_dtype("batch_norm", input.dtype)
     C, device = input.shape[1], input.device
     out = empty_like(input) if wants_input else None
     inner = empty_like(input) if wants_inner else None
     grad_weight = grad_bias = None
     if wants_parameters:
-        dtype = (bias if weight is None else weight).dtype
+        # One is there: its gradient is wanted.
+        dtype = (bias if weight is None else weight).dtype  # type: ignore[union-attr]
         grad_weight, grad_bias = (torch.empty(C, dtype=dtype, device=device) for _ in range(2))
     results = tuple(input.new_empty(0) if t is None else t for t in (out, grad_weight, grad_bias, inner))
     if input.numel() == 0:
@@ -247,7 +249,7 @@ def batch_norm_backward(
         {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
     )
     if later:
-        if wants_inner:
+        if inner is not None:
             grad, other, activation, needs_input = inner, None, "none", False
         tiles = tiles_of(False, grad, input, other, out)
         launch(

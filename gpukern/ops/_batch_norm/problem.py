@@ -69,16 +69,18 @@ def walk(shape: Shape, strides: tuple[Shape, ...]) -> Walk:
     """How to walk through tensors of one shape [N, C, ...] that is not empty, and of these strides."""
     channels = shape[1]
     channel_strides = [s[1] if channels > 1 else 0 for s in strides]
-    sizes, joined = _join([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides])
+    (rows, height, inner), joined = _join([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides])
     places = tuple((s[0], c, s[1], s[2]) for s, c in zip(joined, channel_strides, strict=True))
     channels_run = all(c in (0, 1) for c in channel_strides) and 1 in channel_strides
     pixels_run = not channels_run and all(s[2] in (0, 1) for s in joined)
-    aligned = math.gcd(16, *((channels,) if channels_run else (sizes[2],)))
+    aligned = math.gcd(16, *((channels,) if channels_run else (inner,)))
     for n, c, h, w in places:
         aligned = math.gcd(aligned, n, h, w if channels_run else c)
     return Walk(
         channels,
-        *sizes,
+        rows,
+        height,
+        inner,
         places,
         channels_run,
         channel_align=aligned if channels_run else 1,

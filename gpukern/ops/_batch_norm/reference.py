@@ -30,8 +30,8 @@ def batch_norm(
     """
     dtype = torch.promote_types(input.dtype, torch.float32)
     x = input.to(dtype)
-    numbers = (None if t is None else t.to(dtype) for t in (mean, variance, weight, bias))
-    z = F.batch_norm(x, *numbers, eps=eps) if x.numel() else x
+    means, variances, weights, biases = (None if t is None else t.to(dtype) for t in (mean, variance, weight, bias))
+    z = F.batch_norm(x, means, variances, weights, biases, eps=eps) if x.numel() else x
     return _finish(z if residual is None else z + residual.to(dtype), input, activation, negative_slope)
 
 
@@ -74,15 +74,15 @@ def conv2d_batch_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, z, mean, variance) with ``z = x ∗ filters + filters_bias`` and y as :func:`batch_norm_training` of z."""
     z = reference.conv2d(problem, input, filters, filters_bias, None, "none", 0.0)
-    y, *numbers = batch_norm_training(z, weight, bias, residual, eps, activation, negative_slope, running)
-    return y, z, *numbers
+    y, mean, variance = batch_norm_training(z, weight, bias, residual, eps, activation, negative_slope, running)
+    return y, z, mean, variance
 
 
 def statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, biased variance) of each channel, at least fp32; zeros of no values."""
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     if not input.numel():
-        return tuple(x.new_zeros(input.shape[1]) for _ in range(2))
+        return x.new_zeros(input.shape[1]), x.new_zeros(input.shape[1])
     variance, mean = torch.var_mean(x, _pixels(input), correction=0)
     return mean, variance
 
@@ -109,7 +109,7 @@ def batch_norm_backward(
     wants_input: bool,
     wants_parameters: bool,
     wants_inner: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """(∂L/∂x, ∂L/∂weight, ∂L/∂bias, ∂L/∂z = ∂L/∂residual), empty where not wanted, with g = ∂L/∂z = ∂L/∂y · act′:
 
         ∂L/∂bias = Σ g        ∂L/∂weight = Σ g·x̂        ∂L/∂x = weight / σ · (g − mean(g) − x̂ · mean(g·x̂))

@@ -36,9 +36,10 @@ def tiles_of(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
         tensors = tuple(None if t is None else t.contiguous() for t in tensors)
         given = [tensor for tensor in tensors if tensor is not None]
     strides = tuple(tensor.stride() for tensor in given)
-    places, *prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
+    prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
+    places, chosen, sizes, options = prepared
     images = iter(places)
-    return Tiles(tuple(NOTHING if t is None else Image(t, *next(images)) for t in tensors), *prepared)
+    return Tiles(tuple(NOTHING if t is None else Image(t, *next(images)) for t in tensors), chosen, sizes, options)
 
 
 @functools.lru_cache(maxsize=4096)

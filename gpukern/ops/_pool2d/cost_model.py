@@ -39,6 +39,7 @@ def work(problem: PoolProblem | AdaptiveProblem, pooling: Pooling, itemsize: int
         inputs = len({h for _, h in rows}) * len({w for _, w in columns})
     tap = 0
     if pooling in (Pooling.MAX_WITH_TAPS, Pooling.MAX_GRAD):
+        assert isinstance(p, PoolProblem)  # adaptive pooling is of averages
         tap = 1 if math.prod(p.kernel) <= 256 else 4
     return Work(planes * operations, planes * ((inputs + outputs) * itemsize + outputs * tap), "fma")
 

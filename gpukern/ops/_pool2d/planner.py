@@ -58,7 +58,8 @@ def plan(problem: PoolProblem | AdaptiveProblem, channels_last: bool, itemsize: 
     else:
         window = problem.kernel
         extents = ((size - 1) * dilation + 1 for size, dilation in zip(problem.kernel, problem.dilation, strict=True))
-        owners = tuple(cdiv(extent, stride) for extent, stride in zip(extents, problem.stride, strict=True))
+        over_rows, over_columns = (cdiv(e, stride) for e, stride in zip(extents, problem.stride, strict=True))
+        owners = over_rows, over_columns
         divisor = problem.divisor_override or _common_divisor(problem)
     tile = _tile(problem.C, channels_last, itemsize)
     elements = max(1, tile.channels * tile.pixels // _THREADS)

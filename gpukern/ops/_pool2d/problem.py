@@ -66,8 +66,9 @@ def pool_problem(
     """The checked problem; raises RuntimeError, as torch does, for sizes that do not fit together."""
     P, Q = output_size(input_shape, kernel, stride, padding, dilation, ceil_mode)
     require(divisor_override != 0, "divisor_override must not be zero")
+    N, C, H, W = input_shape
     return PoolProblem(
-        *input_shape, P, Q, kernel, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override
+        N, C, H, W, P, Q, kernel, stride, padding, dilation, ceil_mode, count_include_pad, divisor_override
     )
 
 
@@ -75,7 +76,8 @@ def pool_problem(
 def adaptive_problem(input_shape: Sequence[int], output_size: Pair) -> AdaptiveProblem:
     """The checked problem; raises RuntimeError as torch does."""
     check_adaptive(input_shape, output_size)
-    return AdaptiveProblem(*input_shape, *output_size)
+    N, C, H, W = input_shape
+    return AdaptiveProblem(N, C, H, W, *output_size)
 
 
 def output_size(

@@ -58,7 +58,7 @@ def local(tensor: Any) -> Any:
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def local_gradient(owner: torch.Tensor) -> torch.Tensor | None:
+def local_gradient(owner: Any) -> torch.Tensor | None:
     """The gradient of what is here of ``owner``. One that is spread in another way, a sum that is still to be made for
     instance, is brought there: every process does so."""
     gradient = owner.grad

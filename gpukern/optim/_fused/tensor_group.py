@@ -6,7 +6,7 @@ import itertools
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -83,11 +83,12 @@ class Bundle:
 
     def _variant(self) -> Variant:
         first = self.entries[0]
-        names = (str(dtype).removeprefix("torch.") for dtype in self._dtypes())
+        parameter, gradient, state = (str(dtype).removeprefix("torch.") for dtype in self._dtypes())
         states = tuple(self._rule.states[s].name for s in self._kept)
         stochastic = self._settings.stochastic_rounding and first.parameter.dtype is torch.bfloat16
         room = room_for(len(self.entries))
-        return Variant(self._rule, *names, states, room, first.master is not None, stochastic)
+        has_master = first.master is not None
+        return Variant(self._rule, parameter, gradient, state, states, room, has_master, stochastic)
 
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
         first = self.entries[0]
@@ -214,7 +215,7 @@ class Bundle:
             return False
         return all(map(operator.is_, present, [seen() for seen in self._seen]))
 
-    def _present_of(self, gradients: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    def _present_of(self, gradients: list[Any]) -> list[torch.Tensor]:
         return gradients if self._numbers is None else [gradients[number] for number in self._numbers]
 
     def _checked(self) -> list[torch.Tensor | None] | None:
