@@ -255,7 +255,7 @@ def test_explain_takes_a_fully_connected_layer():
         (("conv", "2x16x6x6", "24x3x3", "--layout", "HWCN"), "--layout: no layout is called 'HWCN'"),
         (("conv", "2x16x6x6", "24x3x3", "--epilogue", "softmax"), "--epilogue: an epilogue has no part 'softmax'"),
         (("conv", "2x16x6x6", "24x3x3", "--epilogue", "relu", "--direction", "weight-grad"), "only a forward has"),
-        (("linear", "128", "10"), "MxC: '128' has 1 sizes"),
+        (("linear", "128", "10"), "MxC: '128' has 1 size, expected 2 joined by x"),
         (("linear", "128x64", "0"), "K"),
         (("linear", "128x64", "10", "--epilogue", "residual"), "adds no residual"),
     ],

@@ -43,6 +43,7 @@ def test_sizes_are_those_of_the_problem():
     )
     assert formatting.problem_called("1x8x6x6", "8x2x2", padding="same").padding == (0, 1, 0, 1)
     assert formatting.problem_called("1x8x6x6", "8x2x2", padding="valid").padding == (0, 0, 0, 0)
+    assert formatting.problem_called("1,8,6,6", "8,2,2") == formatting.problem_called("1x8x6x6", "8x2x2")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,7 @@ def test_sizes_are_those_of_the_problem():
     [
         (("32x64x56", "64x3x3"), "'32x64x56' has 3 sizes, expected 4 joined by x"),
         (("32x64x56x56", "64x3"), "'64x3' has 2 sizes, expected 3 or 4"),
+        (("32", "64x3x3"), "'32' has 1 size, expected 4 joined by x"),
         (("32x64x56x0", "64x3x3"), "'0' in '32x64x56x0' is no size: expected a number from 1 on"),
         (("32x64x56x-6", "64x3x3"), "'-6' in '32x64x56x-6' is no size"),
         (("1e3x64x56x56", "64x3x3"), "'1e3' in '1e3x64x56x56' is no size"),

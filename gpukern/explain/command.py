@@ -61,7 +61,7 @@ NoCompile = Annotated[bool, typer.Option("--no-compile", help="Predict only, loo
 def _main() -> None:
     """Why a layer gets the kernel that it gets: plan, alternatives, roofline, machine code. Needs no GPU.
 
-    Of a model that gpukern fuse saved: gpukern explain r50.pt2
+    The report of a model that gpukern fuse saved: gpukern explain r50.pt2
     """
 
 

@@ -96,10 +96,11 @@ def epilogue_called(words: str) -> tuple[bool, Epilogue]:
 
 
 def sizes_called(words: str, *counts: int) -> tuple[int, ...]:
-    """Positive sizes joined by "x" or "×", as many as one of ``counts``; raises ValueError."""
-    parts = re.split(r"[x×]", words.strip().lower())
+    """Positive sizes joined by "x", "×" or ",", as many as one of ``counts``; raises ValueError."""
+    parts = re.split(r"[x×,]", words.strip().lower())
     if len(parts) not in counts:
-        raise ValueError(f"{words!r} has {len(parts)} sizes, expected {' or '.join(map(str, counts))} joined by x")
+        sizes = "1 size" if len(parts) == 1 else f"{len(parts)} sizes"
+        raise ValueError(f"{words!r} has {sizes}, expected {' or '.join(map(str, counts))} joined by x")
     return tuple(_size(part, words) for part in parts)
 
 

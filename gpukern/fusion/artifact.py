@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def read(path: str | os.PathLike[str]) -> tuple[FusedModule, FusionReport, tuple
         raise FileNotFoundError(f"no such file: {path}")
     if not path.is_file():
         raise FusionError(f"{path} is no file")
+    if not zipfile.is_zipfile(path):  # torch would write its traceback to the log before it raises
+        raise FusionError(f"{path} cannot be read as a fused model: it is no .pt2 file, or not the whole of one")
     extra = {IN_ARCHIVE: "", _INTERFACE: ""}
     try:
         with quiet():

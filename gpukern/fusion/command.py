@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DtypeName = Enum("DtypeName", {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}, type=str)
 DeviceName = Enum("DeviceName", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 
 #: Models of these come with random weights.
@@ -49,7 +48,9 @@ def fuse(
     weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A .safetensors file, a state_dict, or a checkpoint with one.")
     ] = None,
-    dtype: Annotated[DtypeName | None, typer.Option(help="What to compute in. Default: the model's own.")] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="KIND", help="What to compute in: fp16, bf16 or fp32. Default: the model's own.")
+    ] = "",
     verify: Annotated[bool, typer.Option(help="Compare with the original in float64.")] = True,
     skip: Annotated[
         list[str], typer.Option(metavar="PATTERN", help='Modules to leave as they are: "head.*". Repeatable.')
@@ -62,7 +63,7 @@ def fuse(
     save: Annotated[
         Path | None, typer.Option(metavar="FILE.pt2", help="Write the fused model, for gpukern.load.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the example input, and of weights that are not given.")] = 0,
+    seed: Annotated[int, typer.Option(help="For the example input, and for weights that are not given.")] = 0,
     device: Annotated[DeviceName | None, typer.Option(help="Default: cuda if there is one.")] = None,
 ) -> None:
     """Fuse a trained network for inference, prove that it computes the same, and say what was fused and what not.
@@ -76,7 +77,7 @@ def fuse(
     from gpukern.fusion.sources import load_model, shape_called
 
     _check_files(report, json, save)
-    place = _place(device)
+    place, kind = _place(device), _dtype(dtype) if dtype else None
     shapes = [_checked("--input", shape_called, each) for each in input]
     torch.manual_seed(seed)
     with _step(f"making {model}"), _told_of_weights() as notes:
@@ -90,7 +91,6 @@ def fuse(
     except Exception as problem:  # no memory, as a rule
         _fail(f"the model and its input cannot be put on {place}: {first_line(problem)}")
     settings = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
-    kind = None if dtype is None else _dtype(dtype)
     steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
     with _step(f"fusing: {', '.join(steps)}"):
         fused, told, failure = _fused(made, inputs, dtype=kind, skip=skip, strict=strict, **settings)
@@ -176,10 +176,15 @@ def _place(name: DeviceName | None) -> torch.device:
     return torch.device("cuda" if available and name is not DeviceName.cpu else "cpu")
 
 
-def _dtype(name: DtypeName) -> torch.dtype:
+def _dtype(name: str) -> torch.dtype:
+    """The dtype called so, by its short name or torch's."""
     import torch
 
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name.value]
+    short = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    long = short.get(name.lower(), name.lower())
+    if long not in short.values():
+        raise typer.BadParameter(f"no dtype is called {name!r}; known are {', '.join(short)}", param_hint="--dtype")
+    return getattr(torch, long)
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------

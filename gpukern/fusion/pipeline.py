@@ -64,7 +64,7 @@ def run(
     own = _dtype_of(exact, inputs)
     dtype = dtype or own
     if dtype not in _DTYPES:
-        raise ValueError(f"fuse() computes in one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+        raise ValueError(f"fuse() computes in one of {', '.join(map(str, _DTYPES))}, got {dtype!r}")
     if torch.is_autocast_enabled(device.type):
         notes.append("Autocast was on: a fused model ignores it, and so does its proof")
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -125,9 +125,10 @@ def _package(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as problem:  # also one that is there and does not fit the PyTorch that is
-        missing = isinstance(problem, ModuleNotFoundError) and problem.name == package
-        why = "is not installed" if missing else f"cannot be imported: {type(problem).__name__}: {problem}"
-        raise SourceError(f"{package} {why}: pip install {package}") from problem
+        if isinstance(problem, ModuleNotFoundError) and problem.name in (package, module):
+            raise SourceError(f"{package} is not installed: pip install {package}") from problem
+        why = f"{type(problem).__name__}: {problem}"
+        raise SourceError(f"{package} cannot be imported, as when it was built for another PyTorch: {why}") from problem
 
 
 def _of_zoo(zoo: str, name: str, known: Sequence[str], make: Callable[[], torch.nn.Module]) -> torch.nn.Module:

@@ -42,6 +42,6 @@ def mark(layer: torch.nn.Module) -> None:
 
 def refuse_script(layer: torch.nn.Module) -> None:
     raise RuntimeError(
-        f"gpukern.nn.{type(layer).__name__} is not compiled by torch.jit.script: "
+        f"gpukern's {type(layer).__name__} is not compiled by torch.jit.script: "
         "use torch.export.export or torch.compile"
     )

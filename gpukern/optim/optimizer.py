@@ -93,8 +93,8 @@ class Optimizer(torch.optim.Optimizer):
         for name, limit in (("max_grad_norm", max_grad_norm), ("max_grad_value", max_grad_value)):
             if limit is not None and not 0 < limit < math.inf:
                 raise ValueError(f"Invalid {name}: {limit}, expected a positive number or None")
-        if state_dtype is not None and not state_dtype.is_floating_point:
-            raise ValueError(f"Invalid state_dtype: {state_dtype}, expected a floating-point dtype")
+        if state_dtype is not None and not getattr(state_dtype, "is_floating_point", False):
+            raise ValueError(f"Invalid state_dtype: {state_dtype!r}, expected a floating-point torch.dtype")
         self._state_dtype, self._master_weights = state_dtype, master_weights
         self._settings = Settings(max_grad_norm or 0.0, max_grad_value or 0.0, stochastic_rounding, seed)
         self._hidden_steps: dict[torch.Tensor, torch.Tensor] = {}

@@ -21,13 +21,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     # Of this thread alone: two that write the same file at once must not share a draft.
     draft = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.draft{path.suffix}")
     try:
-        draft.touch()  # an OSError here, whatever the writer would raise, and the mode that umask gives a new file
+        _create(draft, path)  # an OSError here, whatever the writer would raise
         yield draft
         with draft.open("rb+") as written:
             os.fsync(written.fileno())
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _create(draft: Path, path: Path) -> None:
+    """Make an empty file, with the mode that umask gives a new one; OSError about ``path``, which the caller knows."""
+    try:
+        draft.touch()
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -22,7 +22,10 @@ UNFINISHED = 75
 
 
 def tune(
-    model: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="A model, as a function that makes it.")] = "",
+    model: Annotated[
+        str,
+        typer.Option(metavar="MODULE:FACTORY", help="The function that makes a model, torchvision.models:resnet50."),
+    ] = "",
     input: Annotated[str, typer.Option(metavar="NxCxHxW", help="The sizes of the model's input.")] = "",
     layer: Annotated[
         list[str],
@@ -35,17 +38,19 @@ def tune(
     nchw: Annotated[bool, typer.Option("--nchw", help="Tensors in NCHW instead of channels_last.")] = False,
     device: Annotated[int, typer.Option(min=0, help="The number of the GPU.")] = 0,
     budget: Annotated[
-        float, typer.Option(metavar="MINUTES", min=0, help=f"Begin nothing after them; exit status {UNFINISHED}.")
+        float,
+        typer.Option(
+            metavar="MINUTES", min=0, help=f"Begin no layer after so many; exit status {UNFINISHED} if any are left."
+        ),
     ] = float("inf"),
     output: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Default: $GPUKERN_PLANS, else ~/.cache/gpukern/plans.")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Also what was measured with the same versions.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what has been, with these versions.")] = False,
 ) -> None:
     """Measure every plan of a model's convolutions on this GPU, and keep the fastest for all calls to come.
 
-    Each plan's result is checked before it is timed. What is done is written down at once: after an interruption the
-    same command goes on.
+    Each plan's result is checked before it is timed. After an interruption the same command goes on.
     """
     try:
         place = _gpu(device)
@@ -97,7 +102,7 @@ def _asked(
     if not model and not problems:
         raise typer.BadParameter("nothing to tune: --model with --input, --layer or --layers says what")
     with _in("--input"):
-        shape = sizes_called(input.replace(",", "x"), 2, 4) if input else ()
+        shape = sizes_called(input, 2, 4) if input else ()
     with _in("--model"):
         made = sources.model_called(model) if model else None
     calls: list[Call] = []

@@ -79,6 +79,8 @@ def test_options_reach_the_work(stub):
     }  # fmt: skip
     assert [tuple(each.shape) for each in inputs] == [(2, 3, 8, 8), (4, 5)] and not model.training
     assert all(torch.equal(*pair) for pair in zip(inputs, again, strict=True))
+    assert run("fuse", *TINY, "--dtype", "float16").exit_code == 0
+    assert asked.pop()[2]["dtype"] is torch.float16
     assert run("fuse", *TINY).exit_code == 0
     assert asked[2][2]["dtype"] is None and asked[2][2]["verify"] and not torch.equal(asked[2][1][0], inputs[0])
 
@@ -136,7 +138,8 @@ def test_an_input_that_the_model_does_not_take_is_status_2():
         (("nothing", "--input", "1,3"), "names no model"),
         (("tests.fusion.made_up:tiny",), "Missing option '--input'"),
         (("tests.fusion.made_up:tiny", "--input", "1,a"), "is no shape"),
-        ((*TINY, "--dtype", "fp8"), "fp8"),
+        ((*TINY, "--dtype", "fp8"), "--dtype: no dtype is called 'fp8'"),
+        ((*TINY, "--dtype", "float64"), "--dtype: no dtype is called 'float64'"),
         ((*TINY, "--weights", "nowhere.pth"), "there is no file nowhere.pth"),
         ((*TINY, "--report", "nowhere/out.html"), "there is no folder nowhere"),
         ((*TINY, "--json", "tests"), "tests is a folder"),

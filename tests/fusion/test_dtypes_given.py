@@ -83,3 +83,9 @@ def test_indices_and_masks_keep_their_dtype():
     for wrong in ((x, rows.int(), mask), (x, rows.bool(), mask), (x, rows, mask.float()), (x, rows.float(), mask)):
         with pytest.raises(TypeError, match=r"expected input [12] of torch.(int64|bool), got torch"):
             fused(*wrong)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8])
+def test_fuse_takes_the_dtypes_that_it_names_and_no_names(dtype):
+    with pytest.raises(ValueError, match=rf"one of torch.float32, .*, got {dtype!r}$"):
+        gpukern.fuse(torch.nn.Linear(2, 2).eval(), (torch.randn(1, 2),), dtype=dtype)

@@ -136,6 +136,14 @@ def test_a_package_that_is_not_there_is_named(monkeypatch, package):
         load_model(f"{package}:resnet50")
 
 
+def test_a_package_that_does_not_fit_is_not_to_be_installed_again(monkeypatch, tmp_path):
+    (tmp_path / "timm.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    with pytest.raises(SourceError, match=r"built for another PyTorch: RuntimeError: operator .* does not exist$"):
+        load_model("timm:resnet50")
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [

@@ -46,6 +46,11 @@ def _argument(value: Any) -> Any:
     return _Pointer(value.flatten(), 0) if isinstance(value, torch.Tensor) else value
 
 
+_DTYPES = ("int32", "int64", "float32")
+#: Whatever an activation may call: they are named in torch as in Triton.
+_ELEMENTWISE = ("abs", "exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "floor", "ceil", "erf", "sigmoid")
+
+
 class _Value(torch.Tensor):
     """A tensor or number of the kernel: ``a += b`` makes a new one, as in Triton."""
 
@@ -339,7 +344,7 @@ class _Machine:
 
     def _language(self) -> dict[str, Any]:
         both = {
-            **{name: getattr(torch, name) for name in ("int32", "int64", "float32", "abs", "exp", "erf", "sigmoid")},
+            **{name: getattr(torch, name) for name in (*_DTYPES, *_ELEMENTWISE)},
             "where": lambda condition, a, b: torch.where(_value(condition), a, b),
             "maximum": lambda a, b: torch.maximum(a, torch.tensor(b, dtype=a.dtype)),
             "sum": lambda x, axis: x.sum(axis),

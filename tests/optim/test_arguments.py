@@ -28,6 +28,11 @@ import gpukern.optim as optim
         ("SGD", {"lr": 0.1, "max_grad_norm": 0.0}, "Invalid max_grad_norm: 0.0"),
         ("SGD", {"lr": 0.1, "max_grad_value": torch.nan}, "Invalid max_grad_value: nan"),
         ("SGD", {"lr": 0.1, "state_dtype": torch.int32}, "Invalid state_dtype: torch.int32"),
+        (
+            "SGD",
+            {"lr": 0.1, "state_dtype": "float32"},
+            "Invalid state_dtype: 'float32', expected a floating-point torch.dtype",
+        ),
     ],
 )
 def test_bad_numbers(name, options, message):

@@ -101,3 +101,10 @@ def test_threads_that_write_one_file_at_once_never_mix(path):
     for thread in threads:
         thread.join()
     assert len(seen) == 40 and set(seen) <= set(texts) and files_of(path) == ["model.pt2"]
+
+
+def test_a_folder_that_is_not_there_is_an_error_about_the_file(path):
+    missing = path.parent / "folder" / "model.pt2"
+    with pytest.raises(FileNotFoundError) as raised:
+        write_text(missing, "new")
+    assert raised.value.filename == str(missing)
