@@ -1,4 +1,4 @@
-"""The convolution engine: problems, plans, predictions, launches. Everything outside imports from here alone."""
+"""The convolution engine: problems, plans, predictions, launches. Code outside the package imports only this module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpukern.conv.problem import (
     transposed_size,
 )
 
-#: Module → what it offers, imported at the first use: all of planning takes 30 ms, and ``launch`` needs Triton.
+#: Module → its public names, imported on first use: importing all of planning takes 30 ms, and ``launch`` needs Triton.
 _LATER = {
     "gpukern.conv.choice": ("Choice", "choose"),
     "gpukern.conv.cost": ("is_elementwise", "minimum_work"),

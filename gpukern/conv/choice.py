@@ -1,4 +1,4 @@
-"""The plan of a call: forced, measured, or expected to be the fastest. No torch, no Triton."""
+"""Choice of a call's plan: forced, measured, or expected to be the fastest. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gpukern.conv.planner import heuristic_plan
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
 
-#: The last one takes the place of every choice; see :func:`gpukern.conv.hooks.force_plan`.
+#: The last one overrides every choice; see :func:`gpukern.conv.hooks.force_plan`.
 forced: list[ConvPlan] = []
 
 
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
 
 def choose(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> Choice:
-    """The plan of a call; RuntimeError where all that could run it are switched off."""
+    """Return the plan of a call; RuntimeError if every plan that could run it is switched off."""
     if forced:
         return Choice(forced[-1], False)
     measured = database.lookup(problem, direction, operands, device)

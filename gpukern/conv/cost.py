@@ -1,4 +1,4 @@
-"""What a convolution must cost, and what a plan for it does: predictions that need no GPU. No torch, no Triton."""
+"""Minimum cost of a convolution and cost of a plan, predicted without a GPU. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
 
 
 def minimum_work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -> Work:
-    """flops = 2·N·P·Q·K·(C/groups)·R·S, and one pass over the operands and the output of ``itemsize`` bytes.
+    """Return flops = 2·N·P·Q·K·(C/groups)·R·S, and bytes of one pass over operands and output of ``itemsize`` bytes.
 
     As is usual, taps in the padding count, so that an implementation which skips them can beat the floor by their
     share: little at 56 × 56, but (21/19)² = 1.22 for 3×3 at 7 × 7. Where fewer taps than that reach the pixels of dx,
     as in an image of odd size at stride 2, the input gradient counts those.
 
-    Of the operands' images only rows and columns that a window meets count: 1×1 at stride 2 reads a quarter of x.
+    Only the rows and columns of the operands' images that a window covers count: 1×1 at stride 2 reads a quarter of x.
     Bias, activation and the comparisons of a pool are left out.
     """
     p = problem
@@ -45,11 +45,11 @@ def least_cost(
     operands: Operands,
     device: DeviceSpec,
 ) -> Cost:
-    """The cost of ``plan`` on ``device``, whose peaks must be known (ValueError).
+    """Return the least cost of ``plan`` on ``device``; ValueError if the device's peaks are unknown.
 
     ``tiles``: pairs of (tiles, steps of ``plan.block_k`` each walks), from the kernel's own ``plan.py``. Partial sums
-    of ``plan.splits`` are fp32, written and read again. Element by element, the kernel has the rate outside the tensor
-    cores whatever the operands are.
+    of ``plan.splits`` are fp32, written and read again. A kernel that multiplies element by element runs at the rate
+    outside the tensor cores, whatever the operands are.
     """
     if device.peaks is None:
         raise ValueError(f"the peak rates of {device.name} are not known")
@@ -88,24 +88,24 @@ def rate_of(plan: ConvPlan, operands: Operands) -> str:
 
 
 def copied_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan, itemsize: int) -> int:
-    """Of copies into or out of channels_last: each reads and writes its tensor once."""
+    """Bytes moved by copies into or out of channels_last: each reads and writes its tensor once."""
     operands = _operands(direction, p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, _filter(p))
     sizes = (*operands, _written(p, direction))
     return sum(2 * elements * itemsize for elements, copied in zip(sizes, plan.pack, strict=True) if copied)
 
 
 def _added_apart(direction: Direction, plan: ConvPlan) -> bool:
-    """Whether another launch adds the partial sums; of tiles of pixels the last program to arrive does."""
+    """Whether a separate launch adds the partial sums; for tiles of pixels, the last program to arrive adds them."""
     return plan.splits > 1 and direction is Direction.WEIGHT_GRAD
 
 
 def split_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
-    """Of partial sums, fp32, written and read once."""
+    """Bytes moved by partial sums: fp32, written and read once."""
     return 2 * 4 * plan.splits * _output(p, direction) if plan.splits > 1 else 0
 
 
 def _operands(direction: Direction, x: int, y: int, w: int) -> tuple[int, int]:
-    """The two that the kernel takes, in its order; y stands for dy too."""
+    """Sizes of the kernel's two operands, in its order; y stands for dy too."""
     return {Direction.FORWARD: (x, w), Direction.INPUT_GRAD: (y, w), Direction.WEIGHT_GRAD: (y, x)}[direction]
 
 
@@ -114,12 +114,12 @@ def _filter(p: ConvProblem) -> int:
 
 
 def _written(p: ConvProblem, direction: Direction) -> int:
-    """Elements of what a launch writes."""
+    """Number of elements that a launch writes."""
     return _output(p, direction) // (4 if p.pool else 1)
 
 
 def _output(p: ConvProblem, direction: Direction) -> int:
-    """Elements of what a launch computes."""
+    """Number of elements that a launch computes."""
     if direction is Direction.WEIGHT_GRAD:
         return _filter(p)
     return p.N * (p.K * p.P * p.Q if direction is Direction.FORWARD else p.C * p.H * p.W)

@@ -1,11 +1,11 @@
-"""The plan database: plans that were measured to be the fastest, which go before the planner's. No torch, no Triton.
+"""The plan database: plans measured to be the fastest, which override the planner's. Imports neither torch nor Triton.
 
-One JSON file for each device, written by ``gpukern tune``, in three folders of which the first that knows an answer
-gives it: ``$GPUKERN_PLANS``, the user's cache (``~/.cache/gpukern/plans``), and what comes with gpukern. An empty
+One JSON file per device, written by ``gpukern tune``, in three folders; the first that has the problem wins:
+``$GPUKERN_PLANS``, the user's cache (``~/.cache/gpukern/plans``), and the plans shipped with gpukern. An empty
 ``GPUKERN_PLANS`` switches the database off.
 
-A file is read once. What is wrong with it is never the caller's problem: a file that cannot be understood is left out
-with a warning, a plan that the kernels of this version do not offer is left out without.
+A file is read once. A broken file never fails the caller: one that cannot be parsed is skipped with a warning, a plan
+that the kernels of this version do not offer is skipped silently.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.files import write_text
 from gpukern.runtime.records import build, plain
 
-#: Of the files. Others are left alone.
+#: Version of the file format. Files of other versions are left alone.
 SCHEMA = 1
 
 BUNDLED = Path(__file__).resolve().parents[1] / "plans"
@@ -38,9 +38,9 @@ BUNDLED = Path(__file__).resolve().parents[1] / "plans"
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured of one problem, in µs. ``plan`` is None while no candidate was found to be right.
+    """The measurements of one problem, in µs. ``plan`` is None while no candidate was found to be right.
 
-    ``heuristic`` is what the planner chose, ``rejected`` pairs of a plan and the reason why it was not timed.
+    ``heuristic`` is the planner's choice, ``rejected`` are pairs of a plan and the reason why it was not timed.
     """
 
     plan: ConvPlan | None
@@ -57,7 +57,7 @@ class Entry:
 
 
 def lookup(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> ConvPlan | None:
-    """The measured plan of ``problem``, of any batch size in its bucket; None if there is none, or none that fits."""
+    """Return the plan measured for ``problem`` at any batch size in its bucket; None if there is none that fits."""
     if not problem.N:
         return None
     for folder in folders():
@@ -69,12 +69,12 @@ def lookup(problem: ConvProblem, direction: Direction, operands: Operands, devic
 
 
 def clear() -> None:
-    """Forget what was read: the next look-up reads the files again."""
+    """Drop the files' cached contents: the next look-up reads them again."""
     _read_once.cache_clear()
 
 
 def key(problem: ConvProblem, direction: Direction, operands: Operands) -> str:
-    """All that a plan depends on beside the device, with the batch size's bucket for the batch size."""
+    """Everything a plan depends on besides the device, with the batch size replaced by its bucket."""
     p, o = problem, operands
     geometry = (
         f"stride {_by(p.stride)} padding {','.join(map(str, p.padding))} dilation {_by(p.dilation)} groups {p.groups}"
@@ -86,7 +86,7 @@ def key(problem: ConvProblem, direction: Direction, operands: Operands) -> str:
 
 
 def bucket(batch: int) -> int:
-    """The power of two nearest to ``batch`` in ratio: 22 goes to 16, 23 to 32."""
+    """Return the power of two nearest to ``batch`` in ratio: 22 goes to 16, 23 to 32."""
     below = 1 << (batch.bit_length() - 1)
     # √2 is irrational: no batch lies in the middle.
     return below if batch * batch < 2 * below * below else 2 * below
@@ -95,10 +95,10 @@ def bucket(batch: int) -> int:
 def _offered(
     plan: ConvPlan, problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
 ) -> ConvPlan | None:
-    """``plan`` as the kernels offer it for this very problem, so that no file can make a kernel do what it cannot.
+    """Return ``plan`` as the kernels offer it for this very problem, so that no file can launch an unsupported plan.
 
-    How many splits are worth a thought, and which boxes, depends on the batch size: within a bucket the nearest stand
-    in for those that were measured.
+    The split counts and boxes that are candidates depend on the batch size: within a bucket the nearest ones replace
+    those that were measured.
     """
     offered = candidates(problem, direction, operands, device)
     alike = [each for each in offered if replace(each, splits=plan.splits, box=plan.box) == plan]
@@ -118,7 +118,7 @@ def _by(sizes: tuple[int, ...]) -> str:
 
 
 def folders() -> tuple[Path, ...]:
-    """Where plans are looked for, the first that has one wins."""
+    """Folders searched for plans, in order of precedence."""
     chosen = os.environ.get("GPUKERN_PLANS")
     if chosen == "":
         return ()
@@ -126,12 +126,12 @@ def folders() -> tuple[Path, ...]:
 
 
 def user_folder() -> Path:
-    """Where ``gpukern tune`` puts what it found."""
+    """Folder to which ``gpukern tune`` writes its plans."""
     return cache_folder() / "plans"
 
 
 def file_name(device: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" has nvidia-h100-80gb-hbm3.json."""
+    """File name of a device's plans: "NVIDIA H100 80GB HBM3" has nvidia-h100-80gb-hbm3.json."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
@@ -145,7 +145,7 @@ def _read_once(path: Path) -> Mapping[str, Any]:
 
 
 def _plans_in(path: Path) -> dict[str, Any]:
-    """Key → entry, as they are in the file; nothing if there is none. OSError or ValueError if it is not ours."""
+    """Key → entry, as stored in the file; empty if there is no file. OSError or ValueError if it is not ours."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -161,13 +161,13 @@ def _plans_in(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Entry]:
-    """Everything in a file that this version understands, as of now. OSError or ValueError as :func:`store`."""
+    """Return a file's current entries that this version supports. OSError or ValueError as :func:`store`."""
     entries = ((name, _entry_of(stored)) for name, stored in _plans_in(path).items())
     return {name: entry for name, entry in entries if entry}
 
 
 def store(path: Path, device: str, name: str, entry: Entry) -> None:
-    """Put ``entry`` into the file under the key ``name``, beside what other processes put there meanwhile.
+    """Store ``entry`` in the file under the key ``name``, keeping what other processes stored there meanwhile.
 
     A reader sees the file before or the file after. OSError or ValueError, with the file left as it was, if it cannot
     be written or is not ours to add to.
@@ -184,7 +184,7 @@ def store(path: Path, device: str, name: str, entry: Entry) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time. The lock's own file stays: whoever deletes one may delete it under another's hands."""
+    """Admit one process at a time. Never delete the lock file: another process may be waiting on it."""
     import fcntl  # not on Windows, where plans are read all the same
 
     with path.with_name(f".{path.name}.lock").open("w") as lock:
@@ -209,7 +209,7 @@ class _Rejected:
 
 @dataclass(frozen=True)
 class _Stored:
-    """An :class:`Entry` as files have it."""
+    """An :class:`Entry` as it is stored in files."""
 
     plan: ConvPlan | None
     microseconds: float | None
@@ -227,7 +227,7 @@ def _json_of(entry: Entry) -> dict[str, Any]:
 
 
 def _entry_of(stored: Any) -> Entry | None:
-    """None for what this version does not understand; of plans that it does not know, only the planner's is needed."""
+    """Decode an entry; None if this version does not support it. Of unsupported plans, only the planner's is needed."""
     try:
         plan = stored["plan"] if _plan_of(stored["plan"]) else None
         rejected = [each for each in stored["rejected"] if _plan_of(each["plan"])]
@@ -239,10 +239,10 @@ def _entry_of(stored: Any) -> Entry | None:
 
 
 def _plan_of(stored: Any) -> ConvPlan | None:
-    """None for what this version does not know."""
+    """Decode a plan; None if this version does not support it."""
     try:
         plan = build(ConvPlan, stored, "the plan")
     except ValueError:
         return None
-    # Other values need no check: a plan is used if a kernel offers its like.
+    # Other values need no check: a plan is used only if a kernel offers one like it.
     return plan if plan.splits > 0 else None

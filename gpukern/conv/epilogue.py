@@ -1,4 +1,4 @@
-"""What every forward kernel does with its fp32 sums before they leave the chip, and how blocks share a sum."""
+"""Epilogue of the forward kernels' fp32 sums before they leave the chip, and split-K sums shared by blocks."""
 
 import triton
 import triton.language as tl
@@ -6,11 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS: tl.constexpr):
-    """(the sum over all splits, whether this program is the tile's last and has it).
+    """Return (the sum over all splits, whether this program is the tile's last and has it).
 
     Each program writes its fp32 ``acc`` [A, B] to partial[tile, split, A, B]; the last to arrive adds them all in the
-    order of the splits, whoever came last: the same bits in every run. It also sets its counter back to zero, as the
-    next launch needs it.
+    order of the splits, whichever program comes last: the same bits in every run. It also resets its counter to zero,
+    as the next launch needs it.
     """
     SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
     place = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
@@ -32,9 +32,9 @@ def add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS: tl.constexpr)
 
 @triton.jit
 def pooled_columns(y, COLS: tl.constexpr):
-    """The maximum of each 2 × 2 pixels, a NaN if there is one; ``y`` is [channels, rows of COLS pixels].
+    """Return the maximum of each 2 × 2 pixels, a NaN if there is one; ``y`` is [channels, rows of COLS pixels].
 
-    Reductions, not halves and their maximum: with Triton 3.6 the tensor cores would wait for those of a split sum.
+    Reductions, not halves and their maximum: with Triton 3.6 the tensor cores would wait for the halves of a split sum.
     """
     CHANNELS: tl.constexpr = y.shape[0]
     PIXELS: tl.constexpr = y.shape[1]
@@ -45,7 +45,7 @@ def pooled_columns(y, COLS: tl.constexpr):
 
 @triton.jit
 def pooled_rows(y):
-    """The maximum of each four neighbouring rows, a NaN if there is one; ``y`` is [pixels, channels]."""
+    """Return the maximum of each four neighbouring rows, a NaN if there is one; ``y`` is [pixels, channels]."""
     return tl.reduce(y.reshape(y.shape[0] // 4, 4, y.shape[1]), 1, _larger)
 
 
@@ -62,7 +62,7 @@ def store_statistics(y, valid, statistics_ptr, tile, tiles, channel, channels, A
     broadcast to y. statistics: fp32 [3, tiles, channels].
     """
     y = tl.where(valid, y, 0.0)
-    # Of one column, where all are the same: a whole tile of ones would take as many registers as y.
+    # Count one column, since all are the same: a whole tile of ones would take as many registers as y.
     count = tl.sum(valid.to(tl.float32), axis=AXIS)
     total = tl.sum(y, axis=AXIS)
     mean = total / tl.maximum(count, 1.0)

@@ -1,16 +1,16 @@
-"""How long a plan can be expected to take, to choose between plans. No torch, no Triton.
+"""Estimate of a plan's running time, to choose between plans. Imports neither torch nor Triton.
 
-:func:`gpukern.conv.cost.least_cost` is a bound that no launch beats; this is a guess at what one reaches:
+:func:`gpukern.conv.cost.least_cost` is a bound that no launch beats; this estimates what one reaches:
 
     seconds = launch · launches + max(busy, memory) + overlap · min(busy, memory)
     memory  = bytes / (bandwidth · share)
     busy    = waves · (steps · max(products, operands, latency / stages) + first + store · area) + split
 
 ``products`` are the seconds of a step's products for all programs that share a multiprocessor, at a share of the peak
-that depends on the kernel and its tile, and ``operands`` those of fetching what is multiplied, from the L2 at best; a
-program can have the operands of ``stages`` steps on their way, so that its steps come no faster than latency /
-stages. The constants are fitted to measured plans by ``python -m bench.calibrate``;
-the plan database holds what was measured itself, and goes before.
+that depends on the kernel and its tile, and ``operands`` those of fetching the operands, from the L2 at best; a
+program can have the operands of ``stages`` steps in flight, so its steps come no faster than latency / stages. The
+constants are fitted to measured plans by ``python -m bench.calibrate``; the plan database holds the measurements
+themselves and takes precedence.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from gpukern.runtime.roofline import Cost
 class Constants:
     """Times in seconds; shares are of a peak."""
 
-    #: Of each launch.
+    #: Time of each launch.
     launch: float
-    #: From asking for a step's operands to having them.
+    #: Latency from requesting a step's operands to having them.
     latency: float
-    #: Bytes a second that a multiprocessor fetches ...
+    #: Bytes per second that a multiprocessor fetches ...
     fetch: float
     #: ... and fetches of the stem's windows: short rows, each a request of its own.
     windows: float
-    #: Of a program, until it multiplies for the first time.
+    #: Time until a program's first product.
     first: float
-    #: Of a program, for what it writes; of a tile of 128 × 128.
+    #: Time a program takes to store its output, for a tile of 128 × 128.
     store: float
-    #: For adding up the partial sums of a tile.
+    #: Time to add up the partial sums of a tile.
     split: float
-    #: Of the bandwidth: what long copies reach.
+    #: Share of the bandwidth that long copies reach.
     memory: float
-    #: What is not hidden of the shorter one of products and memory.
+    #: Share of the shorter one of products and memory that is not hidden.
     overlap: float
-    #: Of the tensor cores' peak, by kernel; outside the tensor cores of the multiply-adds' ...
+    #: Share of the tensor cores' peak, by kernel; outside the tensor cores, of the multiply-adds' ...
     kernels: Mapping[Variant, float]
     #: ... and by tile, (pixels, channels).
     tiles: Mapping[tuple[int, int], float]
-    #: Of a tile with a side shorter than 64, for every halving.
+    #: Factor for a tile with a side shorter than 64, once per halving.
     halved: float
 
 
@@ -84,9 +84,9 @@ MEASURED = Constants(
 
 #: Reading or writing across the runs moves whole sectors of 32 bytes for single elements, most of them from the cache.
 _ACROSS_RUNS = 4.0
-#: Of a multiprocessor with tensor cores: registers, threads, programs.
+#: Limits of a multiprocessor with tensor cores: registers, threads, programs.
 _REGISTERS, _THREADS, _PROGRAMS = 65536, 2048, 16
-#: Registers of a thread beside its sums, and bytes of shared memory that each program's barriers take.
+#: Registers of a thread besides its sums, and bytes of shared memory that each program's barriers take.
 _OTHER_REGISTERS, _OTHER_SHARED_MEMORY = 48, 1024
 
 
@@ -99,7 +99,7 @@ def cost_and_seconds(
     device: DeviceSpec,
     constants: Constants = MEASURED,
 ) -> tuple[Cost, float]:
-    """(the bound of ``plan``, the seconds it is expected to take)."""
+    """Return (the bound of ``plan``, the seconds it is expected to take)."""
     peaks = assumed_peaks(device)
     bound = least_cost(problem, direction, plan, tiles, operands, replace(device, peaks=peaks))
     return bound, expected(problem, direction, plan, tiles, operands, device, bound, constants)
@@ -115,7 +115,7 @@ def expected(
     bound: Cost,
     constants: Constants,
 ) -> float:
-    """Seconds; ``bound`` is what :func:`gpukern.conv.cost.least_cost` says of the plan."""
+    """Return the expected seconds; ``bound`` is the plan's :func:`gpukern.conv.cost.least_cost`."""
     if not bound.launches:
         return bound.seconds
     peaks = assumed_peaks(device)
@@ -131,12 +131,12 @@ def expected(
 
 
 def pass_seconds(bytes_moved: float, device: DeviceSpec) -> float:
-    """What a launch is expected to take that does little but move so much."""
+    """Return the expected seconds of a launch that does little but move so many bytes."""
     return bytes_moved / (MEASURED.memory * assumed_peaks(device).bandwidth) + MEASURED.launch
 
 
 def resident(plan: ConvPlan, itemsize: int, device: DeviceSpec) -> int:
-    """How many programs of ``plan`` a multiprocessor has room for."""
+    """Number of programs of ``plan`` that fit on a multiprocessor."""
     if family_of(plan).one_program_per_sm:
         return 1
     threads = 32 * plan.num_warps
@@ -172,22 +172,22 @@ def _busy(
 
 
 def _share(plan: ConvPlan, constants: Constants) -> float:
-    """Of the peak rate of products."""
+    """Share of the peak rate of products that ``plan`` reaches."""
     share, sides = constants.kernels[plan.variant], []
     for side in (plan.block_m, plan.block_n):
         while side < 64:
             share, side = share * constants.halved, side * 2
-        # Of no power of two, those of the next smaller.
+        # A side that is not a power of two counts as the next smaller one.
         sides.append(min(1 << side.bit_length() - 1, 256))
     pixels, channels = sides
     if channels == 256:
-        # Not fitted on its own: the tile of as many sums.
+        # Not fitted on its own: use the tile with as many sums.
         pixels, channels = min(2 * pixels, 256), 128
     return share * constants.tiles[pixels, channels]
 
 
 def _across_runs(problem: ConvProblem, direction: Direction, plan: ConvPlan, operands: Operands) -> int:
-    """How many tensors a matrix product of the gather touches across their runs of channels."""
+    """Number of tensors that a matrix product of implicit GEMM accesses across their runs of channels."""
     if plan.variant not in family_of(plan).across_runs:
         return 0
     seen = operands.packed(plan.pack, channels_of(problem, direction))

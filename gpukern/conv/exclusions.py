@@ -1,6 +1,6 @@
-"""Plans that are switched off: what was wrong on a GPU, and what a driver refused. No torch, no Triton.
+"""Plans that are switched off: wrong on a GPU, or refused by a driver. Imports neither torch nor Triton.
 
-A plan that is switched off is no candidate: neither planner nor plan database chooses it, and no tool measures it.
+A plan that is switched off is not a candidate: neither planner nor plan database chooses it, and no tool measures it.
 ``gpukern explain`` gives the reason.
 """
 
@@ -14,7 +14,7 @@ from gpukern.runtime.device import DeviceSpec
 
 @dataclass(frozen=True)
 class Exclusion:
-    """What is switched off on GPUs of one compute capability, and why: a clause without a full stop.
+    """A set of plans switched off on GPUs of one compute capability, and why: a clause without a full stop.
 
     ``variant`` and ``num_warps`` are those of the plans, None for any.
     """
@@ -25,7 +25,7 @@ class Exclusion:
     num_warps: int | None = None
 
     def __str__(self) -> str:
-        """What, without where and why: "box plans of 8 warps"."""
+        """Name the plans, without where and why: "box plans of 8 warps"."""
         plans = "plans" if self.variant is None else f"{self.variant.value} plans"
         return plans if self.num_warps is None else f"{plans} of {self.num_warps} warps"
 
@@ -37,19 +37,19 @@ class Exclusion:
         )
 
 
-#: One line for each, for instance: Exclusion((9, 0), "3 of 198 launches were wrong on an H200", Variant.BOX, 8)
+#: One line each, for instance: Exclusion((9, 0), "3 of 198 launches were wrong on an H200", Variant.BOX, 8)
 EXCLUSIONS: tuple[Exclusion, ...] = ()
 
-#: Found in this process, see ``prepare.plan_without``.
+#: Exclusions found in this process, see ``prepare.plan_without``.
 _found: list[Exclusion] = []
 
 
 def exclusion(plan: ConvPlan, device: DeviceSpec) -> Exclusion | None:
-    """The first that applies to ``plan`` on ``device``."""
+    """Return the first exclusion that applies to ``plan`` on ``device``."""
     return next((each for each in (*EXCLUSIONS, *_found) if each.applies(plan, device)), None)
 
 
 def exclude(found: Exclusion) -> None:
-    """For the rest of the process. Who plans must forget the plans that were made."""
+    """Switch plans off for the rest of the process. The caller must drop its cached plans."""
     if found not in _found:
         _found.append(found)

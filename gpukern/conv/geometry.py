@@ -1,4 +1,4 @@
-"""One dimension of a convolution at a time: windows, phases of the stride, pixels. No torch, no Triton."""
+"""Geometry of one dimension of a convolution: windows, stride phases, pixels. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def dimensions(p: ConvProblem) -> tuple[Dimension, Dimension]:
 
 
 def phases(d: Dimension) -> list[tuple[int, int]]:
-    """(positions in dx, taps that reach each of them) by position modulo the stride."""
+    """Return (positions in dx, taps that reach each of them) by position modulo the stride."""
     return [
         (
             len(range(phase, d.inputs, d.stride)),
@@ -39,9 +39,9 @@ def phases(d: Dimension) -> list[tuple[int, int]]:
 
 
 def tiled_pixels(p: ConvProblem, direction: Direction) -> tuple[int, int]:
-    """(pixels, phases): what rows of tiles, or the sum of the weight gradient, count through, and how many times.
+    """Return (pixels, phases): the pixels that row tiles or the weight gradient's sum enumerate, and how many times.
 
-    Those of y; for the input gradient those of dx in the largest of the stride's phases.
+    The pixels are those of y; for the input gradient those of dx in the largest of the stride's phases.
     """
     if direction is Direction.INPUT_GRAD:
         return p.N * cdiv(p.H, p.stride[0]) * cdiv(p.W, p.stride[1]), p.stride[0] * p.stride[1]
@@ -57,7 +57,7 @@ class Gemm(NamedTuple):
 
 
 def gemm_mnk(p: ConvProblem, direction: Direction) -> Gemm:
-    """Pixels × channels made, summed over channels; the weight gradient is K/G × C/G, summed over pixels."""
+    """Return pixels × output channels, summed over input channels; weight gradient: K/G × C/G, summed over pixels."""
     pixels, _ = tiled_pixels(p, direction)
     return {
         Direction.FORWARD: Gemm(pixels, p.group_outputs, p.group_inputs),
@@ -67,7 +67,7 @@ def gemm_mnk(p: ConvProblem, direction: Direction) -> Gemm:
 
 
 def channels_of(p: ConvProblem, direction: Direction) -> tuple[int, int, int]:
-    """Of first, second and output; see :class:`gpukern.conv.plan.Operands`."""
+    """Return the channels of first, second and output; see :class:`gpukern.conv.plan.Operands`."""
     x, w, y = p.C, p.group_inputs, p.K
     return {
         Direction.FORWARD: (x, w, y),

@@ -1,4 +1,4 @@
-"""Watching which plans are chosen, and choosing in their place: for tools and tests."""
+"""Hooks to observe which plans are chosen and to override the choice: for tools and tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpukern.conv.prepare import Observer, forget, observers
 def observe(callback: Observer) -> Iterator[None]:
     """Call ``callback(call, device)`` inside the block whenever a plan is chosen.
 
-    What was chosen before is chosen again. Calls that differ in their epilogue alone are reported once each.
+    Cached choices are made again. Calls that differ only in their epilogue are reported once each.
     """
     observers.append(callback)
     forget()

@@ -1,4 +1,4 @@
-"""What the convolution kernels share: which source pixel and which tap belong together.
+"""Index arithmetic shared by the convolution kernels: which source pixel belongs to which tap.
 
 The forward convolution and its input gradient are one gather. For an output pixel and a tap j of a list of taps,
 
@@ -21,12 +21,12 @@ import triton.language as tl
 
 
 class Filter(NamedTuple):
-    """A pointer to [K, C/groups, R, S] and its strides, named by the part the dimension plays in the product."""
+    """A pointer to [K, C/groups, R, S] and its strides, named by each dimension's role in the product."""
 
     ptr: object
     group: object  # from one group's filters to the next
-    column: object  # along the channels the product makes
-    reduction: object  # along the channels the product sums over
+    column: object  # along the output channels of the product
+    reduction: object  # along the channels that the product sums over
     r: object
     s: object
 
@@ -46,7 +46,7 @@ class Sizes(NamedTuple):
 
 @triton.jit
 def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """(pid_m, pid_n) such that GROUP_M row tiles share their column tiles while those are in the L2 cache."""
+    """Return (pid_m, pid_n) such that GROUP_M row tiles share their column tiles while those are in the L2 cache."""
     width = GROUP_M * num_n
     group = pid // width
     rows = min(num_m - group * GROUP_M, GROUP_M)
@@ -57,14 +57,14 @@ def tile_order(pid, num_m, num_n, GROUP_M: tl.constexpr):
 def phase_taps(
     phase, padding, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, TAP_STEP: tl.constexpr
 ):
-    """(first filter row, number of taps, base source row) of the rows of dx that are ``phase`` modulo STRIDE."""
+    """Return (first filter row, number of taps, base source row) of the rows of dx that are ``phase`` modulo STRIDE."""
     first = TAPS  # no tap
     for r in tl.static_range(TAP_STEP):
         # At most one of TAP_STEP neighbouring rows fits the phase.
         if r < TAPS:
             first = tl.where((phase + padding - r * DILATION) % STRIDE == 0, r, first)
     count = (TAPS - first + TAP_STEP - 1) // TAP_STEP
-    # Exact where there is a tap; unused where there is none.
+    # Exact if there is a tap, unused if there is none.
     base = (phase + padding - first * DILATION) // STRIDE
     return first, count, base
 
@@ -92,7 +92,7 @@ def taps_inside(
     MAX_TAPS_W: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Bit t of each pixel: whether tap t, counted along rows, lies inside the image. [BLOCK_M, 1]"""
+    """Return a bit mask per pixel, bit t: tap t, counted along rows, lies inside the image. [BLOCK_M, 1]"""
     bits = tl.zeros((BLOCK_M, 1), tl.int32)
     for r in tl.static_range(MAX_TAPS_H):
         for s in tl.static_range(MAX_TAPS_W):

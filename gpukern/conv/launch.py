@@ -1,4 +1,4 @@
-"""The convolution on the kernels. Functions of the same names and signatures as ``reference.py``."""
+"""Convolution by the kernels, in functions of the same names and signatures as ``reference.py``."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _with_epilogue(
 
 
 _FORWARD = Direction.FORWARD  # members of an enumeration are slow to look up
-#: The same object for the same arguments: looking one up takes less time than making one.
+#: One object per set of arguments: a look-up takes less time than making one.
 _epilogue = functools.cache(Epilogue)
 
 
@@ -91,7 +91,7 @@ def prepared_for(
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
     plan: ConvPlan | None = None,
 ) -> Prepared:
-    """The launch for these tensors, [N, C, H, W] and [K, C/G, R, S]; see ``prepare_launch``."""
+    """Return the launch for these tensors, [N, C, H, W] and [K, C/G, R, S]; see ``prepare_launch``."""
     dtype = first.dtype
     return prepare_launch(
         problem,
@@ -116,7 +116,7 @@ def run(
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(output, its statistics fp32 [3, tiles, K] if the launch was prepared to make them)."""
+    """Return (output, its statistics fp32 [3, tiles, K] if the launch was prepared to compute them)."""
     output = first.new_empty_strided(prepared.shape, prepared.strides)
     return output, write(prepared, output, first, second, bias, residual, negative_slope)
 
@@ -130,10 +130,10 @@ def write(
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
 ) -> torch.Tensor | None:
-    """Fill ``output``; returns its statistics if the launch was prepared to make them.
+    """Fill ``output``; return its statistics if the launch was prepared to compute them.
 
-    Where the driver refuses a descriptor of the plan, another kernel's takes its place; DescriptorRefused if the caller
-    chose the plan.
+    If the driver refuses a descriptor of the plan, a plan of another kernel replaces it; DescriptorRefused if the
+    caller chose the plan.
     """
     try:
         if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
@@ -159,7 +159,7 @@ def _write(
     if output.numel() == 0:
         return None
     if first.numel() == 0:
-        # Sums of nothing: the weight gradient of no images, a linear layer without features.
+        # Empty sums: the weight gradient of an empty batch, a linear layer without features.
         _write_empty_sums(prepared, output, bias, residual, negative_slope)
         return None
     statistics = None
@@ -175,7 +175,7 @@ def _write(
     if pack_output:
         written = output.new_empty_strided(prepared.shape, prepared.written)
     if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()  # the only operand that kernels take without strides
+        bias = bias.contiguous()  # the only operand that kernels take without strides: it must be contiguous
     if residual is not None and not _lies_like(residual, prepared.written):
         copy = torch.empty_like(written)
         copy_image(residual, copy)
@@ -193,7 +193,7 @@ def _write_empty_sums(
     residual: torch.Tensor | None,
     negative_slope: float,
 ) -> None:
-    """What the epilogue makes of zeros, in fp32 and rounded once."""
+    """Write the epilogue of zeros, computed in fp32 and rounded once."""
     sums = torch.zeros_like(output, dtype=torch.float32)
     if bias is not None:
         sums += bias.view(-1, *(1,) * (output.dim() - 2))

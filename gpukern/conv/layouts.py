@@ -1,4 +1,4 @@
-"""Which layout a tensor has, from its strides alone, and how wide a kernel may read it."""
+"""Layout class of a tensor from its strides alone, and the width at which a kernel may read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _is_dense(shape: Shape, strides: Strides) -> bool:
 
 
 def layout_of(shape: Shape, strides: Strides, itemsize: int, aligned: bool) -> Layout:
-    """``aligned``: whether the tensor starts at a multiple of 16 bytes. Of an empty tensor nothing is known."""
+    """Return the layout. ``aligned``: the tensor starts at a multiple of 16 bytes. Empty tensors count as strided."""
     if 0 in shape:
         return Layout.STRIDED
     sixteen = 16 // itemsize
@@ -38,9 +38,9 @@ def layout_of(shape: Shape, strides: Strides, itemsize: int, aligned: bool) -> L
 
 
 def pixel_stride(shape: Shape, strides: Strides) -> int:
-    """Elements from one pixel to the next where all N · H · W collapse to one dimension; 0 where they do not.
+    """Return the elements from one pixel to the next if all N · H · W collapse to one dimension, otherwise 0.
 
-    Of a single pixel, the channels: as if others followed.
+    For a single pixel, return the number of channels, as if other pixels followed.
     """
     step, length = 0, 1
     for size, stride in ((shape[i], strides[i]) for i in (3, 2, 0)):
@@ -54,10 +54,10 @@ def pixel_stride(shape: Shape, strides: Strides) -> int:
 
 
 def alignment(strides: Strides, dimension: int, run: int) -> int:
-    """The power of two, at most 16, that every run of ``run`` elements along ``dimension`` starts at a multiple of.
+    """Return the power of two, at most 16, that divides the start of every run of ``run`` elements along ``dimension``.
 
-    1 where the dimension is not contiguous. The kernels pass it to the compiler, which then reads 16 bytes at once; a
-    claim too high would make it read the wrong ones. ``strides`` are those of :func:`gpukern.ops._images.strides_of`.
+    It is 1 if the dimension is not contiguous. The kernels pass it to the compiler, which then reads 16 bytes at once;
+    too high a value would make it read the wrong ones. ``strides`` are those of :func:`gpukern.ops._images.strides_of`.
     """
     if strides[dimension] != 1:
         return 1

@@ -1,4 +1,4 @@
-"""What a plan for a convolution says, and what it depends on. Plain values, without torch or Triton."""
+"""A plan for a convolution, and what it depends on: plain values, without torch or Triton."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Direction(enum.Enum):
 
 
 class Variant(str, enum.Enum):
-    """The kernel, and how it walks its sum; see the families in ``families/``.
+    """The kernel, and the order in which it walks its sum; see the families in ``families/``.
 
-    A value stays when its family goes: plan files name it.
+    A value stays when its family is removed: plan files name it.
     """
 
     TAPS = "taps"
@@ -31,7 +31,7 @@ class Variant(str, enum.Enum):
 
 
 class Layout(enum.Enum):
-    """Memory-layout class of a tensor [N, C, H, W] or a filter [K, C/groups, R, S], as finely as kernels tell."""
+    """Memory-layout class of a tensor [N, C, H, W] or filter [K, C/groups, R, S], as finely as kernels distinguish."""
 
     #: Stride 1 along the channels; the pixels collapse to one dimension; it and the start are multiples of 16 bytes.
     NHWC = "channels_last"
@@ -47,16 +47,16 @@ class Layout(enum.Enum):
 
     @property
     def has_runs(self) -> bool:
-        """Whether a descriptor of channels_last boxes can describe it."""
+        """Whether a descriptor of channels_last boxes can describe a tensor of this layout."""
         return self in (Layout.NHWC, Layout.NHWC_STRIDED)
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What a plan must know about the tensors beside their sizes.
+    """Properties of the tensors, besides their sizes, on which a plan depends.
 
     ``dtype`` is "float32", "float16" or "bfloat16". ``precision`` is "tf32" where products of float32 may be, "ieee"
-    where they may not and for the other dtypes; a kernel may be asked for "tf32x3" instead of "ieee" (see
+    where they may not and for the other dtypes; a plan may use "tf32x3" instead of "ieee" (see
     :attr:`ConvPlan.precision`). ``first`` and ``second`` are what kernels take: x and w, dy and w, or dy and x.
     """
 
@@ -72,11 +72,11 @@ class Operands:
 
     @property
     def kind(self) -> str:
-        """Whose rate bounds the products: a key of :attr:`gpukern.runtime.device.Peaks.matrix_rates`."""
+        """The rate that bounds the products: a key of :attr:`gpukern.runtime.device.Peaks.matrix_rates`."""
         return "tf32" if self.precision == "tf32" else self.dtype
 
     def packed(self, pack: Pack, channels: tuple[int, int, int]) -> Operands:
-        """With the tensors that ``pack`` names, of so many channels, copied into dense runs of channels."""
+        """Return the operands with the tensors selected by ``pack`` copied into dense runs of ``channels`` channels."""
         layouts = (
             (Layout.CHANNELS if count * self.itemsize % 16 else Layout.NHWC) if copied else layout
             for layout, copied, count in zip((self.first, self.second, self.output), pack, channels, strict=True)
@@ -84,7 +84,7 @@ class Operands:
         return Operands(self.dtype, self.precision, *layouts)
 
 
-#: Which of first, second and output pass through a copy in channels_last.
+#: Whether each of first, second and output passes through a copy in channels_last.
 Pack = tuple[bool, bool, bool]
 
 
@@ -94,9 +94,9 @@ class ConvPlan:
 
     A tile is ``block_m`` × ``block_n``: output pixels × output channels, in the weight gradient output channels ×
     (tap, input channel). Its sum is walked in steps of ``block_k``; ``splits`` programs share one sum. ``box`` is the
-    tile's images × rows × columns where it is one. ``pack`` says what is copied into channels_last before or after.
+    tile's images × rows × columns if it is a box. ``pack`` gives the tensors copied into channels_last before or after.
 
-    ``precision`` of products of float32: "tf32"; or in full, "ieee" outside the tensor cores or "tf32x3" on them, as
+    ``precision`` of products of float32: "tf32"; or full, "ieee" outside the tensor cores or "tf32x3" on them, as
     the sum of three products of halves, each with 11 significant bits: errors of 2⁻²² of a product instead of 2⁻²⁴.
     """
 
@@ -114,7 +114,7 @@ class ConvPlan:
 
     @property
     def own_box(self) -> tuple[int, int, int]:
-        """``box``, for kernels whose plans all have one; ValueError without."""
+        """Return ``box``, for kernels whose plans all have one; ValueError without."""
         if self.box is None:
             raise ValueError(f"{self} has no box")
         return self.box

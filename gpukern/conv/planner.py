@@ -1,4 +1,4 @@
-"""Which launch a convolution gets: a pure function of the problem, the operands and the device. No torch, no Triton."""
+"""Planner: a launch as a pure function of problem, operands and device. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Ranked:
 
 @functools.lru_cache(maxsize=4096)
 def heuristic_plan(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> ConvPlan:
-    """The plan that is expected to be the fastest, whatever was measured; RuntimeError if all are switched off."""
+    """Return the plan expected to be the fastest, ignoring measurements; RuntimeError if all are switched off."""
     for each in ranking(problem, direction, operands, device):
         if not only_measured(each.plan):
             return each.plan
@@ -43,7 +43,7 @@ def heuristic_plan(problem: ConvProblem, direction: Direction, operands: Operand
 
 
 def ranking(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> list[Ranked]:
-    """Every candidate, the one expected to be the fastest first."""
+    """Return every candidate, the one expected to be the fastest first."""
     offered = dict.fromkeys(candidates(problem, direction, operands, device))
     found = (ranked(problem, direction, candidate, operands, device) for candidate in offered)
     return sorted(found, key=lambda each: each.seconds)
@@ -52,7 +52,7 @@ def ranking(problem: ConvProblem, direction: Direction, operands: Operands, devi
 def ranked(
     problem: ConvProblem, direction: Direction, plan: ConvPlan, operands: Operands, device: DeviceSpec
 ) -> Ranked:
-    """``plan`` with its cost, whether or not it is a candidate."""
+    """Return ``plan`` with its cost, whether or not it is a candidate."""
     tiles = family_of(plan).tiles(problem, direction, plan)
     return Ranked(plan, *cost_and_seconds(problem, direction, plan, tiles, operands, device))
 
@@ -60,14 +60,14 @@ def ranked(
 def candidates(
     problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
 ) -> Iterator[ConvPlan]:
-    """Of every kernel, with operands as they are or copied into channels_last; none that is switched off."""
+    """Yield every kernel's plans, with operands as they are or copied into channels_last; none that is switched off."""
     return (each for each in _all(problem, direction, operands, device) if exclusion(each, device) is None)
 
 
 def switched_off(
     problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec
 ) -> dict[Exclusion, int]:
-    """What keeps plans of this problem from being candidates, and how many."""
+    """Return the exclusions that keep plans of this problem from being candidates, and how many each excludes."""
     applied = (exclusion(each, device) for each in _all(problem, direction, operands, device))
     return dict(collections.Counter(filter(None, applied)))
 
@@ -76,9 +76,9 @@ def _all(problem: ConvProblem, direction: Direction, operands: Operands, device:
     in_full = operands.dtype == "float32" and operands.precision == "ieee"
     general, *others = FAMILIES
     if not problem.N:
-        families = [general]  # an empty batch launches nothing: the family that serves every problem stands for all
+        families = [general]  # an empty batch launches nothing: use the family that supports every problem
     elif problem.pool:
-        # Of equals the first is chosen: of those that pool, one that is made for the problem.
+        # Ties go to the first: among families that pool, one made for the problem.
         families = [family for family in (*others, general) if family.can_pool]
     else:
         families = [general, *others]
@@ -94,10 +94,10 @@ def _all(problem: ConvProblem, direction: Direction, operands: Operands, device:
 
 
 def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
-    """Whether the sums of a tile that is read by descriptors leave registers for its operands, where they need any.
+    """Whether the sums of a tile read by descriptors leave registers for its operands, if they need any.
 
-    Tiles are Hopper's, whose operands stay in shared memory. Found by compiling for sm_120: 96 sums a thread fit,
-    of 192 some spill; beside operands that are taken apart into halves 32 fit, and of 64 some spill.
+    Tiles are Hopper's, whose operands stay in shared memory. Found by compiling for sm_120: with 96 sums a thread none
+    spill, with 192 some do; beside operands that are split into halves, with 32 none spill, with 64 some do.
     """
     if device.multiplies_from_shared_memory or not family_of(plan).uses_descriptors:
         return True
@@ -106,10 +106,10 @@ def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
 
 
 def _packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:
-    """What to copy, nothing at first: of equals, the first is chosen."""
+    """Yield the tensors to copy, none first: ties go to the first."""
     runs = Layout.NHWC, Layout.NHWC_STRIDED, Layout.CHANNELS
     first, second, output = (
-        # A copy of few channels would still have no runs to speak of.
+        # A copy of few channels would still have runs too short to matter.
         (False,) if layout in runs or count < 8 else (False, True)
         for layout, count in zip((operands.first, operands.second, operands.output), channels, strict=True)
     )

@@ -1,6 +1,6 @@
-"""Everything about a launch that follows from the problem and the strides of its tensors, worked out once and kept.
+"""Prepared launches: everything that follows from the problem and its tensors' strides, computed once and cached.
 
-A call then looks its launch up, makes the output and starts the kernel.
+A call then looks up its launch, allocates the output and starts the kernel.
 """
 
 from __future__ import annotations
@@ -46,11 +46,10 @@ def prepare_launch(
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
     plan: ConvPlan | None = None,
 ) -> Prepared:
-    """The launch of a convolution or a gradient. Strides are those of NCHW and KCRS tensors.
+    """Return the launch of a convolution or a gradient. Strides are those of NCHW and KCRS tensors.
 
-    ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule. ``aligned`` tells
-    whether all tensors start at multiples of 16 bytes. ``plan`` takes the place of the chosen one, for tools that try
-    others.
+    ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule. ``aligned``:
+    whether all tensors start at multiples of 16 bytes. ``plan`` replaces the chosen one, for tools that try others.
     """
     check_kernel_dtype("conv2d", dtype)
     of_first, _, of_output = of_all = shapes(problem, direction)
@@ -92,7 +91,7 @@ def pooled_choice(
     precision: str,
     device: DeviceSpec,
 ) -> ConvPlan | None:
-    """The plan of a convolution and the max pool after it as one launch; None where two are expected to be faster."""
+    """Return the plan of a convolution and its max pool as one launch; None if two are expected to be faster."""
     check_kernel_dtype("conv2d_max_pool2d", dtype)
     both = Call(pooled_problem(problem), Direction.FORWARD, first, second, None, aligned, dtype, precision)
     _report(both, device)
@@ -102,16 +101,16 @@ def pooled_choice(
 
 
 def forget() -> None:
-    """Prepare every launch anew: what a plan is chosen by has changed."""
+    """Drop all prepared launches: the inputs of the plan choice have changed."""
     prepare_launch.cache_clear()
     pooled_choice.cache_clear()
 
 
 def plan_without(refused: ConvPlan, device: DeviceSpec, problem: DescriptorRefused) -> None:
-    """Choose no plan of this kernel on GPUs like ``device`` any more, in this process, and say so once.
+    """Exclude this kernel's plans on GPUs like ``device`` for the rest of the process, and warn once.
 
-    What keeps every rule that is written down may still be more than a driver takes, the stem's overlapping windows
-    above all. A driver that refuses one descriptor of a kernel is not asked for the next.
+    A driver may refuse a descriptor that follows every documented rule, the stem's overlapping windows above all. After
+    one refusal, no further descriptor of that kernel is tried.
     """
     words = str(problem).strip().splitlines()[0]
     exclude(Exclusion(device.compute_capability, f"the driver refused its descriptors ({words})", refused.variant))

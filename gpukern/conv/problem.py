@@ -1,4 +1,4 @@
-"""The convolution as a problem: its sizes, checked once, and what follows from them.
+"""The convolution as a problem: its sizes, checked once, and the quantities derived from them.
 
 Names: batch N, input channels C, input size H × W, output channels K, kernel size R × S, output size P × Q.
 """
@@ -45,12 +45,12 @@ class ConvProblem:
 
     @property
     def group_inputs(self) -> int:
-        """Input channels a group reads."""
+        """Number of input channels that a group reads."""
         return self.C // self.groups
 
     @property
     def group_outputs(self) -> int:
-        """Output channels a group makes."""
+        """Number of output channels that a group computes."""
         return self.K // self.groups
 
 
@@ -64,7 +64,7 @@ def conv_problem(
     dilation: Pair,
     groups: int,
 ) -> ConvProblem:
-    """The checked problem; raises RuntimeError, as torch does, for sizes that do not fit together."""
+    """Return the checked problem; raise RuntimeError, as torch does, for sizes that do not fit together."""
     P, Q = output_size(input_shape, weight_shape, bias_shape, stride, padding, dilation, groups)
     N, C, H, W = input_shape
     K, _, R, S = weight_shape
@@ -80,7 +80,7 @@ def output_size(
     dilation: Pair,
     groups: int,
 ) -> Pair:
-    """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never looks at the batch size."""
+    """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never reads the batch size."""
     require(len(input_shape) == 4, f"expected a 4-D input [N, C, H, W], got shape {list(input_shape)}")
     require(len(weight_shape) == 4, f"expected a 4-D weight [K, C/groups, R, S], got shape {list(weight_shape)}")
     require(groups > 0, f"non-positive groups is not supported: {groups}")
@@ -120,7 +120,7 @@ def output_size(
 
 @functools.lru_cache(maxsize=4096)
 def pooled_problem(problem: ConvProblem) -> ConvProblem:
-    """``problem`` with the maximum of each 2 × 2 pixels for its output; a last odd row or column is not computed."""
+    """Return ``problem`` with the maxima of 2 × 2 pixels as its output; a last odd row or column is not computed."""
     return replace(problem, P=problem.P // 2 * 2, Q=problem.Q // 2 * 2, pool=True)
 
 
@@ -135,7 +135,7 @@ def transposed_problem(
     dilation: Pair,
     groups: int,
 ) -> ConvProblem:
-    """The convolution whose input gradient is the transposed convolution of [N, K, P, Q] with [K, C/groups, R, S]."""
+    """Return the convolution whose input gradient is the transposed one of [N, K, P, Q] with [K, C/groups, R, S]."""
     H, W = transposed_size(input_shape, weight_shape, bias_shape, stride, padding, output_padding, dilation, groups)
     N, K, P, Q = input_shape
     _, group_outputs, R, S = weight_shape
@@ -195,7 +195,7 @@ def transposed_size(
 
 
 def same_padding(kernel: Pair, dilation: Pair) -> Padding:
-    """The padding of ``padding="same"`` at stride 1: what is odd goes to the bottom and the right, as in torch."""
+    """Return the padding of ``padding="same"`` at stride 1; an odd remainder goes to bottom and right, as in torch."""
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     top, left = total[0] // 2, total[1] // 2
     return top, total[0] - top, left, total[1] - left

@@ -21,13 +21,13 @@ def conv2d(
     activation_name: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    """``act(x ∗ w + b + residual)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
+    """Compute ``act(x ∗ w + b + residual)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
     layout = memory_format_of(input, weight)
     padded, padding = _pad(problem, input)
     padded, weight, added = _alike(padded, weight, bias, residual)
     if problem.C:
         y = F.conv2d(padded, weight, bias, problem.stride, padding, problem.dilation, problem.groups)
-    else:  # sums of nothing, where torch forgets the output's channels
+    else:  # empty sums, for which torch drops the output's channels
         y = padded.new_zeros(problem.N, problem.K, problem.P, problem.Q)
         y = y if bias is None else y + bias[:, None, None]
     y = activation(y if added is None else y + added, activation_name, negative_slope).to(input.dtype)
@@ -43,9 +43,9 @@ def conv_transpose2d(
     activation_name: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    """``act(x ∗ᵀ w + b + residual)``: [N, K, P, Q] with [K, C/G, R, S] gives [N, C, H, W]."""
+    """Compute ``act(x ∗ᵀ w + b + residual)``: [N, K, P, Q] with [K, C/G, R, S] gives [N, C, H, W]."""
     p, layout = problem, memory_format_of(input, weight)
-    # What the convolution's last window leaves over.
+    # The remainder that the convolution's last window does not cover.
     extra = (
         (p.H + 2 * p.padding[0] - p.dilation[0] * (p.R - 1) - 1) % p.stride[0],
         (p.W + 2 * p.padding[2] - p.dilation[1] * (p.S - 1) - 1) % p.stride[1],
@@ -59,7 +59,7 @@ def conv_transpose2d(
 def _alike(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """All in the dtype of a bias in fp32: one rounding at the end, as in the kernels."""
+    """Convert all to the dtype of an fp32 bias: one rounding at the end, as in the kernels."""
     dtype = input.dtype if bias is None else torch.promote_types(input.dtype, bias.dtype)
     return input.to(dtype), weight.to(dtype), None if residual is None else residual.to(dtype)
 
@@ -67,7 +67,7 @@ def _alike(
 def conv2d_statistics(
     problem: ConvProblem, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``y = x ∗ w + b``, ``Σ y`` and ``Σ (y − mean)²`` over all but the channels, at least in fp32."""
+    """Compute ``y = x ∗ w + b``, ``Σ y`` and ``Σ (y − mean)²`` over all but the channels, at least in fp32."""
     y = conv2d(problem, input, weight, bias, None, "none", 0.0)
     values = y.to(torch.promote_types(y.dtype, torch.float32))
     total = values.sum((0, 2, 3))
@@ -80,7 +80,7 @@ def conv2d_statistics(
 def conv2d_input_grad(
     problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
 ) -> torch.Tensor:
-    """``∂L/∂x`` [N, C, H, W] from ``∂L/∂y`` [N, K, P, Q]."""
+    """Compute ``∂L/∂x`` [N, C, H, W] from ``∂L/∂y`` [N, K, P, Q]."""
     image = grad.new_empty(problem.N, problem.C, problem.H, problem.W)
     grad_input, _ = _backward(problem, grad, image, weight, (True, False, False))
     return laid_out(grad_input, as_memory_format(channels_last))
@@ -89,7 +89,7 @@ def conv2d_input_grad(
 def conv2d_weight_grad(
     problem: ConvProblem, grad: torch.Tensor, input: torch.Tensor, channels_last: bool
 ) -> torch.Tensor:
-    """``∂L/∂w`` [K, C/G, R, S] from ``∂L/∂y`` [N, K, P, Q] and ``x``."""
+    """Compute ``∂L/∂w`` [K, C/G, R, S] from ``∂L/∂y`` [N, K, P, Q] and ``x``."""
     weight = grad.new_empty(problem.K, problem.group_inputs, problem.R, problem.S)
     _, grad_weight = _backward(problem, grad, input, weight, (False, True, False))
     return laid_out(grad_weight, as_memory_format(channels_last))

@@ -1,4 +1,4 @@
-"""Types that a launch is asked for with and prepared as; every kernel family prepares a Launch from a Request."""
+"""Types of a requested and a prepared launch; every kernel family prepares a Launch from a Request."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gpukern.runtime.strides import dense_strides, is_channels_last
 
 
 class Epilogue(NamedTuple):
-    """What a forward kernel does before it stores: a value for caches, without the tensors.
+    """The computation of a forward kernel before it stores: a value for caches, without the tensors.
 
     ``residual``: whether a tensor laid out like the output is added; ``statistics``: whether sums over the pixels are
-    asked for.
+    requested.
     """
 
     activation: str = "none"
@@ -29,7 +29,7 @@ class Epilogue(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What a kernel's package prepares a launch for: the strides are those that the kernel will meet."""
+    """The input from which a family prepares a launch; strides are those of the tensors that the kernel gets."""
 
     problem: ConvProblem
     direction: Direction
@@ -42,12 +42,12 @@ class Request:
 
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
-        """Of first, second and output."""
+        """Shapes of first, second and output."""
         return shapes(self.problem, self.direction)
 
 
 class Call(NamedTuple):
-    """What :func:`gpukern.conv.prepare.prepare_launch` is called with, but for device, epilogue and plan."""
+    """The arguments of :func:`gpukern.conv.prepare.prepare_launch` except device, epilogue and plan."""
 
     problem: ConvProblem
     direction: Direction
@@ -60,12 +60,12 @@ class Call(NamedTuple):
 
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
-        """Those of first, second and output."""
+        """Shapes of first, second and output."""
         return shapes(self.problem, self.direction)
 
     @property
     def output(self) -> Strides:
-        """The output's strides; where ``channels_last`` is None it is channels_last if an operand is, torch's rule."""
+        """Strides of the output; if ``channels_last`` is None it is channels_last if an operand is, torch's rule."""
         first, second, output = self.shapes
         channels_last = self.channels_last
         if channels_last is None:
@@ -79,13 +79,13 @@ class Call(NamedTuple):
         return operands_of(self.problem, self.direction, strides, self.aligned, self.dtype, self.precision)
 
 
-#: Starts the kernels: (first, second, output, bias, residual, statistics, negative_slope), None for what is not there.
+#: Starts the kernels: (first, second, output, bias, residual, statistics, negative_slope), None for absent ones.
 Run = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel's part of :class:`Prepared`. ``row_tiles`` sets of statistics are written, if asked for."""
+    """A kernel's part of :class:`Prepared`. ``row_tiles`` sets of statistics are written, if requested."""
 
     run: Run
     row_tiles: int = 0
@@ -93,11 +93,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A launch but for its tensors.
+    """A launch without its tensors.
 
-    ``shape`` and ``strides`` are the output's; ``written`` are those of what the kernel writes, before a last copy.
+    ``shape`` and ``strides`` are the output's; ``written`` are the strides that the kernel writes, before a last copy.
     ``in_place``: the kernel takes first, second and output as they are, none of them empty, and makes no statistics.
-    ``again`` prepares the same once more, with the plan that is chosen then; None where the caller chose the plan.
+    ``again`` prepares the same launch again, with the plan chosen then; None if the caller chose the plan.
     """
 
     plan: ConvPlan
@@ -111,7 +111,7 @@ class Prepared:
 
 
 def shapes(p: ConvProblem, direction: Direction) -> tuple[Shape, Shape, Shape]:
-    """Of first, second and output."""
+    """Shapes of first, second and output."""
     image, result, filter = (p.N, p.C, p.H, p.W), (p.N, p.K, p.P, p.Q), (p.K, p.group_inputs, p.R, p.S)
     if p.pool:
         result = p.N, p.K, p.P // 2, p.Q // 2
@@ -139,7 +139,7 @@ def operands_of(
 
 
 def check_countable(*tensors: Shape) -> None:
-    """RuntimeError where a tensor has more pixels than kernels can number."""
+    """Raise RuntimeError if a tensor has more pixels than kernels can number."""
     # Pixels are numbered in 32 bits, and the last tile may reach past them.
     for N, _, H, W in tensors:
         if N * H * W >= 2**31 - 2**24:

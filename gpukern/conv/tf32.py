@@ -1,4 +1,4 @@
-"""Rounding to TF32 in registers, for kernels whose operands come there through pointers."""
+"""Rounding to TF32 in registers, for kernels whose operands are loaded through pointers."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def rounded(x, PRECISION: tl.constexpr, MOVABLE: tl.constexpr = True):
-    """``x``, rounded to the nearest TF32 if it is an fp32 operand of a TF32 product.
+    """Round ``x`` to the nearest TF32 if it is an fp32 operand of a TF32 product.
 
-    Tensor cores cut operands, which would make every product of positive ones smaller by 7 in 10,000; see
-    ``gpukern/runtime/precision.py``. What a descriptor fetches the copy engine rounds.
+    Tensor cores truncate operands, which would make every product of positive ones smaller by 7 in 10,000; see
+    ``gpukern/runtime/precision.py``. TMA rounds what a descriptor loads.
 
-    Unless ``MOVABLE`` the values are rounded as they were loaded. Otherwise the compiler may do so after they went
-    through shared memory into the order that the product wants, or even load them in that order.
+    Unless ``MOVABLE``, the values are rounded in the layout in which they were loaded. Otherwise the compiler may round
+    them after they went through shared memory into the product's layout, or even load them in that layout.
     """
     if PRECISION == "tf32" and x.dtype == tl.float32:
         x = tl.inline_asm_elementwise(

@@ -9,7 +9,7 @@ import torch
 
 
 class Image(NamedTuple):
-    """``ptr`` (a tensor on the host, a pointer in the kernel) and its strides in elements.
+    """An image: ``ptr`` (a tensor on the host, a pointer in the kernel) and its strides in elements.
 
     Kernels read any layout by strides: NCHW, channels_last, slices, and expanded dimensions, whose stride is 0.
     """
@@ -27,5 +27,5 @@ def image(tensor: torch.Tensor) -> Image:
 
 
 def strides_of(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """The strides, 0 for a dimension of one element: PyTorch leaves any number there, which would spoil alignments."""
+    """Return the strides, 0 for a dimension of one element: PyTorch leaves any number there, which hides alignments."""
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))

@@ -1,4 +1,4 @@
-"""Where a pixel lies that is numbered through the images of a batch."""
+"""Position of a pixel from its number in a batch of images."""
 
 import triton
 import triton.language as tl  # noqa: F401 - the interpreter wants it beside every kernel
@@ -6,6 +6,6 @@ import triton.language as tl  # noqa: F401 - the interpreter wants it beside eve
 
 @triton.jit
 def split_pixel(pixel, height, width):
-    """(image, row, column) of a flat pixel number."""
+    """Return (image, row, column) of a flat pixel number."""
     row = pixel // width
     return row // height, row % height, pixel % width

@@ -16,8 +16,8 @@ name             y = act(x)                                     act′
 ===============  =============================================  ===================================================
 
 Where the derivative is written in terms of the output, a fused epilogue keeps no pre-activation. For the others
-(:func:`needs_input`) a backward pass keeps what went into the activation: their derivative is not a function of the
-output, or torch keeps the input too, so that networks change the result in place (``out = act(x); out += shortcut``).
+(:func:`needs_input`) a backward pass keeps the activation's input: their derivative is not a function of the output, or
+torch keeps the input too, so that networks may change the result in place (``out = act(x); out += shortcut``).
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _activation_grad_grad_fake(
     return elementwise_like(saved)
 
 
-#: Second order; third derivatives are not offered.
+#: Second order; third derivatives are not supported.
 activation_grad_grad = Operator(
     "activation_grad_grad",
     "(Tensor grad, Tensor grad_grad, Tensor saved, str name) -> Tensor",

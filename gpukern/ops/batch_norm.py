@@ -7,8 +7,8 @@ With ``x̂ = (x − mean) / σ``, ``σ = √(variance + eps)`` and ``n`` values 
     ∂L/∂x = weight / σ · (g − Σ g / n − x̂ · Σ g·x̂ / n)      the batch's own statistics
     ∂L/∂x = weight / σ · g                                   frozen ones
 
-See Ioffe and Szegedy, "Batch Normalization", 2015. Without a residual the backward needs nothing but x: what went into
-the activation is computed again on the way. Gradients of gradients are taken from these formulas in plain torch.
+See Ioffe and Szegedy, "Batch Normalization", 2015. Without a residual the backward needs only x: the activation's
+input is recomputed on the way. Gradients of gradients are taken from these formulas in plain torch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def apply(
 def _promoted(input: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Under autocast, where dtypes mix, both in the dtype that torch's ``+`` would give the result."""
     device = input.device.type
-    # Tensors without memory have no autocast, and asking for it raises.
+    # Tensors without memory have no autocast, and querying it raises.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return input, residual
     dtype = torch.promote_types(input.dtype, residual.dtype)
@@ -82,9 +82,9 @@ def check(input, weight, bias, residual, **statistics: torch.Tensor | None) -> N
 
 
 def check_numbers(input: torch.Tensor, channels: int, **numbers: torch.Tensor | None) -> None:
-    """Raise RuntimeError unless ``numbers`` are one for each of ``channels``, and fit ``input``'s dtype and device."""
+    """Raise RuntimeError unless ``numbers`` has one for each of ``channels``, and fits ``input``'s dtype and device."""
     dtype, device = input.dtype, input.device
-    # No messages before they are needed: most calls of a small layer are all host time.
+    # Build messages only when they are needed: most calls of a small layer are all host time.
     for name, tensor in numbers.items():
         if tensor is None:
             continue
@@ -106,7 +106,7 @@ def _empty_like(input: torch.Tensor) -> torch.Tensor:
 
 
 def kept_for_backward(residual: torch.Tensor | None, output: torch.Tensor, activation: str) -> torch.Tensor | None:
-    """What the backward reads beside x."""
+    """Return the tensor that the backward reads besides x."""
     if residual is None or activation == "none":
         return None
     return residual if needs_input(activation) else output
@@ -296,7 +296,7 @@ def _gradients_plainly(grad, input, weight, bias, other, mean, var, training, *o
 
 def _gradients_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
     with torch.enable_grad():
-        # Aliases of what was saved: gradients by them alone, and through them any higher order.
+        # Aliases of the saved tensors: gradients by them alone, and through them any higher order.
         tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
         outputs = _gradients_plainly(*tensors, *ctx.state)
     needed = [i for i in range(5) if ctx.needs_input_grad[i]]

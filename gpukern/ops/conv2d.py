@@ -40,7 +40,7 @@ def apply(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    """``act(x ∗ w + b + residual)`` in one kernel, or in two where a gradient will need what goes into ``act``."""
+    """Compute ``act(x ∗ w + b + residual)`` in one kernel, or in two if a gradient will need the input of ``act``."""
     if needs_input(activation) and wants_gradient(input, weight, bias, residual):
         inner = conv2d(input, weight, bias, residual, stride, padding, dilation, groups, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
@@ -70,7 +70,7 @@ def _conv2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    # Every name in full and no *arguments: to pack and unpack ten of them takes as long as all that is checked here.
+    # Every name in full and no *arguments: packing and unpacking ten takes as long as all checks here.
     check_operands("conv2d", input, weight, bias, residual)
     bias_shape = None if bias is None else bias.shape
     problem = conv_problem(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
@@ -115,11 +115,11 @@ def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     needs_input_grad, needs_weight_grad, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     of_input, of_weight, geometry, epilogue = ctx.state
     if others:
-        # Its derivative needs what went into the activation, and nobody kept it: see :func:`apply`.
+        # The activation's gradient needs its input, which forward did not save: recompute it, see :func:`apply`.
         output = conv2d(input, weight, *others, *geometry, "none", 0.0)
     grad_bias = None
     if output is not None and needs_bias and not torch.is_grad_enabled():
-        # Only where no derivative of the gradient is asked for.
+        # Only if no derivative of the gradient is requested.
         grad, grad_bias = activation_grad_sum(grad, output, *epilogue)
     elif output is not None:
         grad = activation_grad(grad, output, *epilogue)
@@ -135,7 +135,7 @@ def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
 
 
 def _shape_and_layout(shape: torch.Size, strides: tuple[int, ...]) -> tuple[torch.Size, bool]:
-    """The shape, and whether the layout is channels_last: what a gradient must look like."""
+    """Return a gradient's required shape, and whether its layout is channels_last."""
     return shape, is_channels_last(shape, strides)
 
 
@@ -280,7 +280,7 @@ def _weight_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
 
 
 def _weight_grad_flops(of_conv, grad, input, *_, out_shape, **__) -> int:
-    # As torch has it: a convolution in which images and channels have changed places, whatever the groups.
+    # As in torch: a convolution with images and channels exchanged, whatever the groups.
     return of_conv(*([shape[1], shape[0], *shape[2:]] for shape in (input, grad, out_shape)))
 
 

@@ -1,4 +1,4 @@
-"""A convolution and the batch norm that follows it in training: the convolution's epilogue makes the statistics.
+"""A convolution and the batch norm that follows it in training: the convolution's epilogue computes the statistics.
 
 Its output z, which the backward needs, is written once and read once; a batch norm by itself reads it twice. The
 mathematics is that of :mod:`gpukern.ops.conv2d` and :mod:`gpukern.ops.batch_norm`, and so is the backward.
@@ -112,7 +112,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, grad_z: torch.Tensor | None, 
     grads: tuple = (None,) * 4
     if grad is not None:
         grads = batch_norm_backward(grad, *saved, True, *epilogue, needs_z, needs_scale or needs_shift, inner)
-    # z itself has a gradient only where derivatives of derivatives are asked for.
+    # z itself has a gradient only if derivatives of derivatives are requested.
     by_z = grad_z if grad is None else grads[0] if grad_z is None else grads[0] + grad_z
     if by_z is None:
         needs_input = needs_weight = needs_bias = False

@@ -1,7 +1,7 @@
 """A convolution, its activation and the max pool that follows, for inference: one kernel where that is faster.
 
 The pool is that of windows that do not overlap, 2 × 2 at a stride of 2, as in VGG, LeNet and most networks for small
-images. A quarter is written of what the convolution makes, and nothing is read back.
+images. Only a quarter of the convolution's output is written, and nothing is read back.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    # Nobody kept what the convolution made: once more, and the places of the maxima in it.
+    # Forward did not save the convolution's output: recompute it, and the positions of its maxima.
     input, weight, bias = ctx.saved_tensors
     geometry, epilogue = ctx.state
     if needs_input(epilogue[0]):

@@ -1,4 +1,4 @@
-"""2-D transposed convolution: the convolution's input gradient as an operation of its own, on the same kernels.
+"""2-D transposed convolution: the convolution's input gradient as a separate operation, on the same kernels.
 
 Differentiable to any order: its input gradient is a convolution, its weight gradient that of one.
 """
@@ -36,11 +36,11 @@ def apply(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    """``act(x ∗ᵀ w + b + residual)`` in one kernel, or in two where a gradient is needed beside an activation."""
+    """Compute ``act(x ∗ᵀ w + b + residual)`` in one kernel, or in two for a gradient through an activation."""
     _check_output_padding(stride, output_padding, dilation)
     more = [extra // step for extra, step in zip(output_padding, stride, strict=True)]
     if any(more):
-        # Rows that a dilation beyond the stride lets through: those of more input, of zeros.
+        # Extra rows that a dilation above the stride allows: equivalent to more input rows, of zeros.
         input = torch.nn.functional.pad(input, (0, more[1], 0, more[0]))
         output_padding = output_padding[0] % stride[0], output_padding[1] % stride[1]
     operands = input, weight, bias, residual
@@ -52,7 +52,7 @@ def apply(
 
 
 def _check_output_padding(stride: Pair, output_padding: Pair, dilation: Pair) -> None:
-    """torch's rule: below the stride or the dilation."""
+    """Check torch's rule: output padding is below the stride or the dilation."""
     require(min(stride) > 0, f"non-positive stride is not supported: {stride}")
     require(
         all(e >= 0 and (e < s or e < d) for e, s, d in zip(output_padding, stride, dilation, strict=True)),
@@ -99,7 +99,7 @@ def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
     input, weight, *others = ctx.saved_tensors
     if others:
-        # Only a graph captured for inference comes here, see :func:`apply`: what went into the activation, again.
+        # Reached only by a graph captured for inference, see :func:`apply`: recompute the activation's input.
         saved = conv_transpose2d(input, weight, *others, *ctx.geometry, "none", 0.0)
         if not needs_input(ctx.epilogue[0]):
             saved = apply_activation(saved, *ctx.epilogue)

@@ -37,7 +37,7 @@ def apply(input, weight, bias, activation: str, negative_slope: float) -> torch.
     if input.dim() == 2:
         return linear(input, weight, bias, activation, negative_slope)
     *leading, features = input.shape
-    # Of rows without features, reshape cannot tell how many there are.
+    # For rows without features, reshape cannot infer their number.
     rows = input.reshape(-1 if features else math.prod(leading), features)
     return linear(rows, weight, bias, activation, negative_slope).reshape(*leading, weight.shape[0])
 
@@ -82,7 +82,7 @@ def _linear_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     input, weight, output, *others = ctx.saved_tensors
     needs_input_grad, needs_weight_grad, needs_bias = ctx.needs_input_grad[:3]
     if others:
-        # Its derivative needs what went into the activation, and nobody kept it: see :func:`apply`.
+        # The activation's gradient needs its input, which forward did not save: recompute it, see :func:`apply`.
         output = linear(input, weight, *others, "none", 0.0)
     if output is not None:
         grad = activation_grad(grad, output, *ctx.epilogue)

@@ -22,7 +22,7 @@ _aten = torch.ops.aten
 _GEOMETRY = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 _BATCH = Batch(images=(0,))
-#: Beside the shape of the pool's input.
+#: The batch of operators that also take the shape of the pool's input.
 _BATCH_OF_GRADIENTS = Batch(images=(0,), sizes=1)
 
 
@@ -46,7 +46,7 @@ def max_pool(
     ceil_mode: bool,
     return_indices: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The maximum of each window and, if asked for, torch's indices. Taps are kept only where something needs them."""
+    """The maximum of each window and, if requested, torch's indices. Taps are kept only if they are needed."""
     geometry = kernel, stride, padding, dilation, ceil_mode
     if not return_indices and not (input.requires_grad and torch.is_grad_enabled()):
         return max_pool2d(input, *geometry)
@@ -74,7 +74,7 @@ def _max_pool2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
 
 
 def _max_pool2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    # Only a graph captured for inference comes here, where forward kept no taps: find them again.
+    # Reached only by a graph captured for inference, whose forward kept no taps: find them again.
     (input,) = ctx.saved_tensors
     _, taps = max_pool2d_with_taps(input.detach(), *ctx.geometry)
     grad_input = max_pool2d_backward(grad, taps, input.shape, _is_channels_last(input), *ctx.geometry)
@@ -130,7 +130,7 @@ def _with_taps_jvp(operator: Operator, arguments: tuple, tangents: tuple, output
 
 
 def _with_indices_in_torch(input, *geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    # By two operators: the indices are mostly for a backward that there will not be.
+    # In two operators: the indices are mostly for a backward that will not run.
     return _aten.max_pool2d.default(input, *geometry), _aten.max_pool2d_with_indices.default(input, *geometry)[1]
 
 
@@ -224,7 +224,7 @@ def _gather_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     return max_pool2d_backward(grad, taps, ctx.shape, ctx.channels_last, *ctx.geometry), *(None,) * 6
 
 
-#: What the maxima's places hold in another image: the backward of :data:`max_pool2d_backward`.
+#: The values of another image at the maxima's positions: the backward of :data:`max_pool2d_backward`.
 max_pool2d_gather = Operator(
     "max_pool2d_gather",
     f"(Tensor image, Tensor taps, {_GEOMETRY}) -> Tensor",

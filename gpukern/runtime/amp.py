@@ -6,7 +6,7 @@ from typing import overload
 
 import torch
 
-#: Whether autocast is on for any device. To test it before the call of :func:`autocast` takes half of the time.
+#: Whether autocast is on for any device. Testing it before calling :func:`autocast` halves the time.
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
@@ -20,9 +20,9 @@ def autocast(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]: ...
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in autocast's dtype where autocast is on for their device (float64 is left alone, as torch does)."""
-    # The first is the input, which is always there.
+    # The first is the input, which is never None.
     device_type = tensors[0].device.type  # type: ignore[union-attr]
-    # Tensors without memory have no autocast, and asking for it raises.
+    # Tensors without memory have no autocast, and querying it raises.
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)

@@ -1,4 +1,4 @@
-"""Arguments as torch takes them: an integer for both dimensions or a pair; tensors where tensors are due."""
+"""Argument conversion and checks as torch's: an integer for both dimensions or a pair; tensors where required."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def as_bool(name: str, value: bool) -> bool:
 
 
 def _index(value: Any) -> int:
-    """As torch takes integers: no bool, of no kind."""
+    """Convert an integer as torch does: any kind of bool is refused."""
     if isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype is torch.bool):
         raise TypeError("a bool is no integer here")
     return operator.index(value)
 
 
 def check_tensors(function: str, *tensors: torch.Tensor, optional: tuple[torch.Tensor | None, ...] = ()) -> None:
-    """Raise TypeError for anything that is no tensor, of which only the ``optional`` may be None.
+    """Raise TypeError for anything that is not a tensor; only the ``optional`` ones may be None.
 
     NotImplementedError for tensors without strides, sparse ones for example, and for nested ones.
     """
@@ -100,8 +100,8 @@ def check_operand_tensors(
 
 
 def check_batched_or_not(function: str, input: torch.Tensor, too_few: type[Exception] = RuntimeError) -> bool:
-    """Whether ``input`` is one image [C, H, W] and no batch. RuntimeError for any other rank than 3 and 4; ``too_few``
-    for a smaller one, where torch looks for a dimension that is not there."""
+    """Whether ``input`` is one image [C, H, W], not a batch. RuntimeError for any other rank than 3 and 4; ``too_few``
+    for a smaller one, where torch looks for a dimension that does not exist."""
     rank = input.dim()
     if rank == 4:
         return False

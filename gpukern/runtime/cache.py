@@ -1,4 +1,4 @@
-"""Where gpukern keeps what it need not make again."""
+"""File cache for results that are expensive to compute again."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gpukern.runtime.files import write_bytes
 
 
 def cache_folder() -> Path:
-    """In the user's cache directory, of the XDG base directory specification. It may not be there yet."""
+    """Folder in the user's cache directory, by the XDG base directory specification. It may not exist yet."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "gpukern"
 
 
 def kept(folder: Path | None, parts: tuple[str, ...], make: Callable[[], bytes]) -> bytes:
-    """What ``make`` makes, or made before from the same ``parts``: kept in a file of ``folder``, with its checksum.
+    """Return the result of ``make``, cached by ``parts`` in a file of ``folder`` with its checksum.
 
-    Nobody reads a file that is not finished, and one that was damaged is made anew. A folder that cannot be written
-    keeps nothing; nor does None.
+    An unfinished file is never read, and a damaged one is replaced. Nothing is cached if the folder is None or not
+    writable.
     """
     if folder is None:
         return make()

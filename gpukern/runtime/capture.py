@@ -1,4 +1,4 @@
-"""Which capture of a CUDA graph a stream takes part in: PyTorch says only that it does."""
+"""Identity of the CUDA graph capture that a stream takes part in: PyTorch only reports that there is one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ACTIVE = 1  # CU_STREAM_CAPTURE_STATUS_ACTIVE
 
 
 def capture_id(stream: int) -> int | None:
-    """The capture's number, which no other capture of the process ever has; None where the driver does not tell.
+    """Return the capture's number, unique in the process; None if the driver does not give it.
 
     ``stream`` is the address of a ``CUstream``. Streams that fork from one that is captured take part in its capture.
     """
@@ -24,7 +24,7 @@ def capture_id(stream: int) -> int | None:
 
 @functools.cache
 def _driver() -> Callable[..., int] | None:
-    """``cuStreamGetCaptureInfo_v2``: of CUDA 11.3, and kept by later drivers for programs that were built for it."""
+    """Return ``cuStreamGetCaptureInfo_v2``: added in CUDA 11.3, and kept by later drivers for programs built for it."""
     try:
         return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Compiles what an operation would launch on a named GPU, on a machine that has none.
+"""Compilation of the kernels that an operation would launch on a named GPU, on a machine without one.
 
 Inside :func:`record_launches` every operation takes the kernels' path with ordinary CPU tensors; each launch is
 recorded instead of run, and can be compiled for the named device through Triton's own just-in-time path, with the same
@@ -27,7 +27,7 @@ from gpukern.runtime.mode import EMULATE, Mode, force_mode
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """One launch that was recorded: what it was given, and the device it was meant for."""
+    """A recorded launch: its arguments, and the device it was meant for."""
 
     function: JITFunction
     grid: tuple[int, ...]
@@ -41,7 +41,7 @@ class Launch:
 
     @functools.cached_property
     def key(self) -> tuple[str, ...]:
-        """Equal for launches that share one compiled kernel: the types and values that Triton compiles in."""
+        """Key equal for launches that share one compiled kernel: the types and values that Triton compiles in."""
         with _target(self.device):
             *_, binder = self.function.device_caches[driver.active.get_current_device()]
             _, specialization, options = binder(*self.arguments, **self.options)
@@ -49,7 +49,7 @@ class Launch:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all that the compiled code depends on: also the kernel's source, the architecture and Triton."""
+        """Hash of everything the compiled code depends on, with the kernel's source, the architecture and Triton."""
         everything = (triton.__version__, self.device.compute_capability, self.function.cache_key, self.key)
         return hashlib.sha256(repr(everything).encode()).hexdigest()
 
@@ -68,7 +68,7 @@ def _dtypes(argument: Any) -> Iterator[str]:
         for part in argument:
             yield from _dtypes(part)
     else:
-        # A descriptor, Triton's or Gluon's, says of what.
+        # A descriptor, Triton's or Gluon's, holds its tensor as ``base``.
         tensor = getattr(argument, "base", argument) if hasattr(argument, "block_shape") else argument
         if hasattr(tensor, "data_ptr"):
             yield str(tensor.dtype).removeprefix("torch.")
@@ -100,13 +100,13 @@ def record_launches(device: DeviceSpec) -> Iterator[list[Launch]]:
 
 
 def _split(function: JITFunction, arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the launch, and the compile-time ones behind them by name."""
+    """Split the arguments of the launch from the compile-time ones that follow, by name."""
     count = next((i for i, parameter in enumerate(function.params) if parameter.is_constexpr), len(arguments))
     return arguments[:count], dict(zip(function.arg_names[count:], arguments[count:], strict=False))
 
 
 class _CompileOnlyDriver:
-    """What Triton asks a driver before a launch, answered for a device that is not there."""
+    """A stand-in for Triton's driver that answers its queries before a launch, for a device that is not present."""
 
     def __init__(self, device: DeviceSpec) -> None:
         major, minor = device.compute_capability
@@ -116,7 +116,7 @@ class _CompileOnlyDriver:
         return self._target
 
     def get_current_device(self) -> tuple:
-        # Triton keeps compiled kernels by device: one entry for each architecture.
+        # Triton caches compiled kernels by device: one entry per architecture.
         return ("compile only", self._target.arch)
 
     def get_current_stream(self, device: object) -> int:
@@ -125,7 +125,7 @@ class _CompileOnlyDriver:
 
 @contextlib.contextmanager
 def _target(device: DeviceSpec) -> Iterator[None]:
-    # Not driver.reset_active(): that looks for a real driver and fails where there is none.
+    # Not driver.reset_active(): it looks for a real driver and fails if there is none.
     before = driver._active
     driver.set_active(_CompileOnlyDriver(device))
     try:

@@ -1,8 +1,8 @@
-"""Finds the loops in disassembled machine code: which instructions repeat, and inside of how many other loops.
+"""Loop detection in disassembled machine code: which instructions repeat, and inside how many other loops.
 
-A jump backwards is not always a loop: the slow path of a wait lies behind the kernel's end and jumps back into the
-middle of the loop it serves. So loops are found as compilers find them: a jump from t to h closes one if every way to t
-leads through h; its body is what reaches t without passing h again.
+A backward jump is not always a loop: the slow path of a wait lies after the kernel's end and jumps back into the
+middle of the loop it belongs to. So loops are found as compilers find them: a jump from t to h closes one if every path
+to t goes through h (h dominates t); its body is everything that reaches t without passing h again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse(code: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Body]:
-    """Every loop, in the order of the code. Instructions behind its last jump back, slow paths, are not part of it."""
+    """Return every loop, in code order. Instructions after its last backward jump, slow paths, are not part of it."""
     blocks, successors = _blocks(instructions, labels)
     reached = _reach(successors, 0, without=-1)
     bodies: dict[int, set[int]] = {}
@@ -69,11 +69,11 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[Body]
 
 
 def shortest_pass(instructions: list[Instruction], labels: dict[str, int], body: Body) -> int:
-    """The fewest instructions that lead once around ``body``: every rare case and slow path is left out."""
+    """Return the length of the shortest pass through ``body``: every rare case and slow path is left out."""
     blocks, successors = _blocks(instructions, labels)
     inside = {number for number, block in enumerate(blocks) if block.start in set(body.indices)}
     head = min(inside)
-    # Dijkstra's: of the blocks that are reached, always the nearest.
+    # Dijkstra's algorithm: always take the nearest of the reached blocks.
     waiting, done = [(len(blocks[head]), head)], set()
     while waiting:
         length, block = heapq.heappop(waiting)
@@ -87,7 +87,7 @@ def shortest_pass(instructions: list[Instruction], labels: dict[str, int], body:
 
 
 def _blocks(instructions: list[Instruction], labels: dict[str, int]) -> tuple[list[range], list[list[int]]]:
-    """Runs of instructions that are entered at the first and left at the last, and the runs that follow each."""
+    """Basic blocks, entered at the first instruction and left at the last, and the successors of each."""
     starts = {0, *labels.values()}
     starts.update(i + 1 for i, instruction in enumerate(instructions) if _jumps(instruction))
     bounds = [*sorted(start for start in starts if start < len(instructions)), len(instructions)]
@@ -105,7 +105,7 @@ def _jumps(instruction: Instruction) -> bool:
 
 def _next(last: Instruction, following: int, labels: dict[str, int]) -> Iterator[int]:
     if _jumps(last):
-        # Of an indirect jump nvdisasm lists the targets.
+        # nvdisasm lists the targets of an indirect jump.
         yield from (labels[target] for target in _TARGET.findall(last.operands) if target in labels)
     if not _jumps(last) or last.predicated or _is_conditional(last):
         yield following
@@ -117,7 +117,7 @@ def _is_conditional(jump: Instruction) -> bool:
 
 
 def _reach(successors: list[list[int]], first: int, without: int) -> set[int]:
-    """The blocks that some way from ``first`` leads to that does not pass ``without``."""
+    """Return the blocks reachable from ``first`` on a path that does not pass ``without``."""
     reached: set[int] = set()
     waiting = [first] if first != without else []
     while waiting:

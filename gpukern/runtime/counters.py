@@ -1,14 +1,14 @@
-"""Counters that kernels share to find out which of their programs comes last.
+"""Counters by which a kernel's programs determine which of them finishes last.
 
-Every launch leaves the zeros behind that it found, so a buffer is cleared once, and whoever follows on its stream can
-have it. Launches that may run at the same time must not share one: each stream has its own, and of launches that are
-captured into a CUDA graph each stream of each capture. A graph is replayed at any time, on any stream and beside any
-other, but its own launches keep the order that their stream had, and it does not run beside itself.
+Every launch resets its counters to zero, so a buffer is cleared once, and the next launch on its stream can reuse it.
+Launches that may run at the same time must not share one: each stream has its own, and for launches captured into a
+CUDA graph, each stream of each capture. A graph may be replayed at any time, on any stream and concurrently with any
+other, but its own launches keep their stream's order, and it does not run concurrently with itself.
 
-A buffer that was cleared inside a capture would be cleared by a node of the graph in every replay, for each launch a
-node. So captures get buffers that were cleared before: the first launch outside a capture, the usual warm-up, makes
-a stock of them. A buffer that a capture was given is never given again, since nobody tells when a graph is gone: that
-costs 4 KB for each stream of a capture.
+A buffer cleared inside a capture would be cleared by a node of the graph in every replay, one node per launch. So
+captures get buffers that were cleared before: the first launch outside a capture, the usual warm-up, makes a stock of
+them. A buffer given to a capture is never reused, since nothing signals the end of a graph's life: that costs 4 KB for
+each stream of a capture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpukern.runtime.capture import capture_id
 
 #: Counters of a buffer. Launches that split their sums have fewer tiles than a few for each multiprocessor.
 _SIZE = 1024
-#: Buffers that are cleared together, 256 KB, and how few of them are left when there must be more.
+#: Buffers that are cleared together, 256 KB, and the number left at which more are made.
 _STOCK, _FEW = 64, 16
 
 _by_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
@@ -28,10 +28,10 @@ _stock: dict[torch.device, list[torch.Tensor]] = {}
 
 
 def zeroed_counters(count: int, device: torch.device) -> torch.Tensor:
-    """At least ``count`` int32 zeros for one launch on the current stream, which must leave zeros behind.
+    """Return at least ``count`` int32 zeros for one launch on the current stream, which must leave zeros behind.
 
     A captured launch gets counters that its graph clears in every replay only where nothing ran before the capture,
-    the stock is used up, ``count`` is beyond a buffer, or the driver does not tell captures apart.
+    the stock is used up, ``count`` exceeds a buffer, or the driver does not distinguish captures.
     """
     stream = 0
     if device.type == "cuda":
@@ -63,7 +63,7 @@ def _of_capture(count: int, device: torch.device, stream: int) -> torch.Tensor |
 
 def _fill_stock(device: torch.device) -> None:
     fresh = _zeros(_STOCK * _SIZE, device)
-    # A graph may be replayed on a stream that knows nothing of this one: wait here, once for so many captures.
+    # A graph may be replayed on a stream not synchronized with this one: wait here, once for so many captures.
     torch.cuda.current_stream(device).synchronize()
     _stock.setdefault(device, []).extend(fresh.split(_SIZE))
 

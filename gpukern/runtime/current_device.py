@@ -1,4 +1,4 @@
-"""The limits of the device a tensor is on, or of the one we pretend it is on."""
+"""Limits of a tensor's device, or of the device that is pretended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor descriptors: what Hopper's copy engine (TMA) needs to know of a tensor to fetch boxes of it."""
+"""Tensor descriptors, from which Hopper's TMA loads boxes of a tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def channel_run_strides(
 ) -> tuple[int, int, int, int]:
     """The strides of [N, C, H, W] or [K, C, R, S] in runs of channels, such that a descriptor takes them.
 
-    PyTorch leaves any number at a dimension of one element. It is never used, but a descriptor wants multiples of 16
+    PyTorch leaves any stride at a dimension of one element. It is never used, but a descriptor requires multiples of 16
     bytes there too: the run of channels, rounded up.
     """
     run = whole_run(shape[1], dtype)
@@ -35,7 +35,7 @@ def channel_run_strides(
 
 @dataclass(frozen=True)
 class Described:
-    """A descriptor but for its tensor: sizes and strides in elements, the last stride 1, and the box that is fetched.
+    """A descriptor without its tensor: sizes and strides in elements, the last stride 1, and the box that is loaded.
 
     At most five dimensions; all other strides and the tensor's start are multiples of 16 bytes; a box is at most 256
     long in each dimension. Reads outside the sizes give zeros, writes there are dropped.
@@ -47,7 +47,7 @@ class Described:
 
     @functools.cached_property
     def _lists(self) -> tuple[list[int], list[int], list[int]]:
-        """Lists, which Triton wants, shared by all descriptors: nobody changes them."""
+        """Return lists, which Triton requires, shared by all descriptors: they are never changed."""
         return list(self.shape), list(self.strides), list(self.block)
 
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
@@ -60,13 +60,13 @@ class Described:
         return descriptor
 
     def operand(self, dtype: torch.dtype, precision: str) -> Described:
-        """Itself, :meth:`checked`, as an operand of products of ``precision``: for those of TF32 it rounds."""
+        """Return itself, :meth:`checked`, as an operand of products of ``precision``: for TF32 it rounds."""
         self.checked(dtype)
         rounds = dtype is torch.float32 and precision == "tf32"
         return _Rounding(self.shape, self.strides, self.block) if rounds else self
 
     def checked(self: _Described, dtype: torch.dtype) -> _Described:
-        """Itself; raises ValueError for what the copy engine cannot do."""
+        """Return itself; raise ValueError for what TMA does not support."""
         sixteen = 16 // dtype.itemsize
         if not 1 <= len(self.shape) == len(self.strides) == len(self.block) <= 5:
             raise ValueError(f"a descriptor has one to five dimensions: {self}")
@@ -78,7 +78,7 @@ class Described:
 
 
 class _Rounding(Described):
-    """The copy engine rounds fp32 to TF32 on the way: tensor cores would cut it, see ``runtime/precision.py``."""
+    """A descriptor with which TMA rounds fp32 to TF32: tensor cores would truncate, see ``runtime/precision.py``."""
 
     def of(self, tensor: torch.Tensor) -> TensorDescriptor:
         descriptor = super().of(tensor)
@@ -87,7 +87,7 @@ class _Rounding(Described):
 
 
 if not hasattr(TensorDescriptor, "round_f32_to_tf32"):
-    # Triton 3.6, which has no such field. What later versions do for it is to name another element type to the driver.
+    # Triton 3.6 has no such field. Later versions implement it by passing another element type to the driver.
     from triton.backends.nvidia import driver
 
     _TFLOAT32 = 11  # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32

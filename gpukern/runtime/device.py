@@ -1,4 +1,4 @@
-"""What launch plans need to know about a GPU, as plain numbers: plans are made and tested on machines without one."""
+"""GPU specifications that launch plans need, as plain numbers: plans are made and tested on machines without one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a GPU cannot exceed, or was measured not to.
+    """Peak rates that a GPU cannot exceed, or was measured not to exceed.
 
     ``bandwidth`` is that of device memory in bytes/s. ``matrix_rates`` are FLOP/s of dense products by the kind of
     their operands, sums in fp32: "float16", "bfloat16", "tf32"; "fma" for fused multiply-adds outside the tensor cores;
@@ -25,7 +25,7 @@ class DeviceSpec:
     """Limits of one GPU.
 
     ``shared_memory`` is the most a block can ask for, in bytes; ``sm_count`` the number of streaming multiprocessors.
-    A device that was asked for its limits does not tell its ``peaks``.
+    A device queried for its limits does not report its ``peaks``.
     """
 
     name: str
@@ -36,7 +36,7 @@ class DeviceSpec:
 
     @property
     def copies_boxes(self) -> bool:
-        """Whether there is a copy engine (TMA), which descriptors are for."""
+        """Whether the GPU has TMA, for which descriptors are needed."""
         return self.compute_capability >= (9, 0)
 
     @property
@@ -122,11 +122,11 @@ def named_device(name: str) -> DeviceSpec:
 
 
 def assumed_peaks(device: DeviceSpec) -> Peaks:
-    """The peaks of ``device``, or for one that was only asked for its limits what a relative of it would have.
+    """Return the peaks of ``device``, or, if it was only queried for its limits, those of a related device.
 
-    That is the device with the longest name that is part of its own ("NVIDIA GH200 480GB" is no H200), else the newest
-    that is no newer, its rates taken per multiprocessor. Good enough to choose between plans, and used for nothing
-    else.
+    That is the device with the longest name that is part of its own ("NVIDIA GH200 480GB" is not an H200), else the
+    newest that is not newer, its rates taken per multiprocessor. Good enough to choose between plans, and used for
+    nothing else.
     """
     if device.peaks is not None:
         return device.peaks

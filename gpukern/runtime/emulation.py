@@ -1,13 +1,13 @@
-"""Makes Triton's interpreter compute bfloat16, and TF32, as a GPU does. Used only when emulating.
+"""Patches that make Triton's interpreter compute bfloat16 and TF32 as a GPU does. Used only when emulating.
 
 The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16``. Two of its steps are wrong:
 
 - ``tl.dot`` multiplies those bits as integers;
 - the cast fp32 → bf16 truncates, where every GPU rounds to nearest, ties to even.
 
-Both are mended here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance. And
-``tl.reduce`` with a function of one's own, which the interpreter calls for every element, is called for whole slices.
-TF32 has a module of its own, ``emulation_tf32.py``; ``emulation_speed.py`` makes the interpreter several times faster.
+Both are fixed here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance. And the
+user function of ``tl.reduce``, which the interpreter calls for every element, is called for whole slices.
+TF32 is in ``emulation_tf32.py``; ``emulation_speed.py`` makes the interpreter several times faster.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fp32_to_bf16_bits(values: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def prepare() -> None:
-    """Patch the interpreter. Raises RuntimeError when Triton was imported before emulation was asked for."""
+    """Patch the interpreter. Raise RuntimeError if Triton was imported before emulation was requested."""
     if not isinstance(tl.cdiv, InterpretedFunction):
         raise RuntimeError(
             "Triton was imported before gpukern, without TRITON_INTERPRET=1, so its interpreter is off: "

@@ -1,4 +1,4 @@
-"""What a GPU would not tell: every access and every hint of an emulated kernel is checked.
+"""Checks that a GPU does not make: every access and every hint of an emulated kernel.
 
 - A load or store outside the memory of the tensors that were passed to the kernel raises, even where the value is not
   used: on a GPU it would read another tensor or end the program.
@@ -58,7 +58,7 @@ def _install() -> None:
         TensorHandle.set_attr,
     )
 
-    # Descriptors, which are checked as the loads and stores that they come to, name the rest.
+    # Descriptor accesses, checked as the loads and stores they become, pass the rest by keyword.
     def checked_load(self, ptrs, mask, *rest, **named):
         _check_access("read", ptrs, mask)
         return load(self, ptrs, mask, *rest, **named)

@@ -1,9 +1,9 @@
-"""Takes work out of Triton's interpreter that gives the same result each time. Used only when emulating.
+"""Removal of redundant work from Triton's interpreter. Used only when emulating.
 
-An emulated kernel spends most of its time outside of NumPy: the interpreter patches all of ``triton.language`` again
-whenever one device function calls another, makes types and shapes of every value anew, and checks each sum and product
-of integers for overflow by ten further operations on tensors, without reading the answer. What a kernel computes and
-what is refused stay the same.
+An emulated kernel spends most of its time outside NumPy: the interpreter patches all of ``triton.language`` again
+whenever one device function calls another, rebuilds the types and shapes of every value, and checks each sum and
+product of integers for overflow by ten further operations on tensors, without reading the result. What a kernel
+computes and what is refused stay the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _patch_once_a_launch() -> None:
     patched: set[int] = set()
 
     def patch_lang(fn: Callable) -> Any:
-        """A device function that is called by a kernel meets modules that are patched already."""
+        """Skip the patch for a device function called by a kernel: its modules are patched already."""
         modules = {id(value) for value in fn.__globals__.values() if value is tl or value is core}
         if modules and modules <= patched:
             return _NothingToRestore()
@@ -67,7 +67,7 @@ def _patch_once_a_launch() -> None:
 
 
 def _share_shapes() -> None:
-    """Tensors and block types of one shape share its tuple, its checks and its number of elements."""
+    """Share one shape's tuple, checks and number of elements among its tensors and block types."""
     plain = core.block_type.__init__
     of_block: dict[tuple, tuple] = {}
     names: dict[tuple, str] = {}
@@ -111,7 +111,7 @@ def _look_dtypes_up() -> None:
 
 
 def _skip_checks_that_nobody_reads() -> None:
-    """The check of each sum and product of integers for overflow ends in an assertion, which is off without debug."""
+    """Skip the overflow check of integer sums and products: it ends in an assertion, which is off without debug."""
     plain = TritonSemantic.binary_op_sanitize_overflow_impl
 
     def check(self: TritonSemantic, lhs: core.tensor, rhs: core.tensor, binary_op: Callable) -> None:

@@ -1,8 +1,8 @@
-"""TF32 in the interpreter, which multiplies in fp32 whatever is asked: operands as the tensor cores take them.
+"""TF32 in the interpreter, which always multiplies in fp32: operands are truncated or rounded as by tensor cores.
 
 With ``GPUKERN_EMULATE_TF32=1``, set before the import; without it fp32 is multiplied in full, as torch does on a CPU.
 
-- ``tl.dot`` of fp32 with ``input_precision="tf32"``: the low 13 bits of both operands are cut;
+- ``tl.dot`` of fp32 with ``input_precision="tf32"``: the low 13 bits of both operands are truncated;
 - with ``"tf32x3"``: three products of rounded halves, as Triton makes them;
 - ``cvt.rna.tf32.f32`` in inline assembly, and loads through a descriptor that rounds.
 """
@@ -48,7 +48,7 @@ def _bits(values: np.ndarray) -> np.ndarray:
 def descriptors_round(arguments: tuple[Any, ...]) -> Iterator[None]:
     """Inside the block, loads through those descriptors of a launch's ``arguments`` that round do so.
 
-    The interpreter makes descriptors of its own of them, which know nothing of rounding.
+    The interpreter converts them into its own descriptors, which have no rounding.
     """
     _rounding[:] = [getattr(descriptor, "round_f32_to_tf32", False) for descriptor in _descriptors(arguments)]
     try:
@@ -83,7 +83,7 @@ def prepare() -> None:
             (high, low), (other_high, other_low) = _halves(a.data), _halves(b.data)
             small = product(low, other_high, TensorHandle(np.zeros_like(acc.data), tl.float32))
             small = product(high, other_low, small).data
-            # Of infinities: their halves' difference is no number, the product of the high halves is right.
+            # For infinities the difference of their halves is NaN; the product of the high halves is right.
             partial = product(high, other_high, TensorHandle(np.where(np.isnan(small), 0, small), tl.float32))
             return TensorHandle(partial.data + acc.data, acc.dtype.scalar)
         return plain_dot(self, a, b, acc, precision, *rest)
@@ -112,7 +112,7 @@ def prepare() -> None:
 
 
 class _Results(list):
-    """Of an operation, as the compiler's."""
+    """The results of an operation, in the compiler's form."""
 
     def get_result(self, i: int) -> TensorHandle:
         return self[i]

@@ -1,4 +1,4 @@
-"""The mode of models that are not the user's own to change."""
+"""Evaluation mode for models whose own mode must not change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def evaluate(model: torch.nn.Module) -> torch.nn.Module:
-    """``model`` in evaluation mode. What torch.export captured stays in the mode of its capture: it refuses another."""
+    """``model`` in evaluation mode. A program captured by torch.export keeps its mode: it refuses to change."""
     with contextlib.suppress(NotImplementedError):
         model.eval()
     return model

@@ -1,4 +1,4 @@
-"""Files that are never half written."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A draft to write in place of ``path``, which it becomes at the end.
+    """Yield a draft file that replaces ``path`` atomically at the end.
 
-    What fails before leaves ``path`` as it was and no draft behind. The draft lies beside ``path``, because no rename
-    across file systems is atomic, and has its ending, which some writers look at. It is on the disk before it gets the
-    name: after a power cut too the old file is there or the new one. OSError if it cannot be written.
+    A failure before that leaves ``path`` unchanged and no draft behind. The draft lies beside ``path``, since a rename
+    across file systems is not atomic, and has its suffix, which some writers inspect. It is synced to disk before the
+    rename: even after a power cut, the file is either the old or the new one. OSError if it cannot be written.
     """
     path = Path(path)
-    # Of this thread alone: two that write the same file at once must not share a draft.
+    # Unique to this thread: two that write the same file at once must not share a draft.
     draft = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.draft{path.suffix}")
     try:
         _create(draft, path)  # an OSError here, whatever the writer would raise

@@ -1,4 +1,4 @@
-"""What is to be told to a module of torch that is slow to import: only when somebody imports it."""
+"""Hooks on modules of torch that are slow to import: they run only once the module is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model holds besides its weights, and what a copy of the model gets of it.
+"""Objects that a model holds besides its weights, and their copies in a copy of the model.
 
 A model that has run may keep activations, which are part of a graph of autograd: :func:`copy.deepcopy` refuses those.
 Locks, files and Python modules have no copies at all.
@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-#: What a copy has in common with the original: none of it is computed with.
+#: Types that a copy shares with the original: they take no part in the computation.
 _COMMON = (
     *(types.ModuleType, io.IOBase, threading.Thread, threading.local),
     *(type(threading.Lock()), type(threading.RLock()), torch.cuda.Stream, torch.cuda.Event),
 )
-#: What :func:`copy.deepcopy` does not look into.
+#: Types that :func:`copy.deepcopy` does not look into.
 _ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, types.BuiltinFunctionType),
     *(types.CodeType, types.FrameType, types.GeneratorType, torch.dtype, torch.device, torch.fx.Node),
@@ -28,10 +28,10 @@ _ATOMS = (
 
 
 def fill(memo: dict[int, Any], model: torch.nn.Module) -> None:
-    """Put into ``memo``, for :func:`copy.deepcopy` of ``model``, what that could not copy, wherever it is held.
+    """Enter into ``memo``, for :func:`copy.deepcopy` of ``model``, all objects that it could not copy, wherever held.
 
-    Of a tensor that autograd computed the copy gets the values alone; Python modules, locks, threads, streams and open
-    files it has in common with the original.
+    The copy gets only the values of a tensor that autograd computed; it shares Python modules, locks, threads, streams
+    and open files with the original.
     """
     for held in _reached(model):
         if id(held) in memo:
@@ -43,7 +43,7 @@ def fill(memo: dict[int, Any], model: torch.nn.Module) -> None:
 
 
 def _reached(model: torch.nn.Module) -> Iterator[Any]:
-    """Everything in the attributes of the model's modules: containers, objects of any class, what is bound to hooks."""
+    """Everything in the attributes of the model's modules: containers, objects of any class, objects bound to hooks."""
     return reach(model, _held_by, lambda value: isinstance(value, _ATOMS))
 
 
@@ -54,7 +54,7 @@ def _held_by(value: Any) -> Iterable[Any]:
 
 
 def reach(start: Any, held_by: Callable[[Any], Iterable[Any]], is_atom: Callable[[Any], bool]) -> Iterator[Any]:
-    """``start`` and all that it holds, directly, as ``held_by`` tells, or through others: each once, and no atoms."""
+    """Yield ``start`` and all objects it holds, directly by ``held_by`` or through others: each once, and no atoms."""
     seen: dict[int, Any] = {}  # and alive, so that no other object gets its id
     waiting = [start]
     while waiting:

@@ -15,19 +15,19 @@ if EMULATE:
 
     emulation.prepare()
 
-#: What Triton, from 3.6 on, says where the driver makes no tensor map of a descriptor: before the launch.
+#: Triton's message, from 3.6 on, if the driver makes no tensor map of a descriptor: before the launch.
 _REFUSAL = "Failed to create tensor map descriptor"
 
 
 class CompileTime(NamedTuple):
-    """Compile-time arguments in the form that takes least time to hand on; made by :func:`compile_time`."""
+    """Compile-time arguments in the form that is fastest to pass on; made by :func:`compile_time`."""
 
     values: tuple[Any, ...]
     keywords: dict[str, Any]
 
 
 def compile_time(kernel: Any, options: dict[str, Any]) -> CompileTime:
-    """``options`` of :func:`launch` for launches that repeat: those of the kernel's signature by position.
+    """Prepare ``options`` of :func:`launch` for repeated launches: those of the kernel's signature by position.
 
     Two dozen keywords take a third of a microsecond more in every call. ``options`` must have all compile-time
     arguments of ``kernel``, and these follow all others in its signature. ValueError otherwise.
@@ -39,7 +39,7 @@ def compile_time(kernel: Any, options: dict[str, Any]) -> CompileTime:
     return CompileTime(tuple(options[name] for name in names), keywords | _ALWAYS)
 
 
-#: Multiplications and additions are fused in every kernel: Triton 3.9 wants to be told, 3.10 will not fuse by itself.
+#: Multiplications and additions are fused in every kernel: Triton 3.9 expects the option, 3.10 does not fuse without.
 _ALWAYS = {"warmup": False, "enable_fp_fusion": True}
 
 
@@ -56,8 +56,8 @@ def launch(
 
     ``kernel.run`` is what ``kernel[grid]`` calls: packing two dozen keywords once more costs a microsecond a call.
 
-    Every launch happens under its tensors' own device: Triton launches on the current one, whatever the tensors say.
-    DescriptorRefused if the driver takes a descriptor among the arguments for none.
+    Every launch happens under its tensors' own device: Triton launches on the current one, wherever the tensors are.
+    DescriptorRefused if the driver rejects a descriptor among the arguments.
     """
     values, keywords = options if type(options) is CompileTime else ((), options | _ALWAYS)  # type: ignore[operator]
     try:
@@ -82,6 +82,6 @@ def launch(
 
 
 def index_type(largest_offset: int) -> tl.dtype:
-    """The integer type for offsets up to ``largest_offset`` elements, masked lanes beyond the end included."""
+    """The integer type for offsets up to ``largest_offset`` elements, masked elements beyond the end included."""
     # Blocks may reach past the end of a tensor by far less than 2²⁴ elements before their mask holds.
     return tl.int32 if largest_offset < 2**31 - 2**24 else tl.int64

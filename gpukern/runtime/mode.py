@@ -1,4 +1,4 @@
-"""Which implementation serves a tensor: the kernels, the emulated kernels, or the plain-torch reference.
+"""Choice of a tensor's implementation: the kernels, the emulated kernels, or the plain-torch reference.
 
 ====================================================  =========  ==================================================
 tensors                                               mode       what runs
@@ -26,7 +26,7 @@ import torch
 #: True when ``GPUKERN_EMULATE`` was set (to anything but 0) before gpukern was imported.
 EMULATE = os.environ.get("GPUKERN_EMULATE", "") not in ("", "0")
 if EMULATE:
-    # Triton decides when a kernel is decorated, and its own library is decorated on import: set it before either.
+    # Triton decides when a kernel is decorated, and its own library is decorated on import: set it before both.
     os.environ["TRITON_INTERPRET"] = "1"
 #: Whether emulated kernels round fp32 to TF32 where a GPU does. Off, since torch multiplies in full fp32 on a CPU
 #: whatever its flags allow; the tests switch it on.
@@ -47,7 +47,7 @@ _forced: Mode | None = None
 
 @contextlib.contextmanager
 def force_mode(mode: Mode) -> Iterator[None]:
-    """Serve every tensor by ``mode`` inside the block. For tests and tools that compare implementations."""
+    """Compute every tensor by ``mode`` inside the block. For tests and tools that compare implementations."""
     global _forced
     before, _forced = _forced, mode
     try:
@@ -57,7 +57,7 @@ def force_mode(mode: Mode) -> Iterator[None]:
 
 
 def mode_of(tensor: torch.Tensor) -> Mode:
-    """The mode that serves operations on ``tensor``."""
+    """Return the mode of operations on ``tensor``."""
     if _forced is not None:
         return _forced
     if tensor.is_cuda:
@@ -78,7 +78,7 @@ class Implementations:
     """The two implementations of one operation: ``reference`` and, imported at the first need, ``launch``.
 
     Both modules of ``package`` offer functions of the same names and signatures, and both compute in the dtypes that
-    they are given: what autocast means was decided before, at the public function's door.
+    they are given: autocast was applied before, in the public function.
     """
 
     def __init__(self, package: str) -> None:

@@ -3,11 +3,11 @@
 Crossing PyTorch's operator boundary costs tens of microseconds in Python, so eager calls use a
 ``torch.autograd.Function`` or, when nothing requires a gradient, go straight to the computation. ``torch.compile``,
 ``torch.export``, ``make_fx`` and every other tracer see the registered ``torch.library`` operator ``gpukern::<name>``.
-Both ways share the same forward, ``save`` and ``backward`` functions. What ``torch.func`` and forward-mode
-differentiation make of an operator is in :mod:`gpukern.runtime.transforms`.
+Both ways share the same forward, ``save`` and ``backward`` functions. Support for ``torch.func`` and forward-mode
+differentiation is in :mod:`gpukern.runtime.transforms`.
 
-Behind this door a computation meets tensors whose memory holds their values. What autocast means was decided before it,
-in ``functional``, and :class:`gpukern.runtime.mode.Implementations` computes without.
+An operator's computation gets tensors whose memory holds their values. Autocast was applied before, in ``functional``,
+and :class:`gpukern.runtime.mode.Implementations` computes without it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
-#: All that were made, by their overloads: see :mod:`gpukern.ops._operators`.
+#: All operators, by their overloads: see :mod:`gpukern.ops._operators`.
 OPERATORS: dict[torch._ops.OpOverload, Operator] = {}
 
 

@@ -1,9 +1,9 @@
-"""How fp32 products may be computed, as PyTorch's own flags ask, and how far each way may err.
+"""Precision of fp32 products by PyTorch's own flags, and the error bound of each mode.
 
 Relative errors of one product x · w, beside which its rounding in the fp32 sum is nothing:
 
 - *TF32* keeps 11 significant bits of an operand. Rounded to nearest it is off by 2⁻¹¹ at most, a product of two by
-  2 · 2⁻¹¹ = 2⁻¹⁰. Tensor cores round nothing: handed fp32 as it is they cut the low 13 bits, which is off by less than
+  2 · 2⁻¹¹ = 2⁻¹⁰. Tensor cores do not round: given plain fp32 they truncate the low 13 bits, which is off by less than
   2⁻¹⁰, always towards zero, and a product by 2 · 2⁻¹⁰ = 2⁻⁹.
 - *TF32 three times*: each operand is h + l with 11 bits each, both rounded, so 2⁻²² of it is lost, and so is
   l · l′ ≤ 2⁻²² of the product: 3 · 2⁻²² in all.
@@ -40,17 +40,17 @@ def matmul_precision(dtype: torch.dtype) -> str:
 def fp32_products(conv: str | None = None, matmul: str | None = None) -> Iterator[None]:
     """fp32 convolutions and matrix products in ``"ieee"`` or ``"tf32"``, torch's and gpukern's; None: as they are.
 
-    Afterwards each flag has its own value again, or inherits again what it inherited. A convolution's flag is reached
-    through ``torch.backends.cudnn.fp32_precision``, which it follows until it is given a value of its own: torch's
-    default, TF32 unless a flag above says otherwise, is not to be had again after that. Meanwhile torch does not say
-    what the old ``torch.backends.cudnn.allow_tf32`` is where the two disagree; that of matrix products is set too.
+    Afterwards each flag has its own value again, or inherits as before. A convolution's flag is set through
+    ``torch.backends.cudnn.fp32_precision``, which it follows until it is given a value of its own: torch's default,
+    TF32 unless a flag above it differs, cannot be restored after that. Meanwhile torch does not report the old
+    ``torch.backends.cudnn.allow_tf32`` if the two disagree; that of matrix products is set too.
     """
     above, cuda = torch.backends, torch.backends.cudnn
     own_above = above.fp32_precision  # type: ignore[attr-defined]
     own_cuda = _own(cuda, above, own_above)
     convolutions, products = cuda.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     own_matmul, own_conv = _own(products, cuda, own_cuda), None
-    # The old word for matrix products, which says of CPUs what it says of GPUs.
+    # The old flag for matrix products, which sets CPUs and GPUs alike.
     cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     own_cpu = _own(cpu, above, own_above)
     old_matmul = _old_matmul_precision(products, own_matmul)
@@ -86,7 +86,7 @@ def _own(flag: Any, above: Any, aboves: str) -> str:
 
 
 def _old_matmul_precision(products: Any, own: str) -> str:
-    """``torch.get_float32_matmul_precision()``, which torch tells only where the new flag says the same."""
+    """Return ``torch.get_float32_matmul_precision()``, which torch gives only if the new flag agrees."""
     try:
         for value in (own, "ieee", "tf32"):
             products.fp32_precision = value

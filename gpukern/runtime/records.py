@@ -1,4 +1,4 @@
-"""Dataclasses ⇄ what JSON holds, by their annotations.
+"""Conversion between dataclasses and JSON values, by their annotations.
 
 Dataclasses and named tuples are objects, enumerations their values, tuples lists. No library, because the files were
 there first: msgspec and cattrs write a named tuple as a list, and msgspec a NaN as null.
@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 _NONE = type(None)
-#: What JSON has no numbers for.
+#: Numbers that JSON does not have.
 _NONFINITE = ("nan", "inf", "-inf")
 _hints = functools.cache(typing.get_type_hints)
 
 
 class RecordError(ValueError):
-    """A value does not fit its annotation; the message says where it stands and what was expected."""
+    """A value does not fit its annotation; the message gives its location and what was expected."""
 
 
 def plain(value: Any, *, name_nonfinite: bool = False) -> Any:
-    """``value`` made of dicts, lists, numbers, text and None; all else is left as it is, for ``json`` to refuse.
+    """Convert ``value`` to dicts, lists, numbers, text and None; all else is left as it is, for ``json`` to refuse.
 
     ``name_nonfinite``: whether NaN and infinities become the text "nan", "inf" or "-inf", as :func:`build` reads them.
     """
@@ -48,7 +48,7 @@ def plain(value: Any, *, name_nonfinite: bool = False) -> Any:
 
 
 def build(kind: Any, value: Any, where: str, *, ignore_unknown: bool = False) -> Any:
-    """An object of the annotated type ``kind`` from what :func:`plain` made; ``where`` is its name in messages.
+    """Build an object of the annotated type ``kind`` from :func:`plain`'s output; ``where`` is its name in messages.
 
     Fields that are missing keep their default. Those that ``kind`` does not have are refused unless ``ignore_unknown``.
     A number without a fraction is a float too. RecordError for all that does not fit.

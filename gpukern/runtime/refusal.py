@@ -1,4 +1,4 @@
-"""What a driver says no to. Without Triton: who only plans must know of it too."""
+"""The error for a refusal by the driver. Imports no Triton: planning alone needs it too."""
 
 from __future__ import annotations
 

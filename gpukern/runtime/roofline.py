@@ -14,7 +14,7 @@ from gpukern.runtime.integers import cdiv
 
 @dataclass(frozen=True)
 class Work:
-    """What any implementation must do: ``flops`` operations, and ``bytes`` of device memory.
+    """The work of any implementation: ``flops`` operations, and ``bytes`` of device memory.
 
     Each input is read once and each output written once. ``kind`` names the rate of the operations, a key of
     :attr:`gpukern.runtime.device.Peaks.matrix_rates`.
@@ -27,7 +27,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time in seconds, and what takes it: ``bound`` is "memory" or "compute"."""
+    """The least time in seconds, and its limiting resource: ``bound`` is "memory" or "compute"."""
 
     seconds: float
     bound: str
@@ -35,7 +35,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a plan does and the time it cannot beat, without fudge factors.
+    """The work of a plan and the time it cannot beat, without fudge factors.
 
     - ``tiles``: programs of the main kernel; ``waves`` = tiles / multiprocessors, of which the last takes as long as a
       whole one;
@@ -68,7 +68,7 @@ def floor(work: Work, peaks: Peaks) -> Floor:
 def window_reads(
     inputs: int, outputs: int, taps: int, stride: int, dilation: int, before: int
 ) -> tuple[tuple[int, int], ...]:
-    """Every (output, input) of one dimension in which a window meets the image, for :class:`Work` of windows.
+    """Every (output, input) of one dimension in which a window overlaps the image, for :class:`Work` of windows.
 
     Tap r of output o reads input ``o·stride + r·dilation − before``; those in the padding are left out.
     """

@@ -1,4 +1,4 @@
-"""Reads the machine code of a compiled kernel: registers, spills, shared memory, and what its main loop is made of."""
+"""Analysis of a compiled kernel's machine code: registers, spills, shared memory, and its main loop's instructions."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)")
 
 #: Matrix products: wgmma on Hopper, tcgen05.mma on the data-centre Blackwells, mma.sync on every GPU since Turing.
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")
-#: Copies from global to shared memory that the program does not wait for: by the copy engine (TMA), and cp.async.
+#: Asynchronous copies from global to shared memory: TMA and cp.async.
 ASYNCHRONOUS_COPIES = ("UTMALDG", "LDGSTS")
 
-#: What instructions are for, by the first part of their opcode. All others compute integers and addresses.
+#: Kinds of instructions, by the first part of their opcode. All others compute integers and addresses.
 _KINDS = {
     "tensor cores": "HGMMA HMMA IMMA LDTM STTM",
     "asynchronous copies": "LDGSTS LDGDEPBAR DEPBAR UBLKCP",
@@ -69,7 +69,7 @@ class Loop:
 
     @property
     def mix(self) -> dict[str, int]:
-        """How many instructions of each kind, without those that do not occur."""
+        """Return the number of instructions of each kind, without those that do not occur."""
         kinds: collections.Counter[str] = collections.Counter()
         for name, count in self.instructions.items():
             kinds[kind_of(name)] += count
@@ -82,7 +82,7 @@ class Sass:
 
     ``instructions`` maps the opcodes' first parts to their counts; ``shared_memory`` and ``stack`` are in bytes.
     ``loops`` are the innermost loops that multiply on tensor cores; in a kernel without, all innermost loops that
-    compute or touch memory. ``warnings`` are ptxas' about products that it takes one by one, None if not asked for.
+    compute or touch memory. ``warnings`` are ptxas' about products that it serializes, None if not requested.
     """
 
     registers: int
@@ -104,14 +104,14 @@ class Sass:
 
     @property
     def main_loop(self) -> Loop | None:
-        """Where the time goes: the loop on tensor cores, else the one inside of most others; of equals the longest."""
+        """The loop that takes the time: that on tensor cores, else the most deeply nested; ties go to the longest."""
         if self.tensor_core:
             return max(self.loops, key=lambda loop: loop.length, default=None)
         return max(self.loops, key=lambda loop: (loop.depth, _arithmetic(loop), loop.length), default=None)
 
 
 def kind_of(name: str) -> str:
-    """What instructions whose opcode's first part is ``name`` are for."""
+    """Return the kind of instructions whose opcode's first part is ``name``."""
     if name.startswith("UTMA"):
         return "asynchronous copies"
     if name.startswith("UTC"):
@@ -120,7 +120,7 @@ def kind_of(name: str) -> str:
 
 
 def resources(kernel: CompiledKernel) -> tuple[int, int]:
-    """(registers of a thread, bytes of its stack), in milliseconds. What has no stack spills nothing."""
+    """Return (registers of a thread, bytes of its stack), in milliseconds. A kernel without a stack has no spills."""
     with _on_disk(kernel) as cubin:
         usage = _USAGE.search(_tool("cuobjdump", "-res-usage", cubin))
     assert usage is not None, "cuobjdump lists the resources of every kernel"
@@ -147,7 +147,7 @@ def working_loops(instructions: list[Instruction], labels: dict[str, int]) -> tu
     """The loops of :attr:`Sass.loops`, in the order of the code."""
     bodies = loops(instructions, labels)
     multiply = [body for body in bodies if _has(instructions, body, _multiplies)]
-    # A wait that tries again is a loop too, but not one that does any work.
+    # A wait that retries is a loop too, but does no work.
     working = multiply or [body for body in bodies if _has(instructions, body, _works)]
     inner = [body for body in working if not any(other.within(body) for other in working)]
     repeated = {index for body in inner for index in body.indices}
@@ -189,16 +189,16 @@ def _arithmetic(loop: Loop) -> int:
 
 @contextlib.contextmanager
 def ptxas_log() -> Iterator[io.StringIO]:
-    """Collects what ptxas says of the kernels that Triton compiles inside."""
+    """Collect ptxas' output for the kernels that Triton compiles inside the block."""
     with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         knobs.nvidia.dump_ptxas_log = True
         yield log
 
 
 def serialisation_warnings(kernel: CompiledKernel, log: str = "") -> tuple[str, ...]:
-    """What ptxas says of wgmma that it takes one by one: (C7510) and its neighbours.
+    """Return ptxas' warnings about wgmma that it serializes: (C7510) and its neighbours.
 
-    ``log`` is what :func:`ptxas_log` collected when the kernel was compiled; without, ptxas runs again, with Triton's
+    ``log`` is the output that :func:`ptxas_log` collected at compilation; without it, ptxas runs again, with Triton's
     own options.
     """
     if not log:

@@ -1,4 +1,4 @@
-"""What the strides of a tensor say of its layout. No torch, no Triton."""
+"""Layout of a tensor from its strides. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 
 def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """torch's rule, ``suggest_memory_format()``: C before W before H before N, whether the tensor is dense or not.
+    """Apply torch's rule, ``suggest_memory_format()``: C before W before H before N, for dense and other tensors.
 
-    A dimension of one element has a stride all the same, and it tells an image of one channel in channels_last, of
-    strides (H·W, 1, W, 1), from the same memory in NCHW, (H·W, H·W, W, 1). Where nothing tells, as for one pixel of
+    A dimension of one element has a stride too, which distinguishes an image of one channel in channels_last, of
+    strides (H·W, 1, W, 1), from the same memory in NCHW, (H·W, H·W, W, 1). If no stride decides, as for one pixel of
     [N, 1, 1, 1], it is NCHW.
     """
     (N, C, H, W), (n, c, h, w) = shape, strides
     if not (c > 0 and c * C <= w and w * W <= h and h * H <= n):
         return False
-    # Of a tracer's batch nothing may be asked, and an example is never empty.
+    # A tracer's batch must not be inspected, and an example is never empty.
     return C != 0 and H != 0 and W != 0 and h * H != c and not (type(N) is int and N == 0)
 
 
 def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
-    """The strides PyTorch gives a new tensor; of an empty one too."""
+    """Return the strides PyTorch gives a new tensor, also an empty one."""
     _, C, H, W = (max(size, 1) for size in shape)
     return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)
 

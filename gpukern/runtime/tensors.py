@@ -1,4 +1,4 @@
-"""Small questions about tensors that several operations ask."""
+"""Dtype, device and memory-format checks shared by the operations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_alike(operation: str, input: torch.Tensor, *others: torch.Tensor | Non
 
 
 def check_bias(operation: str, input: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """As :func:`check_alike`, but a bias may be float32 beside any input, as folding leaves it."""
+    """Check as :func:`check_alike`, but a bias may be float32 beside any input, as folding leaves it."""
     if bias is not None and not (bias.dtype is torch.float32 and bias.device == input.device):
         check_alike(operation, input, bias)
 
@@ -36,7 +36,7 @@ def check_operands(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None = None,
 ) -> None:
-    """:func:`check_alike` for input, weight and residual, and :func:`check_bias`."""
+    """Apply :func:`check_alike` to input, weight and residual, and :func:`check_bias`."""
     dtype, device = input.dtype, input.device
     if residual is not None or weight.dtype is not dtype or weight.device != device:
         check_alike(operation, input, weight, residual)
@@ -51,7 +51,7 @@ def check_floating(operation: str, input: torch.Tensor) -> None:
 
 
 def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
-    """What torch makes of such operands: channels_last if the strides of any 4-D tensor run that way."""
+    """Return torch's output layout for such operands: channels_last if the strides of any 4-D tensor are."""
     for tensor in tensors:
         if tensor.dim() == 4 and is_channels_last(tensor.shape, tensor.stride()):
             return torch.channels_last
@@ -59,7 +59,7 @@ def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
 
 
 def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
-    """The layout in which torch's batch norm keeps a tensor: NCHW where it is dense in both, else as strides run."""
+    """Return the layout of torch's batch norm output: NCHW if the input is dense in both, else by the strides."""
     if tensor.is_contiguous() or tensor.dim() != 4:
         return torch.contiguous_format
     if tensor.is_contiguous(memory_format=torch.channels_last):
@@ -68,7 +68,7 @@ def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
 
 
 def elementwise_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Uninitialised, as torch's element-wise operators lay their result out: dense, in the order of ``tensor``."""
+    """Allocate in the layout of torch's element-wise results: dense, in the order of ``tensor``, uninitialised."""
     # Unlike empty_like, they give a contiguous tensor's result the usual strides, of dimensions of one element too.
     if tensor.is_contiguous():
         return tensor.new_empty(tensor.shape)
@@ -78,17 +78,17 @@ def elementwise_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def laid_out(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """``tensor``, dense in ``memory_format``, to the strides of dimensions of one element."""
-    # contiguous() leaves those alone where both formats are one, and to() a tensor with gaps.
+    """Return ``tensor`` dense in ``memory_format``, including the strides of dimensions of one element."""
+    # contiguous() keeps those strides if both formats agree, and to() keeps a tensor with gaps.
     return tensor.contiguous(memory_format=memory_format).to(memory_format=memory_format)
 
 
 def as_memory_format(channels_last: bool) -> torch.memory_format:
-    """The layout that operators carry as a flag."""
+    """Return the memory format that operators carry as a flag."""
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-#: What the kernels take.
+#: Dtypes that the kernels take.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

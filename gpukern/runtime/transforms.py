@@ -1,6 +1,6 @@
 """Operators under ``torch.func``'s transforms and in forward-mode differentiation.
 
-PyTorch's own registration of operators knows neither: forward mode loses the tangents without a word. Here each
+PyTorch's own registration of operators supports neither: forward mode silently drops the tangents. Here each
 operator gets a ``torch.autograd.Function`` with a rule for every transform, and the dispatcher calls it wherever a
 transform is active or an argument carries a tangent. Its forward is the operator again, one level further down.
 """
@@ -18,10 +18,10 @@ from torch.autograd import forward_ad
 
 
 class Batch(NamedTuple):
-    """How ``vmap`` makes one call of many: more images in a batch.
+    """The rule by which ``vmap`` merges many calls into one: more images in a batch.
 
     ``images``: the places of the arguments, and ``sizes`` that of a shape, whose first dimension is the batch's, as is
-    that of every output. A call where another tensor is mapped over is not made one.
+    that of every output. A call where another tensor is mapped over is not merged.
     """
 
     images: tuple[int, ...]
@@ -39,7 +39,7 @@ def register_transforms(
     batch: Batch | None,
     plain: Callable[..., Any] | None,
 ) -> None:
-    """Tell the dispatcher what transforms make of ``operator``; see :class:`gpukern.runtime.operator.Operator`."""
+    """Register ``operator``'s transform rules with the dispatcher; see :class:`gpukern.runtime.operator.Operator`."""
     transformed = plain or _function(operator, name, tensors, save, backward, jvp, batch).apply
     without_tangents = torch._library.autograd.make_autograd_impl(operator.overload, definition)
 
@@ -57,21 +57,21 @@ def register_transforms(
     library = definition._lib
     library.impl(name, in_front, "FuncTorchDynamicLayerFrontMode")
     with warnings.catch_warnings():
-        # That the kernel which torch.library has registered is replaced is the purpose.
+        # Replacing the kernel that torch.library registered is intended.
         warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
         library.impl(name, differentiated, "Autograd", with_keyset=True, allow_override=True)
 
 
 def _functionalized(overload: Any, interpreter: Any, arguments: tuple) -> Any:
-    """The operator changes none of its arguments: it is called as it is, on what is inside."""
+    """Call the operator on the unwrapped tensors: it changes none of its arguments."""
     functional = FunctorchFunctionalizeAPI(interpreter)
     with functional.redispatch_to_next():
         return functional.wrap_tensors(overload(*functional.unwrap_tensors(arguments)))
 
 
 def overwrite(target: torch.Tensor, value: torch.Tensor) -> None:
-    """``target.copy_(value)``, also where a transform that differentiates was not given ``target``: it refuses that of
-    ``copy_``, but not of torch's batch norm, whose running statistics have no derivatives."""
+    """Do ``target.copy_(value)``, also where a differentiating transform was not given ``target``: it refuses that for
+    ``copy_``, but not for torch's batch norm, whose running statistics have no derivatives."""
     functorch = torch._C._functorch
     if torch._C._are_functorch_transforms_active() and not functorch.is_functorch_wrapped_tensor(target):
         while functorch.is_gradtrackingtensor(value):
@@ -84,7 +84,7 @@ def overwrite(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def tuples(arguments: tuple) -> tuple:
-    """``arguments`` with tuples for lists: the operator boundary makes lists of them, which no cache takes as keys."""
+    """Return ``arguments`` with tuples for lists: the operator boundary makes lists, which cannot be cache keys."""
     return tuple(tuple(argument) if isinstance(argument, list) else argument for argument in arguments)
 
 
@@ -96,7 +96,7 @@ def _tangent(argument: torch.Tensor | None) -> torch.Tensor | None:
 
 class _Alive:
     """A context whose saved tensors kernels can read: the function that ``torch.func.vjp`` returns is called when the
-    transform is over, and what was saved meanwhile is wrapped for it still. The dispatcher unwraps such tensors."""
+    transform is over, and the tensors saved meanwhile are still wrapped for it. The dispatcher unwraps such tensors."""
 
     def __init__(self, ctx: Any) -> None:
         self._ctx = ctx
@@ -124,7 +124,7 @@ def _function(
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.save_for_forward(*inputs[:tensors], *outputs)
         ctx.others = inputs[tensors:]
-        # Most tangents are zero: what is nothing costs nothing.
+        # Most tangents are zero: do not materialize them.
         ctx.set_materialize_grads(False)
 
     def run_backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
@@ -193,7 +193,7 @@ def _one_by_one(
 
 
 def total(*parts: torch.Tensor | None) -> torch.Tensor | None:
-    """The sum of those that are not None; None without any."""
+    """Return the sum of the terms that are not None; None if all are."""
     given = [part for part in parts if part is not None]
     return sum(given[1:], given[0]) if given else None
 
@@ -218,7 +218,7 @@ def sum_jvp(operator: Callable[..., Any], arguments: tuple, tangents: tuple, out
     (x, w), others = arguments[:2], arguments[len(tangents) :]
     dx, dw, dbias, *dresidual = tangents
     if dbias is not None:
-        # Of linear layers [K] beside [M, K], of convolutions beside [N, K, P, Q].
+        # The bias is [K] beside [M, K] in linear layers, and beside [N, K, P, Q] in convolutions.
         dbias = dbias.view(-1, *(1,) * (output.dim() - 2)).to(output.dtype).expand(output.shape)
     return total(
         None if dx is None else operator(dx, w, *nothing, *others),

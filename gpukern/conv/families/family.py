@@ -1,4 +1,4 @@
-"""The one entry of a kernel family, for planner, cost model and tools. No torch, no Triton."""
+"""A kernel family's description for planner, cost model and tools. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Family:
     candidates: Callable[[ConvProblem, Direction, Operands, DeviceSpec], Iterator[ConvPlan]]
     #: (tiles, steps of ``plan.block_k`` that each walks), all that the kernel does.
     tiles: Callable[[ConvProblem, Direction, ConvPlan], list[tuple[int, int]]]
-    #: The share of the peak rate that the main loop of each variant reaches: of the tensor cores', or of the
+    #: Share of the peak rate that the main loop of each variant reaches: of the tensor cores', or of the
     #: multiply-adds' where it is one of ``elementwise``. Fitted by ``python -m bench.calibrate``.
     main_loop_efficiency: Mapping[Variant, float]
     #: Variants that multiply element by element, outside the tensor cores.
     elementwise: frozenset[Variant] = frozenset()
-    #: Variants that can read and write across runs of channels: they move whole sectors for single elements.
+    #: Variants that can read and write across runs of channels; they move whole sectors for single elements.
     across_runs: frozenset[Variant] = frozenset()
     #: Whether the kernels can write the maxima of 2 × 2 pixels.
     can_pool: bool = False

@@ -1,4 +1,4 @@
-"""How kernels that read through pointers see a filter: its strides, and how far apart taps lie."""
+"""Filter strides and tap distances, as kernels that read through pointers take them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from gpukern.conv.problem import ConvProblem
 
 
 def filter_strides(problem: ConvProblem, weight: Strides, transposed: bool) -> Strides:
-    """Of ``indexing.Filter``, from those of [K, C/groups, R, S]."""
+    """Return the strides of ``indexing.Filter`` from those of [K, C/groups, R, S]."""
     k, c, r, s = weight
     group = problem.group_outputs * k
     return (group, c, k, r, s) if transposed else (group, k, c, r, s)
 
 
 def tap_options(problem: ConvProblem, transposed: bool) -> dict[str, int]:
-    """How far apart the taps of a phase lie in the filter, see ``indexing``."""
+    """Return the distances between a phase's taps in the filter, see ``indexing``."""
     step_h, step_w = 1, 1
     if transposed:
         step_h, step_w = (s // math.gcd(s, d) for s, d in zip(problem.stride, problem.dilation, strict=True))

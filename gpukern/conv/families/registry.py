@@ -1,4 +1,4 @@
-"""All kernel families. No torch, no Triton."""
+"""Registry of all kernel families. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 from gpukern.conv.families.family import Family
 from gpukern.conv.plan import ConvPlan
 
-#: The folders. The first family serves every problem, and of plans expected to be equally fast the first is chosen.
+#: The families' folders. The first supports every problem; among plans expected to be equally fast the first wins.
 _NAMES = (
     "implicit_gemm",
     "tma_gemm",
@@ -27,5 +27,5 @@ _BY_VARIANT = {variant: family for family in FAMILIES for variant in family.vari
 
 
 def family_of(plan: ConvPlan) -> Family:
-    """The family whose kernel ``plan`` is for."""
+    """Return the family of ``plan``'s kernel."""
     return _BY_VARIANT[plan.variant]

@@ -1,4 +1,4 @@
-"""Workspace of programs that share a sum, each with a part of it, where the last to arrive adds all parts."""
+"""Workspace for split-K: programs each compute a part of a sum, and the last to arrive adds all parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Workspace = Callable[[torch.device], tuple[torch.Tensor, torch.Tensor]]
 
 
 def split_k_workspace(plan: ConvPlan, tiles: int) -> Workspace | None:
-    """What a launch of so many tiles needs beside its tensors; None where no sum is shared."""
+    """Return the workspace of a launch of so many tiles; None if no sum is shared."""
     if plan.splits == 1:
         return None
     size = tiles * plan.splits * plan.block_m * plan.block_n

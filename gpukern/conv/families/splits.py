@@ -1,4 +1,4 @@
-"""Among how many programs families split the sum of a weight gradient. No torch, no Triton."""
+"""Split counts for the sum of a weight gradient. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from gpukern.runtime.device import DeviceSpec
 
 
 def grad_splits(programs: int, steps: int, device: DeviceSpec) -> list[int]:
-    """Splits for one and for two programs on every multiprocessor; each keeps four steps at least."""
+    """Return the splits for one and for two programs on every multiprocessor; each keeps four steps at least."""
     return sorted({max(1, min(waves * device.sm_count // programs, steps // 4)) for waves in (1, 2)})

@@ -1,4 +1,4 @@
-"""Launches a convolution and the max pool after it as one kernel, or as the two of their own."""
+"""Launch of a convolution and the max pool after it, as one kernel or as two."""
 
 from __future__ import annotations
 

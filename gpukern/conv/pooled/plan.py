@@ -1,4 +1,4 @@
-"""A convolution and the maximum of 2 × 2 pixels of what it makes: one launch, or two? No torch, no Triton."""
+"""Choice of one launch or two for a convolution and a 2 × 2 max pool. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from gpukern.runtime.device import DeviceSpec
 
 
 def together(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> Ranked | None:
-    """The one launch that is expected to be the fastest; ``operands.output`` is the layout of the maxima.
+    """Return the single launch expected to be the fastest; ``operands.output`` is the layout of the maxima.
 
-    None where no kernel can: of groups, those that pool in their epilogue want 8 channels or more.
+    None if no kernel can: those that pool in their epilogue need groups of 8 channels or more.
     """
     found = ranking(pooled_problem(problem), Direction.FORWARD, operands, device)
     return next((each for each in found if not only_measured(each.plan)), None)
 
 
 def seconds_apart(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> float:
-    """The seconds that both launches are expected to take; ``operands.output`` is the convolution's."""
+    """Return the expected seconds of both launches; ``operands.output`` is the convolution's."""
     moved = pool.work(windows_of(problem), pool.Pooling.MAX, operands.itemsize).bytes
     first = heuristic_plan(problem, Direction.FORWARD, operands, device)
     return ranked(problem, Direction.FORWARD, first, operands, device).seconds + pass_seconds(moved, device)
 
 
 def choose(problem: ConvProblem, of_both: Operands, of_convolution: Operands, device: DeviceSpec) -> ConvPlan | None:
-    """The plan of the one launch; None where two are expected to be faster, or where there is nothing to launch.
+    """Return the plan of the single launch; None if two are expected to be faster, or if there is nothing to launch.
 
-    The kernels that can pool are not always the fastest for a layer, but they write a quarter, and nobody reads it
-    back.
+    The kernels that can pool are not always the fastest for a layer, but they write a quarter as much, which is not
+    read back.
     """
     if not problem.N:
         return None

@@ -1,4 +1,4 @@
-"""The max pool that a convolution's epilogue can compute, as a problem of its own."""
+"""The max pool that a convolution's epilogue can compute, as a separate problem."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ POOL_WINDOWS = (2, 2), (2, 2), (0, 0), (1, 1), False
 
 
 def windows_of(problem: ConvProblem) -> PoolProblem:
-    """The pool of what the convolution makes; RuntimeError, as torch's, where that is less than a window."""
+    """Return the pool of the convolution's output; RuntimeError, as torch's, if that is smaller than a window."""
     return pool_problem((problem.N, problem.K, problem.P, problem.Q), *POOL_WINDOWS)

@@ -19,6 +19,6 @@ def conv2d_max_pool2d(
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
-    """[N, C, H, W] with [K, C/G, R, S] gives [N, K, ⌊P/2⌋, ⌊Q/2⌋]."""
+    """Convolve and pool: [N, C, H, W] with [K, C/G, R, S] gives [N, K, ⌊P/2⌋, ⌊Q/2⌋]."""
     y = conv2d(problem, input, weight, bias, None, activation, negative_slope)
     return max_pool2d(windows_of(problem), y, memory_format_of(input, weight))

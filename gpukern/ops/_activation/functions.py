@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Written to the right of tensors: in the interpreter a constexpr times a tensor is no tensor.
+# Written to the right of tensors: in the interpreter a constexpr times a tensor is not a tensor.
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_EIGHT_OVER_PI = tl.constexpr(1.5957691216057308)
 _ONE_OVER_SQRT_TWO_PI = tl.constexpr(0.3989422804014327)
@@ -14,7 +14,7 @@ _CUBIC = tl.constexpr(0.044715)
 def apply_activation(x, NAME: tl.constexpr, negative_slope):
     """act(x) for an fp32 tile of any shape."""
     if NAME == "relu":
-        # Not maximum(x, 0): a NaN must come through.
+        # Not maximum(x, 0): a NaN must propagate.
         x = tl.where(x < 0.0, 0.0, x)
     elif NAME == "relu6":
         x = tl.where(x < 0.0, 0.0, tl.where(x > 6.0, 6.0, x))
@@ -50,7 +50,7 @@ def activation_backward(grad, saved, NAME: tl.constexpr, negative_slope):
     elif NAME == "sigmoid":
         out = grad * saved * (1.0 - saved)
     elif NAME == "hardsigmoid":
-        # Unlike the other clamps, torch's gives no gradient for a NaN.
+        # Unlike its other clamps, torch's gives no gradient for a NaN.
         out = tl.where((saved > -3.0) & (saved < 3.0), grad * (1.0 / 6.0), 0.0)
     elif NAME == "tanh":
         out = grad * (1.0 - saved * saved)
@@ -98,7 +98,7 @@ def activation_curvature(saved, NAME: tl.constexpr):
 
 @triton.jit
 def _hardsigmoid(x):
-    # Comparisons, not minimum and maximum: a NaN must come through.
+    # Comparisons, not minimum and maximum: a NaN must propagate.
     return tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, (x + 3.0) * (1.0 / 6.0)))
 
 

@@ -1,4 +1,4 @@
-"""Launches the element-wise kernels. Functions of the same names and signatures as ``reference.py``."""
+"""Launches of the element-wise kernels, in functions of the same names and signatures as ``reference.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the derivative of each activation is computed from, by name. Plain data: imports neither torch nor Triton."""
+"""Inputs of each activation's derivative, by name. Plain data: imports neither torch nor Triton."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from gpukern.ops._activation.properties import PROPERTIES
 
 _aten = torch.ops.aten
 
-#: torch's operator of each name, but for ``gelu_tanh``, which is a form of ``gelu``.
+#: torch's operator of each name, except ``gelu_tanh``, which is a form of ``gelu``.
 IN_TORCH = {
     "relu": _aten.relu.default,
     "relu6": _aten.relu6.default,
@@ -37,13 +37,13 @@ def in_torch(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
 
 
 def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    """:func:`in_torch` without overflow on the way."""
+    """Compute :func:`in_torch` without intermediate overflow."""
     y = in_torch(x, name, negative_slope)
     return torch.where(x > 2.0**64, x, y) if name in _OVERFLOWING else y
 
 
 def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
-    """:func:`activation` in place."""
+    """Compute :func:`activation` in place."""
     x.copy_(activation(x, name, negative_slope))
 
 

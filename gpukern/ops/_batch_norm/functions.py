@@ -1,4 +1,4 @@
-"""What the batch norm kernels share: where a tile lies, and the numbers of its channels."""
+"""Functions shared by the batch norm kernels: addresses of a tile, and its channels' parameters."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 class Sizes(NamedTuple):
-    """What a launch walks through, as :class:`gpukern.ops._batch_norm.problem.Walk` has it."""
+    """Sizes of the walk of a launch, see :class:`gpukern.ops._batch_norm.problem.Walk`."""
 
     channel_groups: object  # channels / CHANNEL_ALIGN
     inner_groups: object  # pixels of a run / PIXEL_ALIGN
@@ -35,15 +35,15 @@ class Running(NamedTuple):
 
 @triton.jit
 def channel_tile(tile, sizes, BLOCK_C: tl.constexpr, CHANNEL_ALIGN: tl.constexpr):
-    """(channels of the tile, which there are)."""
+    """Return (channels of the tile, which of them exist)."""
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    # A product, so that the compiler knows what divides the bound: else it would check every element alone.
+    # A product shows the compiler what divides the bound: otherwise it would check every element separately.
     return c, c < sizes.channel_groups * CHANNEL_ALIGN
 
 
 @triton.jit
 def pixel_tile(step, sizes, BLOCK_P: tl.constexpr, PIXEL_ALIGN: tl.constexpr, INDEX: tl.constexpr):
-    """(row, run of the row, pixels of the run, which there are)."""
+    """Return (row, run of the row, pixels of the run, which of them exist)."""
     run = step // sizes.blocks
     p = (step % sizes.blocks).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
     return (run // sizes.height).to(INDEX), (run % sizes.height).to(INDEX), p, p < sizes.inner_groups * PIXEL_ALIGN
@@ -69,7 +69,7 @@ def load_tile(image, n, h, p, c, mask, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN:
 def store_tile(
     image, value, n, h, p, c, mask, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr
 ):
-    """Returns what is stored, rounded."""
+    """Store a tile and return it as stored, rounded."""
     rounded = value.to(image.ptr.dtype.element_ty)
     tl.store(at(image, n, h, p, c, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX), rounded, mask=mask)
     return rounded.to(tl.float32)

@@ -1,6 +1,6 @@
 """Batch norm kernels. Images are :class:`gpukern.ops._images.Image`: a pointer and the strides of [N, C, H, W].
 
-Tiles are [BLOCK_P, BLOCK_C], what belongs to pixels alone [BLOCK_P, 1] and to channels [1, BLOCK_C]. A *step* is one
+Tiles are [BLOCK_P, BLOCK_C], values per pixel [BLOCK_P, 1] and per channel [1, BLOCK_C]. A *step* is one
 tile of pixels; programs that sum take several, of one tile of channels. All arithmetic is fp32, every sum has a fixed
 order, and there are no atomics: the same bits in every run. See :mod:`gpukern.ops.batch_norm` for the mathematics.
 """
@@ -58,7 +58,7 @@ def _finish_statistics(norm, running, mean, deviations, count, momentum, c, vali
     tl.store(norm.mean + c, mean, mask=valid)
     tl.store(norm.variance + c, variance, mask=valid)
     if running.mean is not None:
-        # A batch of one value, 0 / 0, never comes here; channels beyond the last do.
+        # A batch of one value, 0 / 0, never gets here; channels beyond the last do.
         unbiased = deviations / tl.maximum(count - 1.0, 1.0)
         mean = (1.0 - momentum) * load_numbers(running.mean, c, valid, 0.0) + momentum * mean
         tl.store(running.mean + c, mean.to(running.mean.dtype.element_ty), mask=valid)
@@ -79,11 +79,11 @@ def batch_norm_statistics_kernel(
     WHOLE: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Mean and variance of each channel in the batch, or WHOLE: all of batch norm. Grid: splits · channel tiles.
+    """Mean and variance of each channel in the batch, or if WHOLE, all of batch norm. Grid: splits · channel tiles.
 
-    Every element of a tile sums differences from the first value it meets, its pivot, and their squares. As the pivot
-    is one of the values, the sum of squares is never much larger than the deviation that is left of it, whatever the
-    mean is. The elements are then put together by Chan, Golub and LeVeque's formula, as the splits are.
+    Every element of a tile sums differences from its first value, the pivot, and their squares. As the pivot is one of
+    the values, the sum of squares is never much larger than the deviation computed from it, whatever the mean is. The
+    elements are then merged by Chan, Golub and LeVeque's formula, as the splits are.
     """
     c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
     split = tl.program_id(0) // sizes.channel_tiles
@@ -108,8 +108,8 @@ def batch_norm_statistics_kernel(
     pixels = tl.sum(count, 0)[None, :]
     some = tl.maximum(count, 1.0)
     squares = squares - total * total / some
-    squares = tl.where(squares < 0.0, 0.0, squares)  # not maximum: a NaN must come through
-    # All means from here on are taken from one value of the channel: differences keep their digits.
+    squares = tl.where(squares < 0.0, 0.0, squares)  # not maximum: a NaN must propagate
+    # From here on all means are relative to one value of the channel: differences keep their digits.
     origin = tl.sum(tl.where(tl.arange(0, BLOCK_P)[:, None] == 0, pivot, 0.0), 0)[None, :]
     means = pivot - origin + total / some
     mean = tl.sum(count * means, 0)[None, :] / pixels
@@ -160,7 +160,7 @@ def _gradient(
     if x.ptr is not None:
         from_mean = load_tile(x, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX) - mean
     if ACTIVATION != "none":
-        # From x, which is here anyway; y is read only where a residual went into it.
+        # From x, which is loaded anyway; y is read only if it includes a residual.
         saved = from_mean * scale + bias
         if other.ptr is not None:
             kept = load_tile(other, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
@@ -187,9 +187,9 @@ def batch_norm_backward_kernel(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """One pass over all: the sums, and ∂L/∂x where it does not depend on them (frozen statistics).
+    """One pass over all tensors: the sums, and ∂L/∂x if it does not depend on them (frozen statistics).
 
-    WHOLE: a second pass writes ∂L/∂x where it does. Grid: splits · channel tiles.
+    WHOLE: a second pass writes ∂L/∂x if it does. Grid: splits · channel tiles.
     """
     c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
     split = tl.program_id(0) // sizes.channel_tiles
@@ -207,7 +207,7 @@ def batch_norm_backward_kernel(
             ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
         )  # fmt: skip
         if inner.ptr is not None:
-            # The sums are of what is stored, and what a second launch reads.
+            # The sums are of the stored values, which a second launch reads.
             g = store_tile(inner, g, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
         if not TRAINING and out.ptr is not None:
             store_tile(out, g * scale, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
@@ -244,7 +244,7 @@ def batch_norm_backward_merge_kernel(
     splits, channels,
     BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the splits' sums."""
+    """Add up the splits' sums."""
     c = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     row = tl.arange(0, BLOCK_SPLITS)[:, None]
     plane = tl.cast(splits, tl.int64) * channels

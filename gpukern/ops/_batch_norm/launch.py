@@ -1,4 +1,4 @@
-"""Batch norm on the kernels. Functions of the same names and signatures as ``reference.py``."""
+"""Batch norm by the kernels, in functions of the same names and signatures as ``reference.py``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
 from gpukern.runtime.tensors import check_kernel_dtype
 
-#: Partial results that a program which puts them together has on their way to it: 16 of each thread.
+#: Partial results that a merging program has in flight: 16 per thread.
 _LOADS = 2048
 
 
@@ -163,7 +163,7 @@ def _keep(running: Running | None, pointers: functions.Running) -> None:
         if tensor is not written:
             tensor.copy_(written)
         elif not tensor.is_inference():
-            # Autograd must hear of it: a frozen batch norm's backward needs the old numbers.
+            # Autograd must be notified: a frozen batch norm's backward needs the old values.
             torch.autograd.graph.increment_version(tensor)
 
 
@@ -202,7 +202,7 @@ def batch_norm_backward(
         return results
 
     needs_sums = wants_parameters or (training and wants_input)
-    # Frozen, x is read for an activation's derivative only.
+    # With frozen statistics, x is read only for an activation's derivative.
     needs_input = activation != "none" and PROPERTIES[activation].needs_input
     reads_x = needs_sums or (activation != "none" and (other is None or needs_input))
     tiles = tiles_of(needs_sums, grad, input if reads_x else None, other, inner, out)
@@ -230,7 +230,7 @@ def batch_norm_backward(
         {
             "TRAINING": training,
             "WHOLE": whole,
-            # It reads two tensors at least: as many loads as the forward has under way of one.
+            # It reads at least two tensors: keep as many loads in flight as the forward does for one.
             "UNROLL": max(1, chosen.unroll // 2),
             "ACTIVATION": activation,
             "NEEDS_INPUT": needs_input,
@@ -275,11 +275,11 @@ def _norm(
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The only operands that kernels take without strides."""
+    """Return ``tensor`` contiguous, as kernels take these operands, and only these, without strides."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _merge_tile(parts: int) -> tuple[int, int]:
-    """(parts, channels) that a program which puts parts together looks at at a time."""
+    """Return the (parts, channels) that a merging program reads at a time."""
     rows = power_of_two(parts, 1, 512)
     return rows, min(32, _LOADS // rows)

@@ -1,8 +1,8 @@
-"""How batch norm is cut into programs: pure Python, no torch, no Triton.
+"""Planner of batch norm: division into programs. Imports neither torch nor Triton.
 
 Tiles are [pixels, channels]. All kernels move much memory and compute little, so a tile is chosen for its accesses
-alone: many channels where these lie side by side (channels_last, and (N, C)), many pixels where those do (NCHW). What
-is summed over pixels is split among programs, so that few channels keep a whole GPU busy.
+alone: many channels where these are adjacent (channels_last, and (N, C)), many pixels where those are (NCHW). Sums over
+pixels are split among programs, so that few channels keep a whole GPU busy.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two
 
 _WARPS = 4
-#: Accesses of 16 bytes that a thread makes to each tensor. Kernels that sum keep several numbers for each element, and
-#: have the loads of some more tiles under way instead (where single elements have addresses, of fewer).
+#: Accesses of 16 bytes that a thread makes to each tensor. Kernels that sum keep several numbers per element, and have
+#: the loads of more tiles in flight instead (of fewer where every element has its own address).
 _ACCESSES, _SUMMING_ACCESSES = 2, 1
 _TILES_UNDER_WAY, _UNALIGNED_UNDER_WAY = 4, 2
-#: A sum over so few tiles is not worth splitting, nor two launches more; and the least that a split gets.
+#: A sum over so few tiles is not worth splitting, nor two more launches; and the fewest tiles of a split.
 _FEW_STEPS, _LEAST_STEPS = 16, 8
-#: Programs that a multiprocessor gets of a sum, and the most parts of one, all of which one program reads.
+#: A sum's programs per multiprocessor, and the maximum number of its parts, all of which one program reads.
 _PROGRAMS_PER_SM = 4
 _SPLITS = 512
 
@@ -36,7 +36,7 @@ class BatchNormPlan:
     pixels: int
     channels: int
     warps: int
-    unroll: int  # tiles whose loads a program that sums has under way
+    unroll: int  # tiles whose loads a summing program has in flight
     blocks: int  # tiles along a run of pixels
     steps: int
     splits: int
@@ -46,13 +46,13 @@ class BatchNormPlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan(walk: Walk, itemsize: int, device: DeviceSpec, sums: bool, far: bool = False) -> BatchNormPlan:
-    """The plan of a kernel that ``sums`` over pixels, or of one that does not, for tensors of ``itemsize`` an element.
+    """Return the plan of a kernel that ``sums`` over pixels, or does not, for tensors of ``itemsize`` bytes an element.
 
     ``far``: offsets have 64 bits, and take twice the registers.
     """
     sixteen = 16 // itemsize
     aligned = max(walk.channel_align, walk.pixel_align) >= sixteen
-    # Where runs begin anywhere, each element is an access of its own.
+    # If runs begin at any address, each element is a separate access.
     elements = 32 * _WARPS * (_SUMMING_ACCESSES if sums else _ACCESSES) * (sixteen if aligned else 4)
     pixels, channels = _channel_tile(walk, itemsize, elements) if walk.channels_run else _pixel_tile(walk, elements)
     blocks = cdiv(walk.inner, pixels)
@@ -84,7 +84,7 @@ def _channel_tile(walk: Walk, itemsize: int, elements: int) -> tuple[int, int]:
 
 
 def _pixel_tile(walk: Walk, elements: int) -> tuple[int, int]:
-    """Runs of whole cache lines, cut so that the last piece of a run is full if that can be."""
+    """Runs of whole cache lines, cut so that the last piece of a run is full if possible."""
     longest = min(256, power_of_two(walk.inner))
     lengths = [length for length in (256, 128, 64) if length <= longest] or [longest]
     pixels = min(lengths, key=lambda length: (cdiv(walk.inner, length) * length, -length))

@@ -32,7 +32,7 @@ def check_sizes(shape: Sequence[int], residual_shape: Sequence[int] | None) -> N
 
 
 def check_several_values(shape: Sequence[int]) -> None:
-    """Raise torch's ValueError for one value per channel, whose variance says nothing."""
+    """Raise torch's ValueError for one value per channel, whose variance is undefined."""
     if math.prod((shape[0], *shape[2:])) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
 
@@ -45,7 +45,7 @@ class Walk:
     ``strides``: of each tensor, in elements, those of [rows, channels, height, inner]. Where all tensors allow it,
     dimensions are joined: NCHW is (1, N, H·W), channels_last (1, 1, N·H·W).
 
-    Along one dimension neighbours lie side by side in all tensors (or are one element, as in an expanded gradient).
+    Along one dimension neighbours are adjacent in all tensors (or are one element, as in an expanded gradient).
     ``channel_align`` or ``pixel_align`` is the power of two, at most 16, that every such run starts at a multiple of,
     and that divides the dimension: the kernels then read 16 bytes at once. The other one is 1.
     """
@@ -66,7 +66,7 @@ class Walk:
 
 @functools.lru_cache(maxsize=4096)
 def walk(shape: Shape, strides: tuple[Shape, ...]) -> Walk:
-    """How to walk through tensors of one shape [N, C, ...] that is not empty, and of these strides."""
+    """Return the walk through tensors of one shape [N, C, ...], not empty, and of these strides."""
     channels = shape[1]
     channel_strides = [s[1] if channels > 1 else 0 for s in strides]
     (rows, height, inner), joined = _join([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides])
@@ -89,7 +89,7 @@ def walk(shape: Shape, strides: tuple[Shape, ...]) -> Walk:
 
 
 def _join(sizes: list[int], strides: list[Shape]) -> tuple[list[int], list[list[int]]]:
-    """Three dimensions in place of ``sizes``, and the tensors' strides along them; neighbours that can be are joined.
+    """Join ``sizes`` to three dimensions where strides allow, and return them with the tensors' strides along them.
 
     Raises ValueError where more than three are left.
     """

@@ -26,7 +26,7 @@ def batch_norm(
 ) -> torch.Tensor:
     """``act((x − mean) · weight / √(variance + eps) + bias + residual)``, in fp32 at least and rounded once.
 
-    By torch's own kernel, and so the same bits as its layer's.
+    Uses torch's own kernel, and so gives the same bits as its layer.
     """
     dtype = torch.promote_types(input.dtype, torch.float32)
     x = input.to(dtype)
@@ -114,9 +114,8 @@ def batch_norm_backward(
 
         ∂L/∂bias = Σ g        ∂L/∂weight = Σ g·x̂        ∂L/∂x = weight / σ · (g − mean(g) − x̂ · mean(g·x̂))
 
-    The means are left out where the statistics were frozen, not ``training``. ``other`` is the residual where the
-    activation's derivative needs its input, else y, or None where there was no residual or no activation: then all
-    follows from x.
+    The means are omitted if the statistics were frozen, not ``training``. ``other`` is the residual if the activation's
+    derivative needs its input, else y, or None if there was no residual or no activation: then x suffices.
     """
     layout = format_kept_by(input)
     wants = wants_input, wants_parameters, wants_parameters, wants_inner
@@ -134,7 +133,7 @@ def batch_norm_backward(
 def gradients_of(
     grad, input, weight, bias, other, mean, variance, training: bool, eps: float, activation: str, negative_slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The formulas of :func:`batch_norm_backward`, in whatever layout they give."""
+    """Compute the formulas of :func:`batch_norm_backward`, in any layout."""
     z, normal, inverse = normalize(input, weight, bias, None, mean, variance, eps)
     g = grad.to(z.dtype)
     if activation != "none":
@@ -198,7 +197,7 @@ def normalize(input, weight, bias, residual, mean, variance, eps) -> tuple[torch
 
 
 def _channels(numbers: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-    """[C] as [1, C, 1, ...]."""
+    """View [C] as [1, C, 1, ...]."""
     return numbers.view(1, -1, *(1,) * (input.dim() - 2))
 
 

@@ -1,4 +1,4 @@
-"""How the kernels take tensors: as images, with the tile, the sizes and the options of a launch over all of them."""
+"""Kernel arguments for tensors: images, and the tile, sizes and options of a launch over all of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
-    """How a kernel that ``sums`` over pixels, or one that does not, walks through ``tensors``."""
+    """Return the tiles of ``tensors`` for a kernel that ``sums`` over pixels, or for one that does not."""
     given = [tensor for tensor in tensors if tensor is not None]
     first = given[0]
     if first.dim() > 4:
@@ -69,5 +69,5 @@ def _prepared(
 
 
 def empty_like(input: torch.Tensor) -> torch.Tensor:
-    """Uninitialised, dense, in ``input``'s layout."""
+    """Allocate a dense, uninitialised tensor in ``input``'s layout."""
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=format_kept_by(input))

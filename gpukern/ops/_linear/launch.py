@@ -35,7 +35,7 @@ def linear_weight_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
 def _prepared(
     problem: ConvProblem, direction: Direction, first: torch.Tensor, second: torch.Tensor, activation: str = "none"
 ) -> Prepared:
-    """For matrices [M, C] as M images of one pixel."""
+    """Return the launch for matrices [M, C] as M images of one pixel."""
     return prepare_launch(
         problem,
         direction,

@@ -11,7 +11,7 @@ from gpukern.ops._activation.reference import activation
 def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation_name: str, negative_slope: float
 ) -> torch.Tensor:
-    """``act(x Wᵀ + b)``: [M, C] with [K, C] gives [M, K]."""
+    """Compute ``act(x Wᵀ + b)``: [M, C] with [K, C] gives [M, K]."""
     # A bias in fp32 beside halves: one rounding at the end, as in the kernels.
     dtype = input.dtype if bias is None else torch.promote_types(input.dtype, bias.dtype)
     y = F.linear(input.to(dtype), weight.to(dtype), bias)

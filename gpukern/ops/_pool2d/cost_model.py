@@ -1,4 +1,4 @@
-"""What a pooling must cost, and what a plan for it does: predictions that need no GPU. No torch, no Triton."""
+"""Minimum cost of a pooling and cost of a plan, predicted without a GPU. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
 
 
 class Pooling(enum.Enum):
-    """What is computed; the values are the names of the launching functions."""
+    """The computation; the values are the names of the launching functions."""
 
     AVG = "avg_pool2d"
     AVG_GRAD = "avg_pool2d_backward"
@@ -25,7 +25,7 @@ class Pooling(enum.Enum):
 def work(problem: PoolProblem | AdaptiveProblem, pooling: Pooling, itemsize: int) -> Work:
     """One pass over x and y, or dy and dx, and one operation for each element of each window.
 
-    Elements outside the image do not count, and of x only rows and columns that a window meets. The forward of a
+    Elements outside the image do not count, nor rows and columns of x outside all windows. The forward of a
     maximum for training writes a tap for each output, a byte for windows of up to 256 elements, and its backward reads
     it to add one gradient. Operations are of float32 whatever the tensors are.
     """
@@ -57,7 +57,7 @@ def cost(
     pixels = p.N * (p.H * p.W if backward else p.P * p.Q)
     tile = plan.tile
     if pooling is Pooling.AVG and plan.whole_window:
-        # The tile's pixels are places of one window, so many at a time.
+        # The tile's pixels are positions in one window, so many at a time.
         tile = plan.whole_window
         tiles, steps = pixels, cdiv(steps, tile.pixels)
     else:
@@ -80,7 +80,7 @@ def cost(
 
 
 def _reads(p: PoolProblem | AdaptiveProblem) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Of rows and of columns: every (output, input) where a window meets the image."""
+    """Reads along rows and columns: every (output, input) where a window overlaps the image."""
     if isinstance(p, AdaptiveProblem):
         return tuple(
             tuple((o, i) for o in range(outputs) for i in range(o * size // outputs, cdiv((o + 1) * size, outputs)))

@@ -1,8 +1,8 @@
 """Pooling kernels. Images are :class:`gpukern.ops._images.Image`: a pointer and the strides of [N, C, H, W].
 
-Tiles are [BLOCK_CHANNELS, BLOCK_PIXELS]; what belongs to pixels alone is [1, BLOCK_PIXELS]. Pixels are counted
-through the whole batch. Backward kernels gather: each input pixel asks the windows that see it, in a fixed order,
-so there are no atomics and results are deterministic.
+Tiles are [BLOCK_CHANNELS, BLOCK_PIXELS]; values per pixel are [1, BLOCK_PIXELS]. Pixels are counted through the whole
+batch. Backward kernels gather: each input pixel reads the windows that contain it, in a fixed order, so there are no
+atomics and results are deterministic.
 
 A *tap* is a place in a window, r·S + s. The forward of a maximum saves the tap that won, a byte for common windows.
 """
@@ -13,14 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def _at(image, n, c, h, w):
-    # The pixels' part is added up first, in one row, and broadcast over the channels once.
+    # The pixels' part is summed first, in one row, and broadcast over the channels once.
     return image.ptr + ((n * image.n + h * image.h + w * image.w) + c * image.c)
 
 
 @triton.jit
 def _tile(pixels, C, H, W, BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, INDEX: tl.constexpr):
     """(n, c, h, w, inside) of this program's tile of a [N, C, H, W] tensor with ``pixels`` = N·H·W."""
-    # One pixel a thread, not the neighbours that a wide store would like: the loads, far more, are strided then.
+    # One pixel a thread, not neighbours for a wide store: that would make the loads, which are far more, strided.
     lane = tl.max_contiguous(tl.arange(0, BLOCK_PIXELS), 1)
     pixel = tl.program_id(0).to(INDEX) * BLOCK_PIXELS + lane[None, :]  # [1, BLOCK_PIXELS]
     c = tl.program_id(1).to(INDEX) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)[:, None]  # [BLOCK_CHANNELS, 1]
@@ -45,7 +45,7 @@ def max_pool2d_kernel(
     n, c, p, q, inside = _tile(pixels, C, P, Q, BLOCK_CHANNELS, BLOCK_PIXELS, INDEX)
     top = p * STRIDE[0] - PADDING[0]
     left = q * STRIDE[1] - PADDING[1]
-    # A window of nothing but −∞ reports its first tap in the image, which no comparison finds.
+    # A window of only −∞ reports its first tap in the image, which no comparison finds.
     first_r = (tl.maximum(-top, 0) + DILATION[0] - 1) // DILATION[0]
     first_s = (tl.maximum(-left, 0) + DILATION[1] - 1) // DILATION[1]
     best_tap = tl.broadcast_to(first_r * KERNEL[1] + first_s, (BLOCK_CHANNELS, BLOCK_PIXELS)).to(tl.int32)
@@ -81,7 +81,7 @@ def max_pool2d_backward_kernel(
     for i in tl.range(0, OWNERS[0] * OWNERS[1], loop_unroll_factor=UNROLL):
         p = last_p - i // OWNERS[1]
         q = last_q - i % OWNERS[1]
-        # How far the pixel lies from the window's corner: r·dilation and s·dilation if the window sees it.
+        # Distance of the pixel from the window's corner: r·dilation and s·dilation if the window contains it.
         down = h + PADDING[0] - p * STRIDE[0]
         across = w + PADDING[1] - q * STRIDE[1]
         seen = (p >= 0) & (p < P) & (down % DILATION[0] == 0) & (down <= (KERNEL[0] - 1) * DILATION[0])
@@ -89,7 +89,7 @@ def max_pool2d_backward_kernel(
         tap = down // DILATION[0] * KERNEL[1] + across // DILATION[1]
         valid = inside & seen
         winner = tl.load(_at(taps, n, c, p, q), mask=valid, other=0).to(tl.int32)
-        # Loaded whoever won: waiting for the tap first would put two memory latencies in a row.
+        # Loaded whichever tap won: waiting for the tap first would serialize two memory latencies.
         value = tl.load(_at(grad, n, c, p, q), mask=valid, other=0.0).to(tl.float32)
         total += tl.where(valid & (winner == tap), value, 0.0)
     tl.store(_at(out, n, c, h, w), total.to(out.ptr.dtype.element_ty), mask=inside)
@@ -115,7 +115,7 @@ def max_pool2d_indices_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """torch's flat indices h·W + w."""
+    """Write torch's flat indices h·W + w."""
     n, c, p, q, inside = _tile(pixels, C, P, Q, BLOCK_CHANNELS, BLOCK_PIXELS, INDEX)
     h, w = _tap_place(taps, n, c, p, q, inside, KERNEL, STRIDE, PADDING, DILATION, INDEX)
     tl.store(_at(indices, n, c, p, q), h.to(tl.int64) * W + w, mask=inside)
@@ -150,7 +150,7 @@ def _window(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     ADAPTIVE: tl.constexpr, INCLUDE_PAD: tl.constexpr,
 ):  # fmt: skip
-    """(begin, end, count): the inputs begin … end − 1 that output i sees, and how many the divisor counts."""
+    """Return (begin, end, count): output i reads the inputs begin … end − 1; the divisor counts ``count`` of them."""
     if ADAPTIVE:
         begin = i * size // outputs
         end = ((i + 1) * size + outputs - 1) // outputs
@@ -159,7 +159,7 @@ def _window(
         start = i * STRIDE - PADDING
         begin = tl.maximum(start, 0)
         end = tl.minimum(start + KERNEL, size)
-        # In ceil mode a window can hang over even the padding: that part never counts.
+        # In ceil mode a window can extend beyond the padding: that part never counts.
         count = tl.minimum(start + KERNEL, size + PADDING) - start if INCLUDE_PAD else end - begin
     return begin, end, count
 
@@ -168,7 +168,7 @@ def _window(
 def _owners(
     i, size, outputs, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, ADAPTIVE: tl.constexpr
 ):
-    """(begin, end): the outputs begin … end − 1 that see input i."""
+    """Return (begin, end): the outputs begin … end − 1 whose windows contain input i."""
     if ADAPTIVE:
         begin = i * outputs // size
         end = ((i + 1) * outputs + size - 1) // size
@@ -235,7 +235,7 @@ def avg_pool2d_backward_kernel(
     INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr, OWNERS: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Each input pixel adds up gradient / divisor of the windows that see it. OWNERS bounds their number."""
+    """Each input pixel adds up gradient / divisor of the windows that contain it. OWNERS bounds their number."""
     n, c, h, w, inside = _tile(pixels, C, H, W, BLOCK_CHANNELS, BLOCK_PIXELS, INDEX)
     top, bottom = _owners(h, H, P, KERNEL[0], STRIDE[0], PADDING[0], ADAPTIVE)
     left, right = _owners(w, W, Q, KERNEL[1], STRIDE[1], PADDING[1], ADAPTIVE)
@@ -247,7 +247,7 @@ def avg_pool2d_backward_kernel(
         if DIVISOR == 0:
             _, _, rows = _window(p, H, P, KERNEL[0], STRIDE[0], PADDING[0], ADAPTIVE, INCLUDE_PAD)
             _, _, columns = _window(q, W, Q, KERNEL[1], STRIDE[1], PADDING[1], ADAPTIVE, INCLUDE_PAD)
-            # Places past the last window count nothing, and their 0 / 0 must not reach the sum.
+            # Positions past the last window have a count of zero, and their 0 / 0 must not reach the sum.
             value = _divide(value, tl.maximum(rows * columns, 1), 0)
         total += value
     if DIVISOR != 0:

@@ -1,4 +1,4 @@
-"""Launches the pooling kernels. Functions of the same names and signatures as ``reference.py``."""
+"""Launches of the pooling kernels, in functions of the same names and signatures as ``reference.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpukern.runtime.tensors import check_kernel_dtype
 
 
 def taps_dtype(kernel: Pair) -> torch.dtype:
-    """A tap is r·S + s: a byte for windows of up to 256 elements."""
+    """Return the dtype of a tap r·S + s: a byte for windows of up to 256 elements."""
     return torch.uint8 if kernel[0] * kernel[1] <= 256 else torch.int32
 
 
@@ -197,9 +197,9 @@ def _prepared(
     layouts: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...],
     options: tuple[tuple[str, Any], ...],
 ) -> tuple[tuple[tuple[int, ...], ...], CompileTime]:
-    """What follows from the tensors' shapes and strides, worked out once: the strides of images, and all constants.
+    """Prepare a launch from the tensors' shapes and strides, once: the strides of images, and all constants.
 
-    The kernel by its name: Triton's functions take long to hash.
+    The kernel is passed by its name: Triton's functions take long to hash.
     """
     largest = max(reach(*layout) for layout in layouts)
     if isinstance(problem, AdaptiveProblem):
@@ -239,13 +239,13 @@ def _average(problem: PoolProblem | AdaptiveProblem) -> dict[str, Any]:
 
 
 def _outputs(problem, dtype: torch.dtype, device: torch.device, memory_format: torch.memory_format) -> torch.Tensor:
-    """Uninitialised [N, C, P, Q]."""
+    """Allocate an uninitialised [N, C, P, Q]."""
     shape = (problem.N, problem.C, problem.P, problem.Q)
     return torch.empty(shape, dtype=dtype, device=device, memory_format=memory_format)
 
 
 def _inputs(problem, like: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """Uninitialised [N, C, H, W]."""
+    """Allocate an uninitialised [N, C, H, W]."""
     shape = (problem.N, problem.C, problem.H, problem.W)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 

@@ -1,8 +1,8 @@
-"""How pooling is cut into programs: pure Python, no torch, no Triton.
+"""Planner of pooling: division into programs. Imports neither torch nor Triton.
 
 Every kernel works on a tile [channels, pixels] of one tensor: the output in forward, the input in backward. Pooling
 moves much memory and computes little, so a tile is chosen for its accesses alone: many pixels of few channels where
-pixels lie side by side (NCHW), many channels of few pixels where channels do (channels_last).
+pixels are adjacent (NCHW), many channels of few pixels where channels are (channels_last).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
 from gpukern.runtime.integers import cdiv, power_of_two
 
 _THREADS = 128
-#: Loops are unrolled, so that many loads are under way at once, up to this many elements a thread: more would spill.
+#: Loops are unrolled to have many loads in flight, up to this many elements a thread: more would spill.
 _UNROLLED_LOADS = 72
 #: CUDA's limit for a grid's second dimension.
 _GRID_Y = 65535
 
 
 class Tile(NamedTuple):
-    """What one program works on. ``pixels`` counts places of one window in the tile of a whole-window kernel."""
+    """The tile of one program. ``pixels`` counts positions in one window in the tile of a whole-window kernel."""
 
     channels: int
     pixels: int
@@ -34,7 +34,7 @@ class PoolPlan:
     """Tiles and loop bounds.
 
     ``window`` is the largest window (rows, columns) in taps, ``owners`` the most windows (vertically, horizontally)
-    that see one input pixel. ``divisor`` is an average's divisor where all windows share it, else 0.
+    that contain one input pixel. ``divisor`` is an average's divisor where all windows share it, else 0.
     ``whole_window`` is the tile for one program per window, or None where a thread walks through its own window.
     """
 
@@ -49,9 +49,9 @@ class PoolPlan:
 
 @functools.lru_cache(maxsize=4096)
 def plan(problem: PoolProblem | AdaptiveProblem, channels_last: bool, itemsize: int) -> PoolPlan:
-    """The plan for tensors whose channels lie side by side (``channels_last``) or not, of ``itemsize`` bytes."""
+    """Return the plan for tensors whose channels are adjacent (``channels_last``) or not, of ``itemsize`` bytes."""
     if isinstance(problem, AdaptiveProblem):
-        # Which windows see an input pixel is the same question as which pixels a window sees, the other way round.
+        # The windows that contain an input pixel are the inverse relation of the pixels in a window.
         window = _largest_share(problem.H, problem.P), _largest_share(problem.W, problem.Q)
         owners = _largest_share(problem.P, problem.H), _largest_share(problem.Q, problem.W)
         divisor = 0
@@ -77,7 +77,7 @@ def plan(problem: PoolProblem | AdaptiveProblem, channels_last: bool, itemsize: 
 
 def _tile(channels: int, channels_last: bool, itemsize: int) -> Tile:
     if not channels_last:
-        # A thread serves one pixel of four channels, which share the arithmetic of the pixel's place.
+        # A thread has one pixel of four channels, which share the arithmetic of the pixel's position.
         return Tile(_launchable(min(4, power_of_two(channels)), channels), _THREADS)
     block = _launchable(_channel_block(channels, itemsize), channels)
     # A thread moves 16 bytes at a time, or single elements where Triton cannot prove that rows are aligned.
@@ -90,7 +90,7 @@ def _whole_window(
 ) -> Tile | None:
     """The tile for one program per window: where windows are large and hardly overlap, as in global pooling.
 
-    There are too few outputs then to keep a GPU busy with one thread for each.
+    Then there are too few outputs to keep a GPU busy with one thread each.
     """
     area = window[0] * window[1]
     if area < 32 or problem.P * problem.Q * area > 2 * problem.H * problem.W:
@@ -115,7 +115,7 @@ def _launchable(block: int, channels: int) -> int:
 
 
 def _common_divisor(problem: PoolProblem) -> int:
-    """R·S if no window is cut off anywhere, else 0."""
+    """Return R·S if no window is truncated anywhere, else 0."""
     for size, outputs, kernel, stride, padding in zip(
         (problem.H, problem.W), (problem.P, problem.Q), problem.kernel, problem.stride, problem.padding, strict=True
     ):

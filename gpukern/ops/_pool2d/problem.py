@@ -1,7 +1,7 @@
-"""Pooling as a problem: its sizes, checked once, and what follows from them.
+"""Pooling as a problem: its sizes, checked once, and the quantities derived from them.
 
-Names: batch N, channels C, input size H × W, kernel size R × S, output size P × Q. A dimension's window is what one
-output sees of the input along that dimension.
+Names: batch N, channels C, input size H × W, kernel size R × S, output size P × Q. A dimension's window is the
+part of the input that one output reads along that dimension.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Pair = tuple[int, int]
 class PoolProblem:
     """A 2-D pooling with checked sizes.
 
-    Output p sees the rows ``p·stride − padding + r·dilation`` for r < R that lie in the image; columns likewise.
+    Output p reads the rows ``p·stride − padding + r·dilation`` for r < R that lie in the image; columns likewise.
     """
 
     N: int
@@ -35,14 +35,14 @@ class PoolProblem:
     padding: Pair
     dilation: Pair
     ceil_mode: bool
-    #: Of averages: whether padding counts as zeros, and the divisor that the caller wants instead of the count.
+    #: For averages: whether padding counts as zeros, and the divisor that replaces the count.
     count_include_pad: bool = True
     divisor_override: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class AdaptiveProblem:
-    """An average over windows that split the image evenly: output p sees the rows ⌊p·H/P⌋ … ⌈(p+1)·H/P⌉ − 1."""
+    """An average over windows that split the image evenly: output p reads the rows ⌊p·H/P⌋ … ⌈(p+1)·H/P⌉ − 1."""
 
     N: int
     C: int
@@ -83,7 +83,7 @@ def adaptive_problem(input_shape: Sequence[int], output_size: Pair) -> AdaptiveP
 def output_size(
     input_shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> Pair:
-    """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never looks at the batch size."""
+    """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never reads the batch size."""
     require(min(kernel) > 0, f"kernel size should be greater than zero, got {tuple(kernel)}")
     require(min(stride) > 0, f"stride should be greater than zero, got {tuple(stride)}")
     require(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
@@ -106,7 +106,7 @@ def output_size(
 
 
 def check_adaptive(input_shape: Sequence[int], output_size: Pair) -> None:
-    """Raise RuntimeError for sizes that no adaptive pooling takes. Never looks at the batch size."""
+    """Raise RuntimeError for sizes that no adaptive pooling takes. Never reads the batch size."""
     require(min(output_size) >= 0, f"elements of output_size must not be negative, got {tuple(output_size)}")
     require(
         input_shape[2] != 0 and input_shape[3] != 0,
@@ -119,5 +119,5 @@ def _outputs(size: int, kernel: int, stride: int, padding: int, dilation: int, c
     if not ceil_mode:
         return span // stride + 1
     outputs = cdiv(span, stride) + 1
-    # A last window that would begin in the padding behind the image is dropped.
+    # A last window that would begin in the padding after the image is dropped.
     return outputs - 1 if (outputs - 1) * stride >= size + padding else outputs

@@ -32,7 +32,7 @@ def max_pool2d_with_taps(
 
 
 def max_pool2d_indices(problem: PoolProblem, taps: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """torch's int64 indices h·W + w [N, C, P, Q]."""
+    """Return torch's int64 indices h·W + w [N, C, P, Q]."""
     return laid_out(taps, memory_format).clone()
 
 
@@ -97,6 +97,6 @@ def _average(problem: PoolProblem) -> tuple:
 def _image(
     problem: PoolProblem | AdaptiveProblem, like: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
-    """Uninitialised [N, C, H, W]: torch's backward operators ask for the input but use no more than its layout."""
+    """Allocate an uninitialised [N, C, H, W]: torch's backward operators take the input but use only its layout."""
     shape = (problem.N, problem.C, problem.H, problem.W)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)

@@ -1,4 +1,4 @@
-"""One pass over a whole tensor: copies between layouts, sums over pixels, and putting partial results together."""
+"""Kernels of one pass over a tensor: copies between layouts, sums over pixels, and merging of partial results."""
 
 import triton
 import triton.language as tl
@@ -54,7 +54,7 @@ def channel_sum_kernel(
             row = n.to(INDEX) * output.n + p.to(INDEX) * output.h + q.to(INDEX) * output.w
             place = row[:, None] + (k.to(INDEX) * output.c)[None, :]
             saved = tl.load(output.ptr + place, mask=mask, other=0.0).to(tl.float32)
-            # The sum is of what is stored: the same bits as a pass of its own over it.
+            # The sum is of the stored values: the same bits as a separate pass over them.
             stored = activation_backward(value, saved, ACTIVATION, negative_slope).to(inner.ptr.dtype.element_ty)
             row = n.to(INDEX) * inner.n + p.to(INDEX) * inner.h + q.to(INDEX) * inner.w
             tl.store(inner.ptr + row[:, None] + (k.to(INDEX) * inner.c)[None, :], stored, mask=mask)
@@ -67,7 +67,7 @@ def channel_sum_kernel(
 
 @triton.jit
 def sum_splits_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
-    """out[i] = Σ_split partial[split, i], added in an order that does not change: the same bits in every run.
+    """out[i] = Σ_split partial[split, i], added in a fixed order: the same bits in every run.
 
     BLOCK_SPLITS loads are in flight at a time: few programs that wait for one after the other would take longer than
     the product did.
@@ -92,7 +92,7 @@ def merged_statistics(
     BLOCK: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
 ):
-    """(Σ y, mean, count, Σ(y − mean)²) of all tiles, fp32 [1, BLOCK], in an order that does not change.
+    """(Σ y, mean, count, Σ(y − mean)²) of all tiles, fp32 [1, BLOCK], added in a fixed order.
 
     Σ_tile (m2 + n·(mean_tile − mean)²): no difference of large numbers, as in the sum of squares less the square of the
     sum. See Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983.

@@ -1,4 +1,4 @@
-"""Launches copies between layouts, sums over pixels, and what puts partial results together."""
+"""Launches of copies between layouts, sums over pixels, and merges of partial results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpukern.runtime.strides import dense_strides, reach
 from gpukern.runtime.tensors import check_kernel_dtype
 
 _NOTHING = Image(None, 0, 0, 0, 0)
-#: Partial sums that a program has on their way to it: 16 of each thread.
+#: Partial sums that a program has in flight: 16 per thread.
 _LOADS = 2048
 
 
@@ -47,14 +47,14 @@ def copy_image(source: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def partial_sums(output: torch.Tensor, splits: int) -> torch.Tensor:
-    """Where splits write: ``output`` itself if there is one, else fp32 [splits, ...] in ``output``'s memory order."""
+    """Return the splits' target: ``output`` itself for one split, else fp32 [splits, ...] in its memory order."""
     if splits == 1:
         return output
     return torch.empty((splits, output.numel()), dtype=torch.float32, device=output.device)
 
 
 def add_partial_sums(partial: torch.Tensor, output: torch.Tensor, splits: int) -> None:
-    """output ← Σ_split partial[split], in an order that does not change; ``output`` is dense."""
+    """Set output ← Σ_split partial[split], added in a fixed order; ``output`` is dense."""
     if splits == 1:
         return
     size = output.numel()

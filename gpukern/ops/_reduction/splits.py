@@ -1,4 +1,4 @@
-"""Among how many programs a sum over pixels is split. No torch, no Triton."""
+"""Split counts of sums over pixels. Imports neither torch nor Triton."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gpukern.runtime.integers import cdiv
 
 
 def pixel_splits(pixels: int, block_k: int, programs: int, device: DeviceSpec) -> int:
-    """Enough splits for two waves, of at least four steps along the sum each; partial sums cost memory traffic."""
+    """Return enough splits for two waves, each of at least four steps along the sum; partial sums cost traffic."""
     wanted = cdiv(2 * device.sm_count, max(programs, 1))
     return max(1, min(wanted, cdiv(pixels, 4 * block_k), 64))
 

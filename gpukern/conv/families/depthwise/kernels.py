@@ -1,12 +1,13 @@
 """Depthwise convolution: forward and input gradient, element by element, each pixel read about once.
 
-A lane is a few neighbouring columns of the output and walks down its rows. A row of the source is multiplied, once
-loaded, into every output row that it reaches; their sums wait in registers until their last source row has come. So a
-tap costs one multiply-add, and loads, conversions and addresses are shared by the taps of a window.
+The unit of work is a group of a few neighbouring output columns (``lane`` in the code), walked down row by row. A row
+of the source is multiplied, once loaded, into every output row that it reaches; their sums stay in registers until
+their last source row has been added. So a tap costs one multiply-add, and loads, conversions and addresses are shared
+by the taps of a window.
 
-Tiles are [lanes, channels] for channels_last and [channels, lanes] for NCHW (PLANES), so that neighbouring threads
-touch neighbouring elements in both; below, SHAPE stands for either. Where two columns always lie side by side, and in
-the image together, they are loaded or stored as one (PAIRS): [..., 2].
+Tiles are [column groups, channels] for channels_last and [channels, column groups] for NCHW (PLANES), so that
+neighbouring threads access neighbouring elements in both; below, SHAPE stands for either. Where two columns are always
+adjacent, and both inside the image or both outside, they are loaded or stored as one (PAIRS): [..., 2].
 
 Rows and columns are walked alike, along an ``Axis`` of ``plan.py``.
 """
@@ -31,7 +32,7 @@ def tap_of(axis, output, source):
 
 @triton.jit
 def first_source(output, AXIS: tl.constexpr):
-    """The first source that a tile from ``output`` on sees; may lie outside the image."""
+    """Return the first source that a tile from ``output`` on reads; may lie outside the image."""
     if AXIS.transposed:
         return (output + AXIS.before) // AXIS.ratio - AXIS.source_pitch * AXIS.back
     else:
@@ -40,13 +41,13 @@ def first_source(output, AXIS: tl.constexpr):
 
 @triton.jit
 def tiled(index, size, AXIS: tl.constexpr):
-    """The first output of tile ``index`` of ``size`` outputs: the phases take turns."""
+    """Return the first output of tile ``index`` of ``size`` outputs: the phases take turns."""
     return index % AXIS.out_pitch + index // AXIS.out_pitch * size * AXIS.out_pitch
 
 
 @triton.jit
 def lane_of(block, sizes, AXIS_W: tl.constexpr, COLS: tl.constexpr, BLOCK_Q: tl.constexpr, PLANES: tl.constexpr):
-    """(image, first column of dy or y, whether there is one) of each lane of a block: [BLOCK_Q, 1] or [1, BLOCK_Q]."""
+    """Return (image, first column of dy or y, whether it exists) per column group: [BLOCK_Q, 1] or [1, BLOCK_Q]."""
     lane = tl.arange(0, BLOCK_Q)
     lane = block * BLOCK_Q + (lane[None, :] if PLANES else lane[:, None])
     row = lanes_of_row(sizes, AXIS_W, COLS)
@@ -73,9 +74,9 @@ def walk(
     image, n, c, row, column, PITCH_H: tl.constexpr, PITCH_W: tl.constexpr, PLANES: tl.constexpr, PAIRS: tl.constexpr,
     ALIGN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """(pointers SHAPE or [..., 2], step along rows, step along columns or pairs of them).
+    """Return (pointers SHAPE or [..., 2], step along rows, step along columns or pairs of them).
 
-    Strides are multiples of ALIGN, but for that of 1. Divided and multiplied by it, they are so for the compiler too.
+    Strides are multiples of ALIGN, except the stride of 1. Dividing and multiplying by it shows that to the compiler.
     """
     stride_n = tl.cast(image.n, INDEX) // ALIGN * ALIGN
     stride_h = tl.cast(image.h, INDEX) // ALIGN * ALIGN
@@ -88,7 +89,7 @@ def walk(
     pixel = n.to(INDEX) * stride_n + row.to(INDEX) * stride_h + column.to(INDEX) * stride_w
     offset = pixel + c.to(INDEX) * stride_c
     if PAIRS:
-        # It is even, and now the compiler knows.
+        # It is even; this shows it to the compiler.
         offset = (offset // 2 * 2)[:, :, None] + tl.arange(0, 2)[None, None, :]
     step_w = tl.cast(2, INDEX) if PAIRS else PITCH_W * stride_w
     return image.ptr + offset, PITCH_H * stride_h, step_w
@@ -113,7 +114,7 @@ def load_rows(
     """ROWS · CHANNELS · COLUMNS loads, zeros outside the image."""
     values = ()
     for i in tl.static_range(ROWS):
-        # Of a row outside the image no column is inside.
+        # In a row outside the image, every column is outside.
         limit = tl.where(inside(row + i * PITCH_H, height), width, 0)
         ok = places_inside(column, limit, c_ok, COLUMNS, PITCH_W, PAIRS)
         for m in tl.static_range(CHANNELS):
@@ -125,7 +126,7 @@ def load_rows(
 
 @triton.jit
 def element(values, first, i, PAIRS: tl.constexpr):
-    """The ``i``-th element of the loads from ``first`` on, in fp32: SHAPE."""
+    """Return the ``i``-th element of the loads from ``first`` on, in fp32: SHAPE."""
     if PAIRS:
         return tl.split(values[first + i // 2].to(tl.float32))[i % 2]
     else:
@@ -138,7 +139,7 @@ def multiply_rows(
     AXIS_H: tl.constexpr, AXIS_W: tl.constexpr, REDUCTION: tl.constexpr, COLS: tl.constexpr,
     LOADS: tl.constexpr, ODD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """``sums`` [row · COLS + column] and what a step's loads add to them."""
+    """Return ``sums`` [row · COLS + column] with the products of a step's loads added."""
     FIRST: tl.constexpr = -AXIS_H.warm_up * AXIS_H.outputs
     STEP: tl.constexpr = AXIS_H.sources
     SPAN: tl.constexpr = span(AXIS_W, COLS)
@@ -163,7 +164,7 @@ def multiply_rows(
 
 @triton.jit
 def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
-    """A tuple of them."""
+    """Return a tuple of zero tiles."""
     result = ()
     for _ in tl.static_range(COUNT):
         result += (tl.zeros(SHAPE, tl.float32),)
@@ -172,14 +173,14 @@ def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def no_moments(SHAPE: tl.constexpr):
-    """Of each thread's values: the first one, count, sum, sums of differences from the first and of their squares."""
+    """Return empty moments of a thread: first value, count, sum, sums of differences from the first and of squares."""
     none = tl.zeros(SHAPE, tl.float32)
     return none, none, none, none, none
 
 
 @triton.jit
 def add_moments(moments, y, ok, first):
-    """``moments`` and those of ``y`` where ``ok``. ``first``: no value came before.
+    """Return ``moments`` with the values of ``y`` where ``ok`` added. ``first``: no value came before.
 
     The mean of n values lies within √n standard deviations of each, so that squares of differences from the first lose
     no more than a factor n in precision, where those of the values themselves can lose all of it.
@@ -193,7 +194,7 @@ def add_moments(moments, y, ok, first):
 
 @triton.jit
 def over_pixels(lanes, PLANES: tl.constexpr):
-    """The sum over the pixels of a tile, [1, channels] or [channels, 1]."""
+    """Return the sum over the pixels of a tile, [1, channels] or [channels, 1]."""
     if len(lanes.shape) == 3:
         lanes = tl.sum(lanes, axis=2)
     return tl.sum(lanes, axis=1 if PLANES else 0, keep_dims=True)
@@ -201,7 +202,7 @@ def over_pixels(lanes, PLANES: tl.constexpr):
 
 @triton.jit
 def store_moments(moments, statistics_ptr, tile, tiles, k, channels, PLANES: tl.constexpr):
-    """As ``store_statistics`` of the other kernels, put together from moments."""
+    """Store what ``store_statistics`` stores for the other kernels, computed from moments."""
     origin, count, total, differences, squares = moments
     n = over_pixels(count, PLANES)
     sums = over_pixels(total, PLANES)
@@ -243,8 +244,8 @@ def conv2d_depthwise_kernel(
 ):  # fmt: skip
     """out[n, k, p, q] = act(Σ_{c, r, s} source[n, c, tap r of p, tap s of q] · filter[k, c, r, s] + bias + residual).
 
-    Grid: tiles of rows_per_program · BLOCK_Q · COLS pixels × BLOCK_C channels, the channels innermost. Lanes go on from
-    one image to the next, so that small images fill a tile too.
+    Grid: tiles of rows_per_program · BLOCK_Q · COLS pixels × BLOCK_C channels, the channels innermost. Column groups
+    continue from one image to the next, so that small images fill a tile too.
     """
     SHAPE: tl.constexpr = (BLOCK_C, BLOCK_Q) if PLANES else (BLOCK_Q, BLOCK_C)
     TAPS_H: tl.constexpr = AXIS_H.taps
@@ -266,7 +267,7 @@ def conv2d_depthwise_kernel(
     k = k[:, None] if PLANES else k[None, :]
     c_ok = tl.max_constancy(k < channels, (1, 1) if PLANES else (1, max(SOURCE_ALIGN, OUT_ALIGN)))
     n, out_column, lane_ok = lane_of(tile // strips, sizes, AXIS_W, COLS, BLOCK_Q, PLANES)
-    # A lane with nothing to do gets a column that no tap can bring back into the image.
+    # A column group with nothing to do gets a column that no tap can bring back into the image.
     out_column = tl.where(lane_ok, out_column, -(1 << 29))
     column = first_source(out_column, AXIS_W) - ODD
     out_row = tiled(tile % strips, rows_per_program, AXIS_H)
@@ -275,7 +276,7 @@ def conv2d_depthwise_kernel(
     out_row -= WARM_UP * DONE * AXIS_H.out_pitch
     c = k // COLUMNS * REDUCTION
 
-    # Broadcast before they are loaded: threads read what they need themselves, and exchange nothing.
+    # Broadcast before the load: each thread reads what it needs, and no data is exchanged.
     k_ok = tl.broadcast_to(k < channels, SHAPE)
     own_filter = filter.ptr + tl.broadcast_to(k // COLUMNS * filter.group + k % COLUMNS * filter.column, SHAPE)
     weights = ()
@@ -304,7 +305,7 @@ def conv2d_depthwise_kernel(
         moments = no_moments((SHAPE[0], SHAPE[1], 2) if OUT_PAIRS else SHAPE)
 
     sums = zeros(AXIS_H.waiting * COLS, SHAPE)
-    # The next rows are always under way while some are multiplied.
+    # The next rows are always in flight while the current ones are multiplied.
     ahead = load_rows(
         pointers, column, c_ok, row, sizes.source_h, sizes.source_w, step_h, step_w, step_c,
         STEP, LOADS, REDUCTION, PITCH_H, AXIS_W.source_pitch, SOURCE_PAIRS,

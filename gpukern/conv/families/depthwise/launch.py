@@ -26,7 +26,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
 
 
 def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
-    """Forward and input gradient."""
+    """Prepare the forward convolution or the input gradient."""
     p, direction = request.problem, request.direction
     of_source, _, of_output = request.shapes
     source, weight, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
@@ -109,12 +109,12 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
 
 
 def _in_planes(*images: Strides) -> bool:
-    """An image of single pixels has its channels side by side, whatever the others have."""
+    """Whether any image has planes. An image of single pixels always has its channels side by side."""
     return any(strides[1] != 1 for strides in images)
 
 
 def _sources(axis: Axis, plan: ConvPlan) -> int:
-    """Columns of the source from one lane to the next, where lanes lie side by side."""
+    """Source columns from one column group to the next adjacent one."""
     cols = plan.own_box[2]
     return cols // axis.ratio if axis.transposed else cols * axis.ratio
 

@@ -1,4 +1,4 @@
-"""Depthwise convolution: which problems the kernels serve, and how these are cut into programs."""
+"""Plans for depthwise convolution: which problems the kernels support, and how work is divided among programs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two
 
 _THREADS = 128
-# What a thread may hold, in registers. With the lower limit three or four programs share a multiprocessor.
+# Limits on the registers of a thread. With the lower limit, three or four programs share a multiprocessor.
 _REGISTERS = (145, 204)
 _RESIDENT = 4
-# What a program's beginning and end cost it, in rows.
+# Cost of a program's prologue and epilogue, in rows.
 _STARTUP = 6
-# Partial sums of the weight gradient are read again, 32 at a time.
+# Partial sums of the weight gradient are read back, 32 at a time.
 _MOST_SPLITS = 256
 _RUNS = (Layout.NHWC, Layout.NHWC_STRIDED, Layout.CHANNELS)
 
@@ -31,11 +31,11 @@ class Axis:
     """Rows or columns as the kernels walk them, from positions in the source to positions in the output.
 
     Forward: ``source = output · stride + tap · dilation − before``. For each phase, outputs ``out_pitch`` apart see
-    sources ``source_pitch`` apart and no others. Counted in these units dilation is gone: ``source = output · ratio +
-    tap``, where each is counted from the first that its tile sees.
+    sources ``source_pitch`` apart and no others. In these units there is no dilation: ``source = output · ratio +
+    tap``, where each is counted from the first that its tile reads.
 
     Input gradient (``transposed``): a source is a position in dy, which gives ``output = source · ratio + tap`` of dx,
-    the padding counted among the outputs. A stride of 1 or a dilation of 1 is asked for.
+    the padding counted among the outputs. Either the stride or the dilation must be 1.
     """
 
     taps: int
@@ -48,17 +48,17 @@ class Axis:
 
     @property
     def sources(self) -> int:
-        """That a step takes."""
+        """Number of sources that a step takes."""
         return 1 if self.transposed else self.ratio
 
     @property
     def outputs(self) -> int:
-        """That a step completes."""
+        """Number of outputs that a step completes."""
         return self.ratio if self.transposed else 1
 
     @property
     def back(self) -> int:
-        """Transposed: sources from the first that a multiple of the ratio sees to its own."""
+        """Transposed: number of sources from the first that a multiple of the ratio reads to its own."""
         return (self.taps - 1 - self.before % self.ratio) // self.ratio
 
     @property
@@ -80,13 +80,13 @@ class Axis:
         return first % 2 == 1
 
     def span(self, outputs: int) -> int:
-        """Sources that ``outputs`` neighbours see."""
+        """Return the number of sources that ``outputs`` neighbours read."""
         if self.transposed:
             return self.back + (self.before % self.ratio + outputs - 1) // self.ratio + 1
         return (outputs - 1) * self.ratio + self.taps
 
     def tap(self, output: int, source: int) -> int:
-        """The tap that joins two positions of a tile; -1 if none does."""
+        """Return the tap that joins two positions of a tile; -1 if none does."""
         if self.transposed:
             tap = self.before % self.ratio + output - self.ratio * (source - self.back)
         else:
@@ -95,10 +95,10 @@ class Axis:
 
 
 class Cut(NamedTuple):
-    """How many strips, blocks of lanes and blocks of channels a launch is cut into.
+    """Numbers of strips, blocks of column groups and blocks of channels that a launch is divided into.
 
-    A plan's ``box`` is (lanes, rows, cols): a lane is ``cols`` neighbouring outputs of a row and walks down ``rows`` of
-    them, a strip; lanes are counted through the rows of all images.
+    A plan's ``box`` is (lanes, rows, cols): a column group, ``lane`` in the code, is ``cols`` neighbouring outputs of a
+    row, walked down ``rows`` of them, a strip; column groups are counted through the rows of all images.
     """
 
     strips: int
@@ -111,7 +111,7 @@ class Cut(NamedTuple):
 
 
 def axes(p: ConvProblem, direction: Direction) -> tuple[Axis, Axis]:
-    """Of rows and of columns; the weight gradient walks as the forward convolution does."""
+    """Return the axes of rows and of columns; the weight gradient walks as the forward convolution does."""
     vertical, horizontal = (_axis(d, direction is Direction.INPUT_GRAD) for d in dimensions(p))
     return vertical, horizontal
 
@@ -135,10 +135,10 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
 
 
 def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
-    """(programs, steps of each): a step is one tap of all lanes."""
+    """Return (programs, steps of each): a step is one tap of all column groups."""
     vertical, horizontal = axes(p, direction)
     cut = cut_of(p, direction, plan)
-    # Of a stride's input gradient an output has only its share of the taps.
+    # In the input gradient of a strided convolution, each output has only its share of the taps.
     rows = plan.own_box[1] + vertical.warm_up * vertical.outputs
     steps = cdiv(rows * p.R * p.S * _reduction(p, direction), vertical.outputs * horizontal.outputs)
     if direction is Direction.WEIGHT_GRAD:
@@ -152,7 +152,7 @@ def cut_of(p: ConvProblem, direction: Direction, plan: ConvPlan) -> Cut:
 
 
 def tiles_per_split(p: ConvProblem, plan: ConvPlan) -> int:
-    """Of the weight gradient."""
+    """Return the weight gradient's number of tiles per split."""
     return cdiv(cut_of(p, Direction.WEIGHT_GRAD, plan).tiles, plan.splits)
 
 
@@ -171,7 +171,7 @@ def _in_planes(p: ConvProblem, direction: Direction, operands: Operands) -> bool
 
 
 def _images(p: ConvProblem, direction: Direction, operands: Operands) -> list[Layout]:
-    """The layouts of the two tensors that are images; of one of single pixels, which has any, only beside its like."""
+    """Layouts of the two image tensors. One of single pixels fits any layout, so it counts only if both are."""
     if direction is Direction.WEIGHT_GRAD:
         layouts = operands.first, operands.second
     else:
@@ -183,17 +183,17 @@ def _images(p: ConvProblem, direction: Direction, operands: Operands) -> list[La
 
 
 def _reduction(p: ConvProblem, direction: Direction) -> int:
-    """Channels that are summed over."""
+    """Number of channels that are summed over."""
     return p.group_outputs if direction is Direction.INPUT_GRAD else 1
 
 
 def _made(p: ConvProblem, direction: Direction) -> tuple[int, int, int]:
-    """Channels, rows and columns that programs are cut from."""
+    """Channels, rows and columns that are divided among programs."""
     return (p.C, p.H, p.W) if direction is Direction.INPUT_GRAD else (p.K, p.P, p.Q)
 
 
 def _thread(p: ConvProblem, direction: Direction, operands: Operands, limit: int) -> tuple[int, int] | None:
-    """(channels, columns) of a thread: those with the fewest instructions an output that fit into the registers."""
+    """Return the (channels, columns) of a thread with the fewest instructions per output that fit the registers."""
     vertical, horizontal = axes(p, direction)
     in_planes = _in_planes(p, direction, operands)
     words = operands.itemsize / 4
@@ -207,19 +207,19 @@ def _thread(p: ConvProblem, direction: Direction, operands: Operands, limit: int
         if direction is Direction.WEIGHT_GRAD:
             held += loads + (loads + cols) * words
         else:
-            # A step's sources and the next one's; a bias, statistics and an addend that is under way.
+            # A step's sources and the next one's; a bias, statistics and an addend in flight.
             held += 2 * loads * words + 1 + (4 + cols * words if direction is Direction.FORWARD else 0)
         # Elements in an access, each of which takes three instructions or so; a source is converted, one by one.
         width = channels if not in_planes else 2 if cols % 2 == 0 else 1
         cost = (loads * (1 + 3 / width) / vertical.outputs + 3 * cols / width) / cols
-        # An address or a predicate for every access.
+        # One address or predicate per access.
         if channels * held + loads <= limit and (best is None or cost < best[0]):
             best = cost, channels, cols
     return best[1:] if best else None
 
 
 def _widths(p: ConvProblem, operands: Operands, in_planes: bool) -> tuple[int, ...]:
-    """Channels of a thread that are worth a thought: neighbours, as many as one access takes."""
+    """Candidate numbers of channels per thread: neighbours, as many as one access takes."""
     if in_planes:
         return (1,)
     if p.group_outputs > 1:
@@ -228,12 +228,12 @@ def _widths(p: ConvProblem, operands: Operands, in_planes: bool) -> tuple[int, .
 
 
 def _cuts_evenly(p: ConvProblem, direction: Direction, in_planes: bool, axis: Axis, cols: int, step: int) -> bool:
-    """Whether lanes of ``cols`` columns are allowed where one of ``step`` = 1 always is."""
+    """Whether groups of ``cols`` columns are allowed; a ``step`` of 1 always is."""
     if step == 1:
         return True
     if direction is Direction.WEIGHT_GRAD and p.Q % (cols * axis.out_pitch):
-        return False  # a lane that is cut off would meet columns of x that its dy does not have
-    # In NCHW columns that do not come in pairs are better left to threads side by side.
+        return False  # a truncated column group would read columns of x that its dy does not have
+    # In NCHW, columns that do not come in pairs are better left to adjacent threads.
     return not in_planes or (p.W % 2 == 0 and p.Q % 2 == 0 and axis.out_pitch == 1)
 
 
@@ -246,7 +246,7 @@ def _plan(
         lanes = min(lanes, 32)
         channels = min(_THREADS * width // lanes, power_of_two(made))
     else:
-        # As large a part of a pixel's channels as leaves few threads idle beyond the last.
+        # The largest block of a pixel's channels that leaves few threads idle beyond the last channel.
         channels = min((64, 32, 16), key=lambda block: (cdiv(made, block) * block, -block))
         channels = max(width, min(channels, power_of_two(made)))
         lanes = min(lanes, _THREADS * width // channels)
@@ -262,7 +262,7 @@ def _plan(
 
 
 def _rows(p: ConvProblem, direction: Direction, channels: int, lanes: int, cols: int, device: DeviceSpec) -> int:
-    """Of a strip: many share the rows between strips among few, few keep all multiprocessors busy."""
+    """Rows of a strip: tall strips have fewer rows read by two strips, short ones keep all multiprocessors busy."""
     axis, _ = axes(p, direction)
 
     def seconds(rows: int) -> tuple[float, int]:
@@ -274,7 +274,7 @@ def _rows(p: ConvProblem, direction: Direction, channels: int, lanes: int, cols:
 
 
 def _rows_and_splits(p: ConvProblem, channels: int, lanes: int, cols: int, device: DeviceSpec) -> tuple[int, int]:
-    """Of the weight gradient; as :func:`_rows`, and splits that write little beside what they read."""
+    """Rows of a strip as in :func:`_rows`, and splits that write little compared with what they read."""
     axis, _ = axes(p, Direction.WEIGHT_GRAD)
     read = p.N * (p.C * p.H * p.W + p.K * p.P * p.Q)
     most = max(1, min(_MOST_SPLITS, read // (8 * p.K * p.R * p.S)))
@@ -292,13 +292,13 @@ def _rows_and_splits(p: ConvProblem, channels: int, lanes: int, cols: int, devic
 
 
 def _strip_heights(axis: Axis, rows: int) -> set[int]:
-    """Those that divide the rows of a phase most evenly among some number of strips."""
+    """Return the heights that divide the rows of a phase most evenly among some number of strips."""
     steps = cdiv(cdiv(rows, axis.out_pitch), axis.outputs)
     return {cdiv(steps, strips) * axis.outputs for strips in range(1, steps + 1)}
 
 
 def _lanes(p: ConvProblem, direction: Direction, cols: int) -> int:
-    """Through all images."""
+    """Number of column groups in all images."""
     _, axis = axes(p, direction)
     return p.N * axis.out_pitch * cdiv(cdiv(_made(p, direction)[2], axis.out_pitch), cols)
 

@@ -20,7 +20,7 @@ from gpukern.conv.families.depthwise.kernels import (
 
 @triton.constexpr_function
 def source_of(axis, output, tap, sources):
-    """The inverse of ``tap_of``, forward; -1 if it is not one of the ``sources`` loads of this step."""
+    """Invert ``tap_of``, forward; -1 if the source is not one of the ``sources`` loads of this step."""
     source = output * axis.ratio + tap
     return source if 0 <= source < sources else -1
 
@@ -29,7 +29,7 @@ def source_of(axis, output, tap, sources):
 def elements(
     values, ROWS: tl.constexpr, LOADS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """COUNT elements of each of ROWS rows of LOADS loads, from the FIRST on, in fp32."""
+    """Return COUNT elements of each of ROWS rows of LOADS loads, from the FIRST on, in fp32."""
     result = ()
     for i in tl.static_range(ROWS):
         for e in tl.static_range(COUNT):
@@ -41,7 +41,7 @@ def elements(
 def multiply_row(
     sums, waiting, values, OUTPUT: tl.constexpr, AXIS_H: tl.constexpr, AXIS_W: tl.constexpr, COLS: tl.constexpr
 ):
-    """``sums`` of each tap and the products of a step's source rows with the row of dy that is OUTPUT rows ahead."""
+    """Add to each tap's ``sums`` the products of a step's source rows with the row of dy that is OUTPUT rows ahead."""
     TAPS_W: tl.constexpr = AXIS_W.taps
     SPAN: tl.constexpr = span(AXIS_W, COLS)
     new = ()
@@ -71,8 +71,8 @@ def conv2d_depthwise_weight_grad_kernel(
     PLANES: tl.constexpr,
     GRAD_PAIRS: tl.constexpr, SOURCE_PAIRS: tl.constexpr,
     GRAD_ALIGN: tl.constexpr, SOURCE_ALIGN: tl.constexpr,  # see walk
-    COLS: tl.constexpr,  # columns of dy of a lane: they divide those of an image
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # lanes and channels of a program
+    COLS: tl.constexpr,  # columns of dy in a column group: they divide those of an image
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # column groups and channels of a program
     INDEX: tl.constexpr,
 ):  # fmt: skip
     """out[k, 0, r, s] = Σ_{n, p, q} grad[n, k, p, q] · source[n, k // COLUMNS, tap r of p, tap s of q].

@@ -32,7 +32,7 @@ def sum_over_taps(
         b = tl.load(b_place + (r * filter_r + s * filter_s), mask=b_mask, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), acc, input_precision=PRECISION)
         bits = bits >> 1
-        # Selects, no branch: behind one the loads of a step would not be fetched ahead.
+        # Selects, not a branch: after a branch the loads of a step would not be prefetched.
         wraps = s + 1 == taps_w
         r = tl.where(wraps, r + 1, r)
         s = tl.where(wraps, 0, s + 1)
@@ -82,7 +82,7 @@ def conv2d_block_diagonal_kernel(
         phase_w = tl.program_id(1) % STRIDE_W
         first_r, taps_h, base_h = phase_taps(phase_h, padding_h, TAPS_H, STRIDE_H, DILATION_H, TAP_STEP_H)
         first_s, taps_w, base_w = phase_taps(phase_w, padding_w, TAPS_W, STRIDE_W, DILATION_W, TAP_STEP_W)
-        # Of this phase: maybe none.
+        # Rows and columns of this phase, possibly none.
         rows = tl.cdiv(sizes.out_h - phase_h, STRIDE_H)
         cols = tl.cdiv(sizes.out_w - phase_w, STRIDE_W)
         ROW_STRIDE: tl.constexpr = 1
@@ -112,7 +112,7 @@ def conv2d_block_diagonal_kernel(
     k = pid_n * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     k_ok = tl.max_constancy(k < sizes.groups * REDUCTION, SOURCE_ALIGN)
     a_row = source.ptr + (tl.multiple_of(source_row, SOURCE_ALIGN)[:, None] + (k.to(INDEX) * source.c)[None, :])
-    # Strides are multiples of the alignments, but for those of 1. Divided and multiplied, the compiler sees it.
+    # Strides are multiples of the alignments, except those of 1. Dividing and multiplying shows that to the compiler.
     source_h = TAP_STRIDE_H * tl.cast(source.h // SOURCE_ALIGN * SOURCE_ALIGN, INDEX)
     source_w = TAP_STRIDE_W * tl.cast(source.w // SOURCE_ALIGN * SOURCE_ALIGN, INDEX)
     filter_group = filter.group // FILTER_ALIGN * FILTER_ALIGN
@@ -134,7 +134,7 @@ def conv2d_block_diagonal_kernel(
 
     MAX_TAPS_H: tl.constexpr = (TAPS_H + TAP_STEP_H - 1) // TAP_STEP_H
     MAX_TAPS_W: tl.constexpr = (TAPS_W + TAP_STEP_W - 1) // TAP_STEP_W
-    # Were their number known to the compiler, it would unroll the loops, and the taps' addresses fill the registers.
+    # If the compiler had their number, it would unroll the loops, and the taps' addresses would fill the registers.
     taps_h = tl.where(sizes.batch > 0, taps_h, 0)
     bits = taps_inside(h0, w0, sizes, taps_h, taps_w, TAP_STRIDE_H, TAP_STRIDE_W, MAX_TAPS_H, MAX_TAPS_W, BLOCK_M)
     steps = (source_h, source_w, filter_r, filter_s)

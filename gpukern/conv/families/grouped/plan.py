@@ -1,4 +1,4 @@
-"""Grouped convolution by block-diagonal products: which problems the kernel serves, and with which tiles."""
+"""Plans for grouped convolution by block-diagonal products: supported problems and tiles."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gpukern.runtime.integers import cdiv, power_of_two
 # Channels of a tile, made or summed over, at least: those of a matrix instruction, and a run of 32 bytes or more.
 _CHANNELS = 32
 _SMALLEST = 16
-# From here on a group fills tiles of its own.
+# From this many channels on, a group fills tiles of its own.
 _FULL_GROUP = 32
-# Pixels. Of more, or of more than 64 in fp32 or with pairs of channels, the registers do not hold all addresses.
+# Pixels of a tile. The registers cannot hold the addresses of more, nor of more than 64 in fp32 or with channel pairs.
 _TILES = (128, 64)
 _STAGES = 4
-# Which taps of a pixel lie inside the image is one bit each.
+# A bit mask records which taps of a pixel lie inside the image.
 _MOST_TAPS = 32
 _RUNS = (Layout.NHWC, Layout.NHWC_STRIDED)
 
@@ -37,7 +37,7 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
 
 
 def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
-    """(programs, steps of each) of each phase: a step is a tap."""
+    """Return (programs, steps of each) of each phase: a step is a tap."""
     rows, columns, _ = grid(p, direction, plan)
     if direction is Direction.FORWARD:
         return [(rows * columns, p.R * p.S)]
@@ -46,7 +46,7 @@ def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[in
 
 
 def grid(p: ConvProblem, direction: Direction, plan: ConvPlan) -> tuple[int, int, int]:
-    """(tiles of pixels, of channels, phases)."""
+    """Return the grid: (tiles of pixels, tiles of channels, phases)."""
     gemm = gemm_mnk(p, direction)
     _, phases = tiled_pixels(p, direction)
     return cdiv(gemm.M, plan.block_m), cdiv(gemm.N * p.groups, plan.block_n), phases
@@ -64,7 +64,7 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
 
 
 def _blocks(p: ConvProblem, direction: Direction) -> tuple[int, int]:
-    """Channels of a tile that are made, and summed over: of the same groups."""
+    """Numbers of a tile's channels that are computed and that are summed over, of the same groups."""
     _, N, K = gemm_mnk(p, direction)
     groups = max(_CHANNELS // max(N, K), _SMALLEST // min(N, K))
     return groups * N, groups * K

@@ -100,7 +100,7 @@ def conv2d_gather_kernel(
         i = 2 * i + pixel % 4 // 2
         j = 2 * j + pixel % 2
     else:
-        # A phase may have no row at all; no division by zero then.
+        # A phase may have no rows: avoid a division by zero.
         n, i, j = split_pixel(pixel, tl.maximum(rows, 1), tl.maximum(cols, 1))
     # A pixel beyond the last is given a row that no tap can bring back into the image.
     h0 = tl.where(pixel < pixels, i * ROW_STRIDE + base_h, -(1 << 30))
@@ -135,7 +135,7 @@ def conv2d_gather_kernel(
         filter_column = filter.ptr + tl.multiple_of(filter_offset, FILTER_ALIGN)  # [BLOCK_N]
         k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
         if VARIANT == "flat":
-            # Few channels: taps and channels are one reduction, taken apart by division.
+            # Few channels: taps and channels form one reduction, separated by division.
             reduction = taps_h * taps_w * sizes.reduction
             for step in range(tl.cdiv(reduction, BLOCK_K)):
                 flat = step * BLOCK_K + k
@@ -158,10 +158,10 @@ def conv2d_gather_kernel(
                 b = tl.load(filter_column[None, :] + taken[:, None], mask=b_mask, other=0.0)
                 acc = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), acc, input_precision=PRECISION)
         else:
-            # One flat loop over taps and channel blocks with counters carried along: the leanest form of the main loop.
+            # One flat loop over taps and channel blocks with running counters: the leanest form of the main loop.
             # Where there are at most 32 taps, which of them lie inside the image is one bit mask a pixel.
             TAP_BITS: tl.constexpr = TAPS_H * TAPS_W <= 32
-            # Taps of a phase at most. Not tl.cdiv: Triton 3.6 makes a tensor of two constants.
+            # Upper bound on the taps of a phase. Not tl.cdiv: Triton 3.6 turns two constants into a tensor.
             MAX_TAPS_H: tl.constexpr = (TAPS_H + TAP_STEP_H - 1) // TAP_STEP_H
             MAX_TAPS_W: tl.constexpr = (TAPS_W + TAP_STEP_W - 1) // TAP_STEP_W
             if TAP_BITS:
@@ -177,11 +177,11 @@ def conv2d_gather_kernel(
                 first_step = split * share
                 tap = first_step // tl.cdiv(sizes.reduction, BLOCK_K)
                 c = (first_step % tl.cdiv(sizes.reduction, BLOCK_K) * BLOCK_K).to(INDEX)
-                # A phase may have no tap at all; no division by zero then.
+                # A phase may have no taps: avoid a division by zero.
                 s = (tap % max(taps_w, 1)).to(INDEX)
                 r = (tap // max(taps_w, 1)).to(INDEX)
                 if TAP_BITS:
-                    # Beyond the last tap there is no step; a shift by more than the mask has is not defined.
+                    # There is no step beyond the last tap; a shift by more bits than the mask has is undefined.
                     bits = bits >> min(tap, 31)
                 steps = min(steps - first_step, share)
             for _ in range(steps):
@@ -205,7 +205,7 @@ def conv2d_gather_kernel(
                 a = tl.load(source_row[:, None] + a_offset[None, :], mask=a_mask, other=0.0)
                 b = tl.load(filter_column[None, :] + b_offset[:, None], mask=b_mask, other=0.0)
                 acc = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), acc, input_precision=PRECISION)
-                # Selects, not branches: behind a branch Triton fetches each step's operands when they are needed, and
+                # Selects, not branches: after a branch Triton fetches each step's operands when they are needed, and
                 # none ahead.
                 c += BLOCK_K
                 next_tap = c >= sizes.reduction
@@ -221,7 +221,7 @@ def conv2d_gather_kernel(
     if SPLITS > 1:
         tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
         acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS)
-        # The others have nothing to write.
+        # The other splits have nothing to write.
         pixels = tl.where(last, pixels, 0)
     if POOL:
         pixels = pixels // 4

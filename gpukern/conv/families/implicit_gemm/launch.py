@@ -1,4 +1,4 @@
-"""Launches the gather kernels: forward, input gradient, weight gradient."""
+"""Launches of the implicit-GEMM kernels: forward, input gradient, weight gradient."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
 
 
 def _filter_alignment(weight: Strides, problem: ConvProblem) -> int:
-    """:func:`alignment` of a filter, whose runs may lie along C/groups or along K."""
+    """Return the :func:`alignment` of a filter, whose runs may lie along C/groups or along K."""
     if weight[1] == 1:
         return alignment(weight, 1, 16)
     # Along K a group starts after group_outputs elements.

@@ -1,4 +1,4 @@
-"""The gather: a kernel for every device, layout and geometry, which reads each tap's pixels through pointers."""
+"""Plans for implicit GEMM: kernels for every device, layout and geometry, which read each tap's pixels by pointer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpukern.runtime.integers import cdiv, power_of_two, shares
 
 # More are candidates for measurements only, see _needs_measurement.
 MAX_WARPS = 4
-# The tile that wants them: M, N, stages.
+# The tile that benefits from them: M, N, stages.
 _WIDE_TILE = (128, 128, 4)
 
 # Below this many channels a group, tensor-core tiles (16 at least) are mostly padding: multiply element by element.
@@ -25,7 +25,7 @@ _FLAT_CHANNELS = 16
 
 _Tiles = tuple[tuple[int, int], ...]
 # Tiles M × N. Addresses of a flat sum and fp32 operands split in three products fill the registers, and before Hopper
-# so do the operands: larger tiles than these spill.
+# the operands do too: tiles larger than these spill.
 _TILES: _Tiles = ((128, 64), (64, 64), (64, 32), (32, 32), (16, 32))
 # Where steps reach past the channels, or the output comes in runs of less than 16 bytes, addresses and masks fill them.
 _NARROW_TILES: _Tiles = ((64, 32), (32, 32), (16, 32))
@@ -48,7 +48,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
         block_n = power_of_two(N * p.groups, 1, 64)
         if p.pool:
             return
-        # 16 elements a thread, if the columns fill a tile. Found by compiling: of 4 and of 8, some spill.
+        # 16 elements a thread, if the columns fill a tile. Found by compiling: some with 4 and with 8 spill.
         block_m = power_of_two(M, 1, 2048 // block_n if block_n >= 16 else 32)
         yield ConvPlan(Variant.DIRECT, block_m, block_n, block_k=1, num_warps=MAX_WARPS, num_stages=1)
         return
@@ -90,7 +90,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
 
 
 def _sum_splits(programs: int, steps: int, device: DeviceSpec) -> tuple[int, ...]:
-    """Splits worth a thought where the tiles leave multiprocessors idle; each keeps four steps at least."""
+    """Candidate split counts where the tiles leave multiprocessors idle; each split keeps four steps at least."""
     return tuple(n for n in (1, 2, 4, 8, 16) if n == 1 or (programs * n <= 2 * device.sm_count and steps >= 4 * n))
 
 
@@ -109,7 +109,7 @@ def _weight_grad(p: ConvProblem, operands: Operands, device: DeviceSpec) -> Iter
     # Both operands are read in runs of channels and one is transposed on the way: smaller tiles than the forward's.
     block_m = power_of_two(p.group_outputs, 16, 64)
     block_n = power_of_two(columns, 16, 32 if flat or full_fp32 else 64)
-    # The addresses of a flat sum are worked out by few threads where there are few rows: a long step would spill.
+    # With few rows, few threads compute the addresses of a flat sum: a long step would spill.
     short_step = full_fp32 or (flat and block_m == 16)
     block_k = power_of_two(pixels, 16, 16 if short_step else 32)
     programs = cdiv(p.group_outputs, block_m) * cdiv(columns, block_n) * (1 if flat else taps) * p.groups
@@ -125,7 +125,7 @@ def _weight_grad(p: ConvProblem, operands: Operands, device: DeviceSpec) -> Iter
 
 
 def grid(p: ConvProblem, direction: Direction, plan: ConvPlan) -> tuple[int, int, int]:
-    """The programs of a launch: (tiles, groups, phases · splits)."""
+    """Return the grid of a launch: (tiles, groups, phases · splits)."""
     _, phases = tiled_pixels(p, direction)
     # Element by element, a tile spans groups.
     direct = plan.variant is Variant.DIRECT
@@ -143,7 +143,7 @@ def grid(p: ConvProblem, direction: Direction, plan: ConvPlan) -> tuple[int, int
 
 
 def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
-    """(programs, steps along the sum of each) of each phase or split, as the kernels loop."""
+    """Return (programs, steps of each along the sum) of each phase or split, as the kernels loop."""
     count, groups, _ = grid(p, direction, plan)
     return [(count * groups, steps) for steps in _steps(p, direction, plan)]
 
@@ -154,7 +154,7 @@ def _steps(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[int]:
         return [cdiv(share, plan.block_k) for share in shares(K, plan.splits)]
     taps = [p.R * p.S]
     if direction is Direction.INPUT_GRAD:
-        # A phase has as many tiles as the largest one, and those without a pixel walk their taps all the same.
+        # Every phase has as many tiles as the largest one, and tiles without a pixel still loop over their taps.
         taps = [r * s for (_, r), (_, s) in itertools.product(*map(phases, dimensions(p)))]
     if plan.variant is Variant.FLAT:
         return [cdiv(n * K, plan.block_k) for n in taps]
@@ -168,8 +168,8 @@ def _whole_steps(K: int, longest: int) -> bool:
 
 
 def _needs_measurement(plan: ConvPlan) -> bool:
-    """Flattened loops over taps and channels gave wrong results at 8 warps on real GPUs, whatever the source
-    (pytorch#173068)."""
+    """Whether a plan is of the kind that was wrong on real GPUs: flattened loops over taps and channels at 8 warps,
+    whatever the source (pytorch#173068)."""
     return plan.variant is not Variant.DIRECT and plan.num_warps > MAX_WARPS
 
 

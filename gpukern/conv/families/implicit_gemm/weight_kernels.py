@@ -1,4 +1,4 @@
-"""The weight gradient: sums over all pixels, split over programs, whose partial sums another launch adds."""
+"""Weight-gradient kernel: sums over all pixels, split over programs, whose partial sums another launch adds."""
 
 import triton
 import triton.language as tl
@@ -104,7 +104,7 @@ def conv2d_weight_grad_kernel(
         if DIRECT:
             acc += dy.to(tl.float32) * x.to(tl.float32)
         else:
-            # Not movable: loaded in the order of the product, each element would bring its own pixel to work out.
+            # Not movable: loaded in the product's order, each element would need the address of a pixel of its own.
             dy = rounded(dy, PRECISION, MOVABLE=False)
             x = rounded(x, PRECISION, MOVABLE=False)
             acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)

@@ -1,11 +1,11 @@
-"""The convolution and its input gradient by boxes of pixels that the copy engine (TMA) fetches: Hopper and newer.
+"""Convolution and its input gradient over boxes of pixels loaded by TMA: Hopper and newer.
 
 A tile of output pixels is a box of images × rows × columns. The pixels that one tap reads are such a box again, moved;
-the copy engine fills what lies outside the image with zeros, so padding takes no instruction. Three things are less
-obvious, and all of them decide how fast the compiled loop is:
+TMA fills everything outside the image with zeros, so padding takes no instruction. Three things are less obvious, and
+all of them decide how fast the compiled loop is:
 
-- The product is transposed, [channels, pixels] = w · xᵀ: only so do both operands stay in shared memory.
-- The filter's taps come first, [R, S, K, C]: to drop leading dimensions of one element costs nothing, others make
+- The product is transposed, [channels, pixels] = w · xᵀ: only then do both operands stay in shared memory.
+- The filter's taps come first, [R, S, K, C]: dropping leading dimensions of one element costs nothing, others make
   Triton pass the tile through registers.
 - At a stride of 2 an image of even size is taken as [N, H/2, 2, W/2, columns of both parities]: pixels of one parity
   are boxes, for x that is read and for ∂L/∂x that is written.
@@ -37,7 +37,7 @@ def conv2d_box_kernel(
     padding_w,
     parity_step,  # elements from a pixel to its neighbour in the image that is taken in halves
     negative_slope,
-    REDUCTION: tl.constexpr,  # channels summed over: known in advance, else ptxas takes the products one by one
+    REDUCTION: tl.constexpr,  # channels summed over: a constant, else ptxas serializes the products
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
     STRIDE: tl.constexpr,  # 1 or 2
@@ -64,7 +64,7 @@ def conv2d_box_kernel(
     """
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     PHASES: tl.constexpr = TRANSPOSED and STRIDE == 2
-    # Not tl.cdiv: Triton 3.6 makes a tensor of two constants.
+    # Not tl.cdiv: Triton 3.6 turns two constants into a tensor.
     STEPS: tl.constexpr = (REDUCTION + BLOCK_K - 1) // BLOCK_K
     TAP_STEP_H: tl.constexpr = 2 if PHASES and DILATION_H % 2 == 1 else 1
     TAP_STEP_W: tl.constexpr = 2 if PHASES and DILATION_W % 2 == 1 else 1
@@ -85,7 +85,7 @@ def conv2d_box_kernel(
     taps_h = TAPS_H
     taps_w = TAPS_W
     if PHASES:
-        # That with most taps first, so that the programs that start last are short.
+        # The phase with most taps comes first, so that the programs that start last are short.
         phase_h = (tl.program_id(1) // 2 + padding_h) % 2
         phase_w = (tl.program_id(1) + padding_w) % 2
         first_r, taps_h, _ = phase_taps(phase_h, padding_h, TAPS_H, STRIDE, DILATION_H, TAP_STEP_H)
@@ -98,7 +98,7 @@ def conv2d_box_kernel(
         share = (steps + SPLITS - 1) // SPLITS
         begin = tl.program_id(2) * share
         c = begin % STEPS * BLOCK_K
-        # A phase may have no tap at all; no division by zero then.
+        # A phase may have no taps: avoid a division by zero.
         r += begin // STEPS // max(taps_w, 1) * TAP_STEP_H
         s += begin // STEPS % max(taps_w, 1) * TAP_STEP_W
         steps = min(steps - begin, share)
@@ -123,7 +123,7 @@ def conv2d_box_kernel(
         else:
             f = filter.load([r, s, column0, c]).reshape(BLOCK_N, BLOCK_K)
         acc = tl.dot(f, x.T, acc, input_precision=PRECISION)
-        # Counters carried along, as selects: after an `if` Triton would not fetch the next steps' operands in advance.
+        # Running counters, as selects: after an `if` Triton would not prefetch the next steps' operands.
         c += BLOCK_K
         next_tap = c >= REDUCTION
         c = tl.where(next_tap, 0, c)
@@ -136,7 +136,7 @@ def conv2d_box_kernel(
     if SPLITS > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, tl.program_id(2), SPLITS)
-        # What the others would write lies beyond the last image, and beyond the last channel of the statistics.
+        # The other splits' writes fall beyond the last image, and beyond the last channel of the statistics.
         n0 = tl.where(last, n0, batch)
         column = tl.where(last, column, columns)
     sizes = (batch, rows, cols, columns)
@@ -146,7 +146,7 @@ def conv2d_box_kernel(
     if PARTS == 2:
         parts = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split()
     for part in tl.static_range(PARTS):
-        # One dimension is halved: in the others nothing is added.
+        # One dimension is halved: the others get no offset.
         place = (n0 + part * (BOX_N - PART_N), i0 + part * (BOX_H - PART_H), j0 + part * (BOX_W - PART_W), column0)
         finish(
             parts[part],
@@ -193,7 +193,7 @@ def finish(
     ACTIVATION: tl.constexpr,
     POOL: tl.constexpr,
 ):
-    """Epilogue and store of a part of the tile that is a box itself."""
+    """Run the epilogue on a part of the tile, itself a box, and store it."""
     PIXELS: tl.constexpr = PART_N * PART_H * PART_W
     n0, i0, j0, column0 = place
     batch, rows, cols, columns = sizes

@@ -1,4 +1,4 @@
-"""Launches the convolution by boxes of pixels."""
+"""Launches of the convolution over boxes of pixels."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
 
 
 def _descriptors(request: Request, plan: ConvPlan) -> tuple[Described, Described, Described]:
-    """Of source, filter and output, in the order and the boxes of the kernel."""
+    """Describe source, filter and output, in the order and the boxes of the kernel."""
     p, direction = request.problem, request.direction
     first, second, output = (
         channel_run_strides(shape, strides, request.dtype)
@@ -117,14 +117,14 @@ def _options(request: Request, plan: ConvPlan) -> dict[str, Any]:
 
 
 def _image(shape: Shape, strides: Strides, box: Box, block_c: int) -> Described:
-    """[N, H, W, C]."""
+    """Describe an image as [N, H, W, C]."""
     N, C, H, W = shape
     n, c, h, w = strides
     return Described((N, H, W, C), (n, h, w, c), (*box, block_c))
 
 
 def _in_halves(shape: Shape, strides: Strides, box: Box, block_c: int) -> Described:
-    """[N, H/2, parity of the row, W/2, (parity of the column, C)]."""
+    """Describe an image as [N, H/2, parity of the row, W/2, (parity of the column, C)]."""
     N, C, H, W = shape
     n, c, h, w = strides
     images, rows, cols = box
@@ -132,7 +132,7 @@ def _in_halves(shape: Shape, strides: Strides, box: Box, block_c: int) -> Descri
 
 
 def _filter(shape: Shape, strides: Strides, sides: tuple[int, int]) -> Described:
-    """[R, S, K, C]."""
+    """Describe the filter as [R, S, K, C]."""
     K, C, R, S = shape
     k, c, r, s = strides
     return Described((R, S, K, C), (r, s, k, c), (1, 1, *sides))

@@ -1,4 +1,4 @@
-"""Convolutions by boxes of pixels: which problems the kernel serves, and with which tiles."""
+"""Plans for convolution over boxes of pixels: supported problems and tiles."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ _TILES = (
 )
 # The tensor cores take float32 only in runs along the sum: for ∂L/∂x the registers transpose the filter on its way.
 _TRANSPOSING_TILES = ((256, 128, 8, 3), (256, 64, 4, 4), (128, 128, 8, 3), (128, 64, 4, 4), (64, 64, 4, 4))
-# Operands that are taken apart into halves pass through the registers too.
+# Operands that are split into halves pass through the registers too.
 _FULL_FP32_TILES = ((128, 128, 8, 3), (64, 64, 4, 4))
-# The longest step along the sum, in bytes: what the copy engine stores without bank conflicts.
+# The longest step along the sum, in bytes, that TMA stores without bank conflicts.
 _STEP_BYTES = 128
 _MOST_STAGES = 6
 # A tile of more pixels is finished in two parts, one after the other (see PART_N in ``kernels.py``), and not split: the
 # addresses of its partial sums would spill.
 _LARGEST_PART = 128
 _BOX_SIDE = 256
-# Barriers beside the buffers.
+# Bytes of barriers besides the buffers.
 _SHARED_MEMORY_BESIDE = 1024
 
 
@@ -70,29 +70,29 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
         plan = ConvPlan(Variant.BOX, block_m, block_n, block_k, warps, stages, box=box)
         programs = tile_count(p, direction, plan) * len(sums)
         for splits in (1, *_splits(plan, programs, max(sums), device)):
-            # No more stages than steps.
+            # There are no more stages than steps.
             yield replace(plan, splits=splits, num_stages=min(stages, cdiv(max(sums), splits)))
 
 
 def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
-    """(programs, steps along the sum of each) of each phase and split."""
+    """Return (programs, steps of each along the sum) of each phase and split."""
     count = tile_count(p, direction, plan)
     return [(count, share) for steps in _steps(p, direction, plan.block_k) for share in shares(steps, plan.splits)]
 
 
 def tile_count(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
-    """Tiles of one phase."""
+    """Return the number of tiles of one phase."""
     return box_count(p, direction, plan.own_box) * cdiv(gemm_mnk(p, direction).N, plan.block_n)
 
 
 def box_count(p: ConvProblem, direction: Direction, box: Box) -> int:
-    """Boxes that cover the pixels of one phase."""
+    """Return the number of boxes that cover the pixels of one phase."""
     images, rows, cols = map(cdiv, output_sizes(p, direction), box)
     return images * rows * cols
 
 
 def part(box: Box) -> Box:
-    """The half of a large box that the epilogue takes at once: along its first dimension that has two."""
+    """Return the half of a large box that the epilogue takes at once: along its first dimension longer than one."""
     images, rows, cols = box
     if images * rows * cols <= _LARGEST_PART:
         return box
@@ -102,7 +102,7 @@ def part(box: Box) -> Box:
 
 
 def output_sizes(p: ConvProblem, direction: Direction) -> Box:
-    """Images, rows and columns that tiles count through: of y, or of one phase of ∂L/∂x."""
+    """Return the images, rows and columns that tiles enumerate: of y, or of one phase of ∂L/∂x."""
     if direction is Direction.FORWARD:
         return p.N, p.P, p.Q
     return p.N, p.H // p.stride[0], p.W // p.stride[1]
@@ -125,7 +125,7 @@ def writes_halves(p: ConvProblem, direction: Direction) -> bool:
 
 
 def tile_box(p: ConvProblem, direction: Direction, pixels: int) -> Box:
-    """The box of so many pixels that a tile is: of whole windows of 2 × 2 where these are pooled."""
+    """Return a tile's box of so many pixels: whole windows of 2 × 2 where these are pooled."""
     images, rows, cols = output_sizes(p, direction)
     if not p.pool:
         return best_box(pixels, images, rows, cols)
@@ -134,16 +134,16 @@ def tile_box(p: ConvProblem, direction: Direction, pixels: int) -> Box:
 
 
 def stored(p: ConvProblem, box: Box) -> Box:
-    """What of a box of pixels is written."""
+    """Return the part of a box of pixels that is written."""
     images, rows, cols = box
     return (images, rows // 2, cols // 2) if p.pool else box
 
 
 @functools.lru_cache(maxsize=4096)
 def best_box(pixels: int, *sizes: int) -> Box:
-    """The box of so many pixels that covers images × rows × columns with the fewest beyond them.
+    """Return the box of so many pixels that covers images × rows × columns with the fewest beyond them.
 
-    Of equals that of the fewest images, then the one closest to a square: its neighbours share least of what they read.
+    Ties go to the fewest images, then to the box closest to a square, whose reads overlap least with its neighbours'.
     """
     powers = [1 << i for i in range(pixels.bit_length()) if 1 << i <= _BOX_SIDE]
     boxes = ((pixels // (h * w), h, w) for h, w in itertools.product(powers, powers) if h * w <= pixels)
@@ -160,7 +160,7 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
         return False
     if operands.dtype == "float32" and operands.precision == "ieee":
         return False
-    # Without taps beside one another and without a stride it is a matrix product.
+    # Without neighbouring taps and without a stride it is a matrix product.
     if p.stride == (1, 1) and p.R * p.S == 1:
         return False
     by_parity = reads_halves(p, direction) or writes_halves(p, direction)
@@ -176,12 +176,12 @@ def _tiles(direction: Direction, operands: Operands) -> tuple[tuple[int, int, in
 
 
 def _step(p: ConvProblem, direction: Direction, itemsize: int) -> int:
-    """The step along the sum, 0 if none fits."""
+    """Return the step along the sum, 0 if none fits."""
     step = _longest_step(p, direction, _STEP_BYTES // itemsize)
     if step > 16 and max(_steps(p, direction, step)) == 1:
-        # In two steps one is fetched while the other is multiplied.
+        # With two steps, one is fetched while the other is multiplied.
         step //= 2
-    # Of a single step, Triton makes products that ptxas has to mend.
+    # For a single step, Triton generates products that ptxas has to rework.
     return step if step and max(_steps(p, direction, step)) > 1 else 0
 
 
@@ -199,14 +199,14 @@ def _longest_step(p: ConvProblem, direction: Direction, longest: int) -> int:
 
 
 def _splits(plan: ConvPlan, programs: int, steps: int, device: DeviceSpec) -> list[int]:
-    """The two largest that leave each program a multiprocessor and four steps at least, if any."""
+    """Return the two largest split counts that leave each program a multiprocessor and at least four steps, if any."""
     if plan.block_m > _LARGEST_PART:
         return []
     return [n for n in (2, 4, 8, 16) if n * programs <= device.sm_count and steps >= 4 * n][-2:]
 
 
 def _steps(p: ConvProblem, direction: Direction, block_k: int) -> list[int]:
-    """Steps along the sum of each phase, whoever shares them."""
+    """Return the steps along the sum of each phase, over all splits."""
     taps = [p.R * p.S]
     if direction is Direction.INPUT_GRAD:
         taps = [r * s for (_, r), (_, s) in itertools.product(*map(phases, dimensions(p)))]

@@ -1,4 +1,4 @@
-"""The 1×1 convolution of stride 1 as a matrix product of boxes that the copy engine (TMA) fetches, Hopper and newer.
+"""1×1 convolution of stride 1 as a matrix product of boxes loaded by TMA: Hopper and newer.
 
 No pixel needs a neighbour, so the pixels of channels_last images are the rows of one matrix [pixels, C]; a
 fully-connected layer is the same with images of one pixel. Dense NCHW images are matrices too, one [C, pixels] each.
@@ -50,11 +50,11 @@ def conv2d_gemm_kernel(
     row_tiles = tl.cdiv(pixels, BLOCK_M)  # of one image
     num_m = images * row_tiles
     num_n = tl.cdiv(columns, BLOCK_N)
-    # Shares of one length: beyond the end a step adds zeros. A loop that may not turn at all makes ptxas wait for every
-    # single product.
+    # Splits of equal length: beyond the end a step adds zeros. A loop that may run zero times makes ptxas wait for
+    # every single product.
     steps = tl.maximum(tl.cdiv(tl.cdiv(reduction, BLOCK_K), SPLITS), 1)
     first = tl.program_id(1) * steps if SPLITS > 1 else 0
-    # A loop of one turn is none to the compiler.
+    # The compiler removes a loop of one iteration.
     turns = tl.cdiv(num_m * num_n - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
     for turn in range(turns):
         tile = tl.program_id(0) + turn * tl.num_programs(0)
@@ -157,7 +157,7 @@ def conv2d_gemm_weight_grad_kernel(
     steps = tl.maximum(tl.cdiv(images * image_steps, tl.num_programs(1)), 1)  # as above
     first = tl.program_id(1) * steps
     image = first // image_steps
-    # Beyond the end lie the pixels of the only matrix, or matrices.
+    # A split may start beyond the last pixel, or with PLANES beyond the last image.
     pixel = (first % image_steps if PLANES else first) * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(steps):
@@ -170,7 +170,7 @@ def conv2d_gemm_weight_grad_kernel(
         acc = tl.dot(dy, x, acc, input_precision=PRECISION)
         pixel += BLOCK_K
         if PLANES:
-            # Selected, not branched upon: addresses that come out of a branch are fetched too late.
+            # A select, not a branch: operands whose addresses come out of a branch are fetched too late.
             end = pixel >= pixels
             image = tl.where(end, image + 1, image)
             pixel = tl.where(end, 0, pixel)

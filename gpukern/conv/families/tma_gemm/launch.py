@@ -1,4 +1,4 @@
-"""Launches the matrix products by descriptors: forward, input gradient, weight gradient."""
+"""Launches of the matrix products through descriptors: forward, input gradient, weight gradient."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
 
 
 def _images(shape: Shape, strides: Strides, request: Request, plan: ConvPlan, box: tuple[int, int]) -> Described:
-    """Images [N, C, H, W] as [pixels, C], in boxes of (pixels, channels); of a plan for NCHW as [N, C, pixels]."""
+    """Describe images [N, C, H, W] as [pixels, C] in boxes of (pixels, channels); for NCHW plans as [N, C, pixels]."""
     N, C, H, W = shape
     if plan.box:
         described = Described((N, C, H * W), (C * H * W, H * W, 1), (1, *reversed(box)))
@@ -107,7 +107,7 @@ def _images(shape: Shape, strides: Strides, request: Request, plan: ConvPlan, bo
 
 
 def _filter(request: Request, plan: ConvPlan, forward: bool) -> tuple[Described, bool]:
-    """The filter [K, C, 1, 1] as a matrix whose rows are its runs, and whether these lie across the sum."""
+    """Describe the filter [K, C, 1, 1] as a matrix whose rows are its runs, and whether these lie across the sum."""
     K, C, *_ = shape = request.shapes[1]
     k, c, *_ = strides_of(shape, request.second)
     along_inputs = c == 1 or k != 1
@@ -119,7 +119,7 @@ def _filter(request: Request, plan: ConvPlan, forward: bool) -> tuple[Described,
 
 
 def _matrix(rows: int, run: int, stride: int, box: tuple[int, int], dtype: torch.dtype) -> Described:
-    """[rows, run]; the stride of a single row may be any number."""
+    """Describe a matrix [rows, run]; the stride of a single row may be any number."""
     return Described((rows, run), (whole_run(run, dtype) if rows == 1 else stride, 1), box)
 
 

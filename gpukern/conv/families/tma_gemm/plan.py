@@ -1,4 +1,4 @@
-"""Matrix products by descriptors: which 1×1 convolutions they serve, and with which tiles.
+"""Plans for matrix products through descriptors: supported 1×1 convolutions and tiles.
 
 Tiles and stages are those whose machine code for sm_90 is clean with Triton 3.6 and 3.7: no spills with any epilogue,
 operands multiplied out of shared memory while the next ones are on their way.
@@ -20,8 +20,8 @@ from gpukern.runtime.integers import cdiv, power_of_two, shares
 #: block_m, block_n, warps, stages
 Tile = tuple[int, int, int, int]
 
-# On an H200 small tiles of which several share a multiprocessor are ahead where there are few steps, or much to write:
-# one's loads and stores are hidden by the others' products. Long sums want many stages instead.
+# On an H200, small tiles, several to a multiprocessor, are faster where there are few steps or much to write: the loads
+# and stores of one are hidden by the products of the others. Long sums need many stages instead.
 _TILES: tuple[Tile, ...] = (
     (256, 128, 8, 4),
     (128, 256, 8, 4),
@@ -39,10 +39,10 @@ _TILES: tuple[Tile, ...] = (
     (32, 64, 4, 6),
     (16, 64, 4, 6),
 )
-# Of float32 three stages of the largest tiles leave room for what is written, not four.
+# In float32 three stages of the largest tiles leave room for the output, four do not.
 _TF32_TILES: tuple[Tile, ...] = ((256, 128, 8, 3), (128, 256, 8, 3), *_TILES[2:])
 # Tensor cores take float32 only in runs along the sum; other operands are transposed on the way, through registers.
-# So are those that are taken apart into halves.
+# So are those that are split into halves.
 _THROUGH_REGISTERS: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 4))
 _GRAD_TILES: tuple[Tile, ...] = (
     (128, 256, 8, 3),
@@ -56,11 +56,11 @@ _GRAD_TILES: tuple[Tile, ...] = (
 )
 _GRAD_THROUGH_REGISTERS: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4))
 
-# Steps from which on a tile that has a multiprocessor to itself is worth a thought: what is between two sums, fetching
-# and storing, only a second program hides.
+# The fewest steps for which a tile that has a multiprocessor to itself is a candidate: only a second program hides the
+# fetching and storing between two sums.
 _LONG_SUM = 4
 
-# What a program needs beside its buffers, for barriers, in bytes.
+# Bytes that a program needs besides its buffers, for barriers.
 _BESIDE_BUFFERS = 512
 
 
@@ -80,7 +80,7 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
 
 
 def _is_product(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
-    """Whether descriptors can describe it all as matrices, rows of which are whole units of 16 bytes."""
+    """Whether descriptors can describe all tensors as matrices whose rows are multiples of 16 bytes."""
     if (p.R, p.S, p.stride, p.padding, p.groups) != (1, 1, (1, 1), (0, 0, 0, 0), 1) or 0 in (p.N, p.C, p.H, p.W, p.K):
         return False
     images = operands.first, operands.second if direction is Direction.WEIGHT_GRAD else operands.output
@@ -119,7 +119,7 @@ def _product(
             block_n,
             block_k,
             warps,
-            # More buffers than steps would only keep other programs out.
+            # More buffers than steps would only lower the occupancy.
             min(stages, max(steps, 2)),
             box=(1, 1, block_m) if planes else None,
         )
@@ -131,7 +131,7 @@ def _product(
 
 
 def _sum_splits(programs: int, steps: int, device: DeviceSpec) -> Iterator[int]:
-    """Splits worth a thought where tiles leave multiprocessors idle; each keeps four steps at least."""
+    """Candidate split counts where tiles leave multiprocessors idle; each split keeps four steps at least."""
     yield 1
     most = min(2 * device.sm_count // programs, steps // 4, 16)
     for splits in (2, 4, 8, 16):
@@ -141,7 +141,7 @@ def _sum_splits(programs: int, steps: int, device: DeviceSpec) -> Iterator[int]:
 
 def _weight_grad(p: ConvProblem, operands: Operands, planes: bool, device: DeviceSpec) -> Iterator[ConvPlan]:
     half = operands.dtype != "float32"
-    # The sum runs along the pixels, and so do the runs of NCHW images.
+    # The sum goes along the pixels, as do the runs of NCHW images.
     along_sum = planes and operands.precision != "tf32x3"
     block_k = 64 if half else 32
     for block_m, block_n, warps, stages in _GRAD_TILES if half or along_sum else _GRAD_THROUGH_REGISTERS:
@@ -155,7 +155,7 @@ def _weight_grad(p: ConvProblem, operands: Operands, planes: bool, device: Devic
 
 
 def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
-    """(programs, steps along the sum of each) of every split."""
+    """Return (programs, steps of each along the sum) of every split."""
     count = tile_count(p, direction, plan)
     return [(count, steps) for steps in shares(_steps(p, direction, plan), plan.splits)]
 
@@ -167,23 +167,23 @@ def tile_count(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
 
 
 def row_tiles(p: ConvProblem, plan: ConvPlan) -> int:
-    """Tiles along the pixels."""
+    """Return the number of tiles along the pixels."""
     images, pixels = matrices(p, plan)
     return images * cdiv(pixels, plan.block_m)
 
 
 def matrices(p: ConvProblem, plan: ConvPlan) -> tuple[int, int]:
-    """(matrices, pixels of each): a plan with a box of one image is for NCHW, where every image is a matrix."""
+    """Return (matrices, pixels of each): a plan with a box of one image is for NCHW, where every image is a matrix."""
     return (p.N, p.H * p.W) if plan.box else (1, p.N * p.H * p.W)
 
 
 def parts(plan: ConvPlan) -> int:
-    """In how many parts a tile is finished: of 128 sums a thread, half at a time leaves registers for the epilogue."""
+    """Return the number of parts of a tile's epilogue: with 128 sums a thread, halves leave it enough registers."""
     return 2 if plan.block_m * plan.block_n >= 128 * 32 * plan.num_warps else 1
 
 
 def persistent(plan: ConvPlan) -> bool:
-    """Whether programs take tile after tile. Of smaller tiles a multiprocessor has two at work, which hides as much."""
+    """Whether programs take tile after tile. With smaller tiles two programs fit a multiprocessor and hide as much."""
     return plan.splits == 1 and plan.block_m * plan.block_n >= 256 * 128
 
 
@@ -195,7 +195,7 @@ def _steps(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
 
 
 def _shared_memory(plan: ConvPlan, itemsize: int, direction: Direction) -> int:
-    """Bytes of the buffers of operands, and of the result on its way out; a lone tile's share one place."""
+    """Bytes of the buffers for operands and for the outgoing result; those of a lone tile share their memory."""
     operands = plan.num_stages * (plan.block_m + plan.block_n) * plan.block_k * itemsize
     if direction is Direction.WEIGHT_GRAD:
         return max(operands, plan.block_m * plan.block_n * 4) + _BESIDE_BUFFERS

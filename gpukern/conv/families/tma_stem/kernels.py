@@ -1,13 +1,12 @@
-"""The convolution of images with few channels, such as a network's first layer: Hopper and newer.
+"""Convolution of images with few channels, such as a network's first layer: Hopper and newer.
 
-The taps of one filter row read S · C elements that lie side by side. After a pass over the small image, which pads it
-and gives each pixel a few channels of zeros, the windows of all output pixels are one tensor that the copy engine can
-fetch boxes of,
+The taps of one filter row read S · C adjacent elements. After a pass over the small image, which pads it and gives each
+pixel a few channels of zeros, the windows of all output pixels are one tensor from which TMA can load boxes,
 
     windows[n, p, r, q, i] = packed[((n · rows + p · stride_h + r) · columns + q · stride_w) · channels + i],  i < S · C
 
 though they overlap: their strides are shorter than their sizes. So a tile's sum takes R steps of whole windows, where
-a gather would work out an address for every tap and channel.
+implicit GEMM would compute an address for every tap and channel.
 """
 
 import triton
@@ -104,7 +103,7 @@ def stem_pack_kernel(
 
     Grid: a program for each BLOCK_M pixels, then one for each filter row and BLOCK_N output channels.
     """
-    # In functions of their own: the two sides of a branch may not use one name for two shapes.
+    # In separate functions: the two sides of a branch may not use one name for two shapes.
     pixel_programs = tl.cdiv(sizes.batch * sizes.out_h * sizes.out_w, BLOCK_M)
     if tl.program_id(0) < pixel_programs:
         first = tl.program_id(0) * BLOCK_M

@@ -1,4 +1,4 @@
-"""Launches the convolution of few channels: one pass that packs x and w, then the products."""
+"""Launches of the convolution of few channels: one pass that packs x and w, then the products."""
 
 from __future__ import annotations
 

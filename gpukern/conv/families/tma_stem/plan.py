@@ -1,4 +1,4 @@
-"""The convolution of few channels by whole rows of filters: which problems it serves, and how x is packed for it."""
+"""Plans for the convolution of few channels by whole filter rows: supported problems, and the packing of x."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gpukern.runtime.integers import cdiv, power_of_two
 
 #: Pixels, channels, warps. Each compiles for sm_90 and sm_100 without a spill, with Triton 3.6 and 3.7 ...
 _TILES = ((256, 64, 8), (128, 128, 8), (128, 64, 4))
-#: ... but for the smallest, which spills on sm_100 with statistics.
+#: ... except the smallest, which spills on sm_100 with statistics.
 _HOPPER_TILES = (*_TILES, (64, 64, 4))
-#: Operands that are taken apart into halves pass through the registers.
+#: Operands that are split into halves pass through the registers.
 _FULL_FP32_TILES = ((64, 64, 4),)
 _MOST_STAGES = 4
-#: More are served by kernels that read x as it is.
+#: Images with more channels go to the kernels that read x as it is.
 _MOST_CHANNELS = 8
 _LONGEST_WINDOW = 256  # bytes
 
 
 class Packed(NamedTuple):
-    """The padded image: sizes such that the copy engine can fetch windows of it."""
+    """Sizes of the padded image, such that TMA can load windows of it."""
 
     images: int
     rows: int
@@ -59,9 +59,9 @@ def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[in
 
 
 def packed(p: ConvProblem, itemsize: int) -> Packed:
-    """The image that the pass before the convolution writes."""
+    """Return the sizes of the image that the pass before the convolution writes."""
     # A window's neighbours lie stride · channels and cols · channels elements further: multiples of 16 bytes. And each
-    # stride of the windows is a multiple of the one before, as in the copy engine's documentation; but they overlap.
+    # stride of the windows is a multiple of the one before, as in TMA's documentation; but they overlap.
     vertical, horizontal = p.stride
     channels = _round_up(p.C, 16 // math.gcd(16, horizontal * itemsize))
     rows = _round_up((p.P - 1) * vertical + p.R, vertical)
@@ -70,14 +70,14 @@ def packed(p: ConvProblem, itemsize: int) -> Packed:
 
 
 def window(p: ConvProblem, itemsize: int) -> int:
-    """Elements that one filter row reads."""
+    """Return the number of elements that one filter row reads."""
     return p.S * packed(p, itemsize).channels
 
 
 def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
     if direction is not Direction.FORWARD or p.groups != 1 or p.dilation != (1, 1):
         return False
-    # A single step leaves no loop, and ptxas then passes operands through registers.
+    # With a single step there is no loop, and ptxas then passes operands through registers.
     if p.R == 1 or not 1 <= p.C <= _MOST_CHANNELS or min(p.N, p.K) < 1 or not operands.output.has_runs:
         return False
     return operands.dtype != "float32" or operands.precision != "ieee"
@@ -88,7 +88,7 @@ def _round_up(value: int, step: int) -> int:
 
 
 def _packing(p: ConvProblem, itemsize: int) -> tuple[int, int]:
-    """A pass before the products writes the packed image, which they read."""
+    """Return the packing pass: (launches, bytes) to write the packed image and read it again."""
     return 1, 2 * packed(p, itemsize).elements * itemsize
 
 

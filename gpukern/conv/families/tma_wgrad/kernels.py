@@ -1,8 +1,8 @@
-"""The weight gradient of large batches by boxes of the same pixel of many images (TMA), Hopper and newer.
+"""Weight gradient of large batches over TMA boxes of the same pixel of many images: Hopper and newer.
 
 Seen as [P, Q, N, K], a box of ∂L/∂y that holds one pixel of BLOCK_K images meets, for every tap, one box of x seen as
-[H, W, N, C]. So stride and dilation only move the boxes, and a tap that lies outside the image there is left out
-instead of multiplied by zeros. Boxes that reach beyond the last image hold zeros there, in both operands.
+[H, W, N, C]. So stride and dilation only move the boxes, and a tap outside the image is skipped instead of multiplied
+by zeros. Boxes that reach beyond the last image hold zeros there, in both operands.
 """
 
 import triton
@@ -13,9 +13,9 @@ from gpukern.conv.indexing import tile_order
 
 @triton.jit
 def inside_range(tap, padding, inputs, outputs, STRIDE: tl.constexpr, DILATION: tl.constexpr):
-    """(first, end) of output rows with 0 ≤ row · STRIDE + tap · DILATION − padding < inputs; of none, end ≤ first."""
+    """Return (first, end) of rows with 0 ≤ row · STRIDE + tap · DILATION − padding < inputs; end ≤ first if none."""
     before = padding - tap * DILATION
-    # A division of negative numbers may round either way: both are held at 0 or more.
+    # A division of negative numbers may round either way: clamp both to 0 or more.
     first = tl.maximum(before + STRIDE - 1, 0) // STRIDE
     end = tl.minimum(tl.maximum(inputs - 1 + before + STRIDE, 0) // STRIDE, outputs)
     return first, end
@@ -63,7 +63,7 @@ def conv2d_batch_box_weight_grad_kernel(
     r = tap // TAPS_W
     s = tap % TAPS_W
     first_p, end_p = inside_range(r, padding_h, in_h, out_h, STRIDE_H, DILATION_H)
-    # Of neighbouring taps the last is the first to enter the image and the first to leave it.
+    # The last of neighbouring taps is the first to enter the image and the first to leave it.
     _, end_q = inside_range(s, padding_w, in_w, out_w, STRIDE_W, DILATION_W)
     first_q, _ = inside_range(s + TOGETHER - 1, padding_w, in_w, out_w, STRIDE_W, DILATION_W)
     rows = tl.maximum(end_p - first_p, 0)
@@ -73,7 +73,7 @@ def conv2d_batch_box_weight_grad_kernel(
     share = tl.cdiv(steps, tl.num_programs(1))
     first = tl.program_id(1) * share
     image = first % image_steps * BLOCK_K
-    # A tap may meet no pixel at all; no division by zero then.
+    # A tap may have no pixels: avoid a division by zero.
     q = first_q + first // image_steps % tl.maximum(cols, 1)
     p = first_p + first // image_steps // tl.maximum(cols, 1)
     dh = r * DILATION_H - padding_h
@@ -86,7 +86,7 @@ def conv2d_batch_box_weight_grad_kernel(
             x = source.load([p * STRIDE_H + dh, q * STRIDE_W + dw + t * DILATION_W, image, c])
             added += (tl.dot(dy.T, x.reshape(BLOCK_K, BLOCK_N), sums[t], input_precision=PRECISION),)
         sums = added
-        # Selected, not branched upon: addresses that come out of a branch are fetched too late.
+        # A select, not a branch: operands whose addresses come out of a branch are fetched too late.
         image += BLOCK_K
         next_pixel = image >= batch
         image = tl.where(next_pixel, 0, image)

@@ -1,4 +1,4 @@
-"""Launches the weight gradient by boxes of one pixel of many images."""
+"""Launches of the weight gradient over boxes of one pixel of many images."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
 
 
 def _batch_inside(shape: Shape, strides: Strides, box: tuple[int, int], dtype: torch.dtype) -> Described:
-    """Images [N, C, H, W] with runs of channels as [H, W, N, C], in boxes of (images, channels) of one pixel."""
+    """Describe images [N, C, H, W] with runs of channels as [H, W, N, C]; boxes are (images, channels) of one pixel."""
     N, C, H, W = shape
     n, c, h, w = channel_run_strides(shape, strides, dtype)
     return Described((H, W, N, C), (h, w, n, c), (1, 1, *box))

@@ -1,4 +1,4 @@
-"""Weight gradients by boxes of one pixel of many images: which problems the kernel serves, and with which tiles."""
+"""Plans for weight gradients over boxes of one pixel of many images: supported problems and tiles."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _TILES: tuple[Tile, ...] = (
     (64, 64, 4, 4),
     (64, 64, 4, 7),
 )
-# Three neighbouring taps meet the same box of dy: fetched once, it is half of all traffic less.
+# Three neighbouring taps use the same box of dy: fetching it once halves the total traffic.
 _THREE_TAPS: tuple[Tile, ...] = ((128, 3 * 128, 8, 3), (128, 3 * 64, 8, 4), (64, 3 * 64, 4, 3), (64, 3 * 64, 4, 4))
-# Tensor cores take float32 only in runs along the sum, which are the images here: it is transposed by the registers.
+# Tensor cores take float32 only in runs along the sum, here the images: the registers transpose it.
 _FLOAT32_TILES: tuple[Tile, ...] = ((128, 128, 8, 3), (64, 64, 4, 4))
-# Fewer images fill too little of a box.
+# Fewer images would fill too little of a box.
 _FEWEST_IMAGES = 32
 
 
@@ -39,7 +39,7 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
     if direction is not Direction.WEIGHT_GRAD or not device.copies_boxes or not _serves(p, operands):
         return
     half = operands.dtype != "float32"
-    # As long as wastes no product: 96 images are three boxes of 32.
+    # The longest step that wastes no products: 96 images are three boxes of 32.
     block_k = 64 if half and cdiv(p.N, 32) % 2 == 0 else 32
     offered = _FLOAT32_TILES if not half else (*_THREE_TAPS, (128, 128, 8, 3)) if p.S % 3 == 0 else _TILES
     for block_m, block_n, warps, stages in offered:
@@ -65,7 +65,7 @@ def _serves(p: ConvProblem, operands: Operands) -> bool:
 
 
 def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
-    """(programs, steps along the sum of each) of every group of taps and split."""
+    """Return (programs, steps of each along the sum) of every group of taps and split."""
     steps = _steps(p, plan)
     count = tile_count(p, plan) // len(steps)
     return [(count, share) for total in steps for share in shares(total, plan.splits)]
@@ -77,12 +77,15 @@ def tile_count(p: ConvProblem, plan: ConvPlan) -> int:
 
 
 def together(plan: ConvPlan) -> int:
-    """Neighbouring taps in a tile, whose columns are those of each in turn: powers of two, so three show."""
+    """Return the number of neighbouring taps in a tile, whose columns are each tap's in turn.
+
+    Without them the number of columns is a power of two, so a factor of 3 shows them.
+    """
     return 3 if plan.block_n % 3 == 0 else 1
 
 
 def _steps(p: ConvProblem, plan: ConvPlan) -> list[int]:
-    """Steps of each group of taps: the pixels of dy for which one lies in the image, in boxes of ``block_k`` images."""
+    """Return the steps of each tap group: pixels of dy with a tap in the image, in boxes of ``block_k`` images."""
     vertical, horizontal = dimensions(p)
     taps = together(plan)
     rows = [_inside(vertical, r, r) for r in range(p.R)]
@@ -91,7 +94,7 @@ def _steps(p: ConvProblem, plan: ConvPlan) -> list[int]:
 
 
 def _inside(d: Dimension, first_tap: int, last_tap: int) -> int:
-    """Output rows between the first and the last that meet the image; see ``inside_range`` in ``kernels.py``."""
+    """Count output rows from the first to the last with a tap in the image; see ``inside_range`` in ``kernels.py``."""
     first = max(cdiv(d.before - last_tap * d.dilation, d.stride), 0)
     end = min((d.inputs - 1 + d.before - first_tap * d.dilation) // d.stride + 1, d.outputs)
     return max(end - first, 0)

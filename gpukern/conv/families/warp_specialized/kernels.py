@@ -1,10 +1,10 @@
-"""The convolution with one warp that fetches and eight that multiply, for Hopper alone, written in Gluon.
+"""Warp-specialized convolution in Gluon, one producer warp and eight consumer warps, for Hopper alone.
 
 The same boxes of pixels as in the ``box`` package, but nothing is left to the compiler: the fetching warp runs ahead
-through all tiles of its program, as far as the ring of buffers lets it, and the multiplying warps meet neither
-addresses nor the wait of a new tile's first loads. Buffer i is handed over by two barriers:
+through all tiles of its program, as far as the ring of buffers allows, and the multiplying warps neither compute
+addresses nor wait for a new tile's first loads. Buffer i is handed over by two barriers:
 
-- ``full[i]`` completes when the copy engine has written the bytes it was told to;
+- ``full[i]`` completes when TMA has written the expected number of bytes;
 - ``empty[i]`` completes when the products that read it are done.
 
 A barrier's phase is the parity of its completions. Both sides walk the ring in the same order and carry (buffer, phase)
@@ -28,13 +28,13 @@ from gpukern.conv.epilogue import store_statistics
 from gpukern.conv.indexing import tile_order
 from gpukern.ops._activation.functions import apply_activation
 
-# Triton 3.8 gave these new names and 3.9 took the old ones away.
+# Triton 3.8 renamed these and 3.9 removed the old names.
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 write_back = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 
 class Window(NamedTuple):
-    """Sizes of the output and what a tile of it reads: source row = row + r · dilation_h − padding_h, r < taps_h."""
+    """Sizes of the output and of a tile's window: source row = row + r · dilation_h − padding_h, r < taps_h."""
 
     batch: object
     rows: object
@@ -69,7 +69,7 @@ def conv2d_warp_specialized_kernel(
     The input gradient is a convolution of ∂L/∂y too, its taps in the opposite direction: a window whose dilation and
     padding are negative.
     """
-    # Triton knows no [BUFFERS, *shape].
+    # Triton does not support [BUFFERS, *shape].
     sources = gl.allocate_shared_memory(source.dtype, [BUFFERS] + source.block_shape, source.layout)  # noqa: RUF005
     filters = gl.allocate_shared_memory(filter.dtype, [BUFFERS] + filter.block_shape, filter.layout)  # noqa: RUF005
     empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
@@ -103,7 +103,7 @@ def conv2d_warp_specialized_kernel(
             (_fetch_all, (source, filter, out, window, ring, TRANSPOSED, GROUP_M)),
         ],
         [1],
-        [24],  # registers of a fetching thread, the least there is: the others get the rest
+        [24],  # registers of a fetching thread, the minimum: the others get the rest
     )
 
 
@@ -208,7 +208,7 @@ def _multiply(
 
 @gluon.jit
 def _next(i, phase, BUFFERS: gl.constexpr):
-    """(buffer, phase) after this one."""
+    """Return the next (buffer, phase)."""
     i += 1
     wrapped = i == BUFFERS
     return gl.where(wrapped, 0, i), gl.where(wrapped, phase ^ 1, phase)
@@ -222,7 +222,7 @@ def _boxes(out, window):
 
 @gluon.jit
 def _tile(index, out, window, GROUP_M: gl.constexpr):
-    """The box that tile ``index`` has, and where the tile starts: (box, image, row, column, channel)."""
+    """Return the box of tile ``index`` and the tile's start: (box, image, row, column, channel)."""
     BOX: gl.constexpr = out.block_shape
     box, block = tile_order(index, _boxes(out, window), gl.cdiv(window.columns, BOX[3]), GROUP_M)
     tiles_h = gl.cdiv(window.rows, BOX[1])
@@ -235,7 +235,7 @@ def _tile(index, out, window, GROUP_M: gl.constexpr):
 
 @gluon.jit
 def _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window):
-    """See :func:`store_statistics`; ``tile`` [BLOCK_M, BLOCK_N] is in shared memory."""
+    """Store statistics, see :func:`store_statistics`; ``tile`` [BLOCK_M, BLOCK_N] is in shared memory."""
     BOX: gl.constexpr = out.block_shape
     # The whole tile at once would not fit into the registers.
     BLOCK_N: gl.constexpr = BOX[3]
@@ -250,6 +250,6 @@ def _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window):
         value = tile.slice(part, COLUMNS, dim=1).load(LAYOUT).to(gl.float32)
         column = k + part + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
         boxes = _boxes(out, window)
-        # Of a whole tile: one column lies otherwise over the threads than the sums, and to move it takes registers.
+        # Broadcast to the tile: one column has another thread layout than the sums, and converting it takes registers.
         valid, _ = gl.broadcast(inside, value)
         store_statistics(value, valid, statistics_ptr, box, boxes, column, window.columns, AXIS=0)

@@ -1,4 +1,4 @@
-"""Launches the warp-specialised kernel."""
+"""Launches of the warp-specialised kernel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 @dataclass(frozen=True)
 class _Swizzled(Described):
-    """A descriptor that also says how a box lies in shared memory, which Gluon leaves to the caller."""
+    """A descriptor that also gives a box's layout in shared memory, which Gluon leaves to the caller."""
 
     layout: gl.NVMMASharedLayout
 
@@ -45,7 +45,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
     out = _described(of_out, request.output, nhwc, (*box, block_n), request.dtype)
 
     gemm = gemm_mnk(p, direction)
-    # Of the input gradient, taps go backwards: source row = row + top − r · dilation.
+    # In the input gradient, taps go backwards: source row = row + top − r · dilation.
     sign = -1 if transposed else 1
     steps = (sign * p.dilation[0], sign * p.dilation[1], sign * p.padding[0], sign * p.padding[2])
     window = kernels.Window(*output_sizes(p, direction), gemm.N, gemm.K, p.R, p.S, *steps)
@@ -78,7 +78,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
 def _described(
     shape: Shape, strides: Strides, order: tuple[int, ...], block: tuple[int, ...], dtype: torch.dtype
 ) -> _Swizzled:
-    """The dimensions in ``order``, the last of which is contiguous."""
+    """Describe a tensor with its dimensions in ``order``, the last of which is contiguous."""
     strides = channel_run_strides(shape, strides, dtype)
     layout = gl.NVMMASharedLayout.get_default_for(list(block), _ELEMENTS[dtype])
     described = _Swizzled(tuple(shape[i] for i in order), tuple(strides[i] for i in order), block, layout)

@@ -1,4 +1,4 @@
-"""Warp-specialised boxes: forward and input gradient of stride 1 in 16 bits, on Hopper alone."""
+"""Plans for the warp-specialised kernel: forward and input gradient of stride 1 in 16 bits, on Hopper alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TILES = ((256, 128, 8), (128, 256, 8), (256, 64, 8), (128, 128, 8), (64, 256, 4
 #: With fewer channels on either side a tile would be mostly padding.
 _FEWEST_CHANNELS = 32
 _MOST_BUFFERS = 6
-#: Barriers, and what sums over pixels pass through.
+#: Bytes of barriers and of the buffer that sums over pixels pass through.
 _OTHER_SHARED_MEMORY = 4096
 
 
@@ -51,7 +51,7 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
 
 
 def _needs_measurement(plan: ConvPlan) -> bool:
-    """The interpreter cannot run the kernel."""
+    """Whether plans need a measurement: always, as the interpreter cannot run the kernel."""
     return True
 
 
