@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -112,8 +113,8 @@ def _names(constants: Constants) -> list[Name]:
     return [name for name in names if name != ("kernels", _REFERENCE)]
 
 
-def _scaled(start: Constants, names: Sequence[Name], factors: Sequence[float]) -> Constants:
-    changed: dict[str, object] = {}
+def _scaled(start: Constants, names: Sequence[Name], factors: Iterable[float]) -> Constants:
+    changed: dict[str, Any] = {}
     for (field, key), factor in zip(names, factors, strict=True):
         if key is None:
             changed[field] = getattr(start, field) * float(factor)

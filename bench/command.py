@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -46,19 +46,26 @@ def short(path: Path) -> Path:
 def of(suite: Suite) -> Callable[..., None]:
     """The command that measures ``suite``."""
     computations = ", ".join(suite.computations)
+    # What is repeated is annotated with lists for typer; as defaults they could be changed.
+    usual: Any = suite
+    nothing: Any = ()
 
     def command(
         networks: Annotated[
             list[str], typer.Option("--suite", help="Networks whose layers are taken, or 'all'. Repeatable.")
-        ] = suite.networks,
-        batches: Annotated[list[int], typer.Option("--batch", min=1, help="Repeatable.")] = suite.batches,
-        dtypes: Annotated[list[str], typer.Option("--dtype", help="fp16, bf16, tf32, fp32 or 'all'. Repeatable.")] = (),
-        layouts: Annotated[list[str], typer.Option("--layout", help="channels_last, nchw or 'all'. Repeatable.")] = (),
-        computed: Annotated[list[str], typer.Option("--computation", help=f"{computations}. Repeatable.")] = (),
+        ] = usual.networks,
+        batches: Annotated[list[int], typer.Option("--batch", min=1, help="Repeatable.")] = usual.batches,
+        dtypes: Annotated[
+            list[str], typer.Option("--dtype", help="fp16, bf16, tf32, fp32 or 'all'. Repeatable.")
+        ] = nothing,
+        layouts: Annotated[
+            list[str], typer.Option("--layout", help="channels_last, nchw or 'all'. Repeatable.")
+        ] = nothing,
+        computed: Annotated[list[str], typer.Option("--computation", help=f"{computations}. Repeatable.")] = nothing,
         containing: Annotated[str, typer.Option("--filter", help="Only rows whose sizes or layer hold this.")] = "",
         peers: Annotated[
             list[str], typer.Option("--peers", help=f"{', '.join(PEERS)}, 'all' or 'none'. Repeatable.")
-        ] = (),
+        ] = nothing,
         seconds: Annotated[float, typer.Option(min=0, max=3600, help="Of timing for each candidate of a row.")] = 0.3,
         warm: Annotated[bool, typer.Option("--warm", help="One set of tensors, which may stay in the L2.")] = False,
         out: Annotated[Path, typer.Option(help="Folder of all results.")] = RESULTS,
@@ -156,9 +163,7 @@ def _chosen(option: str, given: Iterable[str], named: dict[str, str], usual: Ite
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
-def _measure(
-    suite: Suite, chosen: list[Task], method: Method, device: torch.device, out: Path, **options: object
-) -> None:
+def _measure(suite: Suite, chosen: list[Task], method: Method, device: torch.device, out: Path, **options: Any) -> None:
     name = environment.device_name(device)
     folder = out / environment.run_folder(device)
     path = folder / f"{suite.name}.json"

@@ -107,7 +107,7 @@ def _compare_row(old: Row, new: Row, drift: float) -> Change | Unclear:
     timing, before, after = times
     ratio = after.median / before.median / drift
     apart = after.low / drift > before.high or after.high / drift < before.low
-    verdict = "same"
+    verdict: Literal["slower", "faster", "same"] = "same"
     if apart and not 1 / (1 + THRESHOLD) <= ratio <= 1 + THRESHOLD:
         verdict = "slower" if ratio > 1 else "faster"
     return Change(new.case, timing, before, after, ratio, verdict)

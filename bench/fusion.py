@@ -18,7 +18,7 @@ import types
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -132,6 +132,7 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     """Statistics and scales as a trained network has them: neither 0 nor 1."""
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            assert module.running_mean is not None
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 2)
             if module.affine:
@@ -148,7 +149,7 @@ def count(model: torch.nn.Module, images: torch.Tensor) -> tuple[int, int]:
     return len(norms), sum(_follows_layers(norm.args[0], direct=True) for norm in norms)
 
 
-def _follows_layers(node: torch.fx.Node, direct: bool = False) -> bool:
+def _follows_layers(node: Any, direct: bool = False) -> bool:
     if node.target in _PARTS:
         return _follows_layers(node.args[0])
     if len(node.users) != 1:

@@ -67,7 +67,7 @@ def cases() -> dict[str, Callable[[], object]]:
     trained = weight.clone().requires_grad_()
     return {
         "empty autograd.Function": lambda: Empty.apply(leaves[0]),
-        "conv2d, training": lambda: F.conv2d(*leaves, padding=1),
+        "conv2d, training": lambda: F.conv2d(leaves[0], leaves[1], leaves[2], padding=1),
         "conv2d, inference": lambda: F.conv2d(x, w, b, padding=1),
         "linear, training": lambda: F.linear(matrix, trained),
         "linear, inference": lambda: F.linear(matrix, weight),

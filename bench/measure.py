@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -123,7 +123,7 @@ class _Contest:
         """None of those that were not tried can run, or be believed."""
         for index, each in enumerate(implementations):
             if index not in self._found:
-                status = "missing" if each.missing else "failed"
+                status: Literal["missing", "failed"] = "missing" if each.missing else "failed"
                 self._found[index] = Candidate(each.name, each.setting, status, each.missing or why)
         self._see_whether_lost()
 
@@ -224,7 +224,7 @@ class _Contest:
         contestants = self._calls | self._from_python if way.way == "eager" else self._calls
         contestants = {index: calls for index, calls in contestants.items() if calls and index in self._calls}
         # Filled with None first: one that raises while its stopwatch is made drops out as later ones do.
-        watches: dict[int, Stopwatch] = dict.fromkeys(contestants)
+        watches: dict[int, Any] = dict.fromkeys(contestants)
         for index, calls in contestants.items():
             with self._dropping_out(index, watches, way):
                 if index in watches:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from bench import results
 from bench.results import Results, ResultsError, Row
@@ -14,6 +15,8 @@ from gpukern.conv import ConvPlan, ConvProblem, Direction, Operands, Variant, co
 from gpukern.explain.formatting import OPERANDS
 from gpukern.explain.query import convolution
 from gpukern.runtime.device import DEVICES, DeviceSpec
+
+T = TypeVar("T")
 
 _PLAN = re.compile(
     r"(?P<variant>[a-z ]+) (?P<m>\d+)×(?P<n>\d+)×(?P<k>\d+)(?: \(box (?P<box>[\d×]+)\))?, (?P<warps>\d+) warps"
@@ -57,6 +60,11 @@ def device_of(environment: results.Environment) -> DeviceSpec:
     raise ResultsError(f"the peaks of {environment.device} are not known: add it to gpukern/runtime/device.py")
 
 
+def _three(values: Iterable[T]) -> tuple[T, T, T]:
+    a, b, c = values
+    return a, b, c
+
+
 def plan_called(words: str, direction: Direction) -> ConvPlan:
     """The inverse of :func:`gpukern.explain.formatting.describe_plan`; ValueError for other words."""
     found = _PLAN.fullmatch(words)
@@ -65,11 +73,14 @@ def plan_called(words: str, direction: Direction) -> ConvPlan:
     copied = (found["copied"] or "").split(" and ")
     return ConvPlan(
         Variant(found["variant"]),
-        *(int(found[name]) for name in ("m", "n", "k", "warps")),
+        int(found["m"]),
+        int(found["n"]),
+        int(found["k"]),
+        int(found["warps"]),
         num_stages=int(found["stages"] or 1),
         splits=int(found["splits"] or 1),
-        box=tuple(map(int, found["box"].split("×"))) if found["box"] else None,
-        pack=tuple(name in copied for name in OPERANDS[direction]),
+        box=_three(map(int, found["box"].split("×"))) if found["box"] else None,
+        pack=_three(name in copied for name in OPERANDS[direction]),
         precision=found["precision"] or "ieee",
     )
 

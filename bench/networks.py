@@ -49,7 +49,8 @@ class Networks(Suite[WholeNetwork]):
 
     def parts(self, task: Task[WholeNetwork]) -> Iterator[tuple[Suite, Task]]:
         """The network's layers as tasks of their own suites."""
-        for suite in (Convolutions(), Pools(), Linears()):
+        made: tuple[Suite[Any], ...] = (Convolutions(), Pools(), Linears())
+        for suite in made:
             layout = task.case.layout if task.case.layout in suite.layouts else suite.layouts[0]
             for use, problem in suite.problems(task.problem.name, task.problem.batch):
                 for computation in suite.steps(problem, self.trains(task)):
@@ -73,4 +74,4 @@ def depth(name: str) -> int:
 def placed(model: nn.Module, device: torch.device, dtype: torch.dtype, layout: str) -> nn.Module:
     """A copy, as a candidate runs it."""
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    return copy.deepcopy(model).to(device, dtype, memory_format=memory_format)
+    return copy.deepcopy(model).to(device, dtype, memory_format=memory_format)  # type: ignore[call-overload]

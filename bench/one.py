@@ -19,8 +19,8 @@ def find(path: Path, key: str) -> tuple[Suite, Task]:
     if case is None:
         raise ValueError(f"{path} has no row {key}")
     suite = suites().get(case.suite)
-    task = suite and _task(suite, case)
-    if not task:
+    task = None if suite is None else _task(suite, case)
+    if suite is None or task is None:
         raise ValueError(f"{path}: this version of the benchmark has no row {key}")
     return suite, task
 

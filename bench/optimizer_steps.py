@@ -72,7 +72,7 @@ class Tensors:
     device: torch.device | str = "cpu"
 
     def made(self) -> list[torch.nn.Parameter]:
-        like = {"dtype": self.dtype, "device": self.device}
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         parameters = [torch.nn.Parameter(torch.ones(size, **like)) for size in self.sizes]
         if self.bucket:
             counts = [parameter.numel() for parameter in parameters]
@@ -206,7 +206,7 @@ class Nothing:
 @contextlib.contextmanager
 def stubbed_launch() -> Iterator[None]:
     """Take the kernels' path on CPU tensors; a launch does nothing."""
-    program, tensor_group._program = tensor_group._program, Nothing
+    program, tensor_group._program = tensor_group._program, Nothing  # type: ignore[assignment]
     try:
         with force_mode(Mode.KERNELS):
             yield

@@ -141,7 +141,8 @@ def _steps(group: Group) -> Iterator[list[str]]:
     for line in group.lines:
         if best := line.best:
             updated = f"{words.case_name(line.row.case)}, {group.key.dtype}"
-            yield _step(group.key.computation, updated, best.ours.median, best.candidate.name, best.time.median)
+            ours, theirs = best.times
+            yield _step(group.key.computation, updated, ours, best.candidate.name, theirs)
 
 
 def _step(optimizer: str, updated: str, ours: float, peer: str, theirs: float) -> list[str]:

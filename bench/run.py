@@ -108,6 +108,8 @@ def run(
 
 
 def _measured(suite: Suite, task: Task, method: Method, device: torch.device, file: _File, attempts: Attempts) -> Row:
+    current = Attempt(task.case.key, "", ""), PATIENCE
+
     def on_try(each: Implementation) -> None:
         nonlocal current
         current = Attempt(task.case.key, each.name, each.setting), PATIENCE_OF_SLOW if each.slow else PATIENCE
@@ -117,7 +119,6 @@ def _measured(suite: Suite, task: Task, method: Method, device: torch.device, fi
         file.add_unfinished(row)
         attempts.wait(*current)  # for the timing that follows
 
-    current = Attempt(task.case.key, "", ""), PATIENCE
     spared = file.spared(task)
     row = measure(suite, task, method, device, spared=spared, on_try=on_try, on_candidate=on_candidate)
     attempts.done()

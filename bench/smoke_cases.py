@@ -100,8 +100,8 @@ class _Operator:
     """``theirs`` gets, before the tensors, a ReLU with the zeros of our own output: next to zero a rounding decides
     on which side a sum lies, and with it about its gradient."""
 
-    ours: Callable[..., torch.Tensor]
-    theirs: Callable[..., torch.Tensor]
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
     sizes: tuple[tuple[int, ...], ...]
     product: bool = False
 
@@ -199,7 +199,7 @@ def operators(device: torch.device) -> Iterator[Case]:
         for layout in (LAST, PLANES):
             for name, operator in _OPERATORS.items():
                 words = f"{name}, {dtype}, {'channels_last' if layout is LAST else 'NCHW'}"
-                yield Case(words, lambda device, a=(operator, dtype, layout): _operated(*a, device))
+                yield Case(words, functools.partial(_operated, operator, dtype, layout))
 
 
 def _operated(operator: _Operator, dtype: str, layout: torch.memory_format, device: torch.device) -> Iterator[Compared]:

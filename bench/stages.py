@@ -157,7 +157,7 @@ def worst_rows(folder: Path, number: int = 3) -> list[tuple[Path, str]]:
     Plans are no peers, and of a network a profile of a few launches would show its first layers.
     """
     found = [
-        (line.best.ratio.median, path, line.row.case.key)
+        (line.best.median, path, line.row.case.key)
         for path, read in _measured(folder)
         for group in summarize(read)
         for line in group.lines

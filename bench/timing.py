@@ -23,6 +23,9 @@ class Stopwatch(Protocol):
     #: Of :attr:`bench.results.Candidate.samples`.
     way: str
 
+    def __init__(self, calls: Calls, target: float) -> None:
+        """``target``: seconds of a sample."""
+
     def start(self) -> None:
         """Begin a sample."""
 
@@ -101,7 +104,7 @@ class GraphStopwatch:
         self.start()
         passes = _passes(self.stop(), len(calls), target)
         if passes > 1:
-            self._graph = None  # frees its memory before the longer one takes as much again
+            del self._graph  # frees its memory before the longer one takes as much again
             self._captured = passes * len(calls)
             self._graph = self._capture(calls, passes)
             self.start()
@@ -147,7 +150,7 @@ def _passes(seconds: float, calls: int, target: float) -> int:
     return max(1, min(wanted, _MAX_GRAPH_CALLS // calls))
 
 
-def stopwatches(device: torch.device) -> tuple[type, ...]:
+def stopwatches(device: torch.device) -> tuple[type[Stopwatch], ...]:
     """The ways of timing on ``device``, the most telling first."""
     return (GraphStopwatch, EagerStopwatch) if device.type == "cuda" else (WallStopwatch,)
 

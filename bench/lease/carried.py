@@ -92,5 +92,6 @@ def rows() -> frozenset[str]:
     """The rows whose kernels lie in Triton's cache of this process, ready for this code."""
     place = os.environ.get("TRITON_CACHE_DIR")
     found = read(Path(place)) if place else None
-    fits = found is not None and found.source == source_hash() and found.triton == triton_key()
-    return frozenset(found.rows) if fits else frozenset()
+    if found is None or found.source != source_hash() or found.triton != triton_key():
+        return frozenset()
+    return frozenset(found.rows)

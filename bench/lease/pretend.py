@@ -49,12 +49,14 @@ def pretend_gpu() -> None:
     _forever(current_device.pretend(spec), force_mode(Mode.KERNELS), _OnMeta())
     accuracy.relative_error = lambda actual, reference: 0.0
     pretended = _Autocast()
-    torch.autocast = pretended.region
+    patched: Any = torch
+    patched.autocast = pretended.region
+    module: Any
     for module in [module for name, module in list(sys.modules.items()) if name.startswith("gpukern.")]:
         if getattr(module, "autocast", None) is amp.autocast:
             module.autocast = pretended.cast
-    amp.autocast = pretended.cast
-    torch.compile = lambda function=None, **options: function if function is not None else (lambda each: each)
+    vars(amp)["autocast"] = pretended.cast
+    patched.compile = lambda function=None, **options: function if function is not None else (lambda each: each)
     for name, value in _cuda(spec).items():
         setattr(torch.cuda, name, value)
 

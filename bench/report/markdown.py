@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from bench import report as words
 from bench.report import throughput
-from bench.report.summary import Group, Line, Problem, Versus, summarize
+from bench.report.summary import Group, Line, Problem, Tally, Versus, summarize
 from bench.report.throughput import Throughput, throughputs
 from bench.results import Results
 from gpukern.tables import markdown as table
@@ -37,13 +37,16 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*\[\]|~$#]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
+def _record(tally: Tally) -> str:
+    return f"**{words.ratio(tally.mean)}** {tally.wins} / {tally.losses} / {tally.ties}"
+
+
 def _headline(group: Group, peers: Sequence[str]) -> list[str]:
     by_name = {tally.name: tally for tally in group.tallies}
     cells = []
     for name in [group.tallies[0].name, *peers]:
         tally = by_name.get(name)
-        known = tally and tally.rows
-        cells.append(f"**{words.ratio(tally.mean)}** {tally.wins} / {tally.losses} / {tally.ties}" if known else "–")
+        cells.append(_record(tally) if tally and tally.rows else "–")
     rows = f"{len(group.lines)}" + (f", {group.broken} not ok" if group.broken else "")
     return [*(escape(str(part)) or "–" for part in group.key), rows, *cells]
 
@@ -59,7 +62,7 @@ def _group(group: Group) -> str:
         if t.covered
     ]
     parts = [
-        f"Best peer: {words.ratio(best.mean)}, {record}. Times: {words.TIMINGS.get(group.timing, 'none')}, "
+        f"Best peer: {words.ratio(best.mean)}, {record}. Times: {words.TIMINGS.get(group.timing or '', 'none')}, "
         "median ± half of its 95 % interval; behind × its interval.",
         table(head, [_line(line, group) for line in group.lines]),
         *(_throughputs(timing, rows) for timing, rows in throughputs(group)),

@@ -65,14 +65,14 @@ class Bars:
 
 def bars(lines: Iterable[Line]) -> Bars:
     """Of rows with a ratio, in their order. 1.0 is in the middle, so that twice and half look alike."""
-    compared = [line for line in lines if line.best]
-    ends = [max(r.high, 1 / r.low) for r in (line.best.ratio for line in compared)]
+    compared = [(line, line.best.ratio) for line in lines if line.best and line.best.ratio]
+    ends = [max(ratio.high, 1 / ratio.low) for _, ratio in compared]
     limit = min(_WIDEST, max([1.25, *ends]) * 1.03)
     scale = Scale(1 / limit, limit)
     marks = next(found for upper, found in _MARKS if limit < upper)
     made = []
-    for line in compared:
-        low, middle, high = map(scale.at, (line.best.ratio.low, line.best.ratio.median, line.best.ratio.high))
+    for line, ratio in compared:
+        low, middle, high = map(scale.at, (ratio.low, ratio.median, ratio.high))
         made.append(Bar(line, min(middle, 50.0), round(abs(middle - 50), 2), low, round(high - low, 2)))
     return Bars([(scale.at(mark), f"{mark:.3g}×") for mark in marks if 1 / limit <= mark <= limit], made)
 
@@ -136,8 +136,11 @@ def roofline(lines: Sequence[Line], ceilings: Ceilings) -> Roofline | None:
 
 def _rates(line: Line) -> tuple[float, float | None]:
     """TFLOP/s of gpukern and of the best peer."""
-    ours = (line.best.ours if line.best else line.time).median
-    return line.row.flops / ours / 1e6, line.row.flops / line.best.time.median / 1e6 if line.best else None
+    if line.best:
+        ours, theirs = line.best.times
+        return line.row.flops / ours / 1e6, line.row.flops / theirs / 1e6
+    assert line.time is not None
+    return line.row.flops / line.time.median / 1e6, None
 
 
 def _around(values: Sequence[float]) -> Scale:

@@ -50,6 +50,18 @@ class Versus:
     def outcome(self) -> Outcome | None:
         return outcome(self.ratio)
 
+    @property
+    def median(self) -> float:
+        """That of the ratio, where there is one."""
+        assert self.ratio is not None
+        return self.ratio.median
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """The medians of gpukern and of the peer, where there is a ratio."""
+        assert self.ours is not None and self.time is not None
+        return self.ours.median, self.time.median
+
 
 @dataclass(frozen=True)
 class Line:
@@ -188,7 +200,7 @@ def line_of(row: Row, ceilings: Ceilings) -> Line:
     timing = common_timing(ours) if ours.status == "ok" else None
     peers = tuple(_versus(ours, peer) for peer in row.candidates[1:])
     compared = [peer for peer in peers if peer.ratio]
-    best = min(compared, key=lambda peer: peer.ratio.median, default=None)
+    best = min(compared, key=lambda peer: peer.median, default=None)
     return Line(row, timing, spread(ours.samples[timing]) if timing else None, peers, best, *_floor(row, ceilings))
 
 
@@ -207,7 +219,7 @@ def tallies(lines: Sequence[Line]) -> tuple[Tally, ...]:
 def _rank(line: Line) -> tuple[int, float]:
     if line.time is None:
         return 0, 0.0
-    return (1, line.best.ratio.median) if line.best else (2, 0.0)
+    return (1, line.best.median) if line.best else (2, 0.0)
 
 
 def _versus(ours: Candidate, peer: Candidate) -> Versus:
@@ -233,7 +245,7 @@ def _floor(row: Row, ceilings: Ceilings) -> tuple[float | None, Literal["memory"
 def _tally(name: str, found: Sequence[Versus | None]) -> Tally:
     compared = [peer for peer in found if peer and peer.ratio]
     outcomes = Counter(peer.outcome for peer in compared)
-    mean = geometric_mean(peer.ratio.median for peer in compared) if compared else None
+    mean = geometric_mean(peer.median for peer in compared) if compared else None
     return Tally(name, mean, outcomes["win"], outcomes["loss"], outcomes["tie"], len(found) - len(compared))
 
 
@@ -248,10 +260,10 @@ def _totals(lines: Iterable[Line]) -> Iterable[Total]:
                 entry = sums[use.network, peer.candidate.name]
                 entry[0] += use.count
                 if peer.ratio:
-                    times = peer.ours.median, peer.time.median
+                    times = peer.times
                     entry[1:] = entry[1] + use.count, entry[2] + use.count * times[0], entry[3] + use.count * times[1]
-    for (network, peer), (layers, covered, ours, theirs) in sorted(sums.items(), key=lambda item: item[0][0]):
-        yield Total(network, peer, int(layers), int(covered), ours, theirs)
+    for (network, name), (layers, covered, ours, theirs) in sorted(sums.items(), key=lambda item: item[0][0]):
+        yield Total(network, name, int(layers), int(covered), ours, theirs)
 
 
 def _problems(lines: Iterable[Line]) -> Iterable[Problem]:

@@ -61,9 +61,8 @@ def _table(group: Group, peers: Sequence[str]) -> Table:
     heads = [
         words.one_line(name) + (f" ({timing})" if timing != group.timing else "") for name, timing in usual.items()
     ]
-    caption = (
-        f"{words.TIMINGS.get(group.timing, 'not timed')}, median ± half of its 95 % interval; × is the peer's time"
-    )
+    timed = words.TIMINGS.get(group.timing or "", "not timed")
+    caption = f"{timed}, median ± half of its 95 % interval; × is the peer's time"
     columns = ["layer", "gpukern µs", *heads, "of limit", "bound"]
     table = new_table(words.group_title(group.key), caption + " / gpukern's", columns)
     for line in group.lines:
@@ -92,7 +91,7 @@ def _throughput_table(group: Group, timing: str, rows: Sequence[Throughput]) -> 
     table = new_table(title, throughput.CAPTION, throughput.COLUMNS, left=throughput.WORDS)
     for row in rows:
         cells = [Text(cell) for cell in row.cells]
-        cells[throughput.RATIO].stylize(_COLOURS.get(row.outcome, ""))
+        cells[throughput.RATIO].stylize(_COLOURS.get(row.outcome or "", ""))
         table.add_row(*cells, style="bold" if row.ours else "")
     return table
 
@@ -112,13 +111,14 @@ def _ours(line: Line, usual: str | None) -> Text:
     return Text(f"{words.micro(line.time.median)} {words.plus_minus(line.time)}{mark}")
 
 
-def _peer(peer: Versus | None, usual: str) -> Text:
+def _peer(peer: Versus | None, usual: str | None) -> Text:
     if peer is None:
         return Text("–")
     if peer.time is None:
         return Text(words.state(peer.candidate), style="magenta")
     value = Text(words.micro(peer.time.median) + (f" {peer.timing}" if peer.timing != usual else ""))
-    return value.append(f" {words.ratio(peer.ratio.median)}", style=_COLOURS[peer.outcome]) if peer.ratio else value
+    outcome = peer.outcome
+    return value if outcome is None else value.append(f" {words.ratio(peer.median)}", style=_COLOURS[outcome])
 
 
 def _notes(group: Group, to: Console) -> None:

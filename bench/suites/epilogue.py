@@ -89,7 +89,7 @@ def _cudnn_fused(task: Task[ConvProblem], device: torch.device) -> Implementatio
     else:
         name, fused = "cudnn_convolution_relu", torch.ops.aten.cudnn_convolution_relu.default
 
-        def run(x, w, b) -> torch.Tensor:
+        def run(x, w, b) -> torch.Tensor:  # type: ignore[misc]
             return fused(x, w, b, *geometry)
 
     missing = "" if device.type == "cuda" else "cuDNN needs a CUDA device"

@@ -99,7 +99,7 @@ class Optimizers(Suite[Update]):
     def tensors(self, task: Task[Update], device: torch.device) -> Operands:
         """Gradients, which all candidates share."""
         made = task.problem.tensors(DTYPES[task.case.dtype], device).made()
-        return tuple(parameter.grad.normal_() for parameter in made)
+        return tuple(parameter.grad.normal_() for parameter in made if parameter.grad is not None)
 
     def reference(self, task: Task[Update], tensors: Operands) -> torch.Tensor:
         """By PyTorch's single-tensor code, or by ours where PyTorch has no such optimizer."""

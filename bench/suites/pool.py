@@ -16,7 +16,7 @@ from bench.results import Use
 from bench.suite import Implementation, Suite, Task, Tensors, in_mode, register
 from gpukern.explain.layers import Kind, Pool, describe_pool, pool_of
 from gpukern.ops._pool2d.cost_model import Pooling, work
-from gpukern.ops._pool2d.problem import AdaptiveProblem
+from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem
 from gpukern.ops.pool2d import (
     adaptive_avg_pool2d_backward,
     avg_pool2d_backward,
@@ -77,10 +77,10 @@ class Pools(Suite[Pool]):
         if task.problem.kind is Kind.MAX and not backward:
             return 0.0  # one of the inputs, exactly
         if isinstance(w, AdaptiveProblem):
-            sides = ((w.H, w.P), (w.W, w.Q))
+            sides = [(w.H, w.P), (w.W, w.Q)]
             terms = math.prod(cdiv(*(reversed(side) if backward else side)) + 1 for side in sides)
         else:
-            sides = zip(w.kernel, w.stride, strict=True)
+            sides = list(zip(w.kernel, w.stride, strict=True))
             terms = math.prod(cdiv(*side) if backward else side[0] for side in sides)
         return sum_bound(task.case.dtype, terms)
 
@@ -123,7 +123,12 @@ def _gpukern(task: Task[Pool]) -> Steps:
     w, geometry = pool.window, geometry_of(pool)
     image = (w.N, w.C, w.H, w.W)
     if task.case.computation == FORWARD:
-        function = {Kind.MAX: F.max_pool2d, Kind.AVERAGE: F.avg_pool2d, Kind.ADAPTIVE: F.adaptive_avg_pool2d}[pool.kind]
+        ours: dict[Kind, Callable[..., Any]] = {
+            Kind.MAX: F.max_pool2d,
+            Kind.AVERAGE: F.avg_pool2d,
+            Kind.ADAPTIVE: F.adaptive_avg_pool2d,
+        }
+        function = ours[pool.kind]
         return tuple, lambda x, dy: function(x, *geometry)
     if task.case.computation == FOR_TRAINING:
         return tuple, lambda x, dy: max_pool2d_with_taps(x, *geometry)[0]
@@ -132,7 +137,7 @@ def _gpukern(task: Task[Pool]) -> Steps:
             lambda tensors: (tensors[1], max_pool2d_with_taps(tensors[0], *geometry)[1]),
             lambda dy, taps: max_pool2d_backward(dy, taps, image, last, *geometry),
         )
-    if pool.kind is Kind.AVERAGE:
+    if isinstance(w, PoolProblem):
         rest = w.kernel, w.stride, w.padding, w.dilation, w.ceil_mode, w.count_include_pad, w.divisor_override
         return tuple, lambda x, dy: avg_pool2d_backward(dy, image, last, *rest)
     return tuple, lambda x, dy: adaptive_avg_pool2d_backward(dy, image, last, *geometry)
@@ -142,11 +147,12 @@ def _torch(task: Task[Pool]) -> Steps:
     pool, geometry, aten = task.problem, geometry_of(task.problem), torch.ops.aten
     functional = torch.nn.functional
     if task.case.computation == FORWARD:
-        function = {
+        theirs: dict[Kind, Callable[..., Any]] = {
             Kind.MAX: functional.max_pool2d,
             Kind.AVERAGE: functional.avg_pool2d,
             Kind.ADAPTIVE: functional.adaptive_avg_pool2d,
-        }[pool.kind]
+        }
+        function = theirs[pool.kind]
         return tuple, lambda x, dy: function(x, *geometry)
     if task.case.computation == FOR_TRAINING:
         return tuple, lambda x, dy: aten.max_pool2d_with_indices(x, *geometry)[0]
