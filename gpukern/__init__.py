@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gpukern import functional, nn, onnx, optim
+from gpukern import functional, fusion, nn, onnx, optim
 from gpukern.convert import convert
 from gpukern.flops import register_formulas
 from gpukern.fusion import FusionError, fuse, load
+from gpukern.runtime.renamed import keep_old_name
 from gpukern.summary import summary
 from gpukern.version import __version__
 
@@ -46,5 +47,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LATER[name]), name)
 
 
+# The package of the function ``gpukern.fuse`` had its name.
+keep_old_name("gpukern.fuse", fusion)
 register_formulas()
 onnx.register_decompositions()

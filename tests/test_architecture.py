@@ -126,6 +126,7 @@ PUT_TOGETHER = {
     "info.py": "",
     "ops/_operators.py": "ops/[!_]*.py",
     "runtime/mode.py": "",
+    "runtime/renamed.py": "",
     "tune/sources.py": "",
 }
 

@@ -123,3 +123,30 @@ assert all(hasattr(gpukern, name) for name in gpukern.__all__) and not hasattr(g
 """
     run = run_python(code)
     assert run.stdout.startswith("refused\ntuning measures on a CUDA device"), run.stderr
+
+
+def test_the_package_of_fuse_is_found_by_its_earlier_name(run_python):
+    """The same modules, whatever was imported first, and ``gpukern.fuse`` stays the function."""
+    code = """
+import importlib, sys
+import gpukern
+from gpukern.fuse import FusedModel, FusionError, FusionReport
+from gpukern.fuse.errors import FusionError as from_module
+from gpukern.fuse.sources import SourceError
+from gpukern.fuse.weights.load import load_weights
+import gpukern.fusion.sources
+assert FusionError is from_module is gpukern.FusionError and SourceError is gpukern.fusion.sources.SourceError
+assert FusedModel is gpukern.FusedModel and FusionReport is gpukern.FusionReport
+for name in ("errors", "sources", "weights.load"):
+    module = sys.modules[f"gpukern.fuse.{name}"]
+    assert module is sys.modules[f"gpukern.fusion.{name}"]
+    assert module.__name__ == module.__spec__.name == f"gpukern.fusion.{name}"
+assert callable(gpukern.fuse) and gpukern.fuse.__module__ == "gpukern.fusion.api"
+try:
+    importlib.import_module("gpukern.fuse.nothing")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    run = run_python(code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "No module named 'gpukern.fuse.nothing'"
