@@ -1,4 +1,4 @@
-"""What :func:`gpukern.fuse` returns."""
+"""The fused model that :func:`gpukern.fuse` returns."""
 
 from __future__ import annotations
 

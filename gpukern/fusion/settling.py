@@ -209,7 +209,7 @@ def _why_not_into(program: Program, user: Node, operand: Node, skip: Sequence[st
 
 
 def _affine(program: Program, node: Node) -> Affine | None:
-    """What a call does to the channels of its first operand."""
+    """Return the affine map of a call on the channels of its first operand."""
     first = node.args[0] if node.args else None
     if not isinstance(first, Node) or node.all_input_nodes.count(first) != 1:
         return None
@@ -217,7 +217,7 @@ def _affine(program: Program, node: Node) -> Affine | None:
 
 
 def _through(node: Node) -> Callable[[Node], bool]:
-    """By what ``node`` may move: plain arithmetic stays with the pools that it follows or precedes."""
+    """Return the operators through which ``node`` may move: plain arithmetic stays with the pools beside it."""
     return carries if is_batch_norm(node) else is_move
 
 

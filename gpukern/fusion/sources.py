@@ -1,4 +1,4 @@
-"""Models by name, weights and reports from files: what a command line has words for."""
+"""Models by name, weights and reports from files, as given on a command line."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _made(name: str) -> torch.nn.Module:
 
 
 def _trained(path: Path) -> torch.nn.Module:
-    """Of a checkpoint that says what it is of."""
+    """Return the model of a checkpoint that names it."""
     try:
         state = read(path)
     except WeightsError as problem:  # here it is the model that is to blame

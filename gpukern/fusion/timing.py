@@ -1,4 +1,4 @@
-"""How long a forward pass takes on a GPU, and how many kernels it launches."""
+"""Timing of a forward pass on a GPU, and its number of kernels."""
 
 from __future__ import annotations
 

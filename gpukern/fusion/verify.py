@@ -40,7 +40,7 @@ _ROUNDINGS = 1.0
 _SUMS, _SUMS_OF_TRUTH = 16.0, 64.0
 #: Bytes of parameters in fp64 beyond which fp32 is the truth.
 _LARGEST = 2e9
-#: Of outputs that are no floating-point numbers, as classes of pixels: so many may differ.
+#: Share of outputs that are not floating point, such as classes of pixels, that may differ.
 DISAGREEMENT = 0.01
 
 
@@ -68,14 +68,14 @@ class Witness:
         unfused = _in_dtype(model, inputs, dtype, see)
         self.unfused = distance(unfused, self.truth)
         if not math.isfinite(self.unfused):
-            # The original overflows in this dtype, and is no measure: roundings of all layers by their square root.
+            # The original overflows in this dtype, so it is not used: roundings of all layers by their square root.
             self.unfused = math.sqrt(max(products.convolutions + products.matrices, 1)) * torch.finfo(dtype).eps
         self.floor = _floor(dtype, self.truth_dtype) + tf32(products.convolutions, products.matrices, inputs, dtype)
         if not any(leaf.is_floating_point() for leaf in self.truth):
             self.floor = max(self.floor, DISAGREEMENT)
 
     def judge(self, module: Callable[..., Any]) -> Verification:
-        """How far ``module`` is from the truth. FusionError where it decides by other kinds of numbers."""
+        """Measure the distance of ``module`` from the truth. FusionError if it decides by other kinds of numbers."""
         with torch.no_grad():
             outputs = self._see(module, self.inputs)
         if self._see is decided and [each.shape for each in outputs] != [each.shape for each in self.truth]:
@@ -119,7 +119,7 @@ def _floor(dtype: torch.dtype, truth: torch.dtype) -> float:
 
 
 def floor(dtype: torch.dtype, sums: float) -> float:
-    """What right models may differ by, whatever the unfused one's error: ``sums`` are roundings to what adds up."""
+    """Return the error that right models may have, whatever the unfused one's: ``sums`` are roundings of sums."""
     return _ROUNDINGS * torch.finfo(dtype).eps + sums * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
@@ -143,7 +143,7 @@ class _Products(TorchDispatchMode):
 def tf32(convolutions: int, matrices: int, inputs: Sequence[Any], dtype: torch.dtype) -> float:
     """For so many layers: what the floor has more where the fused model's kernels may multiply in TF32.
 
-    The unfused model is no measure of it: cuDNN does so for some layers and not for others, a CPU for none. Operands of
+    The unfused model is not a reference: cuDNN does so for some layers and not for others, a CPU for none. Operands of
     each layer are rounded to 11 bits, and errors of random sign add up by the square root of their number.
     """
     tensors = leaves(inputs)
@@ -257,7 +257,7 @@ def _argmax_agreement(outputs: Sequence[torch.Tensor], truth: Sequence[torch.Ten
 
 
 def blame(found: Verification, matches: Sequence[Match], judge: Callable[[Sequence[Match]], Verification]) -> str:
-    """What to say of a verification that did not pass, naming the first match without which it would.
+    """Describe a failed verification, naming the first match without which it would pass.
 
     ``judge`` verifies the model with some of the matches only.
     """

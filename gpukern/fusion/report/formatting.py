@@ -1,4 +1,4 @@
-"""How every form of a report writes numbers, names and comparisons."""
+"""Formatting of numbers, names and comparisons in every form of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpukern.fusion.report.values import FusedGroup, ReportValues, Verification
 
 
 class Line(NamedTuple):
-    """Of the table before/after. ``gain``: how many times as good, or what else there is to say of it."""
+    """A line of the before/after table. ``gain``: how many times as good, or another remark."""
 
     name: str
     before: str
@@ -109,7 +109,7 @@ def reasons(report: ReportValues) -> dict[str, list[str]]:
 
 
 class Column(NamedTuple):
-    """Of the table of groups; ``numbers``: whether it holds them."""
+    """A column of the table of groups; ``numbers``: whether it holds numbers."""
 
     name: str
     numbers: bool

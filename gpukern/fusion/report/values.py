@@ -1,4 +1,4 @@
-"""What a fusion did, as values."""
+"""Values of a fusion report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FusedGroup:
 
 @dataclass(frozen=True)
 class GraphNode:
-    """Of the picture: a node's name, what stands in it, the index of its group in ``fused`` or None, its inputs."""
+    """A node of the picture: its name, its text, the index of its group in ``fused`` or None, its inputs."""
 
     name: str
     label: str
@@ -49,9 +49,9 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of one forward pass for the example: operators that compute, elements of parameters, bytes of activations.
+    """Totals of a forward pass for the example: operators that compute, elements of parameters, bytes of activations.
 
-    Activations are what operators read and write, the model's input and output with them; constants are not counted.
+    Activations are tensors that operators read and write, with the model's input and output; constants do not count.
     """
 
     operators: int

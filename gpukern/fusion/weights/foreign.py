@@ -1,4 +1,4 @@
-"""What a file is that holds no weights that can be read, in words for whoever named it."""
+"""Descriptions of files without readable weights, for error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the names in a file to the model's own: wrappers and prefixes taken off, names of older versions renamed."""
+"""Mapping of a file's names to the model's own: wrappers and prefixes removed, names of older versions renamed."""
 
 from __future__ import annotations
 
