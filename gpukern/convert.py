@@ -155,7 +155,7 @@ def convert(
 
     Raises
     ------
-    TypeError if ``model`` is no module; RuntimeError if it cannot be copied, or if a function would go on calling a
+    TypeError if ``model`` is not a module; RuntimeError if it cannot be copied, or if a function would go on calling a
     module of the original: one that finds it in a list, an object or a global (``inplace=True`` needs no copy).
     """
     if not isinstance(model, torch.nn.Module):
@@ -203,7 +203,7 @@ def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _layers(module: torch.nn.Module, name: str, seen: set[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of whatever computes something itself, in the model's order, each once."""
+    """Yield (name, module) of every module that computes something itself, in the model's order, each once."""
     if module in seen:
         return
     seen.add(module)
@@ -238,7 +238,7 @@ def _torch_type(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 
 def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
-    """Why torch goes on computing ``module``; None if gpukern can, or does already."""
+    """Return the reason why torch still computes ``module``; None if gpukern can, or does already."""
     if isinstance(module, _OURS):
         return None
     if isinstance(module, torch.jit.ScriptModule):

@@ -1,10 +1,10 @@
-"""How every table, page and message writes a number: three significant digits as a rule, "–" for what is not known."""
+"""Formatting of numbers in all tables, pages and messages: usually three significant digits, "–" if not known."""
 
 from __future__ import annotations
 
 import math
 
-#: In the place of a value that is not known.
+#: Stands for a value that is not known.
 MISSING = "–"
 
 

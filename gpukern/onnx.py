@@ -1,4 +1,4 @@
-"""gpukern's operators in those of torch, of which ``torch.onnx.export(dynamo=True)`` makes standard ONNX operators.
+"""gpukern's operators in terms of torch's, from which ``torch.onnx.export(dynamo=True)`` makes standard ONNX.
 
 The exporter finds them by itself::
 

@@ -23,7 +23,7 @@ _FLOOR, _EXPECTED = "●", "○"
 
 
 def print_answer(found: Answer, code: list[Compiled] | str, top: int) -> None:
-    """In colour on a terminal, as plain text into anything else."""
+    """Print in colour on a terminal, as plain text into anything else."""
     show(render(found, code, top))
 
 

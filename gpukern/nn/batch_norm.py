@@ -11,7 +11,7 @@ from gpukern.ops.activation import check_activation
 
 
 class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
-    """What the layers share: torch's bookkeeping around :func:`gpukern.functional.batch_norm`."""
+    """Base of the layers: torch's bookkeeping around :func:`gpukern.functional.batch_norm`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._compute(input)

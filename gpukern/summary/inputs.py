@@ -1,4 +1,4 @@
-"""The model that is meant, and tensors of zeros for what it takes."""
+"""Unwrapping of a model, and tensors of zeros as its input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = {1: "[C, L]", 2: "[C, H, W]", 3: "[C, D, H, W]"}
 
 
 def original(model: object) -> torch.nn.Module:
-    """The module whose layers are Python's: of what torch.compile made, the one inside."""
+    """Return the module with Python layers: the one inside a wrapper of torch.compile."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "summary() watches the calls of Python modules, and TorchScript has compiled this one: pass the original"
@@ -55,7 +55,7 @@ def example(model: torch.nn.Module, input_size: Any) -> tuple[Any, ...]:
 
 
 def _told(given: Any) -> str:
-    """In a message: of tensors their sizes, not their values."""
+    """Format for a message: sizes of tensors, not their values."""
     leaves, structure = pytree.tree_flatten(given)
     told = [f"tensor{list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return repr(pytree.tree_unflatten(told, structure))
@@ -82,7 +82,7 @@ def _dimensions(model: torch.nn.Module) -> int | None:
 
 
 def _like(model: torch.nn.Module) -> torch.Tensor:
-    """A tensor of the model's own dtype and device."""
+    """Return a tensor of the model's own dtype and device."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 

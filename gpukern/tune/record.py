@@ -1,4 +1,4 @@
-"""Which launches a model meets: it runs once on gpukern's kernels, and every launch that is looked up is noted."""
+"""Recording of a model's launches: it runs once on gpukern's kernels, and every look-up of a launch is recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpukern.explain.formatting import describe
 
 
 class Call(conv.Call):
-    """A launch that a model meets, in words too."""
+    """A launch of a model, with its description."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""What tuning came to."""
+"""Report of a tuning run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Result:
 
     @property
     def speedup(self) -> float | None:
-        """Over the planner's choice; None where one of the two has no time."""
+        """Speedup over the planner's choice; None if one of the two has no time."""
         entry = self.entry
         if not entry.microseconds or not entry.heuristic_microseconds:
             return None
