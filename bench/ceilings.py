@@ -1,4 +1,4 @@
-"""What the device does at best, measured: the copy bandwidth and the matrix rates that rows are held against."""
+"""Measured ceilings of the device: the copy bandwidth and the matrix rates that rows are compared with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ceilings(device: torch.device) -> Ceilings:
     target = torch.empty_like(source)
     seconds = _seconds([lambda: target.copy_(source)], device)
     bandwidth = 2 * source.numel() / seconds
-    # A CPU has no 16-bit rate worth the name, and TF32 is none of its ways to multiply.
+    # A CPU has no 16-bit rate worth measuring, and no TF32.
     kinds = tuple(DTYPES) if cuda else ("float32",)
     return Ceilings(bandwidth, {kind: _matrix_rate(kind, 8192 if cuda else 1024, device) for kind in kinds})
 

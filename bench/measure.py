@@ -28,7 +28,7 @@ class Method:
     """How rows are measured; part of every results file."""
 
     peers: tuple[str, ...]
-    #: Of timing for each candidate of a row, and the least and the most rounds.
+    #: Seconds of timing per candidate of a row, and the minimum and maximum of rounds.
     seconds: float = 0.3
     least_rounds: int = 10
     most_rounds: int = 100
@@ -39,7 +39,7 @@ class Method:
 
 
 class DeviceLost(Exception):
-    """A candidate broke the device for the whole process; ``row`` says which."""
+    """A candidate broke the device for the whole process; ``row`` names it."""
 
     def __init__(self, row: Row) -> None:
         super().__init__(f"the device was lost on {row.case.key}")

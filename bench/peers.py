@@ -1,4 +1,4 @@
-"""Who gpukern is measured against: torch's own function, in each of its best settings, on the same values.
+"""Peers that gpukern is measured against: torch's own function, in each of its best settings, on the same values.
 
 cuDNN (which PyTorch calls) gets both layouts with ``cudnn.benchmark`` on; ``torch.compile`` its default mode and
 max-autotune, whose own CUDA graphs are off because every candidate runs in one of ours; FlagGems runs where it is

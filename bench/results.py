@@ -1,4 +1,4 @@
-"""What a run leaves behind: a JSON file of measured rows.
+"""Results of a run: a JSON file of measured rows.
 
 ``schema.json`` beside this file describes it for other programs. Every figure that this project publishes is computed
 from such files.
@@ -23,7 +23,7 @@ Status = Literal["ok", "wrong", "failed", "missing"]
 
 
 class ResultsError(Exception):
-    """A file is no results file, or not of a form that this version reads."""
+    """A file is not a results file, or not of a form that this version reads."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device itself does at best, measured in the same run: a large copy and large matrix products."""
+    """Peak rates of the device, measured in the same run: a large copy and large matrix products."""
 
     #: Bytes read plus bytes written, per second.
     bandwidth: float
@@ -85,7 +85,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed, on which tensors. Everything that decides the time is in it."""
+    """A computation and its tensors. It contains everything that determines the time."""
 
     suite: str
     #: "forward", "input gradient", "weight gradient", "training step", "inference", ...
@@ -132,7 +132,7 @@ class Row:
     case: Case
     flops: float
     bytes: float
-    #: Of :attr:`Ceilings.matrix_rates`: the rate that bounds it.
+    #: Key of :attr:`Ceilings.matrix_rates`: the rate that bounds it.
     kind: str
     #: A result is right up to this error.
     bound: float

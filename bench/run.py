@@ -25,7 +25,7 @@ from bench.results import Candidate, Results, ResultsError, Row, Use
 from bench.suite import Implementation, Suite, Task, merged
 from gpukern.runtime.current_device import device_spec
 
-#: Of the time of a run that may go into writing its file, which grows with each row.
+#: Share of a run's time that may go into writing its file, which grows with each row.
 _SAVE_SHARE = 0.1
 #: Starting the processes that compile together takes as long as a few kernels.
 _WORTH_COMPILING_TOGETHER = 8

@@ -1,7 +1,7 @@
-"""What a suite is: which cases it has, on which tensors, and who computes them.
+"""Definition of a suite: its cases, their tensors, and the implementations that compute them.
 
 A suite is one file in :mod:`bench.suites` that defines a subclass of :class:`Suite` and registers an instance of it;
-the command line, the measuring and the reports know it then.
+the command line, the measurement and the reports then include it.
 """
 
 from __future__ import annotations

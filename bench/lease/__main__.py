@@ -29,7 +29,7 @@ from bench.lease import calls, carried
 VENV = ROOT / ".cache" / "lease" / "venv"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 LARGEST = 20e6
-#: Of the device that :mod:`bench.lease.pretend` pretends.
+#: Results of the device that :mod:`bench.lease.pretend` pretends.
 _RESULTS = Path("bench") / "results" / "nvidia-h200"
 #: Compiling takes longer than the calls may; so does everything on fewer cores.
 _MINUTES_TO_COMPILE = "60"
@@ -112,7 +112,7 @@ class Trial:
                 continue
 
     def counts(self) -> collections.Counter:
-        """Of kernels that were found and compiled, and of C files that were."""
+        """Count the kernels that were found and compiled, and the C files that were compiled."""
         return collections.Counter(line.partition(" ")[0] for line in self._log.read_text().splitlines())
 
     def compiled(self) -> list[str]:

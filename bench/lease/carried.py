@@ -1,4 +1,4 @@
-"""Compiled kernels that were brought along: where they lie, for which code, and for which rows.
+"""Compiled kernels brought to a rented machine: their folder, and the code and rows they are for.
 
 Triton's cache finds an entry by a hash of its own sources, the kernel's text and first line, and what is compiled in;
 its group files hold absolute paths, so the folder has one name on all machines.
@@ -18,7 +18,7 @@ from bench import results
 from bench.environment import ROOT, source_hash
 from gpukern.runtime.records import build, plain
 
-#: Of every machine.
+#: The same folder on every machine.
 FOLDER = Path("/tmp/gpukern-lease")
 #: In the checkout, not in git.
 ARCHIVE = ROOT / ".cache" / "lease" / "kernels.tar.xz"

@@ -1,4 +1,4 @@
-"""Where the marks of the page's charts go: percentages of a chart's width and height, so that it fits any screen.
+"""Positions of the marks in the page's charts: percentages of their width and height, so that they fit any screen.
 
 The template draws them with its own colours; nothing here depends on the time or the machine.
 """
@@ -64,7 +64,7 @@ class Bars:
 
 
 def bars(lines: Iterable[Line]) -> Bars:
-    """Of rows with a ratio, in their order. 1.0 is in the middle, so that twice and half look alike."""
+    """Return the bars of rows with a ratio, in order. 1.0 is in the middle, so that twice and half look alike."""
     compared = [line for line in lines if line.best]
     ends = [max(r.high, 1 / r.low) for r in (line.best.ratio for line in compared)]
     limit = min(_WIDEST, max([1.25, *ends]) * 1.03)

@@ -16,7 +16,7 @@ from bench.report.throughput import Throughput, throughputs
 from bench.results import Results
 from gpukern import tables
 
-#: Of what goes into a pipe: no window to fit, and nothing may be cut off.
+#: Columns of output into a pipe: there is no window to fit, and nothing may be truncated.
 WIDE = 160
 #: Columns of a window that a table takes without its peers, and for each of them. More peers than fit get a table more.
 _FIXED, _PEER = 52, 15

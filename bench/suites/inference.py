@@ -1,4 +1,4 @@
-"""Whole networks made ready for inference: fused by gpukern, folded by hand, or compiled by PyTorch."""
+"""Whole networks prepared for inference: fused by gpukern, folded by hand, or compiled by PyTorch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Inference(Networks):
         return to_layout(task.case.layout, (images.to(DTYPES[task.case.dtype]),))
 
     def reference(self, task: Task[WholeNetwork], tensors: Tensors) -> torch.Tensor:
-        """Of the network before anyone rounded or folded its weights."""
+        """Return the result of the network before its weights were rounded or folded."""
         (images,) = tensors
         model = placed(trained_alike(task.problem.name), images.device, torch.float64, "NCHW")
         with torch.no_grad():

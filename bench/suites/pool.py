@@ -72,7 +72,7 @@ class Pools(Suite[Pool]):
         return work(task.problem.window, _pooling(task), DTYPES[task.case.dtype].itemsize)
 
     def bound(self, task: Task[Pool]) -> float:
-        """Of sums over a window; backward, over the windows that an element lies in."""
+        """Return the bound of sums over a window; backward, over the windows that contain an element."""
         w, backward = task.problem.window, task.case.computation == BACKWARD
         if task.problem.kind is Kind.MAX and not backward:
             return 0.0  # one of the inputs, exactly
