@@ -51,7 +51,7 @@ class Attempts:
 
     @contextlib.contextmanager
     def going_on(self) -> Iterator[None]:
-        """For as long as the run lasts; whatever ends it in Python, no candidate is to blame."""
+        """Cover the duration of the run; if it ends in Python, no candidate is to blame."""
         try:
             yield
         finally:

@@ -64,7 +64,7 @@ def _expectation(row: Measured, plan: ConvPlan) -> Callable[[Constants], float]:
 
 
 def quality(rows: Sequence[Sequence[Sample]], constants: Constants) -> Quality:
-    """How good ``constants`` are; plans that are chosen only after they were measured are no choice here."""
+    """Return the quality of ``constants``; plans that are chosen only after a measurement are left out."""
     errors, regrets = [], []
     for row in rows:
         guesses = {sample.plan: sample.expect(constants) for sample in row}
@@ -104,7 +104,7 @@ Name = tuple[str, object]
 
 
 def _names(constants: Constants) -> list[Name]:
-    """All but one of two that only their product tells of: see :data:`_REFERENCE`."""
+    """Names of all constants but one of two of which only the product is determined: see :data:`_REFERENCE`."""
     names: list[Name] = []
     for field in fields(constants):
         value = getattr(constants, field.name)

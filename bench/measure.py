@@ -25,7 +25,7 @@ NOT_TRIED = "not tried: "
 
 @dataclass(frozen=True)
 class Method:
-    """How rows are measured; part of every results file."""
+    """Method by which rows are measured; part of every results file."""
 
     peers: tuple[str, ...]
     #: Seconds of timing per candidate of a row, and the minimum and maximum of rounds.
@@ -116,11 +116,11 @@ class _Contest:
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """Those that were tried so far, in the order of the row."""
+        """The candidates tried so far, in the order of the row."""
         return tuple(self._found[index] for index in sorted(self._found))
 
     def fail(self, implementations: Sequence[Implementation], why: str) -> None:
-        """None of those that were not tried can run, or be believed."""
+        """Mark untried candidates as missing or failed: they cannot run, or their results cannot be trusted."""
         for index, each in enumerate(implementations):
             if index not in self._found:
                 status = "missing" if each.missing else "failed"

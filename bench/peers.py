@@ -40,7 +40,7 @@ def torch_at_its_best(dtype: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cudnn() -> Iterator[None]:
-    """For the reference: a peer is not its own judge, and cuDNN would first try all its algorithms for float64."""
+    """Switch cuDNN off for the reference: it is a peer, and it would first try all its algorithms for float64."""
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     try:

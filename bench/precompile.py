@@ -61,7 +61,7 @@ def precompile(
 
 @dataclass(frozen=True)
 class _Share:
-    """What one process does: of the kernels of ``tasks`` those with a number of ``part`` modulo ``parts``."""
+    """Share of one process: the kernels of ``tasks`` whose number is ``part`` modulo ``parts``."""
 
     tasks: Sequence[Task]
     part: int = 0
@@ -105,7 +105,7 @@ def _compile(suite_name: str, share: _Share, device: DeviceSpec) -> int:
 
 
 def _call(suite: Suite, task: Task, device: torch.device) -> None:
-    """What fails here must not stop the tasks after it."""
+    """Make the call; a failure must not stop the tasks after it."""
     with contextlib.suppress(Exception):
         tensors = suite.tensors(task, device)
         for implementation in suite.implementations(task, (), device):

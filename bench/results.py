@@ -28,7 +28,7 @@ class ResultsError(Exception):
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and on what a run was made. ``source`` is a hash of gpukern's code: equal means the same kernels."""
+    """Machine and software of a run. ``source`` is a hash of gpukern's code: equal means the same kernels."""
 
     device: str
     device_type: Literal["cuda", "cpu"]
@@ -76,7 +76,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Use:
-    """Where a network has this problem: ``count`` layers, the first of which is ``layer``."""
+    """Use of this problem in a network: ``count`` layers, the first of which is ``layer``."""
 
     network: str
     layer: str

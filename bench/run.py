@@ -158,7 +158,7 @@ class _File:
         return wanted <= {candidate.name for candidate in row.candidates if _is_done(candidate)}
 
     def spared(self, task: Task) -> tuple[Candidate, ...]:
-        """What failed in a row that is to be finished: it may have kept the others from being measured."""
+        """Return the failed candidates of an unfinished row: they may have kept the others from being measured."""
         row, blamed = self._rows.get(task.case.key), self._blamed.get(task.case.key, ())
         return (
             *blamed,
@@ -166,7 +166,7 @@ class _File:
         )
 
     def blame(self, hung: Attempt) -> None:
-        """What an earlier run was at when it was ended."""
+        """Blame the candidate that was running when an earlier run ended."""
         candidate = Candidate(hung.name, hung.setting, "failed", "it hung, or ended the process")
         self._blamed[hung.key] = (candidate,)
 
@@ -176,7 +176,7 @@ class _File:
         self._save_now_or_later()
 
     def add_unfinished(self, row: Row) -> None:
-        """Unless the file has more of this row, from a run that got further."""
+        """Add an unfinished row, unless the file has more of it from a run that got further."""
         known = self._rows.get(row.case.key)
         if known is None or _timed(known) <= _timed(row):
             self.add(row)

@@ -31,7 +31,7 @@ class Stopwatch(Protocol):
 
 
 class WallStopwatch:
-    """For the CPU, where a call is over when it returns."""
+    """A stopwatch for the CPU, where a call is over when it returns."""
 
     way = "wall"
 

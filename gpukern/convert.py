@@ -77,7 +77,7 @@ class Together(NamedTuple):
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`convert` did. A layer that the model has under several names is listed under the first."""
+    """Report of :func:`convert`. A layer that the model has under several names is listed under the first."""
 
     replaced: tuple[Layer, ...]
     #: layers that were gpukern's before
@@ -145,7 +145,7 @@ def convert(
         return ``(model, ConversionReport)``.
 
     A ``torch.nn.Sequential`` in which neighbouring layers can be computed together becomes a
-    :class:`gpukern.nn.Sequential`, which tells when that is; one of a subclass that leaves ``forward`` alone gets a
+    :class:`gpukern.nn.Sequential`, which documents its runs; one of a subclass that leaves ``forward`` alone gets a
     class derived from both. The report lists them under ``together``.
 
     Names, ``state_dict``, hooks, training mode, devices, ``requires_grad``, parametrizations and layers shared between
@@ -188,7 +188,7 @@ def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
     memo: dict[int, object] = {}
     for module in modules_in(model):
         if isinstance(module, torch.jit.ScriptModule):
-            continue  # its tensors live in C++, where no memo is asked for them
+            continue  # its tensors live in C++, where no memo is consulted
         # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
         for values in (module._parameters, module._buffers, vars(module)):
             memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))

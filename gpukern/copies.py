@@ -222,8 +222,8 @@ def _exchange(old: Any, new: Any, put: Callable[[Any], None]) -> None:
 class _Exchange:
     """Puts other objects in the places of some, in all that an object reaches: ``twins`` has them by id.
 
-    ``names``: modules that must not be reached any more, by id; ``common``: what is not to be changed, because it is
-    somebody else's too. Both must be alive.
+    ``names``: modules that must not be reached any more, by id; ``common``: what is not to be changed, because other
+    objects share it. Both must be alive.
     """
 
     def __init__(self, twins: dict[int, Any], names: dict[int, str], common: dict[int, Any]) -> None:

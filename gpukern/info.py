@@ -41,7 +41,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA device. Memory in bytes; ``shared_memory`` is the most that one block can ask for."""
+    """A CUDA device. Memory in bytes; ``shared_memory`` is the most that one block can request."""
 
     index: int
     name: str

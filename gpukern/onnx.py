@@ -28,7 +28,7 @@ __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """By operator, the same computation in torch's: of all that a model's forward calls, in training too.
+    """Return the decomposition of each operator that a model's forward calls, in training too, into torch's.
 
     For sizes that are symbols as well. Layouts are not kept, nor are the bits: torch's operators round in their way.
     """

@@ -84,4 +84,4 @@ def show(shown: RenderableType, width: int = WIDE) -> None:
     if terminal.is_terminal:
         terminal.print(shown)
     else:
-        print(as_text(shown, width), flush=True)  # before what is told on standard error next
+        print(as_text(shown, width), flush=True)  # before the next message on standard error

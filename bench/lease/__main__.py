@@ -179,7 +179,7 @@ def _ran(row: results.Row) -> bool:
 
 
 def faults(trial: Trial, statuses: dict[str, int], size: int) -> list[str]:
-    """What must be mended before a GPU is rented."""
+    """Return the faults that must be fixed before a GPU is rented."""
     found = [f"{stage} ended with exit status {status}" for stage, status in statuses.items() if status]
     found += [f"compiled in the second run: {line}" for line in trial.compiled()[:20]]
     found += trial.refusals()[:20]

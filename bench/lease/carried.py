@@ -29,7 +29,7 @@ _TO_READ = (".source", ".ttir", ".ttgir", ".llir")
 
 @dataclass(frozen=True)
 class Carried:
-    """What an archive is for: gpukern's code, Triton, the compute capability; and the keys of the rows whose kernels
+    """Target of an archive: gpukern's code, Triton, the compute capability; and the keys of the rows whose kernels
     are in it."""
 
     source: str
@@ -76,7 +76,7 @@ def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str:
 
 
 def forget(folder: Path) -> None:
-    """What the kernels in ``folder`` are for; they themselves stay."""
+    """Delete the record of the target of the kernels in ``folder``; the kernels stay."""
     (folder / _MANIFEST).unlink(missing_ok=True)
 
 

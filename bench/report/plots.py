@@ -48,7 +48,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Bar:
-    """From 1.0 to the ratio to the best peer, and the ratio's interval."""
+    """A bar from 1.0 to the ratio to the best peer, and the ratio's interval."""
 
     line: Line
     left: float
@@ -145,7 +145,7 @@ def _around(values: Sequence[float]) -> Scale:
 
 
 def _down(scale: Scale, value: float) -> float:
-    """From the top, as pictures count."""
+    """Return a position from the top, as in pictures."""
     return round(100 - scale.at(value), 2)
 
 

@@ -22,7 +22,7 @@ DIRECTIONS = {direction.value: direction for direction in Direction}
 
 
 def describe(p: ConvProblem) -> tuple[str, dict[str, Any]]:
-    """As people write it: input, filters, and what is not the default."""
+    """Describe the problem: input, filters, and values that are not the default."""
     options = {
         "stride": (p.stride, (1, 1)),
         "padding": (p.padding[::2], (0, 0)),

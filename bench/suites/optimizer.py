@@ -102,7 +102,7 @@ class Optimizers(Suite[Update]):
         return tuple(parameter.grad.normal_() for parameter in made)
 
     def reference(self, task: Task[Update], tensors: Operands) -> torch.Tensor:
-        """By PyTorch's single-tensor code, or by ours where PyTorch has no such optimizer."""
+        """Compute by PyTorch's single-tensor code, or by ours if PyTorch has no such optimizer."""
         of = task.problem.tensors(torch.float64, tensors[0].device)
         sizes, exact = zip(*_compared(list(zip(of.sizes, tensors, strict=True))), strict=True)
         of, name = Tensors(sizes, of.groups, dtype=torch.float64, device=of.device), task.case.computation
@@ -150,7 +150,7 @@ def _compared(sized: Sequence[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torc
 
 
 def _apex(name: str) -> Any:
-    """As a module in which apex's class has PyTorch's name; None where there is none with the same options."""
+    """Return a module in which apex's class has PyTorch's name; None if there is none with the same options."""
     kind, options = OPTIMIZERS[name]
     if kind not in _APEX or "amsgrad" in options:
         return None

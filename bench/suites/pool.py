@@ -30,7 +30,7 @@ FORWARD, FOR_TRAINING, BACKWARD = "forward", "forward for training", "backward"
 
 
 def geometry_of(pool: Pool) -> tuple[Any, ...]:
-    """What follows the tensors in gpukern's and in torch's calls, but for torch's flag of averages."""
+    """Return the arguments after the tensors in gpukern's and torch's calls, without torch's flag of averages."""
     w = pool.window
     if isinstance(w, AdaptiveProblem):
         return ((w.P, w.Q),)

@@ -28,7 +28,7 @@ def print_answer(found: Answer, code: list[Compiled] | str, top: int) -> None:
 
 
 def render(found: Answer, code: list[Compiled] | str, top: int) -> RenderableType:
-    """All of it; ``code`` is the machine code or why there is none, ``top`` how many alternatives are listed."""
+    """Render the answer; ``code``: the machine code or why it is absent, ``top``: the number of listed alternatives."""
     parts = [_heading(found), _facts(found), *(Text(f"• {reason}") for reason in reasons(found)), _plans(found, top)]
     parts += [Text(code, style="dim")] if isinstance(code, str) else _code(code)
     return Group(*parts, *_roofline(found))

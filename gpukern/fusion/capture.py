@@ -190,7 +190,7 @@ def _program(
 
 
 def _outputs(exported: ExportedProgram, notes: list[str]) -> tuple:
-    """What the model returns; what it writes into its arguments or buffers on the way is left out."""
+    """Return the model's outputs, without those that are writes to its arguments or buffers."""
     (output,) = (node for node in exported.graph.nodes if node.op == "output")
     written = [
         spec.target for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_INPUT_MUTATION

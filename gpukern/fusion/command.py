@@ -97,7 +97,7 @@ def fuse(
     if model.startswith(_ZOOS) and weights is None:
         notes.append("The weights are random: none were given")
     told = replace(told, model=model, notes=(*told.notes, *notes))
-    with _step("writing"):  # before anything is printed: whoever reads that may stop early
+    with _step("writing"):  # before anything is printed: a reader of the pipe may stop early
         written = [*_write(told.to_html, report, "the report"), *_write(told.to_json, json, "the report")]
         if fused is not None:
             fused.report = told

@@ -228,7 +228,7 @@ def _another(inputs: tuple) -> tuple:
     return pytree.tree_map(other, inputs)
 
 
-# ---- outputs that tell nothing ---------------------------------------------------------------------------------------
+# ---- outputs that prove nothing --------------------------------------------------------------------------------------
 
 
 def _dull(model: torch.nn.Module, found: _Calls, dtype: torch.dtype) -> tuple[See, list[str]]:

@@ -89,7 +89,7 @@ class FusedModule(ForInference):
     """Takes and returns what the model did, in the dtype it was fused for. For inference: it has buffers only.
 
     Floating-point inputs are cast to that dtype, with a warning if it is not the example's either, and, images, made
-    channels_last if that was asked for, once, here. Autocast has no effect, and a warning says so.
+    channels_last if that was requested, once, here. Autocast has no effect, and a warning says so.
     """
 
     def __init__(self, network: GraphModule, interface: Interface) -> None:

@@ -88,7 +88,7 @@ def flow(graph: Graph, starts: Mapping[Node, torch.Tensor], batch: int, through:
         labels = _run(node, found.labels, batch) if through(node) and node not in starts else None
         if labels is not None:
             found.labels[node] = labels
-        elif node.op == "output" or value_of_any(node) is not None:  # else only its size is asked for
+        elif node.op == "output" or value_of_any(node) is not None:  # otherwise only its size is read
             found.sinks += [(node, each) for each in taken]
     return found
 

@@ -67,7 +67,7 @@ class Product:
 
     @property
     def operator(self) -> str:
-        """What computes it when fused: gpukern's operator, or torch's where gpukern has none."""
+        """The operator that computes it when fused: gpukern's, or torch's if gpukern has none."""
         if value(self.node).dtype not in KERNEL_DTYPES:
             return f"aten::{'linear' if self.kind == 'linear' else 'convolution'}"
         if self.kind == "linear":

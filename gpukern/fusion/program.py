@@ -37,7 +37,7 @@ class Program:
     """A model in evaluation mode, as values: graphs are copied before they are changed.
 
     ``graph`` has a placeholder for each leaf of the arguments, a ``get_attr`` for each tensor in ``constants`` (the
-    model's own, unrounded) and returns a flat tuple. Each node's ``meta["val"]`` tells shape and dtype, ``meta`` also
+    model's own, unrounded) and returns a flat tuple. Each node's ``meta["val"]`` has shape and dtype, ``meta`` also
     the module it stands in. ``modules`` are the graphs of control flow. ``inputs`` has None for what is no tensor.
     ``leaves`` are the paths of modules without children, ``given`` what of the example is no tensor (None for those),
     ``signature`` that of the model's ``forward``.

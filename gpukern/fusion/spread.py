@@ -48,7 +48,7 @@ def spread_of(errors: Sequence[torch.Tensor]) -> tuple[float, float]:
 
 
 def f_quantile(first: float, second: float) -> float:
-    """What F(first, second) exceeds once in a thousand times, by Paulson's approximation: within 5 % for second > 5."""
+    """Quantile that F(first, second) exceeds once in 1,000 times, by Paulson's approximation: 5 % for second > 5."""
     a, b = 2 / (9 * first), 2 / (9 * second)
     squared = (1 - b) ** 2 - _QUANTILE**2 * b
     if squared <= 0:

@@ -3,7 +3,7 @@
 The fused model must be no further from the truth than ``FACTOR`` times the unfused model in the same dtype is, plus a
 floor of a few roundings: two models that both round as they must can differ by so much by chance. Where it is, the
 unfused model is run some more times, in the fused one's memory format, which is enough to double the error of a long
-sum on a CPU, and ``spread`` tells from them how far a right model may be. Faults of one layer that are smaller
+sum on a CPU, and ``spread`` estimates from them how far a right model may be. Faults of one layer that are smaller
 than this are for ``alone`` to find.
 """
 
@@ -45,7 +45,7 @@ DISAGREEMENT = 0.01
 
 
 class Witness:
-    """What the original returns for ``inputs``, in truth and in ``dtype``. ``model`` is a private copy.
+    """The original's outputs for ``inputs``, in truth and in ``dtype``. ``model`` is a private copy.
 
     ``channels_last``: whether the fused model has images in that format. ``see``: by what models are judged, what they
     return or what they decide by.
@@ -141,7 +141,7 @@ class _Products(TorchDispatchMode):
 
 
 def tf32(convolutions: int, matrices: int, inputs: Sequence[Any], dtype: torch.dtype) -> float:
-    """For so many layers: what the floor has more where the fused model's kernels may multiply in TF32.
+    """Return the increase of the floor, for so many layers, if the fused model's kernels may multiply in TF32.
 
     The unfused model is not a reference: cuDNN does so for some layers and not for others, a CPU for none. Operands of
     each layer are rounded to 11 bits, and errors of random sign add up by the square root of their number.
@@ -162,7 +162,7 @@ def _truth(model: torch.nn.Module, inputs: tuple, see: See) -> tuple[torch.dtype
             with torch.no_grad():
                 return dtype, see(duplicate(model).to(dtype), cast(inputs, dtype))
         except Exception as error:  # whatever a model raises
-            # One that makes fp32 tensors of its own, or asks for them, cannot run in fp64.
+            # A model that creates or requires fp32 tensors cannot run in fp64.
             failure = error
     raise FusionError(f"the model fails for the example: {type(failure).__name__}: {failure}") from failure
 
@@ -175,7 +175,7 @@ def _in_dtype(
     packed: torch.memory_format = torch.contiguous_format,
     change: Callable[[torch.nn.Module], None] | None = None,
 ) -> list[torch.Tensor]:
-    """What the unfused model returns in ``dtype``, its batch norms in fp32 where that can be: the stricter measure.
+    """Return the unfused model's outputs in ``dtype``, with batch norms in fp32 if possible: the stricter measure.
 
     Images and their weights are ``packed``, where the model takes them so. ``change`` is done to it before, in place.
     """

@@ -26,7 +26,7 @@ class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
         return F.batch_norm(input, mean, variance, self.weight, self.bias, batch, momentum, self.eps, **epilogue)
 
     def _compute_after(self, conv: Conv2d, input: torch.Tensor, **epilogue) -> torch.Tensor:
-        """In training, this norm of ``conv(input)``, whose kernel makes the statistics; ``input`` is [N, C, H, W]."""
+        """In training, compute this norm of ``conv(input)``, whose kernel makes the statistics. input: [N, C, H, W]."""
         counts = self._counts()
         input, padding = conv._padded(input)
         output = F.conv2d_batch_norm(

@@ -254,9 +254,9 @@ class Optimizer(torch.optim.Optimizer):
         return all(map(operator.is_, moments, self._counted.get(parameter, moments)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What :meth:`state_dict` of this class, or of torch's, gave.
+        """Load a state from :meth:`state_dict` of this class, or of torch's.
 
-        Moments stay in the dtype that they are in, unless ``state_dtype`` says another. A state without its number of
+        Moments stay in the dtype that they are in, unless ``state_dtype`` gives another. A state without its number of
         updates takes that of its group, where other libraries have it. ValueError, with nothing changed, for what does
         not fit, and for a state in which a moment or a group in which a number is missing; switches may be.
         """
@@ -337,7 +337,7 @@ class Optimizer(torch.optim.Optimizer):
         return {**state_dict, "state": states}
 
     def _in_order(self) -> list[torch.Tensor]:
-        """All parameters, as state_dict() numbers them."""
+        """Return all parameters, as state_dict() numbers them."""
         return list(dict.fromkeys(parameter for group in self.param_groups for parameter in group["params"]))
 
     def __getstate__(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def _told(given: Any) -> str:
 
 
 def _is_batch(size: tuple[int, ...], spatial: int | None) -> bool:
-    """Whether ``size`` has the batch dimension: the model's first layers tell, else its rank does."""
+    """Whether ``size`` has the batch dimension: the model's first layers decide, else its rank does."""
     rank = len(size)
     if spatial is not None and rank in (spatial + 1, spatial + 2):
         return rank == spatial + 2
@@ -76,7 +76,7 @@ def _is_batch(size: tuple[int, ...], spatial: int | None) -> bool:
 
 
 def _dimensions(model: torch.nn.Module) -> int | None:
-    """Spatial dimensions of the first layer that tells."""
+    """Spatial dimensions of the first layer that determines them."""
     known = (dimensions(module) for module in model.modules())
     return next((number for number in known if number is not None), None)
 

@@ -25,7 +25,7 @@ class Window:
 
 
 def dimensions(layer: torch.nn.Module) -> int | None:
-    """Spatial dimensions of a convolution, a pooling or a normalizing layer; None for layers that do not tell."""
+    """Spatial dimensions of a convolution, a pooling or a normalizing layer; None for layers without fixed ones."""
     if isinstance(layer, _ConvNd):
         return len(layer.kernel_size)
     for kind in type(layer).__mro__:

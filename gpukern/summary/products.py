@@ -92,7 +92,7 @@ class Products(TorchDispatchMode):
 
 @contextlib.contextmanager
 def in_parts() -> Iterator[None]:
-    """What fused and compiled code would hide runs operator by operator: attention, encoder layers, torch.compile."""
+    """Run operator by operator what fused and compiled code would hide: attention, encoder layers, torch.compile."""
     fast = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

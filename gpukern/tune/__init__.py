@@ -36,7 +36,7 @@ def tune(
     """Measure the plans of all convolutions and linear layers of ``model``, and keep the fastest for calls to come.
 
     A copy of the model, converted by :func:`gpukern.convert`, runs once on ``example_inputs``, and backwards if
-    ``directions`` ask for gradients: shapes, layouts, dtypes, ``torch.autocast`` and the TF32 flags are those of that
+    ``directions`` include gradients: shapes, layouts, dtypes, ``torch.autocast`` and the TF32 flags are those of that
     run. Plans serve every batch size whose nearest power of two is the same.
 
     Parameters

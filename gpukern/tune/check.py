@@ -52,7 +52,7 @@ class Check:
         self.absolute = _in_full(call, self._first.abs(), self._second.abs())
 
     def launch(self, choice: ConvPlan) -> Callable[[], object]:
-        """What starts the kernels of ``choice``, after one look at their result; WrongResult, or what they raise."""
+        """Return a function that launches ``choice``, after a check of its result; WrongResult, or a launch's error."""
         kernels = _implementations.of(self._first)
         prepared = prepare_launch(*self._call, self._spec, plan=choice)
         with _poisoned():

@@ -101,7 +101,7 @@ def measure(
 
 
 def worth_trying(ranked: list[Ranked], heuristic: ConvPlan) -> list[ConvPlan]:
-    """Those with a chance to be the fastest, the most promising first."""
+    """Return the plans with a chance to be the fastest, the most promising first."""
     best = min(each.cost.seconds for each in ranked)
     return [each.plan for each in ranked if each.cost.seconds <= HOPELESS * best or each.plan == heuristic]
 

@@ -34,7 +34,7 @@ def calls_of(
 ) -> tuple[Call, ...]:
     """Every launch of a copy of ``model`` on ``inputs`` in one of ``directions``, each once.
 
-    ``input_gradient``: whether that of ``inputs`` is wanted too, which training does not ask of a first layer.
+    ``input_gradient``: whether that of ``inputs`` is wanted too, which training does not need for a first layer.
     """
     model = convert(copy.deepcopy(model), inplace=True)
     backward = any(direction is not Direction.FORWARD for direction in directions)

@@ -42,7 +42,7 @@ class Result:
 
 @dataclass
 class Report:
-    """What is in ``path`` now: each problem that was asked for, but for ``left``, for which there was no time.
+    """Contents of ``path`` now: each requested problem, except those in ``left``, for which there was no time.
 
     ``failed``: problems that could not be measured at all, and why.
     """

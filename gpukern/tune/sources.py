@@ -77,7 +77,7 @@ def with_batch(problem: ConvProblem, batch: int | None) -> ConvProblem:
 
 
 def model_called(name: str, *arguments: Any) -> torch.nn.Module:
-    """What "package.module:factory" makes of ``arguments``; modules of the working directory are found too. ValueError
+    """Call "package.module:factory" with ``arguments``; modules of the working directory are found too. ValueError
     if there is none, or if it makes no model."""
     module_name, _, factory_name = name.partition(":")
     if not module_name or not factory_name:

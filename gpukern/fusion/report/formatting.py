@@ -39,7 +39,7 @@ def allowed(verification: Verification) -> str:
 
 
 def comparison(report: ReportValues) -> list[Line]:
-    """What is known of the model before and after, the most telling first."""
+    """Return the lines that compare the model before and after, the most informative first."""
     before, after = report.before, report.after
     lines = [
         _counted("operators per forward", before.operators, after.operators),
@@ -131,14 +131,14 @@ def _columns(report: ReportValues) -> tuple[Column, ...]:
 
 
 def _dtype(group: FusedGroup, report: ReportValues) -> str:
-    """Where it is not the model's, and why not."""
+    """Format a group's dtype where it is not the model's, and the reason."""
     if group.note:
         return clean(f"{group.dtype}: {group.note}")
     return MISSING if group.dtype == report.dtype else clean(group.dtype)
 
 
 def columns(report: ReportValues) -> list[Column]:
-    """Those of which a group of the report has something to say."""
+    """Return the columns for which some group of the report has a value."""
     return [column for column in _columns(report) if any(column.cell(group) != MISSING for group in report.fused)]
 
 

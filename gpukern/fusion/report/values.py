@@ -18,7 +18,7 @@ class FusedGroup:
     """Nodes of the captured graph that became one.
 
     ``modules`` are paths in the model, in the order of the computation; a module that is called twice is in two groups.
-    ``pattern`` says what was computed, as "conv2d + batch_norm + add + relu", and ``operator`` what computes it now:
+    ``pattern`` names what was computed, as "conv2d + batch_norm + add + relu", and ``operator`` what computes it now:
     "gpukern::conv2d", or "aten::convolution" where only the weights were folded. ``dtype`` is the group's own, ``note``
     why it differs from the model's. ``plan`` is the kernel's, for the example's shapes on the model's device; "" where
     the kernel has none. Seconds and bytes are those of the roofline; None where nothing is known of the device.
@@ -61,7 +61,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Timing:
-    """On a GPU: seconds of a forward pass in the median and the worst of a hundred, images a second, bytes at most.
+    """Timing on a GPU: median and worst seconds of a hundred forward passes, images a second, peak bytes.
 
     ``kernels`` are those that a pass launches, None where the profiler sees none.
     """
@@ -79,7 +79,7 @@ class Verification:
 
     ``truth`` is the dtype in which the original was run for the truth. ``error`` may be ``factor`` times ``unfused``
     plus ``floor``. ``argmax_agreement`` is the share of rows whose largest element is where the truth's is, None for
-    outputs without rows. ``wrong`` says which group goes wrong where all are given the original's own values; "": none.
+    outputs without rows. ``wrong`` names the group that is wrong if all are given the original's own values; "": none.
     """
 
     truth: str
@@ -101,7 +101,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class ReportValues:
-    """What :func:`gpukern.fuse` did, without the forms that a report has. ``environment`` names versions and device."""
+    """Values of a report of :func:`gpukern.fuse`, without its forms. ``environment`` names versions and device."""
 
     model: str
     dtype: str
@@ -119,5 +119,5 @@ class ReportValues:
 
     @property
     def max_error(self) -> float | None:
-        """‖y − truth‖ / ‖truth‖ of the model's output; None where verification was not asked for."""
+        """‖y − truth‖ / ‖truth‖ of the model's output; None if verification was off."""
         return None if self.verification is None else self.verification.error

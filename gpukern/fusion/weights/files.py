@@ -1,4 +1,4 @@
-"""What a file of weights holds: .safetensors, or what ``torch.save`` wrote, and told apart by what is in it."""
+"""Reading of files of weights: .safetensors, or those of ``torch.save``, distinguished by their contents."""
 
 from __future__ import annotations
 

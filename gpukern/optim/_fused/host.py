@@ -23,8 +23,8 @@ _MORE_FLAGS = "GPUKERN_HOST_CXXFLAGS"
 
 
 class HostProgram:
-    """Kernels on the host. A block has one thread unless ``threads`` says otherwise: the interesting part of more is
-    how they work together, which is slow here."""
+    """Kernels on the host. A block has one thread unless ``threads`` is set: the interesting part of more is how they
+    work together, which is slow here."""
 
     def __init__(self, variant: Variant, threads: int = 1) -> None:
         self._library = ctypes.CDLL(str(_library(variant)))

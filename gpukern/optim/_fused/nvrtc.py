@@ -19,7 +19,7 @@ OPTIONS = ("--std=c++17",)
 def machine_code(nvrtc: Any, text: str, architecture: int) -> bytes:
     """Compile ``text`` for a GPU of ``architecture``, such as 90; ``nvrtc`` is ``cupy.cuda.nvrtc``; no GPU is needed.
 
-    A cubin; for a GPU that this NVRTC does not know PTX, which the driver compiles. Kept on disk by all that it depends
+    A cubin; PTX, which the driver compiles, for a GPU unknown to this NVRTC. Kept on disk by all that it depends
     on: in ``$GPUKERN_CUBINS``, else in the user's cache; an empty ``GPUKERN_CUBINS`` keeps nothing. RuntimeError with
     NVRTC's own words for what it does not compile.
     """

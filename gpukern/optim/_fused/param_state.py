@@ -115,7 +115,7 @@ def in_order_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def kept(rule: Rule, numbers: tuple[float, ...]) -> tuple[bool, ...]:
-    """Which states a group of these hyperparameters keeps."""
+    """Return which states a group of these hyperparameters keeps."""
     return tuple([place is None or bool(numbers[place]) for place in _conditions(rule)])
 
 
