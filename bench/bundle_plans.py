@@ -48,7 +48,7 @@ def bundle(rows: Sequence[Measured], folder: Path = database.BUNDLED) -> Path:
     path = folder / database.file_name(device)
     for row in rows:
         database.store(path, device, database.key(row.problem, row.direction, row.operands), entry(row))
-    path.with_name(f".{path.name}.lock").unlink(missing_ok=True)  # nobody else writes into a checkout
+    path.with_name(f".{path.name}.lock").unlink(missing_ok=True)  # a checkout has no other writer
     return path
 
 

@@ -26,7 +26,7 @@ from gpukern.formatting import number
 
 #: Beyond these factors of today's value a constant is no longer what its name says.
 _LEAST, _MOST = 0.2, 4.0
-#: The kernel whose share stays as it is: tiles have shares too, and times tell of the product alone.
+#: The kernel whose share stays as it is: tiles have shares too, and times determine only the product.
 _REFERENCE = Variant.GEMM
 #: Where the residuals of the logarithms turn from squares to lengths.
 _OUTLIER = 0.15
@@ -77,7 +77,7 @@ def quality(rows: Sequence[Sequence[Sample]], constants: Constants) -> Quality:
 
 
 def fit(rows: Sequence[Sequence[Sample]], start: Constants) -> Constants:
-    """The constants under which the expectations are closest to ``rows``; what no row tells of stays as it is."""
+    """Return the constants that bring the expectations closest to ``rows``; those that no row determines stay."""
     from scipy.optimize import least_squares
 
     samples = [sample for row in rows for sample in row]

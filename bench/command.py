@@ -127,7 +127,7 @@ class _Options:
         offered = self.suite.layouts
         named = {word: name for word, name in _LAYOUTS.items() if name in offered}
         if not named:
-            return offered  # a matrix has none, whatever is asked for
+            return offered  # a matrix has none, whatever is requested
         return _chosen("--layout", given, named, offered[:1])
 
     def computations(self, given: Iterable[str]) -> tuple[str, ...]:

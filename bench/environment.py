@@ -65,7 +65,7 @@ def source_hash() -> str:
 def revision() -> tuple[str | None, bool]:
     """(commit, whether files differ from it).
 
-    ``GPUKERN_COMMIT`` goes before what git says: a checkout may have come without its git, or with an older one.
+    ``GPUKERN_COMMIT`` takes precedence over git: a checkout may have come without its git, or with an older one.
     """
     if told := os.environ.get("GPUKERN_COMMIT"):
         return told, False

@@ -58,7 +58,7 @@ def measure(
 ) -> Row:
     """Measure ``task``. Whatever a candidate raises becomes its status; KeyboardInterrupt passes.
 
-    ``on_try`` hears of each candidate before it runs for the first time, ``on_candidate`` gets the row as it is after
+    ``on_try`` gets each candidate before it runs for the first time, ``on_candidate`` gets the row as it is after
     each check and after each way of timing: an "ok" without samples was checked and not timed. Those that compile for
     long come when the others are timed; then all are timed together once more, since a ratio is of samples that were
     taken side by side. Candidates ``spared`` are not run: they stand in the row as they are.
@@ -230,7 +230,7 @@ class _Contest:
                 if index in watches:
                     watches[index] = way(calls, target_seconds(self._device))
         taken = self._take_turns(watches, method, way)
-        # Samples of an earlier round have nobody at their side now; a lost device takes none along.
+        # Samples of an earlier round have no counterparts now; a lost device discards none.
         for index in contestants if not self.lost else ():
             samples = {name: kept for name, kept in self._found[index].samples.items() if name != way.way}
             if index in taken:

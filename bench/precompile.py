@@ -31,7 +31,7 @@ def precompile(
 ) -> int:
     """Compile what gpukern launches for ``tasks`` on ``device``; the number of kernels, each counted in its process.
 
-    ``on_done`` hears how many tasks were finished. What does not compile is left for the run to show.
+    ``on_done`` is called with the number of finished tasks. What does not compile is left for the run to show.
     """
     processes = processes or os.cpu_count() or 1
     shares = _shares(suites()[suite_name].many_kernels, tasks, processes)

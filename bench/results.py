@@ -177,7 +177,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> Results:
-    """The file's contents, checked. :class:`ResultsError` says what is wrong with it; OSError as usual."""
+    """The file's contents, checked. :class:`ResultsError` names what is wrong with it; OSError as usual."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

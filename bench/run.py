@@ -64,7 +64,7 @@ def run(
     ``resume`` leaves out rows that the file has with all candidates that are asked for, and goes on with one that has
     some: each is saved as it is checked and as it is timed. What broke the device or hung is left out then, and the
     others of its row are measured. ``fresh`` forgets what the file has. ``until`` (of :func:`time.monotonic`) ends the
-    run before the next row. ``on_row`` hears of each task with None before it, and with its row after it;
+    run before the next row. ``on_row`` gets each task with None before it, and with its row after it;
     ``on_compiled`` of how many tasks' kernels were compiled ahead.
 
     :class:`bench.results.ResultsError` if the file was made on another device, with other versions, other code or

@@ -76,7 +76,7 @@ class Suite(abc.ABC, Generic[P]):
     in_triton: bool = True
     #: A task launches many different kernels: those of one task are compiled by several processes.
     many_kernels: bool = False
-    #: What is taken where the command line does not say.
+    #: Defaults of the command line.
     networks: tuple[str, ...] = ("resnet50",)
     batches: tuple[int, ...] = (32,)
 

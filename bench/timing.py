@@ -128,7 +128,7 @@ class GraphStopwatch:
                     failures.append(problem)
                     raise
         except Exception as problem:
-            # Ending a capture that failed raises again, and says less than what made it fail.
+            # Ending a failed capture raises again, with less information than the original error.
             raise (*failures, problem)[0] from None
         return graph
 

@@ -134,7 +134,7 @@ class Trial:
             "LD_LIBRARY_PATH": stub,
             "TRITON_LIBCUDA_PATH": stub,
             "GPUKERN_COMMIT": _commit(),
-            # Those that come with gpukern, and not the ones that somebody measured on this machine.
+            # Those that come with gpukern, and not those measured on this machine.
             "GPUKERN_PLANS": str(self.tree / "gpukern" / "plans"),
             "OUT": str(self.out),
             "CI": "1",

@@ -58,7 +58,7 @@ def pack(folder: Path, carried: Carried, archive: Path) -> int:
 
 
 def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str:
-    """Put the kernels where Triton finds them and say what they are worth; an empty archive is worth nothing."""
+    """Put the kernels where Triton finds them and report their use; an empty archive has none."""
     if not archive.exists():
         return "no kernels were brought along: each is compiled when it is needed first"
     if not (folder / _MANIFEST).exists():

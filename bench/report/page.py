@@ -1,4 +1,4 @@
-"""Runs as one HTML page that asks for nothing else: a section for each device."""
+"""Runs as one self-contained HTML page: a section for each device."""
 
 from __future__ import annotations
 

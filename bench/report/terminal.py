@@ -36,7 +36,7 @@ def show(results: Results, to: Console | None = None) -> None:
     groups = summarize(results)
     for group in groups:
         to.print()
-        # A peer without any time is a note below: its reason is all there is to say.
+        # A peer without any time is a note below: its reason is the only information.
         timed = [name for name in group.peers if group.timing_of(name)]
         fitting = max(1, (to.width - _FIXED) // _PEER)
         for first in range(0, max(1, len(timed)), fitting):

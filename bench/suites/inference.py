@@ -103,7 +103,7 @@ def _gpukern(task: Task[WholeNetwork], device: torch.device) -> Implementation:
 
 
 def _fused(name: str, dtype: torch.dtype, device: torch.device) -> FusedModel:
-    """Without its own verification: whoever is timed here was checked before."""
+    """Fuse without verification: every candidate timed here was checked before."""
     if device.type == "meta":
         return _fused_sizes(name, dtype)
     model = copy.deepcopy(trained_alike(name)).to(device)

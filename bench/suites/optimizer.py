@@ -19,10 +19,10 @@ from bench.suite import Tensors as Operands
 from gpukern.runtime.mode import Mode, force_mode
 from gpukern.runtime.roofline import Work
 
-#: Those of which a harder layout in memory, or a harder dtype, says something new.
+#: Those of which a harder layout in memory, or a harder dtype, adds information.
 _FEW = ("SGD, momentum", "Adam")
 _APEX = {"SGD": "FusedSGD", "Adam": "FusedAdam", "AdamW": "FusedAdam", "Adagrad": "FusedAdagrad"}
-#: Parameters that are compared: of a language model a part says as much, and fits into memory in float64.
+#: Parameters that are compared: for a language model a part suffices, and fits into memory in float64.
 _COMPARED = 10**8
 #: One before the clock runs, in which moments are made, and the one that is compared.
 _STEPS = 2
@@ -64,7 +64,7 @@ class Optimizers(Suite[Update]):
     layouts = ("",)
     #: A step sweeps through more memory than the cache holds by itself.
     cold = False
-    #: PyTorch's count steps on the host unless they are told otherwise.
+    #: PyTorch's count steps on the host by default.
     graphs = False
     in_triton = False
     networks = ("resnet50", LLAMA)

@@ -1,4 +1,4 @@
-"""The convolution's plan against other plans for the same launch: what a plan database should say instead."""
+"""The convolution's plan against other plans for the same launch: to find better entries for a plan database."""
 
 from __future__ import annotations
 
