@@ -1,9 +1,9 @@
-"""Whether a result is right enough to be timed.
+"""Accuracy check of a result before it is timed.
 
-The error against float64 is ‖y − ref‖ / ‖ref‖ (Frobenius), or a sixth of max |y − ref| / max |ref| if that is more: of
-10⁸ errors of random sign the largest is within six of their root mean square, so what only rounds passes both, and one
-wrong element in a large result, which the norm does not see, fails the second. For sums of K products of independent
-random operands
+The error against float64 is ‖y − ref‖ / ‖ref‖ (Frobenius), or a sixth of max |y − ref| / max |ref| if that is more:
+among 10⁸ errors of random sign the largest is within six times their root mean square, so a result that only rounds
+passes both, and one wrong element in a large result, which the norm does not detect, fails the second. For sums of K
+products of independent random operands
 
     bound = 2 · eps + √K · 2⁻²² (+ 2⁻⁹ with TF32)
 
@@ -11,7 +11,7 @@ random operands
   room for implementations that round partial sums to the dtype too (cuBLAS does by default in 16 bit).
 - *√K · 2⁻²²*: each of K fp32 additions errs by at most 2⁻²³ of a partial sum (tensor cores truncate), with random signs
   √K · 2⁻²³ of the final sum's own standard deviation; twice that.
-- *2⁻⁹*: both operands of a product cut to TF32's 11 bits, as by other people's Triton kernels
+- *2⁻⁹*: both operands of a product truncated to TF32's 11 bits, as by other people's Triton kernels
   (:mod:`gpukern.runtime.precision`); cuDNN and gpukern round them, 2⁻¹⁰.
 
 A wrong index, a missing tap or an unwritten output is off by far more. The tests of the kernels use tighter bounds for
@@ -26,7 +26,7 @@ import torch
 
 from gpukern.runtime.precision import TF32_CUT
 
-#: What the benchmark calls a dtype → the tensors' dtype. TF32 is a way of multiplying float32.
+#: The benchmark's name of a dtype → the tensors' dtype. TF32 is a way of multiplying float32.
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -40,13 +40,13 @@ _LARGEST = 6
 
 
 def sum_bound(dtype: str, terms: int) -> float:
-    """For sums of ``terms`` products."""
+    """Return the bound for sums of ``terms`` products."""
     tf32 = TF32_CUT if dtype == "tf32" else 0.0
     return 2 * torch.finfo(DTYPES[dtype]).eps + math.sqrt(max(terms, 1)) * 2.0**-22 + tf32
 
 
 def network_bound(dtype: str, depth: int, training: bool) -> float:
-    """For a network of ``depth`` layers of products: its logits, or the gradient of its last layer after ``training``.
+    """Return the bound for a network of ``depth`` layers of products: logits, or its last gradient if ``training``.
 
     Logits: each layer adds a relative error of about eps and of random sign, together √depth · eps; four times that.
     In training, batch norm divides by the statistics of few pixels, and errors of a network with random weights grow

@@ -1,4 +1,4 @@
-"""What a run is at, beside its results: after a hang or a crash the next run leaves out what ended this one.
+"""Record of a run's current candidate: after a hang or a crash the next run leaves out the one that ended this one.
 
 ``conv.trying`` beside ``conv.json`` names the candidate that runs. It is gone when the run ends by itself, be it
 because it was asked to; where it is not, the device hung or the process died, and a watchdog ends a process that hangs.
@@ -43,7 +43,7 @@ class Attempts:
         self._timer: threading.Timer | None = None
 
     def left(self) -> Attempt | None:
-        """What an earlier process was at when it hung or died."""
+        """The candidate that an earlier process was running when it hung or died."""
         try:
             return build(Attempt, json.loads(self._path.read_text()), "the attempt")
         except (OSError, ValueError):
@@ -51,7 +51,7 @@ class Attempts:
 
     @contextlib.contextmanager
     def going_on(self) -> Iterator[None]:
-        """For as long as the run lasts; whatever ends it in Python, no candidate is to blame."""
+        """Cover the duration of the run; if it ends in Python, no candidate is to blame."""
         try:
             yield
         finally:

@@ -18,7 +18,7 @@ from gpukern.tune.measurement import GAIN
 
 
 def entry(row: Measured) -> database.Entry:
-    """What the plan database keeps of ``row``; ValueError where nothing that was measured is offered any more."""
+    """Return the plan database's entry for ``row``; ValueError if no measured plan is still offered."""
     offered = set(candidates(row.problem, row.direction, row.operands, row.device))
     seconds = {choice: taken for choice, taken in row.seconds.items() if choice in offered}
     if not seconds:
@@ -48,7 +48,7 @@ def bundle(rows: Sequence[Measured], folder: Path = database.BUNDLED) -> Path:
     path = folder / database.file_name(device)
     for row in rows:
         database.store(path, device, database.key(row.problem, row.direction, row.operands), entry(row))
-    path.with_name(f".{path.name}.lock").unlink(missing_ok=True)  # nobody else writes into a checkout
+    path.with_name(f".{path.name}.lock").unlink(missing_ok=True)  # a checkout has no other writer
     return path
 
 

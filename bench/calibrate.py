@@ -27,7 +27,7 @@ from gpukern.formatting import number
 
 #: Beyond these factors of today's value a constant is no longer what its name says.
 _LEAST, _MOST = 0.2, 4.0
-#: The kernel whose share stays as it is: tiles have shares too, and times tell of the product alone.
+#: The kernel whose share stays as it is: tiles have shares too, and times determine only the product.
 _REFERENCE = Variant.GEMM
 #: Where the residuals of the logarithms turn from squares to lengths.
 _OUTLIER = 0.15
@@ -65,7 +65,7 @@ def _expectation(row: Measured, plan: ConvPlan) -> Callable[[Constants], float]:
 
 
 def quality(rows: Sequence[Sequence[Sample]], constants: Constants) -> Quality:
-    """How good ``constants`` are; plans that are chosen only after they were measured are no choice here."""
+    """Return the quality of ``constants``; plans that are chosen only after a measurement are left out."""
     errors, regrets = [], []
     for row in rows:
         guesses = {sample.plan: sample.expect(constants) for sample in row}
@@ -78,7 +78,7 @@ def quality(rows: Sequence[Sequence[Sample]], constants: Constants) -> Quality:
 
 
 def fit(rows: Sequence[Sequence[Sample]], start: Constants) -> Constants:
-    """The constants under which the expectations are closest to ``rows``; what no row tells of stays as it is."""
+    """Return the constants that bring the expectations closest to ``rows``; those that no row determines stay."""
     from scipy.optimize import least_squares
 
     samples = [sample for row in rows for sample in row]
@@ -105,7 +105,7 @@ Name = tuple[str, object]
 
 
 def _names(constants: Constants) -> list[Name]:
-    """All but one of two that only their product tells of: see :data:`_REFERENCE`."""
+    """Names of all constants but one of two of which only the product is determined: see :data:`_REFERENCE`."""
     names: list[Name] = []
     for field in fields(constants):
         value = getattr(constants, field.name)

@@ -1,4 +1,4 @@
-"""What the device does at best, measured: the copy bandwidth and the matrix rates that rows are held against."""
+"""Measured ceilings of the device: the copy bandwidth and the matrix rates that rows are compared with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def ceilings(device: torch.device) -> Ceilings:
     target = torch.empty_like(source)
     seconds = _seconds([lambda: target.copy_(source)], device)
     bandwidth = 2 * source.numel() / seconds
-    # A CPU has no 16-bit rate worth the name, and TF32 is none of its ways to multiply.
+    # A CPU has no 16-bit rate worth measuring, and no TF32.
     kinds = tuple(DTYPES) if cuda else ("float32",)
     return Ceilings(bandwidth, {kind: _matrix_rate(kind, 8192 if cuda else 1024, device) for kind in kinds})
 
@@ -35,7 +35,7 @@ def _matrix_rate(kind: str, size: int, device: torch.device) -> float:
 
 
 def _convolution_rate(device: torch.device) -> float:
-    """On some CPUs the library of convolutions is faster than that of matrix products."""
+    """Measure a convolution too: on some CPUs its library is faster than that of matrix products."""
     x, w = torch.randn(1, 256, 32, 32, device=device), torch.randn(256, 256, 3, 3, device=device)
     x, w = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, w))
     flops = 2 * 30 * 30 * w.numel()
@@ -43,7 +43,7 @@ def _convolution_rate(device: torch.device) -> float:
 
 
 def _seconds(calls: Calls, device: torch.device) -> float:
-    """The least: a limit is what the device reached, not what it usually does."""
+    """Return the minimum: a limit is the best that the device reached, not its usual time."""
     watch = stopwatches(device)[-1](calls, target_seconds(device))
     samples = []
     for _ in range(_ROUNDS):

@@ -39,7 +39,7 @@ def fail(message: object) -> NoReturn:
 
 
 def short(path: Path) -> Path:
-    """As one would type it here."""
+    """Return a path as one would type it here."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
@@ -112,7 +112,7 @@ def of(suite: Suite) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class _Options:
-    """What the words on the command line stand for; a wrong one ends the program."""
+    """Values of the command line's options; a wrong one ends the program."""
 
     suite: Suite
     cpu: bool
@@ -134,7 +134,7 @@ class _Options:
         offered = self.suite.layouts
         named = {word: name for word, name in _LAYOUTS.items() if name in offered}
         if not named:
-            return offered  # a matrix has none, whatever is asked for
+            return offered  # a matrix has none, whatever is requested
         return _chosen("--layout", given, named, offered[:1])
 
     def computations(self, given: Iterable[str]) -> tuple[str, ...]:
@@ -149,7 +149,7 @@ class _Options:
 
 
 def _chosen(option: str, given: Iterable[str], named: dict[str, str], usual: Iterable[str]) -> tuple[str, ...]:
-    """What the ``given`` words name, all at "all", nothing at "none"; ``usual`` without any."""
+    """Return the values named by ``given``: all for "all", none for "none"; ``usual`` if nothing is given."""
     found: list[str] = []
     given = list(given)
     for word in given:

@@ -1,4 +1,4 @@
-"""What got slower between two runs of one device, beyond the noise."""
+"""Comparison of two runs of one device: rows that got slower, beyond the noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bench.results import Candidate, Case, Environment, Results, ResultsError, R
 from bench.stats import Spread, spread
 from gpukern.tables import pairs
 
-#: A change of our time that small is nobody's business, however sure it is.
+#: A change of our time this small is not reported, however significant it is.
 THRESHOLD = 0.02
 _COLOURS = {"slower": "red", "faster": "green", "same": "default"}
 

@@ -1,4 +1,4 @@
-"""Where a run is made: device, driver, versions, the code's own identity, and the settings in force."""
+"""Environment of a run: device, driver, versions, the code's own identity, and the settings in force."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(device: torch.device) -> Environment:
-    """Of a run on ``device`` that starts now."""
+    """Return the environment of a run on ``device`` that starts now."""
     commit, modified = revision()
     return Environment(
         device_type="cuda" if device.type == "cuda" else "cpu",
@@ -42,7 +42,7 @@ def environment(device: torch.device) -> Environment:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """Return the name that the device reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
@@ -53,7 +53,7 @@ def now() -> str:
 
 @functools.cache
 def source_hash() -> str:
-    """Of all files of the package ``gpukern``: equal hashes mean equal kernels, whatever the commit says."""
+    """Hash all files of the package ``gpukern``: equal hashes mean equal kernels, whatever the commit."""
     package = ROOT / "gpukern"
     digest = hashlib.sha256()
     for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".json", ".cuh", ".h")):
@@ -65,7 +65,7 @@ def source_hash() -> str:
 def revision() -> tuple[str | None, bool]:
     """(commit, whether files differ from it).
 
-    ``GPUKERN_COMMIT`` goes before what git says: a checkout may have come without its git, or with an older one.
+    ``GPUKERN_COMMIT`` takes precedence over git: a checkout may have come without its git, or with an older one.
     """
     if told := os.environ.get("GPUKERN_COMMIT"):
         return told, False
@@ -78,7 +78,7 @@ def revision() -> tuple[str | None, bool]:
 
 
 def run_name() -> str:
-    """Of a run with the code as it is: the commit, or the code's hash where that says more."""
+    """Name a run with the code as it is: by the commit, or by the code's hash where that is more precise."""
     commit, modified = revision()
     if commit is None:
         return source_hash()

@@ -1,4 +1,4 @@
-"""How many batch norms ``gpukern.fuse`` folds, over the models people have: ``python -m bench.fusion [--write]``.
+"""Survey of the batch norms that ``gpukern.fuse`` folds in common models: ``python -m bench.fusion [--write]``.
 
 A batch norm counts as foldable if what it normalises is a convolution's, a transposed convolution's or a matrix
 product's result that nothing else uses, or several such results that are concatenated, viewed otherwise or permuted:

@@ -101,7 +101,7 @@ def _fastest(runs: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _in_process(checkout: Path) -> dict[str, float]:
-    """What this file measures of the gpukern in ``checkout``."""
+    """Return this file's measurement of the gpukern in ``checkout``."""
     run = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "times.json")

@@ -1,4 +1,4 @@
-"""Which layers the networks have, read off the networks themselves: they run once on tensors without memory."""
+"""Layers of the networks, recorded from the networks themselves: they run once on tensors without memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ P = TypeVar("P")
 
 @functools.cache
 def layer_calls(network: str, batch: int) -> tuple[LayerCall, ...]:
-    """In the order of the forward."""
+    """Return the layer calls in the order of the forward."""
     made = find(network)
     with torch.device("meta"):
         return calls_of(made.make().eval(), torch.empty(batch, *made.input_size))

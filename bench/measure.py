@@ -25,10 +25,10 @@ NOT_TRIED = "not tried: "
 
 @dataclass(frozen=True)
 class Method:
-    """How rows are measured; part of every results file."""
+    """Method by which rows are measured; part of every results file."""
 
     peers: tuple[str, ...]
-    #: Of timing for each candidate of a row, and the least and the most rounds.
+    #: Seconds of timing per candidate of a row, and the minimum and maximum of rounds.
     seconds: float = 0.3
     least_rounds: int = 10
     most_rounds: int = 100
@@ -39,7 +39,7 @@ class Method:
 
 
 class DeviceLost(Exception):
-    """A candidate broke the device for the whole process; ``row`` says which."""
+    """A candidate broke the device for the whole process; ``row`` names it."""
 
     def __init__(self, row: Row) -> None:
         super().__init__(f"the device was lost on {row.case.key}")
@@ -58,7 +58,7 @@ def measure(
 ) -> Row:
     """Measure ``task``. Whatever a candidate raises becomes its status; KeyboardInterrupt passes.
 
-    ``on_try`` hears of each candidate before it runs for the first time, ``on_candidate`` gets the row as it is after
+    ``on_try`` gets each candidate before it runs for the first time, ``on_candidate`` gets the row as it is after
     each check and after each way of timing: an "ok" without samples was checked and not timed. Those that compile for
     long come when the others are timed; then all are timed together once more, since a ratio is of samples that were
     taken side by side. Candidates ``spared`` are not run: they stand in the row as they are.
@@ -116,11 +116,11 @@ class _Contest:
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
-        """Those that were tried so far, in the order of the row."""
+        """The candidates tried so far, in the order of the row."""
         return tuple(self._found[index] for index in sorted(self._found))
 
     def fail(self, implementations: Sequence[Implementation], why: str) -> None:
-        """None of those that were not tried can run, or be believed."""
+        """Mark untried candidates as missing or failed: they cannot run, or their results cannot be trusted."""
         for index, each in enumerate(implementations):
             if index not in self._found:
                 status: Literal["missing", "failed"] = "missing" if each.missing else "failed"
@@ -230,7 +230,7 @@ class _Contest:
                 if index in watches:
                     watches[index] = way(calls, target_seconds(self._device))
         taken = self._take_turns(watches, method, way)
-        # Samples of an earlier round have nobody at their side now; a lost device takes none along.
+        # Samples of an earlier round have no counterparts now; a lost device discards none.
         for index in contestants if not self.lost else ():
             samples = {name: kept for name, kept in self._found[index].samples.items() if name != way.way}
             if index in taken:

@@ -52,7 +52,7 @@ def read(path: Path) -> list[Measured]:
 
 
 def device_of(environment: results.Environment) -> DeviceSpec:
-    """The named device that was measured on; ResultsError for another, whose peaks nobody has written down."""
+    """The named device that was measured on; ResultsError for another, whose peaks are not listed."""
     # A GH200 is no H200, though the one name is in the other.
     named = [device for device in DEVICES.values() if device.name.lower() in environment.device.lower()]
     if named:

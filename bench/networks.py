@@ -67,7 +67,7 @@ def weights(name: str) -> nn.Module:
 
 
 def depth(name: str) -> int:
-    """How many layers of products the network has."""
+    """Return the network's number of layers of products."""
     return sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in weights(name).modules())
 
 

@@ -47,7 +47,7 @@ LLAMA = "llama"
 
 
 def shapes(model: str) -> list[tuple[int, ...]]:
-    """Of the parameters of a network of models/zoo.py, or of :data:`LLAMA`."""
+    """Return the shapes of the parameters of a network of models/zoo.py, or of :data:`LLAMA`."""
     if model != LLAMA:
         with torch.device("meta"):
             return [tuple(parameter.shape) for parameter in network(model).make().parameters()]
@@ -55,7 +55,7 @@ def shapes(model: str) -> list[tuple[int, ...]]:
     return [(32000, 2048), *layer * 22, (2048,), (32000, 2048)]
 
 
-#: Of tensors.
+#: Sizes of tensors.
 Sizes = Sequence[tuple[int, ...]]
 
 
@@ -162,7 +162,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def operations(name: str, way: str, tensors: int) -> list[Operation]:
-    """Of PyTorch's second step, for parameters of one element. A step number on the CPU costs no launch."""
+    """Record PyTorch's second step, for parameters of one element. A step number on the CPU costs no launch."""
     optimizer, _ = ones(name, Tensors([(1,)] * tensors), torch.optim, way)
     optimizer.step()
     with Recorder() as recorder:
@@ -171,7 +171,7 @@ def operations(name: str, way: str, tensors: int) -> list[Operation]:
 
 
 def launches(operation: Operation, sizes: Sequence[int], limit: str) -> int:
-    """Of one operation on tensors of these sizes."""
+    """Count the launches of one operation on tensors of these sizes."""
     if not operation.lists:
         return 1
     most, most_with_numbers, blocks = LIMITS[limit]
@@ -192,7 +192,7 @@ def launches(operation: Operation, sizes: Sequence[int], limit: str) -> int:
 
 
 class Nothing:
-    """In place of compiled kernels; counts."""
+    """Stands in for compiled kernels, and counts launches."""
 
     launched: list[str]
 

@@ -1,4 +1,4 @@
-"""What a step of an optimizer costs beside PyTorch's: ``python -m bench.optimizers``.
+"""Cost of an optimizer step beside PyTorch's: ``python -m bench.optimizers``.
 
 Kernel launches, bytes moved for each parameter, and Python microseconds with the launch replaced by nothing, all
 without a GPU. ``--write`` and ``--out`` keep the figures. Step times on a GPU are of the suite ``optimizer``.
@@ -50,7 +50,7 @@ MODELS = {"ResNet-50": "resnet50", "Llama 1.1B": LLAMA}
 
 @dataclass(frozen=True)
 class Launches:
-    """Of a step; PyTorch's by way, for both limits of a launch's arguments where they matter."""
+    """Launches of a step; PyTorch's by way, for both limits of a launch's arguments where they matter."""
 
     model: str
     optimizer: str

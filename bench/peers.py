@@ -1,4 +1,4 @@
-"""Who gpukern is measured against: torch's own function, in each of its best settings, on the same values.
+"""Peers that gpukern is measured against: torch's own function, in each of its best settings, on the same values.
 
 cuDNN (which PyTorch calls) gets both layouts with ``cudnn.benchmark`` on; ``torch.compile`` its default mode and
 max-autotune, whose own CUDA graphs are off because every candidate runs in one of ours; FlagGems runs where it is
@@ -40,7 +40,7 @@ def torch_at_its_best(dtype: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cudnn() -> Iterator[None]:
-    """For the reference: a peer is not its own judge, and cuDNN would first try all its algorithms for float64."""
+    """Switch cuDNN off for the reference: it is a peer, and it would first try all its algorithms for float64."""
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     try:

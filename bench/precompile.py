@@ -31,7 +31,7 @@ def precompile(
 ) -> int:
     """Compile what gpukern launches for ``tasks`` on ``device``; the number of kernels, each counted in its process.
 
-    ``on_done`` hears how many tasks were finished. What does not compile is left for the run to show.
+    ``on_done`` is called with the number of finished tasks. What does not compile is left for the run to show.
     """
     processes = processes or os.cpu_count() or 1
     shares = _shares(suites()[suite_name].many_kernels, tasks, processes)
@@ -61,7 +61,7 @@ def precompile(
 
 @dataclass(frozen=True)
 class _Share:
-    """What one process does: of the kernels of ``tasks`` those with a number of ``part`` modulo ``parts``."""
+    """Share of one process: the kernels of ``tasks`` whose number is ``part`` modulo ``parts``."""
 
     tasks: Sequence[Task]
     part: int = 0
@@ -105,7 +105,7 @@ def _compile(suite_name: str, share: _Share, device: DeviceSpec) -> int:
 
 
 def _call(suite: Suite, task: Task, device: torch.device) -> None:
-    """What fails here must not stop the tasks after it."""
+    """Make the call; a failure must not stop the tasks after it."""
     with contextlib.suppress(Exception):
         tensors = suite.tensors(task, device)
         for implementation in suite.implementations(task, (), device):

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a JSON file of measured rows.
+"""Results of a run: a JSON file of measured rows.
 
 ``schema.json`` beside this file describes it for other programs. Every figure that this project publishes is computed
 from such files.
@@ -23,12 +23,12 @@ Status = Literal["ok", "wrong", "failed", "missing"]
 
 
 class ResultsError(Exception):
-    """A file is no results file, or not of a form that this version reads."""
+    """A file is not a results file, or not of a form that this version reads."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and on what a run was made. ``source`` is a hash of gpukern's code: equal means the same kernels."""
+    """Machine and software of a run. ``source`` is a hash of gpukern's code: equal means the same kernels."""
 
     device: str
     device_type: Literal["cuda", "cpu"]
@@ -66,7 +66,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device itself does at best, measured in the same run: a large copy and large matrix products."""
+    """Peak rates of the device, measured in the same run: a large copy and large matrix products."""
 
     #: Bytes read plus bytes written, per second.
     bandwidth: float
@@ -76,7 +76,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Use:
-    """Where a network has this problem: ``count`` layers, the first of which is ``layer``."""
+    """Use of this problem in a network: ``count`` layers, the first of which is ``layer``."""
 
     network: str
     layer: str
@@ -85,7 +85,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed, on which tensors. Everything that decides the time is in it."""
+    """A computation and its tensors. It contains everything that determines the time."""
 
     suite: str
     #: "forward", "input gradient", "weight gradient", "training step", "inference", ...
@@ -132,7 +132,7 @@ class Row:
     case: Case
     flops: float
     bytes: float
-    #: Of :attr:`Ceilings.matrix_rates`: the rate that bounds it.
+    #: Key of :attr:`Ceilings.matrix_rates`: the rate that bounds it.
     kind: str
     #: A result is right up to this error.
     bound: float
@@ -177,7 +177,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read(path: Path) -> Results:
-    """The file's contents, checked. :class:`ResultsError` says what is wrong with it; OSError as usual."""
+    """The file's contents, checked. :class:`ResultsError` names what is wrong with it; OSError as usual."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

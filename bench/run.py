@@ -25,7 +25,7 @@ from bench.results import Candidate, Results, ResultsError, Row, Use
 from bench.suite import Implementation, Suite, Task, merged
 from gpukern.runtime.current_device import device_spec
 
-#: Of the time of a run that may go into writing its file, which grows with each row.
+#: Share of a run's time that may go into writing its file, which grows with each row.
 _SAVE_SHARE = 0.1
 #: Starting the processes that compile together takes as long as a few kernels.
 _WORTH_COMPILING_TOGETHER = 8
@@ -64,7 +64,7 @@ def run(
     ``resume`` leaves out rows that the file has with all candidates that are asked for, and goes on with one that has
     some: each is saved as it is checked and as it is timed. What broke the device or hung is left out then, and the
     others of its row are measured. ``fresh`` forgets what the file has. ``until`` (of :func:`time.monotonic`) ends the
-    run before the next row. ``on_row`` hears of each task with None before it, and with its row after it;
+    run before the next row. ``on_row`` gets each task with None before it, and with its row after it;
     ``on_compiled`` of how many tasks' kernels were compiled ahead.
 
     :class:`bench.results.ResultsError` if the file was made on another device, with other versions, other code or
@@ -159,7 +159,7 @@ class _File:
         return wanted <= {candidate.name for candidate in row.candidates if _is_done(candidate)}
 
     def spared(self, task: Task) -> tuple[Candidate, ...]:
-        """What failed in a row that is to be finished: it may have kept the others from being measured."""
+        """Return the failed candidates of an unfinished row: they may have kept the others from being measured."""
         row, blamed = self._rows.get(task.case.key), self._blamed.get(task.case.key, ())
         return (
             *blamed,
@@ -167,7 +167,7 @@ class _File:
         )
 
     def blame(self, hung: Attempt) -> None:
-        """What an earlier run was at when it was ended."""
+        """Blame the candidate that was running when an earlier run ended."""
         candidate = Candidate(hung.name, hung.setting, "failed", "it hung, or ended the process")
         self._blamed[hung.key] = (candidate,)
 
@@ -177,7 +177,7 @@ class _File:
         self._save_now_or_later()
 
     def add_unfinished(self, row: Row) -> None:
-        """Unless the file has more of this row, from a run that got further."""
+        """Add an unfinished row, unless the file has more of it from a run that got further."""
         known = self._rows.get(row.case.key)
         if known is None or _timed(known) <= _timed(row):
             self.add(row)

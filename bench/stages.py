@@ -140,7 +140,7 @@ def profile(folder: Path) -> list[Step]:
 
 
 def kernel_names() -> list[str]:
-    """Of all of gpukern's kernels, read off its source: importing them all would need Triton."""
+    """Return the names of all of gpukern's kernels, read from its source: importing them would need Triton."""
     sources = (path.read_text(encoding="utf-8") for path in Path(gpukern.__file__).parent.rglob("*.py"))
     return sorted({name for source in sources for name in re.findall(r"jit(?:\(.*\))?\ndef (\w+_kernel)\(", source)})
 

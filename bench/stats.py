@@ -24,7 +24,7 @@ class Spread:
 
 
 def spread(samples: Sequence[float]) -> Spread:
-    """Of any distribution: ``low`` and ``high`` are order statistics.
+    """Return the spread of samples of any distribution: ``low`` and ``high`` are order statistics.
 
     How many of n samples lie below the median is binomial(n, ½); the interval leaves out as many at either end as
     happens with a probability of at most 2.5 %. With fewer than six samples that is none: the interval is their range.
@@ -46,7 +46,7 @@ def spread(samples: Sequence[float]) -> Spread:
 def percentile(samples: Sequence[float], share: float) -> float:
     """The least sample that ``share`` of all do not exceed: one of them, not a value between two.
 
-    Of fewer than 1 / (1 − share) samples it is the largest. ValueError without samples.
+    With fewer than 1 / (1 − share) samples it is the largest. ValueError without samples.
     """
     if not samples:
         raise ValueError("no samples")

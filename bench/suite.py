@@ -1,7 +1,7 @@
-"""What a suite is: which cases it has, on which tensors, and who computes them.
+"""Definition of a suite: its cases, their tensors, and the implementations that compute them.
 
 A suite is one file in :mod:`bench.suites` that defines a subclass of :class:`Suite` and registers an instance of it;
-the command line, the measuring and the reports know it then.
+the command line, the measurement and the reports then include it.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class Suite(abc.ABC, Generic[P]):
     in_triton: bool = True
     #: A task launches many different kernels: those of one task are compiled by several processes.
     many_kernels: bool = False
-    #: What is taken where the command line does not say.
+    #: Defaults of the command line.
     networks: tuple[str, ...] = ("resnet50",)
     batches: tuple[int, ...] = (32,)
 
     def networks_called(self, word: str) -> list[str]:
-        """What a word on the command line names; ValueError for nothing."""
+        """Return the networks that a word on the command line names; ValueError if there are none."""
         return list(zoo.NETWORKS) if word.lower() == "all" else [zoo.network(word).name]
 
     @abc.abstractmethod
@@ -104,7 +104,7 @@ class Suite(abc.ABC, Generic[P]):
 
     @abc.abstractmethod
     def work(self, task: Task[P]) -> Work:
-        """What any implementation must compute and move."""
+        """Return the work of any implementation: its FLOPs and bytes."""
 
     @abc.abstractmethod
     def bound(self, task: Task[P]) -> float:
@@ -119,7 +119,7 @@ class Suite(abc.ABC, Generic[P]):
         """The result in float64."""
 
     def result(self, output: Any) -> torch.Tensor:
-        """What of a function's output is compared with the reference."""
+        """Return the part of a function's output that is compared with the reference."""
         return output
 
     @abc.abstractmethod
@@ -137,7 +137,7 @@ def register(suite: Suite) -> None:
 
 
 def suites() -> dict[str, Suite]:
-    """All suites by name; imports every file of :mod:`bench.suites`."""
+    """Return all suites by name; imports every file of :mod:`bench.suites`."""
     package = importlib.import_module("bench.suites")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"bench.suites.{module.name}")
@@ -146,7 +146,7 @@ def suites() -> dict[str, Suite]:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tasks of a suite: those of every combination."""
+    """A selection of a suite's tasks: those of every combination."""
 
     networks: tuple[str, ...]
     batches: tuple[int, ...]
@@ -188,6 +188,6 @@ def _add(found: dict[str, Task], task: Task) -> None:
 
 
 def merged(uses: tuple[Use, ...], more: tuple[Use, ...]) -> tuple[Use, ...]:
-    """All uses, each network once: the later word on a network counts."""
+    """Merge all uses, each network once: the later use of a network counts."""
     by_network = {use.network: use for use in (*uses, *more)}
     return tuple(by_network.values())

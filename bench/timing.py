@@ -1,4 +1,4 @@
-"""How long calls take: on a GPU by CUDA events around graph replays, on a CPU by the wall clock.
+"""Timing of calls: on a GPU by CUDA events around graph replays, on a CPU by the wall clock.
 
 A stopwatch is made once from the calls of one candidate, one call for each set of tensors, and then takes a sample when
 asked to: candidates take turns, round by round. A sample runs all calls as often as fills ``target`` seconds, so that
@@ -20,7 +20,7 @@ _MAX_GRAPH_CALLS = 2000
 
 
 class Stopwatch(Protocol):
-    #: Of :attr:`bench.results.Candidate.samples`.
+    #: Key of :attr:`bench.results.Candidate.samples`.
     way: str
 
     def __init__(self, calls: Calls, target: float) -> None:
@@ -34,7 +34,7 @@ class Stopwatch(Protocol):
 
 
 class WallStopwatch:
-    """For the CPU, where a call is over when it returns."""
+    """A stopwatch for the CPU, where a call is over when it returns."""
 
     way = "wall"
 
@@ -131,7 +131,7 @@ class GraphStopwatch:
                     failures.append(problem)
                     raise
         except Exception as problem:
-            # Ending a capture that failed raises again, and says less than what made it fail.
+            # Ending a failed capture raises again, with less information than the original error.
             raise (*failures, problem)[0] from None
         return graph
 
@@ -156,5 +156,5 @@ def stopwatches(device: torch.device) -> tuple[type[Stopwatch], ...]:
 
 
 def target_seconds(device: torch.device) -> float:
-    """Of a sample: long against what starting it costs, about 10 µs on a GPU."""
+    """Return a sample's target duration: long against the cost of starting it, about 10 µs on a GPU."""
     return 1e-3 if device.type == "cuda" else 2e-3

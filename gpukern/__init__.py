@@ -35,7 +35,7 @@ __all__ = [
     "tune",
 ]
 
-#: Imported at the first use: ``import gpukern`` shall not wait for them.
+#: Imported at the first use: ``import gpukern`` must not wait for them.
 _LATER = {"FusedModel": "gpukern.fusion", "FusionReport": "gpukern.fusion", "TuneError": "gpukern.tune"}
 
 

@@ -77,7 +77,7 @@ class Together(NamedTuple):
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What :func:`convert` did. A layer that the model has under several names is listed under the first."""
+    """Report of :func:`convert`. A layer that the model has under several names is listed under the first."""
 
     replaced: tuple[Layer, ...]
     #: layers that were gpukern's before
@@ -153,7 +153,7 @@ def convert(
         return ``(model, ConversionReport)``.
 
     A ``torch.nn.Sequential`` in which neighbouring layers can be computed together becomes a
-    :class:`gpukern.nn.Sequential`, which tells when that is; one of a subclass that leaves ``forward`` alone gets a
+    :class:`gpukern.nn.Sequential`, which documents its runs; one of a subclass that leaves ``forward`` alone gets a
     class derived from both. The report lists them under ``together``.
 
     Names, ``state_dict``, hooks, training mode, devices, ``requires_grad``, parametrizations and layers shared between
@@ -163,7 +163,7 @@ def convert(
 
     Raises
     ------
-    TypeError if ``model`` is no module; RuntimeError if it cannot be copied, or if a function would go on calling a
+    TypeError if ``model`` is not a module; RuntimeError if it cannot be copied, or if a function would go on calling a
     module of the original: one that finds it in a list, an object or a global (``inplace=True`` needs no copy).
     """
     if not isinstance(model, torch.nn.Module):
@@ -196,7 +196,7 @@ def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
     memo: dict[int, object] = {}
     for module in modules_in(model):
         if isinstance(module, torch.jit.ScriptModule):
-            continue  # its tensors live in C++, where no memo is asked for them
+            continue  # its tensors live in C++, where no memo is consulted
         # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
         for values in (module._parameters, module._buffers, vars(module)):
             memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))
@@ -211,7 +211,7 @@ def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _layers(module: torch.nn.Module, name: str, seen: set[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
-    """(name, module) of whatever computes something itself, in the model's order, each once."""
+    """Yield (name, module) of every module that computes something itself, in the model's order, each once."""
     if module in seen:
         return
     seen.add(module)
@@ -246,7 +246,7 @@ def _torch_type(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 
 def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
-    """Why torch goes on computing ``module``; None if gpukern can, or does already."""
+    """Return the reason why torch still computes ``module``; None if gpukern can, or does already."""
     if isinstance(module, _OURS):
         return None
     if isinstance(module, torch.jit.ScriptModule):

@@ -26,7 +26,7 @@ _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
-#: What refers to no module, or to none that a copy could have in common with its original.
+#: Types that refer to no module, or to none that a copy could share with its original.
 _ATOMS = (
     *(type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, types.BuiltinFunctionType),
     *(torch.dtype, torch.device, torch.Size, torch.fx.Graph, torch.fx.Node, torch.Generator),
@@ -37,7 +37,7 @@ _WEAK = (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet
 
 
 class CopyError(RuntimeError):
-    """A copy would have something of the original."""
+    """A copy would share something with the original."""
 
 
 def deep_copy(model: torch.nn.Module, memo: dict[int, Any], *, share_tensors: bool) -> torch.nn.Module:
@@ -63,8 +63,8 @@ def deep_copy(model: torch.nn.Module, memo: dict[int, Any], *, share_tensors: bo
 
 
 def exchange_methods(model: torch.nn.Module, classes: dict[torch.nn.Module, type[torch.nn.Module]]) -> None:
-    """Of modules whose class was changed, and was the one in ``classes``: what ``model`` keeps of their methods, bound
-    when they were of that class, becomes those of the new."""
+    """Rebind bound methods that ``model`` keeps of modules whose class was changed from the one in ``classes``: they
+    become the new class's methods."""
     twins, methods = {}, [each for each in _reached(model) if isinstance(each, types.MethodType)]
     for method in methods:
         of, name = method.__self__, method.__name__
@@ -139,7 +139,7 @@ def _restore_tensors(module: torch.nn.Module, twin: torch.nn.Module, where: str,
 
 
 def _reached(value: Any) -> Iterator[Any]:
-    """All that is reached from ``value`` and that a copy might have in common with its original, each once."""
+    """Yield everything reachable from ``value`` that a copy might share with its original, each once."""
     return reach(value, _parts, _is_atom)
 
 
@@ -148,7 +148,7 @@ def _is_atom(value: Any) -> bool:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What ``value`` refers to directly."""
+    """Yield the objects to which ``value`` refers directly."""
     if isinstance(value, torch.Tensor):
         return []
     if isinstance(value, dict):
@@ -180,7 +180,7 @@ def _attributes(value: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
         slots = kind.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                # Frozen dataclasses too.
+                # Also sets fields of frozen dataclasses.
                 yield name, getattr(value, name), functools.partial(object.__setattr__, value, name)
 
 
@@ -222,8 +222,8 @@ def _exchange(old: Any, new: Any, put: Callable[[Any], None]) -> None:
 class _Exchange:
     """Puts other objects in the places of some, in all that an object reaches: ``twins`` has them by id.
 
-    ``names``: modules that must not be reached any more, by id; ``common``: what is not to be changed, because it is
-    somebody else's too. Both must be alive.
+    ``names``: modules that must not be reached any more, by id; ``common``: what is not to be changed, because other
+    objects share it. Both must be alive.
     """
 
     def __init__(self, twins: dict[int, Any], names: dict[int, str], common: dict[int, Any]) -> None:
@@ -233,7 +233,7 @@ class _Exchange:
         self._kept: list[Any] = []
 
     def of(self, value: Any, path: str) -> Any:
-        """What is to be in the place of ``value``; containers and objects are changed where they are."""
+        """Return the replacement of ``value``; containers and objects are changed in place."""
         twin = self._twins.get(id(value), value)
         if twin is not value:
             return twin
@@ -291,7 +291,7 @@ class _Exchange:
         return made
 
     def _function(self, function: types.FunctionType, path: str) -> types.FunctionType:
-        """Made anew where it keeps what is exchanged; what else it keeps is common to both."""
+        """Rebuild a function that refers to exchanged objects; all else it refers to is shared."""
         for name, value in _globals(function):
             self._checked(value, f"the global {name!r} in {path}")
         if not self._refers(function):
@@ -318,7 +318,7 @@ class _Exchange:
         return self._cells[id(cell)]
 
     def _method_of_c(self, value: Any, path: str) -> Any:
-        """As ``some_list.append``."""
+        """Rebind a method of a C object, such as ``some_list.append``."""
         of = value.__self__
         if of is None or isinstance(of, types.ModuleType) or self._twins.get(id(of), of) is of:
             return value

@@ -1,4 +1,4 @@
-"""What ``torch.utils.flop_counter`` counts for gpukern's operators: what it counts for those of torch in their places.
+"""Formulas of ``torch.utils.flop_counter`` for gpukern's operators: those of the equivalent torch operators.
 
 It counts two operations for each product of convolutions and matrices, in the padding too, and nothing else.
 """
@@ -13,7 +13,7 @@ from gpukern.runtime.import_hooks import when_imported
 
 
 def register_formulas() -> None:
-    """Register them now or when torch's counter is imported, which imports Triton and is not needed before."""
+    """Register the formulas now or when torch's counter is imported, which imports Triton and is not needed before."""
     when_imported("torch.utils.flop_counter", _register)
 
 

@@ -1,15 +1,15 @@
-"""How every table, page and message writes a number: three significant digits as a rule, "–" for what is not known."""
+"""Formatting of numbers in all tables, pages and messages: usually three significant digits, "–" if not known."""
 
 from __future__ import annotations
 
 import math
 
-#: In the place of a value that is not known.
+#: Stands for a value that is not known.
 MISSING = "–"
 
 
 def decimals(value: float, significant: int = 3) -> int:
-    """How many decimals show ``significant`` digits of ``value``; integers keep all of theirs."""
+    """Return how many decimals show ``significant`` digits of ``value``; integers keep all of theirs."""
     if not math.isfinite(value) or value == 0:
         return 0
     # The exponent after rounding: 9.999 is 10.0.
@@ -79,12 +79,12 @@ def percent(share: float | None, decimals: int = 0) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """1.06× or 0.94× or 12.3×: a hundredth is as much as a comparison of times can tell; 0.0123× of very little."""
+    """1.06× or 0.94× or 12.3×: a hundredth is as much as a comparison of times can resolve; 0.0123× of very little."""
     if value is None:
         return MISSING
     return f"{value:.2f}×" if 0.1 <= abs(value) < 9.995 else f"{number(value)}×"
 
 
 def error(value: float | None) -> str:
-    """4.1e-04: a relative error, of which the order of magnitude tells."""
+    """4.1e-04: a relative error, of which the order of magnitude matters."""
     return MISSING if value is None else f"{value:.1e}"

@@ -1,6 +1,6 @@
-"""What is installed here and what gpukern would do with it. Plain data; ``gpukern info`` prints it.
+"""Installed software and devices, and gpukern's use of them. Plain data; ``gpukern info`` prints it.
 
-Nothing here raises: what cannot be imported or asked is reported as such.
+Nothing here raises: software that cannot be imported or queried is reported as such.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CUPY_PACKAGES = ("cupy-cuda12x", "cupy-cuda13x", "cupy-cuda11x", "cupy")
 
 @dataclass(frozen=True)
 class Component:
-    """A piece of software: ``version`` is None where it is not installed, ``problem`` says why it cannot be used."""
+    """A piece of software: ``version`` is None where it is not installed, ``problem`` why it cannot be used."""
 
     name: str
     version: str | None
@@ -41,7 +41,7 @@ class Component:
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA device. Memory in bytes; ``shared_memory`` is the most that one block can ask for."""
+    """A CUDA device. Memory in bytes; ``shared_memory`` is the most that one block can request."""
 
     index: int
     name: str
@@ -53,7 +53,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Served:
-    """What runs for tensors on ``tensors``: a mode's name, or None where nothing would, and why."""
+    """The mode that serves tensors on ``tensors``, by name, or None if none does, and why."""
 
     tensors: str
     mode: str | None
@@ -62,7 +62,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Missing:
-    """What is not there, what it is for, and the line that installs it."""
+    """A missing component, its purpose, and the line that installs it."""
 
     name: str
     purpose: str
@@ -73,7 +73,7 @@ class Missing:
 class Info:
     components: tuple[Component, ...]
     devices: tuple[Device, ...]
-    #: what stopped the devices from being listed
+    #: the error that prevented listing the devices
     device_problem: str | None
     #: whether PyTorch's flags allow TF32 products of fp32 tensors
     tf32_convolution: bool
@@ -83,7 +83,7 @@ class Info:
 
 
 def gather() -> Info:
-    """Look at this machine. Imports Triton and CuPy; asks ``nvidia-smi`` and the compiler for versions."""
+    """Inspect this machine. Imports Triton and CuPy; queries ``nvidia-smi`` and the compiler for versions."""
     torch_ = Component("PyTorch", torch.__version__, _torch_build())
     triton = _component("Triton", "triton", ("triton",))
     cupy = _component("CuPy", "cupy", _CUPY_PACKAGES)
@@ -140,7 +140,7 @@ def _component(name: str, module_name: str, packages: tuple[str, ...]) -> Compon
 
 
 def package_version(package: str) -> str | None:
-    """Of an installed package, by the name it is installed under; None if it is not."""
+    """Return the version of an installed package, by its installation name; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -148,7 +148,7 @@ def package_version(package: str) -> str | None:
 
 
 def driver_version() -> str | None:
-    """NVIDIA's, by its own tool or the kernel's word; None without one."""
+    """Return the version of NVIDIA's driver, from its own tool or the kernel; None without one."""
     program = shutil.which("nvidia-smi")
     if program:
         try:
@@ -170,7 +170,7 @@ def driver_version() -> str | None:
 
 
 def _compiler() -> Component:
-    """Of C++, that compiles the optimizers' kernels for the host."""
+    """Return the C++ compiler that compiles the optimizers' kernels for the host."""
     try:
         path = host.compiler()
     except RuntimeError:

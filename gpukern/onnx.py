@@ -1,4 +1,4 @@
-"""gpukern's operators in those of torch, of which ``torch.onnx.export(dynamo=True)`` makes standard ONNX operators.
+"""gpukern's operators in terms of torch's, from which ``torch.onnx.export(dynamo=True)`` makes standard ONNX.
 
 The exporter finds them by itself::
 
@@ -28,7 +28,7 @@ __all__ = ["decompositions"]
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
-    """By operator, the same computation in torch's: of all that a model's forward calls, in training too.
+    """Return the decomposition of each operator that a model's forward calls, in training too, into torch's.
 
     For sizes that are symbols as well. Layouts are not kept, nor are the bits: torch's operators round in their way.
     """

@@ -1,4 +1,4 @@
-"""How every command shows tables: by rich on a terminal, as plain text anywhere else."""
+"""Tables of all commands: by rich on a terminal, as plain text anywhere else."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-#: Columns of what goes into a pipe: no window to fit, and nothing may be cut off.
+#: Columns of output into a pipe: there is no window to fit, and nothing may be truncated.
 WIDE = 180
 #: Characters of a heading in a narrow table.
 _NARROW = 13
 
 
 class Column(NamedTuple):
-    """``numbers``: whether its cells are, flush right; ``total``: what stands below them."""
+    """A column. ``numbers``: whether its cells are numbers, flush right; ``total``: the text below them."""
 
     name: str
     numbers: bool = True
@@ -56,7 +56,7 @@ def table(*columns: str | Column, title: str = "", caption: str = "", narrow: bo
 
 
 def pairs(rows: Iterable[tuple[str, str | Text]]) -> Table:
-    """Names and what they stand for, without lines."""
+    """A table of names and their values, without lines."""
     made = Table.grid(padding=(0, 2))
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
@@ -72,7 +72,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) 
 
 
 def as_text(shown: RenderableType, width: int = WIDE) -> str:
-    """What rich would print, without colours and trailing spaces."""
+    """Return rich's output without colours and trailing spaces."""
     written = io.StringIO()
     console = Console(width=width, color_system=None, highlight=False, file=written)
     console.print(shown)
@@ -85,4 +85,4 @@ def show(shown: RenderableType, width: int = WIDE) -> None:
     if terminal.is_terminal:
         terminal.print(shown)
     else:
-        print(as_text(shown, width), flush=True)  # before what is told on standard error next
+        print(as_text(shown, width), flush=True)  # before the next message on standard error

@@ -29,7 +29,7 @@ from bench.lease import calls, carried
 VENV = ROOT / ".cache" / "lease" / "venv"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 LARGEST = 20e6
-#: Of the device that :mod:`bench.lease.pretend` pretends.
+#: Results of the device that :mod:`bench.lease.pretend` pretends.
 _RESULTS = Path("bench") / "results" / "nvidia-h200"
 #: Compiling takes longer than the calls may; so does everything on fewer cores.
 _MINUTES_TO_COMPILE = "60"
@@ -112,7 +112,7 @@ class Trial:
                 continue
 
     def counts(self) -> collections.Counter:
-        """Of kernels that were found and compiled, and of C files that were."""
+        """Count the kernels that were found and compiled, and the C files that were compiled."""
         return collections.Counter(line.partition(" ")[0] for line in self._log.read_text().splitlines())
 
     def compiled(self) -> list[str]:
@@ -134,7 +134,7 @@ class Trial:
             "LD_LIBRARY_PATH": stub,
             "TRITON_LIBCUDA_PATH": stub,
             "GPUKERN_COMMIT": _commit(),
-            # Those that come with gpukern, and not the ones that somebody measured on this machine.
+            # Those that come with gpukern, and not those measured on this machine.
             "GPUKERN_PLANS": str(self.tree / "gpukern" / "plans"),
             "OUT": str(self.out),
             "CI": "1",
@@ -179,7 +179,7 @@ def _ran(row: results.Row) -> bool:
 
 
 def faults(trial: Trial, statuses: dict[str, int], size: int) -> list[str]:
-    """What must be mended before a GPU is rented."""
+    """Return the faults that must be fixed before a GPU is rented."""
     found = [f"{stage} ended with exit status {status}" for stage, status in statuses.items() if status]
     found += [f"compiled in the second run: {line}" for line in trial.compiled()[:20]]
     found += trial.refusals()[:20]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.steps import Step, suite_step
 
-#: Of timing for each candidate of a row, in every stage: one method for all rows of a file.
+#: Seconds of timing per candidate of a row, in every stage: one method for all rows of a file.
 SECONDS = "0.1"
 MINUTES = {"first": 5.0, "second": 400 / 60}
 _LIBRARY = ("--peers", "library")
@@ -39,7 +39,7 @@ def smoke(folder: Path, kind: str, limit: float, *options: str, dry: bool = True
 
 
 def optimizer_times(folder: Path, limit: float) -> Step:
-    """Of two optimizers, over ResNet-50's tensors."""
+    """Time two optimizers over ResNet-50's tensors."""
     few = (*_RESNET, "--computation", "Adam", "--computation", "SGD, momentum", "--filter", "plain")
     step = measured(folder, "optimizer", "resnet50", *_LIBRARY, *few, limit=limit)
     return replace(step, dry=False)  # CuPy needs a device

@@ -1,4 +1,4 @@
-"""Compiled kernels that were brought along: where they lie, for which code, and for which rows.
+"""Compiled kernels brought to a rented machine: their folder, and the code and rows they are for.
 
 Triton's cache finds an entry by a hash of its own sources, the kernel's text and first line, and what is compiled in;
 its group files hold absolute paths, so the folder has one name on all machines.
@@ -18,7 +18,7 @@ from bench import results
 from bench.environment import ROOT, source_hash
 from gpukern.runtime.records import build, plain
 
-#: Of every machine.
+#: The same folder on every machine.
 FOLDER = Path("/tmp/gpukern-lease")
 #: In the checkout, not in git.
 ARCHIVE = ROOT / ".cache" / "lease" / "kernels.tar.xz"
@@ -29,7 +29,7 @@ _TO_READ = (".source", ".ttir", ".ttgir", ".llir")
 
 @dataclass(frozen=True)
 class Carried:
-    """What an archive is for: gpukern's code, Triton, the compute capability; and the keys of the rows whose kernels
+    """Target of an archive: gpukern's code, Triton, the compute capability; and the keys of the rows whose kernels
     are in it."""
 
     source: str
@@ -58,7 +58,7 @@ def pack(folder: Path, carried: Carried, archive: Path) -> int:
 
 
 def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str:
-    """Put the kernels where Triton finds them and say what they are worth; an empty archive is worth nothing."""
+    """Put the kernels where Triton finds them and report their use; an empty archive has none."""
     if not archive.exists():
         return "no kernels were brought along: each is compiled when it is needed first"
     if not (folder / _MANIFEST).exists():
@@ -76,7 +76,7 @@ def unpack(archive: Path = ARCHIVE, folder: Path = FOLDER) -> str:
 
 
 def forget(folder: Path) -> None:
-    """What the kernels in ``folder`` are for; they themselves stay."""
+    """Delete the record of the target of the kernels in ``folder``; the kernels stay."""
     (folder / _MANIFEST).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""A process in which there seems to be an H200, for dry runs: every line runs, and every time is made up.
+"""Pretence of an H200 in this process, for dry runs: every line runs, and every time is made up.
 
 Tensors on "cuda" are tensors on "meta", without memory, so nothing computes and every check of a value passes. Triton
 is real: kernels come from its cache or its compiler, launchers are its own, and launches go to the stub driver
@@ -20,12 +20,12 @@ from torch.overrides import TorchFunctionMode
 
 NAME = "NVIDIA H200"
 META = torch.device("meta")
-#: What a time of a GPU is in a dry run, in milliseconds.
+#: Every GPU time of a dry run, in milliseconds.
 _TIME = 1.0
 
 
 def pretend_gpu() -> None:
-    """From now on, until the process ends."""
+    """Pretend a GPU from now on, until the process ends."""
     import triton
     from triton.runtime import build, driver
 
@@ -44,7 +44,7 @@ def pretend_gpu() -> None:
 
     build._build = logged_build
     driver.set_active(Stub(Path(os.environ["TRITON_LIBCUDA_PATH"])).driver())
-    # As the device that is asked for its limits describes itself.
+    # As a device that is queried for its limits describes itself.
     spec = DeviceSpec(NAME, H200.compute_capability, H200.sm_count, H200.shared_memory)
     _forever(current_device.pretend(spec), force_mode(Mode.KERNELS), _OnMeta())
     accuracy.relative_error = lambda actual, reference: 0.0
@@ -81,7 +81,7 @@ def _forever(*contexts: Any) -> None:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Tensors that are asked for on "cuda" come on "meta", and values that are asked for are zeros."""
+    """Puts tensors requested on "cuda" on "meta", and returns zeros for their values."""
 
     def __torch_function__(self, function: Any, types: Any, given: tuple = (), options: dict | None = None) -> Any:
         if function is torch.device:
@@ -109,7 +109,7 @@ def _moved(value: Any) -> Any:
 
 
 class _Autocast:
-    """torch's refuses tensors on "meta", and gpukern's kernels for another dtype would be compiled."""
+    """Replaces torch's, which refuses tensors on "meta": else kernels would be compiled for another dtype."""
 
     def __init__(self) -> None:
         self._dtype: torch.dtype | None = None
@@ -131,12 +131,12 @@ class _Autocast:
         )
 
 
-#: Of a stream, an event or a graph; every other method returns None.
+#: Results of the methods of a stream, an event or a graph; every other method returns None.
 _ANSWERS = {"query": True, "elapsed_time": _TIME, "pool": (0, 0)}
 
 
 class _Idle:
-    """A stream, an event or a graph: whatever is asked of it, nothing happens."""
+    """A stream, an event or a graph whose methods do nothing."""
 
     cuda_stream, stream_id, device = 0, 0, META
 
@@ -148,7 +148,7 @@ class _Idle:
 
 
 def _cuda(spec: Any) -> dict[str, Any]:
-    """Of ``torch.cuda``."""
+    """Return the replaced functions of ``torch.cuda``."""
     major, minor = spec.compute_capability
     properties = SimpleNamespace(
         name=spec.name,

@@ -1,4 +1,4 @@
-"""What people read of a run. Here: how every form of it writes numbers, names and evidence."""
+"""Reports of a run for people. Here: formatting of numbers, names and evidence, shared by all forms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plus_minus(spread: Spread) -> str:
 
 
 def interval(spread: Spread) -> str:
-    """Of a ratio."""
+    """Format the interval of a ratio."""
     return f"{ratio(spread.low)[:-1]}–{ratio(spread.high)[:-1]}"
 
 
@@ -62,7 +62,7 @@ def one_line(text: str) -> str:
 
 
 def group_title(key: Sequence[Any]) -> str:
-    """Of (suite, computation, dtype, layout, batch)."""
+    """Title of a group from (suite, computation, dtype, layout, batch)."""
     *names, batch = key
     return one_line(" · ".join([name for name in names if name] + [f"batch {batch}"]))
 
@@ -84,7 +84,7 @@ def state(candidate: Candidate) -> str:
 
 
 def reason(candidate: Candidate, row: Row) -> str:
-    """Why a candidate is not ok."""
+    """The reason why a candidate is not ok."""
     if candidate.status == "wrong" and candidate.error is not None and not candidate.message:
         return f"error {error(candidate.error)}, bound {error(row.bound)}"
     return one_line(candidate.message) or "no reason given"
@@ -114,7 +114,7 @@ def ceilings(bandwidth: float, matrix_rates: dict[str, float]) -> str:
 
 
 def evidence(environment: Environment, measured: Ceilings | None = None) -> list[tuple[str, str]]:
-    """What a reader needs to believe or repeat the figures, by name."""
+    """Facts that a reader needs to believe or repeat the figures, by name."""
     e = environment
     device = [
         e.device,
@@ -147,7 +147,7 @@ def _commit(commit: str | None) -> str:
 
 
 def setup_changes(old: Environment, new: Environment) -> list[tuple[str, str]]:
-    """What differs, and from what to what."""
+    """The differences between two setups, each with old and new value."""
     found = []
     for name in old.same_setup(new):
         values = [getattr(environment, name) for environment in (old, new)]
@@ -157,7 +157,7 @@ def setup_changes(old: Environment, new: Environment) -> list[tuple[str, str]]:
 
 
 def settings(results: Results) -> list[tuple[str, str]]:
-    """What exactly ran under the name of each candidate."""
+    """The exact settings that ran under the name of each candidate."""
     found: dict[str, dict[str, None]] = {}
     for row in results.rows:
         for candidate in row.candidates:

@@ -1,4 +1,4 @@
-"""Runs as one HTML page that asks for nothing else: a section for each device."""
+"""Runs as one self-contained HTML page: a section for each device."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _device(name: str, runs: list[Run], anchor: str) -> Device:
 
 
 def _history(key: GroupKey, runs: Sequence[Run]) -> plots.History | None:
-    """None for a single run: that is what the tables show."""
+    """Return the history; None for a single run, which the tables show."""
     points = []
     for run in runs:
         environment = run.results.environment

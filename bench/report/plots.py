@@ -1,4 +1,4 @@
-"""Where the marks of the page's charts go: percentages of a chart's width and height, so that it fits any screen.
+"""Positions of the marks in the page's charts: percentages of their width and height, so that they fit any screen.
 
 The template draws them with its own colours; nothing here depends on the time or the machine.
 """
@@ -48,7 +48,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Bar:
-    """From 1.0 to the ratio to the best peer, and the ratio's interval."""
+    """A bar from 1.0 to the ratio to the best peer, and the ratio's interval."""
 
     line: Line
     left: float
@@ -64,7 +64,7 @@ class Bars:
 
 
 def bars(lines: Iterable[Line]) -> Bars:
-    """Of rows with a ratio, in their order. 1.0 is in the middle, so that twice and half look alike."""
+    """Return the bars of rows with a ratio, in order. 1.0 is in the middle, so that twice and half look alike."""
     compared = [(line, line.best.ratio) for line in lines if line.best and line.best.ratio]
     ends = [max(ratio.high, 1 / ratio.low) for _, ratio in compared]
     limit = min(_WIDEST, max([1.25, *ends]) * 1.03)
@@ -148,7 +148,7 @@ def _around(values: Sequence[float]) -> Scale:
 
 
 def _down(scale: Scale, value: float) -> float:
-    """From the top, as pictures count."""
+    """Return a position from the top, as in pictures."""
     return round(100 - scale.at(value), 2)
 
 

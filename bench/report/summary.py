@@ -1,4 +1,4 @@
-"""What the samples of a run say: ratios, wins, means, and how far from the device's limit. Nothing is printed here.
+"""Statistics of a run: ratios, wins, means, and distances from the device's limit. Nothing is printed here.
 
 A ratio is always the peer's time / gpukern's time: above 1 gpukern is faster. Losers come first.
 """
@@ -83,7 +83,7 @@ class Line:
 
     @property
     def share(self) -> float | None:
-        """Of the limit; 1 cannot be beaten."""
+        """Share of the limit that is reached; 1 cannot be beaten."""
         return self.floor_us / self.time.median if self.time and self.floor_us is not None else None
 
     @property
@@ -125,12 +125,12 @@ class Total:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a candidate has to say for itself, and on which rows: why it is not ok, or a "note" where it is."""
+    """A candidate's message, and its rows: why it is not ok, or a "note" if it is."""
 
     name: str
     status: str
     reason: str
-    #: Of gpukern itself, and no mere note.
+    #: Whether it is a problem of gpukern itself, not a mere note.
     ours: bool
     cases: tuple[Case, ...]
 
@@ -146,7 +146,7 @@ class Group:
 
     @property
     def timing(self) -> str | None:
-        """What most rows were timed with; a report marks what differs."""
+        """Return the timing of most rows; a report marks rows that differ."""
         return Counter(line.timing for line in self.lines if line.time).most_common(1)[0][0] if self.ok else None
 
     @property
@@ -162,7 +162,7 @@ class Group:
         return tuple(tally.name for tally in self.tallies[1:])
 
     def timing_of(self, peer: str) -> str | None:
-        """What most rows of this peer were timed with; None if it has no time at all."""
+        """Return the timing of most rows of this peer; None if it has no time at all."""
         found = Counter(v.timing for line in self.lines for v in line.peers if v.candidate.name == peer and v.time)
         return found.most_common(1)[0][0] if found else None
 
@@ -250,7 +250,7 @@ def _tally(name: str, found: Sequence[Versus | None]) -> Tally:
 
 
 def _totals(lines: Iterable[Line]) -> Iterable[Total]:
-    """Of layers: a row that is a whole network is its own sum, and what several steps take is none."""
+    """Return the totals over layers: a whole network's row is its own sum, and times of several steps have none."""
     sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0, 0.0])
     for line in lines:
         if not adds_up(line.row.case):

@@ -16,7 +16,7 @@ from bench.report.throughput import Throughput, throughputs
 from bench.results import Results
 from gpukern import tables
 
-#: Of what goes into a pipe: no window to fit, and nothing may be cut off.
+#: Columns of output into a pipe: there is no window to fit, and nothing may be truncated.
 WIDE = 160
 #: Columns of a window that a table takes without its peers, and for each of them. More peers than fit get a table more.
 _FIXED, _PEER = 52, 15
@@ -36,7 +36,7 @@ def show(results: Results, to: Console | None = None) -> None:
     groups = summarize(results)
     for group in groups:
         to.print()
-        # A peer without any time is a note below: its reason is all there is to say.
+        # A peer without any time is a note below: its reason is the only information.
         timed = [name for name in group.peers if group.timing_of(name)]
         fitting = max(1, (to.width - _FIXED) // _PEER)
         for first in range(0, max(1, len(timed)), fitting):

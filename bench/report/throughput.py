@@ -37,7 +37,7 @@ class Throughput:
 
     @property
     def cells(self) -> list[str]:
-        """As in :data:`COLUMNS`."""
+        """The cells of :data:`COLUMNS`."""
         times = words.micro(self.p50), words.micro(self.p99)
         compared = (words.ratio(self.ratio.median), words.interval(self.ratio)) if self.ratio else ("–", "–")
         name = words.one_line(self.candidate)

@@ -22,7 +22,7 @@ DIRECTIONS = {direction.value: direction for direction in Direction}
 
 
 def describe(p: ConvProblem) -> tuple[str, dict[str, Any]]:
-    """As people write it: input, filters, and what is not the default."""
+    """Describe the problem: input, filters, and values that are not the default."""
     options = {
         "stride": (p.stride, (1, 1)),
         "padding": (p.padding[::2], (0, 0)),
@@ -64,7 +64,7 @@ class Convolutions(Suite[ConvProblem]):
         return describe(problem)
 
     def applies(self, problem: ConvProblem, computation: str) -> bool:
-        # Nobody asks for the gradient of an image.
+        # The gradient of an image is not needed.
         return not (self.directions[computation] is Direction.INPUT_GRAD and problem.C <= 3)
 
     def work(self, task: Task[ConvProblem]) -> Work:
@@ -111,7 +111,7 @@ def _gpukern(p: ConvProblem, computation: str, layout: str) -> Callable[..., tor
 
 
 def _torch(p: ConvProblem, computation: str) -> Callable[..., torch.Tensor]:
-    """The same in torch; gradients by the operator that autograd calls, asked for one of them."""
+    """The same in torch; gradients by the operator that autograd calls, with a mask for one of them."""
     geometry = p.stride, p.padding[::2], p.dilation
     if computation == "forward":
         return lambda x, w, dy: torch.nn.functional.conv2d(x, w, None, *geometry, p.groups)

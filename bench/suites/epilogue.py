@@ -79,7 +79,7 @@ def _torch(task: Task[ConvProblem]) -> Callable[..., torch.Tensor]:
 
 
 def _cudnn_fused(task: Task[ConvProblem], device: torch.device) -> Implementation:
-    """cuDNN's own fused kernels, which PyTorch calls only when it is asked for them by name."""
+    """cuDNN's own fused kernels, which PyTorch calls only by their names."""
     geometry = _geometry(task.problem)
     if _has_residual(task):
         name, fused = "cudnn_convolution_add_relu", torch.ops.aten.cudnn_convolution_add_relu.default

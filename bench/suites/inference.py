@@ -1,4 +1,4 @@
-"""Whole networks made ready for inference: fused by gpukern, folded by hand, or compiled by PyTorch."""
+"""Whole networks prepared for inference: fused by gpukern, folded by hand, or compiled by PyTorch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Inference(Networks):
         return to_layout(task.case.layout, (images.to(DTYPES[task.case.dtype]),))
 
     def reference(self, task: Task[WholeNetwork], tensors: Tensors) -> torch.Tensor:
-        """Of the network before anyone rounded or folded its weights."""
+        """Return the result of the network before its weights were rounded or folded."""
         (images,) = tensors
         model = placed(trained_alike(task.problem.name), images.device, torch.float64, "NCHW")
         with torch.no_grad():
@@ -75,7 +75,7 @@ def trained_alike(name: str) -> nn.Module:
 
 
 def _with_scales(name: str) -> nn.Module:
-    """As small as in trained networks: at 1 a deep network of random weights makes much more of every rounding."""
+    """Set scales as small as in trained networks: at 1 a deep random network amplifies every rounding error."""
     model = copy.deepcopy(weights(name)).eval()
     with torch.random.fork_rng():
         torch.manual_seed(2)
@@ -103,7 +103,7 @@ def _gpukern(task: Task[WholeNetwork], device: torch.device) -> Implementation:
 
 
 def _fused(name: str, dtype: torch.dtype, device: torch.device) -> FusedModel:
-    """Without its own verification: whoever is timed here was checked before."""
+    """Fuse without verification: every candidate timed here was checked before."""
     if device.type == "meta":
         return _fused_sizes(name, dtype)
     model = copy.deepcopy(trained_alike(name)).to(device)
@@ -113,7 +113,7 @@ def _fused(name: str, dtype: torch.dtype, device: torch.device) -> FusedModel:
 
 @functools.lru_cache(maxsize=4)
 def _fused_sizes(name: str, dtype: torch.dtype) -> FusedModel:
-    """On the meta device, where only sizes count: statistics are any, but there are biases to be folded."""
+    """Fuse on the meta device, where only sizes count: statistics are arbitrary, but there are biases to fold."""
     fused = gpukern.fuse(_with_scales(name), torch.randn(2, *network(name).input_size), dtype=dtype, verify=False)
     fused.module.to(_META)
     return fused
@@ -128,7 +128,7 @@ def _compiled(task: Task[WholeNetwork], fold: bool, device: torch.device) -> Imp
 
 
 def _max_autotuned(task: Task[WholeNetwork], fold: bool, device: torch.device) -> Implementation:
-    """In CUDA graphs always: ours where all candidates are in one, its own where calls come from Python."""
+    """Compile with max-autotune, always in CUDA graphs: ours if all candidates use one, its own for Python calls."""
     bare, graphed = (
         functools.partial(compile_for_these_shapes, mode=mode)
         for mode in ("max-autotune-no-cudagraphs", "max-autotune")
@@ -168,7 +168,7 @@ def _peer(
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """By PyTorch's own tool, in the weights' float32. RuntimeError if it leaves a batch norm."""
+    """Fold by PyTorch's own tool, in the weights' float32. RuntimeError if it leaves a batch norm."""
     without = optimization.fuse(model)
     if left := _norms(without):
         raise RuntimeError(f"torch.fx did not fold {', '.join(left)}")
@@ -176,7 +176,7 @@ def folded(model: nn.Module) -> nn.Module:
 
 
 def _running(make: Callable[[torch.device], Callable]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What ``make`` makes for a device, for inference. At the first call: what is not run takes no memory."""
+    """Call ``make`` for a device, for inference, at the first call: a candidate that is not run takes no memory."""
     make = functools.cache(make)
 
     def run(images: torch.Tensor) -> torch.Tensor:

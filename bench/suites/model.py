@@ -81,7 +81,7 @@ class Models(Networks):
 
 @functools.cache
 def _logits_size(name: str) -> tuple[int, ...]:
-    """Of one image."""
+    """Shape of the logits of one image."""
     found = network(name)
     with torch.device("meta"):
         return tuple(found.make().eval()(torch.empty(1, *found.input_size)).shape[1:])

@@ -19,10 +19,10 @@ from bench.suite import Tensors as Operands
 from gpukern.runtime.mode import Mode, force_mode
 from gpukern.runtime.roofline import Work
 
-#: Those of which a harder layout in memory, or a harder dtype, says something new.
+#: Those of which a harder layout in memory, or a harder dtype, adds information.
 _FEW = ("SGD, momentum", "Adam")
 _APEX = {"SGD": "FusedSGD", "Adam": "FusedAdam", "AdamW": "FusedAdam", "Adagrad": "FusedAdagrad"}
-#: Parameters that are compared: of a language model a part says as much, and fits into memory in float64.
+#: Parameters that are compared: for a language model a part suffices, and fits into memory in float64.
 _COMPARED = 10**8
 #: One before the clock runs, in which moments are made, and the one that is compared.
 _STEPS = 2
@@ -64,7 +64,7 @@ class Optimizers(Suite[Update]):
     layouts = ("",)
     #: A step sweeps through more memory than the cache holds by itself.
     cold = False
-    #: PyTorch's count steps on the host unless they are told otherwise.
+    #: PyTorch's count steps on the host by default.
     graphs = False
     in_triton = False
     networks = ("resnet50", LLAMA)
@@ -102,7 +102,7 @@ class Optimizers(Suite[Update]):
         return tuple(parameter.grad.normal_() for parameter in made if parameter.grad is not None)
 
     def reference(self, task: Task[Update], tensors: Operands) -> torch.Tensor:
-        """By PyTorch's single-tensor code, or by ours where PyTorch has no such optimizer."""
+        """Compute by PyTorch's single-tensor code, or by ours if PyTorch has no such optimizer."""
         of = task.problem.tensors(torch.float64, tensors[0].device)
         sizes, exact = zip(*_compared(list(zip(of.sizes, tensors, strict=True))), strict=True)
         of, name = Tensors(sizes, of.groups, dtype=torch.float64, device=of.device), task.case.computation
@@ -150,7 +150,7 @@ def _compared(sized: Sequence[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torc
 
 
 def _apex(name: str) -> Any:
-    """As a module in which apex's class has PyTorch's name; None where there is none with the same options."""
+    """Return a module in which apex's class has PyTorch's name; None if there is none with the same options."""
     kind, options = OPTIMIZERS[name]
     if kind not in _APEX or "amsgrad" in options:
         return None

@@ -1,4 +1,4 @@
-"""The convolution's plan against other plans for the same launch: what a plan database should say instead."""
+"""The convolution's plan against other plans for the same launch: to find better entries for a plan database."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def question_of(task: Task[ConvProblem], device: DeviceSpec) -> Question:
 
 
 def plans(question: Question) -> list[ConvPlan]:
-    """All that are worth a try, each once: the one of a call, every kernel's, and neighbours of the gather's."""
+    """Return all plans worth trying, each once: a call's own, every kernel's, and neighbours of implicit GEMM's."""
     choice, _ = chosen(question)
     ranked = [each.plan for each in ranking(question.problem, question.direction, question.operands, question.device)]
     pointers = next((each for each in ranked if family_of(each).any_tile), None)

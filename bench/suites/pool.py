@@ -30,7 +30,7 @@ FORWARD, FOR_TRAINING, BACKWARD = "forward", "forward for training", "backward"
 
 
 def geometry_of(pool: Pool) -> tuple[Any, ...]:
-    """What follows the tensors in gpukern's and in torch's calls, but for torch's flag of averages."""
+    """Return the arguments after the tensors in gpukern's and torch's calls, without torch's flag of averages."""
     w = pool.window
     if isinstance(w, AdaptiveProblem):
         return ((w.P, w.Q),)
@@ -72,7 +72,7 @@ class Pools(Suite[Pool]):
         return work(task.problem.window, _pooling(task), DTYPES[task.case.dtype].itemsize)
 
     def bound(self, task: Task[Pool]) -> float:
-        """Of sums over a window; backward, over the windows that an element lies in."""
+        """Return the bound of sums over a window; backward, over the windows that contain an element."""
         w, backward = task.problem.window, task.case.computation == BACKWARD
         if task.problem.kind is Kind.MAX and not backward:
             return 0.0  # one of the inputs, exactly

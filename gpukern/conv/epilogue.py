@@ -16,7 +16,7 @@ def add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS: tl.constexpr)
     place = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
     first = partial_ptr + tile.to(tl.int64) * (SPLITS * SIZE) + place
     tl.store(first + split * SIZE, acc)
-    # All threads' stores come before the count that tells of them ...
+    # All threads' stores come before the count that announces them ...
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
     total = acc

@@ -19,7 +19,7 @@ from gpukern.runtime.roofline import Cost
 
 
 def only_measured(plan: ConvPlan) -> bool:
-    """Whether nothing but a GPU can show that ``plan`` is right: it is chosen only where the plan database says so."""
+    """Whether nothing but a GPU can show that ``plan`` is right: it is chosen only if the plan database has it."""
     return family_of(plan).needs_measurement(plan)
 
 

@@ -74,7 +74,7 @@ class Call(NamedTuple):
 
     @property
     def operands(self) -> Operands:
-        """What the plan depends on beside sizes and device."""
+        """Return the properties that a plan depends on besides sizes and device."""
         strides = self.first, self.second, self.output
         return operands_of(self.problem, self.direction, strides, self.aligned, self.dtype, self.precision)
 
@@ -130,7 +130,7 @@ def operands_of(
     dtype: torch.dtype,
     precision: str,
 ) -> Operands:
-    """What the plan depends on beside sizes and device."""
+    """Return the properties that a plan depends on besides sizes and device."""
     layouts = (
         layout_of(shape, given, dtype.itemsize, aligned)
         for shape, given in zip(shapes(problem, direction), strides, strict=True)

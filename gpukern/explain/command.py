@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class _Questions(TyperGroup):
-    """What is no command but a file is a saved model."""
+    """A command group in which an argument that is a file, not a command, is a saved model."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] not in self.commands and (args[0].endswith(".pt2") or Path(args[0]).is_file()):
@@ -132,7 +132,7 @@ def _common(
 
 
 def checked(name: str | None, read: Callable[..., T], *given: Any) -> T:
-    """What ``read`` makes of it; what it does not understand is a wrong use of the parameter ``name``."""
+    """Return the result of ``read``; its errors are reported as a wrong use of the parameter ``name``."""
     try:
         return read(*given)
     except ValueError as error:

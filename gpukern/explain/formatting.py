@@ -1,4 +1,4 @@
-"""Questions in words: as they are typed at a command line, and as answers repeat them."""
+"""Parsing and formatting of queries: as typed at a command line, and as answers repeat them."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ ARCHITECTURES = {
     "sm_103": B300,
     "sm_120": RTX_5090,
 }
-#: What kernels take and make, in the order of their operands.
+#: Names of the kernels' operands and output, in order.
 OPERANDS = {
     Direction.FORWARD: ("x", "w", "y"),
     Direction.INPUT_GRAD: ("dy", "w", "dx"),
     Direction.WEIGHT_GRAD: ("dy", "x", "dw"),
 }
-#: A size that a GPU's memory could not hold is a slip of the keyboard.
+#: A size that exceeds a GPU's memory is a typing error.
 _LARGEST = 2**31
 
 
@@ -128,7 +128,7 @@ def padding_called(words: str) -> Pair | str:
 def problem_called(
     image: str, filter: str, stride: str = "1", padding: str = "0", dilation: str = "1", groups: int = 1
 ) -> ConvProblem:
-    """The problem of NxCxHxW by KxRxS or KxC/groupsxRxS; raises ValueError for what is no convolution."""
+    """The problem of NxCxHxW by KxRxS or KxC/groupsxRxS; raises ValueError for what is not a convolution."""
     N, C, H, W = sizes_called(image, 4)
     K, *group_inputs, R, S = sizes_called(filter, 3, 4)
     if groups < 1 or C % groups:
@@ -173,7 +173,7 @@ def describe(p: ConvProblem) -> str:
 
 
 def describe_plan(plan: ConvPlan, direction: Direction) -> str:
-    """All of the plan, in words no other for the launch has: also what is copied, and how float32 is multiplied."""
+    """Describe a plan uniquely among the launch's plans: including its copies and the products of float32."""
     words = str(replace(plan, pack=(False, False, False)))
     if plan.precision != "ieee":
         words += f", {plan.precision}"

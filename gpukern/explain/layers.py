@@ -1,4 +1,4 @@
-"""The convolutions, fully-connected layers and pools of a network, read off a run on a tensor without memory."""
+"""The convolutions, fully-connected layers and pools of a network, recorded from a run on a meta tensor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_p
 class LayerCall:
     """One call of a layer that has no layers inside: its name, and the shape it was given.
 
-    ``is_first``: it was given the network's own input, whose gradient nobody needs.
+    ``is_first``: it takes the network's own input, whose gradient is not needed.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Linear:
 
 
 class Kind(enum.Enum):
-    """How a pool makes one number of a window; the values are its names in descriptions and in files of results."""
+    """The reduction of a pool's window; the values are its names in descriptions and in files of results."""
 
     MAX = "maximum"
     AVERAGE = "average"
@@ -89,7 +89,7 @@ def distinct(problems: Iterable[tuple[LayerCall, Any]]) -> Iterator[tuple[LayerC
 
 
 def problem_of(call: LayerCall) -> Problem | None:
-    """What gpukern computes of a layer; None where that is nothing."""
+    """Return the problem that gpukern computes for a layer; None if there is none."""
     return conv_of(call) or linear_of(call) or pool_of(call)
 
 

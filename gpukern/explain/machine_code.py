@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CannotCompile(Exception):
-    """Why there is no machine code to look at, in a sentence."""
+    """There is no machine code to show; the message gives the reason in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def compiled(question: Question, choice: ConvPlan) -> list[Compiled]:
         _call(question, choice)
     try:
         return [_counted(launch) for launch in launches]
-    except Exception as error:  # whatever Triton, LLVM or ptxas has to say
+    except Exception as error:  # any error of Triton, LLVM or ptxas
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise CannotCompile(f"{choice} does not compile: {reason}") from error
 
 
 def _call(question: Question, choice: ConvPlan) -> None:
-    """On tensors without memory."""
+    """Make the call on tensors without memory."""
     from gpukern.conv import prepared_for, run  # need Triton
 
     p, direction = question.problem, question.direction

@@ -1,4 +1,4 @@
-"""Every layer of a network against the roofline of a device that need not be here.
+"""Every layer of a network against the roofline of a device that need not be present.
 
 The plan of each layer, the time that no implementation can beat (*floor*), the time that this plan cannot beat
 (*bound*), the time it is expected to take, and what its machine code is made of.
@@ -27,7 +27,7 @@ from gpukern.ops._pool2d.planner import plan as pool_plan
 from gpukern.runtime.device import DeviceSpec, assumed_peaks
 from gpukern.runtime.roofline import Cost, Work, floor
 
-#: What of a part adds up.
+#: The fields of a part that add up.
 _SUMMED = ("launches", "waves", "flops", "bytes", "moved", "floor_us", "bound_us", "expected_us")
 _OPERATORS = {Kind.MAX: "max_pool2d", Kind.AVERAGE: "avg_pool2d", Kind.ADAPTIVE: "adaptive_avg_pool2d"}
 
@@ -39,7 +39,7 @@ class Part:
     ``flops`` and ``bytes`` are any implementation's, ``moved`` the plan's bytes, ``efficiency`` the useful share of
     the work done on padded tiles. ``bound`` is what the floor is bound by: "memory" or "compute". ``registers``,
     ``spills`` and ``loop``, the instructions of one turn of the main loop, are of the main kernel, None where it was
-    not compiled; ``note`` says why it could not be.
+    not compiled; ``note`` gives the reason.
     """
 
     layer: str
@@ -66,7 +66,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part stands in its network, and what it computes there."""
+    """A part's position in its network, and its computation there."""
 
     layer: str
     count: int
@@ -77,7 +77,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all launches of a network share; ``kind`` is one of :data:`gpukern.explain.query.KINDS`."""
+    """Settings that all launches of a network share; ``kind`` is one of :data:`gpukern.explain.query.KINDS`."""
 
     kind: str
     channels_last: bool
@@ -96,7 +96,7 @@ def parts(
 
     The model, which should be on the meta device, runs once. Several ``directions`` together are a training step, in
     which a maximum keeps what its backward needs; the gradient of the network's own input belongs to none.
-    ``left_out`` hears of each layer that gpukern does not take.
+    ``left_out`` is called with each layer that gpukern does not take.
     """
     calls = layer_calls(model, torch.empty(*shape, device="meta"))
     for call, count, problem in distinct((call, problem_of(call)) for call in calls):
@@ -123,14 +123,14 @@ def question(problem: ConvProblem | Linear, direction: Direction, setting: Setti
 
 
 def pooling_of(kind: Kind, direction: Direction, training: bool) -> Pooling:
-    """What a pool launches: for training a maximum writes down where it was found."""
+    """Return a pool's computation: for training, a maximum also records its positions."""
     maximum = kind is Kind.MAX
     if direction is Direction.INPUT_GRAD:
         return Pooling.MAX_GRAD if maximum else Pooling.AVG_GRAD
     return Pooling.MAX_WITH_TAPS if maximum and training else Pooling.MAX if maximum else Pooling.AVG
 
 
-# ---- what a part costs ---------------------------------------------------------------------------------------------
+# ---- cost of a part ------------------------------------------------------------------------------------------------
 
 
 def launch(layer: str, count: int, operation: str, asked: Question, compiles: bool = False) -> Part:
@@ -163,7 +163,7 @@ def by_bytes(place: Place, moved: float, setting: Setting) -> Part:
 
 
 def priced(place: Place, plan: str, must: Work, cost: Cost, expected: float, device: DeviceSpec) -> Part:
-    """``cost`` of the plan, beside what any implementation ``must`` do."""
+    """Return the part with the plan's ``cost`` and the work that any implementation ``must`` do."""
     least = floor(must, assumed_peaks(device))
     return Part(
         **dataclasses.asdict(place),

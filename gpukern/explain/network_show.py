@@ -16,7 +16,7 @@ from gpukern.formatting import count, number, percent, ratio
 from gpukern.info import package_version
 from gpukern.version import __version__
 
-#: Columns of what goes into a pipe: no window to fit, and nothing may be cut off.
+#: Columns of output into a pipe: there is no window to fit, and nothing may be truncated.
 _WIDE = 200
 #: Batch size → the parts of a pass.
 Batches = Mapping[int, Sequence[Part]]
@@ -56,7 +56,7 @@ _CODE: tuple[_Column, ...] = tuple(map(_code, ("registers", "spills", "loop")))
 
 
 def columns(found: Sequence[Part]) -> tuple[list[_Column], list[_Column]]:
-    """(words, numbers) that tell something of ``found``: no computation where all are one, no machine code without."""
+    """Return the informative (words, numbers) columns of ``found``: no computation if all agree, no absent code."""
     alike = len({part.computation for part in found}) == 1
     words = [column for column in _WORDS if not (alike and column[0] == "computation")]
     compiled = any(part.registers is not None for part in found)

@@ -1,4 +1,4 @@
-"""What can be asked: a launch by its sizes, dtype, layout and device."""
+"""Queries: a launch by its sizes, dtype, layout and device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Question:
     """A launch. ``first`` and ``second`` are the strides of tensors [N, C, H, W] or [K, C/groups, R, S].
 
     ``channels_last`` is the output's layout, ``kind`` one of :data:`KINDS`; only a forward has a ``bias`` or an
-    ``epilogue``. ``computation`` says what it is for where that is not the direction.
+    ``epilogue``. ``computation`` names its purpose if that is not the direction.
     """
 
     problem: ConvProblem
@@ -59,7 +59,7 @@ def convolution(
     bias: bool = False,
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
 ) -> Question:
-    """Of dense tensors, all in one layout; a gradient has neither bias nor epilogue."""
+    """Return the query for dense tensors, all in one layout; a gradient has neither bias nor epilogue."""
     first, second, _ = (dense_strides(shape, channels_last) for shape in shapes(problem, direction))
     if direction is not Direction.FORWARD:
         bias, epilogue = False, Epilogue()

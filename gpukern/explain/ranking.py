@@ -1,4 +1,4 @@
-"""The plan of a launch, what it and its alternatives are expected to cost, and why it was chosen."""
+"""The plan of a launch, the expected costs of it and its alternatives, and the reasons for the choice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gpukern.formatting import micro, number, percent, size
 from gpukern.runtime.device import assumed_peaks
 from gpukern.runtime.roofline import Floor, Work, floor
 
-#: Expected times of so many bounds need a word.
+#: Expected times of this many times the bound need an explanation.
 _FAR = 2.5
 
 
@@ -34,7 +34,7 @@ _FAR = 2.5
 class Answer:
     """``work`` and ``floor`` are any implementation's; ``ranking`` holds all plans, the fastest expected first.
 
-    ``measured`` tells whether the plan database chose, not the expectation; ``switched_off`` how many plans each
+    ``measured``: whether the plan database chose, not the expectation; ``switched_off``: the number of plans that each
     exclusion kept out of the ranking.
     """
 
@@ -81,13 +81,13 @@ def chosen(question: Question) -> Choice:
 
 
 def ranked(question: Question, choice: ConvPlan) -> Ranked:
-    """What ``choice`` costs, whether or not the ranking has it."""
+    """Return the cost of ``choice``, whether or not the ranking has it."""
     found = conv.ranked(question.problem, question.direction, choice, question.operands, question.device)
     return _with_residual(question, found)
 
 
 def _with_residual(question: Question, plain: Ranked) -> Ranked:
-    """With the bytes of the residual, which the planner leaves out: they are the same for all plans but for copies."""
+    """Add the bytes of the residual, which the planner leaves out: they are the same for all plans except copies."""
     extra = residual_bytes(question)
     if not extra:
         return plain
@@ -104,7 +104,7 @@ def _with_residual(question: Question, plain: Ranked) -> Ranked:
 
 
 def residual_bytes(question: Question) -> int:
-    """Of the tensor that the epilogue adds; 0 without one."""
+    """Return the bytes of the tensor that the epilogue adds; 0 without one."""
     p = question.problem
     return question.epilogue.residual * math.prod((p.N, p.K, p.P, p.Q)) * question.dtype.itemsize
 
@@ -112,7 +112,7 @@ def residual_bytes(question: Question) -> int:
 # ---- why -----------------------------------------------------------------------------------------------------------
 
 
-#: How float32 is multiplied on tensor cores, which would cut operands that nobody rounded.
+#: Products of float32 on tensor cores, which would truncate operands that were not rounded.
 _PRODUCTS = {
     "tf32": "Products are TF32's: operands are rounded to the nearest number of 10 mantissa bits, sums are float32.",
     "tf32x3": "Each product is three of TF32, of operands in two rounded halves: nearly float32's.",
@@ -120,7 +120,7 @@ _PRODUCTS = {
 
 
 def reasons(found: Answer) -> list[str]:
-    """Why this plan, in plain sentences."""
+    """Return the reasons for this plan, in plain sentences."""
     if not found.chosen.cost.launches:
         return ["There is nothing to compute, so nothing is launched."]
     products = _PRODUCTS.get(found.chosen.plan.precision)

@@ -50,7 +50,7 @@ def chart(rate: float, bandwidth: float, points: list[Point], width: int = WIDTH
 
 
 def _with_rates(cells: list[list[str]], top: float, bottom: float) -> list[str]:
-    """Every third line names its rate in TFLOP/s."""
+    """Label every third line with its rate in TFLOP/s."""
     last = len(cells) - 1
     lines = []
     for number, line in enumerate(cells):

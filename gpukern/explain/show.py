@@ -24,12 +24,12 @@ _FLOOR, _EXPECTED = "●", "○"
 
 
 def print_answer(found: Answer, code: list[Compiled] | str, top: int) -> None:
-    """In colour on a terminal, as plain text into anything else."""
+    """Print in colour on a terminal, as plain text into anything else."""
     show(render(found, code, top))
 
 
 def render(found: Answer, code: list[Compiled] | str, top: int) -> RenderableType:
-    """All of it; ``code`` is the machine code or why there is none, ``top`` how many alternatives are listed."""
+    """Render the answer; ``code``: the machine code or why it is absent, ``top``: the number of listed alternatives."""
     parts = [_heading(found), _facts(found), *(Text(f"• {reason}") for reason in reasons(found)), _plans(found, top)]
     parts += [Text(code, style="dim")] if isinstance(code, str) else _code(code)
     return Group(*parts, *_roofline(found))

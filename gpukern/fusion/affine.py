@@ -23,7 +23,7 @@ class Affine:
 
 
 def as_affine(program: Program, node: Node, input: Node) -> Affine | None:
-    """What ``node`` does to the channels of ``input``; None if that is not the same in every call."""
+    """Return the affine map of ``node`` on the channels of ``input``; None if it is not the same in every call."""
     before, after = value(input), value(node)
     if before is None or after is None or before.dim() < 2:
         return None
@@ -39,12 +39,12 @@ def is_batch_norm(node: Any) -> bool:
 
 
 def is_any_batch_norm(node: Any) -> bool:
-    """The same, in the forms too that return statistics, or are gpukern's."""
+    """Whether ``node`` is a batch norm, including the forms that return statistics and gpukern's own."""
     return is_call(node) and "batch_norm" in operation(node)
 
 
 def foldable(program: Program, node: Node) -> bool:
-    """Whether a batch norm computes the same function in every call: by statistics that it keeps, not the batch's."""
+    """Whether a batch norm computes the same function in every call: from stored statistics, not the batch's."""
     given = arguments(node)
     kept = given["running_mean"] is not None and given["running_var"] is not None
     return (

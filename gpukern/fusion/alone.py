@@ -1,7 +1,7 @@
-"""Each match by itself: the fused operator beside the original's, both given the original's own values.
+"""Verification of each match by itself: fused and original operators, both given the original's own values.
 
-In the whole, errors of all layers meet, and a fault of one that is as small as they are is not seen. Here a layer takes
-what the layers before it return in the truth, so that its error is its own: a few roundings, whatever the depth.
+In the whole model, errors of all layers accumulate and hide a fault of one layer that is as small as they are. Here a
+layer takes the true outputs of the layers before it, so that its error is its own: a few roundings, at any depth.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _FEWEST = 4
 
 @dataclass(frozen=True)
 class Alone:
-    """‖y − truth‖ of a match over the size of what it computes, the unfused operators' own, and what would do.
+    """‖y − truth‖ of a match relative to the size of its output, that of the unfused operators, and the bound.
 
-    ``in_whole``: its output's error where the layers before it have theirs.
+    ``in_whole``: its output's error if the layers before it have theirs.
     """
 
     match: Match
@@ -44,7 +44,7 @@ class Alone:
 def judge_alone(
     program: Program, matches: Sequence[Match], lowered: Lowered, inputs: Sequence[Any], dtype: torch.dtype
 ) -> list[Alone]:
-    """Of each match; empty where the program cannot run in fp64, or by its own operators in ``dtype``.
+    """Judge each match; empty if the program cannot run in fp64, or by its own operators in ``dtype``.
 
     ``inputs`` are the leaves of an example as the fused module prepares them.
     """
@@ -65,18 +65,18 @@ def judge_alone(
     judged = []
     for match, name, lowered_name, source in zip(matches, names, lowered.names, sources, strict=True):
         exact = truth[name]
-        # An activation may leave next to nothing of what is computed before it, but the roundings of that.
+        # An activation may leave little of its input but the input's roundings.
         size = max(_norm(exact), _norm(truth[source])) or 1.0
         error, unfused = (_norm(each.double() - exact) / size for each in (found[lowered_name], own[name]))
         if not math.isfinite(unfused):
-            error = unfused = 0.0  # it overflows in the unfused model too, and is no measure
+            error = unfused = 0.0  # it overflows in the unfused model too, and is not a reference
         in_whole = distance([whole[lowered_name]], [exact])
         judged.append(Alone(match, in_whole, error, unfused, _bound(match, unfused, exact, inputs, dtype)))
     return judged
 
 
 def _bound(match: Match, unfused: float, exact: torch.Tensor, inputs: Sequence[Any], dtype: torch.dtype) -> float:
-    """The errors of pixels are alike where weights were rounded, those of channels are not: as many are drawn."""
+    """The bound of an error. Rounded weights correlate the errors of pixels, not of channels: as many are drawn."""
     channels = exact.shape[-1] if match.core.target is torch.ops.aten.linear.default else exact.shape[1]
     directions = max(channels, _FEWEST)
     by_chance = math.sqrt(f_quantile(directions, directions))
@@ -86,7 +86,7 @@ def _bound(match: Match, unfused: float, exact: torch.Tensor, inputs: Sequence[A
 
 
 def what_is_wrong(judged: Sequence[Alone]) -> str | None:
-    """What to say of the first that is no longer the same."""
+    """Describe the first match that is no longer the same."""
     for each in judged:
         if not each.error <= each.bound:
             names = ", ".join(dict.fromkeys(node.name for node in each.match.nodes))

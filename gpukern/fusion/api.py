@@ -1,4 +1,4 @@
-"""The two functions that most users need. What they are made of is imported when they are called."""
+"""The two functions that most users need. Their implementation is imported when they are called."""
 
 from __future__ import annotations
 

@@ -25,11 +25,11 @@ from gpukern.fusion.report import IN_ARCHIVE, FusionReport
 from gpukern.runtime.files import replacing
 from gpukern.runtime.records import build, plain
 
-#: The name in the archive of how the network is called; by it and the report a fused model is told from others.
+#: The archive's entry for the network's call interface; with the report it identifies a fused model.
 _INTERFACE = "gpukern_interface.json"
-#: The folder in the archive that all is in.
+#: The folder in the archive that contains all entries.
 _FOLDER = "import_gpukern_before_torch_export_load"
-#: For who opens the archive, or fails to: torch.export.load knows no operators that were not imported.
+#: Note to those who open the archive: torch.export.load finds no operators that were not imported.
 _HINT = "README.txt"
 _HINT_TEXT = """A model fused by gpukern. Load it with gpukern.load("this.pt2"), or with
 
@@ -38,10 +38,10 @@ _HINT_TEXT = """A model fused by gpukern. Load it with gpukern.load("this.pt2"),
 
 Without the import, torch says only that it cannot deserialize the file.
 """
-#: What torch.export keeps of where a node comes from.
+#: Metadata in which torch.export keeps a node's source.
 _OF_SOURCES = ("stack_trace", "from_node", "source_fn_stack", "torch_fn", "custom")
 _PATH = re.compile(r"(?:\b[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])+([^\s/\\:'\"]+)")
-#: What a constant of the interface is in a file.
+#: Types of the interface's constants in a file.
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -91,12 +91,12 @@ def _checked_text(interface: Interface) -> str:
 
 
 def _without_values(leaf: Any) -> Any:
-    """An example goes into the file: this one tells shape and dtype, and nothing of what somebody fused with."""
+    """Return the example for the file, with shape and dtype but none of the values that the user fused with."""
     return torch.zeros_like(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _forget_sources(exported: torch.export.ExportedProgram) -> None:
-    """torch.export notes for each operator the file and the line of code of who wrote it."""
+    """Remove the source file and line that torch.export records for each operator."""
     for module in exported.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             for each in _OF_SOURCES:
@@ -104,12 +104,12 @@ def _forget_sources(exported: torch.export.ExportedProgram) -> None:
 
 
 def _without_paths(text: str) -> str:
-    """Of a file its name alone: reports tell of files on somebody's machine."""
+    """Reduce paths in the report to file names: they are paths on the user's machine."""
     return _PATH.sub(r"\1", text)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[FusedModule, FusionReport, tuple, bool]:
-    """What :func:`save` wrote. FileNotFoundError if there is no such file; FusionError if it is another or damaged."""
+    """Read the output of :func:`save`. FileNotFoundError without a file; FusionError if it is another or damaged."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
@@ -149,7 +149,7 @@ class _StoredInput:
 
 @dataclass(frozen=True)
 class _StoredInterface:
-    """An :class:`Interface` as the file has it: every field under its name, tree specs as torch writes them."""
+    """An :class:`Interface` as stored in the file: every field under its name, tree specs as torch writes them."""
 
     inputs: tuple[_StoredInput | None, ...]
     in_spec: str

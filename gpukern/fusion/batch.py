@@ -1,7 +1,7 @@
-"""Which first dimension is the batch, how a model is exported with that free, and whether it then is what it was.
+"""Batch dimension of a model: finding it, exporting with it free, and checking that the model stays the same.
 
-torch.export takes a free size to be 2 or more. What a model does for a batch of one alone, by an ``if`` or a
-``squeeze()``, is not in the graph, and the graph does not tell. So the original is asked, at other sizes too.
+torch.export takes a free size to be 2 or more. A model's special case for a batch of one, an ``if`` or a
+``squeeze()``, is not in the graph, and nothing in the graph shows it. So the original is run, at other sizes too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.report.values import Verification
 
-#: Of each leaf of the arguments: the name of its free first dimension, None where that is fixed.
+#: For each leaf of the arguments: the name of its free first dimension, None if that is fixed.
 Free = tuple[str | None, ...]
 
 #: Sizes at which a fused model is compared with the original: the one that torch.export takes for a constant, and, if
@@ -26,13 +26,13 @@ _SIZES = (1, 3)
 
 
 class BatchMatters(Exception):
-    """With a free batch the fused model is not the original; the message says why."""
+    """With a free batch the fused model is not the original; the message gives the reason."""
 
 
 def choices(inputs: tuple, takes: Callable[[tuple], bool]) -> Iterator[Free]:
-    """What may be the batch, the likeliest first: of tensors of the highest rank, and of all that share its size.
+    """Return the possible batch dimensions, the likeliest first: of tensors of the highest rank, and all of its size.
 
-    ``takes`` tells whether the original accepts arguments. Inputs whose sizes it lets differ are free each by itself.
+    ``takes``: whether the original accepts arguments. Inputs whose sizes may differ are free independently.
     """
     leaves = pytree.tree_leaves(inputs)
     tensors = [(place, leaf) for place, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.dim()]
@@ -66,7 +66,7 @@ def resized(inputs: Any, free: Free, size: int) -> Any:
 
 
 def size_of(inputs: tuple, free: Free) -> int:
-    """Of the batch of the example."""
+    """Return the batch size of the example."""
     return next(leaf.shape[0] for leaf, name in zip(pytree.tree_leaves(inputs), free, strict=True) if name)
 
 
@@ -93,7 +93,7 @@ def require_that_it_runs(module: Callable[..., Any], inputs: tuple) -> None:
 
 
 def why_fixed(error: Exception) -> str | None:
-    """What torch.export says of a free batch, in words; None if its error is about something else."""
+    """Return torch.export's objection to a free batch, in words; None if its error is about something else."""
     text = str(error)
     if constant := re.search(
         r"marked batch\w* as dynamic but your code specialized it to be a constant \((\d+)\)", text
@@ -112,10 +112,10 @@ def sizes_apart(
     inputs: tuple,
     free: Free,
 ) -> dict[str, list[int]]:
-    """Of each free dimension the sizes, 0 or 1, that the fused ``module`` must not take, because the original does
-    otherwise for them or fails. ``judge`` verifies the module for arguments; FusionError if the original fails there.
+    """Return each free dimension's sizes, 0 or 1, that the fused ``module`` must refuse, because the original computes
+    something else for them or fails. ``judge`` verifies the module for arguments; FusionError if the original fails.
 
-    BatchMatters where another size goes wrong.
+    BatchMatters if another size is wrong.
     """
     apart: dict[str, list[int]] = {}
     for each in dict.fromkeys(filter(None, free)):
@@ -133,8 +133,8 @@ def sizes_apart(
 
 
 def may_lack_it(module: Callable[..., Any], judge: Callable[[tuple], Verification], inputs: tuple, free: Free) -> bool:
-    """Whether all inputs but the first that have the batch may have a size of 1 in its place, as in an example of one
-    image they could have meant."""
+    """Whether all inputs but the first that have the batch may have a size of 1 in its place, as they could have
+    been meant in an example of one image."""
     places = [place for place, name in enumerate(free) if name]
     if len(places) < 2 or len({name for name in free if name}) > 1 or size_of(inputs, free) != 1:
         return False

@@ -1,4 +1,4 @@
-"""The report of what was done."""
+"""Construction of the report of a fusion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpukern.fusion.report import FusedGroup, FusionReport, NotFused, Verificati
 
 @dataclass(frozen=True)
 class Work:
-    """What fusing made on its way: the captured program, the same with constants evaluated, and what became of it."""
+    """Intermediate results of fusing: the captured program, the same with constants evaluated, and the outcome."""
 
     model: torch.nn.Module
     captured: Program
@@ -41,7 +41,7 @@ def account(
     errors: Sequence[float],
     notes: Sequence[str],
 ) -> FusionReport:
-    """``prepared``: the leaves of the example as the graph takes them; ``errors``: of each match, if they are known."""
+    """Build the report. ``prepared``: the example's leaves as the graph takes them; ``errors``: per match, if known."""
     captured, lowered = work.captured, work.lowered
     before = describe.shaped(captured.graph, captured.constants, captured.modules, prepared)
     held = dict(lowered.module.named_buffers(remove_duplicate=False))
@@ -79,7 +79,7 @@ def _group(work: Work, place: int, errors: Sequence[float], kernels: dict[int, A
         bytes=kernel.bytes if kernel else None,
         floor=kernel.floor if kernel else None,
         expected=kernel.expected if kernel else None,
-        # Infinite where a value inside overflows that the output does not show.
+        # Infinite if an intermediate value overflows, which the output may not show.
         error=errors[place] if errors and math.isfinite(errors[place]) else None,
     )
 

@@ -1,8 +1,8 @@
-"""How the arguments of a fused model's call are those of the original's ``forward``: by place, by name, by default.
+"""Binding of a fused model's arguments to the original's ``forward``: by position, by name, by default.
 
-Inside, arguments have an order, the example's: those by place, then those that the example could give by name only.
+Inside, arguments are in the example's order: positional ones, then those that the example could give by name only.
 
-A captured graph knows the example's tensors as inputs; every number, flag and word of the example is a constant in it.
+A captured graph has the example's tensors as inputs; every number, flag and word of the example is a constant in it.
 A call with another one is refused.
 """
 
@@ -136,7 +136,7 @@ def _parameters(model: torch.nn.Module) -> inspect.Signature | None:
 
 
 def in_order(model: torch.nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, tuple[str, ...]]:
-    """The arguments of a call of ``model`` with those that were given by name in their places or, where they have none
+    """Return a call's arguments of ``model`` with those given by name in their positions or, if they have none
     after the others, at the end; and the names of these. TypeError, as of Python, where they are not the model's."""
     parameters = _parameters(model) if named else None
     if parameters is not None:
@@ -157,7 +157,7 @@ def _call_by_name(forward: Callable[..., Any], names: tuple[str, ...], *argument
 
 
 def told(value: Any) -> str:
-    """``value`` in a message: short."""
+    """Format ``value`` for a message: short."""
     words = text(value)
     if words is None:
         return f"a {type(value).__name__}"

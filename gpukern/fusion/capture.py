@@ -1,4 +1,4 @@
-"""From a model to a :class:`Program`: export in evaluation mode, with a free batch size, on a copy."""
+"""Capture of a model as a :class:`Program`: export in evaluation mode, with a free batch size, on a copy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpukern.fusion.given import check_weights, devices_of, duplicate
 from gpukern.fusion.program import InputSpec, Program, arguments, aten
 from gpukern.runtime.evaluation import evaluate
 
-#: gpukern's layers, and the torch layers whose operators fusion knows.
+#: gpukern's layers, and the torch layers whose operators fusion supports.
 _PLAIN = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
 
 
@@ -46,7 +46,7 @@ def capture_program(
 
     ``signature`` is that of the original, whose arguments ``inputs`` are in order.
 
-    FusionError, with what torch.export said, if it cannot be captured.
+    FusionError, with torch.export's message, if it cannot be captured.
     """
     notes: list[str] = []
     exported, free = _export(model, inputs, dynamic_batch, notes)
@@ -63,14 +63,14 @@ def capture_program(
 def _export(
     model: torch.nn.Module, inputs: tuple, dynamic_batch: bool, notes: list[str]
 ) -> tuple[ExportedProgram, Free | None]:
-    """With the free dimensions, None if there are none."""
+    """Export with the free dimensions, None if there are none."""
     if dynamic_batch:
         why = "no input has a first dimension"
         for free in choices(inputs, functools.partial(_takes, model)):
             try:
                 with quiet():
                     return export_any_batch(model, inputs, free).run_decompositions({}), free
-            except Exception as error:  # export raises of all kinds; whether it is the batch's fault the next try shows
+            except Exception as error:  # export raises all kinds; the next try shows whether the batch is the cause
                 why = why_fixed(error) or first_line(error)
     try:
         with quiet():
@@ -95,10 +95,10 @@ def _takes(model: torch.nn.Module, inputs: tuple) -> bool:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without what torch.export warns of its own affairs and does to the flags, and as on a machine without cuDNN.
+    """Suppress torch.export's internal warnings and changes of flags, and export as on a machine without cuDNN.
 
-    On a GPU PyTorch asks whether the batch is small enough for cuDNN (batch norm of float32: 65,535 images), and
-    torch.export takes the answer for a limit of the model, under which no batch size is free any more.
+    On a GPU PyTorch checks whether the batch is small enough for cuDNN (batch norm of float32: 65,535 images), and
+    torch.export takes the result for a limit of the model, under which no batch size is free any more.
     """
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
@@ -112,7 +112,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _products_left_alone() -> Iterator[None]:
-    """Inside, nobody who switches cuDNN or oneDNN off and on again touches how they multiply fp32.
+    """Keep the fp32 precision flags of cuDNN and oneDNN unchanged while they are switched off and on again.
 
     torch.export reads all of their flags to put them back. That fails where ``torch.backends.cudnn.conv`` was given a
     precision and recurrent layers were not, and elsewhere leaves convolutions with a precision of their own, which no
@@ -125,7 +125,7 @@ def _products_left_alone() -> Iterator[None]:
         yield
     finally:
         for backend in backends:
-            vars(backend).pop("set_flags", None)  # the module's own shows again behind it
+            vars(backend).pop("set_flags", None)  # the module's own attribute is visible again
 
 
 def _switch(backend: Any, _enabled: bool | None = None) -> tuple[bool]:
@@ -190,7 +190,7 @@ def _program(
 
 
 def _outputs(exported: ExportedProgram, notes: list[str]) -> tuple:
-    """What the model returns; what it writes into its arguments or buffers on the way is left out."""
+    """Return the model's outputs, without those that are writes to its arguments or buffers."""
     (output,) = (node for node in exported.graph.nodes if node.op == "output")
     written = [
         spec.target for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_INPUT_MUTATION
@@ -214,13 +214,13 @@ def _input_spec(leaf: Any, batch: str | None) -> InputSpec | None:
 
 
 def _simplify_batch_norm(graph: Graph) -> None:
-    """``aten.batch_norm``, which returns one tensor, for the forms that return statistics nobody reads."""
+    """Use ``aten.batch_norm``, which returns one tensor, for the forms whose returned statistics are unused."""
     for node in list(graph.nodes):
         if node.op != "call_function" or not str(node.target).startswith("aten._native_batch_norm_legit"):
             continue
         live = [user for user in node.users if user.users]
         if len(live) != 1 or live[0].target is not operator.getitem or live[0].args[1] != 0:
-            continue  # somebody reads the statistics
+            continue  # the statistics are used
         with graph.inserting_before(node):
             simple = graph.call_function(aten.batch_norm.default, _batch_norm_arguments(node))
         simple.meta = {**node.meta, "val": live[0].meta["val"]}
@@ -251,9 +251,9 @@ def _check_state(graph: Graph, held: dict[str, str], changed: set[str], notes: l
 
 
 def _normalize(graph: Graph) -> None:
-    """Without what changes no value: clones (dropout in evaluation is one), casts to the dtype that is there, + 0.
+    """Remove operators that change no value: clones (dropout in evaluation is one), casts to the same dtype, + 0.
 
-    A view becomes a reshape: the fused model's tensors may lie otherwise than those of the capture.
+    A view becomes a reshape: the fused model's tensors may have other strides than those of the capture.
     """
     for node in list(graph.nodes):
         if node.op != "call_function":
@@ -283,7 +283,7 @@ def _is_identity(node: Node) -> bool:
     adds_nothing = node.target is aten.add.Tensor and type(node.args[1]) in (int, float) and node.args[1] == 0
     if not adds_nothing and node.target not in _IDENTITIES:
         return False
-    # Of an input a clone stays: the model does not return what it was given.
+    # Keep the clone of an input: the model must not return the tensor it was given.
     if not isinstance(node.args[0], Node) or node.args[0].op == "placeholder":
         return False
     before, after = node.args[0].meta.get("val"), node.meta.get("val")

@@ -9,7 +9,7 @@ from gpukern.fusion.program import arguments, is_call, title
 
 
 def draws(graph: Graph) -> list[str]:
-    """In words, each operator whose result is another in each call: "drop (dropout): aten::dropout"."""
+    """Describe each operator whose result differs from call to call: "drop (dropout): aten::dropout"."""
     return [f"{title(node)}: {node.target._schema.name}" for node in graph.nodes if is_call(node) and _is_random(node)]
 
 

@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from gpukern.tables import show
 
-# What needs torch is imported where it is used: the command line's help shall not wait for it.
+# Imports that need torch are made where they are used: the command line's help must not wait for them.
 if TYPE_CHECKING:
     import torch
 
@@ -97,7 +97,7 @@ def fuse(
     if model.startswith(_ZOOS) and weights is None:
         notes.append("The weights are random: none were given")
     told = replace(told, model=model, notes=(*told.notes, *notes))
-    with _step("writing"):  # before anything is printed: whoever reads that may stop early
+    with _step("writing"):  # before anything is printed: a reader of the pipe may stop early
         written = [*_write(told.to_html, report, "the report"), *_write(told.to_json, json, "the report")]
         if fused is not None:
             fused.report = told
@@ -130,7 +130,7 @@ def explain_model(
 
 
 def _checked(name: str, read: Callable[..., T], *given: Any) -> T:
-    """What ``read`` makes of it; what it does not find or understand is a wrong use of the parameter ``name``."""
+    """Return the result of ``read``; its errors are reported as a wrong use of the parameter ``name``."""
     from gpukern.fusion.errors import SourceError, WeightsError
 
     try:
@@ -142,7 +142,7 @@ def _checked(name: str, read: Callable[..., T], *given: Any) -> T:
 
 @contextlib.contextmanager
 def _told_of_weights() -> Iterator[list[str]]:
-    """What is said inside of the file of weights, for the report's notes; other warnings go where they would."""
+    """Collect warnings about the file of weights for the report's notes; other warnings are issued as usual."""
     from gpukern.fusion.errors import WeightsWarning
 
     notes: list[str] = []
@@ -157,7 +157,7 @@ def _told_of_weights() -> Iterator[list[str]]:
 
 
 def _check_files(report: Path | None = None, json: Path | None = None, save: Path | None = None) -> None:
-    """Before minutes of work: whether there is a place for what comes of them."""
+    """Check, before minutes of work, that the output files can be written."""
     for option, path in (("--report", report), ("--json", json), ("--save", save)):
         if path is not None and not path.parent.is_dir():
             raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
@@ -193,13 +193,13 @@ def _dtype(name: str) -> torch.dtype:
 def _fused(
     model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], **settings: Any
 ) -> tuple[FusedModel | None, FusionReport, str]:
-    """The fused model and its report; no model, its report and what is wrong where the verification fails."""
+    """Return the fused model and its report; if the verification fails, no model, the report and the error."""
     from gpukern.fusion import fuse as fuse_model
     from gpukern.fusion.errors import FusionError, first_line
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what concerns the user is in the report's notes
+            warnings.simplefilter("ignore")  # warnings that concern the user are in the report's notes
             fused = fuse_model(model, inputs, **settings)
             return fused, fused.report, ""
     except FusionError as problem:
@@ -215,7 +215,7 @@ def _fused(
 
 
 def _require_that_it_runs(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    """A model that fails on the input as it is has not been fused wrongly: the input is wrong."""
+    """Run the unfused model on the input: if it fails, the input is wrong, not the fusion."""
     import torch
 
     try:
@@ -232,7 +232,7 @@ def _require_that_it_runs(model: torch.nn.Module, inputs: tuple[torch.Tensor, ..
 
 @contextlib.contextmanager
 def _step(words: str) -> Iterator[None]:
-    """A line with a clock on standard error while the inside takes its time; on a terminal only."""
+    """Show a line with a clock on standard error while the block runs; on a terminal only."""
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -241,7 +241,7 @@ def _step(words: str) -> Iterator[None]:
 
 
 def _write(write: Callable[[Path], Any], path: Path | None, what: str) -> Iterator[tuple[str, bool]]:
-    """Nothing without a ``path``; else what became of it in words, and whether it is there."""
+    """Write a file and return the outcome in words, and whether it was written; nothing without a ``path``."""
     from gpukern.fusion.errors import FusionError, first_line
 
     if path is None:
@@ -250,14 +250,14 @@ def _write(write: Callable[[Path], Any], path: Path | None, what: str) -> Iterat
         write(path)
     except (OSError, FusionError) as problem:
         yield f"{what} could not be written to {path}: {problem}", False
-    except Exception as problem:  # torch's writers raise of all kinds
+    except Exception as problem:  # torch's writers raise errors of all kinds
         yield f"{what} could not be written to {path}: {first_line(problem)}", False
     else:
         yield f"{what} is in {path}", True
 
 
 def _tell(written: list[tuple[str, bool]]) -> None:
-    """On standard error: the output is the report alone."""
+    """Print to standard error: the output is the report alone."""
     for words, good in written:
         typer.echo(words if good else f"gpukern fuse: {words}", err=True)
     if not all(good for _, good in written):

@@ -1,4 +1,4 @@
-"""What lets a node into a match, and what keeps it out, in words for the report."""
+"""Conditions for a node to join a match, and the reasons against, in words for the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def skipped_by(node: Node, skip: Sequence[str]) -> str | None:
 
 
 def why_no_product(program: Program, found: Product) -> str | None:
-    """What keeps a product from becoming a match; None if nothing does."""
+    """Return the reason why a product cannot become a match; None if it can."""
     if constant(program, found.weight) is None:
         return "its weight depends on the input"
     if found.bias is not None and constant(program, found.bias) is None:
@@ -36,7 +36,7 @@ def why_no_product(program: Program, found: Product) -> str | None:
 
 
 def why_not_foldable(program: Program, node: Node) -> str | None:
-    """What keeps a batch norm from being a constant scale and shift, wherever it stands; None if nothing does."""
+    """Return the reason why a batch norm is not a constant scale and shift, in any position; None if it is one."""
     if not is_batch_norm(node):
         return f"{operation(node)} returns its statistics too, and the model uses them"
     given = arguments(node)
@@ -46,7 +46,7 @@ def why_not_foldable(program: Program, node: Node) -> str | None:
 
 
 def has_kernel(program: Program, node: Node) -> bool:
-    """Whether gpukern::batch_norm can compute what is left of a batch norm."""
+    """Whether gpukern::batch_norm can compute a batch norm that was not folded."""
     input = tensor_of(arguments(node)["input"])
     return foldable(program, node) and input.dim() in (2, 3, 4) and input.dtype in KERNEL_DTYPES
 
@@ -58,7 +58,7 @@ def other_operand(add: Node, one: Node) -> Node | None:
 
 
 def why_no_residual(add: Node, one: Node) -> str | None:
-    """What keeps an epilogue from computing ``one + other``; None if nothing does."""
+    """Return the reason why an epilogue cannot compute ``one + other``; None if it can."""
     if not is_call(add, aten.add.Tensor):
         return "not an addition of tensors"
     other = other_operand(add, one)
@@ -76,7 +76,7 @@ def why_no_residual(add: Node, one: Node) -> str | None:
 
 
 def why_not_next(node: Node, source: Node, match: Match | None) -> str:
-    """What keeps ``node`` out of ``match``, whose output ``source`` it takes, or which there is none of."""
+    """Return why ``node`` is not in ``match``, whose output ``source`` it takes, or why there is no match."""
     called = title(source)
     others = [user for user in source.users if user is not node]
     if any(user.op == "output" for user in others):

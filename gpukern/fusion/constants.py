@@ -1,4 +1,4 @@
-"""Constant subgraphs, evaluated once: what weight_norm, spectral_norm and parametrizations compute from weights."""
+"""Constant folding of subgraphs, which weight_norm, spectral_norm and parametrizations compute from weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpukern.fusion.program import Program, arguments, is_call
 
 
 def evaluate_constants(program: Program) -> Program:
-    """``program`` with a constant for every value that does not depend on the model's input.
+    """Return ``program`` with a constant for every value that does not depend on the model's input.
 
     Computed in fp64 where that can be, and kept so: it is rounded once, when the fused weights are.
     """

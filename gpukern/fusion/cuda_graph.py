@@ -1,4 +1,4 @@
-"""Replaying a module's launches as one CUDA graph."""
+"""Replay of a module's launches as one CUDA graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model sees: what it returns, or the numbers by which it chose that, where all it returns is a choice."""
+"""Values by which a model is judged: its outputs, or the numbers behind them if it returns only choices."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def leaves(outputs: Any) -> list[torch.Tensor]:
 
 
 class _Decisions(TorchDispatchMode):
-    """Keeps the floating-point operands of operators that make of them what is no such number: argmax, comparisons."""
+    """Records the floating-point operands of operators whose results are not floating point: argmax, comparisons."""
 
-    #: Branches of control flow too.
+    #: Branches of control flow count too.
     supports_higher_order_operators = True
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""gpukern's own operators in a captured graph, as those of torch that matching knows."""
+"""Decomposition of gpukern's operators in a captured graph into those of torch that matching supports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gpukern.ops._operators import OPERATORS
 
 
 def write_out(graph: Graph) -> None:
-    """What gpukern's operators decompose into, in their places, the epilogue's nodes after those of its operator."""
+    """Replace gpukern's operators by their decompositions, the epilogue's nodes after those of its operator."""
     tracer = GraphAppendingTracer(graph)
     for node in list(graph.nodes):
         operator = OPERATORS.get(node.target)
-        # Those of several results are for training.
+        # Operators with several results are for training.
         if operator is None or operator.decomposition is None or value(node) is None:
             continue
         given = torch.fx.map_arg(tuple(arguments(node).values()), lambda each: Proxy(each, tracer))  # type: ignore[arg-type,return-value]

@@ -1,4 +1,4 @@
-"""The numbers of a report: what a graph computes and moves for the example, and how it looks."""
+"""Numbers and pictures of a report: a graph's computation and memory traffic for the example, and its drawing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def shaped(
 
 
 class _Shapes(Interpreter):
-    """Notes every node's value, without its data."""
+    """Records every node's value, without its data."""
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)
@@ -57,7 +57,7 @@ class _Shapes(Interpreter):
 
 
 def totals(graph: Graph, parameters: int) -> Totals:
-    """Of a graph that :func:`shaped` made."""
+    """Return the totals of a graph made by :func:`shaped`."""
     constant: set[Node] = set()
     operators = moved = 0
     for node in graph.nodes:

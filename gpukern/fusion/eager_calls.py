@@ -25,12 +25,12 @@ def _named(operator: Operator) -> Callable[..., Any]:
 
 
 _FUNCTIONS = {overload: _named(operator) for overload, operator in OPERATORS.items()}
-# Where generated code that is unpickled looks for them.
+# Unpickled generated code looks for them here.
 globals().update({function.__name__: function for function in _FUNCTIONS.values()})
 
 
 def call_directly(module: GraphModule) -> GraphModule:
-    """``module`` once more, on the same tensors."""
+    """Return a copy of ``module`` on the same tensors that calls the functions."""
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""What fusing raises, and what it says of the errors of others."""
+"""Exceptions and warnings of fusing, and summaries of other errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class FusionError(RuntimeError):
-    """The model cannot be captured, or what came out does not compute what it did.
+    """The model cannot be captured, or the fused model does not compute the same.
 
     ``report``: where the verification failed, what was fused, and the error of each group; else None.
     """
@@ -20,7 +20,7 @@ class FusionError(RuntimeError):
 
 
 class SourceError(ValueError):
-    """There is no such model, or a file does not hold what is wanted of it."""
+    """There is no such model, or a file does not hold the requested content."""
 
 
 class WeightsError(SourceError):
@@ -28,11 +28,11 @@ class WeightsError(SourceError):
 
 
 class WeightsWarning(UserWarning):
-    """Of several states in a file one was taken, or some of its tensors were left out."""
+    """One of several states in a file was taken, or some of its tensors were left out."""
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an error and the line of its message that tells most."""
+    """Return the kind of an error and the most informative line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Data-dependent control flow is explained below the code.
     told = next((line for line in lines if line.startswith(("Could not guard", "Constraints violated"))), None)

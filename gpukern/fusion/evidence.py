@@ -1,9 +1,9 @@
-"""What the original does for an example, before anything is proved by it: an example can be one that proves nothing.
+"""Checks of the example before it is used as proof: an example may prove nothing.
 
-It does where the original is random or keeps a state, returns no number, no finite number, or the same for every
+It proves nothing if the original is random or keeps a state, returns no number, no finite number, or the same for every
 example: then a wrong model passes as well. A class that is the same for every example proves nothing either, but the
-numbers that it is chosen from do. And an example of one value, or one outside of what the model is defined
-for, is exchanged for a better one where the original takes that.
+numbers from which it is chosen do. An example of a single value, or one outside the model's domain, is replaced by a
+better one if the original accepts that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gpukern.fusion.verify import DISAGREEMENT, FACTOR, cast, distance
 
 #: Roundings by which two calls may differ: on a GPU sums are added in any order.
 _ROUNDINGS = 16.0
-#: A bound that lets errors pass which one would see.
+#: A bound that would let visible errors pass.
 _WIDE = 0.1
 _NOTHING = "nothing can be proved by this example"
 _INSTEAD = "give another example, or fuse with verify=False, unproved"
@@ -32,8 +32,8 @@ _INSTEAD = "give another example, or fuse with verify=False, unproved"
 @dataclass(frozen=True)
 class Evidence:
     """``inputs``: the example to verify with. ``outputs``: the leaves of what the original returns for them.
-    ``difference``: by how much a second call differs, 0 where that is rounding. ``notes``: for the report. ``see``: by
-    what to verify."""
+    ``difference``: by how much a second call differs, 0 if only by rounding. ``notes``: for the report. ``see``: the
+    values to verify by."""
 
     inputs: tuple
     outputs: list[Any]
@@ -43,7 +43,7 @@ class Evidence:
 
 
 def gather(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> Evidence:
-    """Call ``model``, a private copy in ``dtype``, and see what comes. FusionError where nothing can be proved."""
+    """Call ``model``, a private copy in ``dtype``, and check its outputs. FusionError if nothing can be proved."""
     found, notes = _best(model, inputs, dtype)
     tensors = [leaf for leaf in found.first if isinstance(leaf, torch.Tensor)]
     if not any(leaf.numel() for leaf in tensors):
@@ -84,7 +84,7 @@ def on_bound(unfused: float, bound: float) -> list[str]:
 def require_rest(
     model: torch.nn.Module, inputs: tuple, dtype: torch.dtype, expected: list[Any], module: Callable[..., Any]
 ) -> None:
-    """FusionError where what else the fused ``module`` returns beside floating-point numbers is not ``expected``."""
+    """Raise FusionError if the fused ``module``'s outputs that are not floating point differ from ``expected``."""
     outputs = pytree.tree_leaves(module(*inputs))
     rest = [place for place, leaf in enumerate(expected) if not _is_floating(leaf)]
     if len(outputs) != len(expected):
@@ -106,7 +106,7 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _share(leaf: Any, expected: Any) -> float:
-    """Of elements that differ."""
+    """Return the share of elements that differ."""
     if not isinstance(expected, torch.Tensor) or not isinstance(leaf, torch.Tensor):
         same = type(leaf) is type(expected) and (leaf == expected or isinstance(leaf, float))
         return 0.0 if same else 1.0
@@ -150,7 +150,7 @@ def _calls(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> _Calls:
 
 
 def _fresh(inputs: tuple) -> tuple:
-    """Some models write into their input."""
+    """Copy the input: some models write into it."""
     return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
 
 
@@ -162,7 +162,7 @@ def _tensors(leaves: list[Any]) -> list[torch.Tensor]:
 
 
 def _best(model: torch.nn.Module, inputs: tuple, dtype: torch.dtype) -> tuple[_Calls, list[str]]:
-    """The calls for the example, or for another in its place, and what to say of that."""
+    """Return the calls for the example, or for one that replaces it, and the note about that."""
     if any(map(_is_flat, pytree.tree_leaves(inputs))):
         for better in (_varied, _fractions):
             found = _tried(
@@ -202,12 +202,12 @@ def _noise(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def _varied(leaf: torch.Tensor) -> torch.Tensor:
-    """Numbers of the sign and size of the one that it has throughout."""
+    """Return random numbers of the sign and size of the example's single value."""
     return _noise(leaf) if not leaf.flatten()[0] else leaf * (0.5 + _noise(leaf).sigmoid())
 
 
 def _fractions(leaf: Any) -> Any:
-    """Numbers between 0 and 1, where roots, logarithms and the like are defined."""
+    """Return numbers between 0 and 1, where roots, logarithms and the like are defined."""
     if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
         return leaf
     return _noise(leaf).sigmoid()
@@ -229,11 +229,11 @@ def _another(inputs: tuple) -> tuple:
     return pytree.tree_map(other, inputs)
 
 
-# ---- outputs that tell nothing ---------------------------------------------------------------------------------------
+# ---- outputs that prove nothing --------------------------------------------------------------------------------------
 
 
 def _dull(model: torch.nn.Module, found: _Calls, dtype: torch.dtype) -> tuple[See, list[str]]:
-    """By what to verify, and notes on outputs that are the same for another example.
+    """Return the values to verify by, and notes on outputs that are the same for another example.
 
     FusionError if all of them are, and are not chosen by numbers that differ.
     """
@@ -263,5 +263,5 @@ def _decides_by_others(model: torch.nn.Module, inputs: tuple, others: tuple, dty
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """NaN is as NaN."""
+    """Whether both are equal, with NaN equal to NaN."""
     return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

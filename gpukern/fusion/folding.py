@@ -1,4 +1,4 @@
-"""The arithmetic of folding, in fp64 from the original weights, and the one rounding at its end.
+"""Arithmetic of folding, in fp64 from the original weights, with one rounding at the end.
 
 With ``s`` and ``t`` the scale and shift of each output channel, ``s' , t'`` those of the input's:
 
@@ -31,7 +31,7 @@ class Folded:
 
 
 def fold(program: Program, match: Match, dtype: torch.dtype) -> Folded:
-    """What the product of ``match`` multiplies by and adds, when it computes all of the match in ``dtype``."""
+    """Return the weight and bias with which the product of ``match`` computes all of the match in ``dtype``."""
     weight, bias = exact(program, match)
     reason = lost(weight, dtype)
     used = dtype if reason is None else torch.float32
@@ -67,7 +67,7 @@ def grouped(weight: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def scaled(weight: torch.Tensor, scale: torch.Tensor, groups: int, dim: int) -> torch.Tensor:
-    """Each channel of dimension ``dim`` times its scale; of dimension 1 every group has channels of its own."""
+    """Scale each channel of dimension ``dim``; along dimension 1 every group has its own channels."""
     split = grouped(weight, groups)
     ones = [1] * (weight.dim() - 2)
     shape = (groups, -1, 1, *ones) if dim == 0 else (groups, 1, -1, *ones)

@@ -1,4 +1,4 @@
-"""The model that was given: what keeps it from being fused, and copies of it."""
+"""Checks and copies of the user's model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def devices_of(model: torch.nn.Module, inputs: Any) -> str:
-    """In words, where the example and the weights are, if that is not all the same place; else ""."""
+    """Describe the devices of the example and the weights if they differ; else ""."""
     found: dict[str, str] = {}
     for name, tensor in _tensors(model):
         found.setdefault(str(tensor.device), name)
@@ -71,7 +71,7 @@ def duplicate(model: torch.nn.Module) -> torch.nn.Module:
     kept.fill(memo, model)
     try:
         return deep_copy(model, dict(memo), share_tensors=False)
-    except Exception as error:  # whatever a class makes of being copied
+    except Exception as error:  # any error of a class's own copying
         told = f"{type(error).__name__}: {error}"
         raise FusionError(f"the model cannot be copied: {_uncopied(model, memo)}{told}") from error
 

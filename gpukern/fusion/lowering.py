@@ -1,4 +1,4 @@
-"""From a program and its matches to a graph of gpukern's operators."""
+"""Lowering of a program and its matches to a graph of gpukern's operators."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Lowered:
 
 
 def lower(program: Program, matches: Sequence[Match], *, channels_last: bool) -> Lowered:
-    """``program`` with each match computed by one operator. What is in none stays, but for pools and activations."""
+    """Return ``program`` with one operator per match. Other nodes stay, except pools and activations."""
     return _Lowering(program, channels_last).lower(matches)
 
 
@@ -78,7 +78,7 @@ class _Lowering:
         return Lowered(module, tuple(node.name for node in new), tuple(folded))
 
     def at(self, node: Node) -> Node:
-        """Where the value of a node of the program is now."""
+        """Return the new node that holds the value of a node of the program."""
         place = self.places[node]
         return self.moved.get(place, place)
 
@@ -114,7 +114,7 @@ class _Lowering:
 
 
 def _convolution(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:
-    """By gpukern's 2-D operators; sequences are images of height 1."""
+    """Lower to gpukern's 2-D operators; sequences are images of height 1."""
     product, flat = match.own_product, match.own_product.spatial == 1
     weight = weights.weight.unsqueeze(2) if flat else weights.weight
     weight = weight.contiguous(memory_format=to.packed)
@@ -142,7 +142,7 @@ def _convolution(to: _Lowering, match: Match, weights: Folded, input: Node, resi
 
 
 def _linear(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:
-    """By gpukern's linear layer, which takes rows."""
+    """Lower to gpukern's linear layer, which takes rows."""
     weight, bias = to.held(f"{name}_weight", weights.weight.contiguous()), to.held(f"{name}_bias", weights.bias)
     target = torch.ops.gpukern.linear.default
     shape = tensor_of(match.own_product.input).shape
@@ -155,7 +155,7 @@ def _linear(to: _Lowering, match: Match, weights: Folded, input: Node, residual:
 
 
 def _aten(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:
-    """By torch's own operator, which has no epilogue: only the weights changed."""
+    """Lower to torch's own operator, which has no epilogue: only the weights change."""
     bias = None if weights.bias is None else weights.bias.to(weights.dtype)
     changed = {
         "input": input,
@@ -167,7 +167,7 @@ def _aten(to: _Lowering, match: Match, weights: Folded, input: Node, residual: N
 
 
 def lower_batch_norm(to: _Lowering, match: Match, name: str) -> Node:
-    """What is left of batch norms, with what follows, in one pass: parameters and statistics in fp32."""
+    """Lower remaining batch norms, with what follows, to one pass: parameters and statistics in fp32."""
     given = arguments(match.core)
 
     def parameter(argument: str) -> Node | None:
@@ -187,7 +187,7 @@ def lower_batch_norm(to: _Lowering, match: Match, name: str) -> Node:
 
 
 def _lower_one(graph: Graph, node: Node) -> None:
-    """By gpukern's operator where there is one."""
+    """Lower to gpukern's operator if there is one."""
     lowered = pool(node) or _activation(node)
     if lowered is None:
         return

@@ -1,4 +1,4 @@
-"""Nodes of a program that become one."""
+"""A match: nodes of a program that become one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Match:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        """In the order of the computation."""
+        """The nodes in the order of the computation."""
         before, after = ([step.node for step in steps] for steps in (self.before, self.after))
         last = (self.pool, self.activated) if self.output is self.activated else (self.activated, self.pool)
         found = (*before, self.zeros, self.core, *after, self.add, *last)

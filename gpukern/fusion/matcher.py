@@ -1,6 +1,6 @@
-"""Which nodes of a program become one: a walk that follows each product, and each batch norm that follows none.
+"""Matching of nodes that become one operator: a walk from each product, and each batch norm that follows none.
 
-What users look for and does not get into a match is declined, with the reason, by whoever says no to it.
+Nodes of interest to users that get into no match are declined, with the reason, where the decision is made.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from gpukern.fusion.settling import Settled
 class Declined:
     """A product, batch norm, activation or addition that is fused with nothing, and why.
 
-    ``follows`` where it takes what a convolution or linear layer made; ``asked`` where the caller wanted it so.
+    ``follows`` if it takes the output of a convolution or linear layer; ``asked`` if the caller requested it.
     """
 
     node: Node
@@ -69,7 +69,7 @@ class Found:
 
 
 def find(settled: Settled, skip: Sequence[str] = ()) -> Found:
-    """All that can be fused in a program, and what cannot."""
+    """Find everything that can be fused in a program, and what cannot."""
     return _Finder(settled, skip).find()
 
 
@@ -84,7 +84,7 @@ class _Finder:
         matches = [self.with_affine(product(node)) for node in self.products()]
         matches = [self.with_input(self.with_zeros(match)) for match in matches]
         matches += [Match(node, node) for node in self.free_batch_norms()]
-        # Where two meet in an addition the later takes it: the other's result is there by then.
+        # If two meet in an addition the later takes it: the other's result is available by then.
         matches.sort(key=lambda match: self.order[match.output], reverse=True)
         matches = [self.finished(match) for match in matches]
         self.decline_rest()
@@ -95,9 +95,9 @@ class _Finder:
         return Found(matches, [*declined, *_inside_branches(self.program)])
 
     def finished(self, match: Match) -> Match:
-        """``match`` with its epilogue; what follows is declined."""
+        """Return ``match`` with its epilogue; decline what follows."""
         match = self.with_pool(self.with_activation(self.with_residual(match)))
-        # What follows the pool would have followed a pool without the match too.
+        # Nodes after the pool would follow the pool without the match too.
         if match.product is not None and match.pool is None:
             self.decline_users(match.output, match)
         return match
@@ -124,7 +124,7 @@ class _Finder:
         return node is not None and node not in self.taken and skipped_by(node, self.skip) is None
 
     def with_affine(self, match_of: Product) -> Match:
-        """All batch norms and constants that scale or shift what the product computes."""
+        """Add all batch norms and constants that scale or shift the product's output."""
         match = Match(match_of.node, match_of.node, match_of)
         while match_of.has_channels:
             user = sole_user(match.output)
@@ -138,7 +138,7 @@ class _Finder:
         return match
 
     def with_zeros(self, match: Match) -> Match:
-        """Zeros that a node of its own puts around the input: the convolution's own padding from now on."""
+        """Absorb zeros that a separate node puts around the input: the convolution's own padding from now on."""
         product = match.own_product
         node = product.input
         if not product.is_of_images or not self.may_take(node) or sole_user(node) is not match.core:
@@ -150,7 +150,7 @@ class _Finder:
         return replace(match, zeros=node, product=replace(product, input=first_operand(node), zeros=zeros))
 
     def with_input(self, match: Match) -> Match:
-        """The same of what goes into it, if no zeros are put around that."""
+        """Add batch norms and constants that scale or shift the input, if it is not padded with zeros."""
         product = match.own_product
         while product.has_channels and not product.padded and not product.transposed:
             step = self._input_step(match.input, match.before[0].node if match.before else match.core)
@@ -188,7 +188,7 @@ class _Finder:
         return replace(match, activation=found, activated=user, output=user)
 
     def with_pool(self, match: Match) -> Match:
-        """A max pool, and a monotone activation after it if there was none before."""
+        """Add a max pool, and a monotone activation after it if there was none before."""
         user = sole_user(match.output)
         takes = match.product is not None and match.product.is_of_images and match.add is None
         if not takes or not self.may_take(user) or not is_epilogue_pool(user):
@@ -200,7 +200,7 @@ class _Finder:
     # ---- what is in no match ----
 
     def decline_users(self, source: Node, match: Match | None = None) -> None:
-        """Say why no user of ``source`` is in the ``match`` that it is the output of; in none, if there is no match."""
+        """Record why no user of ``source`` is in the ``match`` whose output it is, or in any if there is no match."""
         for user in source.users:
             if is_product(user) and user in self.declined:
                 self.declined[user] = replace(self.declined[user], follows=True)
@@ -208,7 +208,7 @@ class _Finder:
                 self.decline(user, why_not_next(user, source, match), source, follows=True)
 
     def decline_rest(self) -> None:
-        """Say of what no match comes before what it follows instead."""
+        """Decline nodes that follow no match, naming what they follow instead."""
         for node in self.order:
             if node not in self.declined and (is_any_batch_norm(node) or activation(node) is not None):
                 operands = [each for each in node.all_input_nodes if value(each) is not None and each.op != "get_attr"]
@@ -216,7 +216,7 @@ class _Finder:
                 self.decline(node, _what_it_follows(source), source)
 
     def decline(self, node: Node, reason: str, source: Node | None = None, follows: bool = False) -> None:
-        """``reason``: what keeps it from what comes before it. A batch norm could also go elsewhere."""
+        """Decline a node. ``reason``: why it cannot join what comes before it. A batch norm could also go elsewhere."""
         by = skipped_by(node, self.skip) or (source and skipped_by(source, self.skip))
         if by:
             reason = f"skipped, by {by!r}"

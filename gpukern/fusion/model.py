@@ -1,4 +1,4 @@
-"""What :func:`gpukern.fuse` returns."""
+"""The fused model that :func:`gpukern.fuse` returns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FusedModel(ForInference):
     It is an ``nn.Module`` without parameters, its weights are buffers; ``train()`` and another dtype are refused, with
     RuntimeError. Its one child is ``module``, the same without the report and without CUDA graphs. It takes the
     arguments of the example, by place or by name, and returns what the model did, in dicts and tuples as they were, in
-    the dtype that it was fused for. ``report`` says what was done.
+    the dtype that it was fused for. ``report`` describes what was done.
 
     Floating-point tensors are cast to that dtype, with a warning if the example was in another one; other tensors must
     be of the example's dtype, or a call raises TypeError. Autocast has no effect, and a warning says so. Numbers,

@@ -16,14 +16,14 @@ from gpukern.fusion.calls import AS_IN_THE_EXAMPLE, Signature, text, told
 from gpukern.fusion.eager_calls import call_directly
 from gpukern.fusion.program import InputSpec, Program
 
-#: In the place of a tensor of the example.
+#: Stands for a tensor of the example.
 _TENSOR = object()
 
 
 @dataclass(frozen=True)
 class Interface:
-    """How a fused model is called: the leaves of its arguments (None for what is no tensor), how these are arranged,
-    and how the results are. ``channels_last``: whether images are made so. ``constants``: the example's numbers, flags
+    """Call interface of a fused model: the leaves of its arguments (None for what is not a tensor), their structure,
+    and that of the results. ``channels_last``: whether images are made so. ``constants``: the example's numbers, flags
     and words in their places (None for tensors). ``signature``: of the original. ``apart``: the sizes that a free
     batch, by its name, must not have. ``may_lack_it``: whether all inputs but the first may have a batch of 1.
     """
@@ -49,11 +49,11 @@ class Interface:
         return tuple(text(argument) for argument in pytree.tree_unflatten(leaves, self.in_spec))
 
     def example_of(self, place: int) -> Any:
-        """An argument without tensors, as it was in the example."""
+        """Return an argument without tensors, as it was in the example."""
         return pytree.tree_unflatten(self.constants, self.in_spec)[place]
 
     def other_structure(self, inputs: tuple) -> str:
-        """What to say of ``inputs`` that are arranged otherwise than the example."""
+        """Describe ``inputs`` whose structure differs from the example's."""
         expected = pytree.tree_unflatten(self.constants, self.in_spec)
         for place, (given, example) in enumerate(zip(inputs, expected, strict=True)):
             now, before = pytree.tree_structure(given), pytree.tree_structure(example)
@@ -63,7 +63,7 @@ class Interface:
         return f"expected arguments as in the example, {self.in_spec}"
 
     def named(self, number: int) -> str:
-        """How a leaf is called in a message: "argument 'sizes'[1]"."""
+        """Name a leaf for a message: "argument 'sizes'[1]"."""
         paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(len(self.inputs)), self.in_spec))
         place: Any
         (place, *inner), _ = paths[number]
@@ -90,7 +90,7 @@ class FusedModule(ForInference):
     """Takes and returns what the model did, in the dtype it was fused for. For inference: it has buffers only.
 
     Floating-point inputs are cast to that dtype, with a warning if it is not the example's either, and, images, made
-    channels_last if that was asked for, once, here. Autocast has no effect, and a warning says so.
+    channels_last if that was requested, once, here. Autocast has no effect, and a warning says so.
     """
 
     def __init__(self, network: GraphModule, interface: Interface) -> None:
@@ -105,11 +105,11 @@ class FusedModule(ForInference):
         self.network = call_directly(self.network)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """TypeError or ValueError for what is not like the example; the batch may be another where it is free."""
+        """Run the model. TypeError or ValueError for arguments unlike the example; a free batch may differ."""
         return self.in_order(*self.bound(inputs, named))
 
     def in_order(self, *inputs: Any) -> Any:
-        """The same of arguments in the order of the example's."""
+        """Run the model on arguments in the order of the example's."""
         return pytree.tree_unflatten(self._run(self.prepared(inputs)), self.interface.out_spec)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FusedModule:
@@ -135,7 +135,7 @@ class FusedModule(ForInference):
 
     def _run(self, prepared: list[Any]) -> tuple:
         device = next(leaf.device.type for leaf in prepared if isinstance(leaf, torch.Tensor))
-        # Tensors without memory have no autocast, and asking for it raises.
+        # Tensors without memory have no autocast, and querying it raises.
         if device == "meta" or not torch.is_autocast_enabled(device):
             return self.network(*prepared)
         self._tell("a fused model ignores autocast: it computes in the dtype that it was fused for")
@@ -143,7 +143,7 @@ class FusedModule(ForInference):
             return self.network(*prepared)
 
     def _tell(self, words: str) -> None:
-        """A warning, once for each model."""
+        """Warn once per model."""
         if words not in self._told and not torch.compiler.is_compiling():
             self._told.add(words)
             warnings.warn(f"gpukern: {words}", stacklevel=2)
@@ -212,7 +212,7 @@ class FusedModule(ForInference):
 
 
 def _arrangement(structure: pytree.TreeSpec) -> str:
-    """As "[*, *]"."""
+    """Format a structure as "[*, *]"."""
     return str(pytree.tree_unflatten(["*"] * structure.num_leaves, structure)).replace("'*'", "*")
 
 

@@ -1,7 +1,7 @@
-"""Operators that move elements, or average within a channel: which channel each channel of their result is.
+"""Channel tracking through operators that move elements, or average within a channel.
 
-They are asked: run on tensors that hold, in place of values, the numbers of channels. So whatever they are given, a
-concatenation, a transposition of five dimensions, half of a tensor, there is one rule for all.
+The operators are run on tensors that hold channel numbers in place of values. So one rule covers everything: a
+concatenation, a transposition of five dimensions, half of a tensor.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RESIZED = frozenset(
 )  # fmt: skip
 _AVERAGES = frozenset((aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default))
 
-#: In place of a channel that is not among those that are followed.
+#: Stands for a channel that is not tracked.
 FOREIGN = -1.0
 
 
@@ -64,22 +64,22 @@ def _averages(node: Any) -> bool:
 
 @dataclass
 class Flow:
-    """``labels``: of each node that channels get to, their numbers in place of its values; ``sinks``: (node, operand)
-    of all that takes them from there and is no such operator, the model's output among them."""
+    """``labels``: for each node that channels reach, their numbers in place of its values; ``sinks``: (node, operand)
+    of all other operators that take them from there, the model's output among them."""
 
     labels: dict[Node, Any]
     sinks: list[tuple[Node, Node]] = field(default_factory=list)
 
 
 def numbered(node: Node, dim: int, first: int, batch: int) -> torch.Tensor:
-    """Of the shape of ``node`` at a batch size: the numbers ``first``, ``first`` + 1, ... of the channels, ``dim``."""
+    """Fill ``node``'s shape at a batch size with the channel numbers ``first``, ``first`` + 1, ... along ``dim``."""
     shape = _sizes(tensor_of(node).shape, batch)
     channels = torch.arange(first, first + shape[dim], dtype=torch.float32)
     return channels.view([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]).expand(shape)
 
 
 def flow(graph: Graph, starts: Mapping[Node, torch.Tensor], batch: int, through: Callable[[Node], bool]) -> Flow:
-    """Where the channels of ``starts`` get to by operators that are ``through``, at a batch size."""
+    """Track the channels of ``starts`` through operators that are ``through``, at a batch size."""
     found = Flow(dict(starts))
     for node in graph.nodes:
         taken = [each for each in node.all_input_nodes if each in found.labels]
@@ -88,13 +88,13 @@ def flow(graph: Graph, starts: Mapping[Node, torch.Tensor], batch: int, through:
         labels = _run(node, found.labels, batch) if through(node) and node not in starts else None
         if labels is not None:
             found.labels[node] = labels
-        elif node.op == "output" or value_of_any(node) is not None:  # else only its size is asked for
+        elif node.op == "output" or value_of_any(node) is not None:  # otherwise only its size is read
             found.sinks += [(node, each) for each in taken]
     return found
 
 
 def _run(node: Node, labels: Mapping[Node, Any], batch: int) -> Any:
-    """None where that cannot be told."""
+    """Run a node on channel numbers; None if that is not possible."""
 
     def operand(each: Node) -> Any:
         if each in labels:

@@ -1,4 +1,4 @@
-"""A batch norm, constant arithmetic or an activation taken from its place in a graph and put beside layers."""
+"""Moves of a batch norm, constant arithmetic or an activation from its place in a graph to layers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _as_rows(graph: Graph, layer: Node) -> Node:
 
 
 def _part(program: Program, node: Node, input: Node, channels: torch.Tensor | None) -> Node:
-    """What ``node`` does, to ``input``."""
+    """Apply the operation of ``node`` to ``input``."""
     graph = program.graph
     meta = {**node.meta, "val": value(input), PART_OF: node.meta.get(PART_OF, node.name)}
     if channels is None:

@@ -1,4 +1,4 @@
-"""What a fused network launches, operator by operator, and what its plans cannot beat: parts of ``gpukern explain``."""
+"""Launches of a fused network, operator by operator, and their bounds: parts of ``gpukern explain``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fused_parts(module: torch.nn.Module, image: torch.Tensor, setting: Setting) 
     neither a product nor a pool counts by its bytes.
     """
     every = [part for node in launching(module, image) for part in _parts(node, setting)]
-    # Equal but for their names: once, and how often.
+    # Equal except for their names: listed once, with a count.
     alike: dict[Part, list[str]] = {}
     for part in every:
         alike.setdefault(dataclasses.replace(part, layer=""), []).append(part.layer)
@@ -35,7 +35,7 @@ def fused_parts(module: torch.nn.Module, image: torch.Tensor, setting: Setting) 
 
 
 def launching(module: torch.nn.Module, image: torch.Tensor) -> list[Node]:
-    """The operators of a pass, in order, as torch.export sees them: all that is no view."""
+    """Return the operators of a pass, in order, as torch.export captures them, without views."""
     with quiet():
         graph = torch.export.export(module, (image,)).graph
     return [node for node in graph.nodes if is_call(node) and not is_view(node)]

@@ -104,7 +104,7 @@ def _fused(
 
 @contextlib.contextmanager
 def _step() -> Iterator[Callable[[str], None]]:
-    """What is worked on, on standard error, where that is a terminal."""
+    """Show the current step on standard error if that is a terminal."""
     console = Console(stderr=True)
     with console.status("making the model ...") if console.is_terminal else contextlib.nullcontext() as status:
         yield status.update if status else lambda words: None

@@ -97,7 +97,7 @@ def _fused(
     skip: Sequence[str],
     strict: bool,
 ) -> FusedModel:
-    """``exact``, a private copy, fused. BatchMatters where its batch cannot be free."""
+    """Fuse ``exact``, a private copy. BatchMatters if its batch cannot be free."""
     with torch.no_grad():
         typed = private_copy(exact).to(dtype), exact, cast(inputs, dtype)
         captured = capture_program(*typed, signature, dynamic_batch=dynamic_batch)
@@ -149,8 +149,8 @@ def _as_given(spec: InputSpec | None, leaf: Any) -> InputSpec | None:
 
 
 def _on_chance(captured: Program, evidence: Evidence | None) -> list[str]:
-    """A note on a model that is random, if nothing shall be proved; FusionError if something shall, of one that keeps a
-    state too."""
+    """Note that a model is random, if verification is off; otherwise raise FusionError, also for one that keeps a
+    state."""
     draws = chance.draws(captured.graph)
     if evidence is None:
         return [f"The model is random, by {'; '.join(draws)}"] if draws else []

@@ -17,7 +17,7 @@ from gpukern.runtime.device import DEVICES, DeviceSpec, assumed_peaks
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.roofline import Work, floor
 
-#: To ask for bytes: they are the same on all.
+#: Device for byte counts: they are the same on all.
 _ANY = DEVICES["h100"]
 
 
@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
 
 
 def kernel(node: Node, device: DeviceSpec | None, channels_last: bool) -> Kernel | None:
-    """Of a call of gpukern::conv2d, also with a max pool, or gpukern::linear in a shaped graph; None for others."""
+    """Return the kernel of a gpukern::conv2d, also with a max pool, or gpukern::linear in a shaped graph; else None."""
     question = question_of(node, device or _ANY, channels_last)
     if question is None:
         return None
@@ -54,7 +54,7 @@ def _alone(question: Question) -> Kernel:
 
 
 def _with_pool(question: Question) -> Kernel:
-    """Of ``question`` and the max pool that follows: one launch or two, as the operator decides."""
+    """Return the kernel of ``question`` and the max pool that follows: one launch or two, as the operator chooses."""
     both = replace(question, problem=pooled_problem(question.problem))
     launch = question.problem, question.first, question.second, True, *KINDS[question.kind], question.device
     if pooled_choice(*launch) is not None:

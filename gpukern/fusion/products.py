@@ -67,7 +67,7 @@ class Product:
 
     @property
     def operator(self) -> str:
-        """What computes it when fused: gpukern's operator, or torch's where gpukern has none."""
+        """The operator that computes it when fused: gpukern's, or torch's if gpukern has none."""
         if tensor_of(self.node).dtype not in KERNEL_DTYPES:
             return f"aten::{'linear' if self.kind == 'linear' else 'convolution'}"
         if self.kind == "linear":
@@ -86,7 +86,7 @@ class Product:
 
     @property
     def is_of_images(self) -> bool:
-        """Whether gpukern's 2-D convolution computes it, and of images: padded on each side as it likes, and pooled."""
+        """Whether gpukern's 2-D convolution computes it, on images: padded differently on each side, and pooled."""
         return self.operator == "gpukern::conv2d" and self.spatial == 2
 
     def window_padding(self, kernel: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -155,7 +155,7 @@ _BOUNDS: dict[Any, str] = {(0.0, 6.0): "relu6", (0.0, None): "relu"}
 
 
 def activation(node: Any) -> tuple[str, float] | None:
-    """The name that gpukern has for a call, with the negative slope; None if it is no activation that gpukern knows."""
+    """The name that gpukern has for a call, with the negative slope; None if gpukern does not have it."""
     if is_call(node, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default):
         given = arguments(node)
         low, high = (given.get("min_val", given.get("min")), given.get("max_val", given.get("max")))
@@ -170,7 +170,7 @@ def activation(node: Any) -> tuple[str, float] | None:
     return ("gelu_tanh" if given.get("approximate") == "tanh" else name), slope
 
 
-#: Whose maximum is that of the maximum, so that they may come after a max pool too.
+#: Monotone activations, which commute with the maximum, so that they may come after a max pool too.
 MONOTONE = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "hardsigmoid", "tanh"))
 
 _POOLS = (aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)

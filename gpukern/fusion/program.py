@@ -37,7 +37,7 @@ class Program:
     """A model in evaluation mode, as values: graphs are copied before they are changed.
 
     ``graph`` has a placeholder for each leaf of the arguments, a ``get_attr`` for each tensor in ``constants`` (the
-    model's own, unrounded) and returns a flat tuple. Each node's ``meta["val"]`` tells shape and dtype, ``meta`` also
+    model's own, unrounded) and returns a flat tuple. Each node's ``meta["val"]`` has shape and dtype, ``meta`` also
     the module it stands in. ``modules`` are the graphs of control flow. ``inputs`` has None for what is no tensor.
     ``leaves`` are the paths of modules without children, ``given`` what of the example is no tensor (None for those),
     ``signature`` that of the model's ``forward``.
@@ -57,14 +57,14 @@ class Program:
 
     @property
     def free(self) -> tuple[str | None, ...]:
-        """Of each leaf of the arguments the name of its free batch."""
+        """The name of each argument leaf's free batch."""
         return tuple(None if spec is None else spec.batch for spec in self.inputs)
 
     def with_graph(self, graph: Graph, constants: dict[str, torch.Tensor] | None = None) -> Program:
         return replace(self, graph=graph, constants=self.constants if constants is None else constants)
 
     def copy(self) -> tuple[Graph, dict[Node, Node]]:
-        """The graph once more, and where each of its nodes is there."""
+        """Copy the graph, and map each node to its copy."""
         graph, places = Graph(), dict[Node, Node]()
         result = graph.graph_copy(self.graph, places)
         graph.output(result)
@@ -113,7 +113,7 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def value(node: Any) -> torch.Tensor | None:
-    """What ``node`` is in the capture, as a tensor without data; None for what is no tensor."""
+    """Return ``node``'s value in the capture, as a tensor without data; None for what is not a tensor."""
     val = node.meta.get("val") if isinstance(node, Node) else None
     return val if isinstance(val, torch.Tensor) else None
 
@@ -147,7 +147,7 @@ def module_path(node: Node) -> str:
 
 
 def operation(node: Node) -> str:
-    """What a node computes, in a word: "conv2d", "batch_norm", "add"."""
+    """Name a node's operation: "conv2d", "batch_norm", "add"."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[1]
@@ -155,7 +155,7 @@ def operation(node: Node) -> str:
 
 
 def title(node: Node) -> str:
-    """How reports call a node: the module's path if it is a layer, else the node's name with its module's path."""
+    """Name a node for reports: the module's path if it is a layer, else the node's name with its module's path."""
     path = module_path(node)
     return f"{path} ({node.name})" if path else node.name
 

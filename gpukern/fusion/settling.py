@@ -3,7 +3,7 @@
     bn(cat([a ∗ x, b ∗ y])) = cat([bn₁(a ∗ x), bn₂(b ∗ y)]),   relu(reshape(x w)) = reshape(relu(x w)),
     flatten(bn(x)) w = bn'(flatten(x)) w
 
-The program computes the same in exact arithmetic, and matching finds the pairs that it knows. ``is_move`` tells what is
+The program computes the same in exact arithmetic, and matching finds the pairs it supports. ``is_move`` decides what is
 a move; averages of a channel's pixels are as good for a batch norm.
 """
 
@@ -94,7 +94,7 @@ def _upward(program: Program, node: Node, skip: Sequence[str]) -> list[Place] | 
 
 
 def _homes(program: Program, node: Node, sources: Sequence[Node], batch: int) -> torch.Tensor | str:
-    """For each channel of all ``sources``: which channel of ``node`` it becomes, FOREIGN if none."""
+    """Return for each channel of all ``sources`` which channel of ``node`` it becomes, FOREIGN if none."""
     starts, first = {}, 0
     for source, count in zip(sources, _channels(sources), strict=True):
         starts[source] = numbered(source, _channel_dim(source), first, batch)
@@ -115,7 +115,7 @@ def _homes(program: Program, node: Node, sources: Sequence[Node], batch: int) ->
 
 
 def _other_users(found: Flow, node: Node, wanted: torch.Tensor) -> list[str]:
-    """All but ``node`` that take any of the ``wanted`` channels."""
+    """Return all users but ``node`` that take any of the ``wanted`` channels."""
     others: dict[str, None] = {}
     for user, operand in found.sinks:
         held = found.labels[operand]
@@ -200,7 +200,7 @@ def _takers(program: Program, step: Affine, batch: int, skip: Sequence[str]) -> 
 
 
 def _why_not_into(program: Program, user: Node, operand: Node, skip: Sequence[str]) -> str | None:
-    """What keeps a layer from taking a scale and shift of its input."""
+    """Return the reason why a layer cannot absorb a scale and shift of its input."""
     if user.op == "output":
         return "is an output of the model"
     if not is_product(user):
@@ -221,7 +221,7 @@ def _why_not_into(program: Program, user: Node, operand: Node, skip: Sequence[st
 
 
 def _affine(program: Program, node: Node) -> Affine | None:
-    """What a call does to the channels of its first operand."""
+    """Return the affine map of a call on the channels of its first operand."""
     first = node.args[0] if node.args else None
     if not isinstance(first, Node) or node.all_input_nodes.count(first) != 1:
         return None
@@ -229,12 +229,12 @@ def _affine(program: Program, node: Node) -> Affine | None:
 
 
 def _through(node: Node) -> Callable[[Node], bool]:
-    """By what ``node`` may move: plain arithmetic stays with the pools that it follows or precedes."""
+    """Return the operators through which ``node`` may move: plain arithmetic stays with the pools beside it."""
     return carries if is_batch_norm(node) else is_move
 
 
 def _same_for_all(node: Node, at: Callable[[int], _Found | str]) -> _Found | str:
-    """What ``at`` gives for every batch size."""
+    """Return the result of ``at`` that is the same for every batch size."""
     free = any(isinstance(size, torch.SymInt) for size in tensor_of(node).shape)
     found = [at(batch) for batch in (_BATCHES if free else _BATCHES[:1])]
     why = next((each for each in found if isinstance(each, str)), None)
@@ -250,7 +250,7 @@ def _all_channels(found: Any) -> list[Any]:
 
 
 def _cone(node: Node, through: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
-    """What goes into ``node`` and the operators before it that are ``through`` as it is; and these."""
+    """Return the inputs of ``node`` and of the operators before it that are ``through`` like it; and these."""
     sources: dict[Node, None] = {}
     between: dict[Node, None] = {node: None}
     waiting = [node]

@@ -1,4 +1,4 @@
-"""Models by name, weights and reports from files: what a command line has words for."""
+"""Models by name, weights and reports from files, as given on a command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpukern.tune.sources import model_called
 
 __all__ = ["SourceError", "WeightsError", "load_model", "load_weights", "saved_report", "shape_called"]
 
-#: Training programs whose checkpoints tell what they trained: their format, and what makes a model of the state. From
+#: Training programs whose checkpoints name what they trained: their format, and what makes a model of the state. From
 #: here, not from the file: that shall not choose what code runs.
 _TRAINED = {"gpukern models.train checkpoint, version 1": "models.trained:network"}
 
@@ -74,7 +74,7 @@ def _made(name: str) -> torch.nn.Module:
 
 
 def _trained(path: Path) -> torch.nn.Module:
-    """Of a checkpoint that says what it is of."""
+    """Return the model of a checkpoint that names it."""
     try:
         state = read(path)
     except WeightsError as problem:  # here it is the model that is to blame
@@ -108,7 +108,7 @@ def _of_torchvision(name: str) -> torch.nn.Module:
 
 
 def _no_weights(models: Any, name: str) -> dict[str, None]:
-    """None for each argument that means a download: with ``weights=None`` alone, a backbone's weights are fetched."""
+    """Pass None for each argument that means a download: with ``weights=None`` alone, a backbone's are fetched."""
     asked = inspect.signature(models.get_model_builder(name)).parameters
     return {"weights": None, **{each: None for each in asked if each.startswith("weights_")}}
 
@@ -148,7 +148,7 @@ def _of_zoo(zoo: str, name: str, known: Sequence[str], make: Callable[[], torch.
 
 
 def _exported(path: Path) -> torch.nn.Module:
-    """With the modules it had when it was exported, so that they have names to report."""
+    """Restore the modules that the model had when it was exported, so that they have names to report."""
     if _extra(path) is not None:
         raise SourceError(f"{path} is fused already: gpukern explain {path} shows how")
     try:

@@ -1,4 +1,4 @@
-"""How far from the truth a right model may be by chance: what the spread of its own rounding errors says.
+"""Statistical bound on a right model's distance from the truth, from the spread of its own rounding errors.
 
 The error vector of a model in float32 is as random as its roundings, and its length has few degrees of freedom where
 one direction of the output takes most of it: with one, of two right implementations one has more than twice the other's
@@ -19,14 +19,14 @@ import torch
 
 #: Draws of the original.
 DRAWS = 8
-#: Of the standard normal distribution: one right model in a thousand is beyond.
+#: Quantile of the standard normal distribution that one right model in a thousand exceeds.
 _QUANTILE = 3.09
-#: Of kernels that add in an order of their own: up to 1.2 was measured over 65 networks.
+#: Factor for kernels that add in another order: up to 1.2 was measured over 65 networks.
 _ORDER = 1.5
 
 
 def perturb(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Every parameter of ``model``, in place, off by up to half a unit in the last place."""
+    """Perturb every parameter of ``model``, in place, by up to half a unit in the last place."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             # On the CPU, so that it is the same on all devices.
@@ -36,7 +36,7 @@ def perturb(model: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def spread_of(errors: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """Of the error vectors of draws: the root mean square of their norms, and by what factor one more may exceed it."""
+    """Return the root mean square of the draws' error norms, and the factor by which one more draw may exceed it."""
     stacked = torch.stack([each.flatten() for each in errors])
     products = stacked @ stacked.mT.conj()
     squares = products.diagonal().real
@@ -48,7 +48,7 @@ def spread_of(errors: Sequence[torch.Tensor]) -> tuple[float, float]:
 
 
 def f_quantile(first: float, second: float) -> float:
-    """What F(first, second) exceeds once in a thousand times, by Paulson's approximation: within 5 % for second > 5."""
+    """Quantile that F(first, second) exceeds once in 1,000 times, by Paulson's approximation: 5 % for second > 5."""
     a, b = 2 / (9 * first), 2 / (9 * second)
     squared = (1 - b) ** 2 - _QUANTILE**2 * b
     if squared <= 0:

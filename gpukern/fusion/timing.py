@@ -1,4 +1,4 @@
-"""How long a forward pass takes on a GPU, and how many kernels it launches."""
+"""Timing of a forward pass on a GPU, and its number of kernels."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _seconds(call: Callable[..., Any], inputs: tuple, named: Mapping[str, Any]) 
 
 
 def _kernels(module: torch.nn.Module, inputs: tuple, named: Mapping[str, Any]) -> int | None:
-    """Kernels of one pass, without copies and fills; None where the driver lets nobody see them."""
+    """Kernels of one pass, without copies and fills; None if the driver does not permit profiling."""
     activities = list(torch.profiler.supported_activities())
     with _silent_process(), torch.profiler.profile(activities=activities) as seen:
         module(*inputs, **named)

@@ -3,7 +3,7 @@
 The fused model must be no further from the truth than ``FACTOR`` times the unfused model in the same dtype is, plus a
 floor of a few roundings: two models that both round as they must can differ by so much by chance. Where it is, the
 unfused model is run some more times, in the fused one's memory format, which is enough to double the error of a long
-sum on a CPU, and ``spread`` tells from them how far a right model may be. Faults of one layer that are smaller
+sum on a CPU, and ``spread`` estimates from them how far a right model may be. Faults of one layer that are smaller
 than this are for ``alone`` to find.
 """
 
@@ -40,12 +40,12 @@ _ROUNDINGS = 1.0
 _SUMS, _SUMS_OF_TRUTH = 16.0, 64.0
 #: Bytes of parameters in fp64 beyond which fp32 is the truth.
 _LARGEST = 2e9
-#: Of outputs that are no floating-point numbers, as classes of pixels: so many may differ.
+#: Share of outputs that are not floating point, such as classes of pixels, that may differ.
 DISAGREEMENT = 0.01
 
 
 class Witness:
-    """What the original returns for ``inputs``, in truth and in ``dtype``. ``model`` is a private copy.
+    """The original's outputs for ``inputs``, in truth and in ``dtype``. ``model`` is a private copy.
 
     ``channels_last``: whether the fused model has images in that format. ``see``: by what models are judged, what they
     return or what they decide by.
@@ -68,14 +68,14 @@ class Witness:
         unfused = _in_dtype(model, inputs, dtype, see)
         self.unfused = distance(unfused, self.truth)
         if not math.isfinite(self.unfused):
-            # The original overflows in this dtype, and is no measure: roundings of all layers by their square root.
+            # The original overflows in this dtype, so it is not used: roundings of all layers by their square root.
             self.unfused = math.sqrt(max(products.convolutions + products.matrices, 1)) * torch.finfo(dtype).eps
         self.floor = _floor(dtype, self.truth_dtype) + tf32(products.convolutions, products.matrices, inputs, dtype)
         if not any(leaf.is_floating_point() for leaf in self.truth):
             self.floor = max(self.floor, DISAGREEMENT)
 
     def judge(self, module: Callable[..., Any]) -> Verification:
-        """How far ``module`` is from the truth. FusionError where it decides by other kinds of numbers."""
+        """Measure the distance of ``module`` from the truth. FusionError if it decides by other kinds of numbers."""
         with torch.no_grad():
             outputs = self._see(module, self.inputs)
         if self._see is decided and [each.shape for each in outputs] != [each.shape for each in self.truth]:
@@ -120,7 +120,7 @@ def _floor(dtype: torch.dtype, truth: torch.dtype) -> float:
 
 
 def floor(dtype: torch.dtype, sums: float) -> float:
-    """What right models may differ by, whatever the unfused one's error: ``sums`` are roundings to what adds up."""
+    """Return the error that right models may have, whatever the unfused one's: ``sums`` are roundings of sums."""
     return _ROUNDINGS * torch.finfo(dtype).eps + sums * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
@@ -142,9 +142,9 @@ class _Products(TorchDispatchMode):
 
 
 def tf32(convolutions: int, matrices: int, inputs: Sequence[Any], dtype: torch.dtype) -> float:
-    """For so many layers: what the floor has more where the fused model's kernels may multiply in TF32.
+    """Return the increase of the floor, for so many layers, if the fused model's kernels may multiply in TF32.
 
-    The unfused model is no measure of it: cuDNN does so for some layers and not for others, a CPU for none. Operands of
+    The unfused model is not a reference: cuDNN does so for some layers and not for others, a CPU for none. Operands of
     each layer are rounded to 11 bits, and errors of random sign add up by the square root of their number.
     """
     tensors = leaves(inputs)
@@ -163,7 +163,7 @@ def _truth(model: torch.nn.Module, inputs: tuple, see: See) -> tuple[torch.dtype
             with torch.no_grad():
                 return dtype, see(duplicate(model).to(dtype), cast(inputs, dtype))
         except Exception as error:  # whatever a model raises
-            # One that makes fp32 tensors of its own, or asks for them, cannot run in fp64.
+            # A model that creates or requires fp32 tensors cannot run in fp64.
             failure = error
     raise FusionError(f"the model fails for the example: {type(failure).__name__}: {failure}") from failure
 
@@ -176,7 +176,7 @@ def _in_dtype(
     packed: torch.memory_format = torch.contiguous_format,
     change: Callable[[torch.nn.Module], None] | None = None,
 ) -> list[torch.Tensor]:
-    """What the unfused model returns in ``dtype``, its batch norms in fp32 where that can be: the stricter measure.
+    """Return the unfused model's outputs in ``dtype``, with batch norms in fp32 if possible: the stricter measure.
 
     Images and their weights are ``packed``, where the model takes them so. ``change`` is done to it before, in place.
     """
@@ -258,7 +258,7 @@ def _argmax_agreement(outputs: Sequence[torch.Tensor], truth: Sequence[torch.Ten
 
 
 def blame(found: Verification, matches: Sequence[Match], judge: Callable[[Sequence[Match]], Verification]) -> str:
-    """What to say of a verification that did not pass, naming the first match without which it would.
+    """Describe a failed verification, naming the first match without which it would pass.
 
     ``judge`` verifies the model with some of the matches only.
     """

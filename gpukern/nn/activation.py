@@ -1,4 +1,4 @@
-"""Activations. ``_epilogue`` is what computes one in the kernel of the layer before it: arguments of that function."""
+"""Activations. ``_epilogue``: the arguments that make the kernel of the layer before compute one."""
 
 from __future__ import annotations
 

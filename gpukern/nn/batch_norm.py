@@ -11,7 +11,7 @@ from gpukern.ops.activation import check_activation
 
 
 class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
-    """What the layers share: torch's bookkeeping around :func:`gpukern.functional.batch_norm`."""
+    """Base of the layers: torch's bookkeeping around :func:`gpukern.functional.batch_norm`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self._compute(input)
@@ -27,7 +27,7 @@ class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
         return F.batch_norm(input, mean, variance, self.weight, self.bias, batch, momentum, self.eps, **epilogue)
 
     def _compute_after(self, conv: Conv2d, input: torch.Tensor, **epilogue) -> torch.Tensor:
-        """In training, this norm of ``conv(input)``, whose kernel makes the statistics; ``input`` is [N, C, H, W]."""
+        """In training, compute this norm of ``conv(input)``, whose kernel makes the statistics. input: [N, C, H, W]."""
         batches = self._batches()
         input, padding = conv._padded(input)
         output = F.conv2d_batch_norm(

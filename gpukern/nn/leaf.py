@@ -17,10 +17,10 @@ class _ConstructorSignature:
 
 
 class Leaf(torch.nn.Module):
-    """What makes a layer one node of a graph that ``torch.fx`` traces, as the ``torch.nn`` layer that it stands for is.
+    """Mixin that makes a layer one node of a graph that ``torch.fx`` traces, as the ``torch.nn`` layer it replaces is.
 
     Tracers of ``torch.fx`` take for one what an object calls its Python module, if that begins with ``torch.nn``.
-    TorchScript's compiler, which knows no registered operator of Python's, is refused.
+    TorchScript's compiler, which does not support operators registered in Python, is refused.
     """
 
     __signature__ = _ConstructorSignature()

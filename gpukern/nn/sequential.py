@@ -1,7 +1,7 @@
 """``Sequential``: neighbours that one kernel computes are computed by one.
 
 Which children make a run follows from their classes alone, and is found once for each sequence of classes. Whether a
-run may be computed as one is asked in every call: hooks on its inside would miss what it no longer makes.
+run may be computed as one is checked in every call: hooks on its inside would miss what it no longer makes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _run_at(kinds: tuple[type, ...], first: int) -> Run:
 
 
 def _compute(input, children: tuple[Any, ...], run: Run):
-    """What the children of ``run``, one after the other, make of ``input``."""
+    """Return the result of the children of ``run``, one after the other, on ``input``."""
     first, norm, activation, end = run
     if norm is not None and not children[norm].training:
         # There are no statistics to make, but the norm may still take the activation.

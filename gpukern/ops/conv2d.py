@@ -196,7 +196,7 @@ def first_output_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
 
 #: ``y = x ∗ w + b`` with ``Σ y`` and ``Σ (y − mean)²`` of each channel, in fp32 of the rounded y, for a batch norm that
 #: follows in training: it need not read y for them. The deviations are from the mean, so that a large one costs no
-#: digits. Not differentiable by itself: the batch norm's backward knows the derivatives of both.
+#: digits. Not differentiable by itself: the batch norm's backward has the derivatives of both.
 conv2d_statistics = Operator(
     "conv2d_statistics",
     f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",

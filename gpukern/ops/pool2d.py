@@ -158,7 +158,7 @@ def _indices_fake(taps, input_shape, *geometry) -> torch.Tensor:
 
 
 def _indices_in_torch(taps, *_) -> torch.Tensor:
-    """Those of :func:`_with_indices_in_torch` are torch's already."""
+    """Return the indices of :func:`_with_indices_in_torch` unchanged: they are torch's already."""
     return _aten.clone.default(taps)
 
 

@@ -1,4 +1,4 @@
-"""What all optimizers share: torch's behaviour around one launch."""
+"""Base of all optimizers: torch's behaviour around one launch."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     _rule: ClassVar[Rule]
-    #: What a group calls the rule's hyperparameters, "betas" for two of them; (): as the rule does.
+    #: A group's names of the rule's hyperparameters, "betas" for two of them; (): the rule's own names.
     _names: ClassVar[tuple[str, ...]] = ()
-    #: Which of a group's entries a state begins with; others begin with zeros.
+    #: The group entry that a state begins with; others begin with zeros.
     _begins: ClassVar[dict[str, str]] = {}
     #: Whether torch's class has the number of updates in its state.
     _counts: ClassVar[bool] = True
     _takes_sparse: ClassVar[bool] = False
-    #: torch.amp.GradScaler then hands over ``grad_scale`` and ``found_inf``, and leaves the rest to the kernel.
+    #: torch.amp.GradScaler then passes ``grad_scale`` and ``found_inf``, and leaves the rest to the kernel.
     _step_supports_amp_scaling = True
 
     _step: Step | None
@@ -67,7 +67,7 @@ class Optimizer(torch.optim.Optimizer):
     _hyperparameters: Hyperparameters
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Its signature is that of both: for help() and for editors."""
+        """Merge the signatures of both classes: for help() and for editors."""
         super().__init_subclass__(**options)
         torchs = next((c for c in cls.__mro__[1:] if c.__module__.startswith("torch.optim.")), None)
         if "__init__" in cls.__dict__ or torchs in (None, torch.optim.Optimizer):
@@ -123,7 +123,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # torch.compiler.disable, but for its import, which takes a second
     def _update(self) -> None:
-        """Not to be traced: where tensors lie is nothing that a compiler knows of, and there is nothing to compile."""
+        """Update, excluded from Dynamo: the step works on raw data pointers, and there is nothing to compile."""
         numbers = self._hyperparameters(self.param_groups)
         if self._step is None or not self._step.fits(self.param_groups, numbers, self.state):
             self._step = None
@@ -147,7 +147,7 @@ class Optimizer(torch.optim.Optimizer):
             self._step.set_numbers(self._hyperparameters(self.param_groups))
 
     def _forget(self) -> None:
-        """Where tensors lie, after they may have changed."""
+        """Drop the tensors' cached addresses, after they may have changed."""
         self._step = None
         self._square_sum = None
         self._hyperparameters = Hyperparameters(self._names or self._rule.hyperparameters)
@@ -155,15 +155,15 @@ class Optimizer(torch.optim.Optimizer):
     # ---- what belongs to a parameter -------------------------------------------------------------------------------
 
     def _entry(self, parameter: torch.Tensor, number: int) -> Entry:
-        """``parameter`` of the group ``number`` with its state, made where it is not there yet."""
+        """Return the entry of ``parameter`` in the group ``number``, with its state, created if missing."""
         self._check(parameter)
         wanted = kept(self._rule, self._hyperparameters.of(self.param_groups[number])[1])
         names = [state.name for state, needed in zip(self._rule.states, wanted, strict=True) if needed]
         has_master = self._master_weights and parameter.dtype in _HALVES
-        # Without anything to keep, torch keeps no empty state either.
+        # With nothing to keep there is no empty state, as in torch.
         state = self.state[parameter] if names or self._counts or has_master else {}
         if self._counts:
-            # Of what depends on a hyperparameter, which may have been changed since, torch's classes make nothing anew.
+            # torch's classes never recreate a state that depends on a hyperparameter, which may have changed since.
             always = [each.name for each in self._rule.states if not each.when]
             for name in ("step", *always) if state else ():
                 if state.get(name) is None:
@@ -227,7 +227,7 @@ class Optimizer(torch.optim.Optimizer):
             moments = self._moments(state)
             same = map(operator.is_, moments, self._counted.get(parameter, moments))
             if parameter not in self._hidden_steps or not all(same):
-                # What the user put there, or what was loaded, is not to be begun anew; what was taken away is.
+                # A state that the user set or loaded must not be reset; one that was removed must be.
                 begun = any(isinstance(moment, torch.Tensor) for moment in moments)
                 self._hidden_steps[parameter] = torch.full((), float(begun), device=device)
             return self._hidden_steps[parameter]
@@ -243,7 +243,7 @@ class Optimizer(torch.optim.Optimizer):
         """torch's, that torch's class of the same name can load; with "master" where there are master weights."""
         packed = super().state_dict()
         for number, parameter in enumerate(self._in_order()):
-            # A step that was skipped for an overflow has made buffers, and nothing is in them yet.
+            # A step skipped for an overflow has allocated buffers that are still empty.
             if number in packed["state"] and self._has_nothing_yet(parameter):
                 names = {each.name for each in self._rule.states}
                 held = packed["state"][number]
@@ -258,9 +258,9 @@ class Optimizer(torch.optim.Optimizer):
         return all(map(operator.is_, moments, self._counted.get(parameter, moments)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What :meth:`state_dict` of this class, or of torch's, gave.
+        """Load a state from :meth:`state_dict` of this class, or of torch's.
 
-        Moments stay in the dtype that they are in, unless ``state_dtype`` says another. A state without its number of
+        Moments stay in the dtype that they are in, unless ``state_dtype`` gives another. A state without its number of
         updates takes that of its group, where other libraries have it. ValueError, with nothing changed, for what does
         not fit, and for a state in which a moment or a group in which a number is missing; switches may be.
         """
@@ -280,7 +280,7 @@ class Optimizer(torch.optim.Optimizer):
                     if isinstance(value, torch.Tensor) and name != "step":
                         self.state[parameter][name] = value.detach().to(parameter.device, copy=True)
 
-        # After the user's own hooks, which may change what is loaded; and before those that want to see it.
+        # After the user's own hooks that may change the loaded state, and before those that read it.
         hooks = (
             self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(restore, prepend=True),
@@ -320,11 +320,11 @@ class Optimizer(torch.optim.Optimizer):
         return [name for name in needed if not isinstance(self.defaults[name], (bool, type(None)))]
 
     def _lacking(self, held: dict[str, Any], group: dict[str, Any]) -> list[str]:
-        """Names of what a parameter of ``group`` needs and ``held`` has not."""
+        """Names of the entries that a parameter of ``group`` needs and ``held`` lacks."""
         wanted = kept(self._rule, self._hyperparameters.of({**self.defaults, **group})[1])
         names = [each.name for each, needed in zip(self._rule.states, wanted, strict=True) if needed]
         if not self._counts:
-            # None is what torch's classes save before the first update.
+            # torch's classes save None before the first update.
             return [name for name in names if name not in held]
         steps = [] if _is_number(held.get("step")) or _is_number(group.get("step")) else ["step"]
         return [*(name for name in names if not isinstance(held.get(name), torch.Tensor)), *steps]
@@ -341,7 +341,7 @@ class Optimizer(torch.optim.Optimizer):
         return {**state_dict, "state": states}
 
     def _in_order(self) -> list[torch.Tensor]:
-        """All parameters, as state_dict() numbers them."""
+        """Return all parameters, as state_dict() numbers them."""
         return list(dict.fromkeys(parameter for group in self.param_groups for parameter in group["params"]))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -350,7 +350,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_counted", {})  # of an optimizer that was pickled before there was this
+        self.__dict__.setdefault("_counted", {})  # an optimizer pickled by an older version lacks this
         self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():

@@ -1,4 +1,4 @@
-"""Pages of HTML that ask for nothing else, from Jinja's templates: torch needs Jinja, so it is on every machine.
+"""Self-contained pages of HTML, from Jinja's templates: torch needs Jinja, so it is on every machine.
 
 Templates begin with ``{% extends "base.html" %}`` and fill its blocks ``title``, ``style``, ``body`` and ``script``.
 """

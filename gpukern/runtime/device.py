@@ -24,7 +24,7 @@ class Peaks:
 class DeviceSpec:
     """Limits of one GPU.
 
-    ``shared_memory`` is the most a block can ask for, in bytes; ``sm_count`` the number of streaming multiprocessors.
+    ``shared_memory`` is the most a block can request, in bytes; ``sm_count`` the number of streaming multiprocessors.
     A device queried for its limits does not report its ``peaks``.
     """
 
@@ -49,7 +49,7 @@ class DeviceSpec:
 
 
 def _peaks(terabytes: float, *, half: float, tf32: float, float32: float) -> Peaks:
-    """From TB/s and TFLOP/s; tensor cores multiply float16 and bfloat16 at one rate."""
+    """Build peaks from TB/s and TFLOP/s; tensor cores multiply float16 and bfloat16 at one rate."""
     rates = {"float16": half, "bfloat16": half, "tf32": tf32, "tf32x3": tf32 / 3, "fma": float32}
     rates["float32"] = max(float32, tf32 / 3)
     return Peaks(terabytes * 1e12, {kind: rate * 1e12 for kind, rate in rates.items()})

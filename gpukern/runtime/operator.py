@@ -207,7 +207,7 @@ def _check_torchscript(tensors: tuple[Any, ...]) -> None:
         raise RuntimeError(
             "gpukern's operators are not traced by torch.jit.trace: use torch.export.export or torch.compile"
         )
-    # The reference is made of torch's operators, which torch.onnx.export(dynamo=False) knows.
+    # The reference is made of torch's operators, which torch.onnx.export(dynamo=False) supports.
     if mode_of(tensors[0]) is not Mode.REFERENCE:
         raise RuntimeError("gpukern's kernels are not traced by torch.onnx.export(dynamo=False): use dynamo=True")
 

@@ -46,7 +46,7 @@ def summary(
     positions, a global pool or a gate computed from one sees everything. ValueError for an input size of another rank,
     TypeError for what is no module, or one of TorchScript; what the forward raises comes through.
     """
-    # Torch's counter imports Triton: ``import gpukern`` shall not wait for it.
+    # Torch's counter imports Triton: ``import gpukern`` must not wait for it.
     from gpukern.summary.record import Recorder
 
     model = original(model)

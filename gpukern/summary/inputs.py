@@ -1,4 +1,4 @@
-"""The model that is meant, and tensors of zeros for what it takes."""
+"""Unwrapping of a model, and tensors of zeros as its input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = {1: "[C, L]", 2: "[C, H, W]", 3: "[C, D, H, W]"}
 
 
 def original(model: object) -> torch.nn.Module:
-    """The module whose layers are Python's: of what torch.compile made, the one inside."""
+    """Return the module with Python layers: the one inside a wrapper of torch.compile."""
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
             "summary() watches the calls of Python modules, and TorchScript has compiled this one: pass the original"
@@ -55,14 +55,14 @@ def example(model: torch.nn.Module, input_size: Any) -> tuple[Any, ...]:
 
 
 def _told(given: Any) -> str:
-    """In a message: of tensors their sizes, not their values."""
+    """Format for a message: sizes of tensors, not their values."""
     leaves, structure = pytree.tree_flatten(given)
     told = [f"tensor{list(leaf.shape)}" if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return repr(pytree.tree_unflatten(told, structure))
 
 
 def _is_batch(size: tuple[int, ...], spatial: int | None) -> bool:
-    """Whether ``size`` has the batch dimension: the model's first layers tell, else its rank does."""
+    """Whether ``size`` has the batch dimension: the model's first layers decide, else its rank does."""
     rank = len(size)
     if spatial is not None and rank in (spatial + 1, spatial + 2):
         return rank == spatial + 2
@@ -76,13 +76,13 @@ def _is_batch(size: tuple[int, ...], spatial: int | None) -> bool:
 
 
 def _dimensions(model: torch.nn.Module) -> int | None:
-    """Spatial dimensions of the first layer that tells."""
+    """Spatial dimensions of the first layer that determines them."""
     known = (dimensions(module) for module in model.modules())
     return next((number for number in known if number is not None), None)
 
 
 def _like(model: torch.nn.Module) -> torch.Tensor:
-    """A tensor of the model's own dtype and device."""
+    """Return a tensor of the model's own dtype and device."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
 

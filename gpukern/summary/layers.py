@@ -1,4 +1,4 @@
-"""What is known of single layers: their windows, how they are written, what they do not cover."""
+"""Properties of single layers: their windows, notation, and uncovered inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Window:
 
 
 def dimensions(layer: torch.nn.Module) -> int | None:
-    """Spatial dimensions of a convolution, a pooling or a normalizing layer; None for layers that do not tell."""
+    """Spatial dimensions of a convolution, a pooling or a normalizing layer; None for layers without fixed ones."""
     if isinstance(layer, _ConvNd):
         return len(layer.kernel_size)
     for kind in type(layer).__mro__:
@@ -57,7 +57,7 @@ def window(layer: torch.nn.Module) -> Window | None:
 
 
 def describe(layer: torch.nn.Module) -> str:
-    """The layer as the lecture writes it."""
+    """Describe the layer in the lecture's notation."""
     kind = parametrize.type_before_parametrizations(layer).__name__
     if isinstance(layer, torch.nn.Linear):
         return f"{kind} ({layer.in_features} -> {layer.out_features})"
@@ -97,7 +97,7 @@ def misfits(layer: str, window: Window, input_size: Size) -> Iterator[str]:
 
 
 def weight_size(layer: torch.nn.Module) -> Size:
-    """[in, out] of a linear layer, of others the shape of the weight."""
+    """Return [in, out] of a linear layer, the shape of the weight of others."""
     if isinstance(layer, torch.nn.Linear):
         return layer.in_features, layer.out_features
     weight = getattr(layer, "weight", None)
@@ -105,7 +105,7 @@ def weight_size(layer: torch.nn.Module) -> Size:
 
 
 def is_whole(layer: torch.nn.Module) -> bool:
-    """Whether no layers are inside: what computes its weights (weight_norm, spectral_norm) is a part of it."""
+    """Whether no layers are inside: modules that compute its weights (weight_norm, spectral_norm) belong to it."""
     return all(name == "parametrizations" for name, _ in layer.named_children())
 
 

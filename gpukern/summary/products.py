@@ -1,4 +1,4 @@
-"""Counting the multiply-adds of operators as they run, whichever layer or function calls them."""
+"""Counter of the multiply-adds of operators as they run, whichever layer or function calls them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _MORE: dict[Any, Callable[..., int]] = {
 }
 
 
-#: Whose operators are products only where there is a formula.
+#: Namespaces whose operators are products only if there is a formula.
 _WITHOUT_PRODUCTS = ("aten", "prim", "prims", "gpukern", "profiler")
 
 
@@ -81,7 +81,7 @@ class Products(TorchDispatchMode):
         return result
 
     def _higher_order(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """Of torch.cond the branch that is taken; what is inside of others is not seen."""
+        """Count the branch that torch.cond takes; operators inside other higher-order operators are not counted."""
         if func is torch.ops.higher_order.cond:
             taken, left, operands = args[1:4]
             with self:
@@ -92,7 +92,7 @@ class Products(TorchDispatchMode):
 
 @contextlib.contextmanager
 def in_parts() -> Iterator[None]:
-    """What fused and compiled code would hide runs operator by operator: attention, encoder layers, torch.compile."""
+    """Run operator by operator what fused and compiled code would hide: attention, encoder layers, torch.compile."""
     fast = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -1,4 +1,4 @@
-"""Watching a forward: a row for every call of a layer, and for the products that no layer owns."""
+"""Recorder of a forward: a row for every call of a layer, and for the products that no layer owns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpukern.summary.views import ALL, SOME, View, ViewsBetweenLayers, tensors, 
 
 @dataclass
 class _Line:
-    """What becomes a row."""
+    """A line that becomes a row."""
 
     name: str
     layer: torch.nn.Module
@@ -42,7 +42,7 @@ class _Call:
 
 
 class Recorder:
-    """Makes the rows, and knows what the elements of each tensor see of the network's ``inputs``."""
+    """Makes the rows, and tracks the receptive fields of each tensor's elements in the network's ``inputs``."""
 
     def __init__(self, model: torch.nn.Module, inputs: Sequence[torch.Tensor], batch: int) -> None:
         self.notes: list[str] = []
@@ -146,10 +146,10 @@ class Recorder:
 
 
 def _is_watched(name: str, module: torch.nn.Module) -> bool:
-    """Not what computes a layer's weights, nor what TorchScript compiled: that takes no hooks."""
+    """Whether a module is recorded: not one that computes a layer's weights, nor TorchScript's, which has no hooks."""
     return "parametrizations" not in name.split(".") and not isinstance(module, torch.jit.ScriptModule)
 
 
 def _is_layer(module: torch.nn.Module) -> bool:
-    """Of those with modules inside: whether it is a layer itself, with weights of its own and a row."""
+    """Whether a module with modules inside is a layer itself, with weights of its own and a row."""
     return not layers.is_whole(module) and any(True for _ in module.parameters(recurse=False))

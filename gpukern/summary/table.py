@@ -1,4 +1,4 @@
-"""What ``gpukern.summary`` returns, and how it is shown."""
+"""The result of ``gpukern.summary``, and its display."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` returns. ``str()`` gives the table as plain text, ``rich.print`` a prettier one."""
+    """The result of :func:`summary`. ``str()`` gives the table as plain text, ``rich.print`` a prettier one."""
 
     model: str
     rows: tuple[Row, ...]

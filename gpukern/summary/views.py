@@ -1,4 +1,4 @@
-"""What one element of each tensor sees of the network's input: its receptive field."""
+"""Receptive field of one element of each tensor in the network's input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpukern.summary.table import Size
 
 @dataclass(frozen=True)
 class View:
-    """Per dimension: how much of the input an element sees, and how far its neighbour's view lies beside it."""
+    """Per dimension: the size of an element's receptive field, and its distance from its neighbour's."""
 
     size: Size
     step: Size
@@ -28,7 +28,7 @@ class View:
 
 #: The view of an element that depends on the whole input.
 ALL = View((), ())
-#: What one element sees is not known, but all of a sample together see everything.
+#: One element's receptive field is not known, but all elements of a sample together see everything.
 SOME = View((), (0,))
 
 
@@ -77,7 +77,7 @@ _ALONG = {
     **dict.fromkeys(("std", "var", "var_mean", "std_mean", "logsumexp", "median"), 1),
     **dict.fromkeys(("normalize", "norm", "vector_norm"), 2),
 }
-#: What of it F.normalize does without being told.
+#: The default dimension of F.normalize.
 _DEFAULT = {"normalize": 1}
 #: Those make a tensor like another, and do not read that.
 _UNREAD = re.compile(r"\w+_like|new_\w+")
@@ -124,7 +124,7 @@ def _after(name: str, view: View, input: torch.Tensor, output: torch.Tensor, arg
     if name == "instance_norm":
         return ALL if _argument(args, kwargs, 5, "use_input_stats", True) else view
     if name in ("layer_norm", "rms_norm"):
-        # Of the last dimension alone it is a row: neither a window nor everything.
+        # Over the last dimension alone it covers a row: neither a window nor everything.
         return ALL if len(_argument(args, kwargs, 1, "normalized_shape", ())) >= len(view.size) else SOME
     if _WINDOWS.fullmatch(name):
         return _through_window(view, _window_of(name, len(view.size), args, kwargs))
@@ -154,7 +154,7 @@ def _along(name: str, view: View, rank: int, along: int | Sequence[int] | None) 
 
 
 def _window_of(name: str, spatial: int, args: tuple, kwargs: dict) -> Window:
-    """Of F.conv2d(input, weight, bias, stride, padding, dilation) and F.max_pool2d(input, kernel_size, stride, …)."""
+    """Return the window of F.conv2d(input, weight, bias, stride, padding, dilation) or F.max_pool2d(input, size, …)."""
 
     def each(value: int | Sequence[int]) -> Size:
         values = (value,) if isinstance(value, int) else tuple(value)
@@ -173,7 +173,7 @@ def _argument(args: tuple, kwargs: dict, place: int, name: str, default: Any) ->
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    """Those in lists, tuples and dictionaries, however deep."""
+    """Yield the tensors in lists, tuples and dictionaries, at any depth."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
@@ -187,7 +187,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 _POINTWISE_MODULES = frozenset(
     f"torch.nn.modules.{module}" for module in ("activation", "batchnorm", "dropout", "flatten", "padding")
 )
-#: But for these, which look along a dimension: the functions that they call say how.
+#: Except these, which look along a dimension: the functions that they call determine how.
 _ALONG_A_DIMENSION = (
     torch.nn.MultiheadAttention, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin, torch.nn.Softmax2d,
     torch.nn.GLU, _InstanceNorm,
@@ -200,7 +200,7 @@ def through_layer(
     """The view of the elements of ``output``. ``features``: the network's input has no positions, only features."""
     view = views.get(input)
     if isinstance(layer, torch.nn.Linear):
-        # Of a sample in one row everything; of rows that are places or tokens it is not known which those are.
+        # A sample in one row is covered entirely; for rows that are positions or tokens, it is not known which.
         if view == ALL or (input.dim() == 2 and (features or view is not None)):
             return ALL
         return view and SOME

@@ -1,9 +1,9 @@
-"""Measuring which plan of a convolution is the fastest on this GPU: ``gpukern tune``, and :func:`tune` from Python.
+"""Measurement of the fastest plans on this GPU: ``gpukern tune``, and :func:`tune` from Python.
 
-- ``record``: which convolutions and matrix products a model meets;
+- ``record``: the convolutions and matrix products of a model;
 - ``measure``: one of them, with every plan that could be the fastest, each checked before it is timed;
-- ``session``: one after the other, each written down when it is done;
-- ``report``: what it came to; ``sources`` and ``command``: the words of the command line.
+- ``session``: one after the other, each saved when it is done;
+- ``report``: the results; ``sources`` and ``command``: the command line.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def tune(
     """Measure the plans of all convolutions and linear layers of ``model``, and keep the fastest for calls to come.
 
     A copy of the model, converted by :func:`gpukern.convert`, runs once on ``example_inputs``, and backwards if
-    ``directions`` ask for gradients: shapes, layouts, dtypes, ``torch.autocast`` and the TF32 flags are those of that
+    ``directions`` include gradients: shapes, layouts, dtypes, ``torch.autocast`` and the TF32 flags are those of that
     run. Plans serve every batch size whose nearest power of two is the same.
 
     Parameters

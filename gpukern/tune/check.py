@@ -1,13 +1,13 @@
-"""Whether a plan's launch computes what it should: a wrong kernel must never win.
+"""Correctness check of a plan's launch: a wrong kernel must never win.
 
-A result is right when every element is. Of a sum of n products
+A result is right when every element is. For a sum of n products
 
     |y − ref| ≤ (6 · 2⁻²³ · √n + ε_product) · (|x| ∗ |w|) + eps(dtype) · |ref| + smallest subnormal
 
 where ref and |x| ∗ |w| are computed in float64 from the same operands. Rounding errors of random sign walk √n steps of
 at most 2⁻²³ (tensor cores truncate), and six standard deviations are never passed by chance; ε_product is that of
-operands cut to TF32's 11 bits, or taken apart into three products of such (:mod:`gpukern.runtime.precision`). All
-kernels round operands, but many leave it to the copy engine, and one that cut them would be no reason to refuse a plan.
+operands truncated to TF32's 11 bits, or split into three products of such (:mod:`gpukern.runtime.precision`). All
+kernels round operands, but many leave it to TMA, and truncation would not be a reason to refuse a plan.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Check:
         self._call, self._spec = call, device_spec(device)
         generator = torch.Generator(device).manual_seed(0)
         first, second, _ = call.shapes
-        # A result of the size of one: nothing overflows in 16 bits, and next to nothing is subnormal.
+        # Results of order one: nothing overflows in 16 bits, and almost nothing is subnormal.
         scale = _terms(call) ** -0.5
         self._first = _random(first, call.first, 1.0, call, generator)
         self._second = _random(second, call.second, scale, call, generator)
@@ -53,7 +53,7 @@ class Check:
         self.absolute = _in_full(call, self._first.abs(), self._second.abs())
 
     def launch(self, choice: ConvPlan) -> Callable[[], object]:
-        """What starts the kernels of ``choice``, after one look at their result; WrongResult, or what they raise."""
+        """Return a function that launches ``choice``, after a check of its result; WrongResult, or a launch's error."""
         kernels = _implementations.of(self._first)
         prepared = prepare_launch(*self._call, self._spec, plan=choice)
         with _poisoned():
@@ -63,7 +63,7 @@ class Check:
         return lambda: kernels.write(prepared, self._output, self._first, self._second)
 
     def bound(self, precision: str) -> torch.Tensor:
-        """Of products of ``precision``; see above."""
+        """Return the error bound of products of ``precision``; see above."""
         dtype = self._call.dtype
         sum_error = 6 * torch.finfo(torch.float32).eps * math.sqrt(_terms(self._call)) + _PRODUCT_ERROR[precision]
         return sum_error * self.absolute + torch.finfo(dtype).eps * self.truth.abs() + _SMALLEST[dtype]
@@ -79,7 +79,7 @@ class Check:
 
 
 def _terms(call: Call) -> int:
-    """Products in a sum."""
+    """Return the number of products in a sum."""
     p = call.problem
     return {
         Direction.FORWARD: p.group_inputs * p.R * p.S,
@@ -89,7 +89,7 @@ def _terms(call: Call) -> int:
 
 
 def _random(shape: Shape, strides: Strides, scale: float, call: Call, generator: torch.Generator) -> torch.Tensor:
-    """Of any strides, also where elements share memory; its start is aligned as the call says."""
+    """Return a random tensor of any strides, also with shared elements; its start is aligned as in the call."""
     start = 0 if call.aligned else 1
     size = start + 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     memory = torch.randn(size, generator=generator, device=generator.device)
@@ -120,7 +120,7 @@ def _product(p: ConvProblem, direction: Direction, image: torch.Tensor, filter: 
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """New memory is NaN: what a kernel forgets to write could otherwise hold the right result of the one before."""
+    """Fill new memory with NaN: elements a kernel does not write could otherwise hold an earlier right result."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic

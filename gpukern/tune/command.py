@@ -122,7 +122,7 @@ def _listed(words: str) -> list[str]:
 
 @contextlib.contextmanager
 def _in(option: str) -> Iterator[None]:
-    """What is wrong inside is wrong with ``option``."""
+    """Report errors inside the block as errors of ``option``."""
     try:
         yield
     except (OSError, ValueError) as problem:

@@ -1,4 +1,4 @@
-"""One problem with every plan that could be the fastest: each is checked in full, then timed."""
+"""Measurement of one problem with every plan that could be the fastest: each is checked in full, then timed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Candidate:
 
 #: Seconds of a call.
 Timer = Callable[[Candidate], float]
-#: Told how far it is: (plans done, plans, seconds of the fastest so far or infinity).
+#: Progress callback: (plans done, plans, seconds of the fastest so far or infinity).
 Watch = Callable[[int, int, float], None]
 
 
@@ -93,7 +93,7 @@ def measure(
         try:
             candidate = Candidate(choice, check.launch(choice))
             right[candidate] = timer(candidate)
-        except Exception as problem:  # a compiler's, a driver's, or a wrong result: whatever it is, not this plan
+        except Exception as problem:  # a compiler's, a driver's, or a wrong result: in any case, not this plan
             rejected[choice] = reason_of(problem)
             if is_lost(device):
                 raise DeviceLost(rejected) from problem
@@ -101,7 +101,7 @@ def measure(
 
 
 def worth_trying(ranked: list[Ranked], heuristic: ConvPlan) -> list[ConvPlan]:
-    """Those with a chance to be the fastest, the most promising first."""
+    """Return the plans with a chance to be the fastest, the most promising first."""
     best = min(each.cost.seconds for each in ranked)
     return [each.plan for each in ranked if each.cost.seconds <= HOPELESS * best or each.plan == heuristic]
 
@@ -125,7 +125,7 @@ def _final(right: dict[Candidate, float], heuristic: ConvPlan, timer: Timer, rej
 
 
 def reason_of(problem: Exception) -> str:
-    """In one line: compilers say more than one wants to keep."""
+    """Return the reason in one line: compilers report more than is worth keeping."""
     first = next(iter(str(problem).strip().splitlines()), "")
     return f"{type(problem).__name__}: {first}"
 

@@ -1,4 +1,4 @@
-"""What tuning shows while it runs, on standard error: a bar on a terminal, else a line for each problem."""
+"""Progress display of tuning, on standard error: a bar on a terminal, else a line for each problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpukern.tune.report import Result
 
 
 class Progress:
-    """Of ``total`` problems; shows nothing unless ``wanted``."""
+    """Progress through ``total`` problems; shows nothing unless ``wanted``."""
 
     def __init__(self, total: int, wanted: bool) -> None:
         self._console = Console(stderr=True, quiet=not wanted, highlight=False)
@@ -41,7 +41,7 @@ class Progress:
         self._bar.update(self._task, description=self._name)
 
     def watch(self, done: int, total: int, best: float) -> None:
-        """Of the problem that was begun: plans done and in all, seconds of the fastest so far or infinity."""
+        """Show the current problem: plans done and in all, seconds of the fastest so far or infinity."""
         fastest = f", best {micro(best)}" if math.isfinite(best) else ""
         self._bar.update(self._task, description=f"{self._name}: plan {done + 1} of {total}{fastest}")
 

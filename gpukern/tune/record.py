@@ -1,4 +1,4 @@
-"""Which launches a model meets: it runs once on gpukern's kernels, and every launch that is looked up is noted."""
+"""Recording of a model's launches: it runs once on gpukern's kernels, and every look-up of a launch is recorded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpukern.explain.formatting import describe
 
 
 class Call(conv.Call):
-    """A launch that a model meets, in words too."""
+    """A launch of a model, with its description."""
 
     __slots__ = ()
 
@@ -34,7 +34,7 @@ def calls_of(
 ) -> tuple[Call, ...]:
     """Every launch of a copy of ``model`` on ``inputs`` in one of ``directions``, each once.
 
-    ``input_gradient``: whether that of ``inputs`` is wanted too, which training does not ask of a first layer.
+    ``input_gradient``: whether that of ``inputs`` is wanted too, which training does not need for a first layer.
     """
     model = convert(copy.deepcopy(model), inplace=True)
     backward = any(direction is not Direction.FORWARD for direction in directions)

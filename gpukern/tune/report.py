@@ -1,4 +1,4 @@
-"""What tuning came to."""
+"""Report of a tuning run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Result:
 
     @property
     def speedup(self) -> float | None:
-        """Over the planner's choice; None where one of the two has no time."""
+        """Speedup over the planner's choice; None if one of the two has no time."""
         entry = self.entry
         if not entry.microseconds or not entry.heuristic_microseconds:
             return None
@@ -42,7 +42,7 @@ class Result:
 
 @dataclass
 class Report:
-    """What is in ``path`` now: each problem that was asked for, but for ``left``, for which there was no time.
+    """Contents of ``path`` now: each requested problem, except those in ``left``, for which there was no time.
 
     ``failed``: problems that could not be measured at all, and why.
     """

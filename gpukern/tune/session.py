@@ -1,4 +1,4 @@
-"""Many problems, one after the other. Each is written down when it is done, so that a later run can go on."""
+"""Tuning of many problems, one after the other. Each is saved when it is done, so that a later run can go on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpukern.version import __version__
 
 
 class TuneError(RuntimeError):
-    """Why nothing can be measured, or nothing more."""
+    """Nothing can be measured, or nothing more; the message gives the reason."""
 
 
 def check_device(device: torch.device, timer: Timer | None) -> None:
@@ -63,7 +63,7 @@ def tune_calls(
                     session.add(name, call, report, bar)
                 bar.advance()
     finally:
-        # What calls were prepared for until now may not be the fastest any more.
+        # Plans for which calls were prepared may no longer be the fastest.
         forget()
     return report
 
@@ -78,12 +78,12 @@ class _Session:
             self._before = database.read(path)
 
     def known(self, name: str, call: Call) -> Entry | None:
-        """What was measured before of this very problem with these versions."""
+        """Return the earlier measurement of this very problem with these versions."""
         entry = self._unchanged(name)
         return entry if entry and entry.plan and entry.batch == call.problem.N else None
 
     def add(self, name: str, call: Call, report: Report, bar: Progress) -> None:
-        """Measure ``call`` and write it down. What fails as a whole is no reason not to measure the others."""
+        """Measure ``call`` and save the result. If it fails as a whole, the others are still measured."""
         try:
             outcome = measure(call, self._device, self._timer, self._unfit(name), bar.watch)
         except DeviceLost as lost:
@@ -127,7 +127,7 @@ class _Session:
 
 
 def distinct(calls: Iterable[Call]) -> dict[str, Call]:
-    """By their keys in the database. Of those that share one: of the bucket's own batch size, or else the first."""
+    """Return one call per key of the database: that of the bucket's own batch size, or else the first."""
     problems: dict[str, Call] = {}
     for call in calls:
         p = call.problem
@@ -143,7 +143,7 @@ def default_folder() -> Path:
 
 
 def versions() -> dict[str, str | None]:
-    """Of all that has a say in how fast a plan is."""
+    """Return the versions of everything that affects the speed of a plan."""
     return {
         "gpukern": __version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""What to tune, from the words of a command line."""
+"""Problems to tune, from a command line."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def layer_called(words: str) -> ConvProblem:
 
 
 def layers_in(path: Path) -> list[ConvProblem]:
-    """A JSON list of such words. OSError or ValueError if it is not one."""
+    """Read a JSON list of such descriptions. OSError or ValueError if it is not one."""
     try:
         listed = json.loads(path.read_text("utf-8"))
     except ValueError as problem:
@@ -54,7 +54,7 @@ def layers_in(path: Path) -> list[ConvProblem]:
 def calls_of_layer(
     problem: ConvProblem, kind: str, channels_last: bool, directions: Collection[Direction]
 ) -> Iterator[Call]:
-    """What a layer of these sizes launches; ``channels_last`` is the layout of its input and its filter."""
+    """Return the launches of a layer of these sizes; ``channels_last`` is the layout of its input and its filter."""
     dtype, precision = KINDS[kind]
     x, w, y = shapes(problem, Direction.FORWARD)
     image, filter = (dense_strides(shape, channels_last) for shape in (x, w))
@@ -77,7 +77,7 @@ def with_batch(problem: ConvProblem, batch: int | None) -> ConvProblem:
 
 
 def model_called(name: str, *arguments: Any) -> torch.nn.Module:
-    """What "package.module:factory" makes of ``arguments``; modules of the working directory are found too. ValueError
+    """Call "package.module:factory" with ``arguments``; modules of the working directory are found too. ValueError
     if there is none, or if it makes no model."""
     module_name, _, factory_name = name.partition(":")
     if not module_name or not factory_name:
@@ -103,7 +103,7 @@ def calls_of_model(
     directions: Collection[Direction],
     device: torch.device,
 ) -> tuple[Call, ...]:
-    """What ``model`` launches for an input of ``shape``. The model is left in another dtype, on ``device``."""
+    """Return the launches of ``model`` for an input of ``shape``. The model is left in another dtype, on ``device``."""
     memory_format = torch.channels_last if channels_last and len(shape) == 4 else torch.contiguous_format
     model = model.to(device, KINDS[kind][0])
     if channels_last:
@@ -115,7 +115,7 @@ def calls_of_model(
 
 @contextlib.contextmanager
 def _working_directory_on_path() -> Iterator[None]:
-    """The command's own folder is there instead."""
+    """Put the working directory on the path, where the command's own folder is instead."""
     sys.path.insert(0, "")
     try:
         yield

@@ -47,7 +47,7 @@ class Family:
     any_tile: bool = False
     #: Whether Triton's interpreter can run the kernels.
     emulated: bool = True
-    #: Whether nothing but a GPU can show that a plan is right: it is chosen only where the plan database says so.
+    #: Whether nothing but a GPU can show that a plan is right: it is chosen only if the plan database has it.
     needs_measurement: Callable[[ConvPlan], bool] = _never
     #: (launches before the main one, bytes that they and it move beyond the operands), from problem and itemsize.
     extra_passes: Callable[[ConvProblem, int], tuple[int, int]] = _no_passes

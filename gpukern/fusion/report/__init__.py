@@ -32,10 +32,10 @@ IN_ARCHIVE = "gpukern_report.json"
 
 @dataclass(frozen=True)
 class FusionReport(ReportValues):
-    """What :func:`gpukern.fuse` did. ``str()`` and rich print it; it compares by its values."""
+    """Report of :func:`gpukern.fuse`. ``str()`` and rich print it; it compares by its values."""
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """All of it as JSON, also written to ``path``: whole or, with OSError, not at all."""
+        """Return the whole report as JSON, and write it to ``path`` if given: atomically, or OSError."""
         told = {"format": FORMAT, **plain(self, name_nonfinite=True)}
         text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         if path is not None:
@@ -44,7 +44,7 @@ class FusionReport(ReportValues):
 
     @classmethod
     def from_json(cls, text: str) -> FusionReport:
-        """What :meth:`to_json` wrote. ValueError, saying what is wrong, for anything else."""
+        """Read the output of :meth:`to_json`. ValueError, which gives the reason, for anything else."""
         given = json.loads(text)
         if not isinstance(given, dict) or given.get("format") != FORMAT:
             raise ValueError(f"not a {FORMAT!r}")

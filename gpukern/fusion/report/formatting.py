@@ -1,4 +1,4 @@
-"""How every form of a report writes numbers, names and comparisons."""
+"""Formatting of numbers, names and comparisons in every form of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gpukern.fusion.report.values import FusedGroup, ReportValues, Verification
 
 
 class Line(NamedTuple):
-    """Of the table before/after. ``gain``: how many times as good, or what else there is to say of it."""
+    """A line of the before/after table. ``gain``: how many times as good, or another remark."""
 
     name: str
     before: str
@@ -39,7 +39,7 @@ def allowed(verification: Verification) -> str:
 
 
 def comparison(report: ReportValues) -> list[Line]:
-    """What is known of the model before and after, the most telling first."""
+    """Return the lines that compare the model before and after, the most informative first."""
     before, after = report.before, report.after
     lines = [
         _counted("operators per forward", before.operators, after.operators),
@@ -109,7 +109,7 @@ def reasons(report: ReportValues) -> dict[str, list[str]]:
 
 
 class Column(NamedTuple):
-    """Of the table of groups; ``numbers``: whether it holds them."""
+    """A column of the table of groups; ``numbers``: whether it holds numbers."""
 
     name: str
     numbers: bool
@@ -131,14 +131,14 @@ def _columns(report: ReportValues) -> tuple[Column, ...]:
 
 
 def _dtype(group: FusedGroup, report: ReportValues) -> str:
-    """Where it is not the model's, and why not."""
+    """Format a group's dtype where it is not the model's, and the reason."""
     if group.note:
         return clean(f"{group.dtype}: {group.note}")
     return MISSING if group.dtype == report.dtype else clean(group.dtype)
 
 
 def columns(report: ReportValues) -> list[Column]:
-    """Those of which a group of the report has something to say."""
+    """Return the columns for which some group of the report has a value."""
     return [column for column in _columns(report) if any(column.cell(group) != MISSING for group in report.fused)]
 
 

@@ -1,4 +1,4 @@
-"""Where the nodes and edges of a graph go in a picture that is read from top to bottom. Pure Python.
+"""Layout of a graph's nodes and edges in a picture read from top to bottom. Pure Python.
 
 A node's row is the longest path to it, so that every edge goes down. Its column is that of its input where nothing else
 took it: a chain is a straight line. An edge over many rows goes down the column of one of its ends where that is free,
@@ -16,7 +16,7 @@ from gpukern.fusion.report.values import GraphNode
 
 
 class Way(Enum):
-    """How an edge gets from its source to its target."""
+    """Route of an edge from its source to its target."""
 
     SOURCE_COLUMN = "down the source's column, then across"
     TARGET_COLUMN = "across, then down the target's column"
@@ -47,7 +47,7 @@ class Layout:
 
 
 def layout(nodes: Sequence[GraphNode]) -> Layout:
-    """Of nodes in an order in which each comes after its inputs; inputs that do not come before are left out."""
+    """Lay out nodes in topological order; inputs that do not come before their users are left out."""
     inputs = _inputs(nodes)
     rows = _rows(inputs)
     columns = _columns(inputs, rows)

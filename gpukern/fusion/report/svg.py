@@ -1,4 +1,4 @@
-"""A graph as SVG, its groups in colours; the page that it is put in says by CSS what colours those are."""
+"""A graph as SVG, its groups in colours, which the CSS of the surrounding page defines."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _rounded(points: list[Point]) -> str:
 
 
 def _near(corner: Point, other: Point) -> Point:
-    """On the way from ``corner`` to ``other``, never past its middle."""
+    """Return a point between ``corner`` and ``other``, never past the middle."""
     distance = abs(other[0] - corner[0]) + abs(other[1] - corner[1])
     share = min(_ROUND / distance, 0.5) if distance else 0
     return corner[0] + (other[0] - corner[0]) * share, corner[1] + (other[1] - corner[1]) * share

@@ -19,7 +19,7 @@ _LISTED = 6
 
 
 def render(report: ReportValues) -> RenderableType:
-    """All of it, for a rich console."""
+    """Render the whole report for a rich console."""
     failed = report.verification is not None and not report.verification.passed
     return Group(
         Text(formatting.headline(report), style="bold red" if failed else "bold"),

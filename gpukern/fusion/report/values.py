@@ -1,4 +1,4 @@
-"""What a fusion did, as values."""
+"""Values of a fusion report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FusedGroup:
     """Nodes of the captured graph that became one.
 
     ``modules`` are paths in the model, in the order of the computation; a module that is called twice is in two groups.
-    ``pattern`` says what was computed, as "conv2d + batch_norm + add + relu", and ``operator`` what computes it now:
+    ``pattern`` names what was computed, as "conv2d + batch_norm + add + relu", and ``operator`` what computes it now:
     "gpukern::conv2d", or "aten::convolution" where only the weights were folded. ``dtype`` is the group's own, ``note``
     why it differs from the model's. ``plan`` is the kernel's, for the example's shapes on the model's device; "" where
     the kernel has none. Seconds and bytes are those of the roofline; None where nothing is known of the device.
@@ -39,7 +39,7 @@ class FusedGroup:
 
 @dataclass(frozen=True)
 class GraphNode:
-    """Of the picture: a node's name, what stands in it, the index of its group in ``fused`` or None, its inputs."""
+    """A node of the picture: its name, its text, the index of its group in ``fused`` or None, its inputs."""
 
     name: str
     label: str
@@ -49,9 +49,9 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of one forward pass for the example: operators that compute, elements of parameters, bytes of activations.
+    """Totals of a forward pass for the example: operators that compute, elements of parameters, bytes of activations.
 
-    Activations are what operators read and write, the model's input and output with them; constants are not counted.
+    Activations are tensors that operators read and write, with the model's input and output; constants do not count.
     """
 
     operators: int
@@ -61,7 +61,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Timing:
-    """On a GPU: seconds of a forward pass in the median and the worst of a hundred, images a second, bytes at most.
+    """Timing on a GPU: median and worst seconds of a hundred forward passes, images a second, peak bytes.
 
     ``kernels`` are those that a pass launches, None where the profiler sees none.
     """
@@ -79,7 +79,7 @@ class Verification:
 
     ``truth`` is the dtype in which the original was run for the truth. ``error`` may be ``factor`` times ``unfused``
     plus ``floor``. ``argmax_agreement`` is the share of rows whose largest element is where the truth's is, None for
-    outputs without rows. ``wrong`` says which group goes wrong where all are given the original's own values; "": none.
+    outputs without rows. ``wrong`` names the group that is wrong if all are given the original's own values; "": none.
     """
 
     truth: str
@@ -101,7 +101,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class ReportValues:
-    """What :func:`gpukern.fuse` did, without the forms that a report has. ``environment`` names versions and device."""
+    """Values of a report of :func:`gpukern.fuse`, without its forms. ``environment`` names versions and device."""
 
     model: str
     dtype: str
@@ -119,5 +119,5 @@ class ReportValues:
 
     @property
     def max_error(self) -> float | None:
-        """‖y − truth‖ / ‖truth‖ of the model's output; None where verification was not asked for."""
+        """‖y − truth‖ / ‖truth‖ of the model's output; None if verification was off."""
         return None if self.verification is None else self.verification.error

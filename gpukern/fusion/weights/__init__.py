@@ -1,1 +1,1 @@
-"""Weights from files: what is read, which of the states in it is taken, and how its names become the model's."""
+"""Weights from files: reading, choice of a state, and mapping of its names to the model's."""

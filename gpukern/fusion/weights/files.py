@@ -1,4 +1,4 @@
-"""What a file of weights holds: .safetensors, or what ``torch.save`` wrote, and told apart by what is in it."""
+"""Reading of files of weights: .safetensors, or those of ``torch.save``, distinguished by their contents."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from gpukern.fusion.archive import check_archive
 from gpukern.fusion.errors import WeightsError
 from gpukern.fusion.weights import foreign
 
-#: The usual endings. ``.pth.tar`` is no tar archive: PyTorch's own training examples call their checkpoints so.
+#: The usual endings. ``.pth.tar`` is not a tar archive: PyTorch's own training examples call their checkpoints so.
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pth.tar", ".pyth", ".th", ".pkl")
-#: Of ``torch.save`` before PyTorch 1.6.
+#: Magic number of ``torch.save`` before PyTorch 1.6.
 _OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 

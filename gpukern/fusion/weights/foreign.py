@@ -1,4 +1,4 @@
-"""What a file is that holds no weights that can be read, in words for whoever named it."""
+"""Descriptions of files without readable weights, for error messages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def of_beginning(path: Path, head: bytes) -> str:
-    """What a file is that begins with ``head``, "" where nothing tells."""
+    """Describe a file that begins with ``head``, "" if it is not recognized."""
     if not head:
         return "empty"
     for beginning, words in _BEGINNINGS:
@@ -71,7 +71,7 @@ def _of_json(path: Path) -> str:
 
 
 def of_folder(path: Path) -> str:
-    """What a folder is where a file was asked for."""
+    """Describe a folder that was given in place of a file."""
     names = sorted(each.name for each in path.iterdir())
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         return (
@@ -83,7 +83,7 @@ def of_folder(path: Path) -> str:
 
 
 def of_archive(path: Path) -> str:
-    """What an intact zip archive is that is none of ``torch.save``, "" for one that may be."""
+    """Describe an intact zip archive that is not one of ``torch.save``, "" for one that may be."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     inside = {name.partition("/")[2] for name in names}
@@ -99,7 +99,7 @@ def of_archive(path: Path) -> str:
 
 
 def of_pickle(path: Path, problem: Exception) -> str:
-    """What is in the way of reading what ``torch.save`` wrote: ``problem`` is what torch said."""
+    """Describe what prevents reading a file of ``torch.save``: ``problem`` is torch's message."""
     names = _globals(path, problem)
     if not names:
         return f"it is damaged, or torch.save did not write it ({type(problem).__name__})"
@@ -111,7 +111,7 @@ def of_pickle(path: Path, problem: Exception) -> str:
 
 
 def _globals(path: Path, problem: Exception) -> list[str]:
-    """The classes and functions a file asks for, of those that are not allowed. Nothing is imported or called."""
+    """The classes and functions a file refers to that are not allowed. Nothing is imported or called."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # the format before 1.6: the first of them is in torch's message

@@ -90,7 +90,7 @@ def _equal(one: Fit, other: Fit) -> bool:
 
 
 def _tell(chosen: Fit, found: Sequence[Fit], own: Collection[str], path: Path) -> None:
-    """What was left in the file, if that may have been meant."""
+    """Warn of states left in the file that may have been meant."""
     taken = repr(chosen.label) if chosen.label else "the tensors at the top"
     beside: dict[str, None] = {}
     for fit in found:
@@ -127,7 +127,7 @@ def _copy(model: torch.nn.Module, own: Mapping[str, torch.Tensor], fit: Fit, pat
     state._metadata = _versions(model, fit)  # type: ignore[attr-defined]
     try:
         lacking, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as problem:  # RuntimeError, and what modules raise of formats they do not know
+    except Exception as problem:  # RuntimeError, and modules' own errors for formats they do not support
         raise WeightsError(f"{path} does not fit the model: {problem}") from problem
     lacking = [name for name in lacking if name in missing(own, fit.tensors)]
     unexpected = [name for name in unexpected if not is_auxiliary(name)]
@@ -137,7 +137,7 @@ def _copy(model: torch.nn.Module, own: Mapping[str, torch.Tensor], fit: Fit, pat
 
 
 def _versions(model: torch.nn.Module, fit: Fit) -> dict:
-    """By the model's names. Files without (.safetensors, those of trainers that rename) are taken for today's."""
+    """Return format versions by the model's names. Files without any (.safetensors, renamed) count as today's."""
     own = dict(getattr(model.state_dict(), "_metadata", {}))
     if fit.state.versions is None:
         return own
@@ -150,7 +150,7 @@ def _same_size(own: object, held: torch.Tensor) -> bool:
 
 
 def _misfit(own: object, held: torch.Tensor) -> str:
-    """What keeps the values of ``held`` from being the model's, "" if nothing does."""
+    """Return the reason why the values of ``held`` do not fit the model, "" if they do."""
     if not _same_size(own, held):
         return f"{_by(held)}, the model's {_by(own)}"
     if not isinstance(own, torch.Tensor):

@@ -1,4 +1,4 @@
-"""From the names in a file to the model's own: wrappers and prefixes taken off, names of older versions renamed."""
+"""Mapping of a file's names to the model's own: wrappers and prefixes removed, names of older versions renamed."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Fit:
 
     @property
     def label(self) -> str:
-        """Where it is in the file: "state_dict", "teacher.backbone."."""
+        """Location in the file: "state_dict", "teacher.backbone."."""
         return ".".join((*self.state.path, self.prefix)).lstrip(".") if self.prefix else ".".join(self.state.path)
 
 
 def fits(state: State, own: Mapping[str, torch.Tensor]) -> list[Fit]:
-    """How the names of ``state`` can be those of a model whose ``state_dict`` is ``own``: the best for each prefix."""
+    """Match the names of ``state`` with those of a model whose ``state_dict`` is ``own``: the best per prefix."""
     theirs, ours = _bare(state.tensors), _bare(own)
     back = {bare: name for name, bare in ours.items()}
     found = Counter(
@@ -86,7 +86,7 @@ def _fit(
 
 
 def completed(fit: Fit, own: Mapping[str, torch.Tensor]) -> Fit:
-    """With what is missing under another prefix, where just one has it: MMLab's ``backbone.`` and ``head.``."""
+    """Add missing tensors from another prefix, if just one has them: MMLab's ``backbone.`` and ``head.``."""
     tensors, others = dict(fit.tensors), list(fit.others)
     for name in fit.missing:
         there = [other for other in others if unwrapped(other).endswith(f".{unwrapped(name)}")]
@@ -98,7 +98,7 @@ def completed(fit: Fit, own: Mapping[str, torch.Tensor]) -> Fit:
 
 
 def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without wrappers in the names, and without what averaging models keep beside them."""
+    """Remove wrappers from the names, and the entries that averaging models keep besides the weights."""
     bare = _bare(tensors)
     return {bare[name]: held for name, held in tensors.items() if bare[name] not in _COUNTERS}
 
@@ -153,7 +153,7 @@ def _endings(name: str) -> list[str]:
 
 
 def _common(names: Collection[str]) -> str:
-    """What all names begin with, up to a point."""
+    """Return the first part, with its dot, that all names share; "" if there is none."""
     first, _, _ = next(iter(names), "").partition(".")
     prefix = first + "."
     return prefix if len(names) > 0 and all(name.startswith(prefix) for name in names) else ""

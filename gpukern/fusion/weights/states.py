@@ -77,7 +77,7 @@ def rank(label: str) -> int:
 
 
 def without(held: Any) -> str:
-    """What a checkpoint without any state holds."""
+    """Describe the contents of a checkpoint without any state."""
     if isinstance(held, Mapping):
         if "param_groups" in held or any(isinstance(v, Mapping) and "param_groups" in v for v in held.values()):
             return "the state of an optimizer, and none of a model"

@@ -1,4 +1,4 @@
-"""The source of a rule's kernels for one combination of dtypes: what differs, then the text that all share."""
+"""Source of a rule's kernels for one combination of dtypes: the specific part, then the shared text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpukern.optim._fused.rules import Rule
 
-#: Of a block.
+#: Threads of a block.
 THREADS = 256
 #: Words of 32 bits that a thread loads at once if three blocks are to share a multiprocessor, with 80 registers for
 #: each thread; two blocks of threads that load more keep the memory as busy.
@@ -21,10 +21,10 @@ _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Variant:
-    """What a program is compiled for: dtypes by name, and which states are kept.
+    """The variant that a program is compiled for: dtypes by name, and which states are kept.
 
-    ``gradients``: pointers that travel with a launch. ``master``: whether an fp32 copy of each parameter is what is
-    updated. ``stochastic``: whether bfloat16 parameters are rounded at random.
+    ``gradients``: pointers passed with a launch. ``master``: whether an fp32 copy of each parameter is updated in its
+    place. ``stochastic``: whether bfloat16 parameters are rounded stochastically.
     """
 
     rule: Rule
@@ -38,21 +38,21 @@ class Variant:
 
     @property
     def run(self) -> int:
-        """Elements that a thread takes at once: those that fill 16 bytes of the narrowest tensor."""
+        """Number of elements that a thread takes at once: those that fill 16 bytes of the narrowest tensor."""
         dtypes = (self.parameter, self.gradient, *((self.state,) if self.states else ()))
         return 16 // min(_SIZES[dtype] for dtype in dtypes)
 
     @property
     def resident(self) -> int:
-        """Blocks that a multiprocessor is to have registers for. Without this promise ptxas aims at fewer registers
-        here and there, and spills."""
+        """Number of blocks for which a multiprocessor has registers. Without this bound ptxas sometimes aims at fewer
+        registers, and spills."""
         dtypes = ("float32" if self.master else self.parameter, self.gradient, *(self.state for _ in self.states))
         return 3 if self.run * sum(_SIZES[dtype] for dtype in dtypes) <= 4 * _WORDS_OF_THREE else 2
 
 
 @functools.cache
 def source(variant: Variant, platform: str = "device.cuh") -> str:
-    """CUDA C++17 that includes nothing, for NVRTC; with ``platform`` "host.h", C++20 for a compiler of the host."""
+    """Return CUDA C++17 without includes, for NVRTC; with ``platform`` "host.h", C++20 for a host compiler."""
     parts = [_read(platform), _head(variant), _read("multi_tensor.cuh"), _read("norms.cuh")]
     if variant.rule.norms:
         parts.append(_read("trust.cuh"))
@@ -62,12 +62,12 @@ def source(variant: Variant, platform: str = "device.cuh") -> str:
 
 
 def kernels(rule: Rule) -> tuple[str, ...]:
-    """Names of those in the source: the update, and what a launch before it may compute."""
+    """Return the names of the source's kernels: the update, and the one that a launch before it may run."""
     return ("update_kernel", "square_sum_kernel", *(("norms_kernel",) if rule.norms else ()))
 
 
 def elementwise(rule: Rule) -> tuple[str, str, str]:
-    """What the rule is given, what it changes, and its operation, as ``cupy.ElementwiseKernel`` has it: of one tensor.
+    """Return a rule's inputs, outputs and operation on one tensor, as ``cupy.ElementwiseKernel`` takes them.
 
     The states follow the parameter in their order. Rules that need norms have no such form.
     """
@@ -116,7 +116,7 @@ def _head(variant: Variant) -> str:
 
 
 def _names(variant: Variant) -> list[str]:
-    """Of the states and scalars; a state that is not kept is a number that nobody reads."""
+    """Declare the states and scalars by name; a state that is not kept is an unused number."""
     states = [
         f"    float &{state.name} = states[{variant.states.index(state.name)}];"
         if state.name in variant.states

@@ -27,14 +27,14 @@ class DeviceProgram:
             self._kernels = {name: module.get_function(name) for name in kernels(variant.rule)}
 
     def launch(self, kernel: str, blocks: int, arguments: np.ndarray) -> None:
-        """``arguments`` has one element, which travels by value and may change as soon as this returns."""
+        """Launch a kernel. ``arguments`` has one element, passed by value, which may change as soon as this returns."""
         current = torch.cuda.current_stream(self._device)
         # A module belongs to the device that was current when it was loaded.
         with self._cupy.cuda.Device(self._device):
             self._kernels[kernel]((blocks,), (THREADS,), (arguments,), stream=self._stream(current))
 
     def _stream(self, current: torch.cuda.Stream) -> Any:
-        """As CuPy's, which is only passed on: what is current in CuPy stays so."""
+        """Wrap the stream for CuPy, which only passes it on: CuPy's current stream does not change."""
         stream = self._streams.get(current.cuda_stream)
         if stream is None:
             stream = self._streams[current.cuda_stream] = self._cupy.cuda.Stream.from_external(current)
@@ -43,7 +43,7 @@ class DeviceProgram:
 
 @functools.cache
 def device_program(variant: Variant, device: int) -> DeviceProgram:
-    """Loaded once: parameters that come later, or a state that is loaded, need tables of their own, but no program."""
+    """Load the program once: later parameters, or a loaded state, need their own tables, but no new program."""
     return DeviceProgram(variant, device)
 
 

@@ -1,4 +1,4 @@
-"""What a launch reads beside the parameters, laid out as multi_tensor.cuh declares it. NumPy alone, no device."""
+"""Tables that a launch reads besides the parameters, laid out as in multi_tensor.cuh. NumPy only, no device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from gpukern.optim._fused.rules import Rule
 from gpukern.runtime.integers import cdiv
 
-#: Pointers that fit beside the rest into the 32,764 bytes of a launch's arguments. Fewer travel faster.
+#: Pointers that fit beside the rest into the 32,764 bytes of a launch's arguments. Fewer are passed faster.
 GRADIENTS = (128, 1024, 4032)
 _LARGEST_CHUNK, _SMALLEST_CHUNK = 65536, 2048
 #: Blocks for each multiprocessor that a chunk size should leave, so that all end at about the same time.
@@ -21,7 +21,7 @@ CHUNK = np.dtype([("tensor", "i4"), ("number", "i4")])
 
 
 class Row(NamedTuple):
-    """A parameter: where it and what belongs to it lie, elements, and its group's number. 0: there is no such."""
+    """A parameter: addresses of it and of its tensors, 0 for absent ones, its elements, and its group's number."""
 
     parameter: int
     master: int
@@ -58,12 +58,12 @@ def arguments_type(gradients: int) -> np.dtype:
 
 
 def room_for(tensors: int) -> int:
-    """Gradient pointers that the launch for so many tensors has room for."""
+    """Return the number of gradient pointers for which the launch for so many tensors has room."""
     return next(room for room in GRADIENTS if room >= tensors)
 
 
 def chunk_size(elements: int, multiprocessors: int) -> int:
-    """Elements that a block takes: a power of two."""
+    """Return the number of elements that a block takes: a power of two."""
     size = _LARGEST_CHUNK
     while size > _SMALLEST_CHUNK and elements < size * _BLOCKS_EACH * multiprocessors:
         size //= 2
@@ -89,9 +89,9 @@ def tables(rows: Sequence[Row], states: int, chunk: int) -> tuple[np.ndarray, np
 
 
 def groups_table(rule: Rule, groups: Sequence[tuple[int, Sequence[float]]]) -> np.ndarray:
-    """Of (place of a learning rate that is a tensor or 0, the hyperparameters in the rule's order)."""
+    """Build a table from pairs (address of a tensor learning rate or 0, hyperparameters in the rule's order)."""
     table = np.zeros(len(groups), group_type(rule))
     table["lr_place"] = [place for place, _ in groups]
-    # Every field has 8 bytes: seen as one matrix, it is filled at once.
+    # Every field has 8 bytes: viewed as one matrix, the table is filled at once.
     table.view(np.float64).reshape(len(groups), -1)[:, 1:] = [values for _, values in groups]
     return table

@@ -12,7 +12,7 @@ from gpukern.optim._fused.rules import Rule
 
 
 class Plain:
-    """Offers what :class:`Bundle` does, a tensor after the other."""
+    """Has the interface of :class:`Bundle`, and updates one tensor after the other."""
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], settings: Settings) -> None:
         self.entries = entries
@@ -41,7 +41,7 @@ class Plain:
         return self._square_sum
 
     def update(self, amp: Amp) -> None:
-        # Held no longer: what zero_grad() gives up is free for the next backward.
+        # Hold gradients no longer: memory that zero_grad() releases is free for the next backward.
         taken, self._taken = self._taken, []
         if not self._has_values:
             return
@@ -55,7 +55,7 @@ class Plain:
         wide = _wide(entry.parameter)
         gradient = self._clipped(gradient.to_dense().to(wide), amp)
         held = entry.parameter if entry.master is None else entry.master
-        # What is wide already is updated where it is, the rest as a copy.
+        # Tensors that are wide already are updated in place, the others as a copy.
         updated = held.to(wide)
         states = {name: state.to(wide) for name, state in self._kept(entry)}
         lr, values = self._groups[entry.group]
@@ -73,7 +73,7 @@ class Plain:
         entry.step.add_(1)
 
     def _kept(self, entry: Entry) -> Iterator[tuple[str, torch.Tensor]]:
-        """The states that there are, by name."""
+        """Return the existing states, by name."""
         for state, held in zip(self._rule.states, entry.states, strict=True):
             if held is not None:
                 yield state.name, held
@@ -98,7 +98,7 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _rounded_at_random(x: torch.Tensor, seed: int, number: int, step: int) -> torch.Tensor:
-    """To bfloat16, up as often as what is cut off is large; with the bits that the kernel takes."""
+    """Round to bfloat16, up with the probability of the truncated fraction; with the kernel's random bits."""
     place = torch.empty_like(x, dtype=torch.int64)
     place.as_strided((x.numel(),), (1,)).copy_(torch.arange(x.numel()))
 

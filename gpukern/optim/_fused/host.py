@@ -1,4 +1,4 @@
-"""The kernels compiled for the host: what runs them where there is no GPU, with ``GPUKERN_EMULATE=1``."""
+"""The kernels compiled for the host, to run them without a GPU, with ``GPUKERN_EMULATE=1``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from gpukern.optim._fused.codegen import Variant, source
 from gpukern.runtime.cache import cache_folder
 from gpukern.runtime.files import replacing
 
-#: No contraction: the source says where a product and a sum are rounded once, here as on the device.
+#: No contraction: the source specifies where a product and a sum are rounded once, here as on the device.
 _FLAGS = ("-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas")
-#: Of ``GPUKERN_HOST_CXXFLAGS``: sanitizers, for instance.
+#: The environment variable with more flags: sanitizers, for instance.
 _MORE_FLAGS = "GPUKERN_HOST_CXXFLAGS"
 
 
 class HostProgram:
-    """Kernels on the host. A block has one thread unless ``threads`` says otherwise: the interesting part of more is
-    how they work together, which is slow here."""
+    """Kernels on the host. A block has one thread unless ``threads`` is set: the interesting part of more is how they
+    work together, which is slow here."""
 
     def __init__(self, variant: Variant, threads: int = 1) -> None:
         self._library = ctypes.CDLL(str(_library(variant)))
@@ -37,7 +37,7 @@ class HostProgram:
 
 @functools.cache
 def _library(variant: Variant) -> Path:
-    """Compiled once for each text, compiler and flags, and kept in the user's cache."""
+    """Return the library, compiled once for each text, compiler and flags, and kept in the user's cache."""
     program = compiler()
     flags = (*_FLAGS, *os.environ.get(_MORE_FLAGS, "").split())
     text = source(variant, "host.h")
@@ -72,5 +72,5 @@ def compiler() -> str:
 
 @functools.cache
 def version(path: str) -> str:
-    """What the compiler at ``path`` says of itself."""
+    """Return the version that the compiler at ``path`` reports."""
     return subprocess.run([path, "--version"], capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""The hyperparameters of all groups as numbers, made anew only where they may have changed."""
+"""The hyperparameters of all groups as numbers, recomputed only where they may have changed."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Hyperparameters:
         self._numbers: list[Numbers] = []
 
     def __call__(self, groups: Sequence[dict[str, Any]]) -> list[Numbers]:
-        """Of all groups: the same list as before where nothing changed. ValueError for a learning rate on a device that
-        is not float32."""
+        """Return those of all groups: the same list as before if nothing changed. ValueError for a learning rate on a
+        device that is not float32."""
         rates, others = list(map(self._rate, groups)), list(map(self._rest, groups))
         if not (self._constant and _same_objects(rates, self._seen[0]) and others == self._seen[1]):
             self._numbers = list(map(_numbers, rates, others))
@@ -35,7 +35,7 @@ class Hyperparameters:
         return self._numbers
 
     def of(self, group: dict[str, Any]) -> Numbers:
-        """Of one group."""
+        """Return those of one group."""
         return _numbers(self._rate(group), self._rest(group))
 
 
@@ -54,12 +54,12 @@ def _numbers(lr: Any, others: tuple[Any, ...]) -> Numbers:
 
 
 def _on_cpu(rates: list[Any]) -> list[Any]:
-    """Without those whose numbers are of no interest here, only where they lie."""
+    """Return the rates whose values matter here; of those on a device only the identity does."""
     return [rate for rate in rates if not (isinstance(rate, torch.Tensor) and rate.device.type != "cpu")]
 
 
 def _stay(values: Sequence[Any]) -> bool:
-    """Whether these, one of each group, change only where others take their places. Tensors and lists may change."""
+    """Whether these, one of each group, change only by replacement. Tensors and lists may change in place."""
     kinds = set(map(type, values))
     return kinds <= _PLAIN or (kinds == {tuple} and _stay(list(itertools.chain.from_iterable(values))))
 

@@ -1,4 +1,4 @@
-"""From the source of a rule's kernels to what a driver loads: by NVRTC, as CuPy brings it, with options of our own.
+"""Compilation of a rule's kernels to a loadable binary by CuPy's NVRTC, with our own options.
 
 CuPy's own modules are compiled with ``-ftz=true``: moments below 2⁻¹²⁶ would become zeros, which PyTorch keeps.
 """
@@ -12,14 +12,14 @@ from typing import Any
 
 from gpukern.runtime.cache import cache_folder, kept
 
-#: Beside the architecture. Multiplications and additions are contracted, as NVRTC does where nothing else is said.
+#: Options besides the architecture. Multiplications and additions are contracted, NVRTC's default.
 OPTIONS = ("--std=c++17",)
 
 
 def machine_code(nvrtc: Any, text: str, architecture: int) -> bytes:
-    """``text`` for a GPU of ``architecture``, 90 say; ``nvrtc`` is ``cupy.cuda.nvrtc``, and no GPU is needed.
+    """Compile ``text`` for a GPU of ``architecture``, such as 90; ``nvrtc`` is ``cupy.cuda.nvrtc``; no GPU is needed.
 
-    A cubin; for a GPU that this NVRTC does not know PTX, which the driver compiles. Kept on disk by all that it depends
+    A cubin; PTX, which the driver compiles, for a GPU unknown to this NVRTC. Kept on disk by all that it depends
     on: in ``$GPUKERN_CUBINS``, else in the user's cache; an empty ``GPUKERN_CUBINS`` keeps nothing. RuntimeError with
     NVRTC's own words for what it does not compile.
     """

@@ -1,4 +1,4 @@
-"""A parameter with all that belongs to it, and what there is to know of its memory."""
+"""A parameter with its states, and the properties of its memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from gpukern.optim._fused.rules import Rule
 
-#: Without a shard inside.
+#: Types without a shard inside.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a whole optimizer: see :class:`gpukern.optim.Optimizer`."""
+    """Settings of a whole optimizer: see :class:`gpukern.optim.Optimizer`."""
 
     max_grad_norm: float = 0.0
     max_grad_value: float = 0.0
@@ -28,7 +28,7 @@ class Settings:
 
 @dataclass(eq=False)
 class Entry:
-    """``parameter`` is the user's; ``states`` has None for those that its group does not keep. ``group``: its number.
+    """A parameter's entry. ``states`` has None for those that its group does not keep. ``group``: its number.
 
     All tensors are local ones, the own shard of a DTensor.
     """
@@ -47,49 +47,49 @@ class Entry:
 
 @dataclass
 class Amp:
-    """What torch.amp.GradScaler hands to an optimizer: the loss's factor, and whether a gradient is not finite."""
+    """Values from torch.amp.GradScaler for an optimizer: the loss's factor, and whether a gradient is not finite."""
 
     grad_scale: torch.Tensor | None = None
     found_inf: torch.Tensor | None = None
 
 
 def local(tensor: Any) -> Any:
-    """The shard of a DTensor that is here; other tensors as they are."""
+    """Return the local shard of a DTensor; other tensors unchanged."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
 def local_gradient(owner: Any) -> torch.Tensor | None:
-    """The gradient of what is here of ``owner``. One that is spread in another way, a sum that is still to be made for
-    instance, is brought there: every process does so."""
+    """Return the gradient of ``owner``'s local part. One with another placement, such as a pending sum, is
+    redistributed: every process does so."""
     gradient = owner.grad
     if type(gradient) in _PLAIN or gradient is None:
         return gradient
     if getattr(gradient, "placements", None) != getattr(owner, "placements", None):
         gradient = gradient.redistribute(placements=owner.placements)
     gradient = local(gradient)
-    # It may still be on its way from other processes.
+    # It may still be in transit from other processes.
     return gradient.wait() if hasattr(gradient, "wait") else gradient
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether there is anything to compute: not on the meta device, nor of a tracer, which estimate the memory."""
+    """Whether there are values to compute: not on the meta device, nor under a tracer, which estimate the memory."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def is_shard(tensor: torch.Tensor) -> bool:
-    """Whether only a part of it is here."""
+    """Whether only a part of the tensor is local."""
     return not all(placement.is_replicate() for placement in getattr(tensor, "placements", ()))
 
 
 def place_of(tensors: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], int]:
-    """What tells, quickly, where each of these or what is here of it begins in memory."""
+    """Return the fastest function that gives the address of a tensor's local part, for any of ``tensors``."""
     if all(type(tensor) in _PLAIN for tensor in tensors):
         return torch.Tensor.data_ptr
     return lambda tensor: local(tensor).data_ptr()
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements fill their memory from the first to the last, each once, in any order of dimensions."""
+    """Whether a tensor's elements fill its memory from first to last, each once, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -115,11 +115,11 @@ def in_order_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def kept(rule: Rule, numbers: tuple[float, ...]) -> tuple[bool, ...]:
-    """Which states a group of these hyperparameters keeps."""
+    """Return which states a group of these hyperparameters keeps."""
     return tuple([place is None or bool(numbers[place]) for place in _conditions(rule)])
 
 
 @functools.cache
 def _conditions(rule: Rule) -> tuple[int | None, ...]:
-    """Of each state, which hyperparameter decides whether it is kept; None: it always is."""
+    """Return for each state the hyperparameter that decides whether it is kept; None: it always is."""
     return tuple(rule.hyperparameters.index(state.when) if state.when else None for state in rule.states)

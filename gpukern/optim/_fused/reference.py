@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-#: Of one tensor's update: hyperparameters by name, the number of this update, and norms where the rule has any.
+#: Numbers of a tensor's update: hyperparameters by name, the count of this update, and norms if the rule has any.
 Numbers = Mapping[str, float]
 States = Mapping[str, torch.Tensor]
 #: Changes the parameter and the states, and leaves the gradient as it is.

@@ -20,7 +20,7 @@ class State:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number that all elements of a tensor share: its name, and what it is in fp64."""
+    """A number that all elements of a tensor share: its name, and its expression in fp64."""
 
     name: str
     value: str
@@ -28,7 +28,7 @@ class Scalar:
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """An optimizer, equal to itself alone: much is kept by rule.
+    """An optimizer's rule, equal only to itself: caches use it as a key.
 
     ``norms``: the two quantities whose norms over the tensor ``update`` needs as ``first_norm`` and ``second_norm``, as
     text that sets ``first`` and ``second``; "" where it needs none.
@@ -59,7 +59,7 @@ SGD = Rule(
         Scalar("decay", "weight_decay"),
         Scalar("rate", "lr"),
         Scalar("mu", "momentum"),
-        # The first gradient is taken whole.
+        # The first gradient is taken undamped.
         Scalar("taken", "step == 1 ? 1 : 1 - dampening"),
         Scalar("kept", "step == 1 ? 0 : momentum"),
         Scalar("ahead", "nesterov"),

@@ -27,16 +27,16 @@ class _Another(Exception):
 
 
 class _ObjectsOnly(TorchFunctionMode):
-    """Lists and dicts ask whether two elements are one object before they ask for equality, which is refused here: so
-    they are compared object by object, at the speed of C."""
+    """Lists and dicts test two elements for identity before equality, which is refused here: so they are compared by
+    identity, at the speed of C."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise _Another
 
 
 class Step:
-    """For the parameters that have had a gradient. ``entry_of`` gives what belongs to one, making it at first, and
-    ``states`` is where it keeps that."""
+    """A step of the parameters that have had a gradient. ``entry_of`` returns a parameter's entry, created at first,
+    and ``states`` is where it is kept."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class Step:
             if kind[0] is Mode.REFERENCE:
                 self._parts.append(Plain(rule, entries, settings))
                 continue
-            # As many as one launch has room for.
+            # As many as fit one launch.
             for first in range(0, len(entries), GRADIENTS[-1]):
                 self._parts.append(Bundle(rule, entries[first : first + GRADIENTS[-1]], kind[3], settings))
         for part in self._parts:
             part.set_groups(self._on(part.device))
-        # Copies: the user may change what is in the dicts, and may put others in their places.
+        # Copies: the user may change the dicts' contents, and may replace them.
         self._states = [dict(held) for held in states.values()]
 
     def fits(
@@ -82,12 +82,12 @@ class Step:
         numbers: Sequence[Numbers],
         states: Mapping[torch.Tensor, dict[str, Any]],
     ) -> bool:
-        """Whether :meth:`run` may follow, for gradients that are there now."""
+        """Whether :meth:`run` may follow, for the gradients present now."""
         try:
             with _ObjectsOnly():
                 if _parameters_of(groups) != self._parameters or list(states.values()) != self._states:
                     return False
-        except Exception:  # _Another, or whatever the user's own notes raise when they are compared
+        except Exception:  # _Another, or any error of comparing the user's own entries
             return False
         if any(parameter.grad is not None for parameter in self._waiting):
             return False
@@ -98,16 +98,16 @@ class Step:
         return all([part.take_gradients() for part in self._parts])
 
     def set_numbers(self, numbers: Sequence[Numbers]) -> None:
-        """Hyperparameters that keep the same states; what has not changed is not sent again."""
+        """Set hyperparameters that keep the same states; unchanged ones are not sent again."""
         changed = not _same_numbers(numbers, self._numbers)
         self._numbers = numbers
         for part in self._parts:
-            # A learning rate on another device may have changed where it is.
+            # A learning rate on another device may have changed in place.
             if changed or any(lr is not None and lr.device != part.device for lr, _ in numbers):
                 part.set_groups(self._on(part.device))
 
     def run(self, amp: Amp) -> torch.Tensor | None:
-        """Update; the sum of the squares of all gradients, fp64 [1], where their norm is limited."""
+        """Update; return the sum of the squares of all gradients, fp64 [1], if their norm is limited."""
         by_device = {part.device: _on_device(amp, part.device) for part in self._parts}
         square_sum = None
         if self._settings.max_grad_norm and self._parts:
@@ -122,7 +122,7 @@ class Step:
         return square_sum
 
     def _on(self, device: torch.device) -> list[Numbers]:
-        """The hyperparameters for ``device``: of a learning rate elsewhere its value."""
+        """Return the hyperparameters for ``device``: the value of a learning rate that is elsewhere."""
         found = []
         for lr, values in self._numbers:
             if lr is not None and lr.device != device:
@@ -142,7 +142,7 @@ def _same_numbers(these: Sequence[Numbers], those: Sequence[Numbers]) -> bool:
 
 
 def _kind(entry: Entry, gradient: torch.Tensor, rule: Rule) -> tuple:
-    """Those of one kind can be updated together."""
+    """Return a key that is equal for parameters that can be updated together."""
     parameter = entry.parameter
     mode = mode_of(parameter)
     if gradient.layout is not torch.strided or not has_values(parameter):
@@ -155,7 +155,7 @@ def _kind(entry: Entry, gradient: torch.Tensor, rule: Rule) -> tuple:
 
 
 def _on_device(amp: Amp, device: torch.device) -> Amp:
-    """With its numbers where the kernels can read them: fp32 on ``device``."""
+    """Move the numbers to where kernels can read them: fp32 on ``device``."""
     if amp.grad_scale is None and amp.found_inf is None:
         return amp
     moved = (

@@ -27,9 +27,9 @@ from gpukern.optim._fused.rules import Rule
 
 _place, _stride = torch.Tensor.data_ptr, torch.Tensor.stride
 _gradient, _dtype, _layout = map(operator.attrgetter, ("grad", "dtype", "layout"))
-#: In place of an empty gradient's address, which is 0 like that of none.
+#: Replaces an empty gradient's address, which is 0 like that of an absent one.
 _EMPTY = 16
-#: As many as this host pretends to have.
+#: Number of multiprocessors that the host pretends to have.
 _HOST_MULTIPROCESSORS = 2
 
 
@@ -38,7 +38,7 @@ class Program(Protocol):
 
 
 class Bundle:
-    """``entries`` with gradients of one dtype. A gradient that is None leaves its parameter, its state and its step."""
+    """``entries`` with gradients of one dtype. A gradient of None leaves its parameter, state and step unchanged."""
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], gradient: torch.dtype, settings: Settings) -> None:
         self.entries, self.gradient_dtype = entries, gradient
@@ -46,11 +46,11 @@ class Bundle:
         self._rule, self._settings = rule, settings
         self._owners = [entry.owner for entry in entries]
         self._parameters = [entry.parameter for entry in entries]
-        # Looked at in every step: ``parameter.data`` may have been replaced, and then is elsewhere.
+        # Checked in every step: ``parameter.data`` may have been replaced, and then has another address.
         self._place_of = place_of(self._owners)
         self._places = list(map(self._place_of, self._owners))
         self._shapes = [owner.shape for owner in self._owners]
-        # A parameter with gaps is updated in a copy without, beside which its states lie.
+        # A parameter with gaps is updated in a dense copy, which has its states.
         self._copies = {
             number: torch.empty_like(parameter)
             for number, parameter in enumerate(self._parameters)
@@ -58,28 +58,28 @@ class Bundle:
         }
         self._dense = [self._copies.get(number, parameter) for number, parameter in enumerate(self._parameters)]
         self._strides = [dense.stride() for dense in self._dense]
-        # So may the ``data`` of a state, whose old memory is then somebody else's: a kernel must not write there.
+        # So may the ``data`` of a state, whose old memory may then be reused: a kernel must not write there.
         self._held_states = [
             held for entry in entries for held in (*entry.states, entry.master, entry.step) if held is not None
         ]
         self._state_places = list(map(_place, self._held_states))
         self._turn = 0
-        # Gradients are held no longer than a step: what zero_grad() gives up is free for the next backward.
+        # Gradients are held no longer than a step: memory that zero_grad() releases is free for the next backward.
         self._seen: list[Callable[[], torch.Tensor | None]] = []
-        #: Of each whether it is not there, empty where all are; None: nothing was looked at.
+        #: For each gradient whether it is absent, empty if all are present; None: none was checked.
         self._missing: list[bool] | None = None
         self._present: list[torch.Tensor] = []
         self._substituted = False
-        #: Where in the list those are that there are; None: all.
+        #: Indices of those present; None: all.
         self._numbers: list[int] | None = None
         self._amp = Amp()
-        #: Numbers of the states that any of the parameters keeps.
+        #: Indices of the states that any of the parameters keeps.
         self._kept = [s for s in range(len(rule.states)) if any(entry.states[s] is not None for entry in entries)]
         variant = self._variant()
         self._program = _program(variant, self.device)
         self._make_tables(variant)
 
-    # ---- what lies on the device -----------------------------------------------------------------------------------
+    # ---- tables on the device --------------------------------------------------------------------------------------
 
     def _variant(self) -> Variant:
         first = self.entries[0]
@@ -133,11 +133,11 @@ class Bundle:
         return torch.from_numpy(table.view(np.uint8)).to(self.device)
 
     def set_groups(self, groups: Sequence[tuple[torch.Tensor | None, Sequence[float]]]) -> None:
-        """Hyperparameters by group, each with the learning rate where that is a tensor on this device."""
+        """Set hyperparameters by group, each with the learning rate if that is a tensor on this device."""
         table = groups_table(self._rule, [(0 if lr is None else _place(lr), values) for lr, values in groups])
         held = torch.from_numpy(table.view(np.uint8))
         if "groups" in self._held:
-            # Where a captured graph looks for them.
+            # At the address that a captured graph reads.
             self._held["groups"].copy_(held)
             return
         self._held["groups"] = held.to(self.device)
@@ -146,7 +146,7 @@ class Bundle:
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def take_gradients(self) -> bool:
-        """Look where the gradients are; False where this bundle no longer fits what is there."""
+        """Record the gradients' addresses; False if this bundle no longer fits them."""
         gradients = list(map(_gradient, self._owners))
         if list(map(self._place_of, self._owners)) != self._places or not self._is_untouched():
             return False
@@ -161,12 +161,12 @@ class Bundle:
         return True
 
     def _is_untouched(self) -> bool:
-        """Whether all states are where they were, and the sizes of the first parameter, and of another in every step,
-        what they were.
+        """Whether all states have the same addresses, and the first parameter, and another one in every step, the same
+        sizes.
 
-        What is replaced in the optimizer's state is always noticed, and so are a parameter and the ``data`` of a state
-        that are elsewhere. The sizes are for a parameter that became shorter where it lies: whoever does so does it to
-        all, and to look at all would take as long as all the rest.
+        Replaced tensors in the optimizer's state are always detected, as are a parameter and a state's ``data`` with
+        another address. The sizes detect a parameter that was shortened in place: code that does so does it to all,
+        and checking all would take as long as all the rest.
         """
         self._turn = (self._turn + 1) % len(self.entries)
         return list(map(_place, self._held_states)) == self._state_places and all(
@@ -174,7 +174,7 @@ class Bundle:
         )
 
     def _are_as_expected(self, gradients: list[torch.Tensor]) -> bool:
-        """Whether nothing of these tensors has to be looked at one by one. Quickly."""
+        """Whether no tensor needs an individual check. Fast."""
         try:
             strides = list(map(_stride, gradients))
         except RuntimeError:  # a sparse one has none, or zeros
@@ -185,7 +185,7 @@ class Bundle:
         return () not in self._strides or set(map(_layout, gradients)) == {torch.strided}
 
     def _are_there(self, gradients: list[torch.Tensor | None]) -> bool:
-        """Whether these, which were looked at, are where they were: ``gradient.data`` may have been replaced, with
+        """Whether these, already checked, have the same addresses: ``gradient.data`` may have been replaced, with
         other strides too."""
         self._present = self._present_of(gradients)
         return list(map(_place, self._present)) == self._gradient_places
@@ -193,7 +193,7 @@ class Bundle:
     def _look_at(
         self, gradients: list[torch.Tensor | None], taken: list[torch.Tensor | None], missing: list[bool]
     ) -> None:
-        """Which of the gradients are there, and which objects they are."""
+        """Record which of the gradients are present, and their identities."""
         self._missing = missing
         self._substituted = taken is not gradients and any(map(operator.is_not, taken, gradients))
         self._numbers = None
@@ -208,9 +208,9 @@ class Bundle:
         self._pointers[numbers] = [place or _EMPTY for place in places] if 0 in places else places
 
     def _saw(self, gradients: list[torch.Tensor | None]) -> bool:
-        """Whether these are the objects that were looked at: none of those is gone, as none of these is None."""
+        """Whether these are the objects that were checked: none of those is gone, as none of these is None."""
         present = self._present_of(gradients)
-        # Mostly all are new or none is.
+        # Usually all are new or none is.
         if present and present[0] is not self._seen[0]():
             return False
         return all(map(operator.is_, present, [seen() for seen in self._seen]))
@@ -219,7 +219,7 @@ class Bundle:
         return gradients if self._numbers is None else [gradients[number] for number in self._numbers]
 
     def _checked(self) -> list[torch.Tensor | None] | None:
-        """Local, dense and in the order of their parameters; None where a dtype is another."""
+        """Return the gradients local, dense and in their parameters' order; None if a dtype differs."""
         taken: list[torch.Tensor | None] = []
         for owner, strides, dense in zip(self._owners, self._strides, self._dense, strict=True):
             found = local_gradient(owner)
@@ -246,7 +246,7 @@ class Bundle:
         self._program.launch("update_kernel", self._blocks, self._arguments)
         for number, copy in self._copies.items():
             self._parameters[number].copy_(copy)
-        # Autograd must know, or would differentiate with values that are no longer there.
+        # Autograd must be notified, or it would differentiate with overwritten values.
         torch.autograd.graph.increment_version(self._parameters)
         self._present = []
 

@@ -238,8 +238,8 @@ def conv2d_depthwise_kernel(
     PLANES: tl.constexpr,
     SOURCE_PAIRS: tl.constexpr, OUT_PAIRS: tl.constexpr,
     SOURCE_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,  # see walk
-    COLS: tl.constexpr,  # output columns of a lane
-    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # lanes and channels of a program
+    COLS: tl.constexpr,  # output columns of a column group
+    BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # column groups and channels of a program
     ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """out[n, k, p, q] = act(Σ_{c, r, s} source[n, c, tap r of p, tap s of q] · filter[k, c, r, s] + bias + residual).

@@ -102,7 +102,7 @@ def conv2d_depthwise_weight_grad_kernel(
     sums = zeros(TAPS, SHAPE)
     for tile in range(first, min(first + tiles_per_split, tiles)):
         n, q, lane_ok = lane_of(tile // strips, sizes, AXIS_W, COLS, BLOCK_Q, PLANES)
-        # A lane with nothing to do gets a column that no tap can bring back into the image.
+        # A column group with nothing to do gets a column that no tap can bring back into the image.
         q = tl.where(lane_ok & (q < sizes.out_w), q, -(1 << 29))
         p = tiled(tile % strips, rows_per_tile, AXIS_H)
         rows = min(tl.cdiv(sizes.out_h - p, AXIS_H.out_pitch), rows_per_tile)
