@@ -16,6 +16,7 @@ import functools
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
 
 from gpukern.runtime import emulation_speed, emulation_tf32
@@ -58,6 +59,14 @@ def prepare() -> None:
     def create_dot(self, a: TensorHandle, b: TensorHandle, *args) -> TensorHandle:
         return plain_dot(self, _without_bf16(a), _without_bf16(b), *args)
 
+    plain_patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope) -> None:
+        plain_patch(tensor, scope)
+        # Triton 3.6 converts an array of one element, which NumPy refuses from 2.4 on.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     ReduceOps.generic_reduce = _reduce_slices
