@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpukern.optim as optim
-from gpukern.optim._fused import tensor_group
 from gpukern.optim._fused.param_state import kept
+from gpukern.optim._fused.tensor_group import programs_from
 from gpukern.runtime.mode import Mode, force_mode
 from models.zoo import network
 
@@ -206,9 +206,5 @@ class Nothing:
 @contextlib.contextmanager
 def stubbed_launch() -> Iterator[None]:
     """Take the kernels' path on CPU tensors; a launch does nothing."""
-    program, tensor_group._program = tensor_group._program, Nothing  # type: ignore[assignment]
-    try:
-        with force_mode(Mode.KERNELS):
-            yield
-    finally:
-        tensor_group._program = program
+    with programs_from(Nothing), force_mode(Mode.KERNELS):
+        yield

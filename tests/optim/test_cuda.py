@@ -31,7 +31,7 @@ def stub(monkeypatch):
         assert device == 3
         return current[0]
 
-    monkeypatch.setattr(tensor_group, "_program", program)
+    monkeypatch.setattr(tensor_group, "_stand_ins", [program])
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     monkeypatch.setenv("GPUKERN_CUBINS", "")
     return stubs, current

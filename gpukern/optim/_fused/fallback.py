@@ -12,7 +12,7 @@ from gpukern.optim._fused.rules import Rule
 
 
 class Plain:
-    """Has the interface of :class:`Bundle`, and updates one tensor after the other."""
+    """Has the interface of :class:`TensorGroup`, and updates one tensor after the other."""
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], settings: Settings) -> None:
         self.entries = entries

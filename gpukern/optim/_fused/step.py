@@ -15,7 +15,7 @@ from gpukern.optim._fused.fallback import Plain
 from gpukern.optim._fused.hyperparameters import Numbers
 from gpukern.optim._fused.param_state import Amp, Entry, Settings, has_values, kept, local
 from gpukern.optim._fused.rules import Rule
-from gpukern.optim._fused.tensor_group import Bundle
+from gpukern.optim._fused.tensor_group import TensorGroup
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.tensors import check_kernel_dtype
 
@@ -63,14 +63,14 @@ class Step:
                     entry = entry_of(parameter, number)
                     kind = _kind(entry, local(parameter.grad), rule)
                     found.setdefault((turns[parameter], kind), []).append(entry)
-        self._parts: list[Bundle | Plain] = []
+        self._parts: list[TensorGroup | Plain] = []
         for (_, kind), entries in found.items():
             if kind[0] is Mode.REFERENCE:
                 self._parts.append(Plain(rule, entries, settings))
                 continue
             # As many as fit one launch.
             for first in range(0, len(entries), GRADIENTS[-1]):
-                self._parts.append(Bundle(rule, entries[first : first + GRADIENTS[-1]], kind[3], settings))
+                self._parts.append(TensorGroup(rule, entries[first : first + GRADIENTS[-1]], kind[3], settings))
         for part in self._parts:
             part.set_groups(self._on(part.device))
         # Copies: the user may change the dicts' contents, and may replace them.

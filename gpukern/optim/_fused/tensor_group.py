@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ class Program(Protocol):
     def launch(self, kernel: str, blocks: int, arguments: np.ndarray) -> None: ...
 
 
-class Bundle:
+class TensorGroup:
     """``entries`` with gradients of one dtype. A gradient of None leaves its parameter, state and step unchanged."""
 
     def __init__(self, rule: Rule, entries: Sequence[Entry], gradient: torch.dtype, settings: Settings) -> None:
@@ -146,7 +147,7 @@ class Bundle:
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def take_gradients(self) -> bool:
-        """Record the gradients' addresses; False if this bundle no longer fits them."""
+        """Record the gradients' addresses; False if this group no longer fits them."""
         gradients = list(map(_gradient, self._owners))
         if list(map(self._place_of, self._owners)) != self._places or not self._is_untouched():
             return False
@@ -258,7 +259,25 @@ class Bundle:
         self._amp = amp
 
 
+_stand_ins: list[Callable[[Variant, torch.device], Program]] = []
+
+
+@contextlib.contextmanager
+def programs_from(make: Callable[[Variant, torch.device], Program]) -> Iterator[None]:
+    """Inside the block, groups of tensors launch the programs that ``make`` returns in place of compiled ones.
+
+    For tools that count launches, or time all of a step but them.
+    """
+    _stand_ins.append(make)
+    try:
+        yield
+    finally:
+        _stand_ins.pop()
+
+
 def _program(variant: Variant, device: torch.device) -> Program:
+    if _stand_ins:
+        return _stand_ins[-1](variant, device)
     if device.type == "cuda":
         from gpukern.optim._fused.cuda import device_program
 
