@@ -101,6 +101,8 @@ def why_fixed(error: Exception) -> str | None:
         return f"the model computes with {constant[1]} as a number"
     if guard := re.search(r"satisfy the generated guard (.+)", text):
         condition = re.sub(r"L(\[[^]]*\])+(\.\w+)*\.size\(\)\[0\]", "batch", guard[1]).rstrip(".")
+        # A range without an end, in the words of SymPy and of torch.
+        condition = re.sub(r" and batch <= (IntInfinity\(\)|int_oo)$", "", condition)
         return f"the model does otherwise for sizes without {condition}"
     return None
 

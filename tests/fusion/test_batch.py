@@ -153,3 +153,10 @@ def test_rows_that_come_again_are_other_numbers():
     more, names, number = resized((x, labels, 7), ("batch", "batch", None), 5)
     assert number == 7 and names.tolist() == [4, 5, 4, 5, 4]
     assert torch.equal(more[:2], x) and len(more.unique(dim=0)) == 5
+
+
+def test_a_condition_on_large_batches_is_named_without_an_end():
+    model = made(lambda m, x: m.b(m.a(x)) * (2 if x.shape[0] <= 3 else 1))
+    fused = gpukern.fuse(model, images(5))
+    (note,) = [note for note in fused.report.notes if "batch size" in note]
+    assert note.endswith("the model does otherwise for sizes without 4 <= batch")
