@@ -19,6 +19,18 @@ def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return C != 0 and H != 0 and W != 0 and h * H != c and not (type(N) is int and N == 0)
 
 
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether no element lies in a gap or twice; False too where a tracer does not give all sizes as numbers."""
+    if not all(type(size) is int for size in (*shape, *strides)):
+        return False
+    run = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != run:
+            return 0 in shape
+        run *= size
+    return True
+
+
 def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
     """Return the strides PyTorch gives a new tensor, also an empty one."""
     _, C, H, W = (max(size, 1) for size in shape)

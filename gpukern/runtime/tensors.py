@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.runtime.strides import is_channels_last
+from gpukern.runtime.strides import dense_strides, is_channels_last
 
 
 def check_alike(operation: str, input: torch.Tensor, *others: torch.Tensor | None) -> None:
@@ -60,7 +60,12 @@ def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
 
 def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
     """Return the layout of torch's batch norm output: NCHW if the input is dense in both, else by the strides."""
-    if tensor.is_contiguous() or tensor.dim() != 4:
+    if tensor.dim() != 4:
+        return torch.contiguous_format
+    if tensor.numel() == 0:  # dense in every layout: the strides are what is kept
+        last = tensor.stride() == dense_strides(tensor.shape, channels_last=True)
+        return as_memory_format(last)
+    if tensor.is_contiguous():
         return torch.contiguous_format
     if tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last

@@ -77,6 +77,8 @@ CALLS: dict[str, Callable[[Any], Callable]] = {
     "batch_norm, training": lambda f: _norm(f, True),
     "relu": lambda f: f.relu,
     "gelu": lambda f: f.gelu,
+    "relu6": lambda f: f.relu6,
+    "hardswish": lambda f: f.hardswish,
 }
 
 
@@ -108,6 +110,16 @@ def test_gradients_are_laid_out_as_what_they_are_of(name, where):
         torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
         both = all(each.is_contiguous() for each in grads)
         assert both or grads[1].stride() == grads[0].stride(), words
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "relu", "relu6", "gelu", "hardswish"])
+def test_a_batch_of_none_is_laid_out_as_torchs(name, where):
+    ours, theirs = CALLS[name](F), CALLS[name](T)
+    for x in (torch.randn(0, 3, 4, 4), torch.randn(0, 3, 4, 4).to(memory_format=LAST)):
+        expected = theirs(x).stride()
+        assert ours(x.to(where)).stride() == expected
+        with FakeTensorMode() as mode:
+            assert ours(mode.from_tensor(x.to(where))).stride() == expected, "as a tracer sees it"
 
 
 def test_unbatched_images_and_epilogues(where):

@@ -15,7 +15,9 @@ _BLOCK = 1024
 
 
 def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    return _run(kernels.activation_kernel, elementwise_like(x), (x,), negative_slope, NAME=name)
+    # torch computes relu6 as hardtanh, which keeps all strides of a dense tensor; the others are element-wise.
+    out = torch.empty_like(x) if name == "relu6" else elementwise_like(x)
+    return _run(kernels.activation_kernel, out, (x,), negative_slope, NAME=name)
 
 
 def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
