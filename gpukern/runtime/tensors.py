@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.runtime.strides import dense_strides, is_channels_last
+from gpukern.runtime.strides import is_channels_last
 
 
 def check_alike(operation: str, input: torch.Tensor, *others: torch.Tensor | None) -> None:
@@ -63,8 +63,8 @@ def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
     if tensor.dim() != 4:
         return torch.contiguous_format
     if tensor.numel() == 0:  # dense in every layout: the strides are what is kept
-        last = tensor.stride() == dense_strides(tensor.shape, channels_last=True)
-        return as_memory_format(last)
+        last = torch.empty(tensor.shape, device="meta", memory_format=torch.channels_last)
+        return as_memory_format(tensor.stride() == last.stride())
     if tensor.is_contiguous():
         return torch.contiguous_format
     if tensor.is_contiguous(memory_format=torch.channels_last):

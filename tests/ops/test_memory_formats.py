@@ -113,9 +113,10 @@ def test_gradients_are_laid_out_as_what_they_are_of(name, where):
 
 
 @pytest.mark.parametrize("name", ["batch_norm", "relu", "relu6", "gelu", "hardswish"])
-def test_a_batch_of_none_is_laid_out_as_torchs(name, where):
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)], ids=str)
+def test_an_empty_image_is_laid_out_as_torchs(name, sizes, where):
     ours, theirs = CALLS[name](F), CALLS[name](T)
-    for x in (torch.randn(0, 3, 4, 4), torch.randn(0, 3, 4, 4).to(memory_format=LAST)):
+    for x in (torch.randn(sizes), torch.empty(sizes, memory_format=LAST)):
         expected = theirs(x).stride()
         assert ours(x.to(where)).stride() == expected
         with FakeTensorMode() as mode:

@@ -8,6 +8,7 @@ import triton
 from gpukern.ops._activation import kernels
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.runtime.launcher import index_type, launch
+from gpukern.runtime.strides import is_dense
 from gpukern.runtime.tensors import check_kernel_dtype, elementwise_like
 
 # 1024 elements on 4 warps are 8 for each thread: one 16-byte access in half precision, two in fp32.
@@ -21,8 +22,7 @@ def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tenso
 
 
 def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
-    # Dense: the elements have no gaps between them and do not overlap.
-    if x.is_contiguous() or x.stride() == torch.empty_like(x, device="meta").stride():
+    if x.is_contiguous() or is_dense(x.shape, x.stride()):
         _run(kernels.activation_kernel, x, (x,), negative_slope, NAME=name)
     else:
         x.copy_(activation(x, name, negative_slope))
