@@ -95,9 +95,9 @@ def pooled_choice(
     check_kernel_dtype("conv2d_max_pool2d", dtype)
     both = Call(pooled_problem(problem), Direction.FORWARD, first, second, None, aligned, dtype, precision)
     _report(both, device)
-    measured = database.lookup(both.problem, both.direction, both.operands, device)
-    of_convolution = both._replace(problem=problem).operands
-    return measured or pooled.choose(problem, both.operands, of_convolution, device)
+    operands, of_convolution = both.operands, both._replace(problem=problem).operands
+    measured = database.lookup(both.problem, both.direction, operands, device)
+    return measured or pooled.choose(problem, operands, of_convolution, device)
 
 
 def forget() -> None:
