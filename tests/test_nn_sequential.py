@@ -170,9 +170,10 @@ def test_what_runs_together(case, where, monkeypatch):
     assert called_alone(model.eval(), x, monkeypatch) == evaluation
 
 
-def test_depthwise_layouts_and_empty_batches(where):
+@pytest.mark.parametrize("act", [ours.SiLU, ours.ReLU, ours.Hardswish])
+def test_depthwise_layouts_and_empty_batches(where, act):
     """As one by one: also the layout, and that an empty batch is counted but changes no statistics."""
-    model = ours.Sequential(ours.Conv2d(8, 8, 3, groups=8, bias=False), ours.BatchNorm2d(8), ours.SiLU()).to(where)
+    model = ours.Sequential(ours.Conv2d(8, 8, 3, groups=8, bias=False), ours.BatchNorm2d(8), act()).to(where)
     for layout in (torch.contiguous_format, torch.channels_last):
         model.to(memory_format=layout)
         for batch in (3, 0):

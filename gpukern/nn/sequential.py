@@ -112,8 +112,10 @@ def _compute(input, children: tuple[Any, ...], run: Run):
         if end == first + 1:
             return children[first](input)
     epilogue: Any = {} if activation is None else children[activation]._epilogue
-    # A tracer's placeholder is no tensor; a single image is what BatchNorm2d refuses.
+    # A tracer's placeholder is no tensor; a single image is what BatchNorm2d refuses. There is nothing to save for an
+    # empty batch, and each layer has a rule of its own for the strides of nothing.
     together = epilogue is not None and isinstance(input, torch.Tensor) and (norm is None or input.dim() == 4)
+    together = together and not _is_empty(input)
     for i in range(first, end):
         together = together and is_plain(children[i])
     if not together:
@@ -123,6 +125,10 @@ def _compute(input, children: tuple[Any, ...], run: Run):
     if norm is None:
         return children[first]._compute(input, **epilogue)
     return children[norm]._compute_after(children[first], input, **epilogue)
+
+
+def _is_empty(input: torch.Tensor) -> bool:
+    return 0 in [size for size in input.shape if type(size) is int]  # a tracer's size must not be inspected
 
 
 def is_plain(layer: torch.nn.Module) -> bool:
