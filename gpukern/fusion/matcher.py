@@ -144,6 +144,10 @@ class Finder:
     def may_take(self, node: Node | None) -> TypeGuard[Node]:
         return node is not None and node not in self.taken and skipped_by(node, self.skip) is None
 
+    def may_follow(self, node: Node | None, match: Match) -> TypeGuard[Node]:
+        """Whether a match may take ``node``, which follows it."""
+        return self.may_take(node)
+
     def with_zeros(self, match: Match) -> Match:
         """Absorb zeros that a separate node puts around the input: the convolution's own padding from now on."""
         product = match.own_product
@@ -158,16 +162,16 @@ class Finder:
 
     def with_residual(self, match: Match) -> Match:
         user = sole_user(match.output)
-        takes = match.product is None or match.product.takes_residual
-        if not takes or not self.may_take(user) or why_no_residual(user, match.output) is not None:
+        if not match.takes_residual or not self.may_follow(user, match):
+            return match
+        if why_no_residual(user, match.output) is not None:
             return match
         self.taken.add(user)
         return replace(match, add=user, residual=other_operand(user, match.output), output=user)
 
     def with_activation(self, match: Match) -> Match:
         user = sole_user(match.output)
-        takes = match.product is None or match.product.takes_activation
-        if not takes or not self.may_take(user):
+        if not match.takes_activation or not self.may_follow(user, match):
             return match
         found = activation(user)
         if found is None or (match.pool is not None and found[0] not in MONOTONE):
@@ -179,7 +183,7 @@ class Finder:
         """Add a max pool, and a monotone activation after it if there was none before."""
         user = sole_user(match.output)
         takes = match.product is not None and match.product.is_of_images and match.add is None
-        if not takes or not self.may_take(user) or not is_epilogue_pool(user):
+        if not takes or not self.may_follow(user, match) or not is_epilogue_pool(user):
             return match
         self.taken.add(user)
         pooled = replace(match, pool=user, output=user)

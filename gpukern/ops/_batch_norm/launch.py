@@ -116,19 +116,30 @@ def conv2d_batch_norm(
     negative_slope: float,
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    z, mean, variance = conv2d_with_statistics(problem, input, filters, filters_bias, running)
+    return batch_norm(z, weight, bias, residual, mean, variance, eps, activation, negative_slope), z, mean, variance
+
+
+def conv2d_with_statistics(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    running: Running | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
     z, statistics = run(prepared, input, filters, filters_bias)
-    if statistics is None:  # no pixels, or no channels to sum over
-        output, mean, variance = batch_norm_training(
-            z, weight, bias, residual, eps, activation, negative_slope, running
-        )
-        return output, z, mean, variance
-    mean, variance = (torch.empty(z.shape[1], dtype=torch.float32, device=z.device) for _ in range(2))
-    output = empty_like(z)
-    norm = _norm(mean, variance, weight, bias)
-    _merge(statistics, norm, running)
-    _write(output, z, residual, norm, eps, activation, negative_slope)
-    return output, z, mean, variance
+    if statistics is None and z.numel():  # no channels to sum over
+        return z, *batch_norm_training(z, None, None, None, 0.0, "none", 0.0, running)[1:]
+    make = torch.zeros if statistics is None else torch.empty
+    mean, variance = (make(z.shape[1], dtype=torch.float32, device=z.device) for _ in range(2))
+    if statistics is not None:
+        _merge(statistics, _norm(mean, variance, None, None), running)
+    return z, mean, variance
+
+
+#: With the input's own statistics the kernel is the same.
+apply_statistics = batch_norm
 
 
 def _merge(statistics: torch.Tensor, norm: functions.Norm, running: Running | None) -> None:
