@@ -55,11 +55,11 @@ def _larger(a, b):
 
 
 @triton.jit
-def store_statistics(y, valid, statistics_ptr, tile, tiles, channel, channels, AXIS: tl.constexpr):
+def store_statistics(y, valid, statistics, tile, tiles, channel, channels, AXIS: tl.constexpr):
     """Write each channel's sum of ``y`` over its valid pixels, of squared deviations from their mean, and their count.
 
     ``y`` [pixels, channels], or transposed, fp32 but rounded as stored; AXIS is that of the pixels and ``valid`` is
-    broadcast to y. statistics: fp32 [3, tiles, channels].
+    broadcast to y.
     """
     y = tl.where(valid, y, 0.0)
     # Count one column, since all are the same: a whole tile of ones would take as many registers as y.
@@ -68,8 +68,14 @@ def store_statistics(y, valid, statistics_ptr, tile, tiles, channel, channels, A
     mean = total / tl.maximum(count, 1.0)
     deviation = tl.where(valid, y - tl.expand_dims(mean, AXIS), 0.0)
     squares = tl.sum(deviation * deviation, axis=AXIS)
-    place = tile.to(tl.int64) * channels + channel
-    tl.store(statistics_ptr + place, total, mask=channel < channels)
+    store_part(statistics, total, squares, tl.broadcast_to(count, total.shape), tile, tiles, channel, channels)
+
+
+@triton.jit
+def store_part(statistics, total, squares, count, tile, tiles, channel, channels):
+    """Write what ``tile`` contributes to the statistics of its channels; nothing to channels beyond the last."""
+    place = statistics.parts + (tile.to(tl.int64) * channels + channel)
     plane = tl.cast(tiles, tl.int64) * channels
-    tl.store(statistics_ptr + plane + place, squares, mask=channel < channels)
-    tl.store(statistics_ptr + 2 * plane + place, tl.broadcast_to(count, total.shape), mask=channel < channels)
+    tl.store(place, total, mask=channel < channels)
+    tl.store(place + plane, squares, mask=channel < channels)
+    tl.store(place + 2 * plane, count, mask=channel < channels)

@@ -13,6 +13,7 @@ from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Epilogue, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._images import strides_of
+from gpukern.ops._reduction.functions import Statistics
 from gpukern.ops._reduction.launch import channels_last_copy, copy_image, merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision
@@ -165,7 +166,7 @@ def _write(
     statistics = None
     if prepared.launch.row_tiles:
         size = (3, prepared.launch.row_tiles, prepared.shape[1])
-        statistics = torch.empty(size, dtype=torch.float32, device=first.device)
+        statistics = Statistics(torch.empty(size, dtype=torch.float32, device=first.device))
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
         first = channels_last_copy(first)
@@ -183,7 +184,7 @@ def _write(
     prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
     if pack_output:
         copy_image(written, output)
-    return statistics
+    return None if statistics is None else statistics.parts
 
 
 def _write_empty_sums(

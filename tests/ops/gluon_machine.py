@@ -43,6 +43,8 @@ def run_gluon(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: Com
 def _argument(value: Any) -> Any:
     if hasattr(value, "block_shape"):
         return _Descriptor(value)
+    if isinstance(value, tuple):
+        return type(value)(*map(_argument, value))
     return _Pointer(value.flatten(), 0) if isinstance(value, torch.Tensor) else value
 
 

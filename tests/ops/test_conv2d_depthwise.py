@@ -120,15 +120,17 @@ def plans(p: ConvProblem, direction: Direction, first, second, output) -> list[C
 def run(p, direction, choice, first, second, output, bias=None, residual=None, epilogue=None, slope=0.0):
     """Launch ``choice``; returns the statistics, if any are asked for."""
     from gpukern.conv.families.depthwise.launch import prepare
+    from gpukern.ops._reduction.functions import Statistics
 
     epilogue = epilogue or Epilogue()
     strides = first.stride(), second.stride(), output.stride()
     prepared = prepare(Request(p, direction, *strides, first.dtype, epilogue, EMULATED), choice)
-    statistics = None
-    if prepared.row_tiles:
-        statistics = torch.empty(3, prepared.row_tiles, p.K, device=output.device)
-    prepared.run(first, second, output, bias, residual, statistics, slope)
-    return statistics
+    if not prepared.row_tiles:
+        prepared.run(first, second, output, bias, residual, None, slope)
+        return None
+    parts = torch.empty(3, prepared.row_tiles, p.K, device=output.device)
+    prepared.run(first, second, output, bias, residual, Statistics(parts), slope)
+    return parts
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,6 +13,7 @@ from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.conv.reference import conv2d as reference
 from gpukern.conv.request import Epilogue, Request
+from gpukern.ops._reduction.functions import Statistics
 from gpukern.ops._reduction.launch import merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, H100
@@ -88,9 +89,9 @@ def convolve(
     request = Request(p, Direction.FORWARD, x.stride(), w.stride(), strides, x.dtype, epilogue, device_spec(x.device))
     prepared = prepare(request, choice)
     y = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
-    statistics = torch.empty(3, prepared.row_tiles, p.K, device=x.device) if epilogue.statistics else None
-    prepared.run(x, w, y, bias, residual, statistics, 0.1)
-    return y, statistics
+    parts = torch.empty(3, prepared.row_tiles, p.K, device=x.device)
+    prepared.run(x, w, y, bias, residual, Statistics(parts) if epilogue.statistics else None, 0.1)
+    return y, parts
 
 
 def truth(case: Case, *tensors: torch.Tensor | None, activation: str = "none") -> torch.Tensor:

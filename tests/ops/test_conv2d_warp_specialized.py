@@ -16,6 +16,7 @@ from gpukern.conv.problem import conv_problem
 from gpukern.conv.request import Epilogue, Request
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
+from gpukern.ops._reduction.functions import Statistics
 from gpukern.ops._reduction.launch import merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, B200, EMULATED, H100
@@ -94,9 +95,9 @@ def run(
     request = Request(p, direction, first.stride(), second.stride(), strides, first.dtype, epilogue, spec)
     prepared = launch.prepare(request, choice)
     output = torch.empty_strided(shape, strides, dtype=first.dtype, device=first.device)
-    statistics = torch.empty(3, prepared.row_tiles, p.K, device=first.device) if epilogue.statistics else None
-    prepared.run(first, second, output, bias, residual, statistics, 0.1)
-    return output, statistics
+    parts = torch.empty(3, prepared.row_tiles, p.K, device=first.device)
+    prepared.run(first, second, output, bias, residual, Statistics(parts) if epilogue.statistics else None, 0.1)
+    return output, parts
 
 
 def truth(case: Case, x, w, bias=None, residual=None) -> torch.Tensor:

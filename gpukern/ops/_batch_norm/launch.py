@@ -248,17 +248,10 @@ def batch_norm_backward(
         }
         | tiles.options,
     )
-    if whole:
+    if sums is None:
         return results
     totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
-    rows, block = _merge_tile(splits)
-    launch(
-        kernels.batch_norm_backward_merge_kernel,
-        (cdiv(C, block),),
-        device,
-        (sums, totals, grad_weight, grad_bias, splits, C),
-        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
-    )
+    _merge_sums(sums, totals, grad_weight, grad_bias)
     if later:
         if inner is not None:
             grad, other, activation, needs_input = inner, None, "none", False
@@ -271,6 +264,70 @@ def batch_norm_backward(
             {"ACTIVATION": activation, "NEEDS_INPUT": needs_input} | tiles.options,
         )
     return results
+
+
+def _merge_sums(
+    sums: torch.Tensor,
+    totals: torch.Tensor | None,
+    grad_weight: torch.Tensor | None = None,
+    grad_bias: torch.Tensor | None = None,
+) -> None:
+    """Add up the splits' ``sums`` [2, splits, C] into ``totals`` [2, C] and the gradients [C], each if there is one."""
+    _, splits, C = sums.shape
+    rows, block = _merge_tile(splits)
+    launch(
+        kernels.batch_norm_backward_merge_kernel,
+        (cdiv(C, block),),
+        sums.device,
+        (sums, totals, grad_weight, grad_bias, splits, C),
+        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
+    )
+
+
+def inner_gradient_and_sums(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(g = ∂L/∂z in ``grad``'s layout, fp32 [2, C] of Σ g and Σ g·x̂): the first half of :func:`batch_norm_backward`.
+
+    With nothing to multiply with, g is ``grad`` itself. No tensor is empty.
+    """
+    inner = None if activation == "none" else torch.empty_like(grad)
+    tiles = tiles_of(True, grad, input, other, inner)
+    chosen = tiles.plan
+    sums = torch.empty((2, chosen.splits, input.shape[1]), dtype=torch.float32, device=grad.device)
+    launch(
+        kernels.batch_norm_backward_kernel,
+        (chosen.splits * chosen.channel_tiles,),
+        grad.device,
+        (
+            *(*tiles.images, NOTHING),
+            *(_norm(mean, variance, weight, bias), sums, None, None, tiles.sizes),
+            *(chosen.steps, chosen.steps_per_split, chosen.splits),
+            *(eps, negative_slope),
+        ),
+        {
+            "TRAINING": True,
+            "WHOLE": False,
+            "UNROLL": max(1, chosen.unroll // 2),
+            "ACTIVATION": activation,
+            "NEEDS_INPUT": activation != "none" and PROPERTIES[activation].needs_input,
+        }
+        | tiles.options,
+    )
+    if chosen.splits == 1:
+        return grad if inner is None else inner, sums[:, 0]
+    totals = torch.empty_like(sums[:, 0])
+    _merge_sums(sums, totals)
+    return grad if inner is None else inner, totals
 
 
 # ---- what both share -----------------------------------------------------------------------------------------------

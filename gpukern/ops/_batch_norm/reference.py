@@ -118,7 +118,7 @@ def statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     if not input.numel():
         return x.new_zeros(input.shape[1]), x.new_zeros(input.shape[1])
-    variance, mean = torch.var_mean(x, _pixels(input), correction=0)
+    variance, mean = torch.var_mean(x, pixels_of(input), correction=0)
     return mean, variance
 
 
@@ -169,16 +169,10 @@ def gradients_of(
     grad, input, weight, bias, other, mean, variance, training: bool, eps: float, activation: str, negative_slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the formulas of :func:`batch_norm_backward`, in any layout."""
-    z, normal, inverse = normalize(input, weight, bias, None, mean, variance, eps)
-    g = grad.to(z.dtype)
-    if activation != "none":
-        needs_input = PROPERTIES[activation].needs_input
-        if other is None:
-            saved = z if needs_input else activations.activation(z, activation, negative_slope)
-        else:
-            saved = z + other if needs_input else other.to(z.dtype)
-        g = activations.activation_grad(g, saved, activation, negative_slope)
-    pixels = _pixels(input)
+    g, normal, inverse = inner_gradient(
+        grad, input, weight, bias, other, mean, variance, eps, activation, negative_slope
+    )
+    pixels = pixels_of(input)
     grad_bias, grad_weight = g.sum(pixels), (g * normal).sum(pixels)
     grad_input = g
     if training and input.numel():
@@ -194,6 +188,22 @@ def gradients_of(
     )
 
 
+def inner_gradient(
+    grad, input, weight, bias, other, mean, variance, eps: float, activation: str, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(∂L/∂z, x̂, 1/σ), at least fp32; see :func:`batch_norm_backward`."""
+    z, normal, inverse = normalize(input, weight, bias, None, mean, variance, eps)
+    g = grad.to(z.dtype)
+    if activation != "none":
+        needs_input = PROPERTIES[activation].needs_input
+        if other is None:
+            saved = z if needs_input else activations.activation(z, activation, negative_slope)
+        else:
+            saved = z + other if needs_input else other.to(z.dtype)
+        g = activations.activation_grad(g, saved, activation, negative_slope)
+    return g, normal, inverse
+
+
 def tangent_of(
     input, weight, mean, variance, training: bool, eps: float, dinput, dweight, dbias, dresidual
 ) -> torch.Tensor | None:
@@ -206,7 +216,7 @@ def tangent_of(
     if dinput is not None:
         d = dinput.to(normal.dtype)
         if training and input.numel():
-            pixels = _pixels(input)
+            pixels = pixels_of(input)
             d = d - d.mean(pixels, keepdim=True) - normal * (normal * d).mean(pixels, keepdim=True)
         parts.append(d * (inverse if weight is None else inverse * _channels(weight, input)))
     if dweight is not None:
@@ -236,5 +246,5 @@ def _channels(numbers: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     return numbers.view(1, -1, *(1,) * (input.dim() - 2))
 
 
-def _pixels(input: torch.Tensor) -> tuple[int, ...]:
+def pixels_of(input: torch.Tensor) -> tuple[int, ...]:
     return 0, *range(2, input.dim())

@@ -15,6 +15,7 @@ Rows and columns are walked alike, along an ``Axis`` of ``plan.py``.
 import triton
 import triton.language as tl
 
+from gpukern.conv.epilogue import store_part
 from gpukern.ops._activation.functions import apply_activation
 
 # ---- along one axis: an Axis of plan.py ----------------------------------------------------------------------------
@@ -201,7 +202,7 @@ def over_pixels(lanes, PLANES: tl.constexpr):
 
 
 @triton.jit
-def store_moments(moments, statistics_ptr, tile, tiles, k, channels, PLANES: tl.constexpr):
+def store_moments(moments, statistics, tile, tiles, k, channels, PLANES: tl.constexpr):
     """Store what ``store_statistics`` stores for the other kernels, computed from moments."""
     origin, count, total, differences, squares = moments
     n = over_pixels(count, PLANES)
@@ -212,11 +213,7 @@ def store_moments(moments, statistics_ptr, tile, tiles, k, channels, PLANES: tl.
     own = tl.maximum(count, 1.0)
     apart = tl.where(count > 0.0, origin + differences / own - mean, 0.0)
     deviations = over_pixels(squares - differences * differences / own + count * apart * apart, PLANES)
-    place = tile.to(tl.int64) * channels + k
-    plane = tl.cast(tiles, tl.int64) * channels
-    tl.store(statistics_ptr + place, sums, mask=k < channels)
-    tl.store(statistics_ptr + plane + place, deviations, mask=k < channels)
-    tl.store(statistics_ptr + 2 * plane + place, n, mask=k < channels)
+    store_part(statistics, sums, deviations, n, tile, tiles, k, channels)
 
 
 # ---- forward and input gradient ------------------------------------------------------------------------------------
@@ -229,7 +226,7 @@ def conv2d_depthwise_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual,  # Image like out, or None
     out,  # Image: y, or ∂L/∂x
-    statistics_ptr,  # fp32 [3, tiles, columns of all groups] or None
+    statistics,  # Statistics, or None
     sizes,  # Sizes
     rows_per_program,  # output rows, a multiple of the stride of an input gradient
     negative_slope,
@@ -301,7 +298,7 @@ def conv2d_depthwise_kernel(
         added, _, _ = walk(
             residual, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN, INDEX
         )
-    if statistics_ptr is not None:
+    if statistics is not None:
         moments = no_moments((SHAPE[0], SHAPE[1], 2) if OUT_PAIRS else SHAPE)
 
     sums = zeros(AXIS_H.waiting * COLS, SHAPE)
@@ -331,13 +328,13 @@ def conv2d_depthwise_kernel(
                     y += tl.load(added + moved, mask=ok[j], other=0.0).to(tl.float32)
                 y = apply_activation(y, ACTIVATION, negative_slope).to(out.ptr.dtype.element_ty)
                 tl.store(places + moved, y, mask=ok[j])
-                if statistics_ptr is not None:
+                if statistics is not None:
                     moments = add_moments(moments, y.to(tl.float32), ok[j], (t == WARM_UP) & (a + j == 0))
         out_row += DONE * AXIS_H.out_pitch
         places += DONE * out_step_h
         if residual is not None:
             added += DONE * out_step_h
         sums = sums[DONE * COLS :] + zeros(DONE * COLS, SHAPE)
-    if statistics_ptr is not None:
+    if statistics is not None:
         tiles = tl.num_programs(0) // channel_blocks
-        store_moments(moments, statistics_ptr, tile, tiles, k, channels, PLANES)
+        store_moments(moments, statistics, tile, tiles, k, channels, PLANES)

@@ -46,7 +46,7 @@ def conv2d_block_diagonal_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
-    statistics_ptr,  # fp32 [3, row tiles, columns of all groups] or None
+    statistics,  # Statistics, or None
     sizes,  # Sizes
     padding_h,
     padding_w,
@@ -163,7 +163,7 @@ def conv2d_block_diagonal_kernel(
         acc += tl.load(residual_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
     y = apply_activation(acc, ACTIVATION, negative_slope).to(out.ptr.dtype.element_ty)
     tl.store(out.ptr + place, y, mask=out_ok)
-    if statistics_ptr is not None:
+    if statistics is not None:
         channels = sizes.groups * COLUMNS
         tiles = tl.num_programs(0) // num_n
-        store_statistics(y.to(tl.float32), pixel_ok, statistics_ptr, pid_m, tiles, column, channels, AXIS=0)
+        store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, tiles, column, channels, AXIS=0)

@@ -21,7 +21,7 @@ def conv2d_gather_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
-    statistics_ptr,  # fp32 [3, row tiles, columns of all groups] or None
+    statistics,  # Statistics, or None
     partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_M, BLOCK_N], and
     counter_ptr,  # int32 [tiles], zeros; both None for one split
     sizes,  # Sizes
@@ -244,10 +244,10 @@ def conv2d_gather_kernel(
         y = pooled_rows(y)
     y = y.to(out.ptr.dtype.element_ty)
     tl.store(out.ptr + place, y, mask=out_ok)
-    if statistics_ptr is not None:
+    if statistics is not None:
         channels = sizes.columns * sizes.groups
         # Where there is nothing to write the channel is one too far.
         channel = tl.where(column_ok, out_channel, channels)
         if SPLITS > 1:
             channel = tl.where(last, channel, channels)
-        store_statistics(y.to(tl.float32), pixel_ok, statistics_ptr, pid_m, num_m, channel, channels, AXIS=0)
+        store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, num_m, channel, channels, AXIS=0)

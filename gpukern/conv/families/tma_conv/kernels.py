@@ -26,7 +26,7 @@ def conv2d_box_kernel(
     bias_ptr,  # [columns] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [N, P, Q, K]; of ∂L/∂x when TRANSPOSED, in halves of rows and columns at STRIDE 2
-    statistics_ptr,  # fp32 [3, box tiles, columns] or None
+    statistics,  # Statistics, or None
     partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
     counter_ptr,  # int32 [tiles], zeros; both None for one split
     batch,
@@ -153,7 +153,7 @@ def conv2d_box_kernel(
             bias_ptr,
             residual,
             out,
-            statistics_ptr,
+            statistics,
             place,
             column,
             sizes,
@@ -177,7 +177,7 @@ def finish(
     bias_ptr,
     residual,
     out,
-    statistics_ptr,
+    statistics,
     place,  # the first image, row, column and channel
     column,  # [BLOCK_N]
     sizes,  # images, rows, columns and channels
@@ -212,8 +212,8 @@ def finish(
         out.store([n0, i0, phase[0], j0, phase[1] + column0], box)
     else:
         out.store([n0, i0, j0, column0], y.T.reshape(PART_N, PART_H, PART_W, BLOCK_N))
-    if statistics_ptr is not None:
+    if statistics is not None:
         pixel = tl.arange(0, PIXELS)
         inside = (j0 + pixel % PART_W < cols) & (i0 + pixel // PART_W % PART_H < rows)
         inside = (inside & (n0 + pixel // (PART_W * PART_H) < batch))[None, :]
-        store_statistics(y.to(tl.float32), inside, statistics_ptr, tile, tiles, column, columns, AXIS=1)
+        store_statistics(y.to(tl.float32), inside, statistics, tile, tiles, column, columns, AXIS=1)

@@ -22,7 +22,7 @@ def conv2d_gemm_kernel(
     bias_ptr,  # [columns] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [pixels, K], with PLANES [N, K, pixels], a box of BLOCK_M / PARTS pixels; or of ∂L/∂x
-    statistics_ptr,  # fp32 [3, row tiles · PARTS, columns] or None
+    statistics,  # Statistics, or None
     partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
     counter_ptr,  # int32 [tiles], zeros; both None for one split
     images,  # 1 unless PLANES: all pixels are one image's
@@ -79,7 +79,7 @@ def conv2d_gemm_kernel(
                     bias_ptr,
                     residual,
                     out,
-                    statistics_ptr,
+                    statistics,
                     image,
                     pixel + part * (BLOCK_M // PARTS),
                     pixels,
@@ -99,7 +99,7 @@ def _finish(
     bias_ptr,
     residual,
     out,
-    statistics_ptr,
+    statistics,
     image,
     pixel,
     pixels,
@@ -127,9 +127,9 @@ def _finish(
         out.store([image, column, pixel], y.reshape(1, BLOCK_N, BLOCK_M))
     else:
         out.store([pixel, column], y.T)
-    if statistics_ptr is not None:
+    if statistics is not None:
         valid = (pixel + tl.arange(0, BLOCK_M) < pixels)[None, :]
-        store_statistics(y.to(tl.float32), valid, statistics_ptr, row_tile, row_tiles, channel, columns, AXIS=1)
+        store_statistics(y.to(tl.float32), valid, statistics, row_tile, row_tiles, channel, columns, AXIS=1)
 
 
 # Compiled for a single pixel, a case of its own otherwise, the loop would wait for its products one by one.

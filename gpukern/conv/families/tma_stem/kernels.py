@@ -24,7 +24,7 @@ def conv2d_stem_kernel(
     bias_ptr,  # [K] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [N, P, Q, K]
-    statistics_ptr,  # fp32 [3, tiles of pixels, K] or None
+    statistics,  # Statistics, or None
     batch,
     rows,
     cols,
@@ -63,7 +63,7 @@ def conv2d_stem_kernel(
         bias_ptr,
         residual,
         out,
-        statistics_ptr,
+        statistics,
         (n0, p0, q0, column0),
         column0 + tl.arange(0, BLOCK_N),
         (batch, rows, cols, columns),

@@ -56,7 +56,7 @@ def conv2d_warp_specialized_kernel(
     out,  # descriptor of y [N, P, Q, K], or of ∂L/∂x when TRANSPOSED
     residual,  # descriptor like out, or None
     bias_ptr,  # [columns] or None
-    statistics_ptr,  # fp32 [3, boxes, columns] or None
+    statistics,  # Statistics, or None
     window,  # Window
     negative_slope,
     TRANSPOSED: gl.constexpr,
@@ -89,7 +89,7 @@ def conv2d_warp_specialized_kernel(
                     out,
                     residual,
                     bias_ptr,
-                    statistics_ptr,
+                    statistics,
                     window,
                     negative_slope,
                     ring,
@@ -138,7 +138,7 @@ def _multiply(
     out,
     residual,
     bias_ptr,
-    statistics_ptr,
+    statistics,
     window,
     negative_slope,
     ring,
@@ -201,8 +201,8 @@ def _multiply(
         tile.store(apply_activation(result, ACTIVATION, negative_slope).to(out.dtype))
         fence_async_shared()
         write_back(out, [n, p, q, k], staged)
-        if statistics_ptr is not None:
-            _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window)
+        if statistics is not None:
+            _store_statistics(tile, statistics, box, n, p, q, k, out, window)
     tma.store_wait(0)
 
 
@@ -234,7 +234,7 @@ def _tile(index, out, window, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window):
+def _store_statistics(tile, statistics, box, n, p, q, k, out, window):
     """Store statistics, see :func:`store_statistics`; ``tile`` [BLOCK_M, BLOCK_N] is in shared memory."""
     BOX: gl.constexpr = out.block_shape
     # The whole tile at once would not fit into the registers.
@@ -252,4 +252,4 @@ def _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window):
         boxes = _boxes(out, window)
         # Broadcast to the tile: one column has another thread layout than the sums, and converting it takes registers.
         valid, _ = gl.broadcast(inside, value)
-        store_statistics(value, valid, statistics_ptr, box, boxes, column, window.columns, AXIS=0)
+        store_statistics(value, valid, statistics, box, boxes, column, window.columns, AXIS=0)
