@@ -181,6 +181,17 @@ def _addition(in_place: bool) -> _Reader:
     return read
 
 
+def _adaptive_pool(node: Node) -> _Call | None:
+    given = _bound(aten.adaptive_avg_pool2d.default, node)
+    input, size, image = given["self"], given["output_size"], value(given["self"])
+    sizes = [size] * 2 if isinstance(size, int) or size is None else list(size)
+    if image is None or len(sizes) != 2:
+        return None
+    whole = [own if size is None else size for own, size in zip(image.shape[-2:], sizes, strict=True)]
+    known = all(type(size) is int for size in whole)
+    return (aten.adaptive_avg_pool2d.default, (input, whole), False) if known else None
+
+
 def _max_pool(node: Node) -> _Call | None:
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
@@ -220,7 +231,7 @@ _FUNCTIONS: dict[Any, _Reader] = {
     F.max_pool2d: _max_pool,
     torch.max_pool2d: _max_pool,
     F.avg_pool2d: _operator(aten.avg_pool2d.default, "kernel_size", "stride", "padding"),
-    F.adaptive_avg_pool2d: _operator(aten.adaptive_avg_pool2d.default, "output_size"),
+    F.adaptive_avg_pool2d: _adaptive_pool,
 }
 _METHODS: dict[Any, _Reader] = {
     "relu": _one_operand(aten.relu.default),

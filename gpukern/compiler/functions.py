@@ -18,7 +18,7 @@ from gpukern.conv import conv_problem
 from gpukern.ops._batch_norm.problem import Running, check_several_values
 from gpukern.ops.batch_norm import batch_norm, batch_norm_backward, batch_norm_training, check, kept_for_backward
 from gpukern.ops.conv2d import channel_sum, conv2d_input_grad, conv2d_weight_grad
-from gpukern.ops.conv_norm_grad import batch_norm_input_grad, conv2d_input_grad_added, conv2d_input_grad_norm
+from gpukern.ops.conv_norm_grad import conv2d_input_grad_norm
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.strides import is_channels_last
 from gpukern.runtime.tensors import check_operands
@@ -133,7 +133,7 @@ def _again(origin: list[Any], epilogue: Epilogue) -> torch.Tensor:
 def _input_grad(
     grad: torch.Tensor,
     weight: torch.Tensor,
-    of_x: tuple[torch.Size, bool],
+    of_x: tuple[Any, bool],
     geometry: Geometry,
     origin: list[Any],
     mailbox: Mailbox,
@@ -143,13 +143,16 @@ def _input_grad(
     last = mailbox.is_last()
     added, mailbox.gradient = mailbox.gradient, None
     if not last:
-        mailbox.gradient = conv2d_input_grad_added(grad, weight, *of_x, *geometry, added)
+        problem = conv_problem(of_x[0], weight.shape, None, *geometry)
+        mailbox.gradient = _convolutions.of(grad).conv2d_input_grad(problem, grad, weight, of_x[1], added)
         return None
-    _, *numbers = epilogue
+    shape, channels_last = of_x
+    stride, padding, dilation, groups = geometry
     z, norm_weight, norm_bias, other, mean, variance = origin
     g, mailbox.sums = conv2d_input_grad_norm(
-        grad, weight, *of_x, *geometry, added, z, mean, variance, norm_weight, norm_bias, other, *numbers
-    )
+        grad, weight, shape, channels_last, stride, padding, dilation, groups, added, z, mean, variance, norm_weight,
+        norm_bias, other, epilogue.eps, epilogue.activation, epilogue.negative_slope,
+    )  # fmt: skip
     return g
 
 
@@ -204,7 +207,7 @@ class Norm(torch.autograd.Function):
         grad_residual = grad
         if sums is not None:
             z, weight, bias, _, mean, variance = ctx.saved_tensors
-            grad_z, grad_weight, grad_bias = batch_norm_input_grad(
+            grad_z, grad_weight, grad_bias = _norms.of(z).gradients_from_sums(
                 grad, z, weight, bias, mean, variance, sums, epilogue.training, epilogue.eps
             )
         else:

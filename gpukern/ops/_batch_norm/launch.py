@@ -266,6 +266,34 @@ def batch_norm_backward(
     return results
 
 
+def gradients_from_sums(
+    inner: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sums: torch.Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    if training and input.numel():
+        out = empty_like(input)
+        tiles = tiles_of(False, inner, input, None, out)
+        launch(
+            kernels.batch_norm_input_grad_kernel,
+            (tiles.plan.steps * tiles.plan.channel_tiles,),
+            input.device,
+            (*tiles.images, _norm(mean, variance, weight, bias), sums, tiles.sizes, eps, 0.0),
+            {"ACTIVATION": "none", "NEEDS_INPUT": False} | tiles.options,
+        )
+    else:
+        frozen = False, eps, "none", 0.0, True, False, False
+        out = batch_norm_backward(inner, input, weight, bias, None, mean, variance, *frozen)[0]
+    grad_weight, grad_bias = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+    return out, grad_weight, grad_bias
+
+
 def _merge_sums(
     sums: torch.Tensor,
     totals: torch.Tensor | None,

@@ -188,6 +188,29 @@ def gradients_of(
     )
 
 
+def gradients_from_sums(
+    inner: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sums: torch.Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(∂L/∂x, ∂L/∂weight, ∂L/∂bias) from ``inner``, g = ∂L/∂z, and its ``sums`` [2, C], Σ g and Σ g·x̂."""
+    _, normal, inverse = normalize(input, None, None, None, mean, variance, eps)
+    g = inner.to(normal.dtype)
+    if training and input.numel():
+        mean_g, mean_gx = (_channels(each, input) for each in sums / (input.numel() // input.shape[1]))
+        g = g - mean_g - normal * mean_gx
+    grad_input = g * (inverse if weight is None else inverse * _channels(weight, input))
+    grad_input = laid_out(grad_input.to(input.dtype), format_kept_by(input))
+    grad_weight, grad_bias = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+    return grad_input, grad_weight, grad_bias
+
+
 def inner_gradient(
     grad, input, weight, bias, other, mean, variance, eps: float, activation: str, negative_slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
