@@ -77,6 +77,7 @@ def compile_graph(module: GraphModule, options: Options) -> Compiled:
     for name in dict.fromkeys(node.target for node in graph.nodes if node.op == "get_attr"):
         _put(root, name, inner[name].module if name in inner else _get(module, name))
     made = GraphModule(root, graph, "Gpukern")
+    made.meta = dict(module.meta)
     parts = [found, *(each.found for each in inner.values())]
     return Compiled(
         made, Found([m for part in parts for m in part.matches], [d for part in parts for d in part.declined])

@@ -91,7 +91,8 @@ class _Lowering:
         if match.product is not None:
             product = match.product
             # Where sizes are free, Dynamo makes inputs of the numbers too.
-            known = all(each.op in ("placeholder", "get_attr") for each in statistics if isinstance(each, Node))
+            operands: tuple[Any, ...] = statistics
+            known = all(each.op in ("placeholder", "get_attr") for each in operands if isinstance(each, Node))
             z = self.call(
                 match.core if known else norm,
                 steps.convolution, self.at(product.input), product.weight, product.bias, _geometry(product), statistics,

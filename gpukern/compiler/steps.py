@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpukern import functional
-from gpukern.compiler.functions import Convolution, Epilogue, Geometry, Norm, Origin
+from gpukern.compiler.autograd import Convolution, Epilogue, Geometry, Norm, Origin
 from gpukern.compiler.mailbox import Mailbox
 from gpukern.ops import conv2d
 from gpukern.ops._batch_norm.problem import Running
