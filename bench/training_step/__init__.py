@@ -4,8 +4,8 @@ A step is forward, cross-entropy loss, backward and the optimizer, counted three
 
 *PyTorch* runs the network on the meta device and counts its operators by their formula (:mod:`.operators`).
 *convert* is ``gpukern.convert``, *compile* ``torch.compile(backend="gpukern")``: both run on the CPU as they would on
-the named device, with every launch recorded and none made (:mod:`.accesses` finds what a kernel reads and writes), and
-what PyTorch's own operators do beside the kernels counted as in the first.
+the named device, with every launch recorded and none made (:mod:`gpukern.runtime.accesses` finds what a kernel reads
+and writes), and what PyTorch's own operators do beside the kernels counted as in the first.
 
 Each tensor that a launch reads counts once, whole, however often its kernel loads an element; so does each that it
 writes. An *activation* is a tensor of the network's dtype, or of integers, that has the shape of an operator's result

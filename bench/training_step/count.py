@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.training_step.accesses import AccessFinder, tensors
 from bench.training_step.operators import passes
+from gpukern.runtime.accesses import AccessFinder, tensors
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.operator import OPERATORS, counted_by

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench.training_step import __main__ as command
-from bench.training_step.accesses import Accesses, accesses
+from gpukern.runtime.accesses import Accesses, accesses
 from bench.training_step.count import Activations, Touched
 from bench.training_step.operators import passes
 
