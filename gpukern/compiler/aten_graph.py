@@ -68,17 +68,17 @@ def _paths(node: Node) -> dict[str, tuple[str, Any]]:
 _ROOT = re.compile(r"^[LG]\[['\"][^]]*['\"]\]\.?|^self\.?")
 
 
-# ---- contexts ------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------------------------
 
 
 def _mark_regions(graph: Graph) -> None:
-    """Number the stretches between changes of autocast and of gradients' recording: ``meta["region"]``.
+    """Number the stretches between changes of autocast, of gradients' recording and of tensors: ``meta["region"]``.
 
     What is computed in one may not be computed in another.
     """
     region = 0
     for node in graph.nodes:
-        if node.op == "call_function" and _changes_context(node.target):
+        if node.op == "call_function" and _changes_context(node.target) or _changes_tensor(node):
             region += 1
         node.meta["region"] = region
 
@@ -86,6 +86,37 @@ def _mark_regions(graph: Graph) -> None:
 def _changes_context(target: Any) -> bool:
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     return "autocast" in name or "grad_enabled" in name or "inference" in name or module == "torch.autograd.grad_mode"
+
+
+def _changes_tensor(node: Node) -> bool:
+    """Whether a call may change a tensor in place, other than counters as those of batch norms."""
+    operand = value(node.args[0]) if node.args else None
+    if operand is not None and operand.dim() == 0 and not operand.is_floating_point():
+        return False
+    if node.op == "call_method":
+        return node.target == "__setitem__" or (node.target.endswith("_") and not node.target.endswith("__"))
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = getattr(node.target, "__name__", "")
+    return node.target in _IN_PLACE or name.endswith("_") or "out" in node.kwargs or _is_asked_to(node)
+
+
+_IN_PLACE = frozenset(
+    getattr(operator, name)
+    for name in "setitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
+)
+
+
+def _is_asked_to(node: Node) -> bool:
+    """Whether ``inplace`` is given to a function that has it."""
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
+    try:
+        return bool(_call_of(node.target, node).get("inplace"))
+    except (TypeError, ValueError):  # no signature to read, as of builtins: they have no such argument
+        return False
 
 
 # ---- calls ---------------------------------------------------------------------------------------------------------

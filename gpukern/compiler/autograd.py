@@ -111,11 +111,11 @@ class Convolution(torch.autograd.Function):
             if x is None:
                 x = _again(origin, source[1])
             grad_weight = conv2d_weight_grad(grad, x, *of_weight, *geometry)
-        if needs_x:
-            if source is None or source[0].broken or torch.is_grad_enabled():
-                grad_x = conv2d_input_grad(grad, weight, *of_x, *geometry)
-            else:
-                grad_x = _input_grad(grad, weight, of_x, geometry, origin, *source)
+        shares = source is not None and source[0].is_open()
+        if needs_x and shares:
+            grad_x = _input_grad(grad, weight, of_x, geometry, origin, *source)
+        elif needs_x:
+            grad_x = conv2d_input_grad(grad, weight, *of_x, *geometry)
         return grad_x, grad_weight, channel_sum(grad) if needs_bias else None, None, None, None, None
 
 
@@ -198,8 +198,7 @@ class Norm(torch.autograd.Function):
         epilogue, mailbox, of_residual = ctx.state
         needs_z, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         sums = None
-        first_order = not torch.is_grad_enabled()
-        if mailbox is not None and not mailbox.broken and first_order:
+        if mailbox is not None and mailbox.is_open():
             grad, sums = mailbox.collect(grad)
         if grad is None:
             return (None,) * 10
@@ -220,10 +219,10 @@ class Norm(torch.autograd.Function):
             grad_z if needs_z else None,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            _hand_over(grad_residual, of_residual, first_order) if needs_residual else None,
+            _hand_over(grad_residual, of_residual) if needs_residual else None,
             *(None,) * 6,
         )
 
 
-def _hand_over(gradient: torch.Tensor, mailbox: Mailbox | None, first_order: bool) -> torch.Tensor | None:
-    return mailbox.leave(gradient) if mailbox is not None and not mailbox.broken and first_order else gradient
+def _hand_over(gradient: torch.Tensor, mailbox: Mailbox | None) -> torch.Tensor | None:
+    return mailbox.leave(gradient) if mailbox is not None and mailbox.is_open() else gradient

@@ -45,7 +45,17 @@ class _Training(Finder):
         return replace(match, norm=user, output=user)
 
     def may_follow(self, node: Node | None, match: Match) -> TypeGuard[Node]:
-        return self.may_take(node) and node.meta["region"] == match.core.meta["region"]
+        if not self.may_take(node) or node.meta["region"] != match.core.meta["region"]:
+            return False
+        return not any(self.are_used_between(norm, match.core, node) for norm in (*match.nodes, node))
+
+    def are_used_between(self, norm: Node, first: Node, last: Node) -> bool:
+        """Whether other nodes between two use the running statistics of a batch norm, which may move to either."""
+        if not is_batch_norm(norm):
+            return False
+        kept = (arguments(norm)[name] for name in ("running_mean", "running_var"))
+        users = (user for each in kept if isinstance(each, Node) for user in each.users if user is not norm)
+        return any(self.order[first] < self.order[user] < self.order[last] for user in users)
 
     def may_stand_alone(self, norm: Node) -> bool:
         return _why_no_norm(norm) is None

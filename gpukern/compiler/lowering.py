@@ -67,7 +67,7 @@ class _Lowering:
             by = self.additions[user]
             return _norm_of(by) is not None and by.residual is node and by.output is not node
         reader = self.cores.get(user)
-        if reader is None or reader.product is None or list(user.all_input_nodes).count(node) != 1:
+        if reader is None or reader.product is None or node in (reader.product.weight, reader.product.bias):
             return False
         takes = reader.norm is not None or not reader.fuses
         return takes and reader.product.input is node and reader.product.kind == "conv2d"
@@ -77,6 +77,9 @@ class _Lowering:
     def at(self, node: Any) -> Any:
         """Return the node that has the value of one of a match: where one was replaced, the new one."""
         return self.moved.get(node, node)
+
+    def operands(self, product: Product) -> tuple[Any, Any, Any]:
+        return self.at(product.input), self.at(product.weight), self.at(product.bias)
 
     def call(self, before: Node, function: Callable[..., Any], *args: Any) -> Node:
         with self.graph.inserting_before(before):
@@ -96,7 +99,7 @@ class _Lowering:
             known = all(each.op in ("placeholder", "get_attr") for each in operands if isinstance(each, Node))
             z = self.call(
                 match.core if known else norm,
-                steps.convolution, self.at(product.input), product.weight, product.bias, _geometry(product), statistics,
+                steps.convolution, *self.operands(product), _geometry(product), statistics,
             )  # fmt: skip
             z.meta = {**match.core.meta, "gpukern_match": match}
         return self.call(
@@ -108,7 +111,7 @@ class _Lowering:
     def alone(self, match: Match) -> Node:
         """A product without a batch norm, with its epilogue."""
         product, place = match.own_product, match.core if match.add is None else match.add
-        operands, residual = (self.at(product.input), product.weight, product.bias), self.at(match.residual)
+        operands, residual = self.operands(product), self.at(match.residual)
         if product.kind == "linear":
             return self.call(place, steps.linear, *operands, *match.activation)
         if product.transposed:
@@ -147,7 +150,7 @@ def _transposed_geometry(product: Product) -> tuple[Any, ...]:
 
 _POOLS: dict[Any, Callable[..., Any]] = {
     torch.ops.gpukern.max_pool2d.default: functional.max_pool2d,
-    torch.ops.gpukern.avg_pool2d.default: functional.avg_pool2d,
+    torch.ops.gpukern.avg_pool2d.default: steps.avg_pool2d,
     torch.ops.gpukern.adaptive_avg_pool2d.default: functional.adaptive_avg_pool2d,
 }
 #: Functions that change their operand, or have arguments of their own: gpukern's have the same signature.

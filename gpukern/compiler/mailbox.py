@@ -21,9 +21,9 @@ _current_pass = torch._C._current_graph_task_id
 class Mailbox:
     """What the users of one tensor leave for each other during one backward pass.
 
-    ``open_to``: how many users there are. A pass that stops early (gradients of some inputs only) must not leave
-    anything to the next one, so everything is forgotten when another pass begins. ``broken`` if a user's forward found
-    that it cannot take part (its operand was converted to another dtype): then each returns its own gradient.
+    ``users``: how many there are. A pass that stops early (gradients of some inputs only) must not leave anything to
+    the next one, so everything is forgotten when another pass begins. ``broken`` if a user's forward found that it
+    cannot take part (its operand was converted to another dtype): then each returns its own gradient.
     """
 
     __slots__ = ("_arrived", "_pass", "broken", "gradient", "sums", "users")
@@ -38,6 +38,15 @@ class Mailbox:
         self._arrived = 0
         self.gradient: torch.Tensor | None = None
         self.sums: torch.Tensor | None = None
+
+    def is_open(self) -> bool:
+        """Whether gradients are left here in this pass.
+
+        A pass that is recorded, for derivatives of derivatives, ends it: what it records uses the tensor too, and the
+        gradients that it will have by that go to autograd alone.
+        """
+        self.broken = self.broken or torch.is_grad_enabled()
+        return not self.broken
 
     def is_last(self) -> bool:
         """Note that a user has arrived in this pass; whether all others have."""

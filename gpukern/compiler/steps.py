@@ -209,6 +209,11 @@ def _norm(z, weight, bias, residual, mean, variance, statistics, activation, neg
     return Norm.apply(z, weight, bias, residual, mean, variance, running, epilogue, mailbox, source)
 
 
+def avg_pool2d(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, *options: Any) -> torch.Tensor:
+    """The operator's arguments, of which the function has no dilation."""
+    return functional.avg_pool2d(x, kernel, stride, padding, *options)
+
+
 def functional_activation(x: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:
     """An activation by gpukern's name of it."""
     return x if activation == "none" else apply_activation(x, activation, negative_slope)
