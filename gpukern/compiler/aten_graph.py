@@ -1,8 +1,9 @@
 """Dynamo's graph with the calls that gpukern fuses written as ATen operators, which is what the matcher reads.
 
 Dynamo records what the model called: functions of ``torch`` and ``torch.nn.functional``, operators of Python, methods
-of tensors. Those named here become overloads of ``torch.ops.aten`` of the same meaning; all others stay as they are. A
-call that changes its operand in place becomes the one that does not where nothing else can see the difference.
+of tensors. Those named here become overloads of ``torch.ops.aten`` of the same meaning, as do gpukern's own operators,
+which are what Dynamo sees of layers of ``gpukern.nn``; all others stay as they are. A call that changes its operand in
+place becomes the one that does not where nothing else can see the difference.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
+from gpukern.fusion.decompose import write_out
 from gpukern.fusion.program import value
 
 aten = torch.ops.aten
@@ -36,6 +38,7 @@ def read(module: GraphModule) -> Graph:
         call = _aten_call(node)
         if call is not None:
             _replace(graph, node, *call)
+    write_out(graph)
     _mark_regions(graph)
     return graph
 

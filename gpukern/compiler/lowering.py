@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from gpukern import functional
 from gpukern.compiler import steps
 from gpukern.compiler.steps import Statistics
+from gpukern.fusion.eager_calls import call_one_directly
 from gpukern.fusion.match import Match
 from gpukern.fusion.products import Product, activation, image, pool
 from gpukern.fusion.program import arguments, tensor_of, value
@@ -165,6 +166,7 @@ _SAME: dict[Any, Callable[..., Any]] = {
 
 def _lower_alone(graph: Graph, node: Node) -> None:
     """Lower to gpukern's function if there is one."""
+    call_one_directly(node)
     if node.op != "call_function" or value(node) is None or tensor_of(node).dtype not in KERNEL_DTYPES:
         return
     if node.target in _SAME:

@@ -14,7 +14,7 @@ from gpukern.conv.request import Epilogue, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._images import strides_of
 from gpukern.ops._reduction.functions import Statistics
-from gpukern.ops._reduction.launch import channels_last_copy, copy_image, merge_statistics
+from gpukern.ops._reduction.launch import channels_last_copy, copy_image, sums_and_deviations, with_workspace
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.refusal import DescriptorRefused
@@ -68,7 +68,7 @@ def conv2d_statistics(
         values = output.to(torch.float32)
         total, pixels = values.sum((0, 2, 3)), max(output.numel() // max(problem.K, 1), 1)
         return output, total, (values - (total / pixels)[:, None, None]).square().sum((0, 2, 3))
-    return output, *merge_statistics(statistics)
+    return output, statistics.sums, statistics.deviations
 
 
 def conv2d_input_grad(
@@ -122,10 +122,11 @@ def run(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (output, its statistics fp32 [3, tiles, K] if the launch was prepared to compute them)."""
+    statistics: Statistics | None = None,
+) -> tuple[torch.Tensor, Statistics | None]:
+    """Return the output, and what :func:`write` returns."""
     output = first.new_empty_strided(prepared.shape, prepared.strides)
-    return output, write(prepared, output, first, second, bias, residual, negative_slope)
+    return output, write(prepared, output, first, second, bias, residual, negative_slope, statistics)
 
 
 def write(
@@ -136,8 +137,12 @@ def write(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
-) -> torch.Tensor | None:
+    statistics: Statistics | None = None,
+) -> Statistics | None:
     """Fill ``output``; return its statistics if the launch was prepared to compute them.
+
+    ``statistics``: where to leave them, by default in new memory for sums and deviations. None is returned where
+    nothing was launched: without pixels, or without channels to sum over.
 
     If the driver refuses a descriptor of the plan, a plan of another kernel replaces it; DescriptorRefused if the
     caller chose the plan.
@@ -146,12 +151,12 @@ def write(
         if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
             prepared.launch.run(first, second, output, bias, None, None, negative_slope)
             return None
-        return _write(prepared, output, first, second, bias, residual, negative_slope)
+        return _write(prepared, output, first, second, bias, residual, negative_slope, statistics)
     except DescriptorRefused as problem:
         if prepared.again is None:
             raise
         plan_without(prepared.plan, device_spec(first.device), problem)
-    return write(prepared.again(), output, first, second, bias, residual, negative_slope)
+    return write(prepared.again(), output, first, second, bias, residual, negative_slope, statistics)
 
 
 def _write(
@@ -162,17 +167,19 @@ def _write(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     negative_slope: float,
-) -> torch.Tensor | None:
+    statistics: Statistics | None,
+) -> Statistics | None:
     if output.numel() == 0:
         return None
     if first.numel() == 0:
         # Empty sums: the weight gradient of an empty batch, a linear layer without features.
         _write_empty_sums(prepared, output, bias, residual, negative_slope)
         return None
-    statistics = None
-    if prepared.launch.row_tiles:
-        size = (3, prepared.launch.row_tiles, prepared.shape[1])
-        statistics = Statistics(torch.empty(size, dtype=torch.float32, device=first.device))
+    of_launch = prepared.launch
+    if of_launch.tiles:
+        channels = prepared.shape[1]
+        statistics = statistics or sums_and_deviations(channels, first.device)
+        statistics = with_workspace(statistics, channels, first.device, *of_launch.tiles, taken=of_launch.counters)
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
         first = channels_last_copy(first)
@@ -187,10 +194,10 @@ def _write(
         copy = torch.empty_like(written)
         copy_image(residual, copy)
         residual = copy
-    prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
+    of_launch.run(first, second, written, bias, residual, statistics, negative_slope)
     if pack_output:
         copy_image(written, output)
-    return None if statistics is None else statistics.parts
+    return statistics
 
 
 def _write_empty_sums(

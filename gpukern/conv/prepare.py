@@ -76,7 +76,7 @@ def prepare_launch(
         request.output,
         launch,
         epilogue.activation,
-        not (any(plan.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
+        not (any(plan.pack) or launch.tiles or 0 in of_first or 0 in of_output),
         again,
     )
 

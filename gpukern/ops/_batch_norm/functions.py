@@ -1,6 +1,6 @@
 """Functions shared by the batch norm kernels: addresses of a tile, and its channels' parameters."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,13 +24,6 @@ class Norm(NamedTuple):
     variance: object  # biased
     weight: object
     bias: object
-
-
-class Running(NamedTuple):
-    """Running statistics to be updated, pointers to [C] or None."""
-
-    mean: Any
-    variance: Any
 
 
 @triton.jit

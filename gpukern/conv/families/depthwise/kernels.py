@@ -15,8 +15,8 @@ Rows and columns are walked alike, along an ``Axis`` of ``plan.py``.
 import triton
 import triton.language as tl
 
-from gpukern.conv.epilogue import store_part
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._reduction.functions import merge_statistics, store_part
 
 # ---- along one axis: an Axis of plan.py ----------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ def store_moments(moments, statistics, tile, tiles, k, channels, PLANES: tl.cons
     own = tl.maximum(count, 1.0)
     apart = tl.where(count > 0.0, origin + differences / own - mean, 0.0)
     deviations = over_pixels(squares - differences * differences / own + count * apart * apart, PLANES)
-    store_part(statistics, sums, deviations, n, tile, tiles, k, channels)
+    store_part(statistics.parts, sums, deviations, n, tile, tiles, k, k < channels, channels)
 
 
 # ---- forward and input gradient ------------------------------------------------------------------------------------
@@ -338,3 +338,5 @@ def conv2d_depthwise_kernel(
     if statistics is not None:
         tiles = tl.num_programs(0) // channel_blocks
         store_moments(moments, statistics, tile, tiles, k, channels, PLANES)
+        block = tl.program_id(0) % channel_blocks
+        merge_statistics(statistics, tile, tiles, block, block * BLOCK_C, channels, channels, BLOCK_C)

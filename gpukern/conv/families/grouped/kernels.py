@@ -14,6 +14,7 @@ from gpukern.conv.indexing import phase_taps, taps_inside
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._pixels import split_pixel
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -167,3 +168,4 @@ def conv2d_block_diagonal_kernel(
         channels = sizes.groups * COLUMNS
         tiles = tl.num_programs(0) // num_n
         store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, tiles, column, channels, AXIS=0)
+        merge_statistics(statistics, pid_m, tiles, pid_n, pid_n * BLOCK_N, channels, channels, BLOCK_N)

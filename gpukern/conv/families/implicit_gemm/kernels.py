@@ -12,6 +12,7 @@ from gpukern.conv.indexing import inside_image, phase_taps, taps_inside, tile_or
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._pixels import split_pixel
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -218,6 +219,7 @@ def conv2d_gather_kernel(
                 r = tl.where(next_row, r + 1, r)
 
     out_channel = group * sizes.columns + column
+    last = True
     if SPLITS > 1:
         tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
         acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS)
@@ -248,6 +250,10 @@ def conv2d_gather_kernel(
         channels = sizes.columns * sizes.groups
         # Where there is nothing to write the channel is one too far.
         channel = tl.where(column_ok, out_channel, channels)
-        if SPLITS > 1:
-            channel = tl.where(last, channel, channels)
-        store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, num_m, channel, channels, AXIS=0)
+        if last:
+            store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, num_m, channel, channels, AXIS=0)
+            first = group * sizes.columns
+            column_tile = group * tl.cdiv(columns, BLOCK_N) + pid_n
+            merge_statistics(
+                statistics, pid_m, num_m, column_tile, first + pid_n * BLOCK_N, first + columns, channels, BLOCK_N
+            )

@@ -14,7 +14,7 @@ from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.integers import cdiv
@@ -77,7 +77,9 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
-    return Launch(run, cdiv(gemm.M, plan.block_m) if request.epilogue.statistics else 0)
+    rows = max(cdiv(gemm.M, plan.block_m), 1)  # an empty batch has none
+    of_statistics = Tiles(rows, tiles // rows) if request.epilogue.statistics else None
+    return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:

@@ -17,6 +17,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, pooled_columns, store_statistics
 from gpukern.conv.indexing import phase_taps, tile_order
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -133,6 +134,7 @@ def conv2d_box_kernel(
         r = tl.where(next_row, r + TAP_STEP_H, r)
 
     column = column0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    last = True
     if SPLITS > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, tl.program_id(2), SPLITS)
@@ -169,6 +171,9 @@ def conv2d_box_kernel(
             ACTIVATION,
             POOL,
         )
+    if statistics is not None:  # noqa: SIM102 - at compile time, the other one is not
+        if last:
+            merge_statistics(statistics, pid_m, num_m, pid_n, column0, columns, columns, BLOCK_N, PARTS)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, store_statistics
 from gpukern.conv.indexing import tile_order
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -91,6 +92,8 @@ def conv2d_gemm_kernel(
                     PLANES,
                     ACTIVATION,
                 )
+            if statistics is not None:
+                merge_statistics(statistics, pid_m, num_m, pid_n, column, columns, columns, BLOCK_N, PARTS)
 
 
 @triton.jit
