@@ -93,14 +93,15 @@ def _changes_tensor(node: Node) -> bool:
     operand = value(node.args[0]) if node.args else None
     if operand is not None and operand.dim() == 0 and not operand.is_floating_point():
         return False
+    target: Any = node.target
     if node.op == "call_method":
-        return node.target == "__setitem__" or (node.target.endswith("_") and not node.target.endswith("__"))
+        return target == "__setitem__" or (target.endswith("_") and not target.endswith("__"))
     if node.op != "call_function":
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    return node.target in _IN_PLACE or name.endswith("_") or "out" in node.kwargs or _is_asked_to(node)
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    name = getattr(target, "__name__", "")
+    return target in _IN_PLACE or name.endswith("_") or "out" in node.kwargs or _is_asked_to(node)
 
 
 _IN_PLACE = frozenset(
@@ -113,8 +114,9 @@ def _is_asked_to(node: Node) -> bool:
     """Whether ``inplace`` is given to a function that has it."""
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
+    function: Any = node.target
     try:
-        return bool(_call_of(node.target, node).get("inplace"))
+        return bool(_call_of(function, node).get("inplace"))
     except (TypeError, ValueError):  # no signature to read, as of builtins: they have no such argument
         return False
 

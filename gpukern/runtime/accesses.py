@@ -48,6 +48,9 @@ _MOVES = {
 
 _VALUE = re.compile(r"%\w+(?:#\d+)?")
 _POINTER = re.compile(r"(%\w+): !(?:tt|ttng)\.(?:ptr|tensordesc)")
+_PARAMETER = re.compile(r"(%\w+): ")
+_FUNCTION = re.compile(r"tt\.func (?:public|private) @([\w.$\"]+)\(")
+_CALLED = re.compile(r"@([\w.$\"]+)\(")
 _OPERATION = re.compile(r"(?:(%\w+)(?::\d+)? = )?\"?([a-z_]+\.[a-z_]+)\"?(.*)")
 
 
@@ -83,17 +86,21 @@ class AccessFinder:
     def __call__(self, launch: Launch) -> Accesses:
         key = launch.key
         if key not in self._found:
-            self._found[key] = accesses(launch.first_ir())
+            self._found[key] = accesses_of(launch.first_ir())
         return self._found[key]
 
 
-def accesses(text: str) -> Accesses:
+def accesses_of(text: str) -> Accesses:
     """Which of the pointers and descriptors that the kernel takes, by position, its code reads and writes.
 
     RuntimeError for code that this reader does not understand.
     """
     lines = [line.strip() for line in text.splitlines()]
-    start = next(i for i, line in enumerate(lines) if line.startswith("tt.func public"))
+    starts = {match.group(1): i for i, line in enumerate(lines) if (match := _FUNCTION.match(line))}
+    return _of_function(lines, starts, next(i for i in starts.values() if lines[i].startswith("tt.func public")))
+
+
+def _of_function(lines: list[str], starts: dict[str, int], start: int) -> Accesses:
     sources = {name: {i} for i, name in enumerate(_POINTER.findall(lines[start]))}
     reads: set[int] = set()
     writes: set[int] = set()
@@ -130,7 +137,14 @@ def accesses(text: str) -> Accesses:
                 _join(sources, name, [each])
         elif operation == "ttg.warp_specialize":
             captured = _VALUE.findall(rest.split(")")[0])
-        elif operation in ("tt.call", "scf.while", "cf.br", "cf.cond_br"):
+        elif operation == "tt.call":
+            called = starts[_CALLED.findall(rest)[0]]
+            inner = _of_function(lines, starts, called)
+            given = dict(zip(_PARAMETER.findall(lines[called]), operands, strict=False))
+            passed = [sources.get(given[name], set()) for name in _POINTER.findall(lines[called])]
+            reads |= set().union(*(passed[i] for i in inner.reads))
+            writes |= set().union(*(passed[i] for i in inner.writes))
+        elif operation in ("scf.while", "cf.br", "cf.cond_br"):
             raise RuntimeError(f"{operation} may pass a pointer on: {line}")
         if opens:
             blocks.append(result if operation == "scf.if" else None)

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from bench.training_step import __main__ as command
-from gpukern.runtime.accesses import Accesses, accesses
+from gpukern.runtime.accesses import Accesses, accesses_of
 from bench.training_step.count import Activations, Touched
 from bench.training_step.operators import passes
 
@@ -114,7 +114,9 @@ def test_bad_options_are_refused(wrong):
 
 
 def kernel(body: str, arguments: str = "%a: !tt.ptr<f16> {tt.divisibility = 16 : i32}, %n: i32, %b: !tt.ptr<f16>"):
-    return accesses(f"module {{\n  tt.func public @k({arguments}) attributes {{noinline = false}} {{\n{body}\n  }}\n}}")
+    return accesses_of(
+        f"module {{\n  tt.func public @k({arguments}) attributes {{noinline = false}} {{\n{body}\n  }}\n}}"
+    )
 
 
 def test_accesses_of_pointers_and_descriptors():
