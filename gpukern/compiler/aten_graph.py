@@ -78,7 +78,7 @@ def _mark_regions(graph: Graph) -> None:
     """
     region = 0
     for node in graph.nodes:
-        if node.op == "call_function" and _changes_context(node.target) or _changes_tensor(node):
+        if (node.op == "call_function" and _changes_context(node.target)) or _changes_tensor(node):
             region += 1
         node.meta["region"] = region
 
@@ -105,9 +105,23 @@ def _changes_tensor(node: Node) -> bool:
 
 
 _IN_PLACE = frozenset(
-    getattr(operator, name)
-    for name in "setitem iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
-)
+    getattr(operator, f"i{name}")
+    for name in (
+        "add",
+        "and",
+        "floordiv",
+        "lshift",
+        "matmul",
+        "mod",
+        "mul",
+        "or",
+        "pow",
+        "rshift",
+        "sub",
+        "truediv",
+        "xor",
+    )
+) | {operator.setitem}
 
 
 def _is_asked_to(node: Node) -> bool:

@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 from bench.training_step import __main__ as command
-from gpukern.runtime.accesses import Accesses, accesses_of
 from bench.training_step.count import Activations, Touched
 from bench.training_step.operators import passes
+from gpukern.runtime.accesses import Accesses, accesses_of
 
 aten = torch.ops.aten
 
@@ -173,7 +173,20 @@ def test_code_that_the_reader_does_not_follow_is_an_error():
     with pytest.raises(RuntimeError, match="no argument"):
         kernel("%1 = tt.mystery %a : !tt.ptr<f16>\n%2 = tt.load %1 : !tt.ptr<f16>")
     with pytest.raises(RuntimeError, match="may pass"):
-        kernel("tt.call @other(%a) : (!tt.ptr<f16>) -> ()")
+        kernel("cf.br ^bb1(%a : !tt.ptr<f16>)")
+
+
+def test_accesses_of_a_called_function():
+    body = """
+tt.call @"inner.function__Pfp16_i32"(%n, %b, %n) : (i32, !tt.ptr<f16>, i32) -> ()
+tt.return
+}
+tt.func private @"inner.function__Pfp16_i32"(%arg0: i32 {tt.divisibility = 16 : i32}, %arg1: !tt.ptr<f16>, %arg2: i32) {
+  %1 = tt.addptr %arg1, %arg0 : !tt.ptr<f16>, i32
+  tt.store %1, %arg2 : !tt.ptr<f16>
+  tt.return
+"""
+    assert kernel(body) == (set(), {1})
 
 
 # ---- what an operator of ATen reads and writes ----------------------------------------------------------------------
