@@ -7,10 +7,11 @@ import functools
 import torch
 
 from gpukern.conv.layouts import Strides
+from gpukern.conv.norm_grad import NormGrad
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.prepare import plan_without, prepare_launch
 from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import Epilogue, Prepared
+from gpukern.conv.request import Epilogue, NormBefore, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._images import strides_of
 from gpukern.ops._reduction.functions import Statistics
@@ -75,6 +76,36 @@ def conv2d_input_grad(
     problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
 ) -> torch.Tensor:
     return run(prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last), grad, weight)[0]
+
+
+def conv2d_input_grad_norm(
+    problem: ConvProblem,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    channels_last: bool,
+    added: torch.Tensor | None,
+    norm: NormBefore,
+    activation: str,
+    negative_slope: float,
+    plan: ConvPlan | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return (g, parts of its sums fp32 [2, tiles, C]) of :mod:`gpukern.ops.conv_norm_grad`; None if no kernel can.
+
+    ``plan`` replaces the chosen one, for tools that try others.
+    """
+    epilogue = _epilogue(activation, added is not None, False, True)
+    prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue, plan)
+    if not prepared.launch.row_tiles:
+        return None
+    output = grad.new_empty_strided(prepared.shape, prepared.strides)
+    try:
+        parts = _write(prepared, output, grad, weight, None, added, negative_slope, norm)
+    except DescriptorRefused as refusal:
+        if plan is not None:
+            raise
+        plan_without(prepared.plan, device_spec(grad.device), refusal)
+        return conv2d_input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, negative_slope)
+    return None if parts is None else (output, parts)
 
 
 def conv2d_weight_grad(
@@ -156,6 +187,7 @@ def _write(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     negative_slope: float,
+    norm: NormBefore | None = None,
 ) -> torch.Tensor | None:
     if output.numel() == 0:
         return None
@@ -163,10 +195,10 @@ def _write(
         # Empty sums: the weight gradient of an empty batch, a linear layer without features.
         _write_empty_sums(prepared, output, bias, residual, negative_slope)
         return None
-    statistics = None
+    parts = None
     if prepared.launch.row_tiles:
-        size = (3, prepared.launch.row_tiles, prepared.shape[1])
-        statistics = Statistics(torch.empty(size, dtype=torch.float32, device=first.device))
+        size = (3 if norm is None else 2, prepared.launch.row_tiles, prepared.shape[1])
+        parts = torch.empty(size, dtype=torch.float32, device=first.device)
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
         first = channels_last_copy(first)
@@ -177,14 +209,24 @@ def _write(
         written = output.new_empty_strided(prepared.shape, prepared.written)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()  # the only operand that kernels take without strides: it must be contiguous
-    if residual is not None and not _lies_like(residual, prepared.written):
-        copy = torch.empty_like(written)
-        copy_image(residual, copy)
-        residual = copy
-    prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
+    residual = _laid_like(residual, written, prepared.written)
+    if norm is None:
+        statistics = None if parts is None else Statistics(parts)
+        prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
+    else:
+        z, other = (_laid_like(each, written, prepared.written) for each in (norm.z, norm.other))
+        through = _norm_grad(norm, parts)
+        prepared.launch.run(first, second, written, bias, residual, None, negative_slope, z, other, through)
     if pack_output:
         copy_image(written, output)
-    return None if statistics is None else statistics.parts
+    return parts
+
+
+def _norm_grad(norm: NormBefore, parts: torch.Tensor | None) -> NormGrad:
+    mean, variance, weight, bias = (
+        None if t is None else t.contiguous() for t in (norm.mean, norm.variance, norm.weight, norm.bias)
+    )
+    return NormGrad(mean, variance, weight, bias, norm.eps, parts)
 
 
 def _write_empty_sums(
@@ -204,7 +246,16 @@ def _write_empty_sums(
     output.copy_(sums if activation == "none" else activate(sums, activation, negative_slope))
 
 
-def _lies_like(tensor: torch.Tensor, strides: Strides) -> bool:
-    """Whether a kernel that writes with ``strides`` can read ``tensor`` at the same places, 16 bytes at once."""
+def _laid_like(tensor: torch.Tensor | None, written: torch.Tensor, strides: Strides) -> torch.Tensor | None:
+    """Return ``tensor`` such that a kernel that writes with ``strides`` reads it at the same places, 16 bytes at once.
+
+    ``written`` is what it writes: a copy lies like it.
+    """
+    if tensor is None:
+        return None
     same = tensor.stride() == strides or strides_of(tensor.shape, tensor.stride()) == strides_of(tensor.shape, strides)
-    return same and tensor.data_ptr() % 16 == 0
+    if same and tensor.data_ptr() % 16 == 0:
+        return tensor
+    copy = torch.empty_like(written)
+    copy_image(tensor, copy)
+    return copy

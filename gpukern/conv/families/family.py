@@ -14,6 +14,10 @@ def _never(plan: ConvPlan) -> bool:
     return False
 
 
+def _not_through(plan: ConvPlan, activation: str) -> bool:
+    return False
+
+
 def _no_passes(problem: ConvProblem, itemsize: int) -> tuple[int, int]:
     return 0, 0
 
@@ -49,6 +53,9 @@ class Family:
     emulated: bool = True
     #: Whether nothing but a GPU can show that a plan is right: it is chosen only if the plan database has it.
     needs_measurement: Callable[[ConvPlan], bool] = _never
+    #: Whether the kernel of an input gradient's plan can go on through a batch norm and the activation of that name
+    #: (``Epilogue.norm_grad``): it must leave registers for them.
+    takes_norm_grad: Callable[[ConvPlan, str], bool] = _not_through
     #: (launches before the main one, bytes that they and it move beyond the operands), from problem and itemsize.
     extra_passes: Callable[[ConvProblem, int], tuple[int, int]] = _no_passes
 

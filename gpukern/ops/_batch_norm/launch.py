@@ -9,6 +9,7 @@ from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm import functions, kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
+from gpukern.ops._normalization import Norm
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
@@ -44,7 +45,7 @@ def _write(
     output: torch.Tensor,
     input: torch.Tensor,
     residual: torch.Tensor | None,
-    norm: functions.Norm,
+    norm: Norm,
     eps: float,
     activation: str,
     negative_slope: float,
@@ -131,7 +132,7 @@ def conv2d_batch_norm(
     return output, z, mean, variance
 
 
-def _merge(statistics: torch.Tensor, norm: functions.Norm, running: Running | None) -> None:
+def _merge(statistics: torch.Tensor, norm: Norm, running: Running | None) -> None:
     """Write the mean and the variance of ``norm``, and the running ones, from those of tiles: fp32 [3, tiles, C]."""
     _, parts, C = statistics.shape
     pointers = _pointers(running)
@@ -312,11 +313,16 @@ def inner_gradient_and_sums(
         }
         | tiles.options,
     )
-    if chosen.splits == 1:
-        return grad if inner is None else inner, sums[:, 0]
+    return grad if inner is None else inner, merge_sums(sums)
+
+
+def merge_sums(sums: torch.Tensor) -> torch.Tensor:
+    """Return the sum over the parts of ``sums``, fp32 [2, parts, C]."""
+    if sums.shape[1] == 1:
+        return sums[:, 0]
     totals = torch.empty_like(sums[:, 0])
     _merge_sums(sums, totals)
-    return grad if inner is None else inner, totals
+    return totals
 
 
 # ---- what both share -----------------------------------------------------------------------------------------------
@@ -327,8 +333,8 @@ def _norm(
     variance: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-) -> functions.Norm:
-    return functions.Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
+) -> Norm:
+    return Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

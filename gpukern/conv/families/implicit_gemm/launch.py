@@ -9,7 +9,7 @@ from gpukern.conv.families.filters import filter_strides, tap_options, window_op
 from gpukern.conv.families.implicit_gemm import kernels, weight_kernels
 from gpukern.conv.families.implicit_gemm.plan import grid
 from gpukern.conv.families.split_k import split_k_workspace
-from gpukern.conv.geometry import gemm_mnk
+from gpukern.conv.geometry import gemm_mnk, tiled_pixels
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
@@ -56,7 +56,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     workspace = split_k_workspace(plan, tiles)
     constants = compile_time(kernels.conv2d_gather_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = out.device
         partial = counters = None
         if workspace:
@@ -68,6 +68,9 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
             residual,
             Image(out, *output),
             statistics,
+            z,
+            other,
+            norm,
             partial,
             counters,
             sizes,
@@ -77,7 +80,9 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
-    return Launch(run, cdiv(gemm.M, plan.block_m) if request.epilogue.statistics else 0)
+    return Launch(
+        run, cdiv(gemm.M, plan.block_m) * tiled_pixels(p, request.direction)[1] if request.epilogue.leaves_parts else 0
+    )
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from gpukern.conv.epilogue import add_splits, pooled_columns, store_statistics
 from gpukern.conv.indexing import phase_taps, tile_order
+from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.ops._activation.functions import apply_activation
 
 
@@ -27,6 +28,9 @@ def conv2d_box_kernel(
     residual,  # descriptor like out, or None
     out,  # descriptor of y [N, P, Q, K]; of ∂L/∂x when TRANSPOSED, in halves of rows and columns at STRIDE 2
     statistics,  # Statistics, or None
+    z,  # descriptor like out, with
+    other,  # descriptor like out or None, and
+    norm,  # NormGrad; or all None
     partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
     counter_ptr,  # int32 [tiles], zeros; both None for one split
     batch,
@@ -154,12 +158,15 @@ def conv2d_box_kernel(
             residual,
             out,
             statistics,
+            z,
+            other,
+            norm,
             place,
             column,
             sizes,
             phase,
-            pid_m * PARTS + part,
-            num_m * PARTS,
+            (tl.program_id(1) * num_m + pid_m) * PARTS + part,
+            tl.num_programs(1) * num_m * PARTS,
             negative_slope,
             PHASES,
             PART_N,
@@ -178,6 +185,9 @@ def finish(
     residual,
     out,
     statistics,
+    z,
+    other,
+    norm,
     place,  # the first image, row, column and channel
     column,  # [BLOCK_N]
     sizes,  # images, rows, columns and channels
@@ -196,12 +206,20 @@ def finish(
     """Run the epilogue on a part of the tile, itself a box, and store it."""
     PIXELS: tl.constexpr = PART_N * PART_H * PART_W
     n0, i0, j0, column0 = place
-    batch, rows, cols, columns = sizes
+    _batch, _rows, _cols, columns = sizes
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
-        acc += residual.load([n0, i0, j0, column0]).reshape(PIXELS, BLOCK_N).T.to(tl.float32)
-    y = apply_activation(acc, ACTIVATION, negative_slope)
+        acc += load_like_out(residual, place, phase, PHASES, PIXELS, BLOCK_N)
+    if norm is not None:
+        numbers = norm_numbers(norm, column, columns)
+        values = load_like_out(z, place, phase, PHASES, PIXELS, BLOCK_N)
+        kept = None
+        if other is not None:
+            kept = load_like_out(other, place, phase, PHASES, PIXELS, BLOCK_N)
+        y, from_mean = inner_gradient(acc, values, kept, along_pixels(numbers, 1), negative_slope, ACTIVATION)
+    else:
+        y = apply_activation(acc, ACTIVATION, negative_slope)
     if POOL:
         y = pooled_columns(y, PART_W)
     y = y.to(out.dtype)
@@ -213,7 +231,26 @@ def finish(
     else:
         out.store([n0, i0, j0, column0], y.T.reshape(PART_N, PART_H, PART_W, BLOCK_N))
     if statistics is not None:
-        pixel = tl.arange(0, PIXELS)
-        inside = (j0 + pixel % PART_W < cols) & (i0 + pixel // PART_W % PART_H < rows)
-        inside = (inside & (n0 + pixel // (PART_W * PART_H) < batch))[None, :]
+        inside = inside_box(place, sizes, PART_H, PART_W, PIXELS)
         store_statistics(y.to(tl.float32), inside, statistics, tile, tiles, column, columns, AXIS=1)
+    if norm is not None:
+        inside = inside_box(place, sizes, PART_H, PART_W, PIXELS)
+        store_norm_sums(y.to(tl.float32), from_mean, inside, numbers[1], norm, tile, tiles, column, columns, AXIS=1)
+
+
+@triton.jit
+def load_like_out(image, place, phase, PHASES: tl.constexpr, PIXELS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Load the box at ``place`` of a tensor that lies like the output, fp32 [BLOCK_N, PIXELS]."""
+    n0, i0, j0, column0 = place
+    box = image.load([n0, i0, phase[0], j0, phase[1] + column0]) if PHASES else image.load([n0, i0, j0, column0])
+    return box.reshape(PIXELS, BLOCK_N).T.to(tl.float32)
+
+
+@triton.jit
+def inside_box(place, sizes, PART_H: tl.constexpr, PART_W: tl.constexpr, PIXELS: tl.constexpr):
+    """Whether each pixel of the box at ``place`` lies in the image, [1, PIXELS]."""
+    n0, i0, j0, _ = place
+    batch, rows, cols, _ = sizes
+    pixel = tl.arange(0, PIXELS)
+    inside = (j0 + pixel % PART_W < cols) & (i0 + pixel // PART_W % PART_H < rows)
+    return (inside & (n0 + pixel // (PART_W * PART_H) < batch))[None, :]

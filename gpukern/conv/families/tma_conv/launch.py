@@ -37,7 +37,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
     scalars, options = _scalars(request), _options(request, plan)
     grid, constants = (tiles, phases, plan.splits), compile_time(kernels.conv2d_box_kernel, options)
 
-    def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, output, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = output.device
         partial = counters = None
         if workspace:
@@ -49,6 +49,9 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else out.of(residual),
             out.of(output),
             statistics,
+            None if z is None else out.of(z),
+            None if other is None else out.of(other),
+            norm,
             partial,
             counters,
             *scalars,
@@ -57,7 +60,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         launch(kernels.conv2d_box_kernel, grid, device, arguments, constants)
 
     parts = math.prod(plan.own_box) // math.prod(part(plan.own_box))
-    return Launch(run, box_count(p, direction, plan.own_box) * parts if request.epilogue.statistics else 0)
+    return Launch(run, box_count(p, direction, plan.own_box) * phases * parts if request.epilogue.leaves_parts else 0)
 
 
 def _descriptors(request: Request, plan: ConvPlan) -> tuple[Described, Described, Described]:

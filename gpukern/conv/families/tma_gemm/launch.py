@@ -48,7 +48,7 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
     }
     constants = compile_time(kernels.conv2d_gemm_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = out.device
         partial = counters = None
         if workspace:
@@ -60,6 +60,9 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else output.of(residual),
             output.of(out),
             statistics,
+            None if z is None else output.of(z),
+            None if other is None else output.of(other),
+            norm,
             partial,
             counters,
             images,
@@ -70,7 +73,7 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gemm_kernel, (programs, plan.splits), device, arguments, constants)
 
-    return Launch(run, row_tiles(p, plan) * pieces if request.epilogue.statistics else 0)
+    return Launch(run, row_tiles(p, plan) * pieces if request.epilogue.leaves_parts else 0)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
