@@ -15,7 +15,7 @@ from gpukern.conv.request import Epilogue, NormBefore, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._images import strides_of
 from gpukern.ops._reduction.functions import Statistics
-from gpukern.ops._reduction.launch import channels_last_copy, copy_image, merge_statistics
+from gpukern.ops._reduction.launch import channels_last_copy, copy_image, sums_and_deviations, with_workspace
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.refusal import DescriptorRefused
@@ -69,7 +69,7 @@ def conv2d_statistics(
         values = output.to(torch.float32)
         total, pixels = values.sum((0, 2, 3)), max(output.numel() // max(problem.K, 1), 1)
         return output, total, (values - (total / pixels)[:, None, None]).square().sum((0, 2, 3))
-    return output, *merge_statistics(statistics)
+    return output, statistics.sums, statistics.deviations
 
 
 def conv2d_input_grad(
@@ -89,23 +89,24 @@ def conv2d_input_grad_norm(
     negative_slope: float,
     plan: ConvPlan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return (g, parts of its sums fp32 [2, tiles, C]) of :mod:`gpukern.ops.conv_norm_grad`; None if no kernel can.
+    """Return (g, its sums fp32 [2, C]) of :mod:`gpukern.ops.conv_norm_grad`; None if no kernel can.
 
     ``plan`` replaces the chosen one, for tools that try others.
     """
     epilogue = _epilogue(activation, added is not None, False, True)
     prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue, plan)
-    if not prepared.launch.row_tiles:
+    if not prepared.launch.tiles:
         return None
     output = grad.new_empty_strided(prepared.shape, prepared.strides)
+    sums = Statistics(totals=torch.empty((2, problem.C), dtype=torch.float32, device=grad.device))
     try:
-        parts = _write(prepared, output, grad, weight, None, added, negative_slope, norm)
+        written = _write(prepared, output, grad, weight, None, added, negative_slope, sums, norm)
     except DescriptorRefused as refusal:
         if plan is not None:
             raise
         plan_without(prepared.plan, device_spec(grad.device), refusal)
         return conv2d_input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, negative_slope)
-    return None if parts is None else (output, parts)
+    return None if written is None else (output, sums.totals)
 
 
 def conv2d_weight_grad(
@@ -147,10 +148,11 @@ def run(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (output, its statistics fp32 [3, tiles, K] if the launch was prepared to compute them)."""
+    statistics: Statistics | None = None,
+) -> tuple[torch.Tensor, Statistics | None]:
+    """Return the output, and what :func:`write` returns."""
     output = first.new_empty_strided(prepared.shape, prepared.strides)
-    return output, write(prepared, output, first, second, bias, residual, negative_slope)
+    return output, write(prepared, output, first, second, bias, residual, negative_slope, statistics)
 
 
 def write(
@@ -161,8 +163,12 @@ def write(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
-) -> torch.Tensor | None:
+    statistics: Statistics | None = None,
+) -> Statistics | None:
     """Fill ``output``; return its statistics if the launch was prepared to compute them.
+
+    ``statistics``: where to leave them, by default in new memory for sums and deviations. None is returned where
+    nothing was launched: without pixels, or without channels to sum over.
 
     If the driver refuses a descriptor of the plan, a plan of another kernel replaces it; DescriptorRefused if the
     caller chose the plan.
@@ -171,12 +177,12 @@ def write(
         if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
             prepared.launch.run(first, second, output, bias, None, None, negative_slope)
             return None
-        return _write(prepared, output, first, second, bias, residual, negative_slope)
+        return _write(prepared, output, first, second, bias, residual, negative_slope, statistics)
     except DescriptorRefused as problem:
         if prepared.again is None:
             raise
         plan_without(prepared.plan, device_spec(first.device), problem)
-    return write(prepared.again(), output, first, second, bias, residual, negative_slope)
+    return write(prepared.again(), output, first, second, bias, residual, negative_slope, statistics)
 
 
 def _write(
@@ -187,18 +193,20 @@ def _write(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     negative_slope: float,
+    statistics: Statistics | None,
     norm: NormBefore | None = None,
-) -> torch.Tensor | None:
+) -> Statistics | None:
     if output.numel() == 0:
         return None
     if first.numel() == 0:
         # Empty sums: the weight gradient of an empty batch, a linear layer without features.
         _write_empty_sums(prepared, output, bias, residual, negative_slope)
         return None
-    parts = None
-    if prepared.launch.row_tiles:
-        size = (3 if norm is None else 2, prepared.launch.row_tiles, prepared.shape[1])
-        parts = torch.empty(size, dtype=torch.float32, device=first.device)
+    of_launch = prepared.launch
+    if of_launch.tiles:
+        channels = prepared.shape[1]
+        statistics = statistics or sums_and_deviations(channels, first.device)
+        statistics = with_workspace(statistics, channels, first.device, *of_launch.tiles, taken=of_launch.counters)
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
         first = channels_last_copy(first)
@@ -211,22 +219,21 @@ def _write(
         bias = bias.contiguous()  # the only operand that kernels take without strides: it must be contiguous
     residual = _laid_like(residual, written, prepared.written)
     if norm is None:
-        statistics = None if parts is None else Statistics(parts)
-        prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
+        of_launch.run(first, second, written, bias, residual, statistics, negative_slope)
     else:
         z, other = (_laid_like(each, written, prepared.written) for each in (norm.z, norm.other))
-        through = _norm_grad(norm, parts)
-        prepared.launch.run(first, second, written, bias, residual, None, negative_slope, z, other, through)
+        numbers = _norm_grad(norm)
+        of_launch.run(first, second, written, bias, residual, statistics, negative_slope, z, other, numbers)
     if pack_output:
         copy_image(written, output)
-    return parts
+    return statistics
 
 
-def _norm_grad(norm: NormBefore, parts: torch.Tensor | None) -> NormGrad:
+def _norm_grad(norm: NormBefore) -> NormGrad:
     mean, variance, weight, bias = (
         None if t is None else t.contiguous() for t in (norm.mean, norm.variance, norm.weight, norm.bias)
     )
-    return NormGrad(mean, variance, weight, bias, norm.eps, parts)
+    return NormGrad(mean, variance, weight, bias, norm.eps)
 
 
 def _write_empty_sums(

@@ -11,23 +11,22 @@ import triton.language as tl
 
 from gpukern.ops._activation.functions import activation_backward, apply_activation, needs_input
 from gpukern.ops._normalization import affine, load_numbers
+from gpukern.ops._reduction.functions import store_part
 
 
 class NormGrad(NamedTuple):
-    """The batch norm's numbers of each channel, pointers to [C], and where a kernel leaves the sums."""
+    """The batch norm's numbers of each channel: pointers to [C]."""
 
     mean: Any
     variance: Any  # biased
     weight: Any  # or None
     bias: Any  # or None
     eps: Any
-    parts: Any  # fp32 [2, tiles, C]: each tile's Σ g and Σ g·x̂
 
 
 @triton.jit
-def norm_numbers(norm, channel, channels):
+def norm_numbers(norm, channel, valid):
     """Return (mean, 1/σ, weight/σ, bias) of each ``channel``, a tile of any shape."""
-    valid = channel < channels
     variance = load_numbers(norm.variance, channel, valid, 1.0)
     inverse, scale, bias = affine(norm, variance, channel, valid, norm.eps)
     return load_numbers(norm.mean, channel, valid, 0.0), inverse, scale, bias
@@ -61,15 +60,11 @@ def inner_gradient(grad, z, other, numbers, negative_slope, ACTIVATION: tl.const
 
 
 @triton.jit
-def store_norm_sums(g, from_mean, valid, inverse, norm, tile, tiles, channel, channels, AXIS: tl.constexpr):
-    """Write each channel's Σ g and Σ g·x̂ over the tile's ``valid`` pixels, along AXIS; ``g`` is rounded as stored."""
+def store_norm_sums(g, from_mean, valid, inverse, statistics, tile, tiles, channel, channels, AXIS: tl.constexpr):
+    """Write each channel's Σ g and Σ g·x̂ over the tile's ``valid`` pixels, along AXIS; ``g`` is rounded as stored.
+
+    Once all parts of a tile are stored, the program calls ``merge_statistics``.
+    """
     g = tl.where(valid, g, 0.0)
-    store_norm_part(norm, tl.sum(g, AXIS), tl.sum(g * from_mean, AXIS) * inverse, tile, tiles, channel, channels)
-
-
-@triton.jit
-def store_norm_part(norm, sum_g, sum_gx, tile, tiles, channel, channels):
-    """Write what ``tile`` contributes to the sums of its channels; nothing to channels beyond the last."""
-    place = norm.parts + (tile.to(tl.int64) * channels + channel)
-    tl.store(place, sum_g, mask=channel < channels)
-    tl.store(place + tl.cast(tiles, tl.int64) * channels, sum_gx, mask=channel < channels)
+    sum_gx = tl.sum(g * from_mean, AXIS) * inverse
+    store_part(statistics.parts, tl.sum(g, AXIS), sum_gx, None, tile, tiles, channel, channel < channels, channels)

@@ -50,7 +50,7 @@ def prepare_launch(
 
     ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule. ``aligned``:
     whether all tensors start at multiples of 16 bytes. ``plan`` replaces the chosen one, for tools that try others.
-    Where no kernel can go on through a batch norm (``epilogue.norm_grad``) the launch has no ``row_tiles``.
+    Where no kernel can go on through a batch norm (``epilogue.norm_grad``) the launch has no ``tiles``.
     """
     check_kernel_dtype("conv2d", dtype)
     of_first, _, of_output = of_all = shapes(problem, direction)
@@ -80,7 +80,7 @@ def prepare_launch(
         request.output,
         launch,
         epilogue.activation,
-        not (any(plan.pack) or launch.row_tiles or 0 in of_first or 0 in of_output),
+        not (any(plan.pack) or launch.tiles or 0 in of_first or 0 in of_output),
         again,
     )
 

@@ -103,12 +103,24 @@ class Call(NamedTuple):
 Run = Callable[..., None]
 
 
+class Tiles(NamedTuple):
+    """Number of tiles along the pixels and along the channels of an output, and of parts of a tile."""
+
+    rows: int
+    columns: int
+    parts: int = 1
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A kernel's part of :class:`Prepared`. ``row_tiles`` sets of statistics or sums are written, if requested."""
+    """A kernel's part of :class:`Prepared`.
+
+    ``tiles``: of the statistics or sums, if these are requested. ``counters``: how many counters split sums take.
+    """
 
     run: Run
-    row_tiles: int = 0
+    tiles: Tiles | None = None
+    counters: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Functions shared by the batch norm kernels: sizes and addresses of a tile."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,13 +15,6 @@ class Sizes(NamedTuple):
     blocks: object  # tiles of a run
     channel_tiles: object
     pixels: object  # in all
-
-
-class Running(NamedTuple):
-    """Running statistics to be updated, pointers to [C] or None."""
-
-    mean: Any
-    variance: Any
 
 
 @triton.jit

@@ -6,10 +6,12 @@ import torch
 
 from gpukern.conv import ConvProblem, Direction, Epilogue, prepared_for, run
 from gpukern.ops._activation.properties import PROPERTIES
-from gpukern.ops._batch_norm import functions, kernels
+from gpukern.ops._batch_norm import kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
 from gpukern.ops._normalization import Norm
+from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.launch import with_workspace
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
@@ -79,27 +81,25 @@ def batch_norm_training(
     output = empty_like(input)
     tiles = tiles_of(True, input, residual, output)
     chosen = tiles.plan
-    mean, variance = (torch.empty(C, dtype=torch.float32, device=device) for _ in range(2))
+    statistics = _statistics(C, device, running)
+    mean, variance = statistics.mean, statistics.variance
     norm = _norm(mean, variance, weight, bias)
     whole = chosen.splits == 1
-    statistics = None if whole else torch.empty((3, chosen.splits, C), dtype=torch.float32, device=device)
-    pointers = _pointers(running if whole else None)
+    if not whole:
+        statistics = with_workspace(statistics, C, device, chosen.splits, chosen.channel_tiles)
     launch(
         kernels.batch_norm_statistics_kernel,
         (chosen.splits * chosen.channel_tiles,),
         device,
         (
             *(tiles.images if whole else (tiles.images[0], NOTHING, NOTHING)),
-            *(norm, pointers, statistics, tiles.sizes),
-            *(chosen.steps, chosen.steps_per_split, chosen.splits),
-            *(running.momentum if running else 0.0, eps, negative_slope),
+            *(norm, statistics, tiles.sizes),
+            *(chosen.steps, chosen.steps_per_split, chosen.splits, eps, negative_slope),
         ),
         {"WHOLE": whole, "UNROLL": chosen.unroll, "ACTIVATION": activation if whole else "none"} | tiles.options,
     )
-    if statistics is None:
-        _keep(running, pointers)
-    else:
-        _merge(statistics, norm, running)
+    _keep(running, statistics)
+    if not whole:
         _write(output, input, residual, norm, eps, activation, negative_slope)
     return output, mean, variance
 
@@ -118,49 +118,35 @@ def conv2d_batch_norm(
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
-    z, statistics = run(prepared, input, filters, filters_bias)
-    if statistics is None:  # no pixels, or no channels to sum over
+    statistics = _statistics(problem.K, input.device, running)
+    z, made = run(prepared, input, filters, filters_bias, statistics=statistics)
+    if made is None:  # no pixels, or no channels to sum over
         output, mean, variance = batch_norm_training(
             z, weight, bias, residual, eps, activation, negative_slope, running
         )
         return output, z, mean, variance
-    mean, variance = (torch.empty(z.shape[1], dtype=torch.float32, device=z.device) for _ in range(2))
+    _keep(running, statistics)
+    mean, variance = statistics.mean, statistics.variance
     output = empty_like(z)
-    norm = _norm(mean, variance, weight, bias)
-    _merge(statistics, norm, running)
-    _write(output, z, residual, norm, eps, activation, negative_slope)
+    _write(output, z, residual, _norm(mean, variance, weight, bias), eps, activation, negative_slope)
     return output, z, mean, variance
 
 
-def _merge(statistics: torch.Tensor, norm: Norm, running: Running | None) -> None:
-    """Write the mean and the variance of ``norm``, and the running ones, from those of tiles: fp32 [3, tiles, C]."""
-    _, parts, C = statistics.shape
-    pointers = _pointers(running)
-    rows, block = _merge_tile(parts)
-    launch(
-        kernels.batch_norm_merge_kernel,
-        (cdiv(C, block),),
-        statistics.device,
-        (statistics, norm, pointers, parts, C, running.momentum if running else 0.0),
-        {"BLOCK": block, "BLOCK_TILES": rows, "num_warps": 4},
-    )
-    _keep(running, pointers)
-
-
-_NOT_RUNNING = functions.Running(None, None)
-
-
-def _pointers(running: Running | None) -> functions.Running:
+def _statistics(channels: int, device: torch.device, running: Running | None) -> Statistics:
+    """Return memory for mean and variance, and where the kernels update the running ones."""
+    mean, variance = (torch.empty(channels, dtype=torch.float32, device=device) for _ in range(2))
     if running is None:
-        return _NOT_RUNNING
-    return functions.Running(*(_flat(resolved(t)) for t in (running.mean, running.variance)))
+        return Statistics(mean=mean, variance=variance)
+    running_mean, running_variance = (_flat(resolved(tensor)) for tensor in (running.mean, running.variance))
+    return Statistics(None, None, None, mean, variance, running_mean, running_variance, running.momentum)
 
 
-def _keep(running: Running | None, pointers: functions.Running) -> None:
-    """Make what a kernel wrote to ``pointers`` the running statistics."""
+def _keep(running: Running | None, statistics: Statistics) -> None:
+    """Make what a kernel wrote to ``statistics`` the running ones."""
     if running is None:
         return
-    for tensor, written in zip(running, pointers, strict=False):
+    pairs = (running.mean, statistics.running_mean), (running.variance, statistics.running_variance)
+    for tensor, written in pairs:
         if tensor is not written:
             tensor.copy_(written)
         elif not tensor.is_inference():
@@ -313,16 +299,11 @@ def inner_gradient_and_sums(
         }
         | tiles.options,
     )
-    return grad if inner is None else inner, merge_sums(sums)
-
-
-def merge_sums(sums: torch.Tensor) -> torch.Tensor:
-    """Return the sum over the parts of ``sums``, fp32 [2, parts, C]."""
-    if sums.shape[1] == 1:
-        return sums[:, 0]
-    totals = torch.empty_like(sums[:, 0])
-    _merge_sums(sums, totals)
-    return totals
+    totals = sums[:, 0]
+    if chosen.splits > 1:
+        totals = torch.empty_like(totals)
+        _merge_sums(sums, totals)
+    return grad if inner is None else inner, totals
 
 
 # ---- what both share -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import torch
 
 from gpukern.conv import ConvProblem, Direction, Epilogue, NormBefore, prepared_for, run
 from gpukern.conv import conv2d_input_grad_norm as input_grad_norm
-from gpukern.ops._batch_norm.launch import inner_gradient_and_sums, merge_sums
+from gpukern.ops._batch_norm.launch import inner_gradient_and_sums
 
 
 def conv2d_input_grad_norm(
@@ -28,8 +28,7 @@ def conv2d_input_grad_norm(
     norm = NormBefore(z, mean, variance, norm_weight, norm_bias, other, eps)
     found = input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, negative_slope)
     if found is not None:
-        g, parts = found
-        return g, merge_sums(parts)
+        return found
     epilogue = Epilogue(residual=added is not None)
     prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue)
     by_y, _ = run(prepared, grad, weight, None, added)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gpukern.ops._images import Image, image
 from gpukern.ops._reduction import kernels
+from gpukern.ops._reduction.functions import Statistics
 from gpukern.ops._reduction.splits import channel_sum_splits
+from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import index_type, launch
@@ -16,6 +20,8 @@ from gpukern.runtime.tensors import check_kernel_dtype
 _NOTHING = Image(None, 0, 0, 0, 0)
 #: Partial sums that a program has in flight: 16 per thread.
 _LOADS = 2048
+#: The fewest parts of statistics that are worth a step of their own: as many as a program reads at a time.
+_GROUP = 32
 
 
 def channels_last_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,18 +75,30 @@ def add_partial_sums(partial: torch.Tensor, output: torch.Tensor, splits: int) -
     )
 
 
-def merge_statistics(statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum, Σ(y − mean)²) of each channel, fp32 [K], from those of tiles: fp32 [3, tiles, K]."""
-    _, tiles, channels = statistics.shape
-    total, deviations = (torch.empty(channels, dtype=torch.float32, device=statistics.device) for _ in range(2))
-    launch(
-        kernels.merge_statistics_kernel,
-        (cdiv(channels, 32),),
-        statistics.device,
-        (statistics, total, deviations, tiles, channels),
-        {"BLOCK": 32, "BLOCK_TILES": 64, "num_warps": 4},
+def sums_and_deviations(channels: int, device: torch.device) -> Statistics:
+    """Return memory for the sum and Σ(y − mean)² of each channel."""
+    sums, deviations = (torch.empty(channels, dtype=torch.float32, device=device) for _ in range(2))
+    return Statistics(sums=sums, deviations=deviations)
+
+
+def with_workspace(
+    statistics: Statistics, channels: int, device: torch.device, rows: int, columns: int, parts: int = 1, taken: int = 0
+) -> Statistics:
+    """Return ``statistics`` with memory for the parts of rows · columns tiles, each in so many parts, and counters.
+
+    ``taken``: how many counters the launch uses for something else.
+    """
+    group = power_of_two(math.isqrt(rows), _GROUP)
+    groups = cdiv(rows, group)
+    planes = 3 if statistics.totals is None else 2
+    size = planes * (rows * parts + groups) * channels
+    taken = 4 * cdiv(taken, 4)  # whether a pointer is a multiple of 16 bytes is compiled in
+    counters = zeroed_counters(taken + columns * (groups + 1), device)
+    return statistics._replace(
+        parts=torch.empty(size, dtype=torch.float32, device=device),
+        counters=counters[taken:] if taken else counters,
+        group=group,
     )
-    return total, deviations
 
 
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:

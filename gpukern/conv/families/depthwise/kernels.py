@@ -15,9 +15,9 @@ Rows and columns are walked alike, along an ``Axis`` of ``plan.py``.
 import triton
 import triton.language as tl
 
-from gpukern.conv.epilogue import store_part
-from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_part
+from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._reduction.functions import merge_statistics, store_part
 
 # ---- along one axis: an Axis of plan.py ----------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ def store_moments(moments, statistics, tile, tiles, k, channels, PLANES: tl.cons
     own = tl.maximum(count, 1.0)
     apart = tl.where(count > 0.0, origin + differences / own - mean, 0.0)
     deviations = over_pixels(squares - differences * differences / own + count * apart * apart, PLANES)
-    store_part(statistics, sums, deviations, n, tile, tiles, k, channels)
+    store_part(statistics.parts, sums, deviations, n, tile, tiles, k, k < channels, channels)
 
 
 # ---- forward and input gradient ------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def conv2d_depthwise_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual,  # Image like out, or None
     out,  # Image: y, or ∂L/∂x
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, of totals with a norm; or None
     z,  # Image like out, with
     other,  # Image like out or None, and
     norm,  # NormGrad; or all None
@@ -303,10 +303,10 @@ def conv2d_depthwise_kernel(
             residual, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN, INDEX
         )
     OUT_SHAPE: tl.constexpr = (SHAPE[0], SHAPE[1], 2) if OUT_PAIRS else SHAPE
-    if statistics is not None:
+    if statistics is not None and norm is None:
         moments = no_moments(OUT_SHAPE)
     if norm is not None:
-        own_numbers = norm_numbers(norm, k, channels)
+        own_numbers = norm_numbers(norm, k, k < channels)
         numbers = along_pixels(own_numbers, 2) if OUT_PAIRS else own_numbers
         z_places, _, _ = walk(
             z, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN, INDEX
@@ -358,7 +358,7 @@ def conv2d_depthwise_kernel(
                     g = tl.where(ok[j], y.to(tl.float32), 0.0)
                     sum_g += g
                     sum_gx += g * from_mean
-                if statistics is not None:
+                if statistics is not None and norm is None:
                     moments = add_moments(moments, y.to(tl.float32), ok[j], (t == WARM_UP) & (a + j == 0))
         out_row += DONE * AXIS_H.out_pitch
         places += DONE * out_step_h
@@ -369,10 +369,13 @@ def conv2d_depthwise_kernel(
             if other is not None:
                 other_places += DONE * out_step_h
         sums = sums[DONE * COLS :] + zeros(DONE * COLS, SHAPE)
-    tiles = tl.num_programs(0) // channel_blocks
     if statistics is not None:
-        store_moments(moments, statistics, tile, tiles, k, channels, PLANES)
-    if norm is not None:
-        total_g = over_pixels(sum_g, PLANES)
-        total_gx = over_pixels(sum_gx, PLANES) * own_numbers[1]
-        store_norm_part(norm, total_g, total_gx, tile, tiles, k, channels)
+        tiles = tl.num_programs(0) // channel_blocks
+        if norm is not None:
+            total_g = over_pixels(sum_g, PLANES)
+            total_gx = over_pixels(sum_gx, PLANES) * own_numbers[1]
+            store_part(statistics.parts, total_g, total_gx, None, tile, tiles, k, k < channels, channels)
+        else:
+            store_moments(moments, statistics, tile, tiles, k, channels, PLANES)
+        block = tl.program_id(0) % channel_blocks
+        merge_statistics(statistics, tile, tiles, block, block * BLOCK_C, channels, channels, BLOCK_C)

@@ -12,7 +12,7 @@ from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Shape, Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.launcher import compile_time, index_type, launch
@@ -70,7 +70,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, constants)
 
-    return Launch(run, cut.tiles if request.epilogue.leaves_parts else 0)
+    return Launch(run, Tiles(cut.tiles, cut.channel_blocks) if request.epilogue.leaves_parts else None)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:

@@ -15,6 +15,7 @@ from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, s
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._pixels import split_pixel
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def conv2d_block_diagonal_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, of totals with a norm; or None
     z_ptr,  # laid out like out, with
     other_ptr,  # laid out like out or None, and
     norm,  # NormGrad; or all None
@@ -167,7 +168,7 @@ def conv2d_block_diagonal_kernel(
         acc += tl.load(residual_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
     channels = sizes.groups * COLUMNS
     if norm is not None:
-        numbers = norm_numbers(norm, column, channels)
+        numbers = norm_numbers(norm, column, column_ok)
         z = tl.load(z_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
         other = None
         if other_ptr is not None:
@@ -178,11 +179,12 @@ def conv2d_block_diagonal_kernel(
     y = y.to(out.ptr.dtype.element_ty)
     tl.store(out.ptr + place, y, mask=out_ok)
     if statistics is not None:
-        tiles = tl.num_programs(0) // num_n
-        store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, tiles, column, channels, AXIS=0)
-    if norm is not None:
-        rows = tl.num_programs(0) // num_n
-        tile = tl.program_id(1) * rows + pid_m
-        tiles = tl.num_programs(1) * rows
-        g = y.to(tl.float32)
-        store_norm_sums(g, from_mean, pixel_ok, numbers[1], norm, tile, tiles, column, channels, AXIS=0)
+        row_tiles = tl.num_programs(0) // num_n
+        row = tl.program_id(1) * row_tiles + pid_m
+        rows = tl.num_programs(1) * row_tiles
+        if norm is not None:
+            g = y.to(tl.float32)
+            store_norm_sums(g, from_mean, pixel_ok, numbers[1], statistics, row, rows, column, channels, AXIS=0)
+        else:
+            store_statistics(y.to(tl.float32), pixel_ok, statistics, row, rows, column, channels, AXIS=0)
+        merge_statistics(statistics, row, rows, pid_n, pid_n * BLOCK_N, channels, channels, BLOCK_N)

@@ -9,7 +9,7 @@ from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
 from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
@@ -60,4 +60,4 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_block_diagonal_kernel, (rows * cols, phases), out.device, arguments, constants)
 
-    return Launch(run, rows * phases if request.epilogue.leaves_parts else 0)
+    return Launch(run, Tiles(rows * phases, cols) if request.epilogue.leaves_parts else None)

@@ -13,6 +13,7 @@ from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, s
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._pixels import split_pixel
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -22,7 +23,7 @@ def conv2d_gather_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, of totals with a norm; or None
     z_ptr,  # laid out like out, with
     other_ptr,  # laid out like out or None, and
     norm,  # NormGrad; or all None
@@ -222,6 +223,7 @@ def conv2d_gather_kernel(
                 r = tl.where(next_row, r + 1, r)
 
     out_channel = group * sizes.columns + column
+    last = True
     if SPLITS > 1:
         tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
         acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS)
@@ -244,10 +246,7 @@ def conv2d_gather_kernel(
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
     if norm is not None:
-        channels = sizes.columns * sizes.groups
-        # Where there is nothing to write the channel is one too far.
-        channel = tl.where(column_ok, out_channel, channels)
-        numbers = norm_numbers(norm, channel, channels)
+        numbers = norm_numbers(norm, out_channel, column_ok)
         z = tl.load(z_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
         other = None
         if other_ptr is not None:
@@ -263,13 +262,16 @@ def conv2d_gather_kernel(
         channels = sizes.columns * sizes.groups
         # Where there is nothing to write the channel is one too far.
         channel = tl.where(column_ok, out_channel, channels)
-        if SPLITS > 1:
-            channel = tl.where(last, channel, channels)
-        store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, num_m, channel, channels, AXIS=0)
-    if norm is not None:
-        if SPLITS > 1:
-            channel = tl.where(last, channel, channels)
-        tile = phase * num_m + pid_m
-        tiles = tl.num_programs(2) // SPLITS * num_m
-        g = y.to(tl.float32)
-        store_norm_sums(g, from_mean, pixel_ok, numbers[1], norm, tile, tiles, channel, channels, AXIS=0)
+        if last:
+            row = phase * num_m + pid_m
+            rows = tl.num_programs(2) // SPLITS * num_m
+            if norm is not None:
+                g = y.to(tl.float32)
+                store_norm_sums(g, from_mean, pixel_ok, numbers[1], statistics, row, rows, channel, channels, AXIS=0)
+            else:
+                store_statistics(y.to(tl.float32), pixel_ok, statistics, row, rows, channel, channels, AXIS=0)
+            first = group * sizes.columns
+            column_tile = group * tl.cdiv(columns, BLOCK_N) + pid_n
+            merge_statistics(
+                statistics, row, rows, column_tile, first + pid_n * BLOCK_N, first + columns, channels, BLOCK_N
+            )

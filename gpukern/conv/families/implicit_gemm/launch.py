@@ -14,7 +14,7 @@ from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.integers import cdiv
@@ -80,9 +80,10 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
-    return Launch(
-        run, cdiv(gemm.M, plan.block_m) * tiled_pixels(p, request.direction)[1] if request.epilogue.leaves_parts else 0
-    )
+    # Tiles along the pixels of every phase; an empty batch has none.
+    rows = max(cdiv(gemm.M, plan.block_m) * tiled_pixels(p, request.direction)[1], 1)
+    of_statistics = Tiles(rows, tiles // rows) if request.epilogue.leaves_parts else None
+    return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:

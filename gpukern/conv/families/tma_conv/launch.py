@@ -21,7 +21,7 @@ from gpukern.conv.families.tma_conv.plan import (
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import compile_time, launch
@@ -59,8 +59,9 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_box_kernel, grid, device, arguments, constants)
 
-    parts = math.prod(plan.own_box) // math.prod(part(plan.own_box))
-    return Launch(run, box_count(p, direction, plan.own_box) * phases * parts if request.epilogue.leaves_parts else 0)
+    parts, boxes = math.prod(plan.own_box) // math.prod(part(plan.own_box)), box_count(p, direction, plan.own_box)
+    of_statistics = Tiles(boxes * phases, tiles // boxes, parts) if request.epilogue.leaves_parts else None
+    return Launch(run, of_statistics, counters=tiles * phases if workspace else 0)
 
 
 def _descriptors(request: Request, plan: ConvPlan) -> tuple[Described, Described, Described]:

@@ -14,6 +14,7 @@ from gpukern.conv.epilogue import add_splits, store_statistics
 from gpukern.conv.indexing import tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -23,7 +24,7 @@ def conv2d_gemm_kernel(
     bias_ptr,  # [columns] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [pixels, K], with PLANES [N, K, pixels], a box of BLOCK_M / PARTS pixels; or of ∂L/∂x
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, of totals with a norm; or None
     z,  # descriptor like out, with
     other,  # descriptor like out or None, and
     norm,  # NormGrad; or all None
@@ -98,6 +99,8 @@ def conv2d_gemm_kernel(
                     PLANES,
                     ACTIVATION,
                 )
+            if statistics is not None:
+                merge_statistics(statistics, pid_m, num_m, pid_n, column, columns, columns, BLOCK_N, PARTS)
 
 
 @triton.jit
@@ -129,7 +132,7 @@ def _finish(
     if residual is not None:
         acc += _load_like_out(residual, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
     if norm is not None:
-        numbers = norm_numbers(norm, channel, columns)
+        numbers = norm_numbers(norm, channel, channel < columns)
         values = _load_like_out(z, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
         kept = None
         if other is not None:
@@ -142,12 +145,13 @@ def _finish(
         out.store([image, column, pixel], y.reshape(1, BLOCK_N, BLOCK_M))
     else:
         out.store([pixel, column], y.T)
-    valid = (pixel + tl.arange(0, BLOCK_M) < pixels)[None, :]
     if statistics is not None:
-        store_statistics(y.to(tl.float32), valid, statistics, row_tile, row_tiles, channel, columns, AXIS=1)
-    if norm is not None:
-        g = y.to(tl.float32)
-        store_norm_sums(g, from_mean, valid, numbers[1], norm, row_tile, row_tiles, channel, columns, AXIS=1)
+        valid = (pixel + tl.arange(0, BLOCK_M) < pixels)[None, :]
+        if norm is not None:
+            g = y.to(tl.float32)
+            store_norm_sums(g, from_mean, valid, numbers[1], statistics, row_tile, row_tiles, channel, columns, AXIS=1)
+        else:
+            store_statistics(y.to(tl.float32), valid, statistics, row_tile, row_tiles, channel, columns, AXIS=1)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from gpukern.conv.families.tma_gemm.plan import matrices, parts, persistent, row
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.layouts import Shape, Strides, pixel_stride
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import strides_of
 from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
 from gpukern.runtime.descriptor import Described, whole_run
@@ -73,7 +73,9 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gemm_kernel, (programs, plan.splits), device, arguments, constants)
 
-    return Launch(run, row_tiles(p, plan) * pieces if request.epilogue.leaves_parts else 0)
+    rows = row_tiles(p, plan)
+    of_statistics = Tiles(rows, tiles // rows, pieces) if request.epilogue.leaves_parts else None
+    return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
