@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gpukern.conv.families.family import Family
+from gpukern.conv.families.family import Family, few_sums
 from gpukern.conv.geometry import dimensions, gemm_mnk, phases
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -213,17 +213,11 @@ def _steps(p: ConvProblem, direction: Direction, block_k: int) -> list[int]:
     return [n * cdiv(gemm_mnk(p, direction).K, block_k) for n in taps]
 
 
-def _takes_norm_grad(plan: ConvPlan, activation: str) -> bool:
-    """Whether its epilogue fits the registers: found by compiling for sm_90. More sums spill with some activation; so
-    do as many beside the addresses of partial sums, or beside the derivative of gelu, the longest of all."""
-    return plan.sums_per_thread <= (32 if plan.splits > 1 or activation == "gelu" else 64)
-
-
 FAMILY = Family(
     name="tma_conv",
     candidates=candidates,
     tiles=tiles,
-    takes_norm_grad=_takes_norm_grad,
+    takes_norm_grad=few_sums,
     main_loop_efficiency={Variant.BOX: 0.95},
     can_pool=True,
     uses_descriptors=True,

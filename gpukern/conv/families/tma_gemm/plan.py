@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gpukern.conv.families.family import Family
+from gpukern.conv.families.family import Family, few_sums
 from gpukern.conv.families.splits import grad_splits
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
@@ -203,17 +203,11 @@ def _shared_memory(plan: ConvPlan, itemsize: int, direction: Direction) -> int:
     return (operands + result if persistent(plan) else max(operands, result)) + _BESIDE_BUFFERS
 
 
-def _takes_norm_grad(plan: ConvPlan, activation: str) -> bool:
-    """Whether its epilogue fits the registers: found by compiling for sm_90. More sums spill with some activation; so
-    do as many beside the addresses of partial sums, or beside the derivative of gelu, the longest of all."""
-    return plan.sums_per_thread <= (32 if plan.splits > 1 or activation == "gelu" else 64)
-
-
 FAMILY = Family(
     name="tma_gemm",
     candidates=candidates,
     tiles=tiles,
-    takes_norm_grad=_takes_norm_grad,
+    takes_norm_grad=few_sums,
     main_loop_efficiency={Variant.GEMM: 1.0},
     uses_descriptors=True,
 )
