@@ -6,9 +6,10 @@ import torch
 
 from gpukern.conv import ConvProblem, Direction, Epilogue, prepared_for, run
 from gpukern.ops._activation.properties import PROPERTIES
-from gpukern.ops._batch_norm import functions, kernels
+from gpukern.ops._batch_norm import kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
+from gpukern.ops._normalization import Norm
 from gpukern.ops._reduction.functions import Statistics
 from gpukern.ops._reduction.launch import with_workspace
 from gpukern.runtime.integers import cdiv, power_of_two
@@ -46,7 +47,7 @@ def _write(
     output: torch.Tensor,
     input: torch.Tensor,
     residual: torch.Tensor | None,
-    norm: functions.Norm,
+    norm: Norm,
     eps: float,
     activation: str,
     negative_slope: float,
@@ -338,10 +339,10 @@ def inner_gradient_and_sums(
         }
         | tiles.options,
     )
-    if chosen.splits == 1:
-        return grad if inner is None else inner, sums[:, 0]
-    totals = torch.empty_like(sums[:, 0])
-    _merge_sums(sums, totals)
+    totals = sums[:, 0]
+    if chosen.splits > 1:
+        totals = torch.empty_like(totals)
+        _merge_sums(sums, totals)
     return grad if inner is None else inner, totals
 
 
@@ -353,8 +354,8 @@ def _norm(
     variance: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-) -> functions.Norm:
-    return functions.Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
+) -> Norm:
+    return Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

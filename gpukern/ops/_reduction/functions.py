@@ -27,6 +27,9 @@ class Statistics(NamedTuple):
     momentum: Any = 0.0
     sums: Any = None  # fp32 [channels], and
     deviations: Any = None  # Σ(y − mean)², instead of mean and variance
+    totals: Any = (
+        None  # fp32 [2, channels], instead of all these: parts [2, tiles, channels] are two sums, plainly added
+    )
 
 
 @triton.jit
@@ -47,12 +50,30 @@ def is_last(counter_ptr, programs):
 
 @triton.jit
 def store_part(parts, total, deviations, count, tile, tiles, channel, valid, channels):
-    """Write the statistics of one tile, or of one group, to ``parts`` [3, tiles, channels]."""
+    """Write the statistics of one tile, or of one group, to ``parts`` [3, tiles, channels]; [2, ...] without a count.
+
+    Those are two sums.
+    """
     place = parts + (tile.to(tl.int64) * channels + channel)
     plane = tl.cast(tiles, tl.int64) * channels
     tl.store(place, total, mask=valid)
     tl.store(place + plane, deviations, mask=valid)
-    tl.store(place + 2 * plane, count, mask=valid)
+    if count is not None:
+        tl.store(place + 2 * plane, count, mask=valid)
+
+
+@triton.jit
+def added_parts(parts, first, end, tiles, channel, valid, channels, row):
+    """Both sums of the tiles from ``first`` to ``end``, fp32 [1, channels]; ``row`` is [rows, 1]."""
+    plane = tl.cast(tiles, tl.int64) * channels
+    a = 0.0 * channel.to(tl.float32)
+    b = a
+    for start in range(first, end, row.shape[0]):
+        inside = (start + row < end) & valid
+        place = parts + ((start + row).to(tl.int64) * channels + channel)
+        a += tl.sum(tl.load(place, mask=inside, other=0.0), axis=0, keep_dims=True)
+        b += tl.sum(tl.load(place + plane, mask=inside, other=0.0), axis=0, keep_dims=True)
+    return a, b
 
 
 @triton.jit
@@ -82,6 +103,16 @@ def merged_parts(parts, first, end, tiles, channel, valid, channels, row):
         total += new_total
         count += new_count
     return total, deviations, count
+
+
+@triton.jit
+def merged(statistics, parts, first, end, tiles, channel, valid, channels, row):
+    """:func:`merged_parts`, or :func:`added_parts` and None where only totals are wanted."""
+    if statistics.totals is not None:
+        a, b = added_parts(parts, first, end, tiles, channel, valid, channels, row)
+        return a, b, None
+    else:
+        return merged_parts(parts, first, end, tiles, channel, valid, channels, row)
 
 
 @triton.jit
@@ -137,6 +168,7 @@ def merge_in_groups(
 ):  # fmt: skip
     """:func:`merge_statistics` with ranges of the caller's layouts."""
     LANES: tl.constexpr = lane.shape[1]
+    PLANES: tl.constexpr = 3 if statistics.totals is None else 2
     groups = tl.cdiv(rows, statistics.group)
     group = row // statistics.group
     begin = group * statistics.group
@@ -149,12 +181,12 @@ def merge_in_groups(
         members *= PARTS
         last = groups == 1
         if groups > 1:
-            of_groups = parts + 3 * tiles.to(tl.int64) * channels
+            of_groups = parts + PLANES * tiles.to(tl.int64) * channels
             for start in range(0, BLOCK, LANES):
                 channel = first + start + lane
                 valid = channel < end
-                total, deviations, count = merged_parts(
-                    parts, begin, begin + members, tiles, channel, valid, channels, part
+                total, deviations, count = merged(
+                    statistics, parts, begin, begin + members, tiles, channel, valid, channels, part
                 )
                 store_part(of_groups, total, deviations, count, group, groups, channel, valid, channels)
             last = is_last(counters + groups, groups)
@@ -166,10 +198,13 @@ def merge_in_groups(
             for start in range(0, BLOCK, LANES):
                 channel = first + start + lane
                 valid = channel < end
-                total, deviations, count = merged_parts(
-                    parts, begin, begin + members, tiles, channel, valid, channels, part
+                total, deviations, count = merged(
+                    statistics, parts, begin, begin + members, tiles, channel, valid, channels, part
                 )
-                if statistics.sums is not None:
+                if statistics.totals is not None:
+                    tl.store(statistics.totals + channel, total, mask=valid)
+                    tl.store(statistics.totals + channels + channel, deviations, mask=valid)
+                elif statistics.sums is not None:
                     tl.store(statistics.sums + channel, total, mask=valid)
                     tl.store(statistics.deviations + channel, deviations, mask=valid)
                 else:

@@ -90,7 +90,8 @@ def with_workspace(
     """
     group = power_of_two(math.isqrt(rows), _GROUP)
     groups = cdiv(rows, group)
-    size = 3 * (rows * parts + groups) * channels
+    planes = 3 if statistics.totals is None else 2
+    size = planes * (rows * parts + groups) * channels
     taken = 4 * cdiv(taken, 4)  # whether a pointer is a multiple of 16 bytes is compiled in
     counters = zeroed_counters(taken + columns * (groups + 1), device)
     return statistics._replace(

@@ -9,7 +9,7 @@ from gpukern.conv.families.filters import filter_strides, tap_options, window_op
 from gpukern.conv.families.implicit_gemm import kernels, weight_kernels
 from gpukern.conv.families.implicit_gemm.plan import grid
 from gpukern.conv.families.split_k import split_k_workspace
-from gpukern.conv.geometry import gemm_mnk
+from gpukern.conv.geometry import gemm_mnk, tiled_pixels
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
@@ -56,7 +56,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     workspace = split_k_workspace(plan, tiles)
     constants = compile_time(kernels.conv2d_gather_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = out.device
         partial = counters = None
         if workspace:
@@ -68,6 +68,9 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
             residual,
             Image(out, *output),
             statistics,
+            z,
+            other,
+            norm,
             partial,
             counters,
             sizes,
@@ -77,8 +80,9 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
-    rows = max(cdiv(gemm.M, plan.block_m), 1)  # an empty batch has none
-    of_statistics = Tiles(rows, tiles // rows) if request.epilogue.statistics else None
+    # Tiles along the pixels of every phase; an empty batch has none.
+    rows = max(cdiv(gemm.M, plan.block_m) * tiled_pixels(p, request.direction)[1], 1)
+    of_statistics = Tiles(rows, tiles // rows) if request.epilogue.leaves_parts else None
     return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 

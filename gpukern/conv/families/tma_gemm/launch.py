@@ -48,7 +48,7 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
     }
     constants = compile_time(kernels.conv2d_gemm_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = out.device
         partial = counters = None
         if workspace:
@@ -60,6 +60,9 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else output.of(residual),
             output.of(out),
             statistics,
+            None if z is None else output.of(z),
+            None if other is None else output.of(other),
+            norm,
             partial,
             counters,
             images,
@@ -71,7 +74,7 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
         launch(kernels.conv2d_gemm_kernel, (programs, plan.splits), device, arguments, constants)
 
     rows = row_tiles(p, plan)
-    of_statistics = Tiles(rows, tiles // rows, pieces) if request.epilogue.statistics else None
+    of_statistics = Tiles(rows, tiles // rows, pieces) if request.epilogue.leaves_parts else None
     return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 
