@@ -9,16 +9,11 @@ from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm import functions, kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
-from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import with_workspace
-from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
 from gpukern.runtime.tensors import check_kernel_dtype
-
-#: Partial results that a merging program has in flight: 16 per thread.
-_LOADS = 2048
-
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -198,7 +193,10 @@ def batch_norm_backward(
     whole = splits == 1 or not needs_sums
     later = training and wants_input and not whole
     norm = _norm(mean, variance, weight, bias)
-    sums = None if whole else torch.empty((2, splits, C), dtype=torch.float32, device=device)
+    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
+    sums = Sums(totals=totals, grad_bias=grad_bias, grad_weight=grad_weight) if needs_sums else None
+    if sums and not whole:
+        sums = with_workspace(sums, C, device, splits, chosen.channel_tiles, sums=2)
     launch(
         kernels.batch_norm_backward_kernel,
         (splits * chosen.channel_tiles,),
@@ -207,7 +205,6 @@ def batch_norm_backward(
             *(first, x, kept, inner_image, NOTHING if later else out_image),
             norm,
             sums,
-            *((grad_weight, grad_bias) if whole else (None, None)),
             tiles.sizes,
             *(chosen.steps, each, splits),
             eps,
@@ -222,17 +219,6 @@ def batch_norm_backward(
             "NEEDS_INPUT": needs_input,
         }
         | tiles.options,
-    )
-    if whole:
-        return results
-    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
-    rows, block = _merge_tile(splits)
-    launch(
-        kernels.batch_norm_backward_merge_kernel,
-        (cdiv(C, block),),
-        device,
-        (sums, totals, grad_weight, grad_bias, splits, C),
-        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
     )
     if later:
         if inner is not None:
@@ -263,9 +249,3 @@ def _norm(
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` contiguous, as kernels take these operands, and only these, without strides."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _merge_tile(parts: int) -> tuple[int, int]:
-    """Return the (parts, channels) that a merging program reads at a time."""
-    rows = power_of_two(parts, 1, 512)
-    return rows, min(32, _LOADS // rows)

@@ -213,7 +213,7 @@ def store_moments(moments, statistics, tile, tiles, k, channels, PLANES: tl.cons
     own = tl.maximum(count, 1.0)
     apart = tl.where(count > 0.0, origin + differences / own - mean, 0.0)
     deviations = over_pixels(squares - differences * differences / own + count * apart * apart, PLANES)
-    store_part(statistics.parts, sums, deviations, n, tile, tiles, k, k < channels, channels)
+    store_part(statistics.parts, (sums, deviations, n), tile, tiles, k, k < channels, channels)
 
 
 # ---- forward and input gradient ------------------------------------------------------------------------------------
