@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Epilogue, NormBefore, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._images import strides_of
-from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import channels_last_copy, copy_image, sums_and_deviations, with_workspace
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision
@@ -104,7 +105,7 @@ def conv2d_input_grad_norm(
     if not prepared.launch.tiles:
         return None
     output = grad.new_empty_strided(prepared.shape, prepared.strides)
-    sums = Statistics(totals=torch.empty((2, problem.C), dtype=torch.float32, device=grad.device))
+    sums = Sums(totals=torch.empty((2, problem.C), dtype=torch.float32, device=grad.device))
     try:
         written = _write(prepared, output, grad, weight, None, added, negative_slope, sums, norm)
     except DescriptorRefused as refusal:
@@ -199,9 +200,9 @@ def _write(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     negative_slope: float,
-    statistics: Statistics | None,
+    statistics: Any,
     norm: NormBefore | None = None,
-) -> Statistics | None:
+) -> Any:
     if output.numel() == 0:
         return None
     if first.numel() == 0:
@@ -211,8 +212,12 @@ def _write(
     of_launch = prepared.launch
     if of_launch.tiles:
         channels = prepared.shape[1]
+        # Statistics, or Sums where a norm is.
         statistics = statistics or sums_and_deviations(channels, first.device)
-        statistics = with_workspace(statistics, channels, first.device, *of_launch.tiles, taken=of_launch.counters)
+        rows, columns, parts = of_launch.tiles
+        numbers = 3 if norm is None else 2
+        taken = of_launch.counters
+        statistics = with_workspace(statistics, channels, first.device, rows, columns, parts, taken, numbers)
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
         first = channels_last_copy(first)
@@ -228,8 +233,7 @@ def _write(
         of_launch.run(first, second, written, bias, residual, statistics, negative_slope)
     else:
         z, other = (_laid_like(each, written, prepared.written) for each in (norm.z, norm.other))
-        numbers = _norm_grad(norm)
-        of_launch.run(first, second, written, bias, residual, statistics, negative_slope, z, other, numbers)
+        of_launch.run(first, second, written, bias, residual, statistics, negative_slope, z, other, _norm_grad(norm))
     if pack_output:
         copy_image(written, output)
     return statistics

@@ -10,16 +10,11 @@ from gpukern.ops._batch_norm import kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
 from gpukern.ops._normalization import Norm
-from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import with_workspace
-from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
 from gpukern.runtime.tensors import check_kernel_dtype
-
-#: Partial results that a merging program has in flight: 16 per thread.
-_LOADS = 2048
-
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -211,7 +206,10 @@ def batch_norm_backward(
     whole = splits == 1 or not needs_sums
     later = training and wants_input and not whole
     norm = _norm(mean, variance, weight, bias)
-    sums = None if whole else torch.empty((2, splits, C), dtype=torch.float32, device=device)
+    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
+    sums = Sums(totals=totals, grad_bias=grad_bias, grad_weight=grad_weight) if needs_sums else None
+    if sums and not whole:
+        sums = with_workspace(sums, C, device, splits, chosen.channel_tiles, sums=2)
     launch(
         kernels.batch_norm_backward_kernel,
         (splits * chosen.channel_tiles,),
@@ -220,7 +218,6 @@ def batch_norm_backward(
             *(first, x, kept, inner_image, NOTHING if later else out_image),
             norm,
             sums,
-            *((grad_weight, grad_bias) if whole else (None, None)),
             tiles.sizes,
             *(chosen.steps, each, splits),
             eps,
@@ -236,10 +233,6 @@ def batch_norm_backward(
         }
         | tiles.options,
     )
-    if sums is None:
-        return results
-    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
-    _merge_sums(sums, totals, grad_weight, grad_bias)
     if later:
         if inner is not None:
             grad, other, activation, needs_input = inner, None, "none", False
@@ -282,24 +275,6 @@ def gradients_from_sums(
     return out, grad_weight, grad_bias
 
 
-def _merge_sums(
-    sums: torch.Tensor,
-    totals: torch.Tensor | None,
-    grad_weight: torch.Tensor | None = None,
-    grad_bias: torch.Tensor | None = None,
-) -> None:
-    """Add up the splits' ``sums`` [2, splits, C] into ``totals`` [2, C] and the gradients [C], each if there is one."""
-    _, splits, C = sums.shape
-    rows, block = _merge_tile(splits)
-    launch(
-        kernels.batch_norm_backward_merge_kernel,
-        (cdiv(C, block),),
-        sums.device,
-        (sums, totals, grad_weight, grad_bias, splits, C),
-        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
-    )
-
-
 def inner_gradient_and_sums(
     grad: torch.Tensor,
     input: torch.Tensor,
@@ -319,14 +294,16 @@ def inner_gradient_and_sums(
     inner = None if activation == "none" else torch.empty_like(grad)
     tiles = tiles_of(True, grad, input, other, inner)
     chosen = tiles.plan
-    sums = torch.empty((2, chosen.splits, input.shape[1]), dtype=torch.float32, device=grad.device)
+    C, device = input.shape[1], grad.device
+    totals = torch.empty((2, C), dtype=torch.float32, device=device)
+    sums = with_workspace(Sums(totals=totals), C, device, chosen.splits, chosen.channel_tiles, sums=2)
     launch(
         kernels.batch_norm_backward_kernel,
         (chosen.splits * chosen.channel_tiles,),
         grad.device,
         (
             *(*tiles.images, NOTHING),
-            *(_norm(mean, variance, weight, bias), sums, None, None, tiles.sizes),
+            *(_norm(mean, variance, weight, bias), sums, tiles.sizes),
             *(chosen.steps, chosen.steps_per_split, chosen.splits),
             *(eps, negative_slope),
         ),
@@ -339,10 +316,6 @@ def inner_gradient_and_sums(
         }
         | tiles.options,
     )
-    totals = sums[:, 0]
-    if chosen.splits > 1:
-        totals = torch.empty_like(totals)
-        _merge_sums(sums, totals)
     return grad if inner is None else inner, totals
 
 
@@ -361,9 +334,3 @@ def _norm(
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` contiguous, as kernels take these operands, and only these, without strides."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _merge_tile(parts: int) -> tuple[int, int]:
-    """Return the (parts, channels) that a merging program reads at a time."""
-    rows = power_of_two(parts, 1, 512)
-    return rows, min(32, _LOADS // rows)
