@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from triton.compiler import CompilationError
 
 from gpukern.runtime.compile_only import Launch
 
@@ -74,6 +75,10 @@ def _tensors(argument: Any) -> Iterator[torch.Tensor]:
         yield argument
 
 
+class KernelError(RuntimeError):
+    """The code of a kernel cannot be made or understood."""
+
+
 class AccessFinder:
     """Finds the accesses of launches, once for all that compile to the same code."""
 
@@ -83,14 +88,21 @@ class AccessFinder:
     def __call__(self, launch: Launch) -> Accesses:
         key = launch.key
         if key not in self._found:
-            self._found[key] = accesses(launch.first_ir())
+            try:
+                self._found[key] = accesses(launch.first_ir())
+            except (CompilationError, KernelError) as error:
+                raise KernelError(f"{launch.kernel}: {_innermost(error)}") from error
         return self._found[key]
+
+
+def _innermost(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _innermost(error.__cause__)
 
 
 def accesses(text: str) -> Accesses:
     """Which of the pointers and descriptors that the kernel takes, by position, its code reads and writes.
 
-    RuntimeError for code that this reader does not understand.
+    :class:`KernelError` for code that this reader does not understand.
     """
     lines = [line.strip() for line in text.splitlines()]
     start = next(i for i, line in enumerate(lines) if line.startswith("tt.func public"))
@@ -116,7 +128,7 @@ def accesses(text: str) -> Accesses:
         if operation in READS | WRITES | BOTH:
             at = sources.get(operands[0], set())
             if not at:
-                raise RuntimeError(f"no argument of the kernel is known to be where this points: {line}")
+                raise KernelError(f"no argument of the kernel is known to be where this points: {line}")
             reads |= at if operation not in WRITES else set()
             writes |= at if operation not in READS else set()
         elif operation in _MOVES:
@@ -131,7 +143,7 @@ def accesses(text: str) -> Accesses:
         elif operation == "ttg.warp_specialize":
             captured = _VALUE.findall(rest.split(")")[0])
         elif operation in ("tt.call", "scf.while", "cf.br", "cf.cond_br"):
-            raise RuntimeError(f"{operation} may pass a pointer on: {line}")
+            raise KernelError(f"{operation} may pass a pointer on: {line}")
         if opens:
             blocks.append(result if operation == "scf.if" else None)
     return Accesses(frozenset(reads), frozenset(writes))
