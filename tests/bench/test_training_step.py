@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from bench.training_step import __main__ as command
 from bench.training_step.count import Activations, Touched
 from bench.training_step.operators import passes
-from gpukern.runtime.accesses import Accesses, KernelError, accesses
+from gpukern.runtime.accesses import Accesses, KernelError, find_accesses
 
 aten = torch.ops.aten
 
@@ -126,7 +126,9 @@ def test_bad_options_are_refused(wrong):
 
 
 def kernel(body: str, arguments: str = "%a: !tt.ptr<f16> {tt.divisibility = 16 : i32}, %n: i32, %b: !tt.ptr<f16>"):
-    return accesses(f"module {{\n  tt.func public @k({arguments}) attributes {{noinline = false}} {{\n{body}\n  }}\n}}")
+    return find_accesses(
+        f"module {{\n  tt.func public @k({arguments}) attributes {{noinline = false}} {{\n{body}\n  }}\n}}"
+    )
 
 
 def test_accesses_of_pointers_and_descriptors():
@@ -183,7 +185,21 @@ def test_code_that_the_reader_does_not_follow_is_an_error():
     with pytest.raises(KernelError, match="no argument"):
         kernel("%1 = tt.mystery %a : !tt.ptr<f16>\n%2 = tt.load %1 : !tt.ptr<f16>")
     with pytest.raises(KernelError, match="may pass"):
-        kernel("tt.call @other(%a) : (!tt.ptr<f16>) -> ()")
+        kernel("cf.br ^bb1(%a : !tt.ptr<f16>)")
+    with pytest.raises(KernelError, match="may come back"):
+        kernel("%1 = tt.call @other(%a) : (!tt.ptr<f16>) -> !tt.ptr<f16>")
+
+
+def test_accesses_of_a_function_that_is_called():
+    called = """
+tt.call @some.other__Pfp16(%n, %b) : (i32, !tt.ptr<f16>) -> ()
+  tt.return
+}
+tt.func private @some.other__Pfp16(%arg0: i32, %arg1: !tt.ptr<f16>) attributes {noinline = true} {
+  tt.store %arg1, %arg0 : !tt.ptr<f16>
+  tt.return
+"""
+    assert kernel(called) == (set(), {1})
 
 
 # ---- what an operator of ATen reads and writes ----------------------------------------------------------------------
