@@ -78,12 +78,15 @@ def _mark_regions(graph: Graph) -> None:
     """
     region = 0
     for node in graph.nodes:
-        if (node.op == "call_function" and _changes_context(node.target)) or _changes_tensor(node):
+        if _changes_context(node) or _changes_tensor(node):
             region += 1
         node.meta["region"] = region
 
 
-def _changes_context(target: Any) -> bool:
+def _changes_context(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    target = node.target
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", "")
     return "autocast" in name or "grad_enabled" in name or "inference" in name or module == "torch.autograd.grad_mode"
 
@@ -93,42 +96,27 @@ def _changes_tensor(node: Node) -> bool:
     operand = value(node.args[0]) if node.args else None
     if operand is not None and operand.dim() == 0 and not operand.is_floating_point():
         return False
-    target: Any = node.target
-    if node.op == "call_method":
-        return target == "__setitem__" or (target.endswith("_") and not target.endswith("__"))
-    if node.op != "call_function":
-        return False
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    name = getattr(target, "__name__", "")
-    return target in _IN_PLACE or name.endswith("_") or "out" in node.kwargs or _is_asked_to(node)
+    if isinstance(node.target, str):
+        if node.op != "call_method":
+            return False
+        return node.target == "__setitem__" or (node.target.endswith("_") and not node.target.endswith("__"))
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = getattr(node.target, "__name__", "")
+    return node.target in _IN_PLACE or name.endswith("_") or "out" in node.kwargs or _is_asked_to(node.target, node)
 
 
-_IN_PLACE = frozenset(
-    getattr(operator, f"i{name}")
-    for name in (
-        "add",
-        "and",
-        "floordiv",
-        "lshift",
-        "matmul",
-        "mod",
-        "mul",
-        "or",
-        "pow",
-        "rshift",
-        "sub",
-        "truediv",
-        "xor",
-    )
-) | {operator.setitem}
+_IN_PLACE = frozenset((
+    operator.setitem, operator.iadd, operator.iand, operator.ifloordiv, operator.ilshift, operator.imatmul,
+    operator.imod, operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub, operator.itruediv,
+    operator.ixor,
+))  # fmt: skip
 
 
-def _is_asked_to(node: Node) -> bool:
+def _is_asked_to(function: Callable[..., Any], node: Node) -> bool:
     """Whether ``inplace`` is given to a function that has it."""
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
-    function: Any = node.target
     try:
         return bool(_call_of(function, node).get("inplace"))
     except (TypeError, ValueError):  # no signature to read, as of builtins: they have no such argument

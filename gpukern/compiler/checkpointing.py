@@ -48,4 +48,13 @@ def _run(part: GraphModule, *operands: Any, **arguments: Any) -> Any:
         return part(*operands)
     if _CONTEXTS in part.meta:
         arguments["context_fn"] = part.meta[_CONTEXTS]
-    return checkpoint(part, *operands, use_reentrant=False, **arguments)
+    # What a checkpoint is given may not change until backward, as running statistics do: those it takes along.
+    places = [place for place, each in enumerate(operands) if isinstance(each, torch.Tensor) and each.requires_grad]
+
+    def run(*given: torch.Tensor) -> Any:
+        taken = list(operands)
+        for place, each in zip(places, given, strict=True):
+            taken[place] = each
+        return part(*taken)
+
+    return checkpoint(run, *(operands[place] for place in places), use_reentrant=False, **arguments)

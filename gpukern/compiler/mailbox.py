@@ -14,6 +14,7 @@ exists, so only graphs make mailboxes.
 from __future__ import annotations
 
 import torch
+from torch._dynamo import compiled_autograd
 
 _current_pass = torch._C._current_graph_task_id
 
@@ -43,9 +44,10 @@ class Mailbox:
         """Whether gradients are left here in this pass.
 
         A pass that is recorded, for derivatives of derivatives, ends it: what it records uses the tensor too, and the
-        gradients that it will have by that go to autograd alone.
+        gradients that it will have by that go to autograd alone. So does a compiled backward pass, which adds what the
+        users return, None too.
         """
-        self.broken = self.broken or torch.is_grad_enabled()
+        self.broken = self.broken or torch.is_grad_enabled() or compiled_autograd.in_compiled_autograd_region
         return not self.broken
 
     def is_last(self) -> bool:
