@@ -68,7 +68,16 @@ CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
 OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "linear")
 #: What runs on the device.
-KERNELS = ("_pixels.py", "epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
+KERNELS = (
+    "_pixels.py",
+    "epilogue.py",
+    "functions.py",
+    "indexing.py",
+    "kernels.py",
+    "shared_sums.py",
+    "tf32.py",
+    "weight_kernels.py",
+)
 
 
 def imported(path: Path) -> set[str]:
