@@ -22,6 +22,7 @@ LAYERS = (
         "runtime",
         "ops._images",
         "ops._pixels",
+        "ops._normalization",
         "ops._activation",
         "ops._reduction",
         "ops._pool2d",
@@ -37,7 +38,7 @@ LAYERS = (
         "summary",
         "info",
     ),
-    *("explain", "tune", "fusion", "cli"),
+    *("explain", "tune", "fusion", "compiler", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Pure Python: what plans are made of, on any machine.
@@ -69,11 +70,13 @@ CONV = PACKAGE / "conv"
 OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "linear")
 #: What runs on the device.
 KERNELS = (
+    "_normalization.py",
     "_pixels.py",
     "epilogue.py",
     "functions.py",
     "indexing.py",
     "kernels.py",
+    "norm_grad.py",
     "shared_sums.py",
     "tf32.py",
     "weight_kernels.py",

@@ -8,7 +8,7 @@ from gpukern.conv.families.registry import family_of
 from gpukern.conv.geometry import dimensions, phases
 from gpukern.conv.plan import ConvPlan, Direction, Operands
 from gpukern.conv.problem import ConvProblem
-from gpukern.ops._reduction.splits import groups
+from gpukern.ops._reduction.splits import group_count
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
 
@@ -101,7 +101,7 @@ def split_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
         return 0
     parts = plan.splits
     if direction is Direction.WEIGHT_GRAD:
-        parts += groups(plan.splits, family_of(plan).tile_sums(p, plan))
+        parts += group_count(plan.splits, family_of(plan).tile_sums(p, plan))
     return 2 * 4 * parts * _output(p, direction)
 
 

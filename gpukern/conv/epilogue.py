@@ -3,30 +3,26 @@
 import triton
 import triton.language as tl
 
+from gpukern.ops._reduction.functions import is_last, store_part
+
 
 @triton.jit
 def add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS: tl.constexpr):
     """Return (the sum over all splits, whether this program is the tile's last and has it).
 
     Each program writes its fp32 ``acc`` [A, B] to partial[tile, split, A, B]; the last to arrive adds them all in the
-    order of the splits, whichever program comes last: the same bits in every run. It also resets its counter to zero,
-    as the next launch needs it.
+    order of the splits, whichever program comes last: the same bits in every run.
     """
     SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
     place = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
     first = partial_ptr + tile.to(tl.int64) * (SPLITS * SIZE) + place
     tl.store(first + split * SIZE, acc)
-    # All threads' stores come before the count that announces them ...
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+    last = is_last(counter_ptr + tile, SPLITS)
     total = acc
     if last:
-        # ... and all others' before these loads.
-        tl.debug_barrier()
         total = tl.load(first)
         for other in range(1, SPLITS):
             total += tl.load(first + other * SIZE)
-        tl.store(counter_ptr + tile, 0)
     return total, last
 
 
@@ -55,11 +51,11 @@ def _larger(a, b):
 
 
 @triton.jit
-def store_statistics(y, valid, statistics_ptr, tile, tiles, channel, channels, AXIS: tl.constexpr):
+def store_statistics(y, valid, statistics, tile, tiles, channel, channels, AXIS: tl.constexpr):
     """Write each channel's sum of ``y`` over its valid pixels, of squared deviations from their mean, and their count.
 
     ``y`` [pixels, channels], or transposed, fp32 but rounded as stored; AXIS is that of the pixels and ``valid`` is
-    broadcast to y. statistics: fp32 [3, tiles, channels].
+    broadcast to y. Once all parts of a tile are stored, the program calls ``merge_statistics``.
     """
     y = tl.where(valid, y, 0.0)
     # Count one column, since all are the same: a whole tile of ones would take as many registers as y.
@@ -68,8 +64,5 @@ def store_statistics(y, valid, statistics_ptr, tile, tiles, channel, channels, A
     mean = total / tl.maximum(count, 1.0)
     deviation = tl.where(valid, y - tl.expand_dims(mean, AXIS), 0.0)
     squares = tl.sum(deviation * deviation, axis=AXIS)
-    place = tile.to(tl.int64) * channels + channel
-    tl.store(statistics_ptr + place, total, mask=channel < channels)
-    plane = tl.cast(tiles, tl.int64) * channels
-    tl.store(statistics_ptr + plane + place, squares, mask=channel < channels)
-    tl.store(statistics_ptr + 2 * plane + place, tl.broadcast_to(count, total.shape), mask=channel < channels)
+    count = tl.broadcast_to(count, total.shape)
+    store_part(statistics.parts, total, squares, count, tile, tiles, channel, channel < channels, channels)

@@ -7,13 +7,15 @@ import functools
 import torch
 
 from gpukern.conv.layouts import Strides
+from gpukern.conv.norm_grad import NormGrad
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.prepare import plan_without, prepare_launch
 from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import Epilogue, Prepared
+from gpukern.conv.request import Epilogue, NormBefore, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._images import strides_of
-from gpukern.ops._reduction.launch import channels_last_copy, copy_image, merge_statistics
+from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.launch import channels_last_copy, copy_image, sums_and_deviations, with_workspace
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision
 from gpukern.runtime.refusal import DescriptorRefused
@@ -67,13 +69,50 @@ def conv2d_statistics(
         values = output.to(torch.float32)
         total, pixels = values.sum((0, 2, 3)), max(output.numel() // max(problem.K, 1), 1)
         return output, total, (values - (total / pixels)[:, None, None]).square().sum((0, 2, 3))
-    return output, *merge_statistics(statistics)
+    return output, statistics.sums, statistics.deviations
 
 
 def conv2d_input_grad(
-    problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
+    problem: ConvProblem,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    channels_last: bool,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return run(prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last), grad, weight)[0]
+    epilogue = _epilogue("none", added is not None)
+    prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue)
+    return run(prepared, grad, weight, None, added)[0]
+
+
+def conv2d_input_grad_norm(
+    problem: ConvProblem,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    channels_last: bool,
+    added: torch.Tensor | None,
+    norm: NormBefore,
+    activation: str,
+    negative_slope: float,
+    plan: ConvPlan | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return (g, its sums fp32 [2, C]) of :mod:`gpukern.ops.conv_norm_grad`; None if no kernel can.
+
+    ``plan`` replaces the chosen one, for tools that try others.
+    """
+    epilogue = _epilogue(activation, added is not None, False, True)
+    prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue, plan)
+    if not prepared.launch.tiles:
+        return None
+    output = grad.new_empty_strided(prepared.shape, prepared.strides)
+    sums = Statistics(totals=torch.empty((2, problem.C), dtype=torch.float32, device=grad.device))
+    try:
+        written = _write(prepared, output, grad, weight, None, added, negative_slope, sums, norm)
+    except DescriptorRefused as refusal:
+        if plan is not None:
+            raise
+        plan_without(prepared.plan, device_spec(grad.device), refusal)
+        return conv2d_input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, negative_slope)
+    return None if written is None else (output, sums.totals)
 
 
 def conv2d_weight_grad(
@@ -115,10 +154,11 @@ def run(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return (output, its statistics fp32 [3, tiles, K] if the launch was prepared to compute them)."""
+    statistics: Statistics | None = None,
+) -> tuple[torch.Tensor, Statistics | None]:
+    """Return the output, and what :func:`write` returns."""
     output = first.new_empty_strided(prepared.shape, prepared.strides)
-    return output, write(prepared, output, first, second, bias, residual, negative_slope)
+    return output, write(prepared, output, first, second, bias, residual, negative_slope, statistics)
 
 
 def write(
@@ -129,8 +169,12 @@ def write(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     negative_slope: float = 0.0,
-) -> torch.Tensor | None:
+    statistics: Statistics | None = None,
+) -> Statistics | None:
     """Fill ``output``; return its statistics if the launch was prepared to compute them.
+
+    ``statistics``: where to leave them, by default in new memory for sums and deviations. None is returned where
+    nothing was launched: without pixels, or without channels to sum over.
 
     If the driver refuses a descriptor of the plan, a plan of another kernel replaces it; DescriptorRefused if the
     caller chose the plan.
@@ -139,12 +183,12 @@ def write(
         if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
             prepared.launch.run(first, second, output, bias, None, None, negative_slope)
             return None
-        return _write(prepared, output, first, second, bias, residual, negative_slope)
+        return _write(prepared, output, first, second, bias, residual, negative_slope, statistics)
     except DescriptorRefused as problem:
         if prepared.again is None:
             raise
         plan_without(prepared.plan, device_spec(first.device), problem)
-    return write(prepared.again(), output, first, second, bias, residual, negative_slope)
+    return write(prepared.again(), output, first, second, bias, residual, negative_slope, statistics)
 
 
 def _write(
@@ -155,17 +199,20 @@ def _write(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     negative_slope: float,
-) -> torch.Tensor | None:
+    statistics: Statistics | None,
+    norm: NormBefore | None = None,
+) -> Statistics | None:
     if output.numel() == 0:
         return None
     if first.numel() == 0:
         # Empty sums: the weight gradient of an empty batch, a linear layer without features.
         _write_empty_sums(prepared, output, bias, residual, negative_slope)
         return None
-    statistics = None
-    if prepared.launch.row_tiles:
-        size = (3, prepared.launch.row_tiles, prepared.shape[1])
-        statistics = torch.empty(size, dtype=torch.float32, device=first.device)
+    of_launch = prepared.launch
+    if of_launch.tiles:
+        channels = prepared.shape[1]
+        statistics = statistics or sums_and_deviations(channels, first.device)
+        statistics = with_workspace(statistics, channels, first.device, *of_launch.tiles, taken=of_launch.counters)
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
         first = channels_last_copy(first)
@@ -176,14 +223,23 @@ def _write(
         written = output.new_empty_strided(prepared.shape, prepared.written)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()  # the only operand that kernels take without strides: it must be contiguous
-    if residual is not None and not _lies_like(residual, prepared.written):
-        copy = torch.empty_like(written)
-        copy_image(residual, copy)
-        residual = copy
-    prepared.launch.run(first, second, written, bias, residual, statistics, negative_slope)
+    residual = _laid_like(residual, written, prepared.written)
+    if norm is None:
+        of_launch.run(first, second, written, bias, residual, statistics, negative_slope)
+    else:
+        z, other = (_laid_like(each, written, prepared.written) for each in (norm.z, norm.other))
+        numbers = _norm_grad(norm)
+        of_launch.run(first, second, written, bias, residual, statistics, negative_slope, z, other, numbers)
     if pack_output:
         copy_image(written, output)
     return statistics
+
+
+def _norm_grad(norm: NormBefore) -> NormGrad:
+    mean, variance, weight, bias = (
+        None if t is None else t.contiguous() for t in (norm.mean, norm.variance, norm.weight, norm.bias)
+    )
+    return NormGrad(mean, variance, weight, bias, norm.eps)
 
 
 def _write_empty_sums(
@@ -203,7 +259,16 @@ def _write_empty_sums(
     output.copy_(sums if activation == "none" else activate(sums, activation, negative_slope))
 
 
-def _lies_like(tensor: torch.Tensor, strides: Strides) -> bool:
-    """Whether a kernel that writes with ``strides`` can read ``tensor`` at the same places, 16 bytes at once."""
+def _laid_like(tensor: torch.Tensor | None, written: torch.Tensor, strides: Strides) -> torch.Tensor | None:
+    """Return ``tensor`` such that a kernel that writes with ``strides`` reads it at the same places, 16 bytes at once.
+
+    ``written`` is what it writes: a copy lies like it.
+    """
+    if tensor is None:
+        return None
     same = tensor.stride() == strides or strides_of(tensor.shape, tensor.stride()) == strides_of(tensor.shape, strides)
-    return same and tensor.data_ptr() % 16 == 0
+    if same and tensor.data_ptr() % 16 == 0:
+        return tensor
+    copy = torch.empty_like(written)
+    copy_image(tensor, copy)
+    return copy

@@ -102,7 +102,7 @@ _OF_THE_LAYER = (
 
 
 #: Of two steps along a sum, numbers of stages or ends of a kernel, the larger one stands for both in ``make test``.
-_COARSE = ("BLOCK_K", "num_stages", "SPLITS", "rounds", "statistics")
+_COARSE = ("BLOCK_K", "num_stages", "SPLITS", "rounds", "statistics", "norm")
 
 
 def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
@@ -119,6 +119,8 @@ def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
         options["SPLITS"] = launch.options["SPLITS"] > 1  # their number is a factor in addresses, no more
     options["rounds"] = rounds(launch)
     options["statistics"] = _has(launch, "statistics")
+    if _has(launch, "norm"):
+        options["norm"] = f"{launch.options['ACTIVATION']} {_has(launch, 'other')}"
     chosen = sorted((name, value) for name, value in options.items() if not coarse or name not in _COARSE)
     # Whether channels can be copied in runs of 16 bytes decides what the main loop is made of.
     return launch.kernel, launch.dtypes[:2], tuple(chosen), copies_in_runs(launch.options)
@@ -141,7 +143,9 @@ def demand(launch: Launch) -> tuple:
     taps = options.get("TAPS_H", 1) * options.get("TAPS_W", 1)
     steps = sum(options.get(name, 1) for name in ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"))
     sizes = (options.get(name, 0) for name in ("SPLITS", "BLOCK_K", "num_stages", "REDUCTION"))
-    return (_has(launch, end), rounds(launch), *sizes, taps, steps)
+    through = _has(launch, "norm")
+    derivative = through and options["ACTIVATION"] == "gelu"
+    return (through, _has(launch, "other"), derivative, _has(launch, end), rounds(launch), *sizes, taps, steps)
 
 
 def rounds(launch: Launch) -> int:

@@ -20,6 +20,8 @@ from gpukern.conv.request import Epilogue, Request, shapes
 from gpukern.conv.problem import conv_problem
 from gpukern.conv.families.warp_specialized.launch import prepare
 from gpukern.conv.families.warp_specialized.plan import candidates
+from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.launch import with_workspace
 from gpukern.runtime.compile_only import record_launches
 from gpukern.runtime.device import H100
 from tests.compile.worker import describe
@@ -34,7 +36,11 @@ def launch(size, channels, kernel, direction, dtype, epilogue=Epilogue(), bias=F
     )
     for plan in candidates(p, direction, Operands(str(dtype).removeprefix("torch.")), H100):
         prepared = prepare(Request(p, direction, *strides, dtype, epilogue, H100), plan)
-        statistics = torch.empty(3, prepared.row_tiles, channels, device="meta") if epilogue.statistics else None
+        statistics = None
+        if epilogue.statistics:
+            numbers = (torch.empty(channels, device="meta") for _ in range(4))
+            statistics = Statistics(None, None, None, *numbers, 0.1)
+            statistics = with_workspace(statistics, channels, first.device, *prepared.tiles)
         bias_of = torch.empty(channels, dtype=dtype, device="meta") if bias else None
         prepared.run(first, second, out, bias_of, out if epilogue.residual else None, statistics, 0.0)
 

@@ -43,6 +43,8 @@ def run_gluon(kernel: Any, grid: tuple[int, ...], arguments: tuple, options: Com
 def _argument(value: Any) -> Any:
     if hasattr(value, "block_shape"):
         return _Descriptor(value)
+    if isinstance(value, tuple):
+        return type(value)(*map(_argument, value))
     return _Pointer(value.flatten(), 0) if isinstance(value, torch.Tensor) else value
 
 
@@ -346,8 +348,9 @@ class _Machine:
         both = {
             **{name: getattr(torch, name) for name in (*_DTYPES, *_ELEMENTWISE)},
             "where": lambda condition, a, b: torch.where(_value(condition), a, b),
-            "maximum": lambda a, b: torch.maximum(a, torch.tensor(b, dtype=a.dtype)),
-            "sum": lambda x, axis: x.sum(axis),
+            "maximum": lambda a, b: torch.maximum(a, torch.as_tensor(b, dtype=a.dtype)),
+            "minimum": lambda a, b: torch.minimum(a, torch.as_tensor(b, dtype=a.dtype)),
+            "sum": lambda x, axis, keep_dims=False: x.sum(axis, keepdim=keep_dims),
             "broadcast_to": lambda x, shape: x.expand(shape),
             "expand_dims": lambda x, axis: x.unsqueeze(axis),
             "cast": lambda x, dtype: _value(x).to(dtype),
@@ -357,6 +360,8 @@ class _Machine:
             "static_range": range,
             "load": _load,
             "store": _store,
+            "atomic_add": _atomic_add,
+            "debug_barrier": lambda: None,
         }
         gluon = {
             "program_id": lambda axis: self.program,
@@ -366,6 +371,7 @@ class _Machine:
             "warp_specialize": self.specialize,
             "NVMMADistributedLayout": lambda *_: None,
             "SliceLayout": lambda *_: None,
+            "BlockedLayout": lambda *_: None,
             "broadcast": lambda a, b: torch.broadcast_tensors(a, b),
         }
         return {
@@ -400,5 +406,15 @@ def _load(pointer: _Pointer, mask: torch.Tensor, other: float) -> torch.Tensor:
     return torch.where(mask, _value(pointer.memory[place.long()]), other)
 
 
-def _store(pointer: _Pointer, value: torch.Tensor, mask: torch.Tensor) -> None:
-    pointer.memory[pointer.offset[mask].long()] = value[mask]
+def _store(pointer: _Pointer, value: Any, mask: torch.Tensor | None = None) -> None:
+    if mask is None:
+        pointer.memory[int(pointer.offset)] = value
+    else:
+        place, value, mask = torch.broadcast_tensors(pointer.offset, value, mask)
+        pointer.memory[place[mask].long()] = value[mask]
+
+
+def _atomic_add(pointer: _Pointer, value: int, sem: str) -> torch.Tensor:
+    before = _value(pointer.memory[int(pointer.offset)].clone())
+    pointer.memory[int(pointer.offset)] += value
+    return before

@@ -120,13 +120,15 @@ def plans(p: ConvProblem, direction: Direction, first, second, output) -> list[C
 def run(p, direction, choice, first, second, output, bias=None, residual=None, epilogue=None, slope=0.0):
     """Launch ``choice``; returns the statistics, if any are asked for."""
     from gpukern.conv.families.depthwise.launch import prepare
+    from gpukern.ops._reduction.launch import sums_and_deviations, with_workspace
 
     epilogue = epilogue or Epilogue()
     strides = first.stride(), second.stride(), output.stride()
     prepared = prepare(Request(p, direction, *strides, first.dtype, epilogue, EMULATED), choice)
     statistics = None
-    if prepared.row_tiles:
-        statistics = torch.empty(3, prepared.row_tiles, p.K, device=output.device)
+    if prepared.tiles:
+        statistics = sums_and_deviations(p.K, output.device)
+        statistics = with_workspace(statistics, p.K, output.device, *prepared.tiles)
     prepared.run(first, second, output, bias, residual, statistics, slope)
     return statistics
 
@@ -162,8 +164,6 @@ def test_against_float64(case, direction, dtype, layout, device):
 @pytest.mark.parametrize("dtype, layout", ((torch.bfloat16, "channels_last"), (torch.float16, "NCHW")), ids=str)
 def test_epilogue_and_statistics(dtype, layout, device):
     """Bias, residual and activation on the fp32 sum; sums and squared deviations of what is stored, tile by tile."""
-    from gpukern.ops._reduction.launch import merge_statistics
-
     case = Case("", (2, 8, 7, 8), (3, 3), padding=(1, 1, 1, 1))
     p = case.problem
     made = make(case, dtype, device, layout)
@@ -178,11 +178,12 @@ def test_epilogue_and_statistics(dtype, layout, device):
         epilogue = Epilogue("relu", residual=True, statistics=True)
         statistics = run(p, Direction.FORWARD, choice, x, w, output, bias, residual, epilogue)
         assert_within("output", output, value, sum_bound(value, absolute, 11, dtype))
-        assert statistics.shape[1] == cut_of(p, Direction.FORWARD, choice).tiles
-        assert (statistics[2].sum(0) == p.N * p.P * p.Q).all()
+        count = cut_of(p, Direction.FORWARD, choice).tiles
+        parts = statistics.parts[: 3 * count * p.K].view(3, count, p.K)
+        assert (parts[2].sum(0) == p.N * p.P * p.Q).all()
         stored = output.double().cpu()
         mean = stored.mean((0, 2, 3), keepdim=True)
-        total, deviations = merge_statistics(statistics)
+        total, deviations = statistics.sums, statistics.deviations
         expected = stored.sum((0, 2, 3))
         bound = sum_bound(expected, stored.abs().sum((0, 2, 3)), p.N * p.P * p.Q, torch.float32)
         assert_within("sum", total, expected, bound)

@@ -15,7 +15,6 @@ from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
-from gpukern.ops._reduction.launch import merge_statistics
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import EMULATED, H100, DeviceSpec
 from gpukern.runtime.precision import conv_precision
@@ -187,7 +186,7 @@ def test_statistics(variant, case, plan, offset, device):
     x, w, bias = x.half(), w.half(), (bias + offset).half()
     prepared = launch.prepared_for(p, Direction.FORWARD, x, w, True, Epilogue(statistics=True), plan)
     y, statistics = launch.run(prepared, x, w, bias)
-    total, deviations = merge_statistics(statistics)
+    total, deviations = statistics.sums, statistics.deviations
     values = y.double().cpu()
     mean = values.mean((0, 2, 3), keepdim=True)
     pixels = p.N * p.P * p.Q

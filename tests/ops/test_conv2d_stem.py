@@ -13,7 +13,8 @@ from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem, conv_problem
 from gpukern.conv.reference import conv2d as reference
 from gpukern.conv.request import Epilogue, Request
-from gpukern.ops._reduction.launch import merge_statistics
+from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.launch import sums_and_deviations, with_workspace
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, H100
 from gpukern.runtime.integers import power_of_two
@@ -80,7 +81,7 @@ def convolve(
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
     bias=None,
     residual=None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, Statistics | None]:
     """(y in channels_last, its statistics)."""
     p = problem_of(case)
     shape = p.N, p.K, p.P, p.Q
@@ -88,7 +89,9 @@ def convolve(
     request = Request(p, Direction.FORWARD, x.stride(), w.stride(), strides, x.dtype, epilogue, device_spec(x.device))
     prepared = prepare(request, choice)
     y = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
-    statistics = torch.empty(3, prepared.row_tiles, p.K, device=x.device) if epilogue.statistics else None
+    statistics = None
+    if prepared.tiles:
+        statistics = with_workspace(sums_and_deviations(p.K, x.device), p.K, x.device, *prepared.tiles)
     prepared.run(x, w, y, bias, residual, statistics, 0.1)
     return y, statistics
 
@@ -138,7 +141,7 @@ def test_epilogue(activation, device):
 def test_statistics(device):
     x, w = operands(RESNET, torch.float16, device, "channels_last")
     y, statistics = convolve(RESNET, x, w, plan_for(RESNET, torch.float16), Epilogue(statistics=True))
-    total, deviations = merge_statistics(statistics)
+    total, deviations = statistics.sums, statistics.deviations
     values = y.double().cpu()
     squares = (values - values.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))
     eps = 6 * 2.0**-23 * (values[:, 0].numel()) ** 0.5

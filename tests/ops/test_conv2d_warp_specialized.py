@@ -16,7 +16,8 @@ from gpukern.conv.problem import conv_problem
 from gpukern.conv.request import Epilogue, Request
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._activation.reference import activation as reference_activation
-from gpukern.ops._reduction.launch import merge_statistics
+from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.launch import sums_and_deviations, with_workspace
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import A100, B200, EMULATED, H100
 from gpukern.runtime.strides import dense_strides
@@ -84,7 +85,7 @@ def run(
     residual: torch.Tensor | None = None,
     direction: Direction = Direction.FORWARD,
     programs: int = 2,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, Statistics | None]:
     """(the output in channels_last, its statistics)."""
     p = problem_of(case)
     shape = (p.N, p.K, p.P, p.Q) if direction is Direction.FORWARD else case.input
@@ -94,7 +95,9 @@ def run(
     request = Request(p, direction, first.stride(), second.stride(), strides, first.dtype, epilogue, spec)
     prepared = launch.prepare(request, choice)
     output = torch.empty_strided(shape, strides, dtype=first.dtype, device=first.device)
-    statistics = torch.empty(3, prepared.row_tiles, p.K, device=first.device) if epilogue.statistics else None
+    statistics = None
+    if prepared.tiles:
+        statistics = with_workspace(sums_and_deviations(p.K, first.device), p.K, first.device, *prepared.tiles)
     prepared.run(first, second, output, bias, residual, statistics, 0.1)
     return output, statistics
 
@@ -187,7 +190,7 @@ def test_statistics(with_residual, device):
     x, w = make(case.input, device), make(case.weight, device)
     residual = make(truth(case, x, w).shape, device) if with_residual else None
     y, statistics = run(case, x, w, PLAN, Epilogue("relu", with_residual, statistics=True), None, residual)
-    total, deviations = merge_statistics(statistics)
+    total, deviations = statistics.sums, statistics.deviations
     values = y.double().cpu()
     assert values.isfinite().all()
     squares = (values - values.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3))

@@ -173,7 +173,7 @@ def test_the_bias_gradient_of_splits(dtype, order, device, monkeypatch):
 @pytest.mark.parametrize("size", [1, 64, 576, 4096, 8192, 16384, 49152])
 def test_groups_hold_all_splits_and_take_fewer_steps(size):
     for count in range(1, 300):
-        group, number = splits.fan_in(count, size), splits.groups(count, size)
+        group, number = splits.fan_in(count, size), splits.group_count(count, size)
         steps = splits.parts_in_turn(count, size)
         if group is None:
             assert (number, steps) == (0, count)

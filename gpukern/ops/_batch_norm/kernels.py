@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._activation.functions import activation_backward, apply_activation
-from gpukern.ops._batch_norm.functions import affine, channel_tile, load_numbers, load_tile, pixel_tile, store_tile
-from gpukern.ops._reduction.kernels import merged_statistics
+from gpukern.ops._batch_norm.functions import channel_tile, load_tile, pixel_tile, store_tile
+from gpukern.ops._normalization import affine, load_numbers
+from gpukern.ops._reduction.functions import finish_statistics, merge_statistics, store_part
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -49,33 +50,13 @@ def batch_norm_kernel(
 
 
 @triton.jit
-def _finish_statistics(norm, running, mean, deviations, count, momentum, c, valid):
-    """Store mean and variance, and update the running ones as torch does: with the unbiased variance.
-
-    Returns the variance.
-    """
-    variance = deviations / count
-    tl.store(norm.mean + c, mean, mask=valid)
-    tl.store(norm.variance + c, variance, mask=valid)
-    if running.mean is not None:
-        # A batch of one value, 0 / 0, never gets here; channels beyond the last do.
-        unbiased = deviations / tl.maximum(count - 1.0, 1.0)
-        mean = (1.0 - momentum) * load_numbers(running.mean, c, valid, 0.0) + momentum * mean
-        tl.store(running.mean + c, mean.to(running.mean.dtype.element_ty), mask=valid)
-        unbiased = (1.0 - momentum) * load_numbers(running.variance, c, valid, 0.0) + momentum * unbiased
-        tl.store(running.variance + c, unbiased.to(running.variance.dtype.element_ty), mask=valid)
-    return variance
-
-
-@triton.jit
 def batch_norm_statistics_kernel(
     x,  # Image
     residual,  # Image, or nothing; of one split only, as y
     y,  # Image
-    norm,  # mean and variance are written by one split
-    running,
-    statistics_ptr,  # fp32 [3, splits, C], of several splits: sums, squared deviations from the split's mean, counts
-    sizes, steps, steps_per_split, splits, momentum, eps, negative_slope,
+    norm,
+    statistics,  # Statistics; a split is a row of tiles
+    sizes, steps, steps_per_split, splits, eps, negative_slope,
     WHOLE: tl.constexpr, UNROLL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -117,13 +98,13 @@ def batch_norm_statistics_kernel(
     deviations = tl.sum(squares + count * from_mean * from_mean, 0)[None, :]
     mean += origin
     if not WHOLE:
-        place = statistics_ptr + split.to(tl.int64) * (sizes.channel_groups * CHANNEL_ALIGN) + c
-        plane = tl.cast(splits, tl.int64) * (sizes.channel_groups * CHANNEL_ALIGN)
-        tl.store(place, mean * pixels, mask=valid)
-        tl.store(place + plane, deviations, mask=valid)
-        tl.store(place + 2 * plane, tl.broadcast_to(pixels, mean.shape), mask=valid)
+        channels = sizes.channel_groups * CHANNEL_ALIGN
+        pixels = tl.broadcast_to(pixels, mean.shape)
+        store_part(statistics.parts, mean * pixels, deviations, pixels, split, splits, c, valid, channels)
+        tile = tl.program_id(0) % sizes.channel_tiles
+        merge_statistics(statistics, split, splits, tile, tile * BLOCK_C, channels, channels, BLOCK_C)
     else:
-        variance = _finish_statistics(norm, running, mean, deviations, pixels, momentum, c, valid)
+        variance = finish_statistics(statistics, mean, deviations, pixels, c, valid)
         _, scale, bias = affine(norm, variance, c, valid, eps)
         for step in tl.range(first, last, loop_unroll_factor=UNROLL):
             n, h, p, inside = pixel_tile(step, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
@@ -131,18 +112,6 @@ def batch_norm_statistics_kernel(
                 x, residual, y, n, h, p, c, inside & valid, mean, scale, bias, negative_slope,
                 ACTIVATION, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
             )  # fmt: skip
-
-
-@triton.jit
-def batch_norm_merge_kernel(
-    statistics_ptr,  # fp32 [3, tiles, C]: sums, squared deviations from the tile's mean, counts
-    norm, running, tiles, channels, momentum,
-    BLOCK: tl.constexpr, BLOCK_TILES: tl.constexpr,
-):  # fmt: skip
-    """Mean and variance of each channel, from the statistics of splits, or of the tiles of a convolution's epilogue."""
-    c = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    _, mean, count, deviations = merged_statistics(statistics_ptr, tiles, channels, c, BLOCK, BLOCK_TILES)
-    _finish_statistics(norm, running, mean, deviations, count, momentum, c, c < channels)
 
 
 # ---- backward ------------------------------------------------------------------------------------------------------

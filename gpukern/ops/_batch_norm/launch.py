@@ -6,9 +6,12 @@ import torch
 
 from gpukern.conv import ConvProblem, Direction, Epilogue, prepared_for, run
 from gpukern.ops._activation.properties import PROPERTIES
-from gpukern.ops._batch_norm import functions, kernels
+from gpukern.ops._batch_norm import kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
+from gpukern.ops._normalization import Norm
+from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.launch import with_workspace
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
@@ -44,7 +47,7 @@ def _write(
     output: torch.Tensor,
     input: torch.Tensor,
     residual: torch.Tensor | None,
-    norm: functions.Norm,
+    norm: Norm,
     eps: float,
     activation: str,
     negative_slope: float,
@@ -78,27 +81,25 @@ def batch_norm_training(
     output = empty_like(input)
     tiles = tiles_of(True, input, residual, output)
     chosen = tiles.plan
-    mean, variance = (torch.empty(C, dtype=torch.float32, device=device) for _ in range(2))
+    statistics = _statistics(C, device, running)
+    mean, variance = statistics.mean, statistics.variance
     norm = _norm(mean, variance, weight, bias)
     whole = chosen.splits == 1
-    statistics = None if whole else torch.empty((3, chosen.splits, C), dtype=torch.float32, device=device)
-    pointers = _pointers(running if whole else None)
+    if not whole:
+        statistics = with_workspace(statistics, C, device, chosen.splits, chosen.channel_tiles)
     launch(
         kernels.batch_norm_statistics_kernel,
         (chosen.splits * chosen.channel_tiles,),
         device,
         (
             *(tiles.images if whole else (tiles.images[0], NOTHING, NOTHING)),
-            *(norm, pointers, statistics, tiles.sizes),
-            *(chosen.steps, chosen.steps_per_split, chosen.splits),
-            *(running.momentum if running else 0.0, eps, negative_slope),
+            *(norm, statistics, tiles.sizes),
+            *(chosen.steps, chosen.steps_per_split, chosen.splits, eps, negative_slope),
         ),
         {"WHOLE": whole, "UNROLL": chosen.unroll, "ACTIVATION": activation if whole else "none"} | tiles.options,
     )
-    if statistics is None:
-        _keep(running, pointers)
-    else:
-        _merge(statistics, norm, running)
+    _keep(running, statistics)
+    if not whole:
         _write(output, input, residual, norm, eps, activation, negative_slope)
     return output, mean, variance
 
@@ -116,50 +117,48 @@ def conv2d_batch_norm(
     negative_slope: float,
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    z, mean, variance = conv2d_with_statistics(problem, input, filters, filters_bias, running)
+    return batch_norm(z, weight, bias, residual, mean, variance, eps, activation, negative_slope), z, mean, variance
+
+
+def conv2d_with_statistics(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    running: Running | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
-    z, statistics = run(prepared, input, filters, filters_bias)
-    if statistics is None:  # no pixels, or no channels to sum over
-        output, mean, variance = batch_norm_training(
-            z, weight, bias, residual, eps, activation, negative_slope, running
-        )
-        return output, z, mean, variance
-    mean, variance = (torch.empty(z.shape[1], dtype=torch.float32, device=z.device) for _ in range(2))
-    output = empty_like(z)
-    norm = _norm(mean, variance, weight, bias)
-    _merge(statistics, norm, running)
-    _write(output, z, residual, norm, eps, activation, negative_slope)
-    return output, z, mean, variance
+    statistics = _statistics(problem.K, input.device, running)
+    z, made = run(prepared, input, filters, filters_bias, statistics=statistics)
+    if made is None and z.numel():  # no channels to sum over
+        return z, *batch_norm_training(z, None, None, None, 0.0, "none", 0.0, running)[1:]
+    if made is None:
+        mean, variance = (torch.zeros(problem.K, dtype=torch.float32, device=z.device) for _ in range(2))
+        return z, mean, variance
+    _keep(running, statistics)
+    return z, statistics.mean, statistics.variance
 
 
-def _merge(statistics: torch.Tensor, norm: functions.Norm, running: Running | None) -> None:
-    """Write the mean and the variance of ``norm``, and the running ones, from those of tiles: fp32 [3, tiles, C]."""
-    _, parts, C = statistics.shape
-    pointers = _pointers(running)
-    rows, block = _merge_tile(parts)
-    launch(
-        kernels.batch_norm_merge_kernel,
-        (cdiv(C, block),),
-        statistics.device,
-        (statistics, norm, pointers, parts, C, running.momentum if running else 0.0),
-        {"BLOCK": block, "BLOCK_TILES": rows, "num_warps": 4},
-    )
-    _keep(running, pointers)
+#: With the input's own statistics the kernel is the same.
+apply_statistics = batch_norm
 
 
-_NOT_RUNNING = functions.Running(None, None)
-
-
-def _pointers(running: Running | None) -> functions.Running:
+def _statistics(channels: int, device: torch.device, running: Running | None) -> Statistics:
+    """Return memory for mean and variance, and where the kernels update the running ones."""
+    mean, variance = (torch.empty(channels, dtype=torch.float32, device=device) for _ in range(2))
     if running is None:
-        return _NOT_RUNNING
-    return functions.Running(*(_flat(resolved(t)) for t in (running.mean, running.variance)))
+        return Statistics(mean=mean, variance=variance)
+    running_mean, running_variance = (_flat(resolved(tensor)) for tensor in (running.mean, running.variance))
+    return Statistics(None, None, None, mean, variance, running_mean, running_variance, running.momentum)
 
 
-def _keep(running: Running | None, pointers: functions.Running) -> None:
-    """Make what a kernel wrote to ``pointers`` the running statistics."""
+def _keep(running: Running | None, statistics: Statistics) -> None:
+    """Make what a kernel wrote to ``statistics`` the running ones."""
     if running is None:
         return
-    for tensor, written in zip(running, pointers, strict=False):
+    pairs = (running.mean, statistics.running_mean), (running.variance, statistics.running_variance)
+    for tensor, written in pairs:
         if tensor is not written:
             tensor.copy_(written)
         elif not tensor.is_inference():
@@ -237,17 +236,10 @@ def batch_norm_backward(
         }
         | tiles.options,
     )
-    if whole:
+    if sums is None:
         return results
     totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
-    rows, block = _merge_tile(splits)
-    launch(
-        kernels.batch_norm_backward_merge_kernel,
-        (cdiv(C, block),),
-        device,
-        (sums, totals, grad_weight, grad_bias, splits, C),
-        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
-    )
+    _merge_sums(sums, totals, grad_weight, grad_bias)
     if later:
         if inner is not None:
             grad, other, activation, needs_input = inner, None, "none", False
@@ -262,6 +254,98 @@ def batch_norm_backward(
     return results
 
 
+def gradients_from_sums(
+    inner: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sums: torch.Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    if training and input.numel():
+        out = empty_like(input)
+        tiles = tiles_of(False, inner, input, None, out)
+        launch(
+            kernels.batch_norm_input_grad_kernel,
+            (tiles.plan.steps * tiles.plan.channel_tiles,),
+            input.device,
+            (*tiles.images, _norm(mean, variance, weight, bias), sums, tiles.sizes, eps, 0.0),
+            {"ACTIVATION": "none", "NEEDS_INPUT": False} | tiles.options,
+        )
+    else:
+        frozen = False, eps, "none", 0.0, True, False, False
+        out = batch_norm_backward(inner, input, weight, bias, None, mean, variance, *frozen)[0]
+    grad_weight, grad_bias = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+    return out, grad_weight, grad_bias
+
+
+def _merge_sums(
+    sums: torch.Tensor,
+    totals: torch.Tensor | None,
+    grad_weight: torch.Tensor | None = None,
+    grad_bias: torch.Tensor | None = None,
+) -> None:
+    """Add up the splits' ``sums`` [2, splits, C] into ``totals`` [2, C] and the gradients [C], each if there is one."""
+    _, splits, C = sums.shape
+    rows, block = _merge_tile(splits)
+    launch(
+        kernels.batch_norm_backward_merge_kernel,
+        (cdiv(C, block),),
+        sums.device,
+        (sums, totals, grad_weight, grad_bias, splits, C),
+        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
+    )
+
+
+def inner_gradient_and_sums(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    other: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(g = ∂L/∂z in ``grad``'s layout, fp32 [2, C] of Σ g and Σ g·x̂): the first half of :func:`batch_norm_backward`.
+
+    With nothing to multiply with, g is ``grad`` itself. No tensor is empty.
+    """
+    inner = None if activation == "none" else torch.empty_like(grad)
+    tiles = tiles_of(True, grad, input, other, inner)
+    chosen = tiles.plan
+    sums = torch.empty((2, chosen.splits, input.shape[1]), dtype=torch.float32, device=grad.device)
+    launch(
+        kernels.batch_norm_backward_kernel,
+        (chosen.splits * chosen.channel_tiles,),
+        grad.device,
+        (
+            *(*tiles.images, NOTHING),
+            *(_norm(mean, variance, weight, bias), sums, None, None, tiles.sizes),
+            *(chosen.steps, chosen.steps_per_split, chosen.splits),
+            *(eps, negative_slope),
+        ),
+        {
+            "TRAINING": True,
+            "WHOLE": False,
+            "UNROLL": max(1, chosen.unroll // 2),
+            "ACTIVATION": activation,
+            "NEEDS_INPUT": activation != "none" and PROPERTIES[activation].needs_input,
+        }
+        | tiles.options,
+    )
+    totals = sums[:, 0]
+    if chosen.splits > 1:
+        totals = torch.empty_like(totals)
+        _merge_sums(sums, totals)
+    return grad if inner is None else inner, totals
+
+
 # ---- what both share -----------------------------------------------------------------------------------------------
 
 
@@ -270,8 +354,8 @@ def _norm(
     variance: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-) -> functions.Norm:
-    return functions.Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
+) -> Norm:
+    return Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

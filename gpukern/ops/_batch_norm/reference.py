@@ -54,9 +54,8 @@ def batch_norm_training(
     mean, variance = statistics(input)
     if running is not None and input.numel():
         update(running, mean, variance, input.numel() // input.shape[1])
-    # The difference first: with a large mean, torch's kernel for given statistics would lose it to cancellation.
-    z, _, _ = normalize(input, weight, bias, residual, mean, variance, eps)
-    return _finish(z, input, activation, negative_slope), mean, variance
+    y = apply_statistics(input, weight, bias, residual, mean, variance, eps, activation, negative_slope)
+    return y, mean, variance
 
 
 def conv2d_batch_norm(
@@ -73,9 +72,45 @@ def conv2d_batch_norm(
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, z, mean, variance) with ``z = x ∗ filters + filters_bias`` and y as :func:`batch_norm_training` of z."""
+    z, mean, variance = conv2d_with_statistics(problem, input, filters, filters_bias, running)
+    return (
+        apply_statistics(z, weight, bias, residual, mean, variance, eps, activation, negative_slope),
+        z,
+        mean,
+        variance,
+    )
+
+
+def conv2d_with_statistics(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    running: Running | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(z, mean, biased variance) of ``z = x ∗ filters + filters_bias``; updates the running statistics."""
     z = reference.conv2d(problem, input, filters, filters_bias, None, "none", 0.0)
-    y, mean, variance = batch_norm_training(z, weight, bias, residual, eps, activation, negative_slope, running)
-    return y, z, mean, variance
+    mean, variance = statistics(z)
+    if running is not None and z.numel():
+        update(running, mean, variance, z.numel() // z.shape[1])
+    return z, mean, variance
+
+
+def apply_statistics(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """:func:`batch_norm` with the input's own statistics."""
+    # The difference first: with a large mean, torch's kernel for given statistics would lose it to cancellation.
+    z, _, _ = normalize(input, weight, bias, residual, mean, variance, eps)
+    return _finish(z, input, activation, negative_slope)
 
 
 def statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +118,7 @@ def statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     if not input.numel():
         return x.new_zeros(input.shape[1]), x.new_zeros(input.shape[1])
-    variance, mean = torch.var_mean(x, _pixels(input), correction=0)
+    variance, mean = torch.var_mean(x, pixels_of(input), correction=0)
     return mean, variance
 
 
@@ -134,16 +169,10 @@ def gradients_of(
     grad, input, weight, bias, other, mean, variance, training: bool, eps: float, activation: str, negative_slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the formulas of :func:`batch_norm_backward`, in any layout."""
-    z, normal, inverse = normalize(input, weight, bias, None, mean, variance, eps)
-    g = grad.to(z.dtype)
-    if activation != "none":
-        needs_input = PROPERTIES[activation].needs_input
-        if other is None:
-            saved = z if needs_input else activations.activation(z, activation, negative_slope)
-        else:
-            saved = z + other if needs_input else other.to(z.dtype)
-        g = activations.activation_grad(g, saved, activation, negative_slope)
-    pixels = _pixels(input)
+    g, normal, inverse = inner_gradient(
+        grad, input, weight, bias, other, mean, variance, eps, activation, negative_slope
+    )
+    pixels = pixels_of(input)
     grad_bias, grad_weight = g.sum(pixels), (g * normal).sum(pixels)
     grad_input = g
     if training and input.numel():
@@ -159,6 +188,45 @@ def gradients_of(
     )
 
 
+def gradients_from_sums(
+    inner: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sums: torch.Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(∂L/∂x, ∂L/∂weight, ∂L/∂bias) from ``inner``, g = ∂L/∂z, and its ``sums`` [2, C], Σ g and Σ g·x̂."""
+    _, normal, inverse = normalize(input, None, None, None, mean, variance, eps)
+    g = inner.to(normal.dtype)
+    if training and input.numel():
+        mean_g, mean_gx = (_channels(each, input) for each in sums / (input.numel() // input.shape[1]))
+        g = g - mean_g - normal * mean_gx
+    grad_input = g * (inverse if weight is None else inverse * _channels(weight, input))
+    grad_input = laid_out(grad_input.to(input.dtype), format_kept_by(input))
+    grad_weight, grad_bias = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+    return grad_input, grad_weight, grad_bias
+
+
+def inner_gradient(
+    grad, input, weight, bias, other, mean, variance, eps: float, activation: str, negative_slope: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(∂L/∂z, x̂, 1/σ), at least fp32; see :func:`batch_norm_backward`."""
+    z, normal, inverse = normalize(input, weight, bias, None, mean, variance, eps)
+    g = grad.to(z.dtype)
+    if activation != "none":
+        needs_input = PROPERTIES[activation].needs_input
+        if other is None:
+            saved = z if needs_input else activations.activation(z, activation, negative_slope)
+        else:
+            saved = z + other if needs_input else other.to(z.dtype)
+        g = activations.activation_grad(g, saved, activation, negative_slope)
+    return g, normal, inverse
+
+
 def tangent_of(
     input, weight, mean, variance, training: bool, eps: float, dinput, dweight, dbias, dresidual
 ) -> torch.Tensor | None:
@@ -171,7 +239,7 @@ def tangent_of(
     if dinput is not None:
         d = dinput.to(normal.dtype)
         if training and input.numel():
-            pixels = _pixels(input)
+            pixels = pixels_of(input)
             d = d - d.mean(pixels, keepdim=True) - normal * (normal * d).mean(pixels, keepdim=True)
         parts.append(d * (inverse if weight is None else inverse * _channels(weight, input)))
     if dweight is not None:
@@ -201,5 +269,5 @@ def _channels(numbers: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     return numbers.view(1, -1, *(1,) * (input.dim() - 2))
 
 
-def _pixels(input: torch.Tensor) -> tuple[int, ...]:
+def pixels_of(input: torch.Tensor) -> tuple[int, ...]:
     return 0, *range(2, input.dim())

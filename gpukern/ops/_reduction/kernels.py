@@ -1,4 +1,4 @@
-"""Kernels of one pass over a tensor: copies between layouts, sums over pixels, and merging of statistics."""
+"""Kernels of one pass over a tensor: copies between layouts, and sums over pixels."""
 
 import triton
 import triton.language as tl
@@ -72,56 +72,3 @@ def channel_sum_kernel(
         if last:
             total = total_of(shared, tile, splits, None, tl.arange(0, BLOCK_M), BLOCK_M)
     tl.store(out_ptr + k, total.to(out_ptr.dtype.element_ty), mask=(k < channels) & last)
-
-
-@triton.jit
-def merged_statistics(
-    statistics_ptr,  # fp32 [3, tiles, channels]: sums, squared deviations from the tile's mean, counts
-    tiles,
-    channels,
-    channel,  # [1, BLOCK]
-    BLOCK: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-):
-    """(Σ y, mean, count, Σ(y − mean)²) of all tiles, fp32 [1, BLOCK], added in a fixed order.
-
-    Σ_tile (m2 + n·(mean_tile − mean)²): no difference of large numbers, as in the sum of squares less the square of the
-    sum. See Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983.
-    """
-    row = tl.arange(0, BLOCK_TILES)[:, None]
-    plane = tl.cast(tiles, tl.int64) * channels
-    total = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
-    count = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
-    for first in range(0, tiles, BLOCK_TILES):
-        inside = (first + row < tiles) & (channel < channels)
-        place = statistics_ptr + (first + row).to(tl.int64) * channels + channel
-        total += tl.load(place, mask=inside, other=0.0)
-        count += tl.load(place + 2 * plane, mask=inside, other=0.0)
-    sums = tl.sum(total, axis=0)[None, :]
-    counts = tl.maximum(tl.sum(count, axis=0)[None, :], 1.0)
-    mean = sums / counts
-    deviations = tl.zeros((BLOCK_TILES, BLOCK), tl.float32)
-    for first in range(0, tiles, BLOCK_TILES):
-        inside = (first + row < tiles) & (channel < channels)
-        place = statistics_ptr + (first + row).to(tl.int64) * channels + channel
-        n = tl.load(place + 2 * plane, mask=inside, other=0.0)
-        apart = tl.load(place, mask=inside, other=0.0) / tl.maximum(n, 1.0) - mean
-        deviations += tl.load(place + plane, mask=inside, other=0.0) + n * apart * apart
-    return sums, mean, counts, tl.sum(deviations, axis=0)[None, :]
-
-
-@triton.jit
-def merge_statistics_kernel(
-    statistics_ptr,  # fp32 [3, tiles, channels]
-    sum_ptr,  # fp32 [channels]
-    deviations_ptr,  # fp32 [channels]
-    tiles,
-    channels,
-    BLOCK: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
-):
-    """Per channel the sum and Σ(y − mean)² of all tiles."""
-    channel = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    sums, _, _, deviations = merged_statistics(statistics_ptr, tiles, channels, channel, BLOCK, BLOCK_TILES)
-    tl.store(sum_ptr + channel, sums, mask=channel < channels)
-    tl.store(deviations_ptr + channel, deviations, mask=channel < channels)

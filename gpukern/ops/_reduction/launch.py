@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from gpukern.ops._images import Image, image
 from gpukern.ops._reduction import kernels
+from gpukern.ops._reduction.functions import Statistics
 from gpukern.ops._reduction.shared_sums import SharedSums
-from gpukern.ops._reduction.splits import channel_sum_splits, groups
+from gpukern.ops._reduction.splits import channel_sum_splits, group_count
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.current_device import device_spec
-from gpukern.runtime.integers import cdiv
+from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import index_type, launch
 from gpukern.runtime.strides import dense_strides, reach
 from gpukern.runtime.tensors import check_kernel_dtype
@@ -22,6 +24,8 @@ _NOTHING = Image(None, 0, 0, 0, 0)
 _CHANNELS = 64
 #: Makes the workspace of a launch on a device; None if no sum is shared.
 Workspace = Callable[[torch.device], SharedSums | None]
+#: The fewest parts of statistics that are worth a step of their own: as many as a program reads at a time.
+_GROUP = 32
 
 
 def channels_last_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,7 +58,7 @@ def copy_image(source: torch.Tensor, target: torch.Tensor) -> None:
 
 def shared_sums(tiles: int, splits: int, size: int) -> Workspace:
     """Return what makes the workspace of a launch whose programs share the sums of so many tiles of ``size`` sums."""
-    count = groups(splits, size)
+    count = group_count(splits, size)
 
     def workspace(device: torch.device) -> SharedSums | None:
         if splits == 1:
@@ -65,18 +69,30 @@ def shared_sums(tiles: int, splits: int, size: int) -> Workspace:
     return workspace
 
 
-def merge_statistics(statistics: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum, Σ(y − mean)²) of each channel, fp32 [K], from those of tiles: fp32 [3, tiles, K]."""
-    _, tiles, channels = statistics.shape
-    total, deviations = (torch.empty(channels, dtype=torch.float32, device=statistics.device) for _ in range(2))
-    launch(
-        kernels.merge_statistics_kernel,
-        (cdiv(channels, 32),),
-        statistics.device,
-        (statistics, total, deviations, tiles, channels),
-        {"BLOCK": 32, "BLOCK_TILES": 64, "num_warps": 4},
+def sums_and_deviations(channels: int, device: torch.device) -> Statistics:
+    """Return memory for the sum and Σ(y − mean)² of each channel."""
+    sums, deviations = (torch.empty(channels, dtype=torch.float32, device=device) for _ in range(2))
+    return Statistics(sums=sums, deviations=deviations)
+
+
+def with_workspace(
+    statistics: Statistics, channels: int, device: torch.device, rows: int, columns: int, parts: int = 1, taken: int = 0
+) -> Statistics:
+    """Return ``statistics`` with memory for the parts of rows · columns tiles, each in so many parts, and counters.
+
+    ``taken``: how many counters the launch uses for something else.
+    """
+    group = power_of_two(math.isqrt(rows), _GROUP)
+    groups = cdiv(rows, group)
+    planes = 3 if statistics.totals is None else 2
+    size = planes * (rows * parts + groups) * channels
+    taken = 4 * cdiv(taken, 4)  # whether a pointer is a multiple of 16 bytes is compiled in
+    counters = zeroed_counters(taken + columns * (groups + 1), device)
+    return statistics._replace(
+        parts=torch.empty(size, dtype=torch.float32, device=device),
+        counters=counters[taken:] if taken else counters,
+        group=group,
     )
-    return total, deviations
 
 
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:

@@ -11,28 +11,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from gpukern.ops._reduction.functions import is_last
+
 
 class SharedSums(NamedTuple):
     """Where the programs of a launch leave the parts of their sums, and count themselves."""
 
     parts: Any  # fp32 [tiles, splits + groups, SIZE]: of every split, then the sums of every group
     counters: Any  # int32 [tiles, groups + 1]: of every group, then of them all; zeros before the launch and after it
-
-
-@triton.jit
-def arrive(counter_ptr, programs):
-    """Return whether all others of the ``programs`` have arrived; then what they stored before is there to be read.
-
-    The last one also resets the counter to zero, as the next launch needs it.
-    """
-    # All threads' stores come before the count that announces them ...
-    tl.debug_barrier()
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1
-    if last:
-        # ... and all others' before the loads that follow.
-        tl.debug_barrier()
-        tl.store(counter_ptr, 0)
-    return last
 
 
 @triton.jit
@@ -46,20 +32,20 @@ def leave_part(acc, shared, tile, split, splits, fan_in, offset, SIZE: tl.conste
 def last_to_arrive(shared, tile, split, splits, fan_in, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     """Return whether this program, which has left its part, is the tile's last: then it is to write the total."""
     if fan_in is None:
-        last = arrive(shared.counters + tile, splits)
+        last = is_last(shared.counters + tile, splits)
     else:
         groups = tl.cdiv(splits, fan_in)
         group = split // fan_in
         members = min(fan_in, splits - group * fan_in)
         counters = shared.counters + tile * (groups + 1)
-        last = arrive(counters + group, members)
+        last = is_last(counters + group, members)
         if last:
             first = _part(shared, tile, group * fan_in, splits, fan_in, SIZE)
             added = _part(shared, tile, splits + group, splits, fan_in, SIZE)
             for start in range(0, SIZE, CHUNK):
                 i = start + tl.arange(0, CHUNK)
                 tl.store(added + i, _added(first, members, i, SIZE), mask=i < SIZE)
-            last = arrive(counters + groups, groups)
+            last = is_last(counters + groups, groups)
     return last
 
 

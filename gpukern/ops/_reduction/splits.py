@@ -30,7 +30,7 @@ def fan_in(splits: int, size: int) -> int | None:
     return root if two_rounds < splits * size else None
 
 
-def groups(splits: int, size: int) -> int:
+def group_count(splits: int, size: int) -> int:
     """Return the number of groups whose parts are added in a first round; none without one."""
     group = fan_in(splits, size)
     return cdiv(splits, group) if group else 0
@@ -38,7 +38,7 @@ def groups(splits: int, size: int) -> int:
 
 def parts_in_turn(splits: int, size: int) -> int:
     """Return how many parts are read, one after the other, until a tile's sums are complete."""
-    return (fan_in(splits, size) or splits) + groups(splits, size)
+    return (fan_in(splits, size) or splits) + group_count(splits, size)
 
 
 def chunk(size: int, num_warps: int) -> int:

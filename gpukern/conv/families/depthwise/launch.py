@@ -11,7 +11,7 @@ from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Shape, Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import shared_sums
 from gpukern.ops._reduction.splits import chunk, fan_in
@@ -53,7 +53,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     cut, rows = cut_of(p, direction, plan), plan.own_box[1]
     constants = compile_time(kernels.conv2d_depthwise_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         arguments = (
             Image(first, *source),
             Filter(second, *of_filter),
@@ -61,13 +61,16 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else Image(residual, *output),
             Image(out, *output),
             statistics,
+            None if z is None else Image(z, *output),
+            None if other is None else Image(other, *output),
+            norm,
             sizes,
             rows,
             negative_slope,
         )
         launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, constants)
 
-    return Launch(run, cut.tiles if request.epilogue.statistics else 0)
+    return Launch(run, Tiles(cut.tiles, cut.channel_blocks) if request.epilogue.leaves_parts else None)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:

@@ -315,10 +315,15 @@ def _cut(p: ConvProblem, direction: Direction, channels: int, lanes: int, rows: 
     return Cut(strips, cdiv(_lanes(p, direction, cols), lanes), cdiv(made, channels))
 
 
+def _takes_norm_grad(plan: ConvPlan, activation: str) -> bool:
+    return True
+
+
 FAMILY = Family(
     name="depthwise",
     candidates=candidates,
     tiles=tiles,
+    takes_norm_grad=_takes_norm_grad,
     main_loop_efficiency={Variant.DEPTHWISE: 0.4},
     elementwise=frozenset((Variant.DEPTHWISE,)),
     tile_sums=tile_sums,

@@ -9,12 +9,12 @@ from gpukern.conv.families.filters import filter_strides, tap_options, window_op
 from gpukern.conv.families.implicit_gemm import kernels, weight_kernels
 from gpukern.conv.families.implicit_gemm.plan import grid
 from gpukern.conv.families.split_k import split_k_workspace
-from gpukern.conv.geometry import gemm_mnk
+from gpukern.conv.geometry import gemm_mnk, tiled_pixels
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import shared_sums
 from gpukern.ops._reduction.splits import chunk, fan_in
@@ -57,7 +57,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     workspace = split_k_workspace(plan, tiles)
     constants = compile_time(kernels.conv2d_gather_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = out.device
         partial = counters = None
         if workspace:
@@ -69,6 +69,9 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
             residual,
             Image(out, *output),
             statistics,
+            z,
+            other,
+            norm,
             partial,
             counters,
             sizes,
@@ -78,7 +81,10 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
-    return Launch(run, cdiv(gemm.M, plan.block_m) if request.epilogue.statistics else 0)
+    # Tiles along the pixels of every phase; an empty batch has none.
+    rows = max(cdiv(gemm.M, plan.block_m) * tiled_pixels(p, request.direction)[1], 1)
+    of_statistics = Tiles(rows, tiles // rows) if request.epilogue.leaves_parts else None
+    return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:

@@ -12,7 +12,9 @@ import triton.language as tl
 
 from gpukern.conv.epilogue import add_splits, store_statistics
 from gpukern.conv.indexing import tile_order
+from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._reduction.functions import merge_statistics
 from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
 
@@ -23,7 +25,10 @@ def conv2d_gemm_kernel(
     bias_ptr,  # [columns] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [pixels, K], with PLANES [N, K, pixels], a box of BLOCK_M / PARTS pixels; or of ∂L/∂x
-    statistics_ptr,  # fp32 [3, row tiles · PARTS, columns] or None
+    statistics,  # Statistics, of totals with a norm; or None
+    z,  # descriptor like out, with
+    other,  # descriptor like out or None, and
+    norm,  # NormGrad; or all None
     partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
     counter_ptr,  # int32 [tiles], zeros; both None for one split
     images,  # 1 unless PLANES: all pixels are one image's
@@ -80,7 +85,10 @@ def conv2d_gemm_kernel(
                     bias_ptr,
                     residual,
                     out,
-                    statistics_ptr,
+                    statistics,
+                    z,
+                    other,
+                    norm,
                     image,
                     pixel + part * (BLOCK_M // PARTS),
                     pixels,
@@ -92,6 +100,8 @@ def conv2d_gemm_kernel(
                     PLANES,
                     ACTIVATION,
                 )
+            if statistics is not None:
+                merge_statistics(statistics, pid_m, num_m, pid_n, column, columns, columns, BLOCK_N, PARTS)
 
 
 @triton.jit
@@ -100,7 +110,10 @@ def _finish(
     bias_ptr,
     residual,
     out,
-    statistics_ptr,
+    statistics,
+    z,
+    other,
+    norm,
     image,
     pixel,
     pixels,
@@ -118,19 +131,37 @@ def _finish(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=channel < columns, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
-        if PLANES:
-            added = residual.load([image, column, pixel]).reshape(BLOCK_N, BLOCK_M)
-        else:
-            added = residual.load([pixel, column]).T
-        acc += added.to(tl.float32)
-    y = apply_activation(acc, ACTIVATION, negative_slope).to(out.dtype)
+        acc += _load_like_out(residual, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
+    if norm is not None:
+        numbers = norm_numbers(norm, channel, channel < columns)
+        values = _load_like_out(z, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
+        kept = None
+        if other is not None:
+            kept = _load_like_out(other, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
+        y, from_mean = inner_gradient(acc, values, kept, along_pixels(numbers, 1), negative_slope, ACTIVATION)
+    else:
+        y = apply_activation(acc, ACTIVATION, negative_slope)
+    y = y.to(out.dtype)
     if PLANES:
         out.store([image, column, pixel], y.reshape(1, BLOCK_N, BLOCK_M))
     else:
         out.store([pixel, column], y.T)
-    if statistics_ptr is not None:
+    if statistics is not None:
         valid = (pixel + tl.arange(0, BLOCK_M) < pixels)[None, :]
-        store_statistics(y.to(tl.float32), valid, statistics_ptr, row_tile, row_tiles, channel, columns, AXIS=1)
+        if norm is not None:
+            g = y.to(tl.float32)
+            store_norm_sums(g, from_mean, valid, numbers[1], statistics, row_tile, row_tiles, channel, columns, AXIS=1)
+        else:
+            store_statistics(y.to(tl.float32), valid, statistics, row_tile, row_tiles, channel, columns, AXIS=1)
+
+
+@triton.jit
+def _load_like_out(matrix, image, pixel, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr):
+    """Load a box of a tensor that lies like the output, fp32 [columns, pixels]."""
+    if PLANES:
+        return matrix.load([image, column, pixel]).reshape(BLOCK_N, BLOCK_M).to(tl.float32)
+    else:
+        return matrix.load([pixel, column]).T.to(tl.float32)
 
 
 # Compiled for a single pixel, a case of its own otherwise, the loop would wait for its products one by one.

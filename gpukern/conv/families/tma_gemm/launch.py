@@ -12,7 +12,7 @@ from gpukern.conv.families.tma_gemm.plan import matrices, parts, persistent, row
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.layouts import Shape, Strides, pixel_stride
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import strides_of
 from gpukern.ops._reduction.launch import shared_sums
 from gpukern.ops._reduction.splits import chunk, fan_in
@@ -49,7 +49,7 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
     }
     constants = compile_time(kernels.conv2d_gemm_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = out.device
         partial = counters = None
         if workspace:
@@ -61,6 +61,9 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else output.of(residual),
             output.of(out),
             statistics,
+            None if z is None else output.of(z),
+            None if other is None else output.of(other),
+            norm,
             partial,
             counters,
             images,
@@ -71,7 +74,9 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gemm_kernel, (programs, plan.splits), device, arguments, constants)
 
-    return Launch(run, row_tiles(p, plan) * pieces if request.epilogue.statistics else 0)
+    rows = row_tiles(p, plan)
+    of_statistics = Tiles(rows, tiles // rows, pieces) if request.epilogue.leaves_parts else None
+    return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:

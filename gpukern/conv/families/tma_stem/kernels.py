@@ -15,6 +15,7 @@ import triton.language as tl
 from gpukern.conv.families.tma_conv.kernels import finish
 from gpukern.conv.indexing import inside_image, tile_order
 from gpukern.ops._pixels import split_pixel
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -24,7 +25,7 @@ def conv2d_stem_kernel(
     bias_ptr,  # [K] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [N, P, Q, K]
-    statistics_ptr,  # fp32 [3, tiles of pixels, K] or None
+    statistics,  # Statistics, or None
     batch,
     rows,
     cols,
@@ -63,7 +64,10 @@ def conv2d_stem_kernel(
         bias_ptr,
         residual,
         out,
-        statistics_ptr,
+        statistics,
+        None,
+        None,
+        None,
         (n0, p0, q0, column0),
         column0 + tl.arange(0, BLOCK_N),
         (batch, rows, cols, columns),
@@ -79,6 +83,8 @@ def conv2d_stem_kernel(
         ACTIVATION=ACTIVATION,
         POOL=POOL,
     )
+    if statistics is not None:
+        merge_statistics(statistics, pid_m, num_m, pid_n, column0, columns, columns, BLOCK_N)
 
 
 @triton.jit

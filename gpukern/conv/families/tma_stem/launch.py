@@ -9,7 +9,7 @@ from gpukern.conv.families.tma_stem import kernels
 from gpukern.conv.families.tma_stem.plan import packed, window
 from gpukern.conv.indexing import Sizes
 from gpukern.conv.plan import ConvPlan
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.integers import cdiv, power_of_two
@@ -92,4 +92,5 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_stem_kernel, grid, device, arguments, constants)
 
-    return Launch(run, box_count(p, request.direction, box) if request.epilogue.statistics else 0)
+    boxes = box_count(p, request.direction, box)
+    return Launch(run, Tiles(boxes, grid[0] // boxes) if request.epilogue.statistics else None)

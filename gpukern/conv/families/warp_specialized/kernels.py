@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from gpukern.conv.epilogue import store_statistics
 from gpukern.conv.indexing import tile_order
 from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._reduction.functions import merge_in_groups
 
 # Triton 3.8 renamed these and 3.9 removed the old names.
 fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -56,7 +57,7 @@ def conv2d_warp_specialized_kernel(
     out,  # descriptor of y [N, P, Q, K], or of ∂L/∂x when TRANSPOSED
     residual,  # descriptor like out, or None
     bias_ptr,  # [columns] or None
-    statistics_ptr,  # fp32 [3, boxes, columns] or None
+    statistics,  # Statistics, or None
     window,  # Window
     negative_slope,
     TRANSPOSED: gl.constexpr,
@@ -89,7 +90,7 @@ def conv2d_warp_specialized_kernel(
                     out,
                     residual,
                     bias_ptr,
-                    statistics_ptr,
+                    statistics,
                     window,
                     negative_slope,
                     ring,
@@ -138,7 +139,7 @@ def _multiply(
     out,
     residual,
     bias_ptr,
-    statistics_ptr,
+    statistics,
     window,
     negative_slope,
     ring,
@@ -201,8 +202,8 @@ def _multiply(
         tile.store(apply_activation(result, ACTIVATION, negative_slope).to(out.dtype))
         fence_async_shared()
         write_back(out, [n, p, q, k], staged)
-        if statistics_ptr is not None:
-            _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window)
+        if statistics is not None:
+            _store_statistics(tile, statistics, box, n, p, q, k, out, window)
     tma.store_wait(0)
 
 
@@ -234,8 +235,8 @@ def _tile(index, out, window, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window):
-    """Store statistics, see :func:`store_statistics`; ``tile`` [BLOCK_M, BLOCK_N] is in shared memory."""
+def _store_statistics(tile, statistics, box, n, p, q, k, out, window):
+    """Store and merge statistics, see ``store_statistics``; ``tile`` [BLOCK_M, BLOCK_N] is in shared memory."""
     BOX: gl.constexpr = out.block_shape
     # The whole tile at once would not fit into the registers.
     BLOCK_N: gl.constexpr = BOX[3]
@@ -246,10 +247,15 @@ def _store_statistics(tile, statistics_ptr, box, n, p, q, k, out, window):
     p_ok = p + pixel // BOX[2] % BOX[1] < window.rows
     q_ok = q + pixel % BOX[2] < window.cols
     inside = gl.expand_dims(n_ok & p_ok & q_ok, 1)
-    for part in gl.static_range(0, BLOCK_N, COLUMNS):
-        value = tile.slice(part, COLUMNS, dim=1).load(LAYOUT).to(gl.float32)
-        column = k + part + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-        boxes = _boxes(out, window)
+    boxes = _boxes(out, window)
+    for start in gl.static_range(0, BLOCK_N, COLUMNS):
+        value = tile.slice(start, COLUMNS, dim=1).load(LAYOUT).to(gl.float32)
+        column = k + start + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
         # Broadcast to the tile: one column has another thread layout than the sums, and converting it takes registers.
         valid, _ = gl.broadcast(inside, value)
-        store_statistics(value, valid, statistics_ptr, box, boxes, column, window.columns, AXIS=0)
+        store_statistics(value, valid, statistics, box, boxes, column, window.columns, AXIS=0)
+    READ: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
+    part = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(1, READ)), 1)
+    lane = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, READ)), 0)
+    columns = window.columns
+    merge_in_groups(statistics, box, boxes, k // BLOCK_N, k, columns, columns, part, lane, BLOCK_N, 1)

@@ -13,7 +13,7 @@ from gpukern.conv.families.warp_specialized import kernels
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.request import Launch, Request
+from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.launcher import compile_time, launch
 
@@ -56,7 +56,8 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         "ACTIVATION": request.epilogue.activation,
         "num_warps": plan.num_warps,
     }
-    grid = (min(tile_count(p, direction, plan), request.device.sm_count),)
+    tiles = tile_count(p, direction, plan)
+    grid = (min(tiles, request.device.sm_count),)
     constants = compile_time(kernels.conv2d_warp_specialized_kernel, options)
 
     def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
@@ -72,7 +73,8 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_warp_specialized_kernel, grid, output.device, arguments, constants)
 
-    return Launch(run, box_count(p, direction, box) if request.epilogue.statistics else 0)
+    boxes = box_count(p, direction, box)
+    return Launch(run, Tiles(boxes, tiles // boxes) if request.epilogue.statistics else None)
 
 
 def _described(
