@@ -77,6 +77,7 @@ KERNELS = (
     "indexing.py",
     "kernels.py",
     "norm_grad.py",
+    "shared_sums.py",
     "tf32.py",
     "weight_kernels.py",
 )
