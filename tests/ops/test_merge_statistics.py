@@ -34,12 +34,21 @@ def statistics_kernel(
         pixel = (tile * SIZE + tl.arange(0, SIZE))[:, None]
         ok = (pixel < pixels) & (c < channels)
         x = tl.load(x_ptr + pixel * channels + c, mask=ok, other=0.0)
-        count = tl.sum(ok.to(tl.float32), 0, keep_dims=True)
         total = tl.sum(x, 0, keep_dims=True)
-        apart = tl.where(ok, x - total / tl.maximum(count, 1.0), 0.0)
-        squares = tl.sum(apart * apart, 0, keep_dims=True)
-        store_part(statistics.parts, total, squares, count, tile, rows * PARTS, c, c < channels, channels)
+        if statistics.totals is not None:
+            squares = tl.sum(x * x, 0, keep_dims=True)
+            store_part(statistics.parts, total, squares, None, tile, rows * PARTS, c, c < channels, channels)
+        else:
+            store_deviations(x, ok, total, statistics, tile, rows * PARTS, c, channels)
     merge_statistics(statistics, row, rows, column, column * BLOCK, channels, channels, BLOCK, PARTS)
+
+
+@triton.jit
+def store_deviations(x, ok, total, statistics, tile, tiles, c, channels):
+    count = tl.sum(ok.to(tl.float32), 0, keep_dims=True)
+    apart = tl.where(ok, x - total / tl.maximum(count, 1.0), 0.0)
+    squares = tl.sum(apart * apart, 0, keep_dims=True)
+    store_part(statistics.parts, total, squares, count, tile, tiles, c, c < channels, channels)
 
 
 def run(x: torch.Tensor, statistics: Statistics, order: torch.Tensor, block: int, parts: int) -> Statistics:
@@ -91,6 +100,23 @@ def test_any_number_of_tiles(pixels, channels, block, group, parts, device, monk
         bits.append((statistics.sums, statistics.deviations))
     for others in bits[1:]:
         assert all(torch.equal(a, b) for a, b in zip(bits[0], others, strict=True))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("pixels, channels, block, group", [(5, 3, 4, 32), (257, 6, 4, 32), (300, 40, 16, 4)])
+def test_two_sums(pixels, channels, block, group, parts, device, monkeypatch):
+    """Added plainly, without a mean: the same bits whoever comes last."""
+    monkeypatch.setattr(reduction, "_GROUP", group)
+    x = torch.randn(pixels, channels, device=device)
+    programs = cdiv(pixels, SIZE * parts) * cdiv(channels, block)
+    bits = []
+    for order in (torch.arange(programs), torch.randperm(programs)):
+        totals = torch.empty(2, channels, device=device)
+        run(x, Statistics(totals=totals), order.int().to(device), block, parts)
+        for name, total, values in zip(("x", "x²"), totals, (x.double().cpu(), x.double().cpu().square()), strict=True):
+            assert_within(name, total, values.sum(0), 6 * FP32_EPS * pixels**0.5 * values.abs().sum(0))
+        bits.append(totals)
+    assert torch.equal(*bits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
