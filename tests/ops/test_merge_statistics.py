@@ -1,4 +1,4 @@
-"""Statistics of tiles, merged by the last program to arrive: any number of tiles, any order, twice in a row."""
+"""Statistics and sums of tiles, merged by the last program to arrive: any number of tiles in any order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._reduction import launch as reduction
-from gpukern.ops._reduction.functions import Statistics, merge_statistics, store_part
+from gpukern.ops._reduction.functions import Statistics, Sums, merge_statistics, merge_sums, store_part
 from gpukern.ops._reduction.launch import sums_and_deviations, with_workspace
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import launch
@@ -34,21 +34,12 @@ def statistics_kernel(
         pixel = (tile * SIZE + tl.arange(0, SIZE))[:, None]
         ok = (pixel < pixels) & (c < channels)
         x = tl.load(x_ptr + pixel * channels + c, mask=ok, other=0.0)
+        count = tl.sum(ok.to(tl.float32), 0, keep_dims=True)
         total = tl.sum(x, 0, keep_dims=True)
-        if statistics.totals is not None:
-            squares = tl.sum(x * x, 0, keep_dims=True)
-            store_part(statistics.parts, total, squares, None, tile, rows * PARTS, c, c < channels, channels)
-        else:
-            store_deviations(x, ok, total, statistics, tile, rows * PARTS, c, channels)
+        apart = tl.where(ok, x - total / tl.maximum(count, 1.0), 0.0)
+        squares = tl.sum(apart * apart, 0, keep_dims=True)
+        store_part(statistics.parts, (total, squares, count), tile, rows * PARTS, c, c < channels, channels)
     merge_statistics(statistics, row, rows, column, column * BLOCK, channels, channels, BLOCK, PARTS)
-
-
-@triton.jit
-def store_deviations(x, ok, total, statistics, tile, tiles, c, channels):
-    count = tl.sum(ok.to(tl.float32), 0, keep_dims=True)
-    apart = tl.where(ok, x - total / tl.maximum(count, 1.0), 0.0)
-    squares = tl.sum(apart * apart, 0, keep_dims=True)
-    store_part(statistics.parts, total, squares, count, tile, tiles, c, c < channels, channels)
 
 
 def run(x: torch.Tensor, statistics: Statistics, order: torch.Tensor, block: int, parts: int) -> Statistics:
@@ -102,23 +93,6 @@ def test_any_number_of_tiles(pixels, channels, block, group, parts, device, monk
         assert all(torch.equal(a, b) for a, b in zip(bits[0], others, strict=True))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("pixels, channels, block, group", [(5, 3, 4, 32), (257, 6, 4, 32), (300, 40, 16, 4)])
-def test_two_sums(pixels, channels, block, group, parts, device, monkeypatch):
-    """Added plainly, without a mean: the same bits whoever comes last."""
-    monkeypatch.setattr(reduction, "_GROUP", group)
-    x = torch.randn(pixels, channels, device=device)
-    programs = cdiv(pixels, SIZE * parts) * cdiv(channels, block)
-    bits = []
-    for order in (torch.arange(programs), torch.randperm(programs)):
-        totals = torch.empty(2, channels, device=device)
-        run(x, Statistics(totals=totals), order.int().to(device), block, parts)
-        for name, total, values in zip(("x", "x²"), totals, (x.double().cpu(), x.double().cpu().square()), strict=True):
-            assert_within(name, total, values.sum(0), 6 * FP32_EPS * pixels**0.5 * values.abs().sum(0))
-        bits.append(totals)
-    assert torch.equal(*bits)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_running_statistics(dtype, device):
     pixels, channels, momentum = 700, 20, 0.3
@@ -148,3 +122,39 @@ def test_what_is_not_finite_stays_in_its_channel(device):
     assert statistics.sums.isnan().tolist() == [False, True, False, False, False, False]
     assert statistics.sums.isinf().tolist() == [False, False, True, False, False, False]
     assert statistics.deviations.isnan().tolist() == [False, True, True, False, False, False]
+
+
+@triton.jit
+def sums_kernel(x_ptr, order_ptr, sums, rows, pixels, channels, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """Sums of x, 2 · x and 3 · x [pixels, channels]."""
+    columns = tl.cdiv(channels, BLOCK)
+    program = tl.load(order_ptr + tl.program_id(0))
+    row, column = program // columns, program % columns
+    c = (column * BLOCK + tl.arange(0, BLOCK))[None, :]
+    pixel = (row * SIZE + tl.arange(0, SIZE))[:, None]
+    x = tl.load(x_ptr + pixel * channels + c, mask=(pixel < pixels) & (c < channels), other=0.0)
+    total = tl.sum(x, 0, keep_dims=True)
+    store_part(sums.parts, (total, 2 * total, 3 * total), row, rows, c, c < channels, channels)
+    merge_sums(sums, row, rows, column, column * BLOCK, channels, channels, 3, BLOCK)
+
+
+@pytest.mark.parametrize("rows, group", [(1, 32), (20, 32), (90, 4), (90, 64)])
+def test_sums(rows, group, device, monkeypatch):
+    monkeypatch.setattr(reduction, "_GROUP", group)
+    channels, block = 11, 8
+    x = torch.randn(rows * SIZE - 3, channels, device=device)
+    programs, bits = rows * cdiv(channels, block), []
+    for order in (torch.arange(programs).flip(0), torch.randperm(programs)):
+        totals = torch.empty(3, channels, device=device)
+        grad_weight, grad_bias = torch.empty(2, channels, device=device, dtype=torch.float16)
+        sums = Sums(totals=totals, grad_bias=grad_bias, grad_weight=grad_weight)
+        sums = with_workspace(sums, channels, device, rows, cdiv(channels, block), sums=3)
+        arguments = (x, order.int().to(device), sums, rows, len(x), channels)
+        launch(sums_kernel, (programs,), device, arguments, {"BLOCK": block, "SIZE": SIZE, "num_warps": 4})
+        expected, _, bound, _ = exact(x)
+        for i in range(3):
+            assert_within(f"sum {i}", totals[i], (i + 1) * expected, (i + 1) * bound)
+        assert torch.equal(grad_bias, totals[0].half()) and torch.equal(grad_weight, totals[1].half())
+        assert not sums.counters.any()
+        bits.append(totals)
+    assert torch.equal(*bits)

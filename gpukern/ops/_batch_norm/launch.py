@@ -10,16 +10,11 @@ from gpukern.ops._batch_norm import kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
 from gpukern.ops._normalization import Norm
-from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import with_workspace
-from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
 from gpukern.runtime.tensors import check_kernel_dtype
-
-#: Partial results that a merging program has in flight: 16 per thread.
-_LOADS = 2048
-
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -199,7 +194,10 @@ def batch_norm_backward(
     whole = splits == 1 or not needs_sums
     later = training and wants_input and not whole
     norm = _norm(mean, variance, weight, bias)
-    sums = None if whole else torch.empty((2, splits, C), dtype=torch.float32, device=device)
+    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
+    sums = Sums(totals=totals, grad_bias=grad_bias, grad_weight=grad_weight) if needs_sums else None
+    if sums and not whole:
+        sums = with_workspace(sums, C, device, splits, chosen.channel_tiles, sums=2)
     launch(
         kernels.batch_norm_backward_kernel,
         (splits * chosen.channel_tiles,),
@@ -208,7 +206,6 @@ def batch_norm_backward(
             *(first, x, kept, inner_image, NOTHING if later else out_image),
             norm,
             sums,
-            *((grad_weight, grad_bias) if whole else (None, None)),
             tiles.sizes,
             *(chosen.steps, each, splits),
             eps,
@@ -224,10 +221,6 @@ def batch_norm_backward(
         }
         | tiles.options,
     )
-    if sums is None:
-        return results
-    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
-    _merge_sums(sums, totals, grad_weight, grad_bias)
     if later:
         if inner is not None:
             grad, other, activation, needs_input = inner, None, "none", False
@@ -240,24 +233,6 @@ def batch_norm_backward(
             {"ACTIVATION": activation, "NEEDS_INPUT": needs_input} | tiles.options,
         )
     return results
-
-
-def _merge_sums(
-    sums: torch.Tensor,
-    totals: torch.Tensor | None,
-    grad_weight: torch.Tensor | None = None,
-    grad_bias: torch.Tensor | None = None,
-) -> None:
-    """Add up the splits' ``sums`` [2, splits, C] into ``totals`` [2, C] and the gradients [C], each if there is one."""
-    _, splits, C = sums.shape
-    rows, block = _merge_tile(splits)
-    launch(
-        kernels.batch_norm_backward_merge_kernel,
-        (cdiv(C, block),),
-        sums.device,
-        (sums, totals, grad_weight, grad_bias, splits, C),
-        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
-    )
 
 
 def inner_gradient_and_sums(
@@ -279,30 +254,30 @@ def inner_gradient_and_sums(
     inner = None if activation == "none" else torch.empty_like(grad)
     tiles = tiles_of(True, grad, input, other, inner)
     chosen = tiles.plan
-    sums = torch.empty((2, chosen.splits, input.shape[1]), dtype=torch.float32, device=grad.device)
+    C, device, whole = input.shape[1], grad.device, chosen.splits == 1
+    totals = torch.empty((2, C), dtype=torch.float32, device=device)
+    sums = Sums(totals=totals)
+    if not whole:
+        sums = with_workspace(sums, C, device, chosen.splits, chosen.channel_tiles, sums=2)
     launch(
         kernels.batch_norm_backward_kernel,
         (chosen.splits * chosen.channel_tiles,),
-        grad.device,
+        device,
         (
             *(*tiles.images, NOTHING),
-            *(_norm(mean, variance, weight, bias), sums, None, None, tiles.sizes),
+            *(_norm(mean, variance, weight, bias), sums, tiles.sizes),
             *(chosen.steps, chosen.steps_per_split, chosen.splits),
             *(eps, negative_slope),
         ),
         {
             "TRAINING": True,
-            "WHOLE": False,
+            "WHOLE": whole,
             "UNROLL": max(1, chosen.unroll // 2),
             "ACTIVATION": activation,
             "NEEDS_INPUT": activation != "none" and PROPERTIES[activation].needs_input,
         }
         | tiles.options,
     )
-    totals = sums[:, 0]
-    if chosen.splits > 1:
-        totals = torch.empty_like(totals)
-        _merge_sums(sums, totals)
     return grad if inner is None else inner, totals
 
 
@@ -321,9 +296,3 @@ def _norm(
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` contiguous, as kernels take these operands, and only these, without strides."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _merge_tile(parts: int) -> tuple[int, int]:
-    """Return the (parts, channels) that a merging program reads at a time."""
-    rows = power_of_two(parts, 1, 512)
-    return rows, min(32, _LOADS // rows)

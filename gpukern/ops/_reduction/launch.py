@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import torch
 
 from gpukern.ops._images import Image, image
 from gpukern.ops._reduction import kernels
-from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.splits import channel_sum_splits
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.current_device import device_spec
@@ -22,6 +23,8 @@ _NOTHING = Image(None, 0, 0, 0, 0)
 _LOADS = 2048
 #: The fewest parts of statistics that are worth a step of their own: as many as a program reads at a time.
 _GROUP = 32
+
+_Merged = TypeVar("_Merged", Statistics, Sums)
 
 
 def channels_last_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -82,19 +85,25 @@ def sums_and_deviations(channels: int, device: torch.device) -> Statistics:
 
 
 def with_workspace(
-    statistics: Statistics, channels: int, device: torch.device, rows: int, columns: int, parts: int = 1, taken: int = 0
-) -> Statistics:
-    """Return ``statistics`` with memory for the parts of rows · columns tiles, each in so many parts, and counters.
+    merged: _Merged,
+    channels: int,
+    device: torch.device,
+    rows: int,
+    columns: int,
+    parts: int = 1,
+    taken: int = 0,
+    sums: int = 3,
+) -> _Merged:
+    """Return Statistics, or so many ``sums``, with memory for the parts of rows · columns tiles, and counters.
 
-    ``taken``: how many counters the launch uses for something else.
+    ``parts``: how many a tile has. ``taken``: how many counters the launch uses for something else.
     """
     group = power_of_two(math.isqrt(rows), _GROUP)
     groups = cdiv(rows, group)
-    planes = 3 if statistics.totals is None else 2
-    size = planes * (rows * parts + groups) * channels
+    size = sums * (rows * parts + groups) * channels
     taken = 4 * cdiv(taken, 4)  # whether a pointer is a multiple of 16 bytes is compiled in
     counters = zeroed_counters(taken + columns * (groups + 1), device)
-    return statistics._replace(
+    return merged._replace(
         parts=torch.empty(size, dtype=torch.float32, device=device),
         counters=counters[taken:] if taken else counters,
         group=group,
