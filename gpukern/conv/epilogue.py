@@ -55,7 +55,7 @@ def store_statistics(y, valid, statistics, tile, tiles, channel, channels, AXIS:
     """Write each channel's sum of ``y`` over its valid pixels, of squared deviations from their mean, and their count.
 
     ``y`` [pixels, channels], or transposed, fp32 but rounded as stored; AXIS is that of the pixels and ``valid`` is
-    broadcast to y. Once all parts of a tile are stored, the program calls ``merge_parts``.
+    broadcast to y. Once all parts of a tile are stored, the program calls ``merge_statistics``.
     """
     y = tl.where(valid, y, 0.0)
     # Count one column, since all are the same: a whole tile of ones would take as many registers as y.

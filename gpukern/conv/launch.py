@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 
@@ -107,13 +106,13 @@ def conv2d_input_grad_norm(
     output = grad.new_empty_strided(prepared.shape, prepared.strides)
     sums = Sums(totals=torch.empty((2, problem.C), dtype=torch.float32, device=grad.device))
     try:
-        written = _write(prepared, output, grad, weight, None, added, negative_slope, sums, norm)
+        made = _write(prepared, output, grad, weight, None, added, negative_slope, sums, norm)
     except DescriptorRefused as refusal:
         if plan is not None:
             raise
         plan_without(prepared.plan, device_spec(grad.device), refusal)
         return conv2d_input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, negative_slope)
-    return None if written is None else (output, sums.totals)
+    return (output, sums.totals) if made else None
 
 
 def conv2d_weight_grad(
@@ -184,7 +183,10 @@ def write(
         if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
             prepared.launch.run(first, second, output, bias, None, None, negative_slope)
             return None
-        return _write(prepared, output, first, second, bias, residual, negative_slope, statistics)
+        if statistics is None and prepared.launch.tiles:
+            statistics = sums_and_deviations(prepared.shape[1], first.device)
+        made = _write(prepared, output, first, second, bias, residual, negative_slope, statistics)
+        return statistics if made else None
     except DescriptorRefused as problem:
         if prepared.again is None:
             raise
@@ -200,24 +202,22 @@ def _write(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     negative_slope: float,
-    statistics: Any,
+    merged: Statistics | Sums | None,
     norm: NormBefore | None = None,
-) -> Any:
+) -> bool:
+    """Return whether ``merged``, the statistics, or the sums with a ``norm``, were made."""
     if output.numel() == 0:
-        return None
+        return False
     if first.numel() == 0:
         # Empty sums: the weight gradient of an empty batch, a linear layer without features.
         _write_empty_sums(prepared, output, bias, residual, negative_slope)
-        return None
+        return False
     of_launch = prepared.launch
-    if of_launch.tiles:
-        channels = prepared.shape[1]
-        # Statistics, or Sums where a norm is.
-        statistics = statistics or sums_and_deviations(channels, first.device)
-        rows, columns, parts = of_launch.tiles
-        numbers = 3 if norm is None else 2
-        taken = of_launch.counters
-        statistics = with_workspace(statistics, channels, first.device, rows, columns, parts, taken, numbers)
+    if merged is not None and of_launch.tiles:
+        channels, numbers = prepared.shape[1], 3 if norm is None else 2
+        merged = with_workspace(  # type: ignore[type-var]
+            merged, channels, first.device, *of_launch.tiles, taken=of_launch.counters, sums=numbers
+        )
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
         first = channels_last_copy(first)
@@ -230,13 +230,14 @@ def _write(
         bias = bias.contiguous()  # the only operand that kernels take without strides: it must be contiguous
     residual = _laid_like(residual, written, prepared.written)
     if norm is None:
-        of_launch.run(first, second, written, bias, residual, statistics, negative_slope)
+        of_launch.run(first, second, written, bias, residual, merged, negative_slope)
     else:
         z, other = (_laid_like(each, written, prepared.written) for each in (norm.z, norm.other))
-        of_launch.run(first, second, written, bias, residual, statistics, negative_slope, z, other, _norm_grad(norm))
+        through = _norm_grad(norm)
+        of_launch.run(first, second, written, bias, residual, merged, negative_slope, z, other, through)
     if pack_output:
         copy_image(written, output)
-    return statistics
+    return merged is not None
 
 
 def _norm_grad(norm: NormBefore) -> NormGrad:

@@ -63,8 +63,8 @@ def inner_gradient(grad, z, other, numbers, negative_slope, ACTIVATION: tl.const
 def store_norm_sums(g, from_mean, valid, inverse, sums, tile, tiles, channel, channels, AXIS: tl.constexpr):
     """Write each channel's Σ g and Σ g·x̂ over the tile's ``valid`` pixels, along AXIS; ``g`` is rounded as stored.
 
-    Once all parts of a tile are stored, the program calls ``merge_parts``.
+    Once all parts of a tile are stored, the program calls ``merge_sums``.
     """
     g = tl.where(valid, g, 0.0)
-    sum_gx = tl.sum(g * from_mean, AXIS) * inverse
-    store_part(sums.parts, (tl.sum(g, AXIS), sum_gx), tile, tiles, channel, channel < channels, channels)
+    values = tl.sum(g, AXIS), tl.sum(g * from_mean, AXIS) * inverse
+    store_part(sums.parts, values, tile, tiles, channel, channel < channels, channels)

@@ -119,7 +119,7 @@ def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
         options["SPLITS"] = launch.options["SPLITS"] > 1  # their number is a factor in addresses, no more
     options["rounds"] = rounds(launch)
     options["statistics"] = _has(launch, "statistics")
-    if _has(launch, "norm"):
+    if _goes_through_norm(launch):
         options["norm"] = f"{launch.options['ACTIVATION']} {_has(launch, 'other')}"
     chosen = sorted((name, value) for name, value in options.items() if not coarse or name not in _COARSE)
     # Whether channels can be copied in runs of 16 bytes decides what the main loop is made of.
@@ -143,14 +143,15 @@ def demand(launch: Launch) -> tuple:
     taps = options.get("TAPS_H", 1) * options.get("TAPS_W", 1)
     steps = sum(options.get(name, 1) for name in ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"))
     sizes = (options.get(name, 0) for name in ("SPLITS", "BLOCK_K", "num_stages", "REDUCTION"))
-    through = _has(launch, "norm")
-    derivative = through and options["ACTIVATION"] == "gelu"
-    return (through, _has(launch, "other"), derivative, _has(launch, end), rounds(launch), *sizes, taps, steps)
+    through = _goes_through_norm(launch)
+    # Of those the ones that read most, and have the longest derivative.
+    heaviest = through and _has(launch, "other"), through and options["ACTIVATION"] == "gelu"
+    return (through, *heaviest, _has(launch, end), *sizes, taps, steps)
 
 
-def rounds(launch: Launch) -> int:
-    """How often the kernel adds what its splits left, see ``gpukern/ops/_reduction/shared_sums.py``."""
-    return 0 if not _has(launch, "shared") else 2 if _has(launch, "fan_in") else 1
+def _goes_through_norm(launch: Launch) -> bool:
+    """Whether an input gradient goes on to the sums of the batch norm whose input z it is given."""
+    return _has(launch, "z")
 
 
 def _has(launch: Launch, name: str) -> bool:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._reduction import launch as reduction
-from gpukern.ops._reduction.functions import Statistics, Sums, merge_parts, store_part
+from gpukern.ops._reduction.functions import Statistics, Sums, merge_statistics, merge_sums, store_part
 from gpukern.ops._reduction.launch import sums_and_deviations, with_workspace
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import launch
@@ -39,7 +39,7 @@ def statistics_kernel(
         apart = tl.where(ok, x - total / tl.maximum(count, 1.0), 0.0)
         squares = tl.sum(apart * apart, 0, keep_dims=True)
         store_part(statistics.parts, (total, squares, count), tile, rows * PARTS, c, c < channels, channels)
-    merge_parts(statistics, row, rows, column, column * BLOCK, channels, channels, BLOCK, PARTS)
+    merge_statistics(statistics, row, rows, column, column * BLOCK, channels, channels, BLOCK, PARTS)
 
 
 def run(x: torch.Tensor, statistics: Statistics, order: torch.Tensor, block: int, parts: int) -> Statistics:
@@ -135,7 +135,7 @@ def sums_kernel(x_ptr, order_ptr, sums, rows, pixels, channels, BLOCK: tl.conste
     x = tl.load(x_ptr + pixel * channels + c, mask=(pixel < pixels) & (c < channels), other=0.0)
     total = tl.sum(x, 0, keep_dims=True)
     store_part(sums.parts, (total, 2 * total, 3 * total), row, rows, c, c < channels, channels)
-    merge_parts(sums, row, rows, column, column * BLOCK, channels, channels, BLOCK, 1, 3)
+    merge_sums(sums, row, rows, column, column * BLOCK, channels, channels, 3, BLOCK)
 
 
 @pytest.mark.parametrize("rows, group", [(1, 32), (20, 32), (90, 4), (90, 64)])

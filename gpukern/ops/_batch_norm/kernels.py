@@ -14,7 +14,8 @@ from gpukern.ops._normalization import affine, load_numbers
 from gpukern.ops._reduction.functions import (
     finish_statistics,
     finish_sums,
-    merge_parts,
+    merge_statistics,
+    merge_sums,
     store_part,
 )
 
@@ -107,7 +108,7 @@ def batch_norm_statistics_kernel(
         pixels = tl.broadcast_to(pixels, mean.shape)
         store_part(statistics.parts, (mean * pixels, deviations, pixels), split, splits, c, valid, channels)
         tile = tl.program_id(0) % sizes.channel_tiles
-        merge_parts(statistics, split, splits, tile, tile * BLOCK_C, channels, channels, BLOCK_C)
+        merge_statistics(statistics, split, splits, tile, tile * BLOCK_C, channels, channels, BLOCK_C)
     else:
         variance = finish_statistics(statistics, mean, deviations, pixels, c, valid)
         _, scale, bias = affine(norm, variance, c, valid, eps)
@@ -196,7 +197,7 @@ def batch_norm_backward_kernel(
         else:
             store_part(sums.parts, (total_g, total_gx), split, splits, c, valid, channels)
             tile = tl.program_id(0) % sizes.channel_tiles
-            merge_parts(sums, split, splits, tile, tile * BLOCK_C, channels, channels, BLOCK_C, 1, 2)
+            merge_sums(sums, split, splits, tile, tile * BLOCK_C, channels, channels, 2, BLOCK_C)
     if WHOLE and TRAINING and out.ptr is not None:
         count = tl.cast(sizes.pixels, tl.float32)
         for step in tl.range(first, last, loop_unroll_factor=UNROLL):

@@ -294,13 +294,15 @@ def inner_gradient_and_sums(
     inner = None if activation == "none" else torch.empty_like(grad)
     tiles = tiles_of(True, grad, input, other, inner)
     chosen = tiles.plan
-    C, device = input.shape[1], grad.device
+    C, device, whole = input.shape[1], grad.device, chosen.splits == 1
     totals = torch.empty((2, C), dtype=torch.float32, device=device)
-    sums = with_workspace(Sums(totals=totals), C, device, chosen.splits, chosen.channel_tiles, sums=2)
+    sums = Sums(totals=totals)
+    if not whole:
+        sums = with_workspace(sums, C, device, chosen.splits, chosen.channel_tiles, sums=2)
     launch(
         kernels.batch_norm_backward_kernel,
         (chosen.splits * chosen.channel_tiles,),
-        grad.device,
+        device,
         (
             *(*tiles.images, NOTHING),
             *(_norm(mean, variance, weight, bias), sums, tiles.sizes),
@@ -309,7 +311,7 @@ def inner_gradient_and_sums(
         ),
         {
             "TRAINING": True,
-            "WHOLE": False,
+            "WHOLE": whole,
             "UNROLL": max(1, chosen.unroll // 2),
             "ACTIVATION": activation,
             "NEEDS_INPUT": activation != "none" and PROPERTIES[activation].needs_input,

@@ -172,24 +172,38 @@ def _finish(out, values, channel, valid, channels, SUMS: tl.constexpr):
 
 # Not inlined: registers that the last programs need would otherwise decide how many all programs get.
 @triton.jit(noinline=True)
-def merge_parts(
-    out,  # Statistics, or Sums
+def merge_statistics(
+    statistics,  # Statistics
     row, rows, column,  # of this program's tile, and how many rows there are
     first, end,  # channels of the column
     channels,  # in all
     BLOCK: tl.constexpr,  # channels of a tile
     PARTS: tl.constexpr = 1,  # of each tile
-    SUMS: tl.constexpr = None,  # how many there are of each channel; None for statistics
 ):  # fmt: skip
-    """Arrive with what :func:`store_part` stored of this tile: sums, or (Σ y, Σ(y − mean)², count).
+    """Arrive with what :func:`store_part` stored of this tile: (Σ y, Σ(y − mean)², count).
 
-    The last program to arrive finishes them.
+    The last program to arrive finishes the statistics.
     """
     LANES: tl.constexpr = min(BLOCK, 32)
     part = tl.arange(0, 32)[:, None]
     lane = tl.arange(0, LANES)[None, :]
-    merge_in_groups(out, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, SUMS)
+    merge_in_groups(statistics, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, None)
     # The caller may overwrite shared memory that a call uses, without a barrier between them.
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def merge_sums(
+    sums,  # Sums
+    row, rows, column, first, end, channels,
+    SUMS: tl.constexpr,  # how many there are of each channel
+    BLOCK: tl.constexpr, PARTS: tl.constexpr = 1,
+):  # fmt: skip
+    """Arrive with the sums that :func:`store_part` stored of this tile, as at :func:`merge_statistics`."""
+    LANES: tl.constexpr = min(BLOCK, 32)
+    part = tl.arange(0, 32)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    merge_in_groups(sums, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, SUMS)
     tl.debug_barrier()
 
 
@@ -201,7 +215,7 @@ def merge_in_groups(
     BLOCK: tl.constexpr, PARTS: tl.constexpr,
     SUMS: tl.constexpr,  # None for statistics
 ):  # fmt: skip
-    """:func:`merge_parts` with ranges of the caller's layouts."""
+    """:func:`merge_statistics` or :func:`merge_sums`, with ranges of the caller's layouts."""
     LANES: tl.constexpr = lane.shape[1]
     NUMBERS: tl.constexpr = 3 if SUMS is None else SUMS
     groups = tl.cdiv(rows, out.group)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._reduction.functions import merge_parts, store_part
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums, store_part
 
 # ---- along one axis: an Axis of plan.py ----------------------------------------------------------------------------
 
@@ -227,7 +227,7 @@ def conv2d_depthwise_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual,  # Image like out, or None
     out,  # Image: y, or ∂L/∂x
-    statistics,  # Statistics, with a norm Sums; or None
+    statistics,  # Statistics, or Sums with a norm; or None
     z,  # Image like out, with
     other,  # Image like out or None, and
     norm,  # NormGrad; or all None
@@ -371,13 +371,12 @@ def conv2d_depthwise_kernel(
         sums = sums[DONE * COLS :] + zeros(DONE * COLS, SHAPE)
     if statistics is not None:
         tiles = tl.num_programs(0) // channel_blocks
+        block = tl.program_id(0) % channel_blocks
         if norm is not None:
             total_g = over_pixels(sum_g, PLANES)
             total_gx = over_pixels(sum_gx, PLANES) * own_numbers[1]
             store_part(statistics.parts, (total_g, total_gx), tile, tiles, k, k < channels, channels)
+            merge_sums(statistics, tile, tiles, block, block * BLOCK_C, channels, channels, 2, BLOCK_C)
         else:
             store_moments(moments, statistics, tile, tiles, k, channels, PLANES)
-        block = tl.program_id(0) % channel_blocks
-        merge_parts(
-            statistics, tile, tiles, block, block * BLOCK_C, channels, channels, BLOCK_C, 1, None if norm is None else 2
-        )
+            merge_statistics(statistics, tile, tiles, block, block * BLOCK_C, channels, channels, BLOCK_C)

@@ -15,7 +15,7 @@ from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, s
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._pixels import split_pixel
-from gpukern.ops._reduction.functions import merge_parts
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def conv2d_block_diagonal_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
-    statistics,  # Statistics, with a norm Sums; or None
+    statistics,  # Statistics, or Sums with a norm; or None
     z_ptr,  # laid out like out, with
     other_ptr,  # laid out like out or None, and
     norm,  # NormGrad; or all None
@@ -185,8 +185,7 @@ def conv2d_block_diagonal_kernel(
         if norm is not None:
             g = y.to(tl.float32)
             store_norm_sums(g, from_mean, pixel_ok, numbers[1], statistics, row, rows, column, channels, AXIS=0)
+            merge_sums(statistics, row, rows, pid_n, pid_n * BLOCK_N, channels, channels, 2, BLOCK_N)
         else:
             store_statistics(y.to(tl.float32), pixel_ok, statistics, row, rows, column, channels, AXIS=0)
-        merge_parts(
-            statistics, row, rows, pid_n, pid_n * BLOCK_N, channels, channels, BLOCK_N, 1, None if norm is None else 2
-        )
+            merge_statistics(statistics, row, rows, pid_n, pid_n * BLOCK_N, channels, channels, BLOCK_N)

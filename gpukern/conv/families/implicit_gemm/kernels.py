@@ -13,7 +13,7 @@ from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, s
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._pixels import split_pixel
-from gpukern.ops._reduction.functions import merge_parts
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def conv2d_gather_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
-    statistics,  # Statistics, with a norm Sums; or None
+    statistics,  # Statistics, or Sums with a norm; or None
     z_ptr,  # laid out like out, with
     other_ptr,  # laid out like out or None, and
     norm,  # NormGrad; or all None
@@ -265,22 +265,13 @@ def conv2d_gather_kernel(
         if last:
             row = phase * num_m + pid_m
             rows = tl.num_programs(2) // SPLITS * num_m
+            column_tile = group * tl.cdiv(columns, BLOCK_N) + pid_n
+            first = group * sizes.columns + pid_n * BLOCK_N
+            end = group * sizes.columns + columns
             if norm is not None:
                 g = y.to(tl.float32)
                 store_norm_sums(g, from_mean, pixel_ok, numbers[1], statistics, row, rows, channel, channels, AXIS=0)
+                merge_sums(statistics, row, rows, column_tile, first, end, channels, 2, BLOCK_N)
             else:
                 store_statistics(y.to(tl.float32), pixel_ok, statistics, row, rows, channel, channels, AXIS=0)
-            first = group * sizes.columns
-            column_tile = group * tl.cdiv(columns, BLOCK_N) + pid_n
-            merge_parts(
-                statistics,
-                row,
-                rows,
-                column_tile,
-                first + pid_n * BLOCK_N,
-                first + columns,
-                channels,
-                BLOCK_N,
-                1,
-                None if norm is None else 2,
-            )
+                merge_statistics(statistics, row, rows, column_tile, first, end, channels, BLOCK_N)

@@ -18,7 +18,7 @@ from gpukern.conv.epilogue import add_splits, pooled_columns, store_statistics
 from gpukern.conv.indexing import phase_taps, tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._reduction.functions import merge_parts
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def conv2d_box_kernel(
     bias_ptr,  # [columns] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [N, P, Q, K]; of ∂L/∂x when TRANSPOSED, in halves of rows and columns at STRIDE 2
-    statistics,  # Statistics, with a norm Sums; or None
+    statistics,  # Statistics, or Sums with a norm; or None
     z,  # descriptor like out, with
     other,  # descriptor like out or None, and
     norm,  # NormGrad; or all None
@@ -182,18 +182,10 @@ def conv2d_box_kernel(
         )
     if statistics is not None:  # noqa: SIM102 - at compile time, the other one is not
         if last:
-            merge_parts(
-                statistics,
-                row,
-                rows_of_tiles,
-                pid_n,
-                column0,
-                columns,
-                columns,
-                BLOCK_N,
-                PARTS,
-                None if norm is None else 2,
-            )
+            if norm is not None:
+                merge_sums(statistics, row, rows_of_tiles, pid_n, column0, columns, columns, 2, BLOCK_N, PARTS)
+            else:
+                merge_statistics(statistics, row, rows_of_tiles, pid_n, column0, columns, columns, BLOCK_N, PARTS)
 
 
 @triton.jit

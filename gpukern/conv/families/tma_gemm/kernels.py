@@ -14,7 +14,7 @@ from gpukern.conv.epilogue import add_splits, store_statistics
 from gpukern.conv.indexing import tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._reduction.functions import merge_parts
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
 
@@ -25,7 +25,7 @@ def conv2d_gemm_kernel(
     bias_ptr,  # [columns] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [pixels, K], with PLANES [N, K, pixels], a box of BLOCK_M / PARTS pixels; or of ∂L/∂x
-    statistics,  # Statistics, with a norm Sums; or None
+    statistics,  # Statistics, or Sums with a norm; or None
     z,  # descriptor like out, with
     other,  # descriptor like out or None, and
     norm,  # NormGrad; or all None
@@ -100,19 +100,10 @@ def conv2d_gemm_kernel(
                     PLANES,
                     ACTIVATION,
                 )
-            if statistics is not None:
-                merge_parts(
-                    statistics,
-                    pid_m,
-                    num_m,
-                    pid_n,
-                    column,
-                    columns,
-                    columns,
-                    BLOCK_N,
-                    PARTS,
-                    None if norm is None else 2,
-                )
+            if norm is not None:
+                merge_sums(statistics, pid_m, num_m, pid_n, column, columns, columns, 2, BLOCK_N, PARTS)
+            elif statistics is not None:
+                merge_statistics(statistics, pid_m, num_m, pid_n, column, columns, columns, BLOCK_N, PARTS)
 
 
 @triton.jit

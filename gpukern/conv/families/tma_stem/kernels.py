@@ -15,7 +15,7 @@ import triton.language as tl
 from gpukern.conv.families.tma_conv.kernels import finish
 from gpukern.conv.indexing import inside_image, tile_order
 from gpukern.ops._pixels import split_pixel
-from gpukern.ops._reduction.functions import merge_parts
+from gpukern.ops._reduction.functions import merge_statistics
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def conv2d_stem_kernel(
         POOL=POOL,
     )
     if statistics is not None:
-        merge_parts(statistics, pid_m, num_m, pid_n, column0, columns, columns, BLOCK_N)
+        merge_statistics(statistics, pid_m, num_m, pid_n, column0, columns, columns, BLOCK_N)
 
 
 @triton.jit
