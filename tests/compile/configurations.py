@@ -146,7 +146,12 @@ def demand(launch: Launch) -> tuple:
     through = _goes_through_norm(launch)
     # Of those the ones that read most, and have the longest derivative.
     heaviest = through and _has(launch, "other"), through and options["ACTIVATION"] == "gelu"
-    return (through, *heaviest, _has(launch, end), *sizes, taps, steps)
+    return (through, *heaviest, _has(launch, end), rounds(launch), *sizes, taps, steps)
+
+
+def rounds(launch: Launch) -> int:
+    """How often the kernel adds what its splits left, see ``gpukern/ops/_reduction/shared_sums.py``."""
+    return 0 if not _has(launch, "shared") else 2 if _has(launch, "fan_in") else 1
 
 
 def _goes_through_norm(launch: Launch) -> bool:

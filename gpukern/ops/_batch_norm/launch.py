@@ -241,7 +241,7 @@ def batch_norm_backward(
             kernels.batch_norm_input_grad_kernel,
             (tiles.plan.steps * tiles.plan.channel_tiles,),
             device,
-            (*tiles.images, norm, totals, tiles.sizes, eps, negative_slope),
+            (*tiles.images, norm, Sums(totals=totals), tiles.sizes, eps, negative_slope),
             {"ACTIVATION": activation, "NEEDS_INPUT": needs_input} | tiles.options,
         )
     return results
@@ -258,20 +258,33 @@ def gradients_from_sums(
     training: bool,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    if training and input.numel():
-        out = empty_like(input)
-        tiles = tiles_of(False, inner, input, None, out)
-        launch(
-            kernels.batch_norm_input_grad_kernel,
-            (tiles.plan.steps * tiles.plan.channel_tiles,),
-            input.device,
-            (*tiles.images, _norm(mean, variance, weight, bias), sums, tiles.sizes, eps, 0.0),
-            {"ACTIVATION": "none", "NEEDS_INPUT": False} | tiles.options,
-        )
-    else:
+    if not training or not input.numel():
         frozen = False, eps, "none", 0.0, True, False, False
         out = batch_norm_backward(inner, input, weight, bias, None, mean, variance, *frozen)[0]
-    grad_weight, grad_bias = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+        grads = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+        return out, *grads  # type: ignore[return-value]
+    out = empty_like(input)
+    tiles = tiles_of(False, inner, input, None, out)
+    # In fp32 the sums are the gradients.
+    grad_weight, grad_bias = (
+        None if p is None else s if p.dtype is s.dtype else torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p, s in ((weight, sums[1]), (bias, sums[0]))
+    )
+    rounded = (None if g is None or g.dtype is sums.dtype else g for g in (grad_bias, grad_weight))
+    launch(
+        kernels.batch_norm_input_grad_kernel,
+        (tiles.plan.steps * tiles.plan.channel_tiles,),
+        input.device,
+        (
+            *tiles.images,
+            _norm(mean, variance, weight, bias),
+            Sums(None, None, None, sums, *rounded),
+            tiles.sizes,
+            eps,
+            0.0,
+        ),
+        {"ACTIVATION": "none", "NEEDS_INPUT": False} | tiles.options,
+    )
     return out, grad_weight, grad_bias
 
 
