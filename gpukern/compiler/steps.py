@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from gpukern import functional
-from gpukern.compiler.autograd import Convolution, Epilogue, Geometry, Norm, Origin
+from gpukern.compiler.autograd import Convolution, Geometry, Norm
 from gpukern.compiler.mailbox import Mailbox
+from gpukern.compiler.origin import Epilogue, Origin, origin_of
 from gpukern.ops import conv2d
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops.activation import activation as apply_activation
-from gpukern.ops.batch_norm import kept_for_backward
 from gpukern.runtime.amp import autocast, is_any_autocast_enabled
 from gpukern.runtime.operator import is_lazy, needs_operator, resolved
 
@@ -183,30 +183,32 @@ def norm(
     if added is not None and added.dtype is not z.dtype:
         # Under autocast, where dtypes mix: a sum of its own, in the dtype that torch gives it.
         _leave(source)
-        y, *_ = _norm(z, weight, bias, None, mean, variance, statistics, "none", 0.0, None, None)
+        y, *_ = _norm(z, weight, bias, None, mean, variance, statistics, "none", 0.0)
         y = functional_activation(y + added, activation, negative_slope)
         return Normalized(y, None) if readers else y
-    mailbox = Mailbox(readers) if readers and torch.is_grad_enabled() else None
     weight, bias, added = resolved(weight), resolved(bias), resolved(added)
-    of_source = None if source is None else source.mailbox
-    y, mean, variance = _norm(
-        z, weight, bias, added, mean, variance, statistics, activation, negative_slope, mailbox, of_source
-    )
-    if mailbox is None:
+    if not readers or not torch.is_grad_enabled():
+        y, *_ = _norm(z, weight, bias, added, mean, variance, statistics, activation, negative_slope, source)
         return Normalized(y, None) if readers else y
-    other = kept_for_backward(added, y, activation)
+    mailbox = Mailbox(readers)
+    y, mean, variance = _norm(
+        z, weight, bias, added, mean, variance, statistics, activation, negative_slope, source, mailbox, again
+    )
     epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
-    return Normalized(y, Origin(mailbox, z, weight, bias, other, mean, variance, epilogue, again and added is None))
+    return Normalized(y, origin_of(mailbox, z, weight, bias, added, y, mean, variance, epilogue, again, source))
 
 
 def _is_unusual(*tensors: torch.Tensor | None) -> bool:
     return needs_operator(tensors) or any(each is not None and is_lazy(each) for each in tensors)
 
 
-def _norm(z, weight, bias, residual, mean, variance, statistics, activation, negative_slope, mailbox, source) -> Any:
+def _norm(
+    z, weight, bias, residual, mean, variance, statistics: Statistics, activation: str, negative_slope: float,
+    source: Origin | None = None, mailbox: Mailbox | None = None, again: bool = False,
+) -> Any:  # fmt: skip
     epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
     running = statistics.running if mean is None else None
-    return Norm.apply(z, weight, bias, residual, mean, variance, running, epilogue, mailbox, source)
+    return Norm.apply(z, weight, bias, residual, mean, variance, running, epilogue, mailbox, source, again)
 
 
 def avg_pool2d(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, *options: Any) -> torch.Tensor:
@@ -221,5 +223,5 @@ def functional_activation(x: torch.Tensor, activation: str, negative_slope: floa
 
 def _leave(origin: Origin | None) -> None:
     """A reader's forward does not take part: all readers return their gradients to autograd."""
-    if origin is not None:
+    if origin is not None and origin.mailbox is not None:
         origin.mailbox.broken = True
