@@ -23,26 +23,18 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 #: A plan with a tile smaller than its own for each kernel, and a layer that fills no tile: name, layer, plan, layout.
 KERNELS = (
-    (Case("taps", (3, 24, 5, 7), 40, (3, 3), padding=1), ConvPlan(Variant.TAPS, 32, 16, 16, 4, 2), "channels_last"),
-    (Case("taps", (3, 24, 5, 7), 40, (3, 2), stride=2), ConvPlan(Variant.TAPS, 16, 32, 16, 4, 2), "NCHW"),
-    (Case("taps of groups", (3, 36, 5, 4), 34, (2, 2), groups=2), ConvPlan(Variant.TAPS, 16, 16, 16, 4, 2), "NCHW"),
-    (Case("flat", (3, 3, 7, 8), 20, (3, 3), padding=1), ConvPlan(Variant.FLAT, 16, 16, 16, 4, 2), "channels_last"),
-    (Case("flat", (3, 3, 7, 8), 20, (3, 3), padding=1), ConvPlan(Variant.FLAT, 32, 16, 16, 4, 2), "NCHW"),
-    (Case("direct", (3, 12, 6, 5), 18, (3, 2), groups=6), ConvPlan(Variant.DIRECT, 16, 1, 16, 4, 1), "channels_last"),
-    (Case("direct", (3, 12, 6, 5), 18, (3, 2), groups=6), ConvPlan(Variant.DIRECT, 16, 1, 16, 4, 1), "NCHW"),
-    (Case("gemm", (3, 40, 6, 7), 72, (1, 1)), ConvPlan(Variant.GEMM, 32, 16, 16, 4, 2), "channels_last"),
+    (Case("taps", (3, 20, 5, 4), 36, (2, 1), padding=1), ConvPlan(Variant.TAPS, 32, 16, 16, 4, 2), "channels_last"),
+    (Case("taps", (3, 20, 5, 7), 20, (1, 2), stride=2), ConvPlan(Variant.TAPS, 16, 32, 16, 4, 2), "NCHW"),
+    (Case("taps of groups", (3, 34, 5, 4), 36, (1, 1), groups=2), ConvPlan(Variant.TAPS, 32, 16, 16, 4, 2), "NCHW"),
+    (Case("flat", (3, 3, 6, 5), 20, (3, 2), padding=1), ConvPlan(Variant.FLAT, 16, 16, 16, 4, 2), "channels_last"),
+    (Case("flat", (3, 3, 6, 5), 20, (3, 2), padding=1), ConvPlan(Variant.FLAT, 32, 16, 16, 4, 2), "NCHW"),
+    (Case("direct", (3, 6, 6, 5), 18, (2, 2), groups=6), ConvPlan(Variant.DIRECT, 16, 1, 16, 4, 1), "channels_last"),
+    (Case("direct", (3, 12, 4, 5), 12, (2, 1), groups=6), ConvPlan(Variant.DIRECT, 16, 1, 16, 4, 1), "NCHW"),
+    (Case("gemm", (3, 24, 6, 7), 40, (1, 1)), ConvPlan(Variant.GEMM, 32, 16, 16, 4, 2), "channels_last"),
+    (Case("gemm", (5, 24, 4, 4), 40, (1, 1)), ConvPlan(Variant.GEMM, 32, 16, 16, 4, 2, box=(1, 1, 16)), "NCHW images"),
+    (Case("box", (20, 24, 3, 2), 40, (2, 1)), ConvPlan(Variant.BATCH_BOX, 32, 16, 16, 4, 2), "channels_last"),
     (
-        Case("gemm", (5, 40, 4, 4), 72, (1, 1)),
-        ConvPlan(Variant.GEMM, 32, 16, 16, 4, 2, box=(1, 1, 16)),
-        "NCHW images",
-    ),
-    (
-        Case("batch box", (20, 24, 4, 3), 40, (3, 3), padding=1),
-        ConvPlan(Variant.BATCH_BOX, 32, 16, 16, 4, 2),
-        "channels_last",
-    ),
-    (
-        Case("three taps", (20, 24, 4, 3), 40, (3, 3), padding=1),
+        Case("three taps", (20, 24, 3, 3), 40, (1, 3), padding=(0, 1)),
         ConvPlan(Variant.BATCH_BOX, 32, 3 * 16, 16, 4, 2),
         "channels_last",
     ),
@@ -94,22 +86,26 @@ def check(p: ConvProblem, dy: torch.Tensor, x: torch.Tensor, plan: ConvPlan, lay
     return actual
 
 
+@pytest.mark.parametrize("count", [2, 7])
 @kernels
-def test_splits_of_every_kernel_are_added(case, plan, layout, rounds, device):
-    """More of them than the sum has steps, so that some parts are zero, and a last group that is not full."""
+def test_splits_of_every_kernel_are_added(case, plan, layout, count, rounds, device, monkeypatch):
+    """Also where the last group is not full, or parts are zero. Twice the same bits: counters are zero again."""
+    given = []
+    wrapped = lambda count, device: given.append(zeroed_counters(count, device)) or given[-1]  # noqa: E731
+    monkeypatch.setattr(launch, "zeroed_counters", wrapped)
     p, dy, x = operands(case, layout, torch.float16, device)
-    for count in (2, 7, 11):
-        shared = replace(plan, splits=count)
-        assert torch.equal(check(p, dy, x, shared, layout), weight_grad(p, dy, x, shared, layout))
-    assert splits.fan_in(11, 1) == (None if rounds == 1 else 4)
+    shared = replace(plan, splits=count)
+    assert torch.equal(check(p, dy, x, shared, layout), weight_grad(p, dy, x, shared, layout))
+    assert len(given) == 2 and not any(each.any() for each in given)
+    assert splits.fan_in(7, 16 * 16) == (None if rounds == 1 else 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @kernels
-def test_sums_of_other_dtypes_are_rounded_once(case, plan, layout, dtype, rounds, device):
+def test_sums_of_other_dtypes_are_rounded_once(case, plan, layout, dtype, device):
     p, dy, x = operands(case, layout, dtype, device)
     precision = "tf32" if dtype is torch.float32 and plan.block_n > 1 else "ieee"
-    check(p, dy, x, replace(plan, splits=7, precision=precision), layout)
+    check(p, dy, x, replace(plan, splits=3, precision=precision), layout)
 
 
 @pytest.mark.skipif(not EMULATE, reason="a GPU takes its programs in an order of its own")
@@ -120,13 +116,13 @@ def test_the_order_of_programs_changes_no_bit(case, plan, layout, rounds, device
     p, dy, x = operands(case, layout, torch.float32, device)
     shared = replace(plan, splits=7, precision="tf32" if plan.block_n > 1 else "ieee")
     first, given = weight_grad(p, dy, x, shared, layout), type(interpreter_builder).set_grid_idx
-    for shift in (0, 3):
-        # Splits are the last dimension of a grid: from the last to the first, then from one in the middle on.
-        def other_way_round(self, *place, shift=shift):
-            given(self, *((shift - i - 1) % size for i, size in zip(place, self.grid_dim, strict=True)))
 
-        monkeypatch.setattr(type(interpreter_builder), "set_grid_idx", other_way_round)
-        assert torch.equal(weight_grad(p, dy, x, shared, layout), first)
+    def other_way_round(self, *place):
+        """From a program in the middle to the first, and from the last on."""
+        given(self, *((size // 2 - i) % size for i, size in zip(place, self.grid_dim, strict=True)))
+
+    monkeypatch.setattr(type(interpreter_builder), "set_grid_idx", other_way_round)
+    assert torch.equal(weight_grad(p, dy, x, shared, layout), first)
 
 
 @kernels
@@ -138,20 +134,10 @@ def test_only_the_last_program_writes(case, plan, layout, rounds, device, monkey
 
 
 @kernels
-def test_counters_are_left_at_zero(case, plan, layout, rounds, device, monkeypatch):
-    given = []
-    wrapped = lambda count, device: given.append(zeroed_counters(count, device)) or given[-1]  # noqa: E731
-    monkeypatch.setattr(launch, "zeroed_counters", wrapped)
-    p, dy, x = operands(case, layout, torch.float16, device)
-    weight_grad(p, dy, x, replace(plan, splits=7), layout)
-    assert len(given) == 1 and not given[0].any()
-
-
-@kernels
-def test_what_is_not_finite_stays_where_it_is(case, plan, layout, rounds, device):
+def test_what_is_not_finite_stays_where_it_is(case, plan, layout, device):
     p, dy, x = operands(case, layout, torch.float16, device)
     x[0, 0, 1, 1], dy[-1, -1, 1, 0] = float("nan"), float("inf")
-    actual = weight_grad(p, dy, x, replace(plan, splits=7), layout).cpu()
+    actual = weight_grad(p, dy, x, replace(plan, splits=3), layout).cpu()
     value = reference.conv2d_weight_grad(p, dy.double().cpu(), x.double().cpu(), False)
     assert torch.equal(actual.isnan(), value.isnan()) and torch.equal(actual.isinf(), value.isinf())
 
