@@ -15,15 +15,18 @@ from gpukern.version import __version__
 
 if TYPE_CHECKING:
     from gpukern import tune
+    from gpukern.compiler.report import CompileReport, compile_report
     from gpukern.fusion import FusedModel, FusionReport
     from gpukern.tune import TuneError
 
 __all__ = [
+    "CompileReport",
     "FusedModel",
     "FusionError",
     "FusionReport",
     "TuneError",
     "__version__",
+    "compile_report",
     "convert",
     "functional",
     "fuse",
@@ -36,7 +39,13 @@ __all__ = [
 ]
 
 #: Imported at the first use: ``import gpukern`` must not wait for them.
-_LATER = {"FusedModel": "gpukern.fusion", "FusionReport": "gpukern.fusion", "TuneError": "gpukern.tune"}
+_LATER = {
+    "CompileReport": "gpukern.compiler.report",
+    "FusedModel": "gpukern.fusion",
+    "FusionReport": "gpukern.fusion",
+    "TuneError": "gpukern.tune",
+    "compile_report": "gpukern.compiler.report",
+}
 
 
 def __getattr__(name: str) -> Any:

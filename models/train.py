@@ -183,7 +183,7 @@ def _keep_previous(path: Path, console: Console) -> None:
 
 
 def train(options: dict[str, Any], directory: Path | None, out: Path, device: torch.device, resume: bool,
-          checkpoint_every: int, console: Console) -> None:  # fmt: skip
+          checkpoint_every: int, console: Console, compiled: bool = False) -> None:  # fmt: skip
     """The whole command. CheckpointError, FileNotFoundError, ValueError and Interrupted say what went wrong."""
     path = out / CHECKPOINT
     state = checkpoint.load(path) if resume else None
@@ -191,7 +191,7 @@ def train(options: dict[str, Any], directory: Path | None, out: Path, device: to
     if directory is None and state and state["directory"]:
         directory = Path(state["directory"])
     samples = data.load(directory)
-    trainer = Trainer(config, samples, device)
+    trainer = Trainer(config, samples, device, compiled)
     if state:
         trainer.load_state_dict(state)
     else:
@@ -225,6 +225,7 @@ def main(
     device: Annotated[DeviceName, typer.Option(help="auto: a GPU if there is one.")] = DeviceName.auto,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     checkpoint_every: Annotated[int, typer.Option(min=0, help="Also save every so many steps; 0: never.")] = 0,
+    compiled: Annotated[bool, typer.Option("--compile", help='By torch.compile(model, backend="gpukern").')] = False,
 ) -> None:
     """Train LeNet-5. Ctrl-C saves a checkpoint; --resume goes on from it, on a CPU to the very same weights."""
     console = make_console()
@@ -238,7 +239,7 @@ def main(
         "batch_norm": batch_norm,
     }
     try:
-        train(options, data, out, choose_device(device.value), resume, checkpoint_every, console)
+        train(options, data, out, choose_device(device.value), resume, checkpoint_every, console, compiled)
     except Interrupted as interruption:
         console.print(f"{interruption}: saved {out / CHECKPOINT}; go on with --resume", highlight=False)
         raise typer.Exit(interruption.exit_code) from None

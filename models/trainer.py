@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import gpukern
 from gpukern import optim
 from models.checkpoint import CheckpointError
 from models.data import Data, Samples
@@ -68,13 +69,18 @@ class Trainer:
     """Trains LeNet-5. :meth:`step` and :meth:`end_epoch` move it on; :meth:`state_dict` is valid between any two calls.
 
     ``losses`` holds the mean loss of every mini-batch so far, ``accuracies`` the held-out accuracy after every epoch.
+    ``compiled``: layers of ``torch.nn`` run by ``torch.compile(backend="gpukern")``, instead of ``gpukern.nn``'s.
     """
 
-    def __init__(self, config: Config, data: Data, device: torch.device) -> None:
+    def __init__(self, config: Config, data: Data, device: torch.device, compiled: bool = False) -> None:
         torch.manual_seed(config.seed)
         self.config, self.data, self.device = config, data, device
         self.train, self.held_out = data.train.to(device), data.held_out.to(device)
-        self.model = LeNet5(batch_norm=config.batch_norm).to(device)
+        self.model = LeNet5(torch.nn if compiled else gpukern.nn, batch_norm=config.batch_norm).to(device)
+        #: What computes: the model itself, or the compiled one on the same parameters.
+        self.network: torch.nn.Module = self.model
+        if compiled:
+            self.network = torch.compile(self.model, backend="gpukern")  # type: ignore[assignment]
         self.optimizer = config.make_optimizer(self.model.parameters())
         self.epoch, self.position = 0, 0
         self.accuracies: list[float] = []
@@ -106,7 +112,7 @@ class Trainer:
         """One update of the weights, by the next mini-batch. Returns how many samples it saw."""
         batch = self._batches[self.position].to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        logits = self.model(self.train.images[batch])
+        logits = self.network(self.train.images[batch])
         loss = torch.nn.functional.cross_entropy(logits, self.train.labels[batch])
         loss.backward()
         self.optimizer.step()
@@ -123,7 +129,7 @@ class Trainer:
             raise ValueError(
                 f"the training diverged in epoch {self.epoch + 1} (a loss is not finite): try a smaller learning rate"
             )
-        self.accuracies.append(accuracy(self.model, self.held_out))
+        self.accuracies.append(accuracy(self.network, self.held_out))
         self.epoch, self.position = self.epoch + 1, 0
         self._begin_epoch()
         return self.accuracies[-1]

@@ -38,7 +38,7 @@ LAYERS = (
         "summary",
         "info",
     ),
-    *("explain", "tune", "fusion", "cli"),
+    *("explain", "tune", "fusion", "compiler", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Pure Python: what plans are made of, on any machine.
@@ -77,6 +77,7 @@ KERNELS = (
     "indexing.py",
     "kernels.py",
     "norm_grad.py",
+    "shared_sums.py",
     "tf32.py",
     "weight_kernels.py",
 )

@@ -73,9 +73,15 @@ def conv2d_statistics(
 
 
 def conv2d_input_grad(
-    problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
+    problem: ConvProblem,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    channels_last: bool,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return run(prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last), grad, weight)[0]
+    epilogue = _epilogue("none", added is not None)
+    prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue)
+    return run(prepared, grad, weight, None, added)[0]
 
 
 def conv2d_input_grad_norm(

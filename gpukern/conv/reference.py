@@ -78,11 +78,17 @@ def conv2d_statistics(
 
 
 def conv2d_input_grad(
-    problem: ConvProblem, grad: torch.Tensor, weight: torch.Tensor, channels_last: bool
+    problem: ConvProblem,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    channels_last: bool,
+    added: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute ``∂L/∂x`` [N, C, H, W] from ``∂L/∂y`` [N, K, P, Q]."""
+    """Compute ``∂L/∂x + added`` [N, C, H, W] from ``∂L/∂y`` [N, K, P, Q]."""
     image = grad.new_empty(problem.N, problem.C, problem.H, problem.W)
     grad_input, _ = _backward(problem, grad, image, weight, (True, False, False))
+    if added is not None:
+        grad_input = grad_input + added
     return laid_out(grad_input, as_memory_format(channels_last))
 
 

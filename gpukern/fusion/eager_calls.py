@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from gpukern.ops._operators import OPERATORS
 from gpukern.runtime.operator import Operator
@@ -34,8 +34,13 @@ def call_directly(module: GraphModule) -> GraphModule:
     graph = Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in _FUNCTIONS and not node.kwargs:
-            node.target = _FUNCTIONS[node.target]
-            # Sizes are keys of caches: tuples.
-            node.args = tuple(tuple(each) if isinstance(each, list) else each for each in node.args)
+        call_one_directly(node)
     return GraphModule(module, graph)
+
+
+def call_one_directly(node: Node) -> None:
+    """Let ``node`` call the function if it calls an operator."""
+    if node.op == "call_function" and node.target in _FUNCTIONS and not node.kwargs:
+        node.target = _FUNCTIONS[node.target]
+        # Sizes are keys of caches: tuples.
+        node.args = tuple(tuple(each) if isinstance(each, list) else each for each in node.args)

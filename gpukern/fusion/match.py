@@ -15,7 +15,8 @@ from gpukern.fusion.program import arguments, first_operand
 class Match:
     """Nodes that one operator will compute: [affine] → ``core`` → affine → + ``residual`` → ``activation`` → ``pool``.
 
-    Zeros that ``zeros`` puts around the input are the core's. A monotone activation may also come after the pool.
+    In training it is ``core`` → ``norm`` → + ``residual`` → ``activation``, with a batch norm of any statistics. Zeros
+    that ``zeros`` puts around the input are the core's. A monotone activation may also come after the pool.
     ``core`` is a product or, where ``product`` is None, a batch norm that nothing absorbs. ``output`` is the last node,
     whose value the operator computes. A match of the core alone changes who computes it, and fuses nothing.
     """
@@ -25,6 +26,7 @@ class Match:
     product: Product | None = None
     before: tuple[Affine, ...] = ()
     after: tuple[Affine, ...] = ()
+    norm: Node | None = None
     add: Node | None = None
     residual: Node | None = None
     activation: tuple[str, float] = ("none", 0.0)
@@ -37,7 +39,7 @@ class Match:
         """The nodes in the order of the computation."""
         before, after = ([step.node for step in steps] for steps in (self.before, self.after))
         last = (self.pool, self.activated) if self.output is self.activated else (self.activated, self.pool)
-        found = (*before, self.zeros, self.core, *after, self.add, *last)
+        found = (*before, self.zeros, self.core, *after, self.norm, self.add, *last)
         return tuple(node for node in found if node is not None)
 
     @property
@@ -45,6 +47,14 @@ class Match:
         """``product``, of a match that is not of a batch norm."""
         assert self.product is not None
         return self.product
+
+    @property
+    def takes_residual(self) -> bool:
+        return self.product is None or self.norm is not None or self.product.takes_residual
+
+    @property
+    def takes_activation(self) -> bool:
+        return self.product is None or self.norm is not None or self.product.takes_activation
 
     @property
     def fuses(self) -> bool:
@@ -63,6 +73,7 @@ class Match:
         words[self.core] = core
         optional = (
             (self.zeros, "pad"),
+            (self.norm, "batch_norm"),
             (self.add, "add"),
             (self.pool, "max_pool2d"),
             (self.activated, self.activation[0]),

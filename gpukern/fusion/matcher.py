@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeGuard
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from gpukern.fusion.affine import Affine, as_affine, is_any_batch_norm, is_batch_norm
 from gpukern.fusion.conditions import (
@@ -68,21 +68,42 @@ class Found:
     declined: list[Declined]
 
 
-def find(settled: Settled, skip: Sequence[str] = ()) -> Found:
-    """Find everything that can be fused in a program, and what cannot."""
-    return _Finder(settled, skip).find()
+class Finder:
+    """The walk. What a product absorbs besides residual, activation and pool is the front's: a subclass says it."""
 
-
-class _Finder:
-    def __init__(self, settled: Settled, skip: Sequence[str]) -> None:
-        self.settled, self.program, self.skip = settled, settled.program, skip
-        self.order = {node: number for number, node in enumerate(self.program.graph.nodes)}
+    def __init__(self, graph: Graph, skip: Sequence[str] = ()) -> None:
+        self.skip = skip
+        self.order = {node: number for number, node in enumerate(graph.nodes)}
         self.taken: set[Node] = set()
         self.declined: dict[Node, Declined] = {}
 
+    # ---- what a front decides ----
+
+    def why_no_product(self, found: Product) -> str | None:
+        """Return the reason why a product cannot become a match; None if it can."""
+        raise NotImplementedError
+
+    def with_norms(self, match: Match) -> Match:
+        """Add the batch norms, and what else scales or shifts channels, that run with the product."""
+        raise NotImplementedError
+
+    def may_stand_alone(self, norm: Node) -> bool:
+        """Whether a batch norm that no product absorbed is a match of its own."""
+        raise NotImplementedError
+
+    def why_norm_stays(self, norm: Node, reason: str) -> str:
+        """Why a batch norm is in no match, ``reason`` being why it cannot join what comes right before it."""
+        raise NotImplementedError
+
+    def inside_branches(self) -> Iterator[Declined]:
+        """What is declined because it is not in the graph itself."""
+        return iter(())
+
+    # ---- the walk ----
+
     def find(self) -> Found:
-        matches = [self.with_affine(product(node)) for node in self.products()]
-        matches = [self.with_input(self.with_zeros(match)) for match in matches]
+        """Find everything that can be fused, and what cannot."""
+        matches = [self.with_norms(Match(node, node, product(node))) for node in self.products()]
         matches += [Match(node, node) for node in self.free_batch_norms()]
         # If two meet in an addition the later takes it: the other's result is available by then.
         matches.sort(key=lambda match: self.order[match.output], reverse=True)
@@ -92,7 +113,7 @@ class _Finder:
         fused = {node for match in matches if match.fuses for node in match.nodes}
         declined = [self.declined[node] for node in self.order if node in self.declined and node not in fused]
         matches.sort(key=lambda match: self.order[match.output])
-        return Found(matches, [*declined, *_inside_branches(self.program)])
+        return Found(matches, [*declined, *self.inside_branches()])
 
     def finished(self, match: Match) -> Match:
         """Return ``match`` with its epilogue; decline what follows."""
@@ -106,7 +127,7 @@ class _Finder:
         for node in self.order:
             if not is_product(node):
                 continue
-            why = why_no_product(self.program, product(node))
+            why = self.why_no_product(product(node))
             if self.may_take(node) and why is None:
                 self.taken.add(node)
                 yield node
@@ -116,26 +137,16 @@ class _Finder:
 
     def free_batch_norms(self) -> Iterator[Node]:
         for node in self.order:
-            if is_batch_norm(node) and self.may_take(node) and has_kernel(self.program, node):
+            if is_batch_norm(node) and self.may_take(node) and self.may_stand_alone(node):
                 self.taken.add(node)
                 yield node
 
     def may_take(self, node: Node | None) -> TypeGuard[Node]:
         return node is not None and node not in self.taken and skipped_by(node, self.skip) is None
 
-    def with_affine(self, match_of: Product) -> Match:
-        """Add all batch norms and constants that scale or shift the product's output."""
-        match = Match(match_of.node, match_of.node, match_of)
-        while match_of.has_channels:
-            user = sole_user(match.output)
-            if not self.may_take(user):
-                break
-            step = as_affine(self.program, user, match.output)
-            if step is None:
-                break
-            self.taken.add(user)
-            match = replace(match, after=(*match.after, step), output=user)
-        return match
+    def may_follow(self, node: Node | None, match: Match) -> TypeGuard[Node]:
+        """Whether a match may take ``node``, which follows it."""
+        return self.may_take(node)
 
     def with_zeros(self, match: Match) -> Match:
         """Absorb zeros that a separate node puts around the input: the convolution's own padding from now on."""
@@ -149,37 +160,18 @@ class _Finder:
         self.taken.add(node)
         return replace(match, zeros=node, product=replace(product, input=first_operand(node), zeros=zeros))
 
-    def with_input(self, match: Match) -> Match:
-        """Add batch norms and constants that scale or shift the input, if it is not padded with zeros."""
-        product = match.own_product
-        while product.has_channels and not product.padded and not product.transposed:
-            step = self._input_step(match.input, match.before[0].node if match.before else match.core)
-            if step is None:
-                break
-            self.taken.add(step.node)
-            match = replace(match, before=(step, *match.before))
-        return match
-
-    def _input_step(self, node: Node, user: Node) -> Affine | None:
-        # Only where the input is the first operand, so that Match.input finds it.
-        if not is_call(node) or not self.may_take(node) or sole_user(node) is not user:
-            return None
-        if not node.args or not isinstance(node.args[0], Node) or user.all_input_nodes.count(node) != 1:
-            return None
-        return as_affine(self.program, node, node.args[0])
-
     def with_residual(self, match: Match) -> Match:
         user = sole_user(match.output)
-        takes = match.product is None or match.product.takes_residual
-        if not takes or not self.may_take(user) or why_no_residual(user, match.output) is not None:
+        if not match.takes_residual or not self.may_follow(user, match):
+            return match
+        if why_no_residual(user, match.output) is not None:
             return match
         self.taken.add(user)
         return replace(match, add=user, residual=other_operand(user, match.output), output=user)
 
     def with_activation(self, match: Match) -> Match:
         user = sole_user(match.output)
-        takes = match.product is None or match.product.takes_activation
-        if not takes or not self.may_take(user):
+        if not match.takes_activation or not self.may_follow(user, match):
             return match
         found = activation(user)
         if found is None or (match.pool is not None and found[0] not in MONOTONE):
@@ -191,7 +183,7 @@ class _Finder:
         """Add a max pool, and a monotone activation after it if there was none before."""
         user = sole_user(match.output)
         takes = match.product is not None and match.product.is_of_images and match.add is None
-        if not takes or not self.may_take(user) or not is_epilogue_pool(user):
+        if not takes or not self.may_follow(user, match) or not is_epilogue_pool(user):
             return match
         self.taken.add(user)
         pooled = replace(match, pool=user, output=user)
@@ -221,8 +213,68 @@ class _Finder:
         if by:
             reason = f"skipped, by {by!r}"
         elif is_any_batch_norm(node):
-            reason = why_not_foldable(self.program, node) or self.settled.why_there(node, reason)
+            reason = self.why_norm_stays(node, reason)
         self.declined[node] = Declined(node, reason, follows, by is not None)
+
+
+def find(settled: Settled, skip: Sequence[str] = ()) -> Found:
+    """Find what can be fused in a program of constant weights, for inference, and what cannot."""
+    return _Folding(settled, skip).find()
+
+
+class _Folding(Finder):
+    """Batch norms and constants that scale or shift channels become part of the weights before or after them."""
+
+    def __init__(self, settled: Settled, skip: Sequence[str]) -> None:
+        super().__init__(settled.program.graph, skip)
+        self.settled, self.program = settled, settled.program
+
+    def why_no_product(self, found: Product) -> str | None:
+        return why_no_product(self.program, found)
+
+    def with_norms(self, match: Match) -> Match:
+        return self.with_input(self.with_zeros(self.with_affine(match)))
+
+    def may_stand_alone(self, norm: Node) -> bool:
+        return has_kernel(self.program, norm)
+
+    def why_norm_stays(self, norm: Node, reason: str) -> str:
+        return why_not_foldable(self.program, norm) or self.settled.why_there(norm, reason)
+
+    def inside_branches(self) -> Iterator[Declined]:
+        return _inside_branches(self.program)
+
+    def with_affine(self, match: Match) -> Match:
+        """Add all batch norms and constants that scale or shift the product's output."""
+        while match.own_product.has_channels:
+            user = sole_user(match.output)
+            if not self.may_take(user):
+                break
+            step = as_affine(self.program, user, match.output)
+            if step is None:
+                break
+            self.taken.add(user)
+            match = replace(match, after=(*match.after, step), output=user)
+        return match
+
+    def with_input(self, match: Match) -> Match:
+        """Add batch norms and constants that scale or shift the input, if it is not padded with zeros."""
+        product = match.own_product
+        while product.has_channels and not product.padded and not product.transposed:
+            step = self._input_step(match.input, match.before[0].node if match.before else match.core)
+            if step is None:
+                break
+            self.taken.add(step.node)
+            match = replace(match, before=(step, *match.before))
+        return match
+
+    def _input_step(self, node: Node, user: Node) -> Affine | None:
+        # Only where the input is the first operand, so that Match.input finds it.
+        if not is_call(node) or not self.may_take(node) or sole_user(node) is not user:
+            return None
+        if not node.args or not isinstance(node.args[0], Node) or user.all_input_nodes.count(node) != 1:
+            return None
+        return as_affine(self.program, node, node.args[0])
 
 
 def _what_it_follows(source: Node | None) -> str:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import triton
+from triton._C.libtriton import ir, passes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -58,6 +59,30 @@ class Launch:
         """The dtypes of the tensors and descriptors, in order."""
         return tuple(_dtypes(self.arguments))
 
+    def first_ir(self) -> str:
+        """Text of the kernel in Triton's first representation, its functions inlined, which takes milliseconds.
+
+        That is TTIR, or TTGIR of a kernel in Gluon. Everything that compile-time arguments decide is decided in it.
+        """
+        with _target(self.device):
+            function = self.function
+            *_, target, backend, binder = function.device_caches[driver.active.get_current_device()]
+            bound, specialization, options = binder(*self.arguments, **self.options)
+            parsed, signature, constants, attributes = function._pack_args(
+                backend, self.options, bound, specialization, options
+            )
+            source = function.ASTSource(function, signature, constants, attributes)
+            parsed = backend.parse_options(parsed.__dict__ | source.parse_options())
+            context = ir.context()
+            ir.load_dialects(context)
+            backend.load_dialects(context)
+            helpers = backend.get_codegen_implementation(parsed)
+            module = source.make_ir(target, parsed, helpers, backend.get_module_map(), context)
+            inline = ir.pass_manager(context)
+            passes.common.add_inliner(inline)
+            inline.run(module, "inline")
+            return module.str_nodebug()
+
     def compile(self) -> CompiledKernel:
         with _target(self.device):
             return self.function.run(*self.arguments, grid=self.grid, warmup=True, **self.options)
@@ -75,20 +100,25 @@ def _dtypes(argument: Any) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def record_launches(device: DeviceSpec) -> Iterator[list[Launch]]:
-    """Record the launches of the operations called inside, as ``device`` would get them."""
+def record_launches(device: DeviceSpec, receive: Callable[[Launch], None] | None = None) -> Iterator[list[Launch]]:
+    """Record the launches of the operations called inside, as ``device`` would get them.
+
+    ``receive`` gets each launch instead of the list, which holds on to all tensors: autograd copies a gradient that
+    somebody else holds.
+    """
     if EMULATE:
         raise RuntimeError(
             "GPUKERN_EMULATE=1 replaces Triton's compiler by its interpreter; compile in another process"
         )
     launches: list[Launch] = []
+    receive = receive or launches.append
     run = JITFunction.run
 
     def record(self, *args, grid, warmup, **options):
         if warmup:
             return run(self, *args, grid=grid, warmup=warmup, **options)
         arguments, by_position = _split(self, args)
-        launches.append(Launch(self, tuple(grid), arguments, by_position | options, device))
+        receive(Launch(self, tuple(grid), arguments, by_position | options, device))
         return None
 
     JITFunction.run = record

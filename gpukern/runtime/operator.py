@@ -12,13 +12,15 @@ and :class:`gpukern.runtime.mode.Implementations` computes without it.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.transforms import Batch, register_transforms, tuples
@@ -28,6 +30,8 @@ _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _PLAIN_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+#: How many of the active dispatch modes only count what runs: :func:`counted_by`.
+_counters = 0
 
 
 #: All operators, by their overloads: see :mod:`gpukern.ops._operators`.
@@ -149,13 +153,28 @@ def needs_operator(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def counted_by(mode: TorchDispatchMode) -> Iterator[None]:
+    """Activate ``mode``, which sees torch's own operators in calls that stay as eager as without it.
+
+    Under other dispatch modes each call goes to its registered operator, which copies more.
+    """
+    global _counters
+    with mode:
+        _counters += 1
+        try:
+            yield
+        finally:
+            _counters -= 1
+
+
 def _is_watched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     """:func:`needs_operator` but for the tensors' own types."""
     if is_compiling():
         return True
     if _is_tracing():
         _check_torchscript(tensors)
-    return _dispatch_modes() > 0 or _transforms_active() or forward_ad._current_level >= 0
+    return _dispatch_modes() > _counters or _transforms_active() or forward_ad._current_level >= 0
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:

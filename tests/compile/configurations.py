@@ -97,12 +97,12 @@ def _add(groups: dict[tuple, Compilation], group: tuple, launch: Launch, device:
 _OF_THE_LAYER = (
     "TAPS_H", "TAPS_W", "DILATION_H", "DILATION_W", "STRIDE_H", "STRIDE_W", "TAP_STEP_H", "TAP_STEP_W", "REDUCTION",
     "EVEN_K", "ACTIVATION", "SOURCE_ALIGN", "FILTER_ALIGN", "OUT_ALIGN", "GRAD_ALIGN", "PART_N", "PART_H",
-    "PART_W",
+    "PART_W", "CHUNK",
 )  # fmt: skip
 
 
 #: Of two steps along a sum, numbers of stages or ends of a kernel, the larger one stands for both in ``make test``.
-_COARSE = ("BLOCK_K", "num_stages", "SPLITS", "statistics", "norm")
+_COARSE = ("BLOCK_K", "num_stages", "SPLITS", "rounds", "statistics", "norm")
 
 
 def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
@@ -117,6 +117,7 @@ def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
         options["elements"] = tile // int(options.pop("num_warps"))
     if "SPLITS" in options:
         options["SPLITS"] = launch.options["SPLITS"] > 1  # their number is a factor in addresses, no more
+    options["rounds"] = rounds(launch)
     options["statistics"] = _has(launch, "statistics")
     if _goes_through_norm(launch):
         options["norm"] = f"{launch.options['ACTIVATION']} {_has(launch, 'other')}"
@@ -145,7 +146,12 @@ def demand(launch: Launch) -> tuple:
     through = _goes_through_norm(launch)
     # Of those the ones that read most, and have the longest derivative.
     heaviest = through and _has(launch, "other"), through and options["ACTIVATION"] == "gelu"
-    return (through, *heaviest, _has(launch, end), *sizes, taps, steps)
+    return (through, *heaviest, _has(launch, end), rounds(launch), *sizes, taps, steps)
+
+
+def rounds(launch: Launch) -> int:
+    """How often the kernel adds what its splits left, see ``gpukern/ops/_reduction/shared_sums.py``."""
+    return 0 if not _has(launch, "shared") else 2 if _has(launch, "fan_in") else 1
 
 
 def _goes_through_norm(launch: Launch) -> bool:

@@ -202,3 +202,33 @@ print(json.dumps([serialisation_warnings(compiled, log.getvalue()), read_sass(co
 def test_no_recording_where_the_interpreter_is_in_place(run_python):
     result = run_python(COMMON + "double()", GPUKERN_EMULATE="1")
     assert result.returncode != 0 and "another process" in result.stderr
+
+
+def test_a_receiver_gets_the_launches_and_nothing_holds_their_tensors(run):
+    kernels, kept, alive = run(
+        """
+import weakref
+kernels, tensors = [], []
+with record_launches(H100, lambda launch: kernels.append(launch.kernel)) as launches:
+    x, y = tensor(64), tensor(64)
+    k.double_kernel[(1,)](x, (tensor(1), 3), y, 64, BLOCK=64, num_warps=4)
+    gone = weakref.ref(y)
+    del y
+    alive = gone() is not None
+print(json.dumps([kernels, len(launches), alive]))
+"""
+    )
+    assert (kernels, kept, alive) == (["double_kernel"], 0, False)
+
+
+def test_first_representation_has_functions_inlined_and_arguments_decided(run):
+    small, large, boxes, in_gluon = run(
+        """
+with record_launches(H100) as launches:
+    k.copy_gluon_kernel[(1,)](tensor(128), tensor(128), BLOCK=128)
+codes = [double(block=64), double(block=128), copy_box((16, 64)), launches[0]]
+print(json.dumps([code.first_ir() for code in codes]))
+"""
+    )
+    assert "tensor<64xf16>" in small and "tensor<128xf16>" in large and "tt.call" not in small + large
+    assert "tt.descriptor_store" in boxes and "ttg.num-warps" in in_gluon

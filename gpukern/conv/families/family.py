@@ -32,6 +32,10 @@ def _no_passes(problem: ConvProblem, itemsize: int) -> tuple[int, int]:
     return 0, 0
 
 
+def _of_blocks(problem: ConvProblem, plan: ConvPlan) -> int:
+    return plan.block_m * plan.block_n
+
+
 # eq=False: a family is made once, by its plan.py.
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -68,6 +72,8 @@ class Family:
     takes_norm_grad: Callable[[ConvPlan, str], bool] = _not_through
     #: (launches before the main one, bytes that they and it move beyond the operands), from problem and itemsize.
     extra_passes: Callable[[ConvProblem, int], tuple[int, int]] = _no_passes
+    #: Sums of a weight gradient's tile, which splits share.
+    tile_sums: Callable[[ConvProblem, ConvPlan], int] = _of_blocks
 
     @property
     def variants(self) -> tuple[Variant, ...]:

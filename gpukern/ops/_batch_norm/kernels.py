@@ -218,7 +218,7 @@ def batch_norm_input_grad_kernel(
     other,  # Image, as above
     out,  # Image
     norm,
-    totals_ptr,  # fp32 [2, C]: Σ ∂L/∂z and Σ ∂L/∂z · x̂
+    sums,  # Sums: the totals Σ ∂L/∂z and Σ ∂L/∂z · x̂, and where these go in the parameters' dtypes, if anywhere
     sizes, eps, negative_slope,
     ACTIVATION: tl.constexpr, NEEDS_INPUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
@@ -230,8 +230,15 @@ def batch_norm_input_grad_kernel(
     mean = load_numbers(norm.mean, c, valid, 0.0)
     inverse, scale, bias = affine(norm, load_numbers(norm.variance, c, valid, 1.0), c, valid, eps)
     count = tl.cast(sizes.pixels, tl.float32)
-    mean_g = load_numbers(totals_ptr, c, valid, 0.0) / count
-    mean_gx = load_numbers(totals_ptr + sizes.channel_groups * CHANNEL_ALIGN, c, valid, 0.0) / count
+    total_g = load_numbers(sums.totals, c, valid, 0.0)
+    total_gx = load_numbers(sums.totals + sizes.channel_groups * CHANNEL_ALIGN, c, valid, 0.0)
+    if tl.program_id(0) < sizes.channel_tiles:
+        if sums.grad_bias is not None:
+            tl.store(sums.grad_bias + c, total_g.to(sums.grad_bias.dtype.element_ty), mask=valid)
+        if sums.grad_weight is not None:
+            tl.store(sums.grad_weight + c, total_gx.to(sums.grad_weight.dtype.element_ty), mask=valid)
+    mean_g = total_g / count
+    mean_gx = total_gx / count
     g, normal = _gradient(
         grad, x, other, n, h, p, c, mask, mean, inverse, scale, bias, negative_slope,
         ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,

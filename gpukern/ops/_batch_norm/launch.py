@@ -112,19 +112,31 @@ def conv2d_batch_norm(
     negative_slope: float,
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    z, mean, variance = conv2d_with_statistics(problem, input, filters, filters_bias, running)
+    return batch_norm(z, weight, bias, residual, mean, variance, eps, activation, negative_slope), z, mean, variance
+
+
+def conv2d_with_statistics(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    running: Running | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
     statistics = _statistics(problem.K, input.device, running)
     z, made = run(prepared, input, filters, filters_bias, statistics=statistics)
-    if made is None:  # no pixels, or no channels to sum over
-        output, mean, variance = batch_norm_training(
-            z, weight, bias, residual, eps, activation, negative_slope, running
-        )
-        return output, z, mean, variance
+    if made is None and z.numel():  # no channels to sum over
+        return z, *batch_norm_training(z, None, None, None, 0.0, "none", 0.0, running)[1:]
+    if made is None:
+        mean, variance = (torch.zeros(problem.K, dtype=torch.float32, device=z.device) for _ in range(2))
+        return z, mean, variance
     _keep(running, statistics)
-    mean, variance = statistics.mean, statistics.variance
-    output = empty_like(z)
-    _write(output, z, residual, _norm(mean, variance, weight, bias), eps, activation, negative_slope)
-    return output, z, mean, variance
+    return z, statistics.mean, statistics.variance
+
+
+#: With the input's own statistics the kernel is the same.
+apply_statistics = batch_norm
 
 
 def _statistics(channels: int, device: torch.device, running: Running | None) -> Statistics:
@@ -229,10 +241,51 @@ def batch_norm_backward(
             kernels.batch_norm_input_grad_kernel,
             (tiles.plan.steps * tiles.plan.channel_tiles,),
             device,
-            (*tiles.images, norm, totals, tiles.sizes, eps, negative_slope),
+            (*tiles.images, norm, Sums(totals=totals), tiles.sizes, eps, negative_slope),
             {"ACTIVATION": activation, "NEEDS_INPUT": needs_input} | tiles.options,
         )
     return results
+
+
+def gradients_from_sums(
+    inner: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sums: torch.Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    if not training or not input.numel():
+        frozen = False, eps, "none", 0.0, True, False, False
+        out = batch_norm_backward(inner, input, weight, bias, None, mean, variance, *frozen)[0]
+        grads = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+        return out, *grads  # type: ignore[return-value]
+    out = empty_like(input)
+    tiles = tiles_of(False, inner, input, None, out)
+    # In fp32 the sums are the gradients.
+    grad_weight, grad_bias = (
+        None if p is None else s if p.dtype is s.dtype else torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p, s in ((weight, sums[1]), (bias, sums[0]))
+    )
+    rounded = (None if g is None or g.dtype is sums.dtype else g for g in (grad_bias, grad_weight))
+    launch(
+        kernels.batch_norm_input_grad_kernel,
+        (tiles.plan.steps * tiles.plan.channel_tiles,),
+        input.device,
+        (
+            *tiles.images,
+            _norm(mean, variance, weight, bias),
+            Sums(None, None, None, sums, *rounded),
+            tiles.sizes,
+            eps,
+            0.0,
+        ),
+        {"ACTIVATION": "none", "NEEDS_INPUT": False} | tiles.options,
+    )
+    return out, grad_weight, grad_bias
 
 
 def inner_gradient_and_sums(

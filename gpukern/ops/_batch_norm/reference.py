@@ -54,9 +54,8 @@ def batch_norm_training(
     mean, variance = statistics(input)
     if running is not None and input.numel():
         update(running, mean, variance, input.numel() // input.shape[1])
-    # The difference first: with a large mean, torch's kernel for given statistics would lose it to cancellation.
-    z, _, _ = normalize(input, weight, bias, residual, mean, variance, eps)
-    return _finish(z, input, activation, negative_slope), mean, variance
+    y = apply_statistics(input, weight, bias, residual, mean, variance, eps, activation, negative_slope)
+    return y, mean, variance
 
 
 def conv2d_batch_norm(
@@ -73,9 +72,45 @@ def conv2d_batch_norm(
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, z, mean, variance) with ``z = x ∗ filters + filters_bias`` and y as :func:`batch_norm_training` of z."""
+    z, mean, variance = conv2d_with_statistics(problem, input, filters, filters_bias, running)
+    return (
+        apply_statistics(z, weight, bias, residual, mean, variance, eps, activation, negative_slope),
+        z,
+        mean,
+        variance,
+    )
+
+
+def conv2d_with_statistics(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    running: Running | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(z, mean, biased variance) of ``z = x ∗ filters + filters_bias``; updates the running statistics."""
     z = reference.conv2d(problem, input, filters, filters_bias, None, "none", 0.0)
-    y, mean, variance = batch_norm_training(z, weight, bias, residual, eps, activation, negative_slope, running)
-    return y, z, mean, variance
+    mean, variance = statistics(z)
+    if running is not None and z.numel():
+        update(running, mean, variance, z.numel() // z.shape[1])
+    return z, mean, variance
+
+
+def apply_statistics(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """:func:`batch_norm` with the input's own statistics."""
+    # The difference first: with a large mean, torch's kernel for given statistics would lose it to cancellation.
+    z, _, _ = normalize(input, weight, bias, residual, mean, variance, eps)
+    return _finish(z, input, activation, negative_slope)
 
 
 def statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +186,29 @@ def gradients_of(
         grad_bias.to(parameters.dtype),
         g.to(input.dtype),
     )
+
+
+def gradients_from_sums(
+    inner: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sums: torch.Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(∂L/∂x, ∂L/∂weight, ∂L/∂bias) from ``inner``, g = ∂L/∂z, and its ``sums`` [2, C], Σ g and Σ g·x̂."""
+    _, normal, inverse = normalize(input, None, None, None, mean, variance, eps)
+    g = inner.to(normal.dtype)
+    if training and input.numel():
+        mean_g, mean_gx = (_channels(each, input) for each in sums / (input.numel() // input.shape[1]))
+        g = g - mean_g - normal * mean_gx
+    grad_input = g * (inverse if weight is None else inverse * _channels(weight, input))
+    grad_input = laid_out(grad_input.to(input.dtype), format_kept_by(input))
+    grad_weight, grad_bias = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+    return grad_input, grad_weight, grad_bias
 
 
 def inner_gradient(

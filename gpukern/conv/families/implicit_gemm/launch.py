@@ -16,7 +16,8 @@ from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
-from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
+from gpukern.ops._reduction.launch import shared_sums
+from gpukern.ops._reduction.splits import chunk, fan_in
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
@@ -92,30 +93,31 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     of_filter = filter_strides(p, output, False)
     gemm = gemm_mnk(p, Direction.WEIGHT_GRAD)
     direct = plan.variant is Variant.DIRECT
+    programs, size = grid(p, Direction.WEIGHT_GRAD, plan), plan.block_m * plan.block_n
+    workspace = shared_sums(math.prod(programs) // plan.splits, plan.splits, size)
     scalars = (
-        math.prod(request.shapes[2]),
         Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, p.group_inputs),
         cdiv(gemm.K, plan.splits),
         p.padding[0],
         p.padding[2],
+        fan_in(plan.splits, size),
     )
     options = {
         **window_options(p),
         "VARIANT": plan.variant.value,
         "GRAD_ALIGN": alignment(grad, 1, p.K if direct else p.group_outputs),
         "SOURCE_ALIGN": alignment(source, 1, p.C if direct else p.group_inputs),
+        "CHUNK": chunk(size, plan.num_warps),
         "PRECISION": plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes[:2], (grad, source)))),
         **_tile(plan),
     }
-    programs = grid(p, Direction.WEIGHT_GRAD, plan)
     constants = compile_time(weight_kernels.conv2d_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
-        partial = partial_sums(out, plan.splits)
-        arguments = (Image(first, *grad), Image(second, *source), Filter(partial, *of_filter), *scalars)
+        shared = workspace(out.device)
+        arguments = (Image(first, *grad), Image(second, *source), Filter(out, *of_filter), shared, *scalars)
         launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, constants)
-        add_partial_sums(partial, out, plan.splits)
 
     return Launch(run)
 

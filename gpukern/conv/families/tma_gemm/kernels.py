@@ -15,6 +15,7 @@ from gpukern.conv.indexing import tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums
+from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
 
 @triton.jit
@@ -166,23 +167,26 @@ def _load_like_out(matrix, image, pixel, column, BLOCK_M: tl.constexpr, BLOCK_N:
 
 
 # Compiled for a single pixel, a case of its own otherwise, the loop would wait for its products one by one.
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["pixels", "fan_in"])
 def conv2d_gemm_weight_grad_kernel(
     grad,  # descriptor of ∂L/∂y [pixels, K], with PLANES [N, K, pixels]
     source,  # descriptor of x [pixels, C], with PLANES [N, C, pixels]
-    out,  # descriptor of the fp32 partial sums of ∂L/∂w [splits, K, C], or of itself [1, K, C]
+    out,  # ∂L/∂w [K, C]: a descriptor, or a pointer where splits share sums
+    shared,  # SharedSums of BLOCK_M · BLOCK_N a tile, or None for one split
     images,  # 1 unless PLANES
     pixels,  # of one image
     outputs,  # K
     inputs,  # C
+    fan_in,
     PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr,  # output channels
     BLOCK_N: tl.constexpr,  # input channels
     BLOCK_K: tl.constexpr,  # pixels
     GROUP_M: tl.constexpr,
+    CHUNK: tl.constexpr,  # see last_to_arrive
     PRECISION: tl.constexpr,
 ):
-    """out[split, k, c] = Σ_pixel grad[pixel, k] · source[pixel, c] over the split's share. Grid: (tiles, splits)."""
+    """out[k, c] = Σ_pixel grad[pixel, k] · source[pixel, c]. Grid: (tiles, splits of the sum)."""
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(outputs, BLOCK_M), tl.cdiv(inputs, BLOCK_N), GROUP_M)
     k = pid_m * BLOCK_M
     c = pid_n * BLOCK_N
@@ -207,4 +211,17 @@ def conv2d_gemm_weight_grad_kernel(
             end = pixel >= pixels
             image = tl.where(end, image + 1, image)
             pixel = tl.where(end, 0, pixel)
-    out.store([tl.program_id(1), k, c], acc.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
+    if shared is None:
+        out.store([k, c], acc.to(out.dtype))
+    else:
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+        tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        leave_part(acc, shared, tile, split, splits, fan_in, 0, SIZE)
+        if last_to_arrive(shared, tile, split, splits, fan_in, SIZE, CHUNK):
+            for start in range(0, SIZE, CHUNK):
+                i = start + tl.arange(0, CHUNK)
+                total = total_of(shared, tile, splits, fan_in, i, SIZE)
+                row = k + i // BLOCK_N
+                column = c + i % BLOCK_N
+                place = out + (row.to(tl.int64) * inputs + column)
+                tl.store(place, total.to(out.dtype.element_ty), mask=(row < outputs) & (column < inputs))

@@ -1,0 +1,214 @@
+"""Lowering of a graph and its matches to the functions of :mod:`gpukern.compiler.steps`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from gpukern import functional
+from gpukern.compiler import steps
+from gpukern.compiler.steps import Statistics
+from gpukern.fusion.eager_calls import call_one_directly
+from gpukern.fusion.match import Match
+from gpukern.fusion.products import Product, activation, image, pool
+from gpukern.fusion.program import arguments, tensor_of, value
+from gpukern.runtime.tensors import KERNEL_DTYPES
+
+
+def lower(graph: Graph, matches: Sequence[Match], *, recompute: bool) -> None:
+    """Rewrite ``graph``: a function or two for each match, and gpukern's functions for what is in none.
+
+    ``recompute``: what batch norms return is computed once more in backward where it can be, instead of being saved.
+    """
+    _Lowering(graph, matches, recompute).lower()
+    for node in list(graph.nodes):
+        _lower_alone(graph, node)
+    _count_batches_at_once(graph)
+    graph.lint()  # dead code stays: what changes a tensor in place has no users
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, matches: Sequence[Match], recompute: bool) -> None:
+        self.graph, self.matches, self.recompute = graph, matches, recompute
+        self.moved: dict[Node, Node] = {}
+        self.cores = {match.core: match for match in matches}
+        self.additions = {match.add: match for match in matches if match.add is not None}
+        #: How many read the result of a batch norm, where it is handed on with its origin.
+        self.readers = {match.output: self.count_readers(match) for match in matches}
+
+    def lower(self) -> None:
+        for match in self.matches:
+            node = self.normalized(match) if _norm_of(match) is not None else self.alone(match)
+            node.meta = {**match.output.meta, "gpukern_match": match}
+            match.output.replace_all_uses_with(node)
+            self.moved[match.output] = node
+            for old in reversed(match.nodes):
+                self.graph.erase_node(old)
+
+    # ---- who reads a result ----
+
+    def count_readers(self, match: Match) -> int:
+        """The number of convolutions and residuals that read a batch norm's result, 0 if anything else does."""
+        node = match.output
+        if _norm_of(match) is None or tensor_of(node).dim() != 4:
+            return 0
+        readers = [user for user in node.users if self.reads(user, node)]
+        convolves = any(user in self.cores for user in readers)
+        return len(readers) if convolves and len(readers) == len(node.users) else 0
+
+    def reads(self, user: Node, node: Node) -> bool:
+        if user.meta.get("region") != node.meta.get("region"):
+            return False
+        if user in self.additions:
+            by = self.additions[user]
+            return _norm_of(by) is not None and by.residual is node and by.output is not node
+        reader = self.cores.get(user)
+        if reader is None or reader.product is None or node in (reader.product.weight, reader.product.bias):
+            return False
+        takes = reader.norm is not None or not reader.fuses
+        return takes and reader.product.input is node and reader.product.kind == "conv2d"
+
+    # ---- functions ----
+
+    def at(self, node: Any) -> Any:
+        """Return the node that has the value of one of a match: where one was replaced, the new one."""
+        return self.moved.get(node, node)
+
+    def operands(self, product: Product) -> tuple[Any, Any, Any]:
+        return self.at(product.input), self.at(product.weight), self.at(product.bias)
+
+    def call(self, before: Node, function: Callable[..., Any], *args: Any) -> Node:
+        with self.graph.inserting_before(before):
+            return self.graph.call_function(function, args)
+
+    def normalized(self, match: Match) -> Node:
+        norm = _norm_of(match)
+        assert norm is not None
+        given = arguments(norm)
+        kept = given["running_mean"], given["running_var"]
+        statistics = Statistics(*kept, given["training"], given["momentum"], given["eps"])
+        z = self.at(given["input"])
+        if match.product is not None:
+            product = match.product
+            # Where sizes are free, Dynamo makes inputs of the numbers too.
+            operands: tuple[Any, ...] = statistics
+            known = all(each.op in ("placeholder", "get_attr") for each in operands if isinstance(each, Node))
+            z = self.call(
+                match.core if known else norm,
+                steps.convolution, *self.operands(product), _geometry(product), statistics,
+            )  # fmt: skip
+            z.meta = {**match.core.meta, "gpukern_match": match}
+        return self.call(
+            norm if match.add is None else match.add,
+            steps.norm, z, given["weight"], given["bias"], self.at(match.residual), statistics, *match.activation,
+            self.readers[match.output], self.recompute,
+        )  # fmt: skip
+
+    def alone(self, match: Match) -> Node:
+        """A product without a batch norm, with its epilogue."""
+        product, place = match.own_product, match.core if match.add is None else match.add
+        operands, residual = self.operands(product), self.at(match.residual)
+        if product.kind == "linear":
+            return self.call(place, steps.linear, *operands, *match.activation)
+        if product.transposed:
+            geometry = _transposed_geometry(product)
+            return self.call(place, steps.transposed, *operands, residual, geometry, *match.activation)
+        if not match.fuses and product.kind == "conv2d":
+            return self.call(place, steps.convolution_alone, *operands, _geometry(product))
+        return self.call(
+            place,
+            steps.convolution_with_epilogue,
+            *operands,
+            self.at(match.residual),
+            _geometry(product),
+            *match.activation,
+        )
+
+
+def _norm_of(match: Match) -> Node | None:
+    return match.core if match.product is None else match.norm
+
+
+def _geometry(product: Product) -> tuple[Any, ...]:
+    if product.kind == "linear":
+        return (1, 1), (0, 0, 0, 0), (1, 1), 1
+    kernel = tuple(int(size) for size in tensor_of(product.weight).shape[2:])
+    return image(product.stride, 1), product.window_padding(kernel), image(product.dilation, 1), product.groups
+
+
+def _transposed_geometry(product: Product) -> tuple[Any, ...]:
+    assert not isinstance(product.padding, str)  # words are for convolutions
+    stride, dilation = image(product.stride, 1), image(product.dilation, 1)
+    return stride, image(product.padding, 0), image(product.output_padding, 0), product.groups, dilation
+
+
+# ---- what is in no match --------------------------------------------------------------------------------------------
+
+_POOLS: dict[Any, Callable[..., Any]] = {
+    torch.ops.gpukern.max_pool2d.default: functional.max_pool2d,
+    torch.ops.gpukern.avg_pool2d.default: steps.avg_pool2d,
+    torch.ops.gpukern.adaptive_avg_pool2d.default: functional.adaptive_avg_pool2d,
+}
+#: Functions that change their operand, or have arguments of their own: gpukern's have the same signature.
+_SAME: dict[Any, Callable[..., Any]] = {
+    F.relu: functional.relu,
+    F.relu6: functional.relu6,
+    F.leaky_relu: functional.leaky_relu,
+    F.silu: functional.silu,
+    F.hardswish: functional.hardswish,
+    F.hardsigmoid: functional.hardsigmoid,
+}
+
+
+def _lower_alone(graph: Graph, node: Node) -> None:
+    """Lower to gpukern's function if there is one."""
+    call_one_directly(node)
+    if node.op != "call_function" or value(node) is None or tensor_of(node).dtype not in KERNEL_DTYPES:
+        return
+    if node.target in _SAME:
+        node.target = _SAME[node.target]
+        return
+    pooled, activated = pool(node), activation(node)
+    if pooled is not None:
+        function, args = _POOLS[pooled[0]], pooled[1]
+    elif activated is not None:
+        function, args = steps.functional_activation, (next(iter(arguments(node).values())), *activated)
+    else:
+        return
+    with graph.inserting_before(node):
+        new = graph.call_function(function, tuple(args))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _count_batches_at_once(graph: Graph) -> None:
+    """Batch norms count their batches, each in a launch of its own: add one to all the counters by one call."""
+    counts = [node for node in graph.nodes if node.op == "call_method" and node.target == "add_" and _counts(node)]
+    if len(counts) < 2:
+        return
+    for device in dict.fromkeys(tensor_of(node).device for node in counts):
+        together = [node for node in counts if tensor_of(node).device == device]
+        with graph.inserting_before(together[0]):
+            graph.call_function(torch._foreach_add_, ([node.args[0] for node in together], 1))
+        for node in together:
+            graph.erase_node(node)
+
+
+def _counts(node: Node) -> bool:
+    counter = node.args[0]
+    return (
+        node.args[1:] == (1,)
+        and not node.kwargs
+        and not node.users
+        and isinstance(counter, Node)
+        and counter.op == "placeholder"
+        and len(counter.users) == 1
+        and value(counter) is not None
+        and tensor_of(counter).dtype is torch.int64
+        and tensor_of(counter).dim() == 0
+    )

@@ -1,0 +1,250 @@
+"""``gpukern.compile_report``: what ``torch.compile(backend="gpukern")`` makes of a model, group by group."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from gpukern import tables
+from gpukern.compiler.backend import Compiled, Options, compile_graph
+from gpukern.formatting import count, size
+from gpukern.fusion.describe import modules_of
+from gpukern.fusion.match import Match
+from gpukern.fusion.program import title
+from gpukern.runtime.accesses import AccessFinder, tensors
+from gpukern.runtime.compile_only import Launch, record_launches
+from gpukern.runtime.device import named_device
+
+#: Names listed of those that share a reason.
+_LISTED = 6
+
+
+class Left(NamedTuple):
+    """Something that runs by itself: the module's path (or the graph node's name), and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Traffic:
+    """Launches of gpukern's kernels, and the bytes of all tensors that they read and write, each once a launch."""
+
+    launches: int = 0
+    bytes: int = 0
+
+    def add(self, other: Traffic) -> None:
+        self.launches += other.launches
+        self.bytes += other.bytes
+
+
+@dataclass(frozen=True)
+class CompiledGroup:
+    """Calls that run together: ``modules`` are their paths in the model, ``pattern`` what is computed.
+
+    ``graph`` counts from 0: Dynamo makes several where the model does what it cannot record.
+    """
+
+    modules: tuple[str, ...]
+    pattern: str
+    graph: int
+    forward: Traffic = field(default_factory=Traffic)
+    backward: Traffic = field(default_factory=Traffic)
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What was fused and what was not. ``forward`` and ``backward`` count all of a step's launches, those of no group
+    too, with the plans that ``device`` gets. ``saved``: bytes that autograd keeps for backward, parameters not counted.
+
+    ``print(report)``, or ``rich.print``, shows it; :meth:`to_json` has everything.
+    """
+
+    model: str
+    device: str
+    graphs: int
+    groups: tuple[CompiledGroup, ...]
+    left: tuple[Left, ...]
+    forward: Traffic
+    backward: Traffic
+    saved: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        return tables.as_text(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from _rendered(self)
+
+
+def compile_report(
+    model: torch.nn.Module,
+    args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    device: str = "h200",
+) -> CompileReport:
+    """Report what ``torch.compile(model, backend="gpukern", options=options)`` makes of a training step.
+
+    The model is copied, on the CPU, and run once in the mode it is in, forward and the backward of the sum of its
+    outputs: every launch is recorded as ``device`` would get it, and none is made. So no GPU is needed, and what the
+    copy computes are no values: a model that decides by them may take another way. As ``torch._dynamo.explain``, it
+    resets what Dynamo has compiled before.
+
+    Parameters
+    ----------
+    model:
+        of ``torch.nn`` layers; it stays as it is.
+    args, kwargs:
+        an example: a tensor, or a tuple of arguments, and keyword arguments.
+    options:
+        those of ``torch.compile``: ``skip`` and ``recompute``.
+    device:
+        a name that ``gpukern explain`` knows, as "h200" or "a100".
+
+    Raises
+    ------
+    TypeError for a model or options of another kind; ValueError for an unknown device.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"compile_report: expected a torch.nn.Module, but got {type(model).__name__}")
+    read, spec = Options.read(options), named_device(device)
+    copied = copy.deepcopy(model).cpu()
+    operands, named = pytree.tree_map_only(
+        torch.Tensor,
+        lambda each: each.detach().cpu(),
+        (args if isinstance(args, tuple) else (args,), dict(kwargs or {})),
+    )
+    leaves = frozenset(name for name, part in model.named_modules() if not any(part.children()))
+    recorder = _Recorder(leaves, {_storage(each) for each in (*copied.parameters(), *copied.buffers())})
+
+    def backend(module: GraphModule, inputs: Sequence[Any]) -> Any:
+        return recorder.graph(compile_graph(module, read)).run
+
+    torch._dynamo.reset()
+    with record_launches(spec, recorder.launched):
+        with torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor):
+            result = torch.compile(copied, backend=backend)(*operands, **named)
+        recorder.backward_begins()
+        outputs = [each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor) and each.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
+    return CompileReport(
+        type(model).__name__,
+        spec.name,
+        recorder.graphs,
+        tuple(recorder.groups.values()),
+        tuple(recorder.left),
+        *recorder.totals,
+        sum(recorder.saved.values()),
+    )
+
+
+class _Recorder:
+    """Counts launches, each for the group that runs then."""
+
+    def __init__(self, leaves: frozenset[str], parameters: set[int]) -> None:
+        self.leaves, self.parameters = leaves, parameters
+        self.graphs = 0
+        self.groups: dict[Match, CompiledGroup] = {}
+        self.left: list[Left] = []
+        self.totals = Traffic(), Traffic()
+        self.saved: dict[int, int] = {}
+        self.current: CompiledGroup | None = None
+        self.direction = 0
+        self._accesses = AccessFinder()
+
+    def graph(self, compiled: Compiled) -> Interpreter:
+        for match in compiled.found.matches:
+            modules = modules_of(match, self.leaves)
+            self.groups[match] = CompiledGroup(modules, match.pattern, self.graphs)
+        self.left += [Left(title(each.node), each.reason) for each in compiled.found.declined]
+        self.graphs += 1
+        return _Watched(compiled.module, self)
+
+    def launched(self, launch: Launch) -> None:
+        given = tensors(launch)
+        moved = sum(given[i].numel() * given[i].itemsize for which in self._accesses(launch) for i in which)
+        self.totals[self.direction].add(Traffic(1, moved))
+        if self.current is not None:
+            (self.current.backward if self.direction else self.current.forward).add(Traffic(1, moved))
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := _storage(tensor)) not in self.parameters:
+            self.saved[storage] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def backward_begins(self) -> None:
+        self.direction, self.current = 1, None
+
+
+class _Watched(Interpreter):
+    """Runs a compiled graph and tells the recorder whose turn it is, in its backward too."""
+
+    def __init__(self, module: GraphModule, recorder: _Recorder) -> None:
+        super().__init__(module)
+        self.recorder = recorder
+
+    def run_node(self, n: Node) -> Any:
+        group = self.recorder.groups.get(n.meta.get("gpukern_match"))  # type: ignore[arg-type]
+        self.recorder.current = group
+        result = super().run_node(n)
+        self.recorder.current = None
+        for each in pytree.tree_leaves(result) if group is not None else ():
+            if isinstance(each, torch.Tensor) and each.grad_fn is not None and n.op == "call_function":
+                each.grad_fn.register_prehook(lambda grads: setattr(self.recorder, "current", group))
+                each.grad_fn.register_hook(lambda *grads: setattr(self.recorder, "current", None))
+        return result
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+# ---- on a terminal --------------------------------------------------------------------------------------------------
+
+
+def _rendered(report: CompileReport) -> Iterator[RenderableType]:
+    launches = f"{report.forward.launches:,} + {report.backward.launches:,} launches"
+    moved = f"{size(report.forward.bytes)} + {size(report.backward.bytes)} read and written"
+    graphs = count(report.graphs, "graph")
+    yield Text(f'{report.model} by torch.compile(backend="gpukern"): {graphs}, plans of {report.device}', "bold")
+    yield Text(f"a step, forward + backward: {launches}, {moved}; {size(report.saved)} saved for backward")
+    if report.groups:
+        columns = tables.numbers("launches", "back", "moved", "back")
+        made = tables.table(tables.Column(""), "modules", "runs together", *columns)
+        for number, group in enumerate(report.groups, start=1):
+            traffic = group.forward, group.backward
+            cells = (*(str(each.launches) for each in traffic), *(size(each.bytes) for each in traffic))
+            made.add_row(str(number), Text(", ".join(group.modules)), Text(group.pattern), *cells)
+        yield made
+    yield from _left(report)
+
+
+def _left(report: CompileReport) -> Iterator[RenderableType]:
+    if not report.left:
+        return
+    reasons: dict[str, list[str]] = {}
+    for each in report.left:
+        reasons.setdefault(each.reason, []).append(each.name)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(justify="right")
+    grid.add_column(overflow="fold")
+    for reason, names in reasons.items():
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        grid.add_row(str(len(names)), Text.assemble((reason, "yellow"), ": ", ", ".join(names[:_LISTED]), more))
+    yield Group(Text("not fused, because", style="bold"), grid)

@@ -1,0 +1,225 @@
+"""What the nodes of a compiled graph call. Each is a function of tensors like those of :mod:`gpukern.functional`.
+
+Autocast is applied here, at the call, as there: a compiled graph follows the contexts that it runs in. Tensors that are
+no plain ones (a tracer's, a subclass's) take the functions of :mod:`gpukern.functional`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from gpukern import functional
+from gpukern.compiler.autograd import Convolution, Epilogue, Geometry, Norm, Origin
+from gpukern.compiler.mailbox import Mailbox
+from gpukern.ops import conv2d
+from gpukern.ops._batch_norm.problem import Running
+from gpukern.ops.activation import activation as apply_activation
+from gpukern.ops.batch_norm import kept_for_backward
+from gpukern.runtime.amp import autocast, is_any_autocast_enabled
+from gpukern.runtime.operator import is_lazy, needs_operator, resolved
+
+
+class Normalized(NamedTuple):
+    """The result of a batch norm that only nodes of this graph read, with what they need of its origin."""
+
+    y: torch.Tensor
+    origin: Origin | None
+
+
+class Statistics(NamedTuple):
+    """How a batch norm takes its statistics; those that are running are updated in training."""
+
+    mean: torch.Tensor | None
+    variance: torch.Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+    @property
+    def running(self) -> Running | None:
+        if not self.training or self.mean is None or self.variance is None:
+            return None
+        return Running(self.mean, self.variance, self.momentum)
+
+
+class Convolved(NamedTuple):
+    """z, and its mean and biased variance [C] if the convolution's kernel made them."""
+
+    z: torch.Tensor
+    mean: torch.Tensor | None = None
+    variance: torch.Tensor | None = None
+
+
+def convolution(
+    x: torch.Tensor | Normalized,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
+    statistics: Statistics,
+) -> Convolved:
+    """``z = x ∗ w + b``, with its statistics if its batch norm takes the batch's. Of sequences and rows too."""
+    dims = weight.dim()
+    if dims == 4:
+        return _convolution(x, weight, bias, geometry, statistics)
+    assert isinstance(x, torch.Tensor)  # only images are handed on with their origin
+    made = _convolution(_as_images(x), _as_images(weight), bias, geometry, statistics)
+    return made._replace(z=made.z.squeeze(2) if dims == 3 else made.z.flatten(1))
+
+
+def convolution_alone(
+    x: torch.Tensor | Normalized, weight: torch.Tensor, bias: torch.Tensor | None, geometry: Geometry
+) -> torch.Tensor:
+    """``x ∗ w + b`` of images, one of the readers of ``x``."""
+    return _convolution(x, weight, bias, geometry, _FROZEN).z
+
+
+_FROZEN = Statistics(None, None, False, 0.0, 0.0)
+
+
+def _convolution(
+    x: torch.Tensor | Normalized,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: Geometry,
+    statistics: Statistics,
+) -> Convolved:
+    operand, origin = x if isinstance(x, Normalized) else (x, None)
+    running = statistics.running
+    taken, weight, bias = _cast(operand, weight, bias)
+    if needs_operator((taken, weight, bias) if running is None else (taken, weight, bias, *running[:2])):
+        _leave(origin)
+        return Convolved(conv2d.apply(taken, weight, bias, None, *geometry, "none", 0.0))
+    if origin is not None and (taken is not operand or is_lazy(taken)):
+        _leave(origin)
+        origin = None
+    operands = resolved(taken), resolved(weight), resolved(bias)
+    made = Convolution.apply(*operands, geometry, statistics.training, running, origin)
+    return Convolved(*made) if statistics.training else Convolved(made)
+
+
+def convolution_with_epilogue(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    geometry: Geometry,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """``act(x ∗ w + b + residual)``, of images or of sequences."""
+    flat = weight.dim() == 3
+    if flat:
+        x, weight = _as_images(x), _as_images(weight)
+        residual = None if residual is None else _as_images(residual)
+    x, weight, bias, residual = _cast(x, weight, bias, residual)
+    y = conv2d.apply(x, weight, bias, residual, *geometry, activation, negative_slope)
+    return y.squeeze(2) if flat else y
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, negative_slope: float
+) -> torch.Tensor:
+    """``act(x wᵀ + b)``."""
+    return functional.linear(x, weight, bias, activation=activation, negative_slope=negative_slope)
+
+
+def transposed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    geometry: tuple[Any, ...],
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """``act(x ∗ᵀ w + b + residual)``, of images or of sequences; ``geometry``: stride, padding, output padding, groups,
+    dilation."""
+    flat = weight.dim() == 3
+    if flat:
+        x, weight = _as_images(x), _as_images(weight)
+        residual = None if residual is None else _as_images(residual)
+    y = functional.conv_transpose2d(
+        x, weight, bias, *geometry, residual=residual, activation=activation, negative_slope=negative_slope
+    )
+    return y.squeeze(2) if flat else y
+
+
+def _as_images(tensor: torch.Tensor) -> torch.Tensor:
+    """Sequences [N, C, L] as images of height 1, rows [N, C] as images of one pixel."""
+    return tensor.unsqueeze(2) if tensor.dim() == 3 else tensor[:, :, None, None]
+
+
+def _cast(*tensors: Any) -> tuple[Any, ...]:
+    return autocast(*tensors) if is_any_autocast_enabled() else tensors
+
+
+def norm(
+    z: torch.Tensor | Convolved,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | Normalized | None,
+    statistics: Statistics,
+    activation: str,
+    negative_slope: float,
+    readers: int = 0,
+    again: bool = False,
+) -> torch.Tensor | Normalized:
+    """``act(batch_norm(z) + residual)``; a :class:`Normalized` for ``readers``, the convolutions and residuals that
+    read it. ``again``: they may compute it once more in backward instead of saving it.
+    """
+    z, mean, variance = z if isinstance(z, Convolved) else (z, None, None)
+    added, source = residual if isinstance(residual, Normalized) else (residual, None)
+    if mean is None and _is_unusual(z, weight, bias, added, statistics.mean, statistics.variance):
+        _leave(source)
+        y = functional.batch_norm(
+            z, statistics.mean, statistics.variance, weight, bias, statistics.training, statistics.momentum,
+            statistics.eps, residual=added, activation=activation, negative_slope=negative_slope,
+        )  # fmt: skip
+        return Normalized(y, None) if readers else y
+    if not statistics.training:
+        mean, variance = statistics.mean, statistics.variance
+    if added is not None and added.dtype is not z.dtype:
+        # Under autocast, where dtypes mix: a sum of its own, in the dtype that torch gives it.
+        _leave(source)
+        y, *_ = _norm(z, weight, bias, None, mean, variance, statistics, "none", 0.0, None, None)
+        y = functional_activation(y + added, activation, negative_slope)
+        return Normalized(y, None) if readers else y
+    mailbox = Mailbox(readers) if readers and torch.is_grad_enabled() else None
+    weight, bias, added = resolved(weight), resolved(bias), resolved(added)
+    of_source = None if source is None else source.mailbox
+    y, mean, variance = _norm(
+        z, weight, bias, added, mean, variance, statistics, activation, negative_slope, mailbox, of_source
+    )
+    if mailbox is None:
+        return Normalized(y, None) if readers else y
+    other = kept_for_backward(added, y, activation)
+    epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
+    return Normalized(y, Origin(mailbox, z, weight, bias, other, mean, variance, epilogue, again and added is None))
+
+
+def _is_unusual(*tensors: torch.Tensor | None) -> bool:
+    return needs_operator(tensors) or any(each is not None and is_lazy(each) for each in tensors)
+
+
+def _norm(z, weight, bias, residual, mean, variance, statistics, activation, negative_slope, mailbox, source) -> Any:
+    epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
+    running = statistics.running if mean is None else None
+    return Norm.apply(z, weight, bias, residual, mean, variance, running, epilogue, mailbox, source)
+
+
+def avg_pool2d(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, *options: Any) -> torch.Tensor:
+    """The operator's arguments, of which the function has no dilation."""
+    return functional.avg_pool2d(x, kernel, stride, padding, *options)
+
+
+def functional_activation(x: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:
+    """An activation by gpukern's name of it."""
+    return x if activation == "none" else apply_activation(x, activation, negative_slope)
+
+
+def _leave(origin: Origin | None) -> None:
+    """A reader's forward does not take part: all readers return their gradients to autograd."""
+    if origin is not None:
+        origin.mailbox.broken = True
