@@ -21,10 +21,11 @@ def _not_through(plan: ConvPlan, activation: str) -> bool:
 def few_sums(plan: ConvPlan, activation: str) -> bool:
     """Whether so few sums a thread leave registers for the epilogue through a batch norm: :attr:`takes_norm_grad`.
 
-    Found by compiling for sm_90: with more, some activation spills; so do as many beside the addresses of partial sums,
-    or beside the derivative of gelu, the longest of all.
+    Found by compiling for sm_90: with more than 64 some activation spills. The addresses of partial sums leave room for
+    half as many, and so does the derivative of gelu, the longest of all.
     """
-    return plan.sums_per_thread <= (32 if plan.splits > 1 or activation == "gelu" else 64)
+    halvings = (plan.splits > 1) + (activation == "gelu")
+    return plan.sums_per_thread <= 64 >> halvings
 
 
 def _no_passes(problem: ConvProblem, itemsize: int) -> tuple[int, int]:

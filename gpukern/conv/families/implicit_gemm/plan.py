@@ -174,8 +174,11 @@ def _needs_measurement(plan: ConvPlan) -> bool:
 
 
 def _takes_norm_grad(plan: ConvPlan, activation: str) -> bool:
-    """Whether a thread has registers left beside the addresses: with 64 sums some spill, on sm_80 and sm_90."""
-    return plan.sums_per_thread <= 32
+    """Whether a thread has registers left beside the addresses: with 64 sums some spill, on sm_80 and sm_90.
+
+    So does gelu's derivative, the longest of all, beside the addresses of joined taps.
+    """
+    return plan.sums_per_thread <= 32 and not (plan.variant is Variant.FLAT and activation == "gelu")
 
 
 FAMILY = Family(
