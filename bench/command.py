@@ -62,7 +62,7 @@ def of(suite: Suite) -> Callable[..., None]:
             list[str], typer.Option("--layout", help="channels_last, nchw or 'all'. Repeatable.")
         ] = nothing,
         computed: Annotated[list[str], typer.Option("--computation", help=f"{computations}. Repeatable.")] = nothing,
-        containing: Annotated[str, typer.Option("--filter", help="Only rows whose sizes or layer hold this.")] = "",
+        containing: Annotated[str, typer.Option("--filter", help="Part of a layer or a key, or a whole key.")] = "",
         peers: Annotated[
             list[str], typer.Option("--peers", help=f"{', '.join(PEERS)}, 'all' or 'none'. Repeatable.")
         ] = nothing,

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from bench.lease import carried
 from bench.lease.calls import MINUTES, first, measured, second
 from bench.report import group_title, is_network, page, record
 from bench.report.summary import summarize
-from bench.results import Results
+from bench.results import Case, Results
 from bench.steps import Step, run_stage, suite_step
 
 
@@ -133,10 +134,24 @@ def profile(folder: Path) -> list[Step]:
     for section in sections:
         ncu += ["--section", section]
     # Named by the row: after another measurement other rows are the worst, and not done yet.
-    return [
-        Step(f"row-{slug(key)}", (*ncu, sys.executable, "-m", "bench.one", str(path), key), "ncu")
-        for path, key in worst_rows(folder)
-    ]
+    return [Step(f"row-{slug(case.key)}", (*ncu, *_alone(case)), "ncu") for case in worst_rows(folder)]
+
+
+def _alone(case: Case) -> list[str]:
+    """Return the command that measures gpukern alone on one row; its times, under a profiler, are kept apart."""
+    options = {
+        "--suite": case.uses[0].network,
+        "--batch": str(case.batch),
+        "--dtype": case.dtype,
+        "--layout": case.layout,
+        "--computation": case.computation,
+        "--filter": case.key,
+        "--peers": "none",
+        "--seconds": "0",
+        "--out": str(Path(tempfile.gettempdir()) / "gpukern-profile"),
+    }
+    given = [word for option in options.items() for word in option]
+    return [sys.executable, "-m", "bench", case.suite, "--fresh", *given]
 
 
 def kernel_names() -> list[str]:
@@ -151,19 +166,19 @@ def more(folder: Path) -> list[Step]:
     return [*tune(folder), *bench(folder), *sanitized]
 
 
-def worst_rows(folder: Path, number: int = 3) -> list[tuple[Path, str]]:
-    """(file, key) of the rows where the best peer is furthest ahead, the worst first.
+def worst_rows(folder: Path, number: int = 3) -> list[Case]:
+    """The rows where the best peer is furthest ahead, the worst first.
 
     Plans are no peers, and of a network a profile of a few launches would show its first layers.
     """
     found = [
-        (line.best.median, path, line.row.case.key)
-        for path, read in _measured(folder)
+        (line.best.median, line.row.case)
+        for _, read in _measured(folder)
         for group in summarize(read)
         for line in group.lines
         if line.best is not None and group.key.suite != "plans" and not is_network(line.row.case)
     ]
-    return [(path, key) for _, path, key in sorted(found)[:number]]
+    return [case for _, case in sorted(found, key=lambda each: each[0])[:number]]
 
 
 def headlines(folder: Path) -> Iterator[str]:

@@ -153,7 +153,7 @@ class Selection:
     dtypes: tuple[str, ...]
     layouts: tuple[str, ...]
     computations: tuple[str, ...]
-    #: Only cases whose key or layer holds this.
+    #: Only cases whose key or layer holds this; one alone whose key it is.
     containing: str = ""
 
 
@@ -171,6 +171,8 @@ def tasks(suite: Suite, selection: Selection) -> list[Task]:
                             task = _task(suite, computation, dtype, layout, batch, use, problem)
                             _add(found, task)
     wanted = selection.containing
+    if wanted in found:
+        return [found[wanted]]
     return [t for t in found.values() if wanted in t.case.key or any(wanted in use.layer for use in t.case.uses)]
 
 
