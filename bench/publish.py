@@ -19,7 +19,7 @@ from bench.environment import ROOT
 from bench.report import markdown
 from bench.report.summary import Group, GroupKey, group_key, summarize
 from bench.report.throughput import Throughput, throughputs
-from bench.results import Results, ResultsError
+from bench.results import Results
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "bench" / "RESULTS.md"
@@ -47,11 +47,7 @@ class Found:
 def newest(folder: Path) -> dict[str, list[Found]]:
     """Device → its groups, in the order of the suites' names. What is no results file is left out."""
     found: dict[str, dict[GroupKey, Found]] = {}
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            read = results.read(path)
-        except ResultsError:
-            continue
+    for path, read in results.read_all([folder]):
         if read.environment.device_type != "cuda":
             continue
         of_device = found.setdefault(read.environment.device, {})

@@ -25,7 +25,7 @@ from bench.lease import carried
 from bench.lease.calls import MINUTES, first, measured, second
 from bench.report import group_title, is_network, page, record
 from bench.report.summary import summarize
-from bench.results import Case, Results
+from bench.results import Case
 from bench.steps import Step, run_stage, suite_step
 
 
@@ -173,7 +173,7 @@ def worst_rows(folder: Path, number: int = 3) -> list[Case]:
     """
     found = [
         (line.best.median, line.row.case)
-        for _, read in _measured(folder)
+        for _, read in results.read_all([folder])
         for group in summarize(read)
         for line in group.lines
         if line.best is not None and group.key.suite != "plans" and not is_network(line.row.case)
@@ -183,21 +183,12 @@ def worst_rows(folder: Path, number: int = 3) -> list[Case]:
 
 def headlines(folder: Path) -> Iterator[str]:
     """A line a group of rows: how gpukern does against the best peer of each."""
-    for _, read in _measured(folder):
+    for _, read in results.read_all([folder]):
         for group in summarize(read):
             best = group.tallies[0]
             mean = "nothing to compare" if best.mean is None else f"{best.mean:.2f}×"
             broken = f", {group.broken} rows of gpukern not ok" if group.broken else ""
             yield f"{mean}  {group_title(group.key)}: {record(best.wins, best.losses, best.ties)}{broken}"
-
-
-def _measured(folder: Path) -> Iterator[tuple[Path, Results]]:
-    for path in sorted(folder.glob("*.json")):
-        try:
-            read = results.read(path)
-        except results.ResultsError:
-            continue  # stages.json, for one
-        yield path, read
 
 
 STAGES: dict[str, Callable[[Path], list[Step]]] = {
@@ -233,7 +224,7 @@ def main(arguments: list[str]) -> int:
         steps = [step for step in steps if step.dry]
     status = run_stage(stage, steps, folder, 60 * minutes, after_each=pack)
     if stage not in ("check", "profile"):
-        files = list(_measured(folder))
+        files = list(results.read_all([folder]))
         results.write_text(folder / "report.html", page.render(files))
         print("\nagainst the best of the others on each row (above 1: gpukern is faster)")
         print("\n".join(headlines(folder)))

@@ -105,11 +105,8 @@ class Trial:
                 self.first_result = time.monotonic() - begin
 
     def rows(self) -> Iterator[results.Row]:
-        for path in (self.tree / _RESULTS).glob("*/*.json"):
-            try:
-                yield from results.read(path).rows
-            except (results.ResultsError, OSError):
-                continue
+        for _, read in results.read_all([self.tree / _RESULTS]):
+            yield from read.rows
 
     def counts(self) -> collections.Counter:
         """Count the kernels that were found and compiled, and the C files that were compiled."""
