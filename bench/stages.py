@@ -37,36 +37,32 @@ def check(folder: Path) -> list[Step]:
         pytest = (sys.executable, "-m", "pytest", "-q", "-n", workers, "--maxfail=50", "--durations=5", *paths)
         return Step(name, pytest)
 
-    def sanitized(tool: str, name: str, path: str, *options: str) -> Step:
+    def sanitized(tool: str, name: str, chosen: str) -> Step:
         program = "compute-sanitizer"
         command = (program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5")
-        pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", path, *options)
+        pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"tests/ops/test_{name}.py", "-k", chosen)
         # PyTorch's allocator hands out parts of large blocks, in which an access out of bounds stays unseen.
         return Step(f"{tool}-{name}", (*command, *pytest), program, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
     norm_layers = "batch_norm_layers", "conv_batch_norm"
     others = "conv2d_grouped", "conv_transpose2d", "conv_max_pool2d"
-    half, norms = ("-k", "forward_and_gradients and float16"), ("-k", "dtypes_and_layouts and float16")
+    most = {
+        "conv2d": "forward_and_gradients and float16",
+        "pool2d": "dtypes_and_layouts",
+        "batch_norm": "dtypes_and_layouts and float16",
+        "linear": "forward_and_gradients and float16",
+    }
     return [
         Step("info", (sys.executable, "-c", "from gpukern.cli import app; app()", "info")),
-        tests("conv2d", "tests/ops/test_conv2d.py"),
-        tests("linear", "tests/ops/test_linear.py"),
-        tests("pool2d", "tests/ops/test_pool2d.py"),
-        tests("activation", "tests/ops/test_activation.py"),
+        *(tests(name, f"tests/ops/test_{name}.py") for name in ("conv2d", "linear", "pool2d", "activation")),
         tests("batch-norm", "tests/ops/test_batch_norm.py", *(f"tests/ops/test_{name}.py" for name in norm_layers)),
         tests("fuse", "tests/fusion"),
         tests("optimizers", "tests/optim"),
         tests("other-convolutions", *(f"tests/ops/test_{name}.py" for name in others)),
         tests("layers", "tests/test_integration.py", "tests/test_convert.py", "tests/test_operators.py"),
-        sanitized("memcheck", "conv2d", "tests/ops/test_conv2d.py", *half),
-        sanitized("memcheck", "pool2d", "tests/ops/test_pool2d.py", "-k", "dtypes_and_layouts"),
-        sanitized("memcheck", "batch_norm", "tests/ops/test_batch_norm.py", *norms),
-        sanitized("racecheck", "conv2d", "tests/ops/test_conv2d.py", *half),
-        sanitized("racecheck", "batch_norm", "tests/ops/test_batch_norm.py", *norms),
+        *(sanitized("memcheck", name, chosen) for name, chosen in most.items()),
+        *(sanitized("racecheck", name, chosen) for name, chosen in most.items()),
         tests("rest-of-ops", "tests/ops", "tests/runtime"),
-        sanitized("memcheck", "linear", "tests/ops/test_linear.py", *half),
-        sanitized("racecheck", "linear", "tests/ops/test_linear.py", *half),
-        sanitized("racecheck", "pool2d", "tests/ops/test_pool2d.py", "-k", "dtypes_and_layouts"),
         tests("everything", "tests"),
     ]
 
