@@ -8,17 +8,17 @@ The fit is of the logarithm of the seconds, by least squares that an outlier doe
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.console import Console
 
+from bench.command import fail
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
 from gpukern import tables
@@ -119,15 +119,12 @@ def _scaled(start: Constants, names: Sequence[Name], factors: Iterable[float]) -
     return replace(start, **changed)
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="plans.json")
-    options = parser.parse_args(arguments)
+def main(files: Annotated[list[Path], typer.Argument(metavar="plans.json")]) -> None:
+    """Fit the expectations to measured plans, and say how good they are before and after."""
     try:
-        rows = [samples_of(row) for path in options.files for row in read(path)]
+        rows = [samples_of(row) for path in files for row in read(path)]
     except (ResultsError, OSError) as error:
-        print(f"bench.calibrate: {error}", file=sys.stderr)
-        return 1
+        fail(error)
     console = Console()
     with Console(stderr=True).status("fitting"):
         fitted = fit(rows, MEASURED)
@@ -141,8 +138,7 @@ def main(arguments: Sequence[str]) -> int:
         value = getattr(fitted, field.name)
         shown = {key: round(share, 3) for key, share in value.items()} if isinstance(value, dict) else f"{value:.3g}"
         console.print(f"{field.name} = {shown}", highlight=False)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    typer.run(main)
