@@ -168,7 +168,7 @@ class _Bar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def compiled(self, tasks: int) -> None:
+    def compiled(self, tasks: float) -> None:
         self._progress.update(self._compiling, advance=tasks, visible=True)
 
     def row(self, task: Task, row: Row | None) -> None:
