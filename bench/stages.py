@@ -22,7 +22,7 @@ from bench import results
 from bench.command import RESULTS
 from bench.environment import run_folder, slug
 from bench.lease import carried
-from bench.lease.calls import MINUTES, first, measured, second
+from bench.lease.calls import MINUTES, first, second
 from bench.report import group_title, is_network, page, record
 from bench.report.summary import summarize
 from bench.results import Case
@@ -71,9 +71,7 @@ def tune(folder: Path) -> list[Step]:
     """Other plans beside the chosen ones, for the layers that most of a network's time goes to."""
 
     # Many candidates a row: few samples of each.
-    def step(name: str, *options: str) -> Step:
-        return suite_step(folder, "plans", name, *options, "--seconds", "0.05")
-
+    step = functools.partial(suite_step, folder, "plans", seconds="0.05")
     return [
         step("forward-32", "--computation", "forward"),
         step("input-gradient-32", "--computation", "input gradient"),
@@ -88,7 +86,7 @@ def tune(folder: Path) -> list[Step]:
 def bench(folder: Path) -> list[Step]:
     """The suites against their peers: what most people ask first, first; who compiles for each row after the libraries,
     who tries everything last."""
-    step = functools.partial(measured, folder)
+    step = functools.partial(suite_step, folder)
     library, everyone = ("--peers", "library"), ("--peers", "library", "--peers", "compile")
     compilers = *everyone, "--peers", "max-autotune"
     everything, batches = ("--suite", "all"), ("--batch", "128", "--batch", "32", "--batch", "1")
