@@ -79,13 +79,9 @@ class Row:
     problem: str = ""
 
 
+@torch_at_its_best("float32")
 def measure(name: str) -> Row:
     """Build, capture, fuse in fp32 and compare; without TF32, whose errors would hide those of a fusion."""
-    with torch_at_its_best("float32"):
-        return _measure(name)
-
-
-def _measure(name: str) -> Row:
     torch.manual_seed(0)
     model = randomised(build(name))
     parameters = sum(p.numel() for p in model.parameters())

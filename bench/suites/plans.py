@@ -89,13 +89,13 @@ def with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tenso
     p, direction = question.problem, question.direction
 
     def run(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-        first, second = {
+        a, b = {
             Direction.FORWARD: (x, w),
             Direction.INPUT_GRAD: (dy, w),
             Direction.WEIGHT_GRAD: (dy, x),
         }[direction]
-        prepared = conv.prepared_for(p, direction, first, second, question.channels_last, plan=choice)
-        return conv.run(prepared, first, second)[0]
+        prepared = conv.prepared_for(p, direction, a, b, question.channels_last, plan=choice)
+        return conv.run(prepared, a, b)[0]
 
     return run
 
