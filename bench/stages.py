@@ -24,7 +24,7 @@ from bench.environment import run_folder, slug
 from bench.lease import carried
 from bench.lease.calls import MINUTES, first, second
 from bench.report import group_title, is_network, page, record
-from bench.report.summary import summarize
+from bench.report.summary import Group, summarize
 from bench.results import Case
 from bench.steps import Step, run_stage, suite_step
 
@@ -167,8 +167,7 @@ def worst_rows(folder: Path, number: int = 3) -> list[Case]:
     """
     found = [
         (line.best.median, line.row.case)
-        for _, read in results.read_all([folder])
-        for group in summarize(read)
+        for group in _groups(folder)
         for line in group.lines
         if line.best is not None and group.key.suite != "plans" and not is_network(line.row.case)
     ]
@@ -177,12 +176,15 @@ def worst_rows(folder: Path, number: int = 3) -> list[Case]:
 
 def headlines(folder: Path) -> Iterator[str]:
     """A line a group of rows: how gpukern does against the best peer of each."""
-    for _, read in results.read_all([folder]):
-        for group in summarize(read):
-            best = group.tallies[0]
-            mean = "nothing to compare" if best.mean is None else f"{best.mean:.2f}×"
-            broken = f", {group.broken} rows of gpukern not ok" if group.broken else ""
-            yield f"{mean}  {group_title(group.key)}: {record(best.wins, best.losses, best.ties)}{broken}"
+    for group in _groups(folder):
+        best = group.tallies[0]
+        mean = "nothing to compare" if best.mean is None else f"{best.mean:.2f}×"
+        broken = f", {group.broken} rows of gpukern not ok" if group.broken else ""
+        yield f"{mean}  {group_title(group.key)}: {record(best.wins, best.losses, best.ties)}{broken}"
+
+
+def _groups(folder: Path) -> Iterator[Group]:
+    return (group for _, read in results.read_all([folder]) for group in summarize(read))
 
 
 STAGES: dict[str, Callable[[Path], list[Step]]] = {

@@ -113,7 +113,7 @@ def ceilings(bandwidth: float, matrix_rates: dict[str, float]) -> str:
     return ", ".join([f"copy {rate(bandwidth, 1e9)} GB/s", *rates])
 
 
-def evidence(environment: Environment, measured: Ceilings | None = None) -> list[tuple[str, str]]:
+def evidence(environment: Environment, measured: Ceilings) -> list[tuple[str, str]]:
     """Facts that a reader needs to believe or repeat the figures, by name."""
     e = environment
     device = _known(
@@ -134,12 +134,9 @@ def evidence(environment: Environment, measured: Ceilings | None = None) -> list
     )
     commit = f"commit {e.commit[:9]}" if e.commit else "no commit"
     code = f"gpukern {e.gpukern}, {commit}{' with changes' * e.modified}, source {e.source[:12]}"
-    lines = [("device", device), ("versions", versions), ("code", code), ("date", e.date)]
-    if e.flags:
-        lines.insert(2, ("flags", pairs(e.flags)))
-    if measured is not None:
-        lines.insert(1, ("measured ceilings", ceilings(measured.bandwidth, measured.matrix_rates)))
-    return text_pairs(dict(lines))
+    facts = {"device": device, "measured ceilings": ceilings(measured.bandwidth, measured.matrix_rates)}
+    facts |= {"versions": versions, **({"flags": pairs(e.flags)} if e.flags else {}), "code": code, "date": e.date}
+    return text_pairs(facts)
 
 
 def _known(*facts: tuple[str, Any]) -> str:

@@ -46,12 +46,12 @@ class Scale:
         left, right = sorted((self.at(a), self.at(b)))
         return left, round(right - left, 2)
 
-    def ticks(self, steps: Sequence[float] = (1, 2, 5), at_most: int = 7) -> list[tuple[float, str]]:
+    def ticks(self) -> list[tuple[float, str]]:
         """(value, label) of round numbers; powers of ten alone where more would not fit."""
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for chosen in (steps, (1, 3), (1,)):
-            values = [v for d in decades for s in chosen if self.low <= (v := s * 10.0**d) <= self.high]
-            if len(values) <= at_most:
+        for steps in ((1, 2, 5), (1, 3), (1,)):
+            values = [v for d in decades for s in steps if self.low <= (v := s * 10.0**d) <= self.high]
+            if len(values) <= 7:
                 break
         return [(value, f"{value:,.12g}") for value in values]
 
