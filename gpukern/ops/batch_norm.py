@@ -22,7 +22,7 @@ from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_sizes
 from gpukern.ops.activation import needs_input, through_activation
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator, needs_operator
+from gpukern.runtime.operator import Operator, needs_operator, resolved
 from gpukern.runtime.tensors import check_alike, format_kept_by
 from gpukern.runtime.transforms import Batch
 
@@ -327,3 +327,38 @@ batch_norm_backward = Operator(
     backward=_gradients_backward,
     plain=_gradients_plainly,
 )
+
+
+def batch_norm_input_grad(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    weight: torch.Tensor | None,
+    sums: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Return ``∂L/∂x = weight / σ · (g − Σ g / n − x̂ · Σ g·x̂ / n)``, laid out like x, where the sums are known.
+
+    A plain function for the inside of an autograd Function, which records nothing.
+
+    Parameters
+    ----------
+    grad, input:
+        g = ∂L/∂z and x, [N, C, ...], of one dtype.
+    mean, variance, weight:
+        of each channel [C]; the variance is the batch's biased one; ``weight`` may be None.
+    sums:
+        Σ g and Σ g·x̂, fp32 [2, C].
+
+    Raises
+    ------
+    RuntimeError
+        for sizes, dtypes and devices that do not fit together, as torch does.
+    """
+    check(input, weight, None, grad, mean=mean, variance=variance)
+    if tuple(sums.shape) != (2, input.shape[1]):
+        raise RuntimeError(f"expected sums to have shape {[2, input.shape[1]]}, but got {list(sums.shape)}")
+    return _implementations.of(input).batch_norm_input_grad(
+        resolved(grad), resolved(input), mean, variance, weight, sums, eps
+    )

@@ -32,7 +32,7 @@ def batch_norm(
     check_kernel_dtype("batch_norm", input.dtype)
     output = empty_like(input)
     if output.numel():
-        norm = _norm(mean, variance, weight, bias)
+        norm = norm_of(mean, variance, weight, bias)
         _write(output, input, residual, norm, eps, activation, negative_slope)
     return output
 
@@ -77,7 +77,7 @@ def batch_norm_training(
     chosen = tiles.plan
     statistics = _statistics(C, device, running)
     mean, variance = statistics.mean, statistics.variance
-    norm = _norm(mean, variance, weight, bias)
+    norm = norm_of(mean, variance, weight, bias)
     whole = chosen.splits == 1
     if not whole:
         statistics = with_workspace(statistics, C, device, chosen.splits, chosen.channel_tiles)
@@ -98,6 +98,22 @@ def batch_norm_training(
     return output, mean, variance
 
 
+def conv2d_batch_statistics(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    running: Running | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
+    statistics = _statistics(problem.K, input.device, running)
+    z, made = run(prepared, input, filters, filters_bias, statistics=statistics)
+    if made is None:  # no pixels, or no channels to sum over
+        return z, *batch_norm_training(z, None, None, None, 1.0, "none", 0.0, running)[1:]
+    _keep(running, statistics)
+    return z, statistics.mean, statistics.variance
+
+
 def conv2d_batch_norm(
     problem: ConvProblem,
     input: torch.Tensor,
@@ -111,19 +127,9 @@ def conv2d_batch_norm(
     negative_slope: float,
     running: Running | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
-    statistics = _statistics(problem.K, input.device, running)
-    z, made = run(prepared, input, filters, filters_bias, statistics=statistics)
-    if made is None:  # no pixels, or no channels to sum over
-        output, mean, variance = batch_norm_training(
-            z, weight, bias, residual, eps, activation, negative_slope, running
-        )
-        return output, z, mean, variance
-    _keep(running, statistics)
-    mean, variance = statistics.mean, statistics.variance
-    output = empty_like(z)
-    _write(output, z, residual, _norm(mean, variance, weight, bias), eps, activation, negative_slope)
-    return output, z, mean, variance
+    z, mean, variance = conv2d_batch_statistics(problem, input, filters, filters_bias, running)
+    y = batch_norm(z, weight, bias, residual, mean, variance, eps, activation, negative_slope)
+    return y, z, mean, variance
 
 
 def _statistics(channels: int, device: torch.device, running: Running | None) -> Statistics:
@@ -192,7 +198,7 @@ def batch_norm_backward(
     splits, each = (chosen.splits, chosen.steps_per_split) if needs_sums else (chosen.steps, 1)
     whole = splits == 1 or not needs_sums
     later = training and wants_input and not whole
-    norm = _norm(mean, variance, weight, bias)
+    norm = norm_of(mean, variance, weight, bias)
     totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
     sums = Sums(totals=totals, grad_bias=grad_bias, grad_weight=grad_weight) if needs_sums else None
     if sums and not whole:
@@ -223,21 +229,53 @@ def batch_norm_backward(
     if later:
         if inner is not None:
             grad, other, activation, needs_input = inner, None, "none", False
-        tiles = tiles_of(False, grad, input, other, out)
-        launch(
-            kernels.batch_norm_input_grad_kernel,
-            (tiles.plan.steps * tiles.plan.channel_tiles,),
-            device,
-            (*tiles.images, norm, totals, tiles.sizes, eps, negative_slope),
-            {"ACTIVATION": activation, "NEEDS_INPUT": needs_input} | tiles.options,
-        )
+        _write_input_grad(out, grad, input, other, norm, totals, eps, activation, needs_input, negative_slope)
     return results
+
+
+def _write_input_grad(
+    out: torch.Tensor | None,
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    other: torch.Tensor | None,
+    norm: functions.Norm,
+    totals: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    needs_input: bool,
+    negative_slope: float,
+) -> None:
+    tiles = tiles_of(False, grad, input, other, out)
+    launch(
+        kernels.batch_norm_input_grad_kernel,
+        (tiles.plan.steps * tiles.plan.channel_tiles,),
+        grad.device,
+        (*tiles.images, norm, totals, tiles.sizes, eps, negative_slope),
+        {"ACTIVATION": activation, "NEEDS_INPUT": needs_input} | tiles.options,
+    )
+
+
+def batch_norm_input_grad(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    weight: torch.Tensor | None,
+    sums: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    check_kernel_dtype("batch_norm", input.dtype)
+    out = empty_like(input)
+    if out.numel():
+        norm = norm_of(mean, variance, weight, None)
+        _write_input_grad(out, grad, input, None, norm, sums.contiguous(), eps, "none", False, 0.0)
+    return out
 
 
 # ---- what both share -----------------------------------------------------------------------------------------------
 
 
-def _norm(
+def norm_of(
     mean: torch.Tensor | None,
     variance: torch.Tensor | None,
     weight: torch.Tensor | None,

@@ -78,6 +78,38 @@ def conv2d_batch_norm(
     return y, z, mean, variance
 
 
+def conv2d_batch_statistics(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    filters: torch.Tensor,
+    filters_bias: torch.Tensor | None,
+    running: Running | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(z, mean, variance) of :func:`conv2d_batch_norm`."""
+    z = reference.conv2d(problem, input, filters, filters_bias, None, "none", 0.0)
+    mean, variance = statistics(z)
+    if running is not None and z.numel():
+        update(running, mean, variance, z.numel() // z.shape[1])
+    return z, mean, variance
+
+
+def batch_norm_input_grad(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    weight: torch.Tensor | None,
+    sums: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """∂L/∂x of :func:`batch_norm_backward` in training from g = ``grad`` and ``sums`` [2, C]: Σ g and Σ g·x̂."""
+    _, normal, inverse = normalize(input, None, None, None, mean, variance, eps)
+    means = sums / max(input.numel() // max(input.shape[1], 1), 1)
+    scale = inverse if weight is None else inverse * _channels(weight, input)
+    dx = (grad - _channels(means[0], input) - normal * _channels(means[1], input)) * scale
+    return laid_out(dx.to(input.dtype), format_kept_by(input))
+
+
 def statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, biased variance) of each channel, at least fp32; zeros of no values."""
     x = input.to(torch.promote_types(input.dtype, torch.float32))
