@@ -33,7 +33,7 @@ def batch_norm(
     check_kernel_dtype("batch_norm", input.dtype)
     output = empty_like(input)
     if output.numel():
-        norm = _norm(mean, variance, weight, bias)
+        norm = norm_of(mean, variance, weight, bias)
         _write(output, input, residual, norm, eps, activation, negative_slope)
     return output
 
@@ -78,7 +78,7 @@ def batch_norm_training(
     chosen = tiles.plan
     statistics = _statistics(C, device, running)
     mean, variance = statistics.mean, statistics.variance
-    norm = _norm(mean, variance, weight, bias)
+    norm = norm_of(mean, variance, weight, bias)
     whole = chosen.splits == 1
     if not whole:
         statistics = with_workspace(statistics, C, device, chosen.splits, chosen.channel_tiles)
@@ -205,7 +205,7 @@ def batch_norm_backward(
     splits, each = (chosen.splits, chosen.steps_per_split) if needs_sums else (chosen.steps, 1)
     whole = splits == 1 or not needs_sums
     later = training and wants_input and not whole
-    norm = _norm(mean, variance, weight, bias)
+    norm = norm_of(mean, variance, weight, bias)
     totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
     sums = Sums(totals=totals, grad_bias=grad_bias, grad_weight=grad_weight) if needs_sums else None
     if sums and not whole:
@@ -277,7 +277,7 @@ def gradients_from_sums(
         input.device,
         (
             *tiles.images,
-            _norm(mean, variance, weight, bias),
+            norm_of(mean, variance, weight, bias),
             Sums(None, None, None, sums, *rounded),
             tiles.sizes,
             eps,
@@ -318,7 +318,7 @@ def inner_gradient_and_sums(
         device,
         (
             *(*tiles.images, NOTHING),
-            *(_norm(mean, variance, weight, bias), sums, tiles.sizes),
+            *(norm_of(mean, variance, weight, bias), sums, tiles.sizes),
             *(chosen.steps, chosen.steps_per_split, chosen.splits),
             *(eps, negative_slope),
         ),
@@ -337,7 +337,7 @@ def inner_gradient_and_sums(
 # ---- what both share -----------------------------------------------------------------------------------------------
 
 
-def _norm(
+def norm_of(
     mean: torch.Tensor | None,
     variance: torch.Tensor | None,
     weight: torch.Tensor | None,

@@ -185,7 +185,7 @@ def merge_statistics(
     The last program to arrive finishes the statistics.
     """
     LANES: tl.constexpr = min(BLOCK, 32)
-    part = tl.arange(0, 32)[:, None]
+    part = tl.arange(0, max(32, 256 // LANES))[:, None]
     lane = tl.arange(0, LANES)[None, :]
     merge_in_groups(statistics, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, None)
     # The caller may overwrite shared memory that a call uses, without a barrier between them.
@@ -201,7 +201,7 @@ def merge_sums(
 ):  # fmt: skip
     """Arrive with the sums that :func:`store_part` stored of this tile, as at :func:`merge_statistics`."""
     LANES: tl.constexpr = min(BLOCK, 32)
-    part = tl.arange(0, 32)[:, None]
+    part = tl.arange(0, max(32, 256 // LANES))[:, None]
     lane = tl.arange(0, LANES)[None, :]
     merge_in_groups(sums, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, SUMS)
     tl.debug_barrier()
