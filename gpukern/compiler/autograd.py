@@ -9,17 +9,20 @@ memory. Derivatives of derivatives take the operators that are differentiable th
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from gpukern.compiler.mailbox import Mailbox
-from gpukern.compiler.origin import Epilogue, Origin, made, origin_of, other_of, put_together, taken_apart
+from gpukern.compiler.origin import Epilogue, Origin, made, origin_of, other_of, pair_of, put_together, taken_apart
 from gpukern.conv import conv_problem
 from gpukern.ops._batch_norm.problem import Running, check_several_values
-from gpukern.ops.batch_norm import batch_norm_backward, check
+from gpukern.ops.batch_norm import batch_norm_backward, batch_norm_training, check, gradients_from_sums
 from gpukern.ops.conv2d import channel_sum, conv2d_input_grad, conv2d_weight_grad
+from gpukern.ops.conv_batch_norm import conv2d_batch_statistics
 from gpukern.ops.conv_norm_grad import conv2d_input_grad_norm
+from gpukern.ops.norm_pair import normalize_pair_input_grads, normalize_pair_sums
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.strides import is_channels_last
 from gpukern.runtime.tensors import check_operands
@@ -61,7 +64,7 @@ class Convolution(torch.autograd.Function):
             return _convolutions.of(x).conv2d(problem, x, weight, bias, None, "none", 0.0)
         check_several_values((problem.N, problem.K, problem.P, problem.Q))
         ctx.set_materialize_grads(False)
-        z, mean, variance = _norms.of(x).conv2d_with_statistics(problem, x, weight, bias, running)
+        z, mean, variance = conv2d_batch_statistics(problem, x, weight, bias, running)
         ctx.mark_non_differentiable(mean, variance)
         return z, mean, variance
 
@@ -161,7 +164,7 @@ class Norm(torch.autograd.Function):
         origin = put_together(shape_of_origin, ctx.saved_tensors)
         if sums is not None:
             z, weight, bias, _, mean, variance = origin.tensors
-            grad_z, grad_weight, grad_bias = _norms.of(z).gradients_from_sums(
+            grad_z, grad_weight, grad_bias = gradients_from_sums(
                 grad, z, weight, bias, mean, variance, sums, epilogue.training, epilogue.eps
             )
         else:
@@ -188,6 +191,80 @@ class Norm(torch.autograd.Function):
             _hand_over(grad_residual, of_residual) if needs_residual else None,
             *(None,) * 7,
         )
+
+
+class NormPair(torch.autograd.Function):
+    """``y = act(norm(z_a) + norm(z_b))`` with the batch's statistics; ``other`` is the origin of the second."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        z_b: torch.Tensor,
+        weight_b: torch.Tensor | None,
+        bias_b: torch.Tensor | None,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        epilogue: Epilogue,
+        other: Origin,
+        mailbox: Mailbox | None,
+        again: bool,
+    ) -> torch.Tensor:
+        origin = Origin(mailbox, z, weight, bias, None, mean, variance, epilogue, again, True, other)
+        y = pair_of(origin)
+        kept = None if again or epilogue.activation == "none" else y
+        tensors, ctx.state = taken_apart(origin._replace(kept=kept))
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        mailbox, sums = ctx.state.mailbox, None
+        if mailbox is not None and mailbox.is_open():
+            grad, sums = mailbox.collect(grad)
+        if grad is None:
+            return (None,) * 12
+        origin = put_together(ctx.state, ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            return *_recorded_pair(origin, grad, ctx.needs_input_grad[:6]), *(None,) * 6
+        other, (_, _, activation, negative_slope) = origin.source, origin.epilogue
+        norms = origin.z, origin.numbers, other.z, other.numbers
+        if sums is None:
+            y = other_of(origin)
+            sums = normalize_pair_sums(grad, y, *norms, activation, negative_slope)
+        else:
+            y, activation = None, "none"  # grad is behind the activation
+            of_other = _norms.of(grad).sums_of(grad, other.z, other.mean, other.variance, other.epilogue.eps)
+            sums = torch.cat((sums, of_other[1:]))
+        grad_z, grad_z_b = normalize_pair_input_grads(grad, y, *norms, sums, activation, negative_slope)
+        parameters = origin.weight, origin.bias, other.weight, other.bias
+        dtypes = [sums.dtype if each is None else each.dtype for each in parameters]
+        shift, scale, scale_b = sums.to(next((each for each in dtypes if each is not sums.dtype), sums.dtype))
+        rounded = [each.to(dtype) for each, dtype in zip((scale, shift, scale_b, shift), dtypes, strict=True)]
+        grads = grad_z, *rounded[:2], grad_z_b, *rounded[2:]
+        wanted = zip(grads, ctx.needs_input_grad, strict=False)
+        return *(each if needed else None for each, needed in wanted), *(None,) * 6
+
+
+def _recorded_pair(origin: Origin, grad: torch.Tensor, needed: Sequence[bool]) -> Iterator[torch.Tensor | None]:
+    """The gradients of :class:`NormPair` by differentiable operators, one norm after the other."""
+    other = origin.source
+    assert other is not None
+    # Aliases of the saved tensors: gradients by them alone, and through them any higher order.
+    tensors = [
+        None if each is None else each.view_as(each)
+        for each in (origin.z, origin.weight, origin.bias, other.z, other.weight, other.bias)
+    ]
+    z, weight, bias, *of_other = tensors
+    _, *numbers = origin.epilogue
+    added = batch_norm_training(*of_other, None, other.epilogue.eps, "none", 0.0)[0]
+    y = batch_norm_training(z, weight, bias, added, *numbers)[0]
+    wanted = [each for each, need in zip(tensors, needed, strict=True) if need and each is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return (next(found) if need and each is not None else None for each, need in zip(tensors, needed, strict=True))
 
 
 def _hand_over(gradient: torch.Tensor, mailbox: Mailbox | None) -> torch.Tensor | None:

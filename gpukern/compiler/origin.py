@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, overload
 import torch
 
 from gpukern.compiler.mailbox import Mailbox
+from gpukern.ops._batch_norm.problem import Norm
 from gpukern.ops.activation import needs_input
 from gpukern.ops.batch_norm import batch_norm, batch_norm_training, kept_for_backward
+from gpukern.ops.norm_pair import normalize_pair
 from gpukern.runtime.mode import Implementations
 
 _norms = Implementations("gpukern.ops._batch_norm")
@@ -51,6 +53,20 @@ class Origin(NamedTuple):
     @property
     def tensors(self) -> tuple[Any, ...]:
         return self[1 : 1 + _TENSORS]
+
+    @property
+    def numbers(self) -> Norm:
+        return Norm(self.mean, self.variance, self.weight, self.bias, self.epilogue.eps)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the residual is another batch norm's result that exists nowhere: both are one pass."""
+        return self.source is not None and self.source.mailbox is None
+
+    @classmethod
+    def of_norm(cls, z, weight, bias, mean, variance, eps: float) -> Origin:
+        """That of a batch norm's result that is never stored."""
+        return cls(None, z, weight, bias, None, mean, variance, Epilogue(True, eps, "none", 0.0), True, False, None)
 
 
 def origin_of(mailbox, z, weight, bias, residual, y, mean, variance, epilogue, again, source) -> Origin:
@@ -103,16 +119,26 @@ def made(origin: Origin) -> torch.Tensor:
     if shared and origin.mailbox.made is not None:  # type: ignore[union-attr]
         return origin.mailbox.made  # type: ignore[union-attr]
     z, weight, bias, _, mean, variance = origin.tensors
-    residual, (training, *numbers) = _residual(origin), origin.epilogue
-    if training and torch.is_grad_enabled():
-        return batch_norm_training(z, weight, bias, residual, *numbers)[0]
-    if training:
+    training, *numbers = origin.epilogue
+    if origin.is_pair and not torch.is_grad_enabled():
+        y = pair_of(origin)
+    elif training and torch.is_grad_enabled():
+        return batch_norm_training(z, weight, bias, _residual(origin), *numbers)[0]
+    elif training:
+        residual = _residual(origin)
         y = _norms.of(z).apply_statistics(z, weight, bias, residual, mean, variance, *numbers)
     else:
-        y = batch_norm(z, weight, bias, residual, mean, variance, *numbers)
+        y = batch_norm(z, weight, bias, _residual(origin), mean, variance, *numbers)
     if shared:
         origin.mailbox.made = y  # type: ignore[union-attr]
     return y
+
+
+def pair_of(origin: Origin) -> torch.Tensor:
+    """y of two batch norms, in one pass."""
+    other, (_, _, activation, negative_slope) = origin.source, origin.epilogue
+    assert other is not None
+    return normalize_pair(origin.z, origin.numbers, other.z, other.numbers, activation, negative_slope)
 
 
 def _residual(origin: Origin) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpukern import functional
-from gpukern.compiler.autograd import Convolution, Geometry, Norm
+from gpukern.compiler.autograd import Convolution, Geometry, Norm, NormPair
 from gpukern.compiler.mailbox import Mailbox
 from gpukern.compiler.origin import Epilogue, Origin, origin_of
 from gpukern.ops import conv2d
@@ -196,6 +196,39 @@ def norm(
     )
     epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
     return Normalized(y, origin_of(mailbox, z, weight, bias, added, y, mean, variance, epilogue, again, source))
+
+
+def norm_pair(
+    a: Convolved,
+    weight_a: torch.Tensor | None,
+    bias_a: torch.Tensor | None,
+    statistics_a: Statistics,
+    b: Convolved,
+    weight_b: torch.Tensor | None,
+    bias_b: torch.Tensor | None,
+    statistics_b: Statistics,
+    activation: str,
+    negative_slope: float,
+    readers: int = 0,
+    again: bool = False,
+) -> torch.Tensor | Normalized:
+    """``act(batch_norm(a) + batch_norm(b))``, both with the batch's statistics; otherwise as :func:`norm`."""
+    parameters = weight_a, bias_a, weight_b, bias_b
+    if a.mean is None or b.mean is None or a.z.dtype is not b.z.dtype or _is_unusual(a.z, b.z, *parameters):
+        added = norm(b, weight_b, bias_b, None, statistics_b, "none", 0.0)
+        return norm(a, weight_a, bias_a, added, statistics_a, activation, negative_slope, readers, again)
+    mailbox = Mailbox(readers) if readers and torch.is_grad_enabled() else None
+    again = again and mailbox is not None
+    other = Origin.of_norm(b.z, weight_b, bias_b, b.mean, b.variance, statistics_b.eps)
+    epilogue = Epilogue(True, statistics_a.eps, activation, negative_slope)
+    y = NormPair.apply(
+        a.z, weight_a, bias_a, b.z, weight_b, bias_b, a.mean, a.variance, epilogue, other, mailbox, again
+    )
+    if mailbox is None:
+        return Normalized(y, None) if readers else y
+    kept = None if again or activation == "none" else y
+    tensors = a.z, weight_a, bias_a, kept, a.mean, a.variance
+    return Normalized(y, Origin(mailbox, *tensors, epilogue, again, True, other))
 
 
 def _is_unusual(*tensors: torch.Tensor | None) -> bool:

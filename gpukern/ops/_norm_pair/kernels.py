@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._activation.functions import activation_backward, apply_activation
-from gpukern.ops._batch_norm.functions import affine, channel_tile, load_numbers, load_tile, pixel_tile, store_tile
+from gpukern.ops._batch_norm.functions import channel_tile, load_tile, pixel_tile, store_tile
+from gpukern.ops._normalization import affine, load_numbers
 from gpukern.ops._reduction.functions import finish_sums, merge_sums, store_part
 
 
