@@ -6,11 +6,13 @@ for the same problem; the planner's own choice, unless another is faster by more
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from bench.command import fail
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
 from gpukern.conv import candidates, database, heuristic_plan
@@ -56,20 +58,17 @@ def _microseconds(seconds: float) -> float:
     return round(1e6 * seconds, 3)
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.bundle_plans", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="plans.json")
+def main(files: Annotated[list[Path], typer.Argument(metavar="plans.json")]) -> None:
+    """Put the fastest plans of results files among those that come with gpukern."""
     try:
-        for file in parser.parse_args(arguments).files:
+        for file in files:
             rows = read(file)
             path = bundle(rows)
             faster = sum(entry(row).plan != entry(row).heuristic for row in rows)
             print(f"{len(rows)} plans into {path.name}, {faster} of them not the planner's choice")
     except (ResultsError, ValueError, OSError) as error:
-        print(f"bench.bundle_plans: {error}", file=sys.stderr)
-        return 1
-    return 0
+        fail(error)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    typer.run(main)

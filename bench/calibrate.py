@@ -8,17 +8,17 @@ The fit is of the logarithm of the seconds, by least squares that an outlier doe
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.console import Console
 
+from bench.command import fail
 from bench.measured_plans import Measured, read
 from bench.results import ResultsError
 from gpukern import tables
@@ -82,22 +82,19 @@ def fit(rows: Sequence[Sequence[Sample]], start: Constants) -> Constants:
     from scipy.optimize import least_squares
 
     samples = [sample for row in rows for sample in row]
-    names = _names(start)
-    factors = np.ones(len(names))
 
-    def residuals(factors: np.ndarray) -> np.ndarray:
+    def residuals(factors: Sequence[float], names: Sequence[Name]) -> np.ndarray:
         constants = _scaled(start, names, factors)
         return np.array([math.log(sample.expect(constants) / sample.seconds) for sample in samples])
 
-    told = _tells(residuals, factors)
-    some = np.flatnonzero(told)
-
-    def of_some(values: np.ndarray) -> np.ndarray:
-        return residuals(_placed(factors, some, values))
-
-    bounds = np.full(len(some), _LEAST), np.array([_most(start, names[index]) for index in some])
-    found = least_squares(of_some, factors[some], bounds=bounds, loss="soft_l1", f_scale=_OUTLIER)
-    return _scaled(start, names, _placed(factors, some, found.x))
+    before = residuals((), ())
+    names = [name for name in _names(start) if np.any(residuals((1.1,), (name,)) != before)]
+    # A share of what there is stays below 1.
+    shares = {name: max(1.0 / getattr(start, name), 1.0 + 1e-9) for name in ("memory", "overlap", "halved")}
+    bounds = _LEAST, [shares.get(field, _MOST) for field, _ in names]
+    start_at = np.ones(len(names))
+    found = least_squares(residuals, start_at, args=(names,), bounds=bounds, loss="soft_l1", f_scale=_OUTLIER)
+    return _scaled(start, names, found.x)
 
 
 #: A field of :class:`Constants`, with a key where it holds a mapping.
@@ -106,10 +103,8 @@ Name = tuple[str, object]
 
 def _names(constants: Constants) -> list[Name]:
     """Names of all constants but one of two of which only the product is determined: see :data:`_REFERENCE`."""
-    names: list[Name] = []
-    for field in fields(constants):
-        value = getattr(constants, field.name)
-        names += [(field.name, key) for key in value] if isinstance(value, dict) else [(field.name, None)]
+    values = {field.name: getattr(constants, field.name) for field in fields(constants)}
+    names = [(name, key) for name, value in values.items() for key in (value if isinstance(value, dict) else [None])]
     return [name for name in names if name != ("kernels", _REFERENCE)]
 
 
@@ -124,37 +119,12 @@ def _scaled(start: Constants, names: Sequence[Name], factors: Iterable[float]) -
     return replace(start, **changed)
 
 
-def _most(start: Constants, name: Name) -> float:
-    """A share of what there is stays below 1."""
-    field, _ = name
-    limit = 1.0 / getattr(start, field) if field in ("memory", "overlap", "halved") else _MOST
-    return max(limit, 1.0 + 1e-9)
-
-
-def _tells(residuals: Callable[[np.ndarray], np.ndarray], factors: np.ndarray) -> np.ndarray:
-    before, told = residuals(factors), []
-    for index in range(len(factors)):
-        moved = factors.copy()
-        moved[index] *= 1.1
-        told.append(bool(np.any(residuals(moved) != before)))
-    return np.array(told)
-
-
-def _placed(factors: np.ndarray, where: np.ndarray, values: np.ndarray) -> np.ndarray:
-    placed = factors.copy()
-    placed[where] = values
-    return placed
-
-
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="plans.json")
-    options = parser.parse_args(arguments)
+def main(files: Annotated[list[Path], typer.Argument(metavar="plans.json")]) -> None:
+    """Fit the expectations to measured plans, and say how good they are before and after."""
     try:
-        rows = [samples_of(row) for path in options.files for row in read(path)]
+        rows = [samples_of(row) for path in files for row in read(path)]
     except (ResultsError, OSError) as error:
-        print(f"bench.calibrate: {error}", file=sys.stderr)
-        return 1
+        fail(error)
     console = Console()
     with Console(stderr=True).status("fitting"):
         fitted = fit(rows, MEASURED)
@@ -168,8 +138,7 @@ def main(arguments: Sequence[str]) -> int:
         value = getattr(fitted, field.name)
         shown = {key: round(share, 3) for key, share in value.items()} if isinstance(value, dict) else f"{value:.3g}"
         console.print(f"{field.name} = {shown}", highlight=False)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    typer.run(main)

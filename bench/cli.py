@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from bench import command, results
 from bench.compare import compare, show
 from bench.report import markdown, page, terminal
-from bench.results import Results, ResultsError
+from bench.results import ResultsError
 from bench.suite import suites
 
 app = typer.Typer(
@@ -49,9 +48,7 @@ def report(
     html_path: Annotated[Path | None, typer.Option("--html", help="[default: report.html there]")] = None,
 ) -> None:
     """Show results on the terminal, and write them as Markdown and as one HTML page."""
-    files, skipped = find_files(paths)
-    for message in skipped:
-        typer.echo(f"bench: skipped {message}", err=True)
+    files = list(results.read_all(paths, lambda message: typer.echo(f"bench: skipped {message}", err=True)))
     if not files:
         command.fail("no results there")
     for _, found in files:
@@ -67,18 +64,6 @@ def report(
         except OSError as error:
             command.fail(error)
         typer.echo(f"{name}: {command.short(target)}")
-
-
-def find_files(paths: Iterable[Path]) -> tuple[list[tuple[Path, Results]], list[str]]:
-    """Every results file among ``paths`` and below them, and a message for each file that is none."""
-    files, skipped = [], []
-    for path in paths:
-        for candidate in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
-            try:
-                files.append((candidate, results.read(candidate)))
-            except (ResultsError, OSError) as error:
-                skipped.append(str(error))
-    return files, skipped
 
 
 for suite in suites().values():

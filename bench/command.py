@@ -6,7 +6,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bench import environment, results
-from bench.accuracy import DTYPES
 from bench.attempt import UNFINISHED
 from bench.measure import Method
 from bench.peers import PEERS
@@ -28,8 +27,8 @@ from bench.suite import Selection, Suite, Task, tasks
 
 RESULTS = environment.ROOT / "bench" / "results"
 
-_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"} | {name: name for name in DTYPES}
-_LAYOUTS = {"channels_last": "channels_last", "nhwc": "channels_last", "nchw": "NCHW"}
+#: Other words for values of options.
+_SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "nhwc": "channels_last"}
 
 
 def fail(message: object) -> NoReturn:
@@ -62,7 +61,7 @@ def of(suite: Suite) -> Callable[..., None]:
             list[str], typer.Option("--layout", help="channels_last, nchw or 'all'. Repeatable.")
         ] = nothing,
         computed: Annotated[list[str], typer.Option("--computation", help=f"{computations}. Repeatable.")] = nothing,
-        containing: Annotated[str, typer.Option("--filter", help="Only rows whose sizes or layer hold this.")] = "",
+        containing: Annotated[str, typer.Option("--filter", help="Part of a layer or a key, or a whole key.")] = "",
         peers: Annotated[
             list[str], typer.Option("--peers", help=f"{', '.join(PEERS)}, 'all' or 'none'. Repeatable.")
         ] = nothing,
@@ -79,13 +78,18 @@ def of(suite: Suite) -> Callable[..., None]:
         until = time.monotonic() + 60 * minutes
         if not (cpu or torch.cuda.is_available()):
             fail("no CUDA device here; --cpu tries the harness, and gpukern explain network shows plans and floors")
-        options = _Options(suite, cpu)
+        # A CPU has no TF32, and compiling for each row takes long there.
+        offered = [name for name in suite.dtypes if not (cpu and name == "tf32")]
+        usual_dtypes, usual_peers = offered[:1], ["library", "compile", "flaggems"]
+        if cpu:
+            usual_dtypes, usual_peers = ["float32"], ["library"]
         selection = Selection(
-            networks=options.networks(networks),
+            networks=_networks(suite, networks),
             batches=tuple(dict.fromkeys(batches)),
-            dtypes=options.dtypes(dtypes),
-            layouts=options.layouts(layouts),
-            computations=options.computations(computed),
+            dtypes=_chosen("--dtype", dtypes, offered, usual_dtypes),
+            # A matrix has no layout, whatever is requested.
+            layouts=_chosen("--layout", layouts if any(suite.layouts) else (), suite.layouts, suite.layouts[:1]),
+            computations=_chosen("--computation", computed, suite.computations, suite.computations),
             containing=containing,
         )
         try:
@@ -94,64 +98,26 @@ def of(suite: Suite) -> Callable[..., None]:
             fail(f"{str(error).splitlines()[0]}: choose a smaller --batch")
         if not chosen:
             fail("no row of this suite fits these options")
-        method = Method(options.peers(peers), seconds=seconds)
-        _measure(
-            suite,
-            chosen,
-            replace(method, cold=0.0) if warm else method,
-            torch.device("cpu" if cpu else "cuda"),
-            out,
-            resume=resume,
-            fresh=fresh,
-            until=until,
-        )
+        method = Method(_chosen("--peers", peers, PEERS, usual_peers), seconds=seconds)
+        method = replace(method, cold=0.0) if warm else method
+        device = torch.device("cpu" if cpu else "cuda")
+        _measure(suite, chosen, method, device, out, resume=resume, fresh=fresh, until=until)
 
     command.__doc__ = f"{suite.title}: {computations}."
     return command
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Values of the command line's options; a wrong one ends the program."""
-
-    suite: Suite
-    cpu: bool
-
-    def networks(self, given: Iterable[str]) -> tuple[str, ...]:
-        try:
-            found = [name for word in given for name in self.suite.networks_called(word)]
-        except ValueError as error:
-            fail(error)
-        return tuple(dict.fromkeys(found))
-
-    def dtypes(self, given: Iterable[str]) -> tuple[str, ...]:
-        # A CPU has no TF32.
-        offered = [name for name in self.suite.dtypes if not (self.cpu and name == "tf32")]
-        named = {word: name for word, name in _DTYPES.items() if name in offered}
-        return _chosen("--dtype", given, named, ["float32"] if self.cpu else offered[:1])
-
-    def layouts(self, given: Iterable[str]) -> tuple[str, ...]:
-        offered = self.suite.layouts
-        named = {word: name for word, name in _LAYOUTS.items() if name in offered}
-        if not named:
-            return offered  # a matrix has none, whatever is requested
-        return _chosen("--layout", given, named, offered[:1])
-
-    def computations(self, given: Iterable[str]) -> tuple[str, ...]:
-        return _chosen(
-            "--computation", given, {name: name for name in self.suite.computations}, self.suite.computations
-        )
-
-    def peers(self, given: Iterable[str]) -> tuple[str, ...]:
-        # Compiling for each row takes long, on a CPU above all.
-        usual = ["library"] if self.cpu else ["library", "compile", "flaggems"]
-        return _chosen("--peers", given, {name: name for name in PEERS}, usual)
+def _networks(suite: Suite, given: Iterable[str]) -> tuple[str, ...]:
+    try:
+        return tuple(dict.fromkeys(name for word in given for name in suite.networks_called(word)))
+    except ValueError as error:
+        fail(error)
 
 
-def _chosen(option: str, given: Iterable[str], named: dict[str, str], usual: Iterable[str]) -> tuple[str, ...]:
-    """Return the values named by ``given``: all for "all", none for "none"; ``usual`` if nothing is given."""
-    found: list[str] = []
-    given = list(given)
+def _chosen(option: str, given: Iterable[str], offered: Iterable[str], usual: Iterable[str]) -> tuple[str, ...]:
+    """Return what ``given`` names of ``offered``: all for "all", none for "none"; ``usual`` if nothing is given."""
+    offered, given, found = list(offered), list(given), list[str]()
+    named = {short: name for short, name in _SHORT.items() if name in offered} | {name: name for name in offered}
     for word in given:
         meant = [name for known, name in named.items() if word.lower() in ("all", known.lower())]
         found += meant
@@ -202,7 +168,7 @@ class _Bar:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def compiled(self, tasks: int) -> None:
+    def compiled(self, tasks: float) -> None:
         self._progress.update(self._compiling, advance=tasks, visible=True)
 
     def row(self, task: Task, row: Row | None) -> None:

@@ -96,14 +96,8 @@ def _compare_row(old: Row, new: Row, drift: float) -> Change | Unclear:
     a, b = old.candidates[0], new.candidates[0]
     times = _times(a, b)
     if times is None:
-        why = (
-            words.reason(b, new)
-            if b.status != "ok"
-            else words.reason(a, old)
-            if a.status != "ok"
-            else "timed otherwise"
-        )
-        return Unclear(new.case, words.state(a), words.state(b), why)
+        broken = [words.reason(each, row) for each, row in ((b, new), (a, old)) if each.status != "ok"]
+        return Unclear(new.case, words.state(a), words.state(b), (*broken, "timed otherwise")[0])
     timing, before, after = times
     ratio = after.median / before.median / drift
     apart = after.low / drift > before.high or after.high / drift < before.low
@@ -116,12 +110,8 @@ def _compare_row(old: Row, new: Row, drift: float) -> Change | Unclear:
 def _peer_ratios(old: Row, new: Row) -> list[float]:
     """New / old of every peer that is the same in both."""
     before = {(peer.name, peer.setting): peer for peer in old.candidates[1:]}
-    ratios = []
-    for peer in new.candidates[1:]:
-        times = _times(before[peer.name, peer.setting], peer) if (peer.name, peer.setting) in before else None
-        if times:
-            ratios.append(times[2].median / times[1].median)
-    return ratios
+    same = [(before[key], peer) for peer in new.candidates[1:] if (key := (peer.name, peer.setting)) in before]
+    return [times[2].median / times[1].median for a, b in same if (times := _times(a, b))]
 
 
 def _times(old: Candidate, new: Candidate) -> tuple[str, Spread, Spread] | None:
@@ -140,12 +130,9 @@ def show(comparison: Comparison, to: Console | None = None) -> None:
         to.print(text.append(f"  {_name(row.case)}: {row.old} → {row.new}: {row.reason}", style="not bold default"))
     changed = [change for change in c.changes if change.verdict != "same"]
     if changed:
-        caption = (
-            f"change of the median, drift taken out; the same within {THRESHOLD:.0%} or overlapping 95 % intervals"
-        )
-        table = new_table(
-            "gpukern's times", caption, ["layer", "timing", "verdict", "old µs", "new µs", "change"], left=3
-        )
+        caption = f"change of the median, drift taken out; the same within {THRESHOLD:.0%} or if 95 % intervals overlap"
+        columns = ["layer", "timing", "verdict", "old µs", "new µs", "change"]
+        table = new_table("gpukern's times", caption, columns, left=3)
         for change in changed:
             times = (f"{words.micro(s.median)} {words.plus_minus(s)}" for s in (change.old, change.new))
             style = _COLOURS[change.verdict]
@@ -161,15 +148,14 @@ def show(comparison: Comparison, to: Console | None = None) -> None:
 
 
 def _header(c: Comparison) -> list[tuple[str, str]]:
-    drift = f"{c.drift - 1:+.1%} over {words.count(c.drift_samples, 'time')} of unchanged peers"
+    drift = "unknown: no peer is in both, so a slower machine looks like slower code"
+    if c.drift_samples:
+        drift = f"{c.drift - 1:+.1%} over {words.count(c.drift_samples, 'time')} of unchanged peers"
     lines = [
         ("device", c.new.device),
         ("old", f"{words.commit_name(c.old)}, {c.old.date}"),
         ("new", f"{words.commit_name(c.new)}, {c.new.date}"),
-        (
-            "drift",
-            drift if c.drift_samples else "unknown: no peer is in both, so a slower machine looks like slower code",
-        ),
+        ("drift", drift),
     ]
     return lines + [(f"differs: {name}", change) for name, change in words.setup_changes(c.old, c.new)]
 

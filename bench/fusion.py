@@ -27,10 +27,9 @@ from rich.progress import MofNCompleteColumn, Progress
 
 import gpukern
 from bench.peers import torch_at_its_best
-from bench.report.markdown import table
 from bench.results import write_text
-from gpukern import tables
 from gpukern.fusion.capture import quiet
+from gpukern.tables import markdown as table
 
 ROOT = Path(__file__).resolve().parents[1]
 #: torchvision's and timm's names, and sides of the images other than 64.
@@ -80,13 +79,9 @@ class Row:
     problem: str = ""
 
 
+@torch_at_its_best("float32")
 def measure(name: str) -> Row:
     """Build, capture, fuse in fp32 and compare; without TF32, whose errors would hide those of a fusion."""
-    with torch_at_its_best("float32"):
-        return _measure(name)
-
-
-def _measure(name: str) -> Row:
     torch.manual_seed(0)
     model = randomised(build(name))
     parameters = sum(p.numel() for p in model.parameters())
@@ -203,18 +198,8 @@ truth being the original in float64; *unfused*: the original in float32."""
 
 def markdown(rows: list[Row]) -> str:
     versions = f"torch {torch.__version__}, gpukern {gpukern.__version__}"
-    return "\n".join(
-        (
-            "# What gpukern.fuse folds",
-            "",
-            f"Made by `python -m bench.fusion --write` ({versions}, CPU, fp32, random weights). {summary(rows)}",
-            "",
-            _LEGEND,
-            "",
-            table(_COLUMNS, map(_cells, rows)),
-            "",
-        )
-    )
+    made = f"Made by `python -m bench.fusion --write` ({versions}, CPU, fp32, random weights). {summary(rows)}"
+    return "\n\n".join(("# What gpukern.fuse folds", made, _LEGEND, table(_COLUMNS, map(_cells, rows)))) + "\n"
 
 
 def main(
@@ -231,13 +216,9 @@ def main(
             except ImportError as error:
                 bar.console.print(f"{name}: {error}")
             gc.collect()
-    shown = tables.table(_COLUMNS[0], *tables.numbers(*_COLUMNS[1:]), title="What gpukern.fuse folds")
-    for row in rows:
-        shown.add_row(*_cells(row))
-    Console().print(shown)
     if not rows:
         raise typer.Exit(1)
-    typer.echo(summary(rows))
+    typer.echo(f"{table(_COLUMNS, map(_cells, rows))}\n{summary(rows)}")
     if write:
         write_text(ROOT / "docs" / "fusion-models.md", markdown(rows))
         found = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)

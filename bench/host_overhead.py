@@ -46,16 +46,12 @@ class Empty(torch.autograd.Function):
 def stubbed_launch() -> Iterator[None]:
     """Take the kernels' path on CPU tensors; a launch does nothing."""
     launch = JITFunction.run
-    JITFunction.run = _nothing
+    JITFunction.run = lambda *arguments, **options: None
     try:
         with force_mode(Mode.KERNELS):
             yield
     finally:
         JITFunction.run = launch
-
-
-def _nothing(*arguments, **options) -> None:
-    pass
 
 
 def cases() -> dict[str, Callable[[], object]]:

@@ -18,6 +18,7 @@ from bench.peers import forget_compiled, torch_at_its_best, without_cudnn
 from bench.results import Candidate, Row
 from bench.suite import Implementation, Suite, Task, Tensors
 from bench.timing import Calls, Stopwatch, stopwatches, target_seconds
+from gpukern.tune.measurement import is_lost, reason_of
 
 #: Begins the message of a candidate whom another one kept from being measured.
 NOT_TRIED = "not tried: "
@@ -76,7 +77,7 @@ def measure(
             with without_cudnn():
                 reference = suite.reference(task, sets[0])
         except Exception as problem:
-            contest.fail(implementations, f"no reference to check against: {_first_line(problem)}")
+            contest.fail(implementations, f"no reference to check against: {reason_of(problem)[:300]}")
         else:
             contest.run(implementations, sets, reference, method, {each.name: each for each in spared})
     row = replace(row, candidates=contest.candidates)
@@ -175,7 +176,7 @@ class _Contest:
             operands = [implementation.prepare(tensors) for tensors in sets]
             self._found[index] = self._judged(candidate, implementation.function, operands[0], reference)
         except Exception as problem:
-            self._found[index] = replace(candidate, status="failed", message=_first_line(problem))
+            self._found[index] = replace(candidate, status="failed", message=reason_of(problem)[:300])
             self._see_whether_lost()
             return
         if self._found[index].status == "ok":
@@ -191,7 +192,7 @@ class _Contest:
         try:
             judged = self._judged(self._found[index], function, operands[0], reference)
         except Exception as problem:
-            self._note(index, f"no eager timing: {_first_line(problem)}")
+            self._note(index, f"no eager timing: {reason_of(problem)[:300]}")
             self._see_whether_lost()
             return
         if judged.status == "ok":
@@ -209,7 +210,8 @@ class _Contest:
             error = relative_error(self._suite.result(output), reference)
             spoiled = changed()
             _spoil(output)
-        self._synchronize()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         if spoiled:
             return replace(candidate, status="wrong", message="changes its operands")
         if error <= self._bound:
@@ -274,7 +276,7 @@ class _Contest:
             yield
         except Exception as problem:
             del watches[index]
-            self._note(index, f"no {way.way} timing: {_first_line(problem)}")
+            self._note(index, f"no {way.way} timing: {reason_of(problem)[:300]}")
             self._see_whether_lost()
             if self.lost:
                 watches.clear()
@@ -284,15 +286,8 @@ class _Contest:
         said = dict.fromkeys((candidate.message, message))  # the same again when it was timed again
         self._found[index] = replace(candidate, message="; ".join(filter(None, said)))
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
     def _see_whether_lost(self) -> None:
-        try:
-            self._synchronize()
-        except Exception:
-            self.lost = True
+        self.lost = self.lost or is_lost(self._device)
 
 
 def _by_turns(implementations: Sequence[Implementation]) -> list[list[int]]:
@@ -319,8 +314,3 @@ def _spoil(output: Any) -> None:
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             with contextlib.suppress(RuntimeError):
                 tensor.detach().fill_(math.nan)
-
-
-def _first_line(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines()
-    return f"{type(problem).__name__}: {lines[0]}"[:300] if lines else type(problem).__name__

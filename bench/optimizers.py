@@ -10,8 +10,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,57 +44,40 @@ from gpukern.runtime.records import plain
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = {"ResNet-50": "resnet50", "Llama 1.1B": LLAMA}
 
+#: A row of a table, as the file keeps it; "torch": what PyTorch needs, by way.
+Row = dict[str, Any]
+_TITLES = {
+    "launches": "Launches of a step, {model} (arguments of 4 KB / 32 KB)",
+    "bytes": "Bytes for each parameter, fp32",
+    "host": "µs of Python a step, launch stubbed: tensors {tensors}, groups {groups}; checked: all gradients are new",
+}
+
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Launches:
-    """Launches of a step; PyTorch's by way, for both limits of a launch's arguments where they matter."""
-
-    model: str
-    optimizer: str
-    gpukern: int
-    torch: dict[str, list[int]]
+def _of_torch(name: str, measured: Callable[[str], Any]) -> dict[str, Any]:
+    return {way: measured(way) for way in WAYS if has(name, way)}
 
 
-@dataclass(frozen=True)
-class Moved:
-    """Bytes for each parameter, all in float32. ``floor``: everything read once, and what changes written once."""
-
-    optimizer: str
-    floor: int
-    gpukern: int
-    torch: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Host:
-    """Microseconds of Python. ``cached``: the gradients are where they were; ``checked``: all of them are new."""
-
-    tensors: int
-    groups: int
-    optimizer: str
-    cached: float
-    checked: float
-    torch: dict[str, float]
-
-
-def count_launches(model: str, name: str) -> Launches:
+def count_launches(model: str, name: str) -> Row:
+    """Launches of a step; PyTorch's for both limits of a launch's arguments where they matter."""
     sizes = [torch.Size(shape).numel() for shape in shapes(MODELS[model])]
     with stubbed_launch():
         optimizer, _ = ones(name, Tensors([(1,)] * len(sizes)), optim)
         optimizer.step()
         Nothing.launched.clear()
         optimizer.step()
-    torchs = {}
-    for way in WAYS:
-        if has(name, way):
-            found = operations(name, way, len(sizes))
-            torchs[way] = sorted({sum(launches(each, sizes, limit) for each in found) for limit in LIMITS})[::-1]
-    return Launches(model, name, len(Nothing.launched), torchs)
+
+    def of_torch(way: str) -> list[int]:
+        found = operations(name, way, len(sizes))
+        return sorted({sum(launches(each, sizes, limit) for each in found) for limit in LIMITS}, reverse=True)
+
+    ours = len(Nothing.launched)
+    return {"model": model, "optimizer": name, "gpukern": ours, "torch": _of_torch(name, of_torch)}
 
 
-def count_bytes(name: str) -> Moved:
+def count_bytes(name: str) -> Row:
+    """Bytes for each parameter, all in float32. "floor": everything read once, and what changes written once."""
     optimizer, _ = ones(name, Tensors([(1,)]), optim)
     with stubbed_launch():
         optimizer.step()
@@ -104,15 +86,16 @@ def count_bytes(name: str) -> Moved:
     ours = 4 * (2 + states + 1 + states)
     # The pass for the norms reads once more: LARS the parameter and its gradient, LAMB the moments too.
     norms = {"LARS": 8, "LAMB": 4 * (2 + states)}.get(name, 0)
-    torchs = {
-        way: sum(4 * (each.reads + each.writes) for each in operations(name, way, 1) if not each.counts)
-        for way in WAYS
-        if has(name, way)
-    }
-    return Moved(name, floor(name, Tensors([(1,)])), ours + norms, torchs)
+
+    def of_torch(way: str) -> int:
+        return sum(4 * (each.reads + each.writes) for each in operations(name, way, 1) if not each.counts)
+
+    least = floor(name, Tensors([(1,)]))
+    return {"optimizer": name, "floor": least, "gpukern": ours + norms, "torch": _of_torch(name, of_torch)}
 
 
-def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Host:
+def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Row:
+    """Microseconds of Python. "cached": the gradients are where they were; "checked": all of them are new."""
     of = Tensors([(1,)] * tensors, groups)
     with stubbed_launch():
         optimizer, parameters = ones(name, of, optim)
@@ -124,12 +107,9 @@ def time_host(name: str, tensors: int, groups: bool, rounds: int = 200) -> Host:
                 parameter.grad = gradient
 
         checked = microseconds(optimizer.step, rounds, renew)
-    torchs = {
-        way: microseconds(ones(name, of, torch.optim, way)[0].step, max(10, rounds // 5))
-        for way in WAYS
-        if has(name, way)
-    }
-    return Host(tensors, tensors if groups else 1, name, cached, checked, torchs)
+    of_torch = _of_torch(name, lambda way: microseconds(ones(name, of, torch.optim, way)[0].step, max(10, rounds // 5)))
+    about = {"tensors": tensors, "groups": tensors if groups else 1, "optimizer": name}
+    return {**about, "cached": cached, "checked": checked, "torch": of_torch}
 
 
 def microseconds(call: Callable[[], Any], rounds: int, before: Callable[[], None] = lambda: None) -> float:
@@ -151,33 +131,25 @@ def microseconds(call: Callable[[], Any], rounds: int, before: Callable[[], None
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _table(rows: Sequence[Launches | Moved | Host], title: str, columns: dict[str, Callable[[Any], float]]) -> Table:
-    """``columns`` of our own, then PyTorch's ways."""
-    names = [*columns, *(f"torch {way}" for way in WAYS)]
-    table = tables.table("optimizer", *tables.numbers(*names), title=title)
-    for row in rows:
-        values = [*(read(row) for read in columns.values()), *(row.torch.get(way) for way in WAYS)]
-        table.add_row(row.optimizer, *map(_cell, values))
-    return table
+def _tables(found: dict[str, list[Row]]) -> Iterator[Table]:
+    """One for each title: our own columns, then PyTorch's ways."""
+    titled: dict[str, list[Row]] = {}
+    for kind, rows in found.items():
+        for row in rows:
+            titled.setdefault(_TITLES[kind].format(**row), []).append(row)
+    for title, rows in titled.items():
+        ours = [name for name in ("floor", "gpukern", "cached", "checked") if name in rows[0]]
+        table = tables.table("optimizer", *tables.numbers(*ours, *(f"torch {way}" for way in WAYS)), title=title)
+        for row in rows:
+            values = [*(row[name] for name in ours), *(row["torch"].get(way) for way in WAYS)]
+            table.add_row(row["optimizer"], *map(_cell, values))
+        yield table
 
 
 def _cell(value: float | list[int] | None) -> str:
     if isinstance(value, list):
         return " / ".join(map(str, value))
     return MISSING if value is None else f"{value:,.0f}"
-
-
-def _tables(found: dict[str, list[Any]]) -> Iterator[Table]:
-    ours = {"gpukern": lambda row: row.gpukern}
-    for model in dict.fromkeys(row.model for row in found["launches"]):
-        rows = [row for row in found["launches"] if row.model == model]
-        yield _table(rows, f"Launches of a step, {model} (arguments of 4 KB / 32 KB)", ours)
-    yield _table(found["bytes"], "Bytes for each parameter, fp32", {"floor": lambda row: row.floor, **ours})
-    columns = {"gpukern": lambda row: row.cached, "new gradients": lambda row: row.checked}
-    for tensors, groups in dict.fromkeys((row.tensors, row.groups) for row in found["host"]):
-        rows = [row for row in found["host"] if (row.tensors, row.groups) == (tensors, groups)]
-        title = f"µs of Python a step, launch stubbed: tensors {tensors}, groups {groups}"
-        yield _table(rows, title, columns)
 
 
 def main(
@@ -192,7 +164,7 @@ def main(
     names = optimizer or list(OPTIMIZERS)
     if unknown := set(names) - set(OPTIMIZERS):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: expected {'; '.join(OPTIMIZERS)}")
-    found: dict[str, list[Any]] = {
+    found: dict[str, list[Row]] = {
         "launches": [count_launches(model, name) for model in MODELS for name in names],
         "bytes": [count_bytes(name) for name in names],
         "host": [time_host(name, *what, rounds) for what in ((161, False), (465, True)) for name in names],

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -27,28 +26,25 @@ def precompile(
     tasks: Sequence[Task],
     device: DeviceSpec,
     processes: int | None = None,
-    on_done: Callable[[int], None] = lambda tasks: None,
+    on_done: Callable[[float], None] = lambda tasks: None,
 ) -> int:
     """Compile what gpukern launches for ``tasks`` on ``device``; the number of kernels, each counted in its process.
 
-    ``on_done`` is called with the number of finished tasks. What does not compile is left for the run to show.
+    ``on_done`` gets how many tasks were finished, or which part of one. What does not compile is left for the run to
+    show.
     """
     processes = processes or os.cpu_count() or 1
     shares = _shares(suites()[suite_name].many_kernels, tasks, processes)
-    left = Counter(id(share.tasks) for share in shares)
     # spawn: a fork of a process that has started CUDA cannot use Triton's compiler safely.
     context = multiprocessing.get_context("spawn")
     kernels = 0
     pool = ProcessPoolExecutor(min(processes, len(shares)) or 1, mp_context=context, initializer=_without_gpu)
     try:
-        futures = {pool.submit(_compile, suite_name, share, device): share.tasks for share in shares}
+        futures = {pool.submit(_compile, suite_name, share, device): share for share in shares}
         for future in as_completed(futures):
             with contextlib.suppress(Exception):  # a worker that died, above all: it takes the others' work along
                 kernels += future.result()
-            finished = futures[future]
-            left[id(finished)] -= 1
-            if not left[id(finished)]:
-                on_done(len(finished))
+            on_done(len(futures[future].tasks) / futures[future].parts)
     except BaseException:
         # An interrupted run must save now, not after what was submitted has been compiled.
         for worker in list((pool._processes or {}).values()):

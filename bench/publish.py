@@ -18,8 +18,8 @@ from bench import results
 from bench.environment import ROOT
 from bench.report import markdown
 from bench.report.summary import Group, GroupKey, group_key, summarize
-from bench.report.throughput import Throughput, throughputs
-from bench.results import Results, ResultsError
+from bench.report.throughput import throughputs
+from bench.results import Results
 
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "bench" / "RESULTS.md"
@@ -47,11 +47,7 @@ class Found:
 def newest(folder: Path) -> dict[str, list[Found]]:
     """Device → its groups, in the order of the suites' names. What is no results file is left out."""
     found: dict[str, dict[GroupKey, Found]] = {}
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            read = results.read(path)
-        except ResultsError:
-            continue
+    for path, read in results.read_all([folder]):
         if read.environment.device_type != "cuda":
             continue
         of_device = found.setdefault(read.environment.device, {})
@@ -96,58 +92,40 @@ def block(devices: dict[str, list[Found]], folder: Path) -> str:
 
 
 def _rows(found: Found) -> Iterator[list[str]]:
-    group = found.group
+    group, layers = found.group, f"{found.group.key.suite}, {_what(found.group.key)}"
     if timed := throughputs(group):
         # The first way of timing is the device's own time.
-        yield from _networks(group, timed[0][1])
+        for ours in (each for each in timed[0][1] if each.ours):
+            peers = [each for each in timed[0][1] if not each.ours and each.case.key == ours.case.key]
+            if peers:
+                best = max(peers, key=lambda each: each.images)
+                shown = words.number(ours.images), words.number(best.images)
+                what = f"{words.case_name(ours.case)}: {layers}, images/s"
+                yield _row(what, *shown, best.candidate, best.p50 / ours.p50)
     elif group.key.suite == "optimizer":
-        yield from _steps(group)
+        for line in group.lines:
+            if line.best:
+                updated = f"{words.case_name(line.row.case)}, {group.key.dtype}"
+                yield _step(group.key.computation, updated, *line.best.times, line.best.candidate.name)
     else:
-        yield from _layers(group)
+        for network in group.networks:
+            # Only where all of its layers were measured.
+            totals = [each for each in group.totals_of(network).values() if each.covered == each.layers]
+            if totals:
+                total = min(totals, key=lambda each: each.peer_us)
+                yield _times(f"{network}: {total.layers} × {layers}", total.ours_us, total.peer_us, total.peer)
 
 
-def _networks(group: Group, timed: Sequence[Throughput]) -> Iterator[list[str]]:
-    """Images a second of each network."""
-    for ours in (each for each in timed if each.ours):
-        peers = [each for each in timed if not each.ours and each.case.key == ours.case.key]
-        if not peers:
-            continue
-        best = max(peers, key=lambda each: each.images)
-        yield [
-            f"{words.case_name(ours.case)}: {group.key.suite}, {_what(group.key)}, images/s",
-            words.number(ours.images),
-            f"{words.number(best.images)} ({markdown.escape(best.candidate)})",
-            _times(best.p50 / ours.p50),
-        ]
+def _step(optimizer: str, updated: str, ours: float, theirs: float, peer: str) -> list[str]:
+    return _times(f"step of {optimizer}: {updated}", ours, theirs, peer)
 
 
-def _layers(group: Group) -> Iterator[list[str]]:
-    """The sum over a network's layers, where all of them were measured."""
-    for network in group.networks:
-        totals = [each for each in group.totals_of(network).values() if each.covered == each.layers]
-        if not totals:
-            continue
-        best = min(totals, key=lambda each: each.peer_us)
-        yield [
-            f"{network}: {best.layers} × {group.key.suite}, {_what(group.key)}, µs",
-            words.micro(best.ours_us),
-            f"{words.micro(best.peer_us)} ({markdown.escape(best.peer)})",
-            _times(best.peer_us / best.ours_us),
-        ]
+def _times(what: str, ours: float, theirs: float, peer: str) -> list[str]:
+    return _row(f"{what}, µs", words.micro(ours), words.micro(theirs), peer, theirs / ours)
 
 
-def _steps(group: Group) -> Iterator[list[str]]:
-    """The time of each optimizer's step, by what is updated."""
-    for line in group.lines:
-        if best := line.best:
-            updated = f"{words.case_name(line.row.case)}, {group.key.dtype}"
-            ours, theirs = best.times
-            yield _step(group.key.computation, updated, ours, best.candidate.name, theirs)
-
-
-def _step(optimizer: str, updated: str, ours: float, peer: str, theirs: float) -> list[str]:
-    times = words.micro(ours), f"{words.micro(theirs)} ({markdown.escape(peer)})", _times(theirs / ours)
-    return [f"step of {optimizer}: {updated}, µs", *times]
+def _row(what: str, ours: str, theirs: str, peer: str, ratio: float) -> list[str]:
+    return [what, ours, f"{theirs} ({markdown.escape(peer)})", f"**{words.ratio(ratio)}**"]
 
 
 def _earlier_steps(folder: Path, device: str) -> list[list[str]]:
@@ -167,12 +145,8 @@ def _earlier_steps(folder: Path, device: str) -> list[list[str]]:
         ours = times.pop("gpukern", None)
         if ours and times:
             best = min(times, key=times.__getitem__)
-            rows.append(_step(optimizer, f"{problem}, float32", ours, best, times[best]))
+            rows.append(_step(optimizer, f"{problem}, float32", ours, times[best], best))
     return rows
-
-
-def _times(ratio: float) -> str:
-    return f"**{words.ratio(ratio)}**"
 
 
 def _what(key: GroupKey) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -190,11 +191,19 @@ def read(path: Path) -> Results:
         raise ResultsError(f"{path}: schema {schema}, from {age} version of the benchmark; this one reads {SCHEMA}")
     if raw.get("kind") != Results.file_kind:
         raise ResultsError(f"{path}: kind {raw.get('kind')!r}: nothing was measured (gpukern explain network predicts)")
-    return _built(Results, {name: value for name, value in raw.items() if name not in ("schema", "kind")}, str(path))
-
-
-def _built(kind: type, values: dict[str, Any], where: str) -> Any:
     try:
-        return build(kind, values, where)
+        return build(Results, {name: value for name, value in raw.items() if name not in ("schema", "kind")}, str(path))
     except RecordError as error:
         raise ResultsError(str(error)) from None
+
+
+def read_all(
+    paths: Iterable[Path], on_skipped: Callable[[str], None] = lambda message: None
+) -> Iterator[tuple[Path, Results]]:
+    """Every results file among ``paths`` and below them; ``on_skipped`` gets a message for each other file."""
+    for path in paths:
+        for candidate in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            try:
+                yield candidate, read(candidate)
+            except (ResultsError, OSError) as error:
+                on_skipped(str(error))

@@ -57,7 +57,7 @@ def run(
     fresh: bool = False,
     until: float = float("inf"),
     on_row: Callable[[Task, Row | None], None] = lambda task, row: None,
-    on_compiled: Callable[[int], None] = lambda tasks: None,
+    on_compiled: Callable[[float], None] = lambda tasks: None,
 ) -> Outcome:
     """Measure ``tasks`` into ``path``, where rows of other tasks stay.
 

@@ -18,6 +18,7 @@ import typer
 from bench.accuracy import relative_error
 from bench.attempt import UNFINISHED, Attempt, Attempts
 from bench.smoke_cases import KINDS, Case
+from gpukern.tune.measurement import is_lost
 
 _PATIENCE = 60.0
 
@@ -47,7 +48,7 @@ def run(cases: Iterable[Case], device: torch.device, path: Path, until: float = 
                 return UNFINISHED, lines
             attempts.begin(Attempt(path.stem, case.name, ""), _PATIENCE)
             keep(_tried(case, device))
-            if _lost(device):
+            if is_lost(device):
                 print("the device was lost; a new process can go on", flush=True)
                 return UNFINISHED, lines
     return (0 if all(line["ok"] for line in lines) else 1), lines
@@ -64,15 +65,6 @@ def _tried(case: Case, device: torch.device) -> dict[str, Any]:
         ok, message = False, f"{type(problem).__name__}: {str(problem).strip()[:400]}"
     seconds = round(time.monotonic() - begin, 3)
     return {"case": case.name, "ok": ok, "errors": errors, "message": message, "seconds": seconds}
-
-
-def _lost(device: torch.device) -> bool:
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception:
-        return True
-    return False
 
 
 def main(

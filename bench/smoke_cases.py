@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as T
 
 import gpukern.functional as F
 from bench import results
@@ -18,6 +17,7 @@ from bench.suite import Selection, Suite, Task, Tensors, suites, tasks
 from bench.suites.plans import question_of, with_plan
 from gpukern.conv import ConvPlan, Variant, conv_problem, ranking
 from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.mode import Mode, force_mode
 
 LAST, PLANES = torch.channels_last, torch.contiguous_format
 
@@ -97,104 +97,64 @@ def _computed(
 
 @dataclass(frozen=True)
 class _Operator:
-    """``theirs`` gets, before the tensors, a ReLU with the zeros of our own output: next to zero a rounding decides
-    on which side a sum lies, and with it about its gradient."""
+    """A call of public functions, and the sizes of its tensors; ``product``: whether TF32 rounds them."""
 
-    ours: Callable[..., Any]
-    theirs: Callable[..., Any]
+    function: Callable[..., Any]
     sizes: tuple[tuple[int, ...], ...]
     product: bool = False
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return T.batch_norm(x, None, None, weight, bias, True)
-
-
-def _our_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **options: Any) -> torch.Tensor:
+def _norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, **options: Any) -> torch.Tensor:
     return F.batch_norm(x, None, None, weight, bias, True, **options)
 
 
 _SMALL, _FILTER = (8, 64, 28, 28), (64, 64, 3, 3)
 _OPERATORS = {
-    "relu": _Operator(lambda x: F.relu(x), lambda relu, x: relu(x), ((32, 64, 56, 56),)),
-    "gelu": _Operator(lambda x: F.gelu(x), lambda relu, x: T.gelu(x), ((8, 96, 28, 28),)),
-    "silu": _Operator(lambda x: F.silu(x), lambda relu, x: T.silu(x), ((8, 96, 28, 28),)),
-    "max_pool 3, stride 2": _Operator(
-        lambda x: F.max_pool2d(x, 3, 2, 1), lambda relu, x: T.max_pool2d(x, 3, 2, 1), ((32, 64, 112, 112),)
-    ),
-    "max_pool 2": _Operator(
-        lambda x: F.max_pool2d(x, 2), lambda relu, x: T.max_pool2d(x, 2), ((8, 72, 27, 29),)
-    ),
-    "avg_pool": _Operator(
-        lambda x: F.avg_pool2d(x, 3, 2, 1), lambda relu, x: T.avg_pool2d(x, 3, 2, 1), ((8, 64, 27, 29),)
-    ),
-    "adaptive pool to 1": _Operator(
-        lambda x: F.adaptive_avg_pool2d(x, 1), lambda relu, x: T.adaptive_avg_pool2d(x, 1), ((32, 2048, 7, 7),)
-    ),
-    "adaptive pool to 3": _Operator(
-        lambda x: F.adaptive_avg_pool2d(x, 3), lambda relu, x: T.adaptive_avg_pool2d(x, 3), ((4, 100, 7, 11),)
-    ),
-    "linear": _Operator(
-        lambda *t: F.linear(*t), lambda relu, *t: T.linear(*t), ((32, 2048), (1000, 2048), (1000,)), True
-    ),
-    "linear, odd": _Operator(
-        lambda *t: F.linear(*t), lambda relu, *t: T.linear(*t), ((7, 3, 99), (61, 99), (61,)), True
-    ),
-    "batch_norm": _Operator(_our_norm, lambda relu, *t: _norm(*t), ((32, 256, 56, 56), (256,), (256,))),
-    "batch_norm, small": _Operator(_our_norm, lambda relu, *t: _norm(*t), ((32, 512, 7, 7), (512,), (512,))),
-    "batch_norm of rows": _Operator(_our_norm, lambda relu, *t: _norm(*t), ((64, 500), (500,), (500,))),
+    "relu": _Operator(F.relu, ((32, 64, 56, 56),)),
+    "gelu": _Operator(F.gelu, ((8, 96, 28, 28),)),
+    "silu": _Operator(F.silu, ((8, 96, 28, 28),)),
+    "max_pool 3, stride 2": _Operator(lambda x: F.max_pool2d(x, 3, 2, 1), ((32, 64, 112, 112),)),
+    "max_pool 2": _Operator(lambda x: F.max_pool2d(x, 2), ((8, 72, 27, 29),)),
+    "avg_pool": _Operator(lambda x: F.avg_pool2d(x, 3, 2, 1), ((8, 64, 27, 29),)),
+    "adaptive pool to 1": _Operator(lambda x: F.adaptive_avg_pool2d(x, 1), ((32, 2048, 7, 7),)),
+    "adaptive pool to 3": _Operator(lambda x: F.adaptive_avg_pool2d(x, 3), ((4, 100, 7, 11),)),
+    "linear": _Operator(F.linear, ((32, 2048), (1000, 2048), (1000,)), True),
+    "linear, odd": _Operator(F.linear, ((7, 3, 99), (61, 99), (61,)), True),
+    "batch_norm": _Operator(_norm, ((32, 256, 56, 56), (256,), (256,))),
+    "batch_norm, small": _Operator(_norm, ((32, 512, 7, 7), (512,), (512,))),
+    "batch_norm of rows": _Operator(_norm, ((64, 500), (500,), (500,))),
     "batch_norm, residual, relu": _Operator(
-        lambda x, w, b, r: _our_norm(x, w, b, residual=r, activation="relu"),
-        lambda relu, x, w, b, r: relu(_norm(x, w, b) + r),
+        lambda x, w, b, r: _norm(x, w, b, residual=r, activation="relu"),
         ((32, 256, 14, 14), (256,), (256,), (32, 256, 14, 14)),
     ),
     "conv, bias, relu": _Operator(
-        lambda x, w, b: F.conv2d(x, w, b, padding=1, activation="relu"),
-        lambda relu, x, w, b: relu(T.conv2d(x, w, b, padding=1)),
-        (_SMALL, _FILTER, (64,)),
-        True,
+        lambda x, w, b: F.conv2d(x, w, b, padding=1, activation="relu"), (_SMALL, _FILTER, (64,)), True
     ),
     "conv, residual, silu": _Operator(
         lambda x, w, b, r: F.conv2d(x, w, b, padding=1, residual=r, activation="silu"),
-        lambda relu, x, w, b, r: T.silu(T.conv2d(x, w, b, padding=1) + r),
         (_SMALL, _FILTER, (64,), _SMALL),
         True,
     ),
     "conv, batch_norm": _Operator(
-        lambda x, w, g, b: _our_norm(F.conv2d(x, w, padding=1), g, b),
-        lambda relu, x, w, g, b: _norm(T.conv2d(x, w, padding=1), g, b),
+        lambda x, w, g, b: _norm(F.conv2d(x, w, padding=1), g, b),
         ((32, 64, 28, 28), (128, 64, 3, 3), (128,), (128,)),
         True,
     ),
     "conv_transpose": _Operator(
-        lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1),
-        lambda relu, x, w, b: T.conv_transpose2d(x, w, b, 2, 1),
-        ((8, 64, 14, 14), (64, 32, 4, 4), (32,)),
-        True,
+        lambda x, w, b: F.conv_transpose2d(x, w, b, 2, 1), ((8, 64, 14, 14), (64, 32, 4, 4), (32,)), True
     ),
     "conv in groups": _Operator(
-        lambda x, w: F.conv2d(x, w, padding=1, groups=32),
-        lambda relu, x, w: T.conv2d(x, w, padding=1, groups=32),
-        ((8, 128, 28, 28), (128, 4, 3, 3)),
-        True,
+        lambda x, w: F.conv2d(x, w, padding=1, groups=32), ((8, 128, 28, 28), (128, 4, 3, 3)), True
     ),
     "depthwise 5, stride 2": _Operator(
-        lambda x, w: F.conv2d(x, w, stride=2, padding=2, groups=96),
-        lambda relu, x, w: T.conv2d(x, w, stride=2, padding=2, groups=96),
-        ((8, 96, 29, 27), (96, 1, 5, 5)),
-        True,
+        lambda x, w: F.conv2d(x, w, stride=2, padding=2, groups=96), ((8, 96, 29, 27), (96, 1, 5, 5)), True
     ),
-    "depthwise 7": _Operator(
-        lambda x, w: F.conv2d(x, w, padding=3, groups=96),
-        lambda relu, x, w: T.conv2d(x, w, padding=3, groups=96),
-        ((8, 96, 28, 28), (96, 1, 7, 7)),
-        True,
-    ),
-}  # fmt: skip
+    "depthwise 7": _Operator(lambda x, w: F.conv2d(x, w, padding=3, groups=96), ((8, 96, 28, 28), (96, 1, 7, 7)), True),
+}
 
 
 def operators(device: torch.device) -> Iterator[Case]:
-    """Each operator and all its gradients, through the public functions."""
+    """Each operator and all its gradients, through the public functions, beside their own references in float64."""
     for dtype in ("float16", "tf32", "bfloat16"):
         for layout in (LAST, PLANES):
             for name, operator in _OPERATORS.items():
@@ -208,13 +168,14 @@ def _operated(operator: _Operator, dtype: str, layout: torch.memory_format, devi
         if len(leaves) > 1 and leaves[1].dim() > 1:
             leaves[1].mul_(leaves[1][0].numel() ** -0.5)  # sums as large as what is summed
         leaves = [leaf.requires_grad_() for leaf in leaves]
-        actual = operator.ours(*leaves)
-        grad = _random(actual.shape, DTYPES[dtype], layout, device)
+        actual = operator.function(*leaves)
+        exact = [leaf.detach().double().contiguous().requires_grad_() for leaf in leaves]
+        with without_cudnn(), force_mode(Mode.REFERENCE):
+            expected = operator.function(*exact)
+        # Next to zero a rounding decides on which side of a ReLU a sum lies, and with it about its gradient.
+        grad = _random(actual.shape, DTYPES[dtype], layout, device) * ((actual > 0) == (expected > 0))
         actual_grads = torch.autograd.grad(actual, leaves, grad)
-        with without_cudnn():
-            exact = [leaf.detach().double().contiguous().requires_grad_() for leaf in leaves]
-            kept = actual.detach() > 0
-            expected = operator.theirs(lambda x: x * kept, *exact)
+        with without_cudnn(), force_mode(Mode.REFERENCE):
             expected_grads = torch.autograd.grad(expected, exact, grad.double().contiguous())
     # Sums over all pixels are the longest.
     terms = leaves[0].numel() // leaves[0].shape[-1 if leaves[0].dim() == 3 else 1]

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,10 @@ from bench import results
 from bench.command import RESULTS
 from bench.environment import run_folder, slug
 from bench.lease import carried
-from bench.lease.calls import MINUTES, first, measured, second
+from bench.lease.calls import MINUTES, first, second
 from bench.report import group_title, is_network, page, record
-from bench.report.summary import summarize
-from bench.results import Results
+from bench.report.summary import Group, summarize
+from bench.results import Case
 from bench.steps import Step, run_stage, suite_step
 
 
@@ -36,36 +37,32 @@ def check(folder: Path) -> list[Step]:
         pytest = (sys.executable, "-m", "pytest", "-q", "-n", workers, "--maxfail=50", "--durations=5", *paths)
         return Step(name, pytest)
 
-    def sanitized(tool: str, name: str, path: str, *options: str) -> Step:
+    def sanitized(tool: str, name: str, chosen: str) -> Step:
         program = "compute-sanitizer"
         command = (program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5")
-        pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", path, *options)
+        pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"tests/ops/test_{name}.py", "-k", chosen)
         # PyTorch's allocator hands out parts of large blocks, in which an access out of bounds stays unseen.
         return Step(f"{tool}-{name}", (*command, *pytest), program, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
     norm_layers = "batch_norm_layers", "conv_batch_norm"
     others = "conv2d_grouped", "conv_transpose2d", "conv_max_pool2d"
-    half, norms = ("-k", "forward_and_gradients and float16"), ("-k", "dtypes_and_layouts and float16")
+    most = {
+        "conv2d": "forward_and_gradients and float16",
+        "pool2d": "dtypes_and_layouts",
+        "batch_norm": "dtypes_and_layouts and float16",
+        "linear": "forward_and_gradients and float16",
+    }
     return [
         Step("info", (sys.executable, "-c", "from gpukern.cli import app; app()", "info")),
-        tests("conv2d", "tests/ops/test_conv2d.py"),
-        tests("linear", "tests/ops/test_linear.py"),
-        tests("pool2d", "tests/ops/test_pool2d.py"),
-        tests("activation", "tests/ops/test_activation.py"),
+        *(tests(name, f"tests/ops/test_{name}.py") for name in ("conv2d", "linear", "pool2d", "activation")),
         tests("batch-norm", "tests/ops/test_batch_norm.py", *(f"tests/ops/test_{name}.py" for name in norm_layers)),
         tests("fuse", "tests/fusion"),
         tests("optimizers", "tests/optim"),
         tests("other-convolutions", *(f"tests/ops/test_{name}.py" for name in others)),
         tests("layers", "tests/test_integration.py", "tests/test_convert.py", "tests/test_operators.py"),
-        sanitized("memcheck", "conv2d", "tests/ops/test_conv2d.py", *half),
-        sanitized("memcheck", "pool2d", "tests/ops/test_pool2d.py", "-k", "dtypes_and_layouts"),
-        sanitized("memcheck", "batch_norm", "tests/ops/test_batch_norm.py", *norms),
-        sanitized("racecheck", "conv2d", "tests/ops/test_conv2d.py", *half),
-        sanitized("racecheck", "batch_norm", "tests/ops/test_batch_norm.py", *norms),
+        *(sanitized("memcheck", name, chosen) for name, chosen in most.items()),
+        *(sanitized("racecheck", name, chosen) for name, chosen in most.items()),
         tests("rest-of-ops", "tests/ops", "tests/runtime"),
-        sanitized("memcheck", "linear", "tests/ops/test_linear.py", *half),
-        sanitized("racecheck", "linear", "tests/ops/test_linear.py", *half),
-        sanitized("racecheck", "pool2d", "tests/ops/test_pool2d.py", "-k", "dtypes_and_layouts"),
         tests("everything", "tests"),
     ]
 
@@ -74,9 +71,7 @@ def tune(folder: Path) -> list[Step]:
     """Other plans beside the chosen ones, for the layers that most of a network's time goes to."""
 
     # Many candidates a row: few samples of each.
-    def step(name: str, *options: str) -> Step:
-        return suite_step(folder, "plans", name, *options, "--seconds", "0.05")
-
+    step = functools.partial(suite_step, folder, "plans", seconds="0.05")
     return [
         step("forward-32", "--computation", "forward"),
         step("input-gradient-32", "--computation", "input gradient"),
@@ -91,7 +86,7 @@ def tune(folder: Path) -> list[Step]:
 def bench(folder: Path) -> list[Step]:
     """The suites against their peers: what most people ask first, first; who compiles for each row after the libraries,
     who tries everything last."""
-    step = functools.partial(measured, folder)
+    step = functools.partial(suite_step, folder)
     library, everyone = ("--peers", "library"), ("--peers", "library", "--peers", "compile")
     compilers = *everyone, "--peers", "max-autotune"
     everything, batches = ("--suite", "all"), ("--batch", "128", "--batch", "32", "--batch", "1")
@@ -133,10 +128,24 @@ def profile(folder: Path) -> list[Step]:
     for section in sections:
         ncu += ["--section", section]
     # Named by the row: after another measurement other rows are the worst, and not done yet.
-    return [
-        Step(f"row-{slug(key)}", (*ncu, sys.executable, "-m", "bench.one", str(path), key), "ncu")
-        for path, key in worst_rows(folder)
-    ]
+    return [Step(f"row-{slug(case.key)}", (*ncu, *_alone(case)), "ncu") for case in worst_rows(folder)]
+
+
+def _alone(case: Case) -> list[str]:
+    """Return the command that measures gpukern alone on one row; its times, under a profiler, are kept apart."""
+    options = {
+        "--suite": case.uses[0].network,
+        "--batch": str(case.batch),
+        "--dtype": case.dtype,
+        "--layout": case.layout,
+        "--computation": case.computation,
+        "--filter": case.key,
+        "--peers": "none",
+        "--seconds": "0",
+        "--out": str(Path(tempfile.gettempdir()) / "gpukern-profile"),
+    }
+    given = [word for option in options.items() for word in option]
+    return [sys.executable, "-m", "bench", case.suite, "--fresh", *given]
 
 
 def kernel_names() -> list[str]:
@@ -151,38 +160,31 @@ def more(folder: Path) -> list[Step]:
     return [*tune(folder), *bench(folder), *sanitized]
 
 
-def worst_rows(folder: Path, number: int = 3) -> list[tuple[Path, str]]:
-    """(file, key) of the rows where the best peer is furthest ahead, the worst first.
+def worst_rows(folder: Path, number: int = 3) -> list[Case]:
+    """The rows where the best peer is furthest ahead, the worst first.
 
     Plans are no peers, and of a network a profile of a few launches would show its first layers.
     """
     found = [
-        (line.best.median, path, line.row.case.key)
-        for path, read in _measured(folder)
-        for group in summarize(read)
+        (line.best.median, line.row.case)
+        for group in _groups(folder)
         for line in group.lines
         if line.best is not None and group.key.suite != "plans" and not is_network(line.row.case)
     ]
-    return [(path, key) for _, path, key in sorted(found)[:number]]
+    return [case for _, case in sorted(found, key=lambda each: each[0])[:number]]
 
 
 def headlines(folder: Path) -> Iterator[str]:
     """A line a group of rows: how gpukern does against the best peer of each."""
-    for _, read in _measured(folder):
-        for group in summarize(read):
-            best = group.tallies[0]
-            mean = "nothing to compare" if best.mean is None else f"{best.mean:.2f}×"
-            broken = f", {group.broken} rows of gpukern not ok" if group.broken else ""
-            yield f"{mean}  {group_title(group.key)}: {record(best.wins, best.losses, best.ties)}{broken}"
+    for group in _groups(folder):
+        best = group.tallies[0]
+        mean = "nothing to compare" if best.mean is None else f"{best.mean:.2f}×"
+        broken = f", {group.broken} rows of gpukern not ok" if group.broken else ""
+        yield f"{mean}  {group_title(group.key)}: {record(best.wins, best.losses, best.ties)}{broken}"
 
 
-def _measured(folder: Path) -> Iterator[tuple[Path, Results]]:
-    for path in sorted(folder.glob("*.json")):
-        try:
-            read = results.read(path)
-        except results.ResultsError:
-            continue  # stages.json, for one
-        yield path, read
+def _groups(folder: Path) -> Iterator[Group]:
+    return (group for _, read in results.read_all([folder]) for group in summarize(read))
 
 
 STAGES: dict[str, Callable[[Path], list[Step]]] = {
@@ -218,7 +220,7 @@ def main(arguments: list[str]) -> int:
         steps = [step for step in steps if step.dry]
     status = run_stage(stage, steps, folder, 60 * minutes, after_each=pack)
     if stage not in ("check", "profile"):
-        files = list(_measured(folder))
+        files = list(results.read_all([folder]))
         results.write_text(folder / "report.html", page.render(files))
         print("\nagainst the best of the others on each row (above 1: gpukern is faster)")
         print("\n".join(headlines(folder)))

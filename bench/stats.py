@@ -14,13 +14,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with an interval that holds the true median with 95 % confidence, and the quartiles of the samples."""
+    """A median with an interval that holds the true median with 95 % confidence."""
 
     median: float
     low: float
     high: float
-    lower_quartile: float
-    upper_quartile: float
 
 
 def spread(samples: Sequence[float]) -> Spread:
@@ -39,8 +37,7 @@ def spread(samples: Sequence[float]) -> Spread:
     while 40 * ways <= 2**n:
         first += 1
         ways += math.comb(n, first + 1)
-    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if n > 1 else ordered * 3
-    return Spread(statistics.median(ordered), ordered[first], ordered[n - 1 - first], quartiles[0], quartiles[2])
+    return Spread(statistics.median(ordered), ordered[first], ordered[n - 1 - first])
 
 
 def percentile(samples: Sequence[float], share: float) -> float:

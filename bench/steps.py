@@ -24,6 +24,8 @@ from bench.attempt import UNFINISHED
 from bench.environment import ROOT
 from gpukern.runtime.records import build, plain
 
+#: Seconds of timing per candidate of a row, in every stage: one method for all rows of a file.
+SECONDS = "0.1"
 #: Between two looks at what a step has left so far.
 _MEANWHILE = 10.0
 #: Less than this is not worth starting a step for, in seconds.
@@ -49,10 +51,12 @@ class Step:
     dry: bool = True
 
 
-def suite_step(folder: Path, suite: str, name: str, *options: str, limit: float = float("inf")) -> Step:
+def suite_step(
+    folder: Path, suite: str, name: str, *options: str, seconds: str = SECONDS, limit: float = float("inf")
+) -> Step:
     """Measure rows of a suite into ``folder``, going on where an earlier step stopped."""
-    command = (sys.executable, "-m", "bench", suite, *options, "--out", str(folder.parent.parent), "--resume")
-    return Step(f"{suite}-{name}", command, limit=limit)
+    where = "--seconds", seconds, "--out", str(folder.parent.parent), "--resume"
+    return Step(f"{suite}-{name}", (sys.executable, "-m", "bench", suite, *options, *where), limit=limit)
 
 
 @dataclass(frozen=True)

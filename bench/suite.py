@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import importlib
+import itertools
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -153,38 +154,28 @@ class Selection:
     dtypes: tuple[str, ...]
     layouts: tuple[str, ...]
     computations: tuple[str, ...]
-    #: Only cases whose key or layer holds this.
+    #: Only cases whose key or layer holds this; one alone whose key it is.
     containing: str = ""
 
 
 def tasks(suite: Suite, selection: Selection) -> list[Task]:
     """One task a distinct key: what several networks share is measured once, and lists all its uses."""
     found: dict[str, Task] = {}
-    for computation in selection.computations:
-        for dtype in selection.dtypes:
-            for layout in selection.layouts:
-                for batch in selection.batches:
-                    for network in selection.networks:
-                        for use, problem in suite.problems(network, batch):
-                            if not suite.applies(problem, computation):
-                                continue
-                            task = _task(suite, computation, dtype, layout, batch, use, problem)
-                            _add(found, task)
+    combinations = itertools.product(
+        selection.computations, selection.dtypes, selection.layouts, selection.batches, selection.networks
+    )
+    for computation, dtype, layout, batch, network in combinations:
+        for use, problem in suite.problems(network, batch):
+            if suite.applies(problem, computation):
+                words, sizes = suite.describe(problem)
+                case = Case(suite.name, computation, words, sizes, batch, dtype, layout, (use,))
+                if known := found.get(case.key):
+                    case, problem = dataclasses.replace(case, uses=merged(known.case.uses, case.uses)), known.problem
+                found[case.key] = Task(case, problem)
     wanted = selection.containing
+    if wanted in found:
+        return [found[wanted]]
     return [t for t in found.values() if wanted in t.case.key or any(wanted in use.layer for use in t.case.uses)]
-
-
-def _task(suite: Suite, computation: str, dtype: str, layout: str, batch: int, use: Use, problem: Any) -> Task:
-    words, sizes = suite.describe(problem)
-    return Task(Case(suite.name, computation, words, sizes, batch, dtype, layout, (use,)), problem)
-
-
-def _add(found: dict[str, Task], task: Task) -> None:
-    known = found.get(task.case.key)
-    if known is not None:
-        case = known.case
-        task = Task(dataclasses.replace(case, uses=merged(case.uses, task.case.uses)), known.problem)
-    found[task.case.key] = task
 
 
 def merged(uses: tuple[Use, ...], more: tuple[Use, ...]) -> tuple[Use, ...]:

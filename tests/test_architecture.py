@@ -22,6 +22,7 @@ LAYERS = (
         "runtime",
         "ops._images",
         "ops._pixels",
+        "ops._normalization",
         "ops._activation",
         "ops._reduction",
         "ops._pool2d",
@@ -68,7 +69,18 @@ CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
 OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "linear")
 #: What runs on the device.
-KERNELS = ("_pixels.py", "epilogue.py", "functions.py", "indexing.py", "kernels.py", "tf32.py", "weight_kernels.py")
+KERNELS = (
+    "_normalization.py",
+    "_pixels.py",
+    "epilogue.py",
+    "functions.py",
+    "indexing.py",
+    "kernels.py",
+    "norm_grad.py",
+    "shared_sums.py",
+    "tf32.py",
+    "weight_kernels.py",
+)
 
 
 def imported(path: Path) -> set[str]:

@@ -186,7 +186,7 @@ def test_results_of_several_tensors_count_by_the_bytes_of_all():
 
 def test_machine_code_is_that_of_the_main_kernel(monkeypatch):
     main = Compiled("conv2d_taps_kernel", (7,), 99, 2**16, 3, 500, "HGMMA", {"tensor cores": 4, "predicates": 8}, 6)
-    others = [dataclasses.replace(main, kernel=name) for name in ("copy_image_kernel", "sum_splits_kernel")]
+    others = [dataclasses.replace(main, kernel=name) for name in ("copy_image_kernel", "stem_pack_kernel")]
     assert main_kernel([others[0], main, others[1]]) is main
     compiling = dataclasses.replace(HALF, compiles=True)
     monkeypatch.setattr(network, "compiled", lambda question, plan: [others[0], main])

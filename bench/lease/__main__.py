@@ -23,10 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import results
-from bench.environment import ROOT, source_hash
+from bench.environment import ROOT, revision, source_hash
 from bench.lease import calls, carried
 
 VENV = ROOT / ".cache" / "lease" / "venv"
+STUB = ROOT / ".cache" / "lease" / "stub"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 LARGEST = 20e6
 #: Results of the device that :mod:`bench.lease.pretend` pretends.
@@ -105,11 +106,8 @@ class Trial:
                 self.first_result = time.monotonic() - begin
 
     def rows(self) -> Iterator[results.Row]:
-        for path in (self.tree / _RESULTS).glob("*/*.json"):
-            try:
-                yield from results.read(path).rows
-            except (results.ResultsError, OSError):
-                continue
+        for _, read in results.read_all([self.tree / _RESULTS]):
+            yield from read.rows
 
     def counts(self) -> collections.Counter:
         """Count the kernels that were found and compiled, and the C files that were compiled."""
@@ -122,7 +120,8 @@ class Trial:
         return [line for line in self._stub_log.read_text().splitlines() if line.startswith("refused")]
 
     def _environment(self, minutes: str) -> dict[str, str]:
-        stub = _stub_folder(self._python)
+        # Compiled against the headers of that Triton.
+        stub = _printed(self._python, f"from bench.lease import stub; print(stub.build(stub.Path({str(STUB)!r})))")
         dropped = ("GPUKERN_EMULATE", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "VIRTUAL_ENV", "GPUKERN_COMMIT")
         kept = {name: value for name, value in os.environ.items() if name not in dropped}
         return kept | {
@@ -133,7 +132,7 @@ class Trial:
             "STUB_LOG": str(self._stub_log),
             "LD_LIBRARY_PATH": stub,
             "TRITON_LIBCUDA_PATH": stub,
-            "GPUKERN_COMMIT": _commit(),
+            "GPUKERN_COMMIT": revision()[0] or "",
             # Those that come with gpukern, and not those measured on this machine.
             "GPUKERN_PLANS": str(self.tree / "gpukern" / "plans"),
             "OUT": str(self.out),
@@ -142,12 +141,11 @@ class Trial:
         }
 
 
-def _stub_folder(python: str) -> str:
-    """Compiled against the headers of that Triton."""
-    code = "import sys; from pathlib import Path; from bench.lease import stub; print(stub.build(Path(sys.argv[1])))"
-    command = [python, "-c", code, str(ROOT / ".cache" / "lease" / "stub")]
+def _printed(python: str, code: str) -> str:
+    """Return the last word that ``code`` prints in ``python``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]
+    ran = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return ran.stdout.split()[-1]
 
 
 def _copy(tree: Path) -> None:
@@ -159,23 +157,10 @@ def _copy(tree: Path) -> None:
             shutil.copy(ROOT / name, tree / name)
 
 
-def _commit() -> str:
-    return subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def _manifest(python: str, rows: list[str]) -> carried.Carried:
-    command = [python, "-c", "from bench.lease.carried import triton_key; print(triton_key())"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    key = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]
+    key = _printed(python, "from bench.lease.carried import triton_key; print(triton_key())")
     kernels = len(list(carried.FOLDER.rglob("*.cubin")))
     return carried.Carried(source_hash(), key, "9.0", kernels, sorted(rows))
-
-
-def _ran(row: results.Row) -> bool:
-    """Whether gpukern came to its end on ``row``: what failed before was not compiled either."""
-    return row.candidates[0].status == "ok"
 
 
 def faults(trial: Trial, statuses: dict[str, int], size: int) -> list[str]:
@@ -183,7 +168,9 @@ def faults(trial: Trial, statuses: dict[str, int], size: int) -> list[str]:
     found = [f"{stage} ended with exit status {status}" for stage, status in statuses.items() if status]
     found += [f"compiled in the second run: {line}" for line in trial.compiled()[:20]]
     found += trial.refusals()[:20]
-    found += [f"{row.case.key}: gpukern {row.candidates[0].message}" for row in trial.rows() if not _ran(row)]
+    # What failed before gpukern came to its end was not compiled either.
+    ours = ((row.case.key, row.candidates[0]) for row in trial.rows())
+    found += [f"{key}: gpukern {candidate.message}" for key, candidate in ours if candidate.status != "ok"]
     if not trial.counts()["hit"]:
         found.append("no kernel was launched")
     if size > LARGEST:

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from bench.steps import Step, suite_step
 
-#: Seconds of timing per candidate of a row, in every stage: one method for all rows of a file.
-SECONDS = "0.1"
 MINUTES = {"first": 5.0, "second": 400 / 60}
 _LIBRARY = ("--peers", "library")
 _RESNET = ("--suite", "resnet50")
@@ -27,11 +25,6 @@ _GPU_TESTS = (
 )
 
 
-def measured(folder: Path, suite: str, name: str, *options: str, limit: float = float("inf")) -> Step:
-    """A step whose rows may stand beside those of any other stage."""
-    return suite_step(folder, suite, name, *options, "--seconds", SECONDS, limit=limit)
-
-
 def smoke(folder: Path, kind: str, limit: float, *options: str, dry: bool = True) -> Step:
     out = str(folder / f"smoke-{kind}.jsonl")
     command = (sys.executable, "-m", "bench.smoke", kind, "--out", out, *options)
@@ -41,7 +34,7 @@ def smoke(folder: Path, kind: str, limit: float, *options: str, dry: bool = True
 def optimizer_times(folder: Path, limit: float) -> Step:
     """Time two optimizers over ResNet-50's tensors."""
     few = (*_RESNET, "--computation", "Adam", "--computation", "SGD, momentum", "--filter", "plain")
-    step = measured(folder, "optimizer", "resnet50", *_LIBRARY, *few, limit=limit)
+    step = suite_step(folder, "optimizer", "resnet50", *_LIBRARY, *few, limit=limit)
     return replace(step, dry=False)  # CuPy needs a device
 
 
@@ -50,13 +43,13 @@ def first(folder: Path) -> list[Step]:
     inference = (*_LIBRARY, *_RESNET, "--batch", "128", "--batch", "1")
     return [
         smoke(folder, "convolutions", 80),
-        measured(folder, "conv", "forward-32", *_LIBRARY, "--computation", "forward", limit=120),
+        suite_step(folder, "conv", "forward-32", *_LIBRARY, "--computation", "forward", limit=120),
         smoke(folder, "operators", 60),
-        measured(folder, "inference", "resnet50-128-1", *inference, limit=120),
+        suite_step(folder, "inference", "resnet50-128-1", *inference, limit=120),
         smoke(folder, "optimizers", 40, "--first", "2", dry=False),  # CuPy needs a device
         optimizer_times(folder, 40),
-        measured(folder, "linear", "resnet50-32", *_LIBRARY, limit=60),
-        measured(folder, "pool", "resnet50-32", *_LIBRARY, limit=60),
+        suite_step(folder, "linear", "resnet50-32", *_LIBRARY, limit=60),
+        suite_step(folder, "pool", "resnet50-32", *_LIBRARY, limit=60),
     ]
 
 
@@ -71,11 +64,11 @@ def second(folder: Path) -> list[Step]:
     workers = str(max(1, min(12, (os.cpu_count() or 1) - 2)))
     pytest = (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", workers, "--maxfail=20", *_GPU_TESTS)
     return [
-        measured(folder, "conv", "gradients-32", *_LIBRARY, *gradients, limit=150),
-        measured(folder, "model", "resnet50-32", *_LIBRARY, limit=90),
-        measured(folder, "conv", "depthwise-32", *_LIBRARY, *depthwise, limit=60),
-        measured(folder, "epilogue", "resnet50-32", *_LIBRARY, limit=60),
-        measured(folder, "inference", "resnet50-compile", *compilers, limit=120),
+        suite_step(folder, "conv", "gradients-32", *_LIBRARY, *gradients, limit=150),
+        suite_step(folder, "model", "resnet50-32", *_LIBRARY, limit=90),
+        suite_step(folder, "conv", "depthwise-32", *_LIBRARY, *depthwise, limit=60),
+        suite_step(folder, "epilogue", "resnet50-32", *_LIBRARY, limit=60),
+        suite_step(folder, "inference", "resnet50-compile", *compilers, limit=120),
         # The same shapes in every run: a kernel that was compiled for one serves the next.
         Step("gpu-tests", pytest, environment={"CI": "1"}, limit=100, dry=False),
     ]

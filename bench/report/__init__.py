@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from bench.results import Candidate, Case, Ceilings, Environment, Results, Row
@@ -113,37 +113,34 @@ def ceilings(bandwidth: float, matrix_rates: dict[str, float]) -> str:
     return ", ".join([f"copy {rate(bandwidth, 1e9)} GB/s", *rates])
 
 
-def evidence(environment: Environment, measured: Ceilings | None = None) -> list[tuple[str, str]]:
+def evidence(environment: Environment, measured: Ceilings) -> list[tuple[str, str]]:
     """Facts that a reader needs to believe or repeat the figures, by name."""
     e = environment
-    device = [
-        e.device,
-        _known("compute capability {}", e.compute_capability),
-        _known("{} SMs", e.sm_count),
-        _known("{}", e.memory and memory(e.memory)),
-        _known("{} L2", e.l2_cache and memory(e.l2_cache)),
-    ]
-    versions = [
-        _known("driver {}", e.driver),
-        _known("CUDA {}", e.cuda),
-        _known("cuDNN {}", e.cudnn),
-        f"torch {e.torch}",
-        _known("Triton {}", e.triton),
-        f"Python {e.python}",
-        e.platform,
-    ]
-    changed = " with changes" if e.modified else ""
-    code = [f"gpukern {e.gpukern}", _commit(e.commit) + changed, f"source {e.source[:12]}"]
-    lines = [("device", _joined(device)), ("versions", _joined(versions)), ("code", _joined(code)), ("date", e.date)]
-    if e.flags:
-        lines.insert(2, ("flags", pairs(e.flags)))
-    if measured is not None:
-        lines.insert(1, ("measured ceilings", ceilings(measured.bandwidth, measured.matrix_rates)))
-    return [(name, one_line(value)) for name, value in lines]
+    device = _known(
+        ("{}", e.device),
+        ("compute capability {}", e.compute_capability),
+        ("{} SMs", e.sm_count),
+        ("{}", e.memory and memory(e.memory)),
+        ("{} L2", e.l2_cache and memory(e.l2_cache)),
+    )
+    versions = _known(
+        ("driver {}", e.driver),
+        ("CUDA {}", e.cuda),
+        ("cuDNN {}", e.cudnn),
+        ("torch {}", e.torch),
+        ("Triton {}", e.triton),
+        ("Python {}", e.python),
+        ("{}", e.platform),
+    )
+    commit = f"commit {e.commit[:9]}" if e.commit else "no commit"
+    code = f"gpukern {e.gpukern}, {commit}{' with changes' * e.modified}, source {e.source[:12]}"
+    facts = {"device": device, "measured ceilings": ceilings(measured.bandwidth, measured.matrix_rates)}
+    facts |= {"versions": versions, **({"flags": pairs(e.flags)} if e.flags else {}), "code": code, "date": e.date}
+    return text_pairs(facts)
 
 
-def _commit(commit: str | None) -> str:
-    return f"commit {commit[:9]}" if commit else "no commit"
+def _known(*facts: tuple[str, Any]) -> str:
+    return ", ".join(form.format(value) for form, value in facts if value is not None)
 
 
 def setup_changes(old: Environment, new: Environment) -> list[tuple[str, str]]:
@@ -162,12 +159,4 @@ def settings(results: Results) -> list[tuple[str, str]]:
     for row in results.rows:
         for candidate in row.candidates:
             found.setdefault(candidate.name, {})[candidate.setting] = None
-    return [(one_line(name), one_line("; or ".join(used))) for name, used in found.items()]
-
-
-def _known(form: str, value: Any) -> str:
-    return form.format(value) if value is not None else ""
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return ", ".join(part for part in parts if part)
+    return text_pairs({name: "; or ".join(used) for name, used in found.items()})

@@ -11,7 +11,7 @@ from pathlib import Path
 from bench import report as words
 from bench.report import plots, throughput
 from bench.report.summary import Group, GroupKey, Tally, summarize, tallies
-from bench.results import Results
+from bench.results import Environment, Results
 from gpukern import pages
 
 
@@ -27,15 +27,23 @@ class Run:
 
 
 @dataclass(frozen=True)
+class History:
+    """Each run's tally against the best peer of each row, oldest first."""
+
+    scale: plots.Scale
+    points: list[tuple[Environment, Tally]]
+
+
+@dataclass(frozen=True)
 class GroupView:
     """A group of the newest run of its suite, with what earlier runs had of it."""
 
     group: Group
     run: Run
     anchor: str
-    bars: plots.Bars
+    bars: plots.Scale | None
     roofline: plots.Roofline | None
-    history: plots.History | None
+    history: History | None
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Device:
 def render(files: Sequence[tuple[Path, Results]]) -> str:
     """The page; the same files give the same bytes."""
     return pages.render(
-        Path(__file__).with_name("page.html"), words=words, throughput=throughput, devices=_devices(files)
+        Path(__file__).with_name("page.html"), words=words, plots=plots, throughput=throughput, devices=_devices(files)
     )
 
 
@@ -88,13 +96,8 @@ def _device(name: str, runs: list[Run], anchor: str) -> Device:
     return Device(name, current, everything, views, changes)
 
 
-def _history(key: GroupKey, runs: Sequence[Run]) -> plots.History | None:
+def _history(key: GroupKey, runs: Sequence[Run]) -> History | None:
     """Return the history; None for a single run, which the tables show."""
-    points = []
-    for run in runs:
-        environment = run.results.environment
-        for group in run.groups:
-            best = group.tallies[0]
-            if group.key == key and best.mean:
-                points.append(plots.Point(words.commit_name(environment), environment.date, best.mean, best.rows))
-    return plots.history(points) if len(points) > 1 else None
+    found = ((run.results.environment, group.tallies[0]) for run in runs for group in run.groups if group.key == key)
+    points = [(environment, best) for environment, best in found if best.mean]
+    return History(plots.around_one((best.mean or 1.0 for _, best in points), 1.1), points) if points[1:] else None

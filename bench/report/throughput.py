@@ -53,24 +53,15 @@ def throughputs(group: Group) -> list[tuple[str, list[Throughput]]]:
 
 def _timed(line: Line, timing: str) -> list[Throughput]:
     """gpukern first, then the fastest peer first."""
-    found = [_one(line, candidate, timing) for candidate in line.row.candidates if _samples(candidate, timing)]
+    case, ours, found = line.row.case, _samples(line.ours, timing), []
+    for candidate in line.row.candidates:
+        if theirs := _samples(candidate, timing):
+            is_ours, median = candidate is line.ours, spread(theirs).median
+            images, slow = words.images_per_second(case, median), percentile(theirs, 0.99)
+            # Samples of different rounds have no pairs.
+            paired = ratio(ours, theirs) if not is_ours and len(ours) == len(theirs) else None
+            found.append(Throughput(case, candidate.name, is_ours, images, median, slow, paired))
     return sorted(found, key=lambda each: (not each.ours, -each.images))
-
-
-def _one(line: Line, candidate: Candidate, timing: str) -> Throughput:
-    case, ours, theirs = line.row.case, _samples(line.ours, timing), _samples(candidate, timing)
-    median = spread(theirs).median
-    # Samples of different rounds have no pairs.
-    paired = candidate is not line.ours and len(ours) == len(theirs)
-    return Throughput(
-        case=case,
-        candidate=candidate.name,
-        ours=candidate is line.ours,
-        images=words.images_per_second(case, median),
-        p50=median,
-        p99=percentile(theirs, 0.99),
-        ratio=ratio(ours, theirs) if paired else None,
-    )
 
 
 def _samples(candidate: Candidate, timing: str) -> Sequence[float]:

@@ -80,20 +80,16 @@ def _torch(task: Task[ConvProblem]) -> Callable[..., torch.Tensor]:
 
 def _cudnn_fused(task: Task[ConvProblem], device: torch.device) -> Implementation:
     """cuDNN's own fused kernels, which PyTorch calls only by their names."""
-    geometry = _geometry(task.problem)
-    if _has_residual(task):
-        name, fused = "cudnn_convolution_add_relu", torch.ops.aten.cudnn_convolution_add_relu.default
-
-        def run(x, w, b, residual) -> torch.Tensor:
-            return fused(x, w, residual, 1.0, b, *geometry)
-    else:
-        name, fused = "cudnn_convolution_relu", torch.ops.aten.cudnn_convolution_relu.default
-
-        def run(x, w, b) -> torch.Tensor:  # type: ignore[misc]
-            return fused(x, w, b, *geometry)
-
+    # The residual is scaled by a number behind it.
+    name, scale = ("cudnn_convolution_add_relu", (1.0,)) if _has_residual(task) else ("cudnn_convolution_relu", ())
+    fused, geometry = getattr(torch.ops.aten, name).default, _geometry(task.problem)
     missing = "" if device.type == "cuda" else "cuDNN needs a CUDA device"
-    return Implementation("cuDNN fused", f"{task.case.layout}, {name}", run, missing=missing)
+    return Implementation(
+        "cuDNN fused",
+        f"{task.case.layout}, {name}",
+        lambda x, w, b, *residual: fused(x, w, *residual, *scale, b, *geometry),
+        missing=missing,
+    )
 
 
 def _one_pointwise_kernel(task: Task[ConvProblem]) -> Implementation:

@@ -53,9 +53,8 @@ class Inference(Networks):
         has_norms = any(isinstance(call.module, nn.BatchNorm2d) for call in layer_calls(task.problem.name, 1))
         folds = (False, True) if has_norms else (False,)
         found = [_gpukern(task, device)]
-        for peer, make in (("library", _eager), ("compile", _compiled), ("max-autotune", _max_autotuned)):
-            if peer in peers:
-                found += [make(task, fold, device) for fold in folds]
+        for peer in (each for each in _PEERS if each in peers):
+            found += [_peer(task, peer, fold, device) for fold in folds]
         return found
 
 
@@ -119,35 +118,29 @@ def _fused_sizes(name: str, dtype: torch.dtype) -> FusedModel:
     return fused
 
 
-def _eager(task: Task[WholeNetwork], fold: bool, device: torch.device) -> Implementation:
-    return _peer("PyTorch", "eager, cudnn.benchmark on", task, fold, lambda model: model)
+def _compiled(mode: str | None = None) -> Callable[[nn.Module], Callable]:
+    return lambda model: compile_for_these_shapes(model, mode=mode)
 
 
-def _compiled(task: Task[WholeNetwork], fold: bool, device: torch.device) -> Implementation:
-    return _peer("torch.compile", "mode default, static shapes", task, fold, compile_for_these_shapes)
+#: (name, setting, what makes a function of a network)
+_PEERS: dict[str, tuple[str, str, Callable[[nn.Module], Callable]]] = {
+    "library": ("PyTorch", "eager, cudnn.benchmark on", lambda model: model),
+    "compile": ("torch.compile", "mode default, static shapes", _compiled()),
+    "max-autotune": (
+        "torch.compile max-autotune",
+        "mode max-autotune, static shapes",
+        _compiled("max-autotune-no-cudagraphs"),
+    ),
+}
 
 
-def _max_autotuned(task: Task[WholeNetwork], fold: bool, device: torch.device) -> Implementation:
-    """Compile with max-autotune, always in CUDA graphs: ours if all candidates use one, its own for Python calls."""
-    bare, graphed = (
-        functools.partial(compile_for_these_shapes, mode=mode)
-        for mode in ("max-autotune-no-cudagraphs", "max-autotune")
-    )
-    if device.type != "cuda":
-        return _peer("torch.compile max-autotune", "mode max-autotune, static shapes", task, fold, bare)
-    setting = "mode max-autotune-no-cudagraphs, static shapes; from Python max-autotune with its CUDA graphs"
-    return _peer("torch.compile max-autotune", setting, task, fold, bare, graphed)
+def _peer(task: Task[WholeNetwork], peer: str, fold: bool, device: torch.device) -> Implementation:
+    """The peer on the network or, with ``fold``, on the network without batch norms.
 
-
-def _peer(
-    name: str,
-    setting: str,
-    task: Task[WholeNetwork],
-    fold: bool,
-    transform: Callable[[nn.Module], Callable],
-    from_python: Callable[[nn.Module], Callable] | None = None,
-) -> Implementation:
-    """``transform`` of the network or, with ``fold``, of the network without batch norms."""
+    On a GPU max-autotune is in CUDA graphs: ours if all candidates use one, its own for calls from Python.
+    """
+    name, setting, transform = _PEERS[peer]
+    from_python = None
 
     @functools.cache
     def model(device: torch.device) -> nn.Module:
@@ -157,13 +150,16 @@ def _peer(
     def running(make: Callable[[nn.Module], Callable]) -> Callable[..., torch.Tensor]:
         return _running(lambda device: make(model(device)))
 
+    if peer == "max-autotune" and device.type == "cuda":
+        setting = "mode max-autotune-no-cudagraphs, static shapes; from Python max-autotune with its CUDA graphs"
+        from_python = running(_compiled("max-autotune"))
     words = f"{task.case.layout}, {setting}" + (", batch norms folded by torch.fx" if fold else "")
     return Implementation(
         f"{name} folded" if fold else name,
         words,
         running(transform),
-        from_python=running(from_python) if from_python else None,
-        slow="torch.compile" in name,
+        from_python=from_python,
+        slow=peer != "library",
     )
 
 

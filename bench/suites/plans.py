@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -62,18 +63,16 @@ def _neighbours(of: ConvPlan, direction: Direction) -> Iterator[ConvPlan]:
             yield replace(of, block_m=block_m)
         yield replace(of, num_warps=2 * of.num_warps)
         return
-    for stages in (2, 3, 4, 5):
-        yield replace(of, num_stages=stages)
-    for warps in (2, 4, 8):
-        yield replace(of, num_warps=warps)
-    for block_k in (32, 64, 128):
-        yield replace(of, block_k=block_k)
-    for block_m, block_n in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128), (256, 64)):
-        for warps in (4, 8):
-            yield replace(of, block_m=block_m, block_n=block_n, num_warps=warps)
+    tiles = (64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (256, 128), (256, 64)
+    changes: list[dict[str, Any]] = [
+        *({"num_stages": stages} for stages in (2, 3, 4, 5)),
+        *({"num_warps": warps} for warps in (2, 4, 8)),
+        *({"block_k": block_k} for block_k in (32, 64, 128)),
+        *({"block_m": m, "block_n": n, "num_warps": warps} for m, n in tiles for warps in (4, 8)),
+    ]
     if direction is Direction.WEIGHT_GRAD:
-        for factor in (0.5, 2, 4):
-            yield replace(of, splits=max(1, round(of.splits * factor)))
+        changes += ({"splits": max(1, round(of.splits * factor))} for factor in (0.5, 2, 4))
+    yield from (replace(of, **change) for change in changes)
 
 
 def _missing(choice: ConvPlan, device: torch.device) -> str:
@@ -90,13 +89,13 @@ def with_plan(question: Question, choice: ConvPlan) -> Callable[..., torch.Tenso
     p, direction = question.problem, question.direction
 
     def run(x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
-        first, second = {
+        a, b = {
             Direction.FORWARD: (x, w),
             Direction.INPUT_GRAD: (dy, w),
             Direction.WEIGHT_GRAD: (dy, x),
         }[direction]
-        prepared = conv.prepared_for(p, direction, first, second, question.channels_last, plan=choice)
-        return conv.run(prepared, first, second)[0]
+        prepared = conv.prepared_for(p, direction, a, b, question.channels_last, plan=choice)
+        return conv.run(prepared, a, b)[0]
 
     return run
 

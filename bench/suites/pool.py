@@ -118,17 +118,17 @@ def _pooling(task: Task[Pool]) -> Pooling:
 Steps = tuple[Callable[[Tensors], Tensors], Callable[..., torch.Tensor]]
 
 
+def _forward(module: Any, kind: Kind) -> Callable[..., torch.Tensor]:
+    names = {Kind.MAX: "max_pool2d", Kind.AVERAGE: "avg_pool2d", Kind.ADAPTIVE: "adaptive_avg_pool2d"}
+    return getattr(module, names[kind])
+
+
 def _gpukern(task: Task[Pool]) -> Steps:
     pool, last = task.problem, task.case.layout == "channels_last"
     w, geometry = pool.window, geometry_of(pool)
     image = (w.N, w.C, w.H, w.W)
     if task.case.computation == FORWARD:
-        ours: dict[Kind, Callable[..., Any]] = {
-            Kind.MAX: F.max_pool2d,
-            Kind.AVERAGE: F.avg_pool2d,
-            Kind.ADAPTIVE: F.adaptive_avg_pool2d,
-        }
-        function = ours[pool.kind]
+        function = _forward(F, pool.kind)
         return tuple, lambda x, dy: function(x, *geometry)
     if task.case.computation == FOR_TRAINING:
         return tuple, lambda x, dy: max_pool2d_with_taps(x, *geometry)[0]
@@ -145,14 +145,8 @@ def _gpukern(task: Task[Pool]) -> Steps:
 
 def _torch(task: Task[Pool]) -> Steps:
     pool, geometry, aten = task.problem, geometry_of(task.problem), torch.ops.aten
-    functional = torch.nn.functional
     if task.case.computation == FORWARD:
-        theirs: dict[Kind, Callable[..., Any]] = {
-            Kind.MAX: functional.max_pool2d,
-            Kind.AVERAGE: functional.avg_pool2d,
-            Kind.ADAPTIVE: functional.adaptive_avg_pool2d,
-        }
-        function = theirs[pool.kind]
+        function = _forward(torch.nn.functional, pool.kind)
         return tuple, lambda x, dy: function(x, *geometry)
     if task.case.computation == FOR_TRAINING:
         return tuple, lambda x, dy: aten.max_pool2d_with_indices(x, *geometry)[0]

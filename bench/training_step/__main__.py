@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,9 @@ import typer
 from bench.environment import environment
 from bench.results import write_text
 from bench.training_step.paths import Steps, count, why_not_compiled
-from bench.training_step.table import table
+from bench.training_step.table import kernels, table
 from gpukern import tables
+from gpukern.runtime.accesses import KernelError
 from gpukern.runtime.device import named_device
 from gpukern.runtime.records import plain
 from models.zoo import network
@@ -32,6 +34,7 @@ def main(
     names: Annotated[list[str], typer.Option("--network", help="Of models/zoo.py; repeatable.")] = list(NETWORKS),  # noqa: B006
     batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 32,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float16",
+    by_kernel: Annotated[bool, typer.Option("--kernels", help="Also kernel by kernel.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the counts too.")] = None,
 ) -> None:
     """Count launches and bytes of a training step, without a GPU."""
@@ -44,9 +47,14 @@ def main(
     found: dict[str, Steps] = {}
     for each in networks:
         shape = (batch, *each.input_size)
-        found[each.name] = count(each.make(), shape, DTYPES[dtype], spec)
+        try:
+            found[each.name] = count(each.make(), shape, DTYPES[dtype], spec)
+        except KernelError as error:
+            sys.exit(f"{each.title}: {error}")
         title = f"{each.title}, {'×'.join(map(str, shape))}, {dtype}, plans of {spec.name}"
         tables.show(table(title, found[each.name]), width=100)
+        if by_kernel:
+            tables.show(kernels(found[each.name]), width=120)
     missing = why_not_compiled()
     print(f"{NOTE}\nNot available: {missing}." if missing else NOTE)
     if json_path is not None:

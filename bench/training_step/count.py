@@ -29,9 +29,10 @@ class Touched(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One launch: of a kernel of ours by its name, of PyTorch's operator by none."""
+    """One launch, of a kernel of ours or for an operator of PyTorch, by its name."""
 
-    kernel: str
+    name: str
+    is_ours: bool
     touched: tuple[Touched, ...]
 
 
@@ -69,18 +70,19 @@ class Counter:
 
     def _launch(self, launch: Launch) -> None:
         given, found = tensors(launch), self._accesses(launch)
-        self._add(launch.kernel, *([given[i] for i in sorted(which)] for which in found))
+        self._add(launch.kernel, True, *([given[i] for i in sorted(which)] for which in found))
 
     def _operator(self, operator: Any, arguments: Sequence[Any], result: Any) -> None:
         for each in passes(operator, arguments, result):
-            self._add("", each.reads, each.writes)
+            self._add(str(operator.overloadpacket), False, each.reads, each.writes)
         results = result if isinstance(result, (tuple, list)) else [result]
         self.shapes |= {tuple(each.shape) for each in results if isinstance(each, torch.Tensor)}
 
-    def _add(self, kernel: str, *groups: Sequence[torch.Tensor]) -> None:
+    def _add(self, name: str, is_ours: bool, *groups: Sequence[torch.Tensor]) -> None:
         """Within the reads and within the writes, the same elements count once."""
         unlike = [{(each.data_ptr(), _storage(each), each.shape): each for each in group}.values() for group in groups]
-        self.launched.append(Pass(kernel, tuple(self._touched(each) for group in unlike for each in group)))
+        touched = tuple(self._touched(each) for group in unlike for each in group)
+        self.launched.append(Pass(name, is_ours, touched))
 
     def _touched(self, tensor: torch.Tensor) -> Touched:
         distinct = torch.Size(n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride).numel()
@@ -149,7 +151,7 @@ class Traffic:
 
     @classmethod
     def of(cls, launched: Sequence[Pass], activations: Activations) -> Traffic:
-        kernels = sum(bool(each.kernel) for each in launched)
+        kernels = sum(each.is_ours for each in launched)
         touched = [tensor for each in launched for tensor in each.touched]
         total = sum(tensor.bytes for tensor in touched)
         images = sum(tensor.bytes for tensor in touched if tensor in activations)
@@ -158,6 +160,10 @@ class Traffic:
     @property
     def launches(self) -> int:
         return self.kernels + self.operators
+
+    @property
+    def bytes(self) -> int:
+        return self.activations + self.other
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(

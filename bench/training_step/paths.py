@@ -22,12 +22,16 @@ BACKEND = "gpukern"
 
 @dataclass(frozen=True)
 class Step:
-    """``forward`` ends with the loss. ``optimizer``: its launches. ``saved``: the bytes that backward keeps alive."""
+    """``forward`` ends with the loss. ``optimizer``: its launches. ``saved``: the bytes that backward keeps alive.
+
+    ``by_name``: forward and backward, by the names of kernels and operators.
+    """
 
     forward: Traffic
     backward: Traffic
     optimizer: int
     saved: int
+    by_name: dict[str, Traffic]
 
     @property
     def moved(self) -> Traffic:
@@ -85,7 +89,11 @@ class _Run:
 
     def counted(self, activations: Activations, optimizer: int) -> Step:
         forward, backward = (Traffic.of(part, activations) for part in (self.forward, self.backward))
-        return Step(forward, backward, optimizer, self.saved)
+        named: dict[str, list[Pass]] = {}
+        for each in (*self.forward, *self.backward):
+            named.setdefault(each.name, []).append(each)
+        by_name = {name: Traffic.of(launched, activations) for name, launched in named.items()}
+        return Step(forward, backward, optimizer, self.saved, by_name)
 
 
 def _run(model: torch.nn.Module, input: Sequence[int], dtype: torch.dtype, device: DeviceSpec | None) -> _Run:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 
 from rich.table import Table
 
+from bench.training_step.count import Traffic
 from bench.training_step.paths import Step, Steps
 from gpukern import tables
-from gpukern.formatting import MISSING, ratio, size
+from gpukern.formatting import MISSING, number, ratio, size
 
 
 def _rows() -> Iterator[tuple[str, Callable[[Step], int], Callable[[float], str]]]:
@@ -36,3 +37,22 @@ def table(title: str, steps: Steps) -> Table:
         ratios = [ratio(a / b if a is not None and b else None) for a, b in pairs]
         made.add_row(name, *cells, *ratios)
     return made
+
+
+def kernels(steps: Steps) -> Table:
+    """Launches and bytes of all kinds by kernel and operator, those that move the most first."""
+    ways = {"PyTorch": steps.pytorch, "convert": steps.convert}
+    if steps.compile is not None:
+        ways["compile"] = steps.compile
+    headings = (f"{way}, {what}" for way in ways for what in ("launches", "MB"))
+    made = tables.table("", *tables.numbers(*headings), narrow=True)
+    names = {name for step in ways.values() for name in step.by_name}
+    moved = {name: sum(step.by_name[name].bytes for step in ways.values() if name in step.by_name) for name in names}
+    for name in sorted(names, key=lambda name: (-moved[name], name)):
+        found = [step.by_name.get(name) for step in ways.values()]
+        made.add_row(name, *(text for each in found for text in _of_kernel(each)))
+    return made
+
+
+def _of_kernel(found: Traffic | None) -> tuple[str, str]:
+    return (MISSING, MISSING) if found is None else (f"{found.launches:,}", number(found.bytes / 1e6))

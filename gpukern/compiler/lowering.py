@@ -16,6 +16,7 @@ from gpukern.fusion.eager_calls import call_one_directly
 from gpukern.fusion.match import Match
 from gpukern.fusion.products import Product, activation, image, pool
 from gpukern.fusion.program import arguments, tensor_of, value
+from gpukern.ops.activation import needs_input
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 
@@ -37,12 +38,21 @@ class _Lowering:
         self.moved: dict[Node, Node] = {}
         self.cores = {match.core: match for match in matches}
         self.additions = {match.add: match for match in matches if match.add is not None}
+        # Read at once: a node that was erased has no arguments.
+        self.numbers = {norm: _numbers(norm) for match in matches if (norm := _norm_of(match)) is not None}
+        #: Of a batch norm that adds another one's result, that one: both run in one pass.
+        self.partners = {match.output: partner for match in matches if (partner := self.partner(match)) is not None}
+        paired = {id(partner) for partner in self.partners.values()}
+        self.paired = [match for match in matches if id(match) in paired]
         #: How many read the result of a batch norm, where it is handed on with its origin.
         self.readers = {match.output: self.count_readers(match) for match in matches}
 
     def lower(self) -> None:
         for match in self.matches:
-            node = self.normalized(match) if _norm_of(match) is not None else self.alone(match)
+            if match in self.paired:
+                node = self.convolved(match)
+            else:
+                node = self.normalized(match) if _norm_of(match) is not None else self.alone(match)
             node.meta = {**match.output.meta, "gpukern_match": match}
             match.output.replace_all_uses_with(node)
             self.moved[match.output] = node
@@ -88,25 +98,39 @@ class _Lowering:
     def normalized(self, match: Match) -> Node:
         norm = _norm_of(match)
         assert norm is not None
-        given = arguments(norm)
-        kept = given["running_mean"], given["running_var"]
-        statistics = Statistics(*kept, given["training"], given["momentum"], given["eps"])
-        z = self.at(given["input"])
-        if match.product is not None:
-            product = match.product
-            # Where sizes are free, Dynamo makes inputs of the numbers too.
-            operands: tuple[Any, ...] = statistics
-            known = all(each.op in ("placeholder", "get_attr") for each in operands if isinstance(each, Node))
-            z = self.call(
-                match.core if known else norm,
-                steps.convolution, *self.operands(product), _geometry(product), statistics,
-            )  # fmt: skip
-            z.meta = {**match.core.meta, "gpukern_match": match}
-        return self.call(
-            norm if match.add is None else match.add,
-            steps.norm, z, given["weight"], given["bias"], self.at(match.residual), statistics, *match.activation,
-            self.readers[match.output], self.recompute,
-        )  # fmt: skip
+        z = self.at(arguments(norm)["input"]) if match.product is None else self.convolved(match)
+        place = norm if match.add is None else match.add
+        numbers, more = self.numbers[norm], (*match.activation, self.readers[match.output], self.recompute)
+        if match.output in self.partners:
+            partner = self.partners[match.output]
+            other = partner.norm
+            assert other is not None
+            return self.call(place, steps.norm_pair, z, *numbers, self.at(partner.output), *self.numbers[other], *more)
+        weight, bias, statistics = numbers
+        return self.call(place, steps.norm, z, weight, bias, self.at(match.residual), statistics, *more)
+
+    def convolved(self, match: Match) -> Node:
+        """The product of a match, with what its kernel makes for the batch norm."""
+        product, norm = match.own_product, _norm_of(match)
+        assert norm is not None
+        *_, statistics = self.numbers[norm]
+        # Where sizes are free, Dynamo makes inputs of the numbers too.
+        operands: tuple[Any, ...] = statistics
+        known = all(each.op in ("placeholder", "get_attr") for each in operands if isinstance(each, Node))
+        place = match.core if known else norm
+        made = self.call(place, steps.convolution, *self.operands(product), _geometry(product), statistics)
+        made.meta = {**match.core.meta, "gpukern_match": match}
+        return made
+
+    def partner(self, match: Match) -> Match | None:
+        """The match whose batch norm's result ``match`` adds, if nothing else reads it and both can be one pass."""
+        other = next((each for each in self.matches if each.output is match.residual), None)
+        if other is None or match.norm is None or other.norm is None or other.output is not other.norm:
+            return None
+        images = tensor_of(match.output).dim() == 4 and len(other.output.users) == 1
+        alike = other.output.meta.get("region") == match.output.meta.get("region")
+        training = all(arguments(norm)["training"] is True for norm in (match.norm, other.norm))
+        return other if images and alike and training and not needs_input(match.activation[0]) else None
 
     def alone(self, match: Match) -> Node:
         """A product without a batch norm, with its epilogue."""
@@ -131,6 +155,13 @@ class _Lowering:
 
 def _norm_of(match: Match) -> Node | None:
     return match.core if match.product is None else match.norm
+
+
+def _numbers(norm: Node) -> tuple[Any, Any, Statistics]:
+    """Weight, bias and statistics of a batch norm."""
+    given = arguments(norm)
+    kept = given["running_mean"], given["running_var"]
+    return given["weight"], given["bias"], Statistics(*kept, given["training"], given["momentum"], given["eps"])
 
 
 def _geometry(product: Product) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ class Mailbox:
     cannot take part (its operand was converted to another dtype): then each returns its own gradient.
     """
 
-    __slots__ = ("_arrived", "_pass", "broken", "gradient", "sums", "users")
+    __slots__ = ("_arrived", "_made", "_pass", "broken", "gradient", "sums", "users")
 
     def __init__(self, users: int) -> None:
         self.users = users
@@ -39,6 +39,23 @@ class Mailbox:
         self._arrived = 0
         self.gradient: torch.Tensor | None = None
         self.sums: torch.Tensor | None = None
+        self._made: torch.Tensor | None = None
+
+    @property
+    def made(self) -> torch.Tensor | None:
+        """The tensor itself, where somebody computed it once more in this pass."""
+        return self._made if self._pass == _current_pass() else None
+
+    @made.setter
+    def made(self, tensor: torch.Tensor) -> None:
+        self._enter()
+        self._made = tensor
+
+    def _enter(self) -> None:
+        number = _current_pass()
+        if number != self._pass:
+            self._reset()
+            self._pass = number
 
     def is_open(self) -> bool:
         """Whether gradients are left here in this pass.
@@ -52,10 +69,7 @@ class Mailbox:
 
     def is_last(self) -> bool:
         """Note that a user has arrived in this pass; whether all others have."""
-        number = _current_pass()
-        if number != self._pass:
-            self._reset()
-            self._pass = number
+        self._enter()
         self._arrived += 1
         return self._arrived == self.users
 

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 
 from gpukern import functional
-from gpukern.compiler.autograd import Convolution, Epilogue, Geometry, Norm, Origin
+from gpukern.compiler.autograd import Convolution, Geometry, Norm, NormPair
 from gpukern.compiler.mailbox import Mailbox
+from gpukern.compiler.origin import Epilogue, Origin, origin_of
 from gpukern.ops import conv2d
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops.activation import activation as apply_activation
-from gpukern.ops.batch_norm import kept_for_backward
 from gpukern.runtime.amp import autocast, is_any_autocast_enabled
 from gpukern.runtime.operator import is_lazy, needs_operator, resolved
 
@@ -183,30 +183,65 @@ def norm(
     if added is not None and added.dtype is not z.dtype:
         # Under autocast, where dtypes mix: a sum of its own, in the dtype that torch gives it.
         _leave(source)
-        y, *_ = _norm(z, weight, bias, None, mean, variance, statistics, "none", 0.0, None, None)
+        y, *_ = _norm(z, weight, bias, None, mean, variance, statistics, "none", 0.0)
         y = functional_activation(y + added, activation, negative_slope)
         return Normalized(y, None) if readers else y
-    mailbox = Mailbox(readers) if readers and torch.is_grad_enabled() else None
     weight, bias, added = resolved(weight), resolved(bias), resolved(added)
-    of_source = None if source is None else source.mailbox
+    if not readers or not torch.is_grad_enabled():
+        y, *_ = _norm(z, weight, bias, added, mean, variance, statistics, activation, negative_slope, source)
+        return Normalized(y, None) if readers else y
+    mailbox = Mailbox(readers)
     y, mean, variance = _norm(
-        z, weight, bias, added, mean, variance, statistics, activation, negative_slope, mailbox, of_source
+        z, weight, bias, added, mean, variance, statistics, activation, negative_slope, source, mailbox, again
+    )
+    epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
+    return Normalized(y, origin_of(mailbox, z, weight, bias, added, y, mean, variance, epilogue, again, source))
+
+
+def norm_pair(
+    a: Convolved,
+    weight_a: torch.Tensor | None,
+    bias_a: torch.Tensor | None,
+    statistics_a: Statistics,
+    b: Convolved,
+    weight_b: torch.Tensor | None,
+    bias_b: torch.Tensor | None,
+    statistics_b: Statistics,
+    activation: str,
+    negative_slope: float,
+    readers: int = 0,
+    again: bool = False,
+) -> torch.Tensor | Normalized:
+    """``act(batch_norm(a) + batch_norm(b))``, both with the batch's statistics; otherwise as :func:`norm`."""
+    parameters = weight_a, bias_a, weight_b, bias_b
+    if a.mean is None or b.mean is None or a.z.dtype is not b.z.dtype or _is_unusual(a.z, b.z, *parameters):
+        added = norm(b, weight_b, bias_b, None, statistics_b, "none", 0.0)
+        return norm(a, weight_a, bias_a, added, statistics_a, activation, negative_slope, readers, again)
+    mailbox = Mailbox(readers) if readers and torch.is_grad_enabled() else None
+    again = again and mailbox is not None
+    other = Origin.of_norm(b.z, weight_b, bias_b, b.mean, b.variance, statistics_b.eps)
+    epilogue = Epilogue(True, statistics_a.eps, activation, negative_slope)
+    y = NormPair.apply(
+        a.z, weight_a, bias_a, b.z, weight_b, bias_b, a.mean, a.variance, epilogue, other, mailbox, again
     )
     if mailbox is None:
         return Normalized(y, None) if readers else y
-    other = kept_for_backward(added, y, activation)
-    epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
-    return Normalized(y, Origin(mailbox, z, weight, bias, other, mean, variance, epilogue, again and added is None))
+    kept = None if again or activation == "none" else y
+    tensors = a.z, weight_a, bias_a, kept, a.mean, a.variance
+    return Normalized(y, Origin(mailbox, *tensors, epilogue, again, True, other))
 
 
 def _is_unusual(*tensors: torch.Tensor | None) -> bool:
     return needs_operator(tensors) or any(each is not None and is_lazy(each) for each in tensors)
 
 
-def _norm(z, weight, bias, residual, mean, variance, statistics, activation, negative_slope, mailbox, source) -> Any:
+def _norm(
+    z, weight, bias, residual, mean, variance, statistics: Statistics, activation: str, negative_slope: float,
+    source: Origin | None = None, mailbox: Mailbox | None = None, again: bool = False,
+) -> Any:  # fmt: skip
     epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
     running = statistics.running if mean is None else None
-    return Norm.apply(z, weight, bias, residual, mean, variance, running, epilogue, mailbox, source)
+    return Norm.apply(z, weight, bias, residual, mean, variance, running, epilogue, mailbox, source, again)
 
 
 def avg_pool2d(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, *options: Any) -> torch.Tensor:
@@ -221,5 +256,5 @@ def functional_activation(x: torch.Tensor, activation: str, negative_slope: floa
 
 def _leave(origin: Origin | None) -> None:
     """A reader's forward does not take part: all readers return their gradients to autograd."""
-    if origin is not None:
+    if origin is not None and origin.mailbox is not None:
         origin.mailbox.broken = True

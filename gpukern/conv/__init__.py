@@ -28,7 +28,7 @@ _LATER = {
     "gpukern.conv.exclusions": ("Exclusion",),
     "gpukern.conv.families.registry": ("family_of",),
     "gpukern.conv.hooks": ("force_plan", "observe"),
-    "gpukern.conv.launch": ("prepared_for", "run", "write"),
+    "gpukern.conv.launch": ("conv2d_input_grad_norm", "prepared_for", "run", "write"),
     "gpukern.conv.layouts": ("Shape", "Strides"),
     "gpukern.conv.planner": (
         "Ranked",
@@ -42,7 +42,7 @@ _LATER = {
     "gpukern.conv.pooled.plan": ("seconds_apart",),
     "gpukern.conv.pooled.problem": ("POOL_WINDOWS",),
     "gpukern.conv.prepare": ("forget", "pooled_choice", "prepare_launch"),
-    "gpukern.conv.request": ("Call", "Epilogue", "Prepared", "check_countable", "operands_of", "shapes"),
+    "gpukern.conv.request": ("Call", "Epilogue", "NormBefore", "Prepared", "check_countable", "operands_of", "shapes"),
 }
 _HOMES = {name: module for module, names in _LATER.items() for name in names}
 

@@ -8,6 +8,7 @@ from gpukern.conv.families.registry import family_of
 from gpukern.conv.geometry import dimensions, phases
 from gpukern.conv.plan import ConvPlan, Direction, Operands
 from gpukern.conv.problem import ConvProblem
+from gpukern.ops._reduction.splits import group_count
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
 
@@ -70,7 +71,7 @@ def least_cost(
         waves=programs / device.sm_count,
         efficiency=must.flops / done if done else 1.0,
         bytes=moved,
-        launches=1 + passes + sum(plan.pack) + _added_apart(direction, plan),
+        launches=1 + passes + sum(plan.pack),
         compute=compute,
         seconds=max(compute, moved / bandwidth),
     )
@@ -94,14 +95,14 @@ def copied_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan, itemsize:
     return sum(2 * elements * itemsize for elements, copied in zip(sizes, plan.pack, strict=True) if copied)
 
 
-def _added_apart(direction: Direction, plan: ConvPlan) -> bool:
-    """Whether a separate launch adds the partial sums; for tiles of pixels, the last program to arrive adds them."""
-    return plan.splits > 1 and direction is Direction.WEIGHT_GRAD
-
-
 def split_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
-    """Bytes moved by partial sums: fp32, written and read once."""
-    return 2 * 4 * plan.splits * _output(p, direction) if plan.splits > 1 else 0
+    """Bytes moved by partial sums: fp32, written and read once, as are those of groups of them."""
+    if plan.splits == 1:
+        return 0
+    parts = plan.splits
+    if direction is Direction.WEIGHT_GRAD:
+        parts += group_count(plan.splits, family_of(plan).tile_sums(p, plan))
+    return 2 * 4 * parts * _output(p, direction)
 
 
 def _operands(direction: Direction, x: int, y: int, w: int) -> tuple[int, int]:

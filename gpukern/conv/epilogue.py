@@ -65,4 +65,4 @@ def store_statistics(y, valid, statistics, tile, tiles, channel, channels, AXIS:
     deviation = tl.where(valid, y - tl.expand_dims(mean, AXIS), 0.0)
     squares = tl.sum(deviation * deviation, axis=AXIS)
     count = tl.broadcast_to(count, total.shape)
-    store_part(statistics.parts, total, squares, count, tile, tiles, channel, channel < channels, channels)
+    store_part(statistics.parts, (total, squares, count), tile, tiles, channel, channel < channels, channels)

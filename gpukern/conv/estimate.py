@@ -4,13 +4,14 @@
 
     seconds = launch · launches + max(busy, memory) + overlap · min(busy, memory)
     memory  = bytes / (bandwidth · share)
-    busy    = waves · (steps · max(products, operands, latency / stages) + first + store · area) + split
+    busy    = waves · (steps · max(products, operands, latency / stages) + first + store · area) + adding
 
 ``products`` are the seconds of a step's products for all programs that share a multiprocessor, at a share of the peak
 that depends on the kernel and its tile, and ``operands`` those of fetching the operands, from the L2 at best; a
 program can have the operands of ``stages`` steps in flight, so its steps come no faster than latency / stages. The
 constants are fitted to measured plans by ``python -m bench.calibrate``; the plan database holds the measurements
-themselves and takes precedence.
+themselves and takes precedence. ``adding`` is the time after the last product until the splits of a sum are added: a
+constant, and in weight gradients, which have many more splits than other directions, also that of reading them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.geometry import channels_of
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
 from gpukern.conv.problem import ConvProblem
+from gpukern.ops._reduction.splits import parts_in_turn
 from gpukern.runtime.device import DeviceSpec, assumed_peaks
 from gpukern.runtime.roofline import Cost
 
@@ -44,7 +46,7 @@ class Constants:
     first: float
     #: Time a program takes to store its output, for a tile of 128 × 128.
     store: float
-    #: Time to add up the partial sums of a tile.
+    #: Time to add up the partial sums of a tile, without reading those of a weight gradient.
     split: float
     #: Share of the bandwidth that long copies reach.
     memory: float
@@ -125,6 +127,7 @@ def expected(
     else:
         rate = peaks.matrix_rates[rate_of(plan, operands)] / device.sm_count
         busy = _busy(plan, tiles, rate, operands.itemsize, device, constants)
+        busy += _adding(problem, direction, plan, constants)
     across = _ACROSS_RUNS ** _across_runs(problem, direction, plan, operands)
     longer, shorter = sorted((across * busy, across * memory), reverse=True)
     return constants.launch * bound.launches + longer + constants.overlap * shorter
@@ -154,7 +157,7 @@ def _busy(
     device: DeviceSpec,
     constants: Constants,
 ) -> float:
-    """Seconds until the last program has ended, if memory were infinitely fast; ``rate`` is a multiprocessor's."""
+    """Seconds until the last sum is complete, if memory were infinitely fast; ``rate`` is a multiprocessor's."""
     programs = sum(count for count, _ in tiles)
     steps = sum(count * steps for count, steps in tiles) / programs
     together = min(resident(plan, itemsize, device), math.ceil(programs / device.sm_count))
@@ -167,8 +170,17 @@ def _busy(
     if waves <= 3:
         # The more waves there are, the less it matters that they do not end together.
         waves = max(1.0, (waves + math.ceil(waves)) / 2)
-    split = constants.split if plan.splits > 1 else 0.0
-    return waves * (steps * step + constants.first + constants.store * area / 128**2) + split
+    return waves * (steps * step + constants.first + constants.store * area / 128**2)
+
+
+def _adding(problem: ConvProblem, direction: Direction, plan: ConvPlan, constants: Constants) -> float:
+    """Seconds from the end of the last product until the splits of its tile are added."""
+    if plan.splits == 1:
+        return 0.0
+    if direction is not Direction.WEIGHT_GRAD:
+        return constants.split
+    size = family_of(plan).tile_sums(problem, plan)
+    return constants.split + 4 * size * parts_in_turn(plan.splits, size) / constants.fetch
 
 
 def _share(plan: ConvPlan, constants: Constants) -> float:

@@ -7,13 +7,14 @@ import functools
 import torch
 
 from gpukern.conv.layouts import Strides
+from gpukern.conv.norm_grad import NormGrad
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.prepare import plan_without, prepare_launch
 from gpukern.conv.problem import ConvProblem
-from gpukern.conv.request import Epilogue, Prepared
+from gpukern.conv.request import Epilogue, NormBefore, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._images import strides_of
-from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import channels_last_copy, copy_image, sums_and_deviations, with_workspace
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import conv_precision
@@ -81,6 +82,37 @@ def conv2d_input_grad(
     epilogue = _epilogue("none", added is not None)
     prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue)
     return run(prepared, grad, weight, None, added)[0]
+
+
+def conv2d_input_grad_norm(
+    problem: ConvProblem,
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    channels_last: bool,
+    added: torch.Tensor | None,
+    norm: NormBefore,
+    activation: str,
+    negative_slope: float,
+    plan: ConvPlan | None = None,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return (g, its sums fp32 [2, C]) of :mod:`gpukern.ops.conv_norm_grad`; None if no kernel can.
+
+    ``plan`` replaces the chosen one, for tools that try others.
+    """
+    epilogue = _epilogue(activation, added is not None, False, True)
+    prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue, plan)
+    if not prepared.launch.tiles:
+        return None
+    output = grad.new_empty_strided(prepared.shape, prepared.strides)
+    sums = Sums(totals=torch.empty((2, problem.C), dtype=torch.float32, device=grad.device))
+    try:
+        made = _write(prepared, output, grad, weight, None, added, negative_slope, sums, norm)
+    except DescriptorRefused as refusal:
+        if plan is not None:
+            raise
+        plan_without(prepared.plan, device_spec(grad.device), refusal)
+        return conv2d_input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, negative_slope)
+    return (output, sums.totals) if made else None
 
 
 def conv2d_weight_grad(
@@ -151,7 +183,10 @@ def write(
         if prepared.in_place and residual is None and (bias is None or bias.is_contiguous()):
             prepared.launch.run(first, second, output, bias, None, None, negative_slope)
             return None
-        return _write(prepared, output, first, second, bias, residual, negative_slope, statistics)
+        if statistics is None and prepared.launch.tiles:
+            statistics = sums_and_deviations(prepared.shape[1], first.device)
+        made = _write(prepared, output, first, second, bias, residual, negative_slope, statistics)
+        return statistics if made else None
     except DescriptorRefused as problem:
         if prepared.again is None:
             raise
@@ -167,19 +202,22 @@ def _write(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     negative_slope: float,
-    statistics: Statistics | None,
-) -> Statistics | None:
+    merged: Statistics | Sums | None,
+    norm: NormBefore | None = None,
+) -> bool:
+    """Return whether ``merged``, the statistics, or the sums with a ``norm``, were made."""
     if output.numel() == 0:
-        return None
+        return False
     if first.numel() == 0:
         # Empty sums: the weight gradient of an empty batch, a linear layer without features.
         _write_empty_sums(prepared, output, bias, residual, negative_slope)
-        return None
+        return False
     of_launch = prepared.launch
-    if of_launch.tiles:
-        channels = prepared.shape[1]
-        statistics = statistics or sums_and_deviations(channels, first.device)
-        statistics = with_workspace(statistics, channels, first.device, *of_launch.tiles, taken=of_launch.counters)
+    if merged is not None and of_launch.tiles:
+        channels, numbers = prepared.shape[1], 3 if norm is None else 2
+        merged = with_workspace(  # type: ignore[type-var]
+            merged, channels, first.device, *of_launch.tiles, taken=of_launch.counters, sums=numbers
+        )
     pack_first, pack_second, pack_output = prepared.plan.pack
     if pack_first:
         first = channels_last_copy(first)
@@ -190,14 +228,23 @@ def _write(
         written = output.new_empty_strided(prepared.shape, prepared.written)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()  # the only operand that kernels take without strides: it must be contiguous
-    if residual is not None and not _lies_like(residual, prepared.written):
-        copy = torch.empty_like(written)
-        copy_image(residual, copy)
-        residual = copy
-    of_launch.run(first, second, written, bias, residual, statistics, negative_slope)
+    residual = _laid_like(residual, written, prepared.written)
+    if norm is None:
+        of_launch.run(first, second, written, bias, residual, merged, negative_slope)
+    else:
+        z, other = (_laid_like(each, written, prepared.written) for each in (norm.z, norm.other))
+        through = _norm_grad(norm)
+        of_launch.run(first, second, written, bias, residual, merged, negative_slope, z, other, through)
     if pack_output:
         copy_image(written, output)
-    return statistics
+    return merged is not None
+
+
+def _norm_grad(norm: NormBefore) -> NormGrad:
+    mean, variance, weight, bias = (
+        None if t is None else t.contiguous() for t in (norm.mean, norm.variance, norm.weight, norm.bias)
+    )
+    return NormGrad(mean, variance, weight, bias, norm.eps)
 
 
 def _write_empty_sums(
@@ -217,7 +264,16 @@ def _write_empty_sums(
     output.copy_(sums if activation == "none" else activate(sums, activation, negative_slope))
 
 
-def _lies_like(tensor: torch.Tensor, strides: Strides) -> bool:
-    """Whether a kernel that writes with ``strides`` can read ``tensor`` at the same places, 16 bytes at once."""
+def _laid_like(tensor: torch.Tensor | None, written: torch.Tensor, strides: Strides) -> torch.Tensor | None:
+    """Return ``tensor`` such that a kernel that writes with ``strides`` reads it at the same places, 16 bytes at once.
+
+    ``written`` is what it writes: a copy lies like it.
+    """
+    if tensor is None:
+        return None
     same = tensor.stride() == strides or strides_of(tensor.shape, tensor.stride()) == strides_of(tensor.shape, strides)
-    return same and tensor.data_ptr() % 16 == 0
+    if same and tensor.data_ptr() % 16 == 0:
+        return tensor
+    copy = torch.empty_like(written)
+    copy_image(tensor, copy)
+    return copy

@@ -119,6 +119,11 @@ class ConvPlan:
             raise ValueError(f"{self} has no box")
         return self.box
 
+    @property
+    def sums_per_thread(self) -> int:
+        """Number of the tile's sums that a thread holds."""
+        return self.block_m * self.block_n // (32 * self.num_warps)
+
     def __str__(self) -> str:
         words = f"{self.variant.value} {self.block_m}×{self.block_n}×{self.block_k}"
         if self.box:

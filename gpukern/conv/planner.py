@@ -42,6 +42,25 @@ def heuristic_plan(problem: ConvProblem, direction: Direction, operands: Operand
     raise RuntimeError(f"gpukern has no kernel left for {direction.value} of {problem} on {device.name}: {reasons}")
 
 
+@functools.lru_cache(maxsize=4096)
+def norm_grad_plan(
+    problem: ConvProblem, operands: Operands, device: DeviceSpec, activation: str, first: ConvPlan
+) -> ConvPlan | None:
+    """Return the plan of an input gradient that goes on through a batch norm; None if launches apart serve it.
+
+    That is ``first``, the plan of the input gradient alone, or else the best whose kernel has registers left for it.
+    What is packed is not yet the output when the kernel ends.
+    """
+    direction = Direction.INPUT_GRAD
+    if not problem.N or first.pack[2]:
+        return None
+    others = (each.plan for each in ranking(problem, direction, operands, device) if not only_measured(each.plan))
+    for plan in itertools.chain((first,), others):
+        if not plan.pack[2] and family_of(plan).takes_norm_grad(plan, activation):
+            return plan
+    return None
+
+
 def ranking(problem: ConvProblem, direction: Direction, operands: Operands, device: DeviceSpec) -> list[Ranked]:
     """Return every candidate, the one expected to be the fastest first."""
     offered = dict.fromkeys(candidates(problem, direction, operands, device))
@@ -101,8 +120,7 @@ def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
     """
     if device.multiplies_from_shared_memory or not family_of(plan).uses_descriptors:
         return True
-    sums = plan.block_m * plan.block_n // (32 * plan.num_warps)
-    return sums <= (32 if plan.precision == "tf32x3" else 96)
+    return plan.sums_per_thread <= (32 if plan.precision == "tf32x3" else 96)
 
 
 def _packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:

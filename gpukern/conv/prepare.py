@@ -18,7 +18,7 @@ from gpukern.conv.exclusions import Exclusion, exclude
 from gpukern.conv.families.registry import family_of
 from gpukern.conv.layouts import Strides
 from gpukern.conv.plan import ConvPlan, Direction
-from gpukern.conv.planner import heuristic_plan
+from gpukern.conv.planner import heuristic_plan, norm_grad_plan
 from gpukern.conv.pooled import plan as pooled
 from gpukern.conv.problem import ConvProblem, pooled_problem
 from gpukern.conv.request import Call, Epilogue, Prepared, Request, check_countable, shapes
@@ -50,6 +50,7 @@ def prepare_launch(
 
     ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule. ``aligned``:
     whether all tensors start at multiples of 16 bytes. ``plan`` replaces the chosen one, for tools that try others.
+    Where no kernel can go on through a batch norm (``epilogue.norm_grad``) the launch has no ``tiles``.
     """
     check_kernel_dtype("conv2d", dtype)
     of_first, _, of_output = of_all = shapes(problem, direction)
@@ -63,6 +64,9 @@ def prepare_launch(
         again = functools.partial(prepare_launch, *call, device, epilogue)
         _report(call, device)
         plan = choose(problem, direction, call.operands, device).plan
+        if epilogue.norm_grad:
+            through = norm_grad_plan(problem, call.operands, device, epilogue.activation, plan)
+            plan, epilogue = through or plan, epilogue._replace(norm_grad=through is not None)
     seen_first, seen_second, seen_output = (
         dense_strides(shape, channels_last=True) if packed else given
         for shape, given, packed in zip(of_all, (first, second, strides), plan.pack, strict=True)
@@ -115,6 +119,7 @@ def plan_without(refused: ConvPlan, device: DeviceSpec, problem: DescriptorRefus
     words = str(problem).strip().splitlines()[0]
     exclude(Exclusion(device.compute_capability, f"the driver refused its descriptors ({words})", refused.variant))
     heuristic_plan.cache_clear()
+    norm_grad_plan.cache_clear()
     forget()
     warnings.warn(
         f"gpukern plans without its {refused.variant.value} kernel on {device.name}: "

@@ -19,12 +19,31 @@ class Epilogue(NamedTuple):
     """The computation of a forward kernel before it stores: a value for caches, without the tensors.
 
     ``residual``: whether a tensor laid out like the output is added; ``statistics``: whether sums over the pixels are
-    requested.
+    requested. ``norm_grad``, of an input gradient: whether it goes on through the activation to the sums of the batch
+    norm before the convolution; the activation is then the one whose derivative is multiplied.
     """
 
     activation: str = "none"
     residual: bool = False
     statistics: bool = False
+    norm_grad: bool = False
+
+    @property
+    def leaves_parts(self) -> bool:
+        """Whether each tile leaves a part of sums over the pixels."""
+        return self.statistics or self.norm_grad
+
+
+class NormBefore(NamedTuple):
+    """The batch norm, with an activation, whose output a convolution reads; see :mod:`gpukern.ops.conv_norm_grad`."""
+
+    z: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    other: torch.Tensor | None
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,8 @@ class Call(NamedTuple):
         return operands_of(self.problem, self.direction, strides, self.aligned, self.dtype, self.precision)
 
 
-#: Starts the kernels: (first, second, output, bias, residual, statistics, negative_slope), None for absent ones.
+#: Starts the kernels: (first, second, output, bias, residual, statistics, negative_slope), None for absent ones. Those
+#: of an input gradient take more, None if left out: z and ``other``, laid out like the output, and a ``NormGrad``.
 Run = Callable[..., None]
 
 
@@ -95,7 +115,7 @@ class Tiles(NamedTuple):
 class Launch:
     """A kernel's part of :class:`Prepared`.
 
-    ``tiles``: of the statistics, if these are requested. ``counters``: how many counters split sums take.
+    ``tiles``: of the statistics or sums, if these are requested. ``counters``: how many counters split sums take.
     """
 
     run: Run
@@ -108,7 +128,8 @@ class Prepared:
     """A launch without its tensors.
 
     ``shape`` and ``strides`` are the output's; ``written`` are the strides that the kernel writes, before a last copy.
-    ``in_place``: the kernel takes first, second and output as they are, none of them empty, and makes no statistics.
+    ``in_place``: the kernel takes first, second and output as they are, none of them empty, and makes no statistics or
+    sums.
     ``again`` prepares the same launch again, with the plan chosen then; None if the caller chose the plan.
     """
 

@@ -215,5 +215,5 @@ def _code(asked: Question, plan: Any) -> dict[str, Any]:
 
 
 def main_kernel(kernels: list[Compiled]) -> Compiled:
-    """The one that computes; others copy operands and add partial sums."""
+    """The one that computes; others copy operands."""
     return next(kernel for kernel in kernels if kernel.kernel.startswith("conv2d_"))

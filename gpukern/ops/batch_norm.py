@@ -22,7 +22,7 @@ from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_sizes
 from gpukern.ops.activation import needs_input, through_activation
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator, needs_operator
+from gpukern.runtime.operator import Operator, needs_operator, resolved
 from gpukern.runtime.tensors import check_alike, format_kept_by
 from gpukern.runtime.transforms import Batch
 
@@ -327,3 +327,42 @@ batch_norm_backward = Operator(
     backward=_gradients_backward,
     plain=_gradients_plainly,
 )
+
+
+def gradients_from_sums(
+    inner: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    sums: torch.Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return (∂L/∂x laid out like x, ∂L/∂weight, ∂L/∂bias) where g = ∂L/∂z and its sums are known, in one pass.
+
+    A plain function for the inside of an autograd Function, which records nothing.
+
+    Parameters
+    ----------
+    inner, input:
+        g and x, [N, C, ...], of one dtype.
+    weight, bias, mean, variance:
+        of each channel [C]; the variance is the biased one; weight and bias may be None.
+    sums:
+        Σ g and Σ g·x̂, fp32 [2, C].
+    training:
+        whether mean and variance are the batch's.
+
+    Raises
+    ------
+    RuntimeError
+        for sizes, dtypes and devices that do not fit together, as torch does.
+    """
+    check(input, weight, bias, inner, mean=mean, variance=variance)
+    if tuple(sums.shape) != (2, input.shape[1]):
+        raise RuntimeError(f"expected sums to have shape {[2, input.shape[1]]}, but got {list(sums.shape)}")
+    return _implementations.of(input).gradients_from_sums(
+        resolved(inner), resolved(input), weight, bias, mean, variance, sums.contiguous(), training, eps
+    )

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from gpukern.conv import Padding, Pair, conv_problem, output_size
+from gpukern.conv import ConvProblem, Padding, Pair, conv_problem, output_size
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_several_values, check_sizes
 from gpukern.ops.activation import affine_jvp
 from gpukern.ops.batch_norm import batch_norm_backward, batch_norm_training, check_numbers, kept_for_backward, norm_jvp
 from gpukern.ops.conv2d import channel_sum, conv2d, conv2d_input_grad, conv2d_weight_grad, first_output_flops
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator, needs_operator
+from gpukern.runtime.operator import Operator, needs_operator, resolved
 from gpukern.runtime.tensors import check_alike, format_kept_by, memory_format_of
 
 _implementations = Implementations("gpukern.ops._batch_norm")
@@ -162,3 +162,21 @@ conv2d_batch_norm = Operator(
     decomposition=_in_torch,
     flops=first_output_flops,
 )
+
+
+def conv2d_batch_statistics(
+    problem: ConvProblem,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    running: Running | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return (z = x ∗ w + b, mean, biased variance of z [C] in fp32 at least) in one launch; update ``running``.
+
+    A plain function for the inside of an autograd Function, which records nothing. The sizes are those of ``problem``,
+    which :func:`gpukern.conv.conv_problem` has checked.
+    """
+    check_alike("conv2d", input, weight, bias)
+    return _implementations.of(input).conv2d_with_statistics(
+        problem, resolved(input), resolved(weight), resolved(bias), running
+    )

@@ -160,7 +160,7 @@ def test_another_method_is_refused_by_name(tmp_path):
         (("--cpu", "--suite", "alexnet"), "unknown network 'alexnet': expected one of lenet, resnet18"),
         (("--cpu", "--dtype", "int8"), "--dtype int8: expected one of fp16, bf16, fp32, float16"),
         (("--cpu", "--dtype", "tf32"), "--dtype tf32: expected one of fp16, bf16, fp32, float16"),
-        (("--cpu", "--layout", "chwn"), "--layout chwn: expected one of channels_last, nhwc, nchw"),
+        (("--cpu", "--layout", "chwn"), "--layout chwn: expected one of nhwc, channels_last, NCHW"),
         (("--cpu", "--computation", "back"), "--computation back: expected one of forward, input gradient"),
         (("--cpu", "--peers", "tvm"), "--peers tvm: expected one of library, compile, max-autotune, flaggems"),
         (("--cpu", "--filter", "nothing like it"), "no row of this suite fits these options"),

@@ -123,7 +123,7 @@ def test_gpukern_asks_for_a_cuda_graph_on_a_gpu_only(monkeypatch):
 
 def test_folded_is_what_runs_as_folded(monkeypatch):
     compiled = []
-    monkeypatch.setattr(inference, "compile_for_these_shapes", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(inference, "compile_for_these_shapes", lambda model, mode: compiled.append(model) or model)
     task = make("resnet18", 1, "float32")
     (images,) = INFERENCE.tensors(task, CPU)
     plain, without = INFERENCE.implementations(task, ("compile",), CPU)[1:]

@@ -137,11 +137,10 @@ def test_nothing_measured_yet():
 def test_bars_start_at_one_and_end_at_the_ratio():
     rows = [row({"graph": [10.0] * 8}, {"p": {"graph": [t] * 8}}, problem=str(t)) for t in (5.0, 20.0, 10_000.0)]
     (group,) = summarize(results(rows[:2]))
-    slow, fast = plots.bars(group.lines).bars
-    assert slow.left + slow.width == pytest.approx(50) and fast.left == 50
-    assert slow.width == pytest.approx(fast.width)
+    (left, width), fast = (plots.bars(group.lines).span(1, line.best.median) for line in group.lines)
+    assert left + width == pytest.approx(50) and fast == (50, pytest.approx(width))
     (group,) = summarize(results(rows))
-    assert plots.bars(group.lines).bars[-1].width == 50, "beyond the edge"
+    assert plots.bars(group.lines).span(1, 1000) == (50, 50), "beyond the edge"
 
 
 def test_a_dot_on_the_ceiling_lies_on_its_line():
@@ -151,13 +150,17 @@ def test_a_dot_on_the_ceiling_lies_on_its_line():
     at_copy = row({"graph": [10.0] * 8}, flops=1e8, bytes_=5e6, problem="memory")
     (group,) = summarize(results([at_peak, at_copy]))
     chart = plots.roofline(group.lines, ceilings)
+
+    def place(point):
+        return chart.x.at(point[0]), chart.y.down(point[1])
+
     # One of another kind than the rows' has no place in it.
-    slope, flat = (ceiling.ends for ceiling in chart.ceilings)
-    by_name = {dot.line.row.case.problem: dot for dot in chart.dots}
-    assert by_name["compute"].y == flat[1] == flat[3] == slope[3]
-    memory = by_name["memory"]
-    on_line = slope[1] + (slope[3] - slope[1]) * (memory.x - slope[0]) / (slope[2] - slope[0])
-    assert memory.y == pytest.approx(on_line, abs=0.05)
+    slope, flat = ((place(ceiling.start), place(ceiling.end)) for ceiling in chart.ceilings)
+    dots = {dot.line.row.case.problem: place((dot.intensity, dot.rate)) for dot in chart.dots}
+    assert dots["compute"][1] == flat[0][1] == flat[1][1] == slope[1][1]
+    x, y = dots["memory"]
+    (x1, y1), (x2, y2) = slope
+    assert y == pytest.approx(y1 + (y2 - y1) * (x - x1) / (x2 - x1), abs=0.05)
 
 
 # ---- in a browser --------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_what_is_known_is_not_tried_again_nor_what_hung(tmp_path):
 def test_a_lost_device_ends_the_process_and_the_next_goes_on_behind_it(tmp_path, monkeypatch):
     path, called = tmp_path / "smoke.jsonl", []
     cases = [case("a", problem=RuntimeError("CUDA error"), called=called), case("b", called=called)]
-    monkeypatch.setattr(smoke, "_lost", lambda device: called == ["a"])
+    monkeypatch.setattr(smoke, "is_lost", lambda device: called == ["a"])
     assert smoke.run(cases, CPU, path)[0] == UNFINISHED
     assert smoke.run(cases, CPU, path)[0] == 1 and called == ["a", "b"]
 

@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from bench import results, stages, steps
+from bench import cli, command, results, stages, steps
 from bench.command import UNFINISHED
 from bench.steps import Step, run_stage
-from bench.suite import suites
+from bench.suite import Selection, suites, tasks
 from tests.bench import made_up
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +182,8 @@ print(json.dumps(tried))
 def test_the_worst_rows_are_profiled(tmp_path):
     def row(ratio: float, problem: str, **changes) -> results.Row:
         peers = {"cuDNN": {"graph": [100 * ratio] * 20}}
-        return made_up.row({"graph": [100.0] * 20}, peers, problem=problem, **changes)
+        uses = (results.Use("resnet50", "conv1", 1),)
+        return made_up.row({"graph": [100.0] * 20}, peers, problem=problem, uses=uses, **changes)
 
     rows = [row(0.9, "b"), row(1.2, "d"), row(0.5, "a"), row(1.0, "c")]
     results.write(tmp_path / "conv.json", made_up.results(rows))
@@ -193,11 +195,32 @@ def test_the_worst_rows_are_profiled(tmp_path):
     )
     results.write(tmp_path / "model.json", made_up.results([network]))
     (tmp_path / "stages.json").write_text("{}")
-    assert [key.rpartition("/")[2] for _, key in stages.worst_rows(tmp_path)] == ["a", "b", "c"]
+    assert [case.problem for case in stages.worst_rows(tmp_path)] == ["a", "b", "c"]
     made = stages.profile(tmp_path)
-    assert [step.command[-2:] for step in made] == [(str(path), key) for path, key in stages.worst_rows(tmp_path)]
+    assert [step.command[step.command.index("--filter") + 1] for step in made] == [
+        case.key for case in stages.worst_rows(tmp_path)
+    ]
     assert all(step.needs == "ncu" for step in made)
     assert len({step.name for step in made}) == 3 and made[0].name.endswith("-a")
+
+
+@pytest.mark.parametrize("name", ["conv", "epilogue", "pool", "linear", "optimizer"])
+def test_a_profile_is_of_its_row_alone(name, monkeypatch):
+    """The last of LeNet's rows in the last of the suite's dtypes and layouts."""
+    suite = suites()[name]
+    some = Selection(("lenet",), suite.batches, suite.dtypes[-1:], suite.layouts[-1:], suite.computations)
+    wanted = tasks(suite, some)[-1]
+    measured = []
+
+    def measure(suite, chosen, method, device, out, **options):
+        measured.append((suite.name, chosen, method.peers, options["fresh"]))
+
+    monkeypatch.setattr(command, "_measure", measure)
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    *_, module, program = stages._alone(wanted.case)[:3]
+    outcome = CliRunner().invoke(cli.app, stages._alone(wanted.case)[3:])
+    assert (module, program, outcome.exit_code) == ("-m", "bench", 0), outcome.output
+    assert measured == [(name, [wanted], (), True)]
 
 
 def test_profiles_are_of_all_our_kernels_and_of_no_other(run_python):

@@ -41,12 +41,11 @@ def test_the_interval_covers_a_skewed_median_as_often_as_it_says():
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 21, 100])
-def test_median_and_quartiles_of_samples_in_any_order(n):
+def test_median_of_samples_in_any_order(n):
     draw = random.Random(n)
     samples = [draw.lognormvariate(0, 1) for _ in range(n)]
     found = spread(samples)
-    expected = np.percentile(samples, [25, 50, 75])
-    assert np.allclose([found.lower_quartile, found.median, found.upper_quartile], expected, rtol=1e-12)
+    assert math.isclose(found.median, np.median(samples), rel_tol=1e-12)
     assert found.low <= found.median <= found.high
     assert spread(sorted(samples)) == spread(samples[::-1]) == found
 

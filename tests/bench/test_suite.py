@@ -180,6 +180,9 @@ def test_a_selection_takes_nothing_but_what_it_names():
     assert {t.case.uses[0].layer for t in by_size} == {"conv1"}
     assert not select(conv, "resnet50", containing="no such thing")
     assert not select(conv, "resnet50", computations=())
+    # A key is that of one row, though others begin with it: with gradients in a bucket.
+    steps = select(suites()["optimizer"], "lenet", computations=("Adam",))
+    assert [select(suites()["optimizer"], "lenet", containing=t.case.key) for t in steps] == [[t] for t in steps]
 
 
 # ---- new suites ----------------------------------------------------------------------------------------------------

@@ -9,16 +9,16 @@ import torch
 from typer.testing import CliRunner
 
 from bench.training_step import __main__ as command
-from gpukern.runtime.accesses import Accesses, accesses
 from bench.training_step.count import Activations, Touched
 from bench.training_step.operators import passes
+from gpukern.runtime.accesses import Accesses, KernelError, find_accesses
 
 aten = torch.ops.aten
 
 # ---- whole steps, in processes that do not emulate ------------------------------------------------------------------
 
 STEPS = """
-import json, sys
+import json
 import torch
 from torch import nn
 from bench.training_step import paths
@@ -29,11 +29,13 @@ def pass_through(graph, inputs):
     return graph.forward
 
 torch._dynamo.register_backend(pass_through, name="pass_through")
-paths.BACKEND = sys.argv[1]
 net = nn.Sequential(
     nn.Conv2d(8, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1, bias=False)
 )
-print(json.dumps([plain(paths.count(net, (4, 8, 8, 8), torch.float16, H200)), paths.why_not_compiled()]))
+found = {}
+for paths.BACKEND in ("nobody", "pass_through"):
+    found[paths.BACKEND] = plain(paths.count(net, (4, 8, 8, 8), torch.float16, H200)), paths.why_not_compiled()
+print(json.dumps(found))
 """
 
 #: Bytes of the images and of the logits, and of the 16 channels between the convolutions.
@@ -41,11 +43,18 @@ X, Y = 4 * 8 * 64 * 2, 4 * 16 * 64 * 2
 
 
 @pytest.fixture(scope="module")
-def two_layers(run_python):
-    result = run_python(STEPS, "pass_through", GPUKERN_PLANS="")
+def steps(run_python):
+    """Of each backend, one missing: the steps, and why there is none of the third kind."""
+    result = run_python(STEPS, GPUKERN_PLANS="")
     assert result.returncode == 0, result.stderr[-3000:]
-    steps, _ = json.loads(result.stdout.splitlines()[-1])
-    return steps
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def two_layers(steps):
+    found, why = steps["pass_through"]
+    assert not why
+    return found
 
 
 def test_pytorchs_operators_of_two_layers(two_layers):
@@ -58,6 +67,8 @@ def test_pytorchs_operators_of_two_layers(two_layers):
     assert step["forward"]["operators"] == 1 + 3 + 1 + 1 + 2
     assert step["backward"]["operators"] == 3 + 2 + 1 + 2 + 1
     assert step["forward"]["kernels"] == step["backward"]["kernels"] == 0
+    convolutions = step["by_name"]["aten.convolution_backward"]
+    assert convolutions["operators"] == 3 and convolutions["activations"] == 3 * (X + Y)
 
 
 def test_converted_two_layers(two_layers):
@@ -86,19 +97,20 @@ def test_a_backend_that_changes_nothing_moves_what_pytorch_does(two_layers):
             assert two_layers["compile"][part][counted] == two_layers["pytorch"][part][counted]
 
 
-def test_a_backend_that_is_missing_is_said_to_be(run_python):
-    result = run_python(STEPS, "nobody")
-    assert result.returncode == 0, result.stderr[-3000:]
-    steps, why = json.loads(result.stdout.splitlines()[-1])
-    assert steps["compile"] is None and why == "torch.compile has no backend nobody"
+def test_a_backend_that_is_missing_is_said_to_be(steps, two_layers):
+    found, why = steps["nobody"]
+    assert found == two_layers | {"compile": None} and why == "torch.compile has no backend nobody"
 
 
+@pytest.mark.slow
 def test_command(run_python, tmp_path):
     path = tmp_path / "counts.json"
     run = "import runpy, sys; sys.argv[0] = 'x'; runpy.run_module('bench.training_step', run_name='__main__')"
-    result = run_python(run, "--network", "lenet", "--batch", "2", "--dtype", "float32", "--json", str(path))
+    result = run_python(
+        run, "--network", "lenet", "--batch", "2", "--dtype", "float32", "--kernels", "--json", str(path)
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "LeNet-5, 2×1×" in result.stdout and "saved for backward" in result.stdout
+    assert "LeNet-5, 2×1×" in result.stdout and "aten.max_pool2d_with_indices" in result.stdout
     written = json.loads(path.read_text())
     assert written["batch"] == 2 and set(written["networks"]["lenet"]) == {"pytorch", "convert", "compile"}
 
@@ -114,7 +126,9 @@ def test_bad_options_are_refused(wrong):
 
 
 def kernel(body: str, arguments: str = "%a: !tt.ptr<f16> {tt.divisibility = 16 : i32}, %n: i32, %b: !tt.ptr<f16>"):
-    return accesses(f"module {{\n  tt.func public @k({arguments}) attributes {{noinline = false}} {{\n{body}\n  }}\n}}")
+    return find_accesses(
+        f"module {{\n  tt.func public @k({arguments}) attributes {{noinline = false}} {{\n{body}\n  }}\n}}"
+    )
 
 
 def test_accesses_of_pointers_and_descriptors():
@@ -168,10 +182,24 @@ partition0(%arg1: i32, %arg2: !tt.ptr<f16>) num_warps(1) {
 
 
 def test_code_that_the_reader_does_not_follow_is_an_error():
-    with pytest.raises(RuntimeError, match="no argument"):
+    with pytest.raises(KernelError, match="no argument"):
         kernel("%1 = tt.mystery %a : !tt.ptr<f16>\n%2 = tt.load %1 : !tt.ptr<f16>")
-    with pytest.raises(RuntimeError, match="may pass"):
-        kernel("tt.call @other(%a) : (!tt.ptr<f16>) -> ()")
+    with pytest.raises(KernelError, match="may pass"):
+        kernel("cf.br ^bb1(%a : !tt.ptr<f16>)")
+    with pytest.raises(KernelError, match="may come back"):
+        kernel("%1 = tt.call @other(%a) : (!tt.ptr<f16>) -> !tt.ptr<f16>")
+
+
+def test_accesses_of_a_function_that_is_called():
+    called = """
+tt.call @some.other__Pfp16(%n, %b) : (i32, !tt.ptr<f16>) -> ()
+  tt.return
+}
+tt.func private @some.other__Pfp16(%arg0: i32, %arg1: !tt.ptr<f16>) attributes {noinline = true} {
+  tt.store %arg1, %arg0 : !tt.ptr<f16>
+  tt.return
+"""
+    assert kernel(called) == (set(), {1})
 
 
 # ---- what an operator of ATen reads and writes ----------------------------------------------------------------------

@@ -16,9 +16,12 @@ from gpukern.conv import (
     Direction,
     Epilogue,
     Layout,
+    NormBefore,
     Shape,
     candidates,
     choose,
+    conv2d_input_grad_norm,
+    family_of,
     observe,
     prepared_for,
     run,
@@ -33,6 +36,11 @@ EPILOGUES = (
     Epilogue("gelu"),
     Epilogue(statistics=True),
 )
+
+
+#: Activations that an input gradient goes on through to the sums of a batch norm, and whether with another gradient and
+#: a residual. The first takes the most registers of all but gelu, whose derivative alone takes more.
+NORM_GRADS = (("leaky_relu", True), ("relu", False), ("gelu", True))
 
 
 class Requests:
@@ -53,7 +61,7 @@ class Requests:
     def launches(self, wanted: Callable[[ConvPlan], bool]) -> Iterator[Callable[[], None]]:
         """Calls that launch what was planned with its plan and each ``wanted`` one; alike ones of alike layers once.
 
-        A forward kernel once with each of :data:`EPILOGUES`.
+        A forward kernel once with each of :data:`EPILOGUES`, an input gradient with each of :data:`NORM_GRADS` too.
         """
         for asked in self._planned:
             problem, direction, operands, _ = asked
@@ -73,6 +81,8 @@ def _launch(problem, direction: Direction, operands, choice: ConvPlan) -> None:
     channels_last = operands.output is not Layout.NCHW
     if direction is not Direction.FORWARD:
         run(prepared_for(problem, direction, first, second, channels_last, plan=choice), first, second)
+        if direction is Direction.INPUT_GRAD:
+            _launch_through_norm(problem, first, second, _tensor(of_output, operands.output, dtype), choice)
         return
     bias, residual = first.new_empty(of_output[1]), _tensor(of_output, operands.output, dtype)
     numbers = (torch.empty(of_output[1], device="meta") for _ in range(4))
@@ -81,6 +91,18 @@ def _launch(problem, direction: Direction, operands, choice: ConvPlan) -> None:
         prepared = prepared_for(problem, direction, first, second, channels_last, epilogue, choice)
         wanted = statistics if epilogue.statistics else None
         run(prepared, first, second, bias, residual if epilogue.residual else None, statistics=wanted)
+
+
+def _launch_through_norm(problem, grad, weight, z: torch.Tensor, choice: ConvPlan) -> None:
+    """With ``choice``, and with the plan that takes its place where its kernel cannot."""
+    numbers = z.new_empty(problem.C, dtype=torch.float32)
+    channels_last = z.is_contiguous(memory_format=torch.channels_last)
+    for activation, with_others in NORM_GRADS:
+        norm = NormBefore(z, numbers, numbers, numbers, numbers, z if with_others else None, 1e-5)
+        added = z if with_others else None
+        takes = not choice.pack[2] and family_of(choice).takes_norm_grad(choice, activation)
+        plan = choice if takes else None
+        conv2d_input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, 0.1, plan)
 
 
 def _tensor(shape: Shape, layout: Layout, dtype: torch.dtype) -> torch.Tensor:

@@ -97,12 +97,12 @@ def _add(groups: dict[tuple, Compilation], group: tuple, launch: Launch, device:
 _OF_THE_LAYER = (
     "TAPS_H", "TAPS_W", "DILATION_H", "DILATION_W", "STRIDE_H", "STRIDE_W", "TAP_STEP_H", "TAP_STEP_W", "REDUCTION",
     "EVEN_K", "ACTIVATION", "SOURCE_ALIGN", "FILTER_ALIGN", "OUT_ALIGN", "GRAD_ALIGN", "PART_N", "PART_H",
-    "PART_W",
+    "PART_W", "CHUNK",
 )  # fmt: skip
 
 
 #: Of two steps along a sum, numbers of stages or ends of a kernel, the larger one stands for both in ``make test``.
-_COARSE = ("BLOCK_K", "num_stages", "SPLITS", "statistics")
+_COARSE = ("BLOCK_K", "num_stages", "SPLITS", "rounds", "statistics", "norm")
 
 
 def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
@@ -117,7 +117,10 @@ def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
         options["elements"] = tile // int(options.pop("num_warps"))
     if "SPLITS" in options:
         options["SPLITS"] = launch.options["SPLITS"] > 1  # their number is a factor in addresses, no more
+    options["rounds"] = rounds(launch)
     options["statistics"] = _has(launch, "statistics")
+    if _goes_through_norm(launch):
+        options["norm"] = f"{launch.options['ACTIVATION']} {_has(launch, 'other')}"
     chosen = sorted((name, value) for name, value in options.items() if not coarse or name not in _COARSE)
     # Whether channels can be copied in runs of 16 bytes decides what the main loop is made of.
     return launch.kernel, launch.dtypes[:2], tuple(chosen), copies_in_runs(launch.options)
@@ -140,7 +143,20 @@ def demand(launch: Launch) -> tuple:
     taps = options.get("TAPS_H", 1) * options.get("TAPS_W", 1)
     steps = sum(options.get(name, 1) for name in ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"))
     sizes = (options.get(name, 0) for name in ("SPLITS", "BLOCK_K", "num_stages", "REDUCTION"))
-    return (_has(launch, end), *sizes, taps, steps)
+    through = _goes_through_norm(launch)
+    # Of those the ones that read most, and have the longest derivative.
+    heaviest = through and _has(launch, "other"), through and options["ACTIVATION"] == "gelu"
+    return (through, *heaviest, _has(launch, end), rounds(launch), *sizes, taps, steps)
+
+
+def rounds(launch: Launch) -> int:
+    """How often the kernel adds what its splits left, see ``gpukern/ops/_reduction/shared_sums.py``."""
+    return 0 if not _has(launch, "shared") else 2 if _has(launch, "fan_in") else 1
+
+
+def _goes_through_norm(launch: Launch) -> bool:
+    """Whether an input gradient goes on to the sums of the batch norm whose input z it is given."""
+    return _has(launch, "z")
 
 
 def _has(launch: Launch, name: str) -> bool:

@@ -178,6 +178,18 @@ def test_views(geometry, device):
     check(p, Direction.INPUT_GRAD, dy, w, SMALL)
 
 
+@TINIES
+def test_residual_of_an_input_gradient(geometry, device):
+    """Read in the halves in which the gradient is written; the epilogue of a transposed convolution."""
+    p = geometry.problem
+    x, w, dy = operands(p, torch.float16, device)
+    prepared = prepared_for(p, Direction.INPUT_GRAD, dy, w, True, Epilogue(residual=True), SMALL)
+    actual, _ = run(prepared, dy, w, None, x)
+    value = truth(p, Direction.INPUT_GRAD, dy, w) + x.double().cpu()
+    absolute = truth(p, Direction.INPUT_GRAD, dy.abs(), w.abs()) + x.double().cpu().abs()
+    assert_within(str(p), actual, value, sum_bound(value, absolute, p.R * p.S * p.K + 1, torch.float16))
+
+
 @pytest.mark.parametrize("sides", [(2, 4, 4), (4, 8, 8)], ids=["whole", "in parts"])
 @pytest.mark.parametrize("name", ["none", *PROPERTIES])
 def test_epilogue(name, sides, device):

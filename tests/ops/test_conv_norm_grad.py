@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from gpukern.conv import reference
+from gpukern.conv.families.registry import FAMILIES, family_of
+from gpukern.conv.hooks import force_plan
+from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
+from gpukern.conv.planner import candidates, norm_grad_plan, only_measured, ranking
+from gpukern.conv.request import operands_of
+from gpukern.ops._activation.functions import needs_input
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm.reference import inner_gradient
+from gpukern.ops._conv_norm_grad import launch as conv_norm_launch
 from gpukern.ops.activation import ACTIVATIONS
 from gpukern.ops.conv_norm_grad import conv2d_input_grad_norm
+from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.device import H100
 from gpukern.runtime.precision import conv_precision
 from tests.numerics import FP32_EPS, assert_within, rounding_bound, sum_bound, uses_tf32
 from tests.ops.conv_cases import Case, as_problem
+from tests.ops.test_conv2d_forced import AMPERE
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -135,6 +146,7 @@ CASES = (
     Case("3x3 136 to 40", (3, 136, 7, 5), 40, (3, 3), padding=1),
     Case("3x3 ragged 5 to 3", (2, 5, 6, 6), 3, (3, 3), padding=1),
     Case("3x3 stride 2", (3, 40, 10, 12), 24, (3, 3), stride=2, padding=1),
+    Case("3x3 stride 2, whole tiles", (2, 64, 6, 8), 40, (3, 3), stride=2, padding=1),
     Case("3x3 stride 2, odd", (2, 16, 9, 7), 24, (3, 3), stride=2, padding=1),
     Case("3x3 same, lopsided", (1, 16, 6, 7), 16, (4, 2), padding="same"),
     Case("stride beyond the kernel", (1, 16, 11, 13), 16, (2, 2), stride=4),
@@ -149,26 +161,77 @@ CASES = (
     Case("groups of 2 to 20", (1, 4, 6, 6), 40, (3, 3), padding=1, groups=2),
 )
 MAIN = CASES[3]
+#: One of few registers.
+PLAN = ConvPlan(Variant.TAPS, 16, 16, 16, 4, 3)
+
+
+def plans(case: Case, call: Call, device: torch.device) -> dict[Variant, ConvPlan]:
+    """For each variant that goes on through a norm: the candidate with the smallest tile, of these the most splits."""
+    p, dtype = as_problem(case), call.z.dtype
+    strides = call.grad.stride(), call.weight.stride(), call.z.stride()
+    operands = operands_of(p, Direction.INPUT_GRAD, strides, True, dtype, conv_precision(dtype))
+    found: dict[Variant, ConvPlan] = {}
+    for spec in (device_spec(device), *(() if device.type == "cuda" else (AMPERE,))):
+        for plan in candidates(p, Direction.INPUT_GRAD, operands, spec):
+            if only_measured(plan) or plan.pack[2] or not family_of(plan).takes_norm_grad(plan, call.activation):
+                continue
+            best = found.setdefault(plan.variant, plan)
+            if (plan.block_m * plan.block_n, -plan.splits) < (best.block_m * best.block_n, -best.splits):
+                found[plan.variant] = plan
+    return found
+
+
+@pytest.fixture
+def in_one_launch(monkeypatch) -> None:
+    """No launches apart."""
+    monkeypatch.setattr(conv_norm_launch, "inner_gradient_and_sums", None)
+
+
+@pytest.mark.usefixtures("in_one_launch")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_variant(case, layout, dtype, device):
+    for call in (
+        make(case, device, dtype, layout),
+        make(case, device, dtype, layout, "silu", residual=True, added=False),
+    ):
+        for plan in plans(case, call, device).values():
+            with force_plan(plan):
+                check(call, apart=False)
+
+
+def test_every_variant_is_tested(device):
+    """All that run input gradients, but for the kernel that nothing can emulate."""
+    found = {variant for case in CASES for variant in plans(case, make(case, device, torch.float16), device)}
+    families = [family for family in FAMILIES if family.takes_norm_grad(PLAN, "relu")]
+    assert found == {variant for family in families for variant in family.variants}
+    assert {family.name for family in families} == {"implicit_gemm", "tma_conv", "tma_gemm", "grouped", "depthwise"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_shapes(case, layout, dtype, device):
+@pytest.mark.parametrize("case", CASES[::4], ids=lambda case: case.name)
+def test_launches_apart(case, layout, dtype, device, monkeypatch):
+    """Where no kernel goes on through a norm."""
+    monkeypatch.setattr(conv_norm_launch, "input_grad_norm", lambda *_: None)
     check(make(case, device, dtype, layout), apart=True)
     check(make(case, device, dtype, layout, "silu", residual=True, added=False), apart=True)
+    check(make(case, device, dtype, layout, "none"), apart=True)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, residual, where):
     for added in (False, True):
-        check(make(MAIN, where, torch.float16, "channels_last", activation, residual=residual, added=added), apart=True)
+        check(
+            make(MAIN, where, torch.float16, "channels_last", activation, residual=residual, added=added), apart=False
+        )
 
 
 def test_without_parameters(where):
     for dtype in DTYPES:
-        check(make(MAIN, where, dtype, parameters=False), apart=True)
+        check(make(MAIN, where, dtype, parameters=False), apart=False)
 
 
 def test_operands_in_other_layouts(where):
@@ -183,7 +246,7 @@ def test_operands_in_other_layouts(where):
         norm_bias=call.norm_bias.half().repeat_interleave(2)[::2],
         mean=call.mean.repeat_interleave(2)[::2],
     )
-    check(call, apart=True)
+    check(call, apart=False)
 
 
 def test_empty_batch(where):
@@ -210,3 +273,29 @@ def test_errors(where):
         call._replace(mean=call.mean[1:])()
     with pytest.raises(ValueError, match="unknown activation 'selu'"):
         call._replace(activation="selu")()
+
+
+def test_kernels_know_which_derivatives_take_the_input():
+    assert {name for name in PROPERTIES if needs_input(name)} == {
+        name for name, properties in PROPERTIES.items() if properties.needs_input
+    }
+
+
+def test_the_plan_is_that_of_the_input_gradient_where_registers_are_left():
+    case = Case("3x3", (32, 128, 28, 28), 128, (3, 3), padding=1)
+    p, operands = as_problem(case), Operands("float16")
+    found = {(plan.block_m, plan.block_n, plan.num_warps): plan for plan in _boxes(p, operands)}
+    few, many = found[64, 64, 4], found[256, 128, 8]
+    assert norm_grad_plan(p, operands, H100, "relu", few) is few
+    other = norm_grad_plan(p, operands, H100, "relu", many)
+    ranked = [each.plan for each in ranking(p, Direction.INPUT_GRAD, operands, H100)]
+    taking = [plan for plan in ranked if family_of(plan).takes_norm_grad(plan, "relu")]
+    assert other == next(plan for plan in taking if not only_measured(plan))
+    assert norm_grad_plan(p, operands, H100, "relu", replace(few, pack=(False, False, True))) is None
+    empty = as_problem(replace(case, input=(0, 128, 28, 28)))
+    assert norm_grad_plan(empty, operands, H100, "relu", few) is None
+
+
+def _boxes(p, operands: Operands) -> list[ConvPlan]:
+    every = candidates(p, Direction.INPUT_GRAD, operands, H100)
+    return [plan for plan in every if plan.variant is Variant.BOX and plan.splits == 1]

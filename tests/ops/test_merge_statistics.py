@@ -1,4 +1,4 @@
-"""Statistics of tiles, merged by the last program to arrive: any number of tiles, any order, twice in a row."""
+"""Statistics and sums of tiles, merged by the last program to arrive: any number of tiles in any order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._reduction import launch as reduction
-from gpukern.ops._reduction.functions import Statistics, merge_statistics, store_part
+from gpukern.ops._reduction.functions import Statistics, Sums, merge_statistics, merge_sums, store_part
 from gpukern.ops._reduction.launch import sums_and_deviations, with_workspace
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import launch
@@ -38,7 +38,7 @@ def statistics_kernel(
         total = tl.sum(x, 0, keep_dims=True)
         apart = tl.where(ok, x - total / tl.maximum(count, 1.0), 0.0)
         squares = tl.sum(apart * apart, 0, keep_dims=True)
-        store_part(statistics.parts, total, squares, count, tile, rows * PARTS, c, c < channels, channels)
+        store_part(statistics.parts, (total, squares, count), tile, rows * PARTS, c, c < channels, channels)
     merge_statistics(statistics, row, rows, column, column * BLOCK, channels, channels, BLOCK, PARTS)
 
 
@@ -122,3 +122,39 @@ def test_what_is_not_finite_stays_in_its_channel(device):
     assert statistics.sums.isnan().tolist() == [False, True, False, False, False, False]
     assert statistics.sums.isinf().tolist() == [False, False, True, False, False, False]
     assert statistics.deviations.isnan().tolist() == [False, True, True, False, False, False]
+
+
+@triton.jit
+def sums_kernel(x_ptr, order_ptr, sums, rows, pixels, channels, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """Sums of x, 2 · x and 3 · x [pixels, channels]."""
+    columns = tl.cdiv(channels, BLOCK)
+    program = tl.load(order_ptr + tl.program_id(0))
+    row, column = program // columns, program % columns
+    c = (column * BLOCK + tl.arange(0, BLOCK))[None, :]
+    pixel = (row * SIZE + tl.arange(0, SIZE))[:, None]
+    x = tl.load(x_ptr + pixel * channels + c, mask=(pixel < pixels) & (c < channels), other=0.0)
+    total = tl.sum(x, 0, keep_dims=True)
+    store_part(sums.parts, (total, 2 * total, 3 * total), row, rows, c, c < channels, channels)
+    merge_sums(sums, row, rows, column, column * BLOCK, channels, channels, 3, BLOCK)
+
+
+@pytest.mark.parametrize("rows, group", [(1, 32), (20, 32), (90, 4), (90, 64)])
+def test_sums(rows, group, device, monkeypatch):
+    monkeypatch.setattr(reduction, "_GROUP", group)
+    channels, block = 11, 8
+    x = torch.randn(rows * SIZE - 3, channels, device=device)
+    programs, bits = rows * cdiv(channels, block), []
+    for order in (torch.arange(programs).flip(0), torch.randperm(programs)):
+        totals = torch.empty(3, channels, device=device)
+        grad_weight, grad_bias = torch.empty(2, channels, device=device, dtype=torch.float16)
+        sums = Sums(totals=totals, grad_bias=grad_bias, grad_weight=grad_weight)
+        sums = with_workspace(sums, channels, device, rows, cdiv(channels, block), sums=3)
+        arguments = (x, order.int().to(device), sums, rows, len(x), channels)
+        launch(sums_kernel, (programs,), device, arguments, {"BLOCK": block, "SIZE": SIZE, "num_warps": 4})
+        expected, _, bound, _ = exact(x)
+        for i in range(3):
+            assert_within(f"sum {i}", totals[i], (i + 1) * expected, (i + 1) * bound)
+        assert torch.equal(grad_bias, totals[0].half()) and torch.equal(grad_weight, totals[1].half())
+        assert not sums.counters.any()
+        bits.append(totals)
+    assert torch.equal(*bits)

@@ -14,8 +14,26 @@ def _never(plan: ConvPlan) -> bool:
     return False
 
 
+def _not_through(plan: ConvPlan, activation: str) -> bool:
+    return False
+
+
+def few_sums(plan: ConvPlan, activation: str) -> bool:
+    """Whether so few sums a thread leave registers for the epilogue through a batch norm: :attr:`takes_norm_grad`.
+
+    Found by compiling for sm_90: with more than 64 some activation spills. The addresses of partial sums leave room for
+    half as many, and so does the derivative of gelu, the longest of all.
+    """
+    halvings = (plan.splits > 1) + (activation == "gelu")
+    return plan.sums_per_thread <= 64 >> halvings
+
+
 def _no_passes(problem: ConvProblem, itemsize: int) -> tuple[int, int]:
     return 0, 0
+
+
+def _of_blocks(problem: ConvProblem, plan: ConvPlan) -> int:
+    return plan.block_m * plan.block_n
 
 
 # eq=False: a family is made once, by its plan.py.
@@ -49,8 +67,13 @@ class Family:
     emulated: bool = True
     #: Whether nothing but a GPU can show that a plan is right: it is chosen only if the plan database has it.
     needs_measurement: Callable[[ConvPlan], bool] = _never
+    #: Whether the kernel of an input gradient's plan can go on through a batch norm and the activation of that name
+    #: (``Epilogue.norm_grad``): it must leave registers for them.
+    takes_norm_grad: Callable[[ConvPlan, str], bool] = _not_through
     #: (launches before the main one, bytes that they and it move beyond the operands), from problem and itemsize.
     extra_passes: Callable[[ConvProblem, int], tuple[int, int]] = _no_passes
+    #: Sums of a weight gradient's tile, which splits share.
+    tile_sums: Callable[[ConvProblem, ConvPlan], int] = _of_blocks
 
     @property
     def variants(self) -> tuple[Variant, ...]:

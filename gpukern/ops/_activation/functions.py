@@ -37,6 +37,12 @@ def apply_activation(x, NAME: tl.constexpr, negative_slope):
     return x
 
 
+@triton.constexpr_function
+def needs_input(name):
+    """Whether ``activation_backward`` takes the activation's input: :data:`PROPERTIES`, where kernels can read it."""
+    return name not in ("relu", "sigmoid", "tanh")
+
+
 @triton.jit
 def activation_backward(grad, saved, NAME: tl.constexpr, negative_slope):
     """grad · act′ for fp32 tiles; ``saved`` is the input of the activation where it needs it, else the output."""

@@ -1,4 +1,4 @@
-"""Functions shared by the batch norm kernels: addresses of a tile, and its channels' parameters."""
+"""Functions shared by the batch norm kernels: sizes and addresses of a tile."""
 
 from typing import NamedTuple
 
@@ -15,15 +15,6 @@ class Sizes(NamedTuple):
     blocks: object  # tiles of a run
     channel_tiles: object
     pixels: object  # in all
-
-
-class Norm(NamedTuple):
-    """The numbers of each channel, fp32 or of x's dtype: pointers to [C]; weight and bias may be None."""
-
-    mean: object
-    variance: object  # biased
-    weight: object
-    bias: object
 
 
 @triton.jit
@@ -66,22 +57,3 @@ def store_tile(
     rounded = value.to(image.ptr.dtype.element_ty)
     tl.store(at(image, n, h, p, c, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX), rounded, mask=mask)
     return rounded.to(tl.float32)
-
-
-@triton.jit
-def load_numbers(ptr, c, valid, other: tl.constexpr):
-    return tl.load(ptr + c, mask=valid, other=other).to(tl.float32)
-
-
-@triton.jit
-def affine(norm, variance, c, valid, eps):
-    """(1 / standard deviation, weight / standard deviation, bias)."""
-    # Correctly rounded: Triton's rsqrt is not.
-    inverse = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
-    scale = inverse
-    if norm.weight is not None:
-        scale = inverse * load_numbers(norm.weight, c, valid, 0.0)
-    bias = tl.zeros(variance.shape, tl.float32)
-    if norm.bias is not None:
-        bias = load_numbers(norm.bias, c, valid, 0.0)
-    return inverse, scale, bias

@@ -9,8 +9,15 @@ import triton
 import triton.language as tl
 
 from gpukern.ops._activation.functions import activation_backward, apply_activation
-from gpukern.ops._batch_norm.functions import affine, channel_tile, load_numbers, load_tile, pixel_tile, store_tile
-from gpukern.ops._reduction.functions import finish_statistics, merge_statistics, store_part
+from gpukern.ops._batch_norm.functions import channel_tile, load_tile, pixel_tile, store_tile
+from gpukern.ops._normalization import affine, load_numbers
+from gpukern.ops._reduction.functions import (
+    finish_statistics,
+    finish_sums,
+    merge_statistics,
+    merge_sums,
+    store_part,
+)
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -99,7 +106,7 @@ def batch_norm_statistics_kernel(
     if not WHOLE:
         channels = sizes.channel_groups * CHANNEL_ALIGN
         pixels = tl.broadcast_to(pixels, mean.shape)
-        store_part(statistics.parts, mean * pixels, deviations, pixels, split, splits, c, valid, channels)
+        store_part(statistics.parts, (mean * pixels, deviations, pixels), split, splits, c, valid, channels)
         tile = tl.program_id(0) % sizes.channel_tiles
         merge_statistics(statistics, split, splits, tile, tile * BLOCK_C, channels, channels, BLOCK_C)
     else:
@@ -147,8 +154,7 @@ def batch_norm_backward_kernel(
     inner,  # Image: ∂L/∂z is written there; or nothing
     out,  # Image: ∂L/∂x is written there; or nothing
     norm,
-    sums_ptr,  # fp32 [2, splits, C] of Σ ∂L/∂z and Σ ∂L/∂z · x̂, or None
-    grad_weight_ptr, grad_bias_ptr,  # [C], written instead if WHOLE; or None
+    sums,  # Sums of ∂L/∂z and ∂L/∂z · x̂, or None; a split is a row of tiles
     sizes, steps, steps_per_split, splits, eps, negative_slope,
     TRAINING: tl.constexpr, WHOLE: tl.constexpr, UNROLL: tl.constexpr,
     ACTIVATION: tl.constexpr, NEEDS_INPUT: tl.constexpr,
@@ -184,13 +190,14 @@ def batch_norm_backward_kernel(
 
     total_g = tl.sum(sum_g, 0)[None, :]
     total_gx = tl.sum(sum_gx, 0)[None, :]
-    if sums_ptr is not None:
-        place = sums_ptr + split.to(tl.int64) * (sizes.channel_groups * CHANNEL_ALIGN) + c
-        tl.store(place, total_g, mask=valid)
-        tl.store(place + tl.cast(splits, tl.int64) * (sizes.channel_groups * CHANNEL_ALIGN), total_gx, mask=valid)
-    if grad_weight_ptr is not None:
-        tl.store(grad_bias_ptr + c, total_g.to(grad_bias_ptr.dtype.element_ty), mask=valid)
-        tl.store(grad_weight_ptr + c, total_gx.to(grad_weight_ptr.dtype.element_ty), mask=valid)
+    if sums is not None:
+        channels = sizes.channel_groups * CHANNEL_ALIGN
+        if WHOLE:
+            finish_sums(sums, (total_g, total_gx), c, valid, channels)
+        else:
+            store_part(sums.parts, (total_g, total_gx), split, splits, c, valid, channels)
+            tile = tl.program_id(0) % sizes.channel_tiles
+            merge_sums(sums, split, splits, tile, tile * BLOCK_C, channels, channels, 2, BLOCK_C)
     if WHOLE and TRAINING and out.ptr is not None:
         count = tl.cast(sizes.pixels, tl.float32)
         for step in tl.range(first, last, loop_unroll_factor=UNROLL):
@@ -205,42 +212,13 @@ def batch_norm_backward_kernel(
 
 
 @triton.jit
-def batch_norm_backward_merge_kernel(
-    sums_ptr,  # fp32 [2, splits, C]
-    totals_ptr,  # fp32 [2, C], or None
-    grad_weight_ptr, grad_bias_ptr,  # [C], or None
-    splits, channels,
-    BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Add up the splits' sums."""
-    c = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    row = tl.arange(0, BLOCK_SPLITS)[:, None]
-    plane = tl.cast(splits, tl.int64) * channels
-    sum_g = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
-    sum_gx = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
-    for first in range(0, splits, BLOCK_SPLITS):
-        inside = (first + row < splits) & (c < channels)
-        place = sums_ptr + (first + row).to(tl.int64) * channels + c
-        sum_g += tl.load(place, mask=inside, other=0.0)
-        sum_gx += tl.load(place + plane, mask=inside, other=0.0)
-    total_g = tl.sum(sum_g, 0)[None, :]
-    total_gx = tl.sum(sum_gx, 0)[None, :]
-    if totals_ptr is not None:
-        tl.store(totals_ptr + c, total_g, mask=c < channels)
-        tl.store(totals_ptr + channels + c, total_gx, mask=c < channels)
-    if grad_weight_ptr is not None:
-        tl.store(grad_bias_ptr + c, total_g.to(grad_bias_ptr.dtype.element_ty), mask=c < channels)
-        tl.store(grad_weight_ptr + c, total_gx.to(grad_weight_ptr.dtype.element_ty), mask=c < channels)
-
-
-@triton.jit
 def batch_norm_input_grad_kernel(
     grad,  # Image: ∂L/∂y, or ∂L/∂z with ACTIVATION "none"
     x,  # Image
     other,  # Image, as above
     out,  # Image
     norm,
-    totals_ptr,  # fp32 [2, C]: Σ ∂L/∂z and Σ ∂L/∂z · x̂
+    sums,  # Sums: the totals Σ ∂L/∂z and Σ ∂L/∂z · x̂, and where these go in the parameters' dtypes, if anywhere
     sizes, eps, negative_slope,
     ACTIVATION: tl.constexpr, NEEDS_INPUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
@@ -252,8 +230,15 @@ def batch_norm_input_grad_kernel(
     mean = load_numbers(norm.mean, c, valid, 0.0)
     inverse, scale, bias = affine(norm, load_numbers(norm.variance, c, valid, 1.0), c, valid, eps)
     count = tl.cast(sizes.pixels, tl.float32)
-    mean_g = load_numbers(totals_ptr, c, valid, 0.0) / count
-    mean_gx = load_numbers(totals_ptr + sizes.channel_groups * CHANNEL_ALIGN, c, valid, 0.0) / count
+    total_g = load_numbers(sums.totals, c, valid, 0.0)
+    total_gx = load_numbers(sums.totals + sizes.channel_groups * CHANNEL_ALIGN, c, valid, 0.0)
+    if tl.program_id(0) < sizes.channel_tiles:
+        if sums.grad_bias is not None:
+            tl.store(sums.grad_bias + c, total_g.to(sums.grad_bias.dtype.element_ty), mask=valid)
+        if sums.grad_weight is not None:
+            tl.store(sums.grad_weight + c, total_gx.to(sums.grad_weight.dtype.element_ty), mask=valid)
+    mean_g = total_g / count
+    mean_gx = total_gx / count
     g, normal = _gradient(
         grad, x, other, n, h, p, c, mask, mean, inverse, scale, bias, negative_slope,
         ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,

@@ -6,19 +6,15 @@ import torch
 
 from gpukern.conv import ConvProblem, Direction, Epilogue, prepared_for, run
 from gpukern.ops._activation.properties import PROPERTIES
-from gpukern.ops._batch_norm import functions, kernels
+from gpukern.ops._batch_norm import kernels
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
-from gpukern.ops._reduction.functions import Statistics
+from gpukern.ops._normalization import Norm
+from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import with_workspace
-from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
 from gpukern.runtime.operator import resolved
 from gpukern.runtime.tensors import check_kernel_dtype
-
-#: Partial results that a merging program has in flight: 16 per thread.
-_LOADS = 2048
-
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -37,7 +33,7 @@ def batch_norm(
     check_kernel_dtype("batch_norm", input.dtype)
     output = empty_like(input)
     if output.numel():
-        norm = _norm(mean, variance, weight, bias)
+        norm = norm_of(mean, variance, weight, bias)
         _write(output, input, residual, norm, eps, activation, negative_slope)
     return output
 
@@ -46,7 +42,7 @@ def _write(
     output: torch.Tensor,
     input: torch.Tensor,
     residual: torch.Tensor | None,
-    norm: functions.Norm,
+    norm: Norm,
     eps: float,
     activation: str,
     negative_slope: float,
@@ -82,7 +78,7 @@ def batch_norm_training(
     chosen = tiles.plan
     statistics = _statistics(C, device, running)
     mean, variance = statistics.mean, statistics.variance
-    norm = _norm(mean, variance, weight, bias)
+    norm = norm_of(mean, variance, weight, bias)
     whole = chosen.splits == 1
     if not whole:
         statistics = with_workspace(statistics, C, device, chosen.splits, chosen.channel_tiles)
@@ -209,8 +205,11 @@ def batch_norm_backward(
     splits, each = (chosen.splits, chosen.steps_per_split) if needs_sums else (chosen.steps, 1)
     whole = splits == 1 or not needs_sums
     later = training and wants_input and not whole
-    norm = _norm(mean, variance, weight, bias)
-    sums = None if whole else torch.empty((2, splits, C), dtype=torch.float32, device=device)
+    norm = norm_of(mean, variance, weight, bias)
+    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
+    sums = Sums(totals=totals, grad_bias=grad_bias, grad_weight=grad_weight) if needs_sums else None
+    if sums and not whole:
+        sums = with_workspace(sums, C, device, splits, chosen.channel_tiles, sums=2)
     launch(
         kernels.batch_norm_backward_kernel,
         (splits * chosen.channel_tiles,),
@@ -219,7 +218,6 @@ def batch_norm_backward(
             *(first, x, kept, inner_image, NOTHING if later else out_image),
             norm,
             sums,
-            *((grad_weight, grad_bias) if whole else (None, None)),
             tiles.sizes,
             *(chosen.steps, each, splits),
             eps,
@@ -235,10 +233,6 @@ def batch_norm_backward(
         }
         | tiles.options,
     )
-    if sums is None:
-        return results
-    totals = torch.empty((2, C), dtype=torch.float32, device=device) if later else None
-    _merge_sums(sums, totals, grad_weight, grad_bias)
     if later:
         if inner is not None:
             grad, other, activation, needs_input = inner, None, "none", False
@@ -247,7 +241,7 @@ def batch_norm_backward(
             kernels.batch_norm_input_grad_kernel,
             (tiles.plan.steps * tiles.plan.channel_tiles,),
             device,
-            (*tiles.images, norm, totals, tiles.sizes, eps, negative_slope),
+            (*tiles.images, norm, Sums(totals=totals), tiles.sizes, eps, negative_slope),
             {"ACTIVATION": activation, "NEEDS_INPUT": needs_input} | tiles.options,
         )
     return results
@@ -264,39 +258,42 @@ def gradients_from_sums(
     training: bool,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    if training and input.numel():
-        out = empty_like(input)
-        tiles = tiles_of(False, inner, input, None, out)
-        launch(
-            kernels.batch_norm_input_grad_kernel,
-            (tiles.plan.steps * tiles.plan.channel_tiles,),
-            input.device,
-            (*tiles.images, _norm(mean, variance, weight, bias), sums, tiles.sizes, eps, 0.0),
-            {"ACTIVATION": "none", "NEEDS_INPUT": False} | tiles.options,
-        )
-    else:
+    if not training or not input.numel():
         frozen = False, eps, "none", 0.0, True, False, False
         out = batch_norm_backward(inner, input, weight, bias, None, mean, variance, *frozen)[0]
-    grad_weight, grad_bias = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+        grads = (None if p is None else s.to(p.dtype) for p, s in ((weight, sums[1]), (bias, sums[0])))
+        return out, *grads  # type: ignore[return-value]
+    out = empty_like(input)
+    tiles = tiles_of(False, inner, input, None, out)
+    # In fp32 the sums are the gradients.
+    grad_weight, grad_bias = (
+        None if p is None else s if p.dtype is s.dtype else torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p, s in ((weight, sums[1]), (bias, sums[0]))
+    )
+    rounded = (None if g is None or g.dtype is sums.dtype else g for g in (grad_bias, grad_weight))
+    launch(
+        kernels.batch_norm_input_grad_kernel,
+        (tiles.plan.steps * tiles.plan.channel_tiles,),
+        input.device,
+        (
+            *tiles.images,
+            norm_of(mean, variance, weight, bias),
+            Sums(None, None, None, sums, *rounded),
+            tiles.sizes,
+            eps,
+            0.0,
+        ),
+        {"ACTIVATION": "none", "NEEDS_INPUT": False} | tiles.options,
+    )
     return out, grad_weight, grad_bias
 
 
-def _merge_sums(
-    sums: torch.Tensor,
-    totals: torch.Tensor | None,
-    grad_weight: torch.Tensor | None = None,
-    grad_bias: torch.Tensor | None = None,
-) -> None:
-    """Add up the splits' ``sums`` [2, splits, C] into ``totals`` [2, C] and the gradients [C], each if there is one."""
-    _, splits, C = sums.shape
-    rows, block = _merge_tile(splits)
-    launch(
-        kernels.batch_norm_backward_merge_kernel,
-        (cdiv(C, block),),
-        sums.device,
-        (sums, totals, grad_weight, grad_bias, splits, C),
-        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
-    )
+def sums_of(
+    inner: torch.Tensor, input: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
+) -> torch.Tensor:
+    if not input.numel():
+        return torch.zeros((2, input.shape[1]), dtype=torch.float32, device=input.device)
+    return inner_gradient_and_sums(inner, input, None, None, None, mean, variance, eps, "none", 0.0)[1]
 
 
 def inner_gradient_and_sums(
@@ -318,51 +315,45 @@ def inner_gradient_and_sums(
     inner = None if activation == "none" else torch.empty_like(grad)
     tiles = tiles_of(True, grad, input, other, inner)
     chosen = tiles.plan
-    sums = torch.empty((2, chosen.splits, input.shape[1]), dtype=torch.float32, device=grad.device)
+    C, device, whole = input.shape[1], grad.device, chosen.splits == 1
+    totals = torch.empty((2, C), dtype=torch.float32, device=device)
+    sums = Sums(totals=totals)
+    if not whole:
+        sums = with_workspace(sums, C, device, chosen.splits, chosen.channel_tiles, sums=2)
     launch(
         kernels.batch_norm_backward_kernel,
         (chosen.splits * chosen.channel_tiles,),
-        grad.device,
+        device,
         (
             *(*tiles.images, NOTHING),
-            *(_norm(mean, variance, weight, bias), sums, None, None, tiles.sizes),
+            *(norm_of(mean, variance, weight, bias), sums, tiles.sizes),
             *(chosen.steps, chosen.steps_per_split, chosen.splits),
             *(eps, negative_slope),
         ),
         {
             "TRAINING": True,
-            "WHOLE": False,
+            "WHOLE": whole,
             "UNROLL": max(1, chosen.unroll // 2),
             "ACTIVATION": activation,
             "NEEDS_INPUT": activation != "none" and PROPERTIES[activation].needs_input,
         }
         | tiles.options,
     )
-    if chosen.splits == 1:
-        return grad if inner is None else inner, sums[:, 0]
-    totals = torch.empty_like(sums[:, 0])
-    _merge_sums(sums, totals)
     return grad if inner is None else inner, totals
 
 
 # ---- what both share -----------------------------------------------------------------------------------------------
 
 
-def _norm(
+def norm_of(
     mean: torch.Tensor | None,
     variance: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-) -> functions.Norm:
-    return functions.Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
+) -> Norm:
+    return Norm(*(None if t is None else _flat(t) for t in (mean, variance, weight, bias)))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` contiguous, as kernels take these operands, and only these, without strides."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _merge_tile(parts: int) -> tuple[int, int]:
-    """Return the (parts, channels) that a merging program reads at a time."""
-    rows = power_of_two(parts, 1, 512)
-    return rows, min(32, _LOADS // rows)

@@ -23,6 +23,16 @@ class Running(NamedTuple):
     momentum: float
 
 
+class Norm(NamedTuple):
+    """A batch norm's numbers of each channel: mean and biased variance [C], weight and bias [C] or None; and eps."""
+
+    mean: Any
+    variance: Any
+    weight: Any
+    bias: Any
+    eps: float = 1e-5
+
+
 def check_sizes(shape: Sequence[int], residual_shape: Sequence[int] | None) -> None:
     """Raise RuntimeError, as torch does, for sizes that do not fit. Works on a tracer's symbolic sizes too."""
     if len(shape) < 2:

@@ -211,6 +211,15 @@ def gradients_from_sums(
     return grad_input, grad_weight, grad_bias
 
 
+def sums_of(
+    inner: torch.Tensor, input: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Σ g and Σ g·x̂ of ``inner``, g = ∂L/∂z: [2, C], in fp32 at least."""
+    _, normal, _ = normalize(input, None, None, None, mean, variance, eps)
+    g, pixels = inner.to(normal.dtype), pixels_of(input)
+    return torch.stack([g.sum(pixels), (g * normal).sum(pixels)])
+
+
 def inner_gradient(
     grad, input, weight, bias, other, mean, variance, eps: float, activation: str, negative_slope: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

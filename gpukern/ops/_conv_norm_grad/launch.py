@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gpukern.conv import ConvProblem, Direction, Epilogue, prepared_for, run
+from gpukern.conv import ConvProblem, Direction, Epilogue, NormBefore, prepared_for, run
+from gpukern.conv import conv2d_input_grad_norm as input_grad_norm
 from gpukern.ops._batch_norm.launch import inner_gradient_and_sums
 
 
@@ -24,6 +25,10 @@ def conv2d_input_grad_norm(
     activation: str,
     negative_slope: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    norm = NormBefore(z, mean, variance, norm_weight, norm_bias, other, eps)
+    found = input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, negative_slope)
+    if found is not None:
+        return found
     epilogue = Epilogue(residual=added is not None)
     prepared = prepared_for(problem, Direction.INPUT_GRAD, grad, weight, channels_last, epilogue)
     by_y, _ = run(prepared, grad, weight, None, added)

@@ -29,6 +29,17 @@ class Statistics(NamedTuple):
     deviations: Any = None  # Σ(y − mean)², instead of mean and variance
 
 
+class Sums(NamedTuple):
+    """Where a kernel leaves sums over the pixels of each channel; pointers, None where nothing is wanted."""
+
+    parts: Any = None  # fp32 [sums, tiles, channels], and groups'
+    counters: Any = None  # as above
+    group: Any = None
+    totals: Any = None  # fp32 [sums, channels]
+    grad_bias: Any = None  # [channels] of any dtype: the first sum, Σ g
+    grad_weight: Any = None  # the second one, Σ g·x̂
+
+
 @triton.jit
 def is_last(counter_ptr, programs):
     """Whether this program is the last of so many to arrive at a counter; it sets the counter to zero again.
@@ -46,17 +57,16 @@ def is_last(counter_ptr, programs):
 
 
 @triton.jit
-def store_part(parts, total, deviations, count, tile, tiles, channel, valid, channels):
-    """Write the statistics of one tile, or of one group, to ``parts`` [3, tiles, channels]."""
+def store_part(parts, values, tile, tiles, channel, valid, channels):
+    """Write what a tile, or a group, contributes to each channel: ``values``[i] to ``parts``[i, tile]."""
     place = parts + (tile.to(tl.int64) * channels + channel)
     plane = tl.cast(tiles, tl.int64) * channels
-    tl.store(place, total, mask=valid)
-    tl.store(place + plane, deviations, mask=valid)
-    tl.store(place + 2 * plane, count, mask=valid)
+    for i in tl.static_range(len(values)):
+        tl.store(place + i * plane, values[i], mask=valid)
 
 
 @triton.jit
-def merged_parts(parts, first, end, tiles, channel, valid, channels, row):
+def _merged_statistics(parts, first, end, tiles, channel, valid, channels, row):
     """(Σ y, Σ(y − mean)², count) of the tiles from ``first`` to ``end``, fp32 [1, channels]; ``row`` is [rows, 1].
 
     By Chan, Golub and LeVeque's formula, without a difference of large numbers: see "Algorithms for computing the
@@ -85,6 +95,32 @@ def merged_parts(parts, first, end, tiles, channel, valid, channels, row):
 
 
 @triton.jit
+def _added(parts, first, end, tiles, channel, valid, channels, row, SUMS: tl.constexpr):
+    """Return each of so many sums over the tiles from ``first`` to ``end``."""
+    plane = tl.cast(tiles, tl.int64) * channels
+    totals = ()
+    for _ in tl.static_range(SUMS):
+        totals += (0.0 * channel.to(tl.float32),)  # type: ignore[assignment]
+    for start in range(first, end, row.shape[0]):
+        inside = (start + row < end) & valid
+        place = parts + ((start + row).to(tl.int64) * channels + channel)
+        more = ()
+        for i in tl.static_range(SUMS):
+            part = tl.load(place + i * plane, mask=inside, other=0.0)  # [rows, channels]
+            more += (totals[i] + tl.sum(part, axis=0, keep_dims=True),)  # type: ignore[assignment]
+        totals = more
+    return totals
+
+
+@triton.jit
+def _merged(parts, first, end, tiles, channel, valid, channels, row, SUMS: tl.constexpr):
+    if SUMS is None:
+        return _merged_statistics(parts, first, end, tiles, channel, valid, channels, row)
+    else:
+        return _added(parts, first, end, tiles, channel, valid, channels, row, SUMS)
+
+
+@triton.jit
 def finish_statistics(statistics, mean, deviations, count, channel, valid):
     """Store mean and variance, and update the running ones as torch does: with the unbiased variance.
 
@@ -108,6 +144,32 @@ def _update(running_ptr, new, momentum, channel, valid):
     tl.store(running_ptr + channel, value.to(running_ptr.dtype.element_ty), mask=valid)
 
 
+@triton.jit
+def finish_sums(sums, values, channel, valid, channels):
+    """Store the sums over all tiles."""
+    if sums.totals is not None:
+        for i in tl.static_range(len(values)):
+            tl.store(sums.totals + i * channels + channel, values[i], mask=valid)
+    if sums.grad_bias is not None:
+        tl.store(sums.grad_bias + channel, values[0].to(sums.grad_bias.dtype.element_ty), mask=valid)
+    if sums.grad_weight is not None:
+        tl.store(sums.grad_weight + channel, values[1].to(sums.grad_weight.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _finish(out, values, channel, valid, channels, SUMS: tl.constexpr):
+    if SUMS is not None:
+        finish_sums(out, values, channel, valid, channels)
+    else:
+        total, deviations, count = values
+        if out.sums is not None:
+            tl.store(out.sums + channel, total, mask=valid)
+            tl.store(out.deviations + channel, deviations, mask=valid)
+        else:
+            count = tl.maximum(count, 1.0)  # of channels beyond the last
+            finish_statistics(out, total / count, deviations, count, channel, valid)
+
+
 # Not inlined: registers that the last programs need would otherwise decide how many all programs get.
 @triton.jit(noinline=True)
 def merge_statistics(
@@ -118,45 +180,62 @@ def merge_statistics(
     BLOCK: tl.constexpr,  # channels of a tile
     PARTS: tl.constexpr = 1,  # of each tile
 ):  # fmt: skip
-    """Arrive with what :func:`store_part` stored of this tile; the last program to arrive finishes the statistics."""
+    """Arrive with what :func:`store_part` stored of this tile: (Σ y, Σ(y − mean)², count).
+
+    The last program to arrive finishes the statistics.
+    """
     LANES: tl.constexpr = min(BLOCK, 32)
-    merge_in_groups(
-        statistics, row, rows, column, first, end, channels,
-        tl.arange(0, 32)[:, None], tl.arange(0, LANES)[None, :], BLOCK, PARTS,
-    )  # fmt: skip
+    part = tl.arange(0, max(32, 256 // LANES))[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    merge_in_groups(statistics, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, None)
     # The caller may overwrite shared memory that a call uses, without a barrier between them.
+    tl.debug_barrier()
+
+
+@triton.jit(noinline=True)
+def merge_sums(
+    sums,  # Sums
+    row, rows, column, first, end, channels,
+    SUMS: tl.constexpr,  # how many there are of each channel
+    BLOCK: tl.constexpr, PARTS: tl.constexpr = 1,
+):  # fmt: skip
+    """Arrive with the sums that :func:`store_part` stored of this tile, as at :func:`merge_statistics`."""
+    LANES: tl.constexpr = min(BLOCK, 32)
+    part = tl.arange(0, max(32, 256 // LANES))[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    merge_in_groups(sums, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, SUMS)
     tl.debug_barrier()
 
 
 @triton.jit
 def merge_in_groups(
-    statistics, row, rows, column, first, end, channels,
+    out, row, rows, column, first, end, channels,
     part,  # [parts, 1], from 0: those that are read at a time
     lane,  # [1, channels], from 0
     BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    SUMS: tl.constexpr,  # None for statistics
 ):  # fmt: skip
-    """:func:`merge_statistics` with ranges of the caller's layouts."""
+    """:func:`merge_statistics` or :func:`merge_sums`, with ranges of the caller's layouts."""
     LANES: tl.constexpr = lane.shape[1]
-    groups = tl.cdiv(rows, statistics.group)
-    group = row // statistics.group
-    begin = group * statistics.group
-    members = tl.minimum(rows - begin, statistics.group)
-    counters = statistics.counters + column * (groups + 1)
+    NUMBERS: tl.constexpr = 3 if SUMS is None else SUMS
+    groups = tl.cdiv(rows, out.group)
+    group = row // out.group
+    begin = group * out.group
+    members = tl.minimum(rows - begin, out.group)
+    counters = out.counters + column * (groups + 1)
     if is_last(counters + group, members):
-        parts = statistics.parts
+        parts = out.parts
         tiles = rows * PARTS
         begin *= PARTS
         members *= PARTS
         last = groups == 1
         if groups > 1:
-            of_groups = parts + 3 * tiles.to(tl.int64) * channels
+            of_groups = parts + NUMBERS * (tiles.to(tl.int64) * channels)
             for start in range(0, BLOCK, LANES):
                 channel = first + start + lane
                 valid = channel < end
-                total, deviations, count = merged_parts(
-                    parts, begin, begin + members, tiles, channel, valid, channels, part
-                )
-                store_part(of_groups, total, deviations, count, group, groups, channel, valid, channels)
+                values = _merged(parts, begin, begin + members, tiles, channel, valid, channels, part, SUMS)
+                store_part(of_groups, values, group, groups, channel, valid, channels)
             last = is_last(counters + groups, groups)
             parts = of_groups
             tiles = groups
@@ -166,12 +245,5 @@ def merge_in_groups(
             for start in range(0, BLOCK, LANES):
                 channel = first + start + lane
                 valid = channel < end
-                total, deviations, count = merged_parts(
-                    parts, begin, begin + members, tiles, channel, valid, channels, part
-                )
-                if statistics.sums is not None:
-                    tl.store(statistics.sums + channel, total, mask=valid)
-                    tl.store(statistics.deviations + channel, deviations, mask=valid)
-                else:
-                    count = tl.maximum(count, 1.0)  # of channels beyond the last
-                    finish_statistics(statistics, total / count, deviations, count, channel, valid)
+                values = _merged(parts, begin, begin + members, tiles, channel, valid, channels, part, SUMS)
+                _finish(out, values, channel, valid, channels, SUMS)

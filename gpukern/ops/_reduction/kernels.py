@@ -1,10 +1,11 @@
-"""Kernels of one pass over a tensor: copies between layouts, sums over pixels, and of partial sums."""
+"""Kernels of one pass over a tensor: copies between layouts, and sums over pixels."""
 
 import triton
 import triton.language as tl
 
 from gpukern.ops._activation.functions import activation_backward
 from gpukern.ops._pixels import split_pixel
+from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
 
 @triton.jit
@@ -27,7 +28,8 @@ def channel_sum_kernel(
     grad,  # Image [N, K, P, Q]: ∂L/∂y
     output,  # Image: y = act(z), or nothing (its ptr None)
     inner,  # Image: ∂L/∂z is written there; nothing without y
-    out_ptr,  # [splits, K]
+    out_ptr,  # [K]
+    shared,  # SharedSums of BLOCK_M channels a tile, or None for one split
     pixels,
     channels,
     height,
@@ -39,7 +41,7 @@ def channel_sum_kernel(
     BLOCK_K: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """out[split, k] = Σ grad[pixel, k] · act′ over the pixels of the split. Grid: (channel tiles, splits)."""
+    """out[k] = Σ_pixel grad[pixel, k] · act′. Grid: (channel tiles, splits)."""
     k = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     first = tl.program_id(1) * pixels_per_split
     last = min(first + pixels_per_split, pixels)
@@ -61,23 +63,12 @@ def channel_sum_kernel(
             # Beyond the last pixel an activation's derivative need not be zero times zero.
             value = tl.where(mask, stored.to(tl.float32), 0.0)
         acc += value
-    total = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + tl.program_id(1) * channels + k, total, mask=k < channels)
-
-
-@triton.jit
-def sum_splits_kernel(partial_ptr, out_ptr, size, splits, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
-    """out[i] = Σ_split partial[split, i], added in a fixed order: the same bits in every run.
-
-    BLOCK_SPLITS loads are in flight at a time: few programs that wait for one after the other would take longer than
-    the product did.
-    """
-    i = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    split = tl.arange(0, BLOCK_SPLITS)[:, None]
-    acc = tl.zeros((BLOCK_SPLITS, BLOCK), tl.float32)
-    for first in range(0, splits, BLOCK_SPLITS):
-        inside = (first + split < splits) & (i < size)
-        place = (first + split) * tl.cast(size, tl.int64) + i
-        acc += tl.load(partial_ptr + place, mask=inside, other=0.0)
-    total = tl.sum(acc, axis=0)[None, :]
-    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=i < size)
+    total = tl.sum(acc, axis=0)
+    last = True
+    if shared is not None:
+        tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        leave_part(total[None, :], shared, tile, split, splits, None, 0, BLOCK_M)
+        last = last_to_arrive(shared, tile, split, splits, None, BLOCK_M, BLOCK_M)
+        if last:
+            total = total_of(shared, tile, splits, None, tl.arange(0, BLOCK_M), BLOCK_M)
+    tl.store(out_ptr + k, total.to(out_ptr.dtype.element_ty), mask=(k < channels) & last)

@@ -1,15 +1,18 @@
-"""Launches of copies between layouts, sums over pixels, and merges of partial results."""
+"""Launches of copies between layouts and sums over pixels, and the workspace of sums that programs share."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from gpukern.ops._images import Image, image
 from gpukern.ops._reduction import kernels
-from gpukern.ops._reduction.functions import Statistics
-from gpukern.ops._reduction.splits import channel_sum_splits
+from gpukern.ops._reduction.functions import Statistics, Sums
+from gpukern.ops._reduction.shared_sums import SharedSums
+from gpukern.ops._reduction.splits import channel_sum_splits, group_count
 from gpukern.runtime.counters import zeroed_counters
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.integers import cdiv, power_of_two
@@ -18,10 +21,14 @@ from gpukern.runtime.strides import dense_strides, reach
 from gpukern.runtime.tensors import check_kernel_dtype
 
 _NOTHING = Image(None, 0, 0, 0, 0)
-#: Partial sums that a program has in flight: 16 per thread.
-_LOADS = 2048
+#: Channels of a program of :func:`channel_sum`.
+_CHANNELS = 64
+#: Makes the workspace of a launch on a device; None if no sum is shared.
+Workspace = Callable[[torch.device], SharedSums | None]
 #: The fewest parts of statistics that are worth a step of their own: as many as a program reads at a time.
 _GROUP = 32
+
+_Merged = TypeVar("_Merged", Statistics, Sums)
 
 
 def channels_last_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,27 +59,17 @@ def copy_image(source: torch.Tensor, target: torch.Tensor) -> None:
     )
 
 
-def partial_sums(output: torch.Tensor, splits: int) -> torch.Tensor:
-    """Return the splits' target: ``output`` itself for one split, else fp32 [splits, ...] in its memory order."""
-    if splits == 1:
-        return output
-    return torch.empty((splits, output.numel()), dtype=torch.float32, device=output.device)
+def shared_sums(tiles: int, splits: int, size: int) -> Workspace:
+    """Return what makes the workspace of a launch whose programs share the sums of so many tiles of ``size`` sums."""
+    count = group_count(splits, size)
 
+    def workspace(device: torch.device) -> SharedSums | None:
+        if splits == 1:
+            return None
+        parts = torch.empty(tiles * (splits + count) * size, dtype=torch.float32, device=device)
+        return SharedSums(parts, zeroed_counters(tiles * (count + 1), device))
 
-def add_partial_sums(partial: torch.Tensor, output: torch.Tensor, splits: int) -> None:
-    """Set output ← Σ_split partial[split], added in a fixed order; ``output`` is dense."""
-    if splits == 1:
-        return
-    size = output.numel()
-    rows = power_of_two(splits, 1, 32)
-    block = _LOADS // rows
-    launch(
-        kernels.sum_splits_kernel,
-        (cdiv(size, block),),
-        output.device,
-        (partial, output, size, splits),
-        {"BLOCK": block, "BLOCK_SPLITS": rows, "num_warps": 4},
-    )
+    return workspace
 
 
 def sums_and_deviations(channels: int, device: torch.device) -> Statistics:
@@ -82,18 +79,25 @@ def sums_and_deviations(channels: int, device: torch.device) -> Statistics:
 
 
 def with_workspace(
-    statistics: Statistics, channels: int, device: torch.device, rows: int, columns: int, parts: int = 1, taken: int = 0
-) -> Statistics:
-    """Return ``statistics`` with memory for the parts of rows · columns tiles, each in so many parts, and counters.
+    merged: _Merged,
+    channels: int,
+    device: torch.device,
+    rows: int,
+    columns: int,
+    parts: int = 1,
+    taken: int = 0,
+    sums: int = 3,
+) -> _Merged:
+    """Return Statistics, or so many ``sums``, with memory for the parts of rows · columns tiles, and counters.
 
-    ``taken``: how many counters the launch uses for something else.
+    ``parts``: how many a tile has. ``taken``: how many counters the launch uses for something else.
     """
     group = power_of_two(math.isqrt(rows), _GROUP)
     groups = cdiv(rows, group)
-    size = 3 * (rows * parts + groups) * channels
+    size = sums * (rows * parts + groups) * channels
     taken = 4 * cdiv(taken, 4)  # whether a pointer is a multiple of 16 bytes is compiled in
     counters = zeroed_counters(taken + columns * (groups + 1), device)
-    return statistics._replace(
+    return merged._replace(
         parts=torch.empty(size, dtype=torch.float32, device=device),
         counters=counters[taken:] if taken else counters,
         group=group,
@@ -123,15 +127,21 @@ def _channel_sum(
     pixels = N * P * Q
     if pixels == 0 or K == 0:
         return sums.zero_()
-    splits = channel_sum_splits(pixels, K, device_spec(grad.device))
-    partial = partial_sums(sums, splits)
+    tiles, splits = cdiv(K, _CHANNELS), channel_sum_splits(pixels, K, device_spec(grad.device))
+    shared = shared_sums(tiles, splits, _CHANNELS)(grad.device)
     farthest = max(reach(grad.shape, strides) for strides in (grad.stride(), output[1:], inner[1:]))
+    scalars = pixels, K, P, Q, cdiv(pixels, splits), negative_slope
     launch(
         kernels.channel_sum_kernel,
-        (cdiv(K, 64), splits),
+        (tiles, splits),
         grad.device,
-        (image(grad), output, inner, partial, pixels, K, P, Q, cdiv(pixels, splits), negative_slope),
-        {"ACTIVATION": activation, "BLOCK_M": 64, "BLOCK_K": 64, "INDEX": index_type(farthest), "num_warps": 4},
+        (image(grad), output, inner, sums, shared, *scalars),
+        {
+            "ACTIVATION": activation,
+            "BLOCK_M": _CHANNELS,
+            "BLOCK_K": 64,
+            "INDEX": index_type(farthest),
+            "num_warps": 4,
+        },
     )
-    add_partial_sums(partial, sums, splits)
     return sums

@@ -15,8 +15,9 @@ Rows and columns are walked alike, along an ``Axis`` of ``plan.py``.
 import triton
 import triton.language as tl
 
+from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._reduction.functions import merge_statistics, store_part
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums, store_part
 
 # ---- along one axis: an Axis of plan.py ----------------------------------------------------------------------------
 
@@ -213,7 +214,7 @@ def store_moments(moments, statistics, tile, tiles, k, channels, PLANES: tl.cons
     own = tl.maximum(count, 1.0)
     apart = tl.where(count > 0.0, origin + differences / own - mean, 0.0)
     deviations = over_pixels(squares - differences * differences / own + count * apart * apart, PLANES)
-    store_part(statistics.parts, sums, deviations, n, tile, tiles, k, k < channels, channels)
+    store_part(statistics.parts, (sums, deviations, n), tile, tiles, k, k < channels, channels)
 
 
 # ---- forward and input gradient ------------------------------------------------------------------------------------
@@ -226,7 +227,10 @@ def conv2d_depthwise_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual,  # Image like out, or None
     out,  # Image: y, or ∂L/∂x
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, or Sums with a norm; or None
+    z,  # Image like out, with
+    other,  # Image like out or None, and
+    norm,  # NormGrad; or all None
     sizes,  # Sizes
     rows_per_program,  # output rows, a multiple of the stride of an input gradient
     negative_slope,
@@ -298,8 +302,22 @@ def conv2d_depthwise_kernel(
         added, _, _ = walk(
             residual, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN, INDEX
         )
-    if statistics is not None:
-        moments = no_moments((SHAPE[0], SHAPE[1], 2) if OUT_PAIRS else SHAPE)
+    OUT_SHAPE: tl.constexpr = (SHAPE[0], SHAPE[1], 2) if OUT_PAIRS else SHAPE
+    if statistics is not None and norm is None:
+        moments = no_moments(OUT_SHAPE)
+    if norm is not None:
+        own_numbers = norm_numbers(norm, k, k < channels)
+        numbers = along_pixels(own_numbers, 2) if OUT_PAIRS else own_numbers
+        z_places, _, _ = walk(
+            z, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN, INDEX
+        )
+        if other is not None:
+            other_places, _, _ = walk(
+                other, n, k, out_row, out_column, AXIS_H.out_pitch, AXIS_W.out_pitch, PLANES, OUT_PAIRS, OUT_ALIGN,
+                INDEX,
+            )  # fmt: skip
+        sum_g = tl.zeros(OUT_SHAPE, tl.float32)
+        sum_gx = tl.zeros(OUT_SHAPE, tl.float32)
 
     sums = zeros(AXIS_H.waiting * COLS, SHAPE)
     # The next rows are always in flight while the current ones are multiplied.
@@ -326,17 +344,39 @@ def conv2d_depthwise_kernel(
                     y += bias
                 if residual is not None:
                     y += tl.load(added + moved, mask=ok[j], other=0.0).to(tl.float32)
-                y = apply_activation(y, ACTIVATION, negative_slope).to(out.ptr.dtype.element_ty)
+                if norm is not None:
+                    value = tl.load(z_places + moved, mask=ok[j], other=0.0).to(tl.float32)
+                    kept = None
+                    if other is not None:
+                        kept = tl.load(other_places + moved, mask=ok[j], other=0.0).to(tl.float32)
+                    y, from_mean = inner_gradient(y, value, kept, numbers, negative_slope, ACTIVATION)
+                else:
+                    y = apply_activation(y, ACTIVATION, negative_slope)
+                y = y.to(out.ptr.dtype.element_ty)
                 tl.store(places + moved, y, mask=ok[j])
-                if statistics is not None:
+                if norm is not None:
+                    g = tl.where(ok[j], y.to(tl.float32), 0.0)
+                    sum_g += g
+                    sum_gx += g * from_mean
+                if statistics is not None and norm is None:
                     moments = add_moments(moments, y.to(tl.float32), ok[j], (t == WARM_UP) & (a + j == 0))
         out_row += DONE * AXIS_H.out_pitch
         places += DONE * out_step_h
         if residual is not None:
             added += DONE * out_step_h
+        if norm is not None:
+            z_places += DONE * out_step_h
+            if other is not None:
+                other_places += DONE * out_step_h
         sums = sums[DONE * COLS :] + zeros(DONE * COLS, SHAPE)
     if statistics is not None:
         tiles = tl.num_programs(0) // channel_blocks
-        store_moments(moments, statistics, tile, tiles, k, channels, PLANES)
         block = tl.program_id(0) % channel_blocks
-        merge_statistics(statistics, tile, tiles, block, block * BLOCK_C, channels, channels, BLOCK_C)
+        if norm is not None:
+            total_g = over_pixels(sum_g, PLANES)
+            total_gx = over_pixels(sum_gx, PLANES) * own_numbers[1]
+            store_part(statistics.parts, (total_g, total_gx), tile, tiles, k, k < channels, channels)
+            merge_sums(statistics, tile, tiles, block, block * BLOCK_C, channels, channels, 2, BLOCK_C)
+        else:
+            store_moments(moments, statistics, tile, tiles, k, channels, PLANES)
+            merge_statistics(statistics, tile, tiles, block, block * BLOCK_C, channels, channels, BLOCK_C)

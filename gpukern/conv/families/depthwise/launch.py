@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from gpukern.conv.families.depthwise import kernels, weight_kernels
-from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tiles_per_split
+from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tile_sums, tiles_per_split
 from gpukern.conv.families.filters import filter_strides
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
@@ -14,7 +13,8 @@ from gpukern.conv.layouts import Shape, Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
-from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
+from gpukern.ops._reduction.launch import shared_sums
+from gpukern.ops._reduction.splits import chunk, fan_in
 from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 
@@ -53,7 +53,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     cut, rows = cut_of(p, direction, plan), plan.own_box[1]
     constants = compile_time(kernels.conv2d_depthwise_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         arguments = (
             Image(first, *source),
             Filter(second, *of_filter),
@@ -61,29 +61,34 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else Image(residual, *output),
             Image(out, *output),
             statistics,
+            None if z is None else Image(z, *output),
+            None if other is None else Image(other, *output),
+            norm,
             sizes,
             rows,
             negative_slope,
         )
         launch(kernels.conv2d_depthwise_kernel, (cut.tiles * cut.channel_blocks,), out.device, arguments, constants)
 
-    return Launch(run, Tiles(cut.tiles, cut.channel_blocks) if request.epilogue.statistics else None)
+    return Launch(run, Tiles(cut.tiles, cut.channel_blocks) if request.epilogue.leaves_parts else None)
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     p = request.problem
-    of_grad, of_source, of_output = request.shapes
+    of_grad, of_source, _ = request.shapes
     grad, source, output = map(strides_of, request.shapes, (request.first, request.second, request.output))
     of_filter = filter_strides(p, output, False)
     vertical, horizontal = axes(p, request.direction)
     planes = _in_planes(grad, source)
     grad_pairs = planes and _in_pairs(of_grad, grad, horizontal, plan.own_box[2])
     source_pairs = planes and _in_pairs(of_source, source, horizontal, _sources(horizontal, plan))
+    programs, size = (cut_of(p, request.direction, plan).channel_blocks, plan.splits), tile_sums(p, plan)
+    workspace = shared_sums(*programs, size)
     scalars = (
-        math.prod(of_output),
         Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, 1),
         plan.own_box[1],
         tiles_per_split(p, plan),
+        fan_in(plan.splits, size),
     )
     options = {
         **_walk(vertical, horizontal, planes),
@@ -93,17 +98,15 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
         "GRAD_ALIGN": _alignment(of_grad, grad, planes, grad_pairs),
         "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if p.group_outputs == 1 else 1,
         **_tile(plan, plan.block_m),
+        "CHUNK": chunk(size, plan.num_warps),
         "INDEX": index_type(max(map(reach, (of_grad, of_source), (grad, source)))),
     }
-    programs = cut_of(p, request.direction, plan).channel_blocks, plan.splits
     constants = compile_time(weight_kernels.conv2d_depthwise_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
-        partial = partial_sums(out, plan.splits)
-        filter = Filter(partial, *of_filter)
-        arguments = (Image(first, *grad), Image(second, *source), filter, *scalars)
+        shared = workspace(out.device)
+        arguments = (Image(first, *grad), Image(second, *source), Filter(out, *of_filter), shared, *scalars)
         launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, constants)
-        add_partial_sums(partial, out, plan.splits)
 
     return Launch(run)
 

@@ -21,7 +21,7 @@ _REGISTERS = (145, 204)
 _RESIDENT = 4
 # Cost of a program's prologue and epilogue, in rows.
 _STARTUP = 6
-# Partial sums of the weight gradient are read back, 32 at a time.
+# The parts of a weight gradient's sums are read back, one after the other.
 _MOST_SPLITS = 256
 _RUNS = (Layout.NHWC, Layout.NHWC_STRIDED, Layout.CHANNELS)
 
@@ -154,6 +154,11 @@ def cut_of(p: ConvProblem, direction: Direction, plan: ConvPlan) -> Cut:
 def tiles_per_split(p: ConvProblem, plan: ConvPlan) -> int:
     """Return the weight gradient's number of tiles per split."""
     return cdiv(cut_of(p, Direction.WEIGHT_GRAD, plan).tiles, plan.splits)
+
+
+def tile_sums(p: ConvProblem, plan: ConvPlan) -> int:
+    """Return the sums of a weight gradient's tile: of every tap."""
+    return p.R * p.S * plan.block_m
 
 
 def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
@@ -310,10 +315,16 @@ def _cut(p: ConvProblem, direction: Direction, channels: int, lanes: int, rows: 
     return Cut(strips, cdiv(_lanes(p, direction, cols), lanes), cdiv(made, channels))
 
 
+def _takes_norm_grad(plan: ConvPlan, activation: str) -> bool:
+    return True
+
+
 FAMILY = Family(
     name="depthwise",
     candidates=candidates,
     tiles=tiles,
+    takes_norm_grad=_takes_norm_grad,
     main_loop_efficiency={Variant.DEPTHWISE: 0.4},
     elementwise=frozenset((Variant.DEPTHWISE,)),
+    tile_sums=tile_sums,
 )

@@ -16,6 +16,7 @@ from gpukern.conv.families.depthwise.kernels import (
     walk,
     zeros,
 )
+from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
 
 @triton.constexpr_function
@@ -57,15 +58,16 @@ def multiply_row(
     return new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fan_in"])
 def conv2d_depthwise_weight_grad_kernel(
     grad,  # Image [N, K, P, Q]: ∂L/∂y
     source,  # Image [N, C, H, W]: x
-    out,  # Filter: ∂L/∂w, or the fp32 partial sums of it
-    out_split,  # elements from one partial sum to the next
+    out,  # Filter: ∂L/∂w
+    shared,  # SharedSums of BLOCK_C for each tap a tile, or None for one split
     sizes,  # Sizes
     rows_per_tile,
     tiles_per_split,
+    fan_in,
     AXIS_H: tl.constexpr, AXIS_W: tl.constexpr,
     COLUMNS: tl.constexpr,  # output channels of an input channel
     PLANES: tl.constexpr,
@@ -73,6 +75,7 @@ def conv2d_depthwise_weight_grad_kernel(
     GRAD_ALIGN: tl.constexpr, SOURCE_ALIGN: tl.constexpr,  # see walk
     COLS: tl.constexpr,  # columns of dy in a column group: they divide those of an image
     BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # column groups and channels of a program
+    CHUNK: tl.constexpr,  # see last_to_arrive
     INDEX: tl.constexpr,
 ):  # fmt: skip
     """out[k, 0, r, s] = Σ_{n, p, q} grad[n, k, p, q] · source[n, k // COLUMNS, tap r of p, tap s of q].
@@ -155,8 +158,23 @@ def conv2d_depthwise_weight_grad_kernel(
                         sums, waiting[a * COLS : a * COLS + COLS], values, a - WARM_UP, AXIS_H, AXIS_W, COLS
                     )
 
-    own_filter = out.ptr + tl.program_id(1).to(tl.int64) * out_split
-    own_filter += k // COLUMNS * out.group + k % COLUMNS * out.column
-    for tap in tl.static_range(TAPS):
-        total = over_pixels(sums[tap], PLANES).to(out.ptr.dtype.element_ty)
-        tl.store(own_filter + (tap // TAPS_W * out.r + tap % TAPS_W * out.s), total, mask=k < channels)
+    if shared is None:
+        place = out.ptr + (k // COLUMNS * out.group + k % COLUMNS * out.column)
+        for tap in tl.static_range(TAPS):
+            total = over_pixels(sums[tap], PLANES).to(out.ptr.dtype.element_ty)
+            tl.store(place + (tap // TAPS_W * out.r + tap % TAPS_W * out.s), total, mask=k < channels)
+    else:
+        SIZE: tl.constexpr = TAPS * BLOCK_C
+        block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        for tap in tl.static_range(TAPS):
+            leave_part(over_pixels(sums[tap], PLANES), shared, block, split, splits, fan_in, tap * BLOCK_C, SIZE)
+        if last_to_arrive(shared, block, split, splits, fan_in, SIZE, CHUNK):
+            for start in range(0, SIZE, CHUNK):
+                i = start + tl.arange(0, CHUNK)
+                total = total_of(shared, block, splits, fan_in, i, SIZE)
+                of_tap = i // BLOCK_C
+                channel = block * BLOCK_C + i % BLOCK_C
+                place = channel // COLUMNS * out.group + channel % COLUMNS * out.column
+                place = out.ptr + (place + of_tap // TAPS_W * out.r + of_tap % TAPS_W * out.s)
+                total = total.to(out.ptr.dtype.element_ty)
+                tl.store(place, total, mask=(i < SIZE) & (channel < channels))

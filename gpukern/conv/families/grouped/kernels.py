@@ -11,10 +11,11 @@ import triton.language as tl
 
 from gpukern.conv.epilogue import store_statistics
 from gpukern.conv.indexing import phase_taps, taps_inside
+from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._pixels import split_pixel
-from gpukern.ops._reduction.functions import merge_statistics
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
 
 @triton.jit
@@ -47,7 +48,10 @@ def conv2d_block_diagonal_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, or Sums with a norm; or None
+    z_ptr,  # laid out like out, with
+    other_ptr,  # laid out like out or None, and
+    norm,  # NormGrad; or all None
     sizes,  # Sizes
     padding_h,
     padding_w,
@@ -162,10 +166,26 @@ def conv2d_block_diagonal_kernel(
         acc += tl.load(bias_ptr + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
-    y = apply_activation(acc, ACTIVATION, negative_slope).to(out.ptr.dtype.element_ty)
+    channels = sizes.groups * COLUMNS
+    if norm is not None:
+        numbers = norm_numbers(norm, column, column_ok)
+        z = tl.load(z_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
+        other = None
+        if other_ptr is not None:
+            other = tl.load(other_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
+        y, from_mean = inner_gradient(acc, z, other, along_pixels(numbers, 0), negative_slope, ACTIVATION)
+    else:
+        y = apply_activation(acc, ACTIVATION, negative_slope)
+    y = y.to(out.ptr.dtype.element_ty)
     tl.store(out.ptr + place, y, mask=out_ok)
     if statistics is not None:
-        channels = sizes.groups * COLUMNS
-        tiles = tl.num_programs(0) // num_n
-        store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, tiles, column, channels, AXIS=0)
-        merge_statistics(statistics, pid_m, tiles, pid_n, pid_n * BLOCK_N, channels, channels, BLOCK_N)
+        row_tiles = tl.num_programs(0) // num_n
+        row = tl.program_id(1) * row_tiles + pid_m
+        rows = tl.num_programs(1) * row_tiles
+        if norm is not None:
+            g = y.to(tl.float32)
+            store_norm_sums(g, from_mean, pixel_ok, numbers[1], statistics, row, rows, column, channels, AXIS=0)
+            merge_sums(statistics, row, rows, pid_n, pid_n * BLOCK_N, channels, channels, 2, BLOCK_N)
+        else:
+            store_statistics(y.to(tl.float32), pixel_ok, statistics, row, rows, column, channels, AXIS=0)
+            merge_statistics(statistics, row, rows, pid_n, pid_n * BLOCK_N, channels, channels, BLOCK_N)

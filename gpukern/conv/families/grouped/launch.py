@@ -42,7 +42,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
     rows, cols, phases = grid(p, request.direction, plan)
     constants = compile_time(kernels.conv2d_block_diagonal_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         arguments = (
             Image(first, *source),
             Filter(second, *of_filter),
@@ -50,6 +50,9 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
             residual,
             Image(out, *output),
             statistics,
+            z,
+            other,
+            norm,
             sizes,
             p.padding[0],
             p.padding[2],
@@ -57,4 +60,4 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_block_diagonal_kernel, (rows * cols, phases), out.device, arguments, constants)
 
-    return Launch(run, Tiles(rows, cols) if request.epilogue.statistics else None)
+    return Launch(run, Tiles(rows * phases, cols) if request.epilogue.leaves_parts else None)

@@ -70,9 +70,14 @@ def _blocks(p: ConvProblem, direction: Direction) -> tuple[int, int]:
     return groups * N, groups * K
 
 
+def _takes_norm_grad(plan: ConvPlan, activation: str) -> bool:
+    return True
+
+
 FAMILY = Family(
     name="grouped",
     candidates=candidates,
     tiles=tiles,
+    takes_norm_grad=_takes_norm_grad,
     main_loop_efficiency={Variant.GROUPED: 0.7},
 )

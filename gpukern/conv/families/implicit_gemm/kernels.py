@@ -9,10 +9,11 @@ import triton.language as tl
 
 from gpukern.conv.epilogue import add_splits, pooled_rows, store_statistics
 from gpukern.conv.indexing import inside_image, phase_taps, taps_inside, tile_order
+from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
 from gpukern.ops._pixels import split_pixel
-from gpukern.ops._reduction.functions import merge_statistics
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
 
 @triton.jit
@@ -22,7 +23,10 @@ def conv2d_gather_kernel(
     bias_ptr,  # [columns of all groups] or None
     residual_ptr,  # laid out like out, or None
     out,  # Image: y, or ∂L/∂x when TRANSPOSED
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, or Sums with a norm; or None
+    z_ptr,  # laid out like out, with
+    other_ptr,  # laid out like out or None, and
+    norm,  # NormGrad; or all None
     partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_M, BLOCK_N], and
     counter_ptr,  # int32 [tiles], zeros; both None for one split
     sizes,  # Sizes
@@ -241,7 +245,15 @@ def conv2d_gather_kernel(
     place = out_row[:, None] + (out_channel.to(INDEX) * out.c)[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
-    y = apply_activation(acc, ACTIVATION, negative_slope)
+    if norm is not None:
+        numbers = norm_numbers(norm, out_channel, column_ok)
+        z = tl.load(z_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
+        other = None
+        if other_ptr is not None:
+            other = tl.load(other_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
+        y, from_mean = inner_gradient(acc, z, other, along_pixels(numbers, 0), negative_slope, ACTIVATION)
+    else:
+        y = apply_activation(acc, ACTIVATION, negative_slope)
     if POOL:
         y = pooled_rows(y)
     y = y.to(out.ptr.dtype.element_ty)
@@ -251,9 +263,15 @@ def conv2d_gather_kernel(
         # Where there is nothing to write the channel is one too far.
         channel = tl.where(column_ok, out_channel, channels)
         if last:
-            store_statistics(y.to(tl.float32), pixel_ok, statistics, pid_m, num_m, channel, channels, AXIS=0)
-            first = group * sizes.columns
+            row = phase * num_m + pid_m
+            rows = tl.num_programs(2) // SPLITS * num_m
             column_tile = group * tl.cdiv(columns, BLOCK_N) + pid_n
-            merge_statistics(
-                statistics, pid_m, num_m, column_tile, first + pid_n * BLOCK_N, first + columns, channels, BLOCK_N
-            )
+            first = group * sizes.columns + pid_n * BLOCK_N
+            end = group * sizes.columns + columns
+            if norm is not None:
+                g = y.to(tl.float32)
+                store_norm_sums(g, from_mean, pixel_ok, numbers[1], statistics, row, rows, channel, channels, AXIS=0)
+                merge_sums(statistics, row, rows, column_tile, first, end, channels, 2, BLOCK_N)
+            else:
+                store_statistics(y.to(tl.float32), pixel_ok, statistics, row, rows, channel, channels, AXIS=0)
+                merge_statistics(statistics, row, rows, column_tile, first, end, channels, BLOCK_N)

@@ -9,14 +9,15 @@ from gpukern.conv.families.filters import filter_strides, tap_options, window_op
 from gpukern.conv.families.implicit_gemm import kernels, weight_kernels
 from gpukern.conv.families.implicit_gemm.plan import grid
 from gpukern.conv.families.split_k import split_k_workspace
-from gpukern.conv.geometry import gemm_mnk
+from gpukern.conv.geometry import gemm_mnk, tiled_pixels
 from gpukern.conv.indexing import Filter, Sizes
 from gpukern.conv.layouts import Strides, alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
-from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
+from gpukern.ops._reduction.launch import shared_sums
+from gpukern.ops._reduction.splits import chunk, fan_in
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import compile_time, index_type, launch
 from gpukern.runtime.strides import reach
@@ -56,7 +57,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     workspace = split_k_workspace(plan, tiles)
     constants = compile_time(kernels.conv2d_gather_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = out.device
         partial = counters = None
         if workspace:
@@ -68,6 +69,9 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
             residual,
             Image(out, *output),
             statistics,
+            z,
+            other,
+            norm,
             partial,
             counters,
             sizes,
@@ -77,8 +81,9 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         )
         launch(kernels.conv2d_gather_kernel, programs, device, arguments, constants)
 
-    rows = max(cdiv(gemm.M, plan.block_m), 1)  # an empty batch has none
-    of_statistics = Tiles(rows, tiles // rows) if request.epilogue.statistics else None
+    # Tiles along the pixels of every phase; an empty batch has none.
+    rows = max(cdiv(gemm.M, plan.block_m) * tiled_pixels(p, request.direction)[1], 1)
+    of_statistics = Tiles(rows, tiles // rows) if request.epilogue.leaves_parts else None
     return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 
@@ -88,30 +93,31 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     of_filter = filter_strides(p, output, False)
     gemm = gemm_mnk(p, Direction.WEIGHT_GRAD)
     direct = plan.variant is Variant.DIRECT
+    programs, size = grid(p, Direction.WEIGHT_GRAD, plan), plan.block_m * plan.block_n
+    workspace = shared_sums(math.prod(programs) // plan.splits, plan.splits, size)
     scalars = (
-        math.prod(request.shapes[2]),
         Sizes(p.N, p.H, p.W, p.P, p.Q, p.groups, p.group_outputs, p.group_inputs),
         cdiv(gemm.K, plan.splits),
         p.padding[0],
         p.padding[2],
+        fan_in(plan.splits, size),
     )
     options = {
         **window_options(p),
         "VARIANT": plan.variant.value,
         "GRAD_ALIGN": alignment(grad, 1, p.K if direct else p.group_outputs),
         "SOURCE_ALIGN": alignment(source, 1, p.C if direct else p.group_inputs),
+        "CHUNK": chunk(size, plan.num_warps),
         "PRECISION": plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes[:2], (grad, source)))),
         **_tile(plan),
     }
-    programs = grid(p, Direction.WEIGHT_GRAD, plan)
     constants = compile_time(weight_kernels.conv2d_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
-        partial = partial_sums(out, plan.splits)
-        arguments = (Image(first, *grad), Image(second, *source), Filter(partial, *of_filter), *scalars)
+        shared = workspace(out.device)
+        arguments = (Image(first, *grad), Image(second, *source), Filter(out, *of_filter), shared, *scalars)
         launch(weight_kernels.conv2d_weight_grad_kernel, programs, out.device, arguments, constants)
-        add_partial_sums(partial, out, plan.splits)
 
     return Launch(run)
 

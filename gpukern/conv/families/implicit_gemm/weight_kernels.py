@@ -1,4 +1,4 @@
-"""Weight-gradient kernel: sums over all pixels, split over programs, whose partial sums another launch adds."""
+"""Weight-gradient kernel: sums over all pixels, shared by as many programs as keep the device busy."""
 
 import triton
 import triton.language as tl
@@ -6,18 +6,20 @@ import triton.language as tl
 from gpukern.conv.indexing import inside_image, tile_order
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._pixels import split_pixel
+from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fan_in"])
 def conv2d_weight_grad_kernel(
     grad,  # Image [N, K, P, Q]: ∂L/∂y
     source,  # Image [N, C, H, W]: x
-    out,  # Filter: ∂L/∂w, or the fp32 partial sums of it
-    out_split,  # elements from one partial sum to the next
+    out,  # Filter: ∂L/∂w
+    shared,  # SharedSums of BLOCK_M · BLOCK_N a tile, or None for one split
     sizes,  # Sizes: out_h × out_w is P × Q, columns the output and reduction the input channels of a group
     pixels_per_split,
     padding_h,
     padding_w,
+    fan_in,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -31,6 +33,7 @@ def conv2d_weight_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    CHUNK: tl.constexpr,  # see last_to_arrive
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
@@ -109,15 +112,49 @@ def conv2d_weight_grad_kernel(
             x = rounded(x, PRECISION, MOVABLE=False)
             acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
 
-    target = out.ptr + tl.program_id(2).to(tl.int64) * out_split
-    tap_offset = r * out.r + s * out.s + c * out.reduction
-    if DIRECT:
-        row_offset = (m // sizes.columns) * out.group + (m % sizes.columns) * out.column
-        tl.store(target + row_offset + tap_offset, tl.sum(acc, axis=0).to(out.ptr.dtype.element_ty), mask=m_ok)
+    sums = tl.sum(acc, axis=0)[:, None] if DIRECT else acc  # [BLOCK_M, BLOCK_N]
+    if shared is None:
+        every = tl.arange(0, sums.shape[0])[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        place, inside = _place(out, sizes, group, pid_m, pid_n, every, TAPS_H, TAPS_W, VARIANT, BLOCK_M, BLOCK_N)
+        tl.store(place, sums.to(out.ptr.dtype.element_ty), mask=inside)
     else:
-        row_offset = group * out.group + m * out.column
-        tl.store(
-            target + row_offset[:, None] + tap_offset,
-            acc.to(out.ptr.dtype.element_ty),
-            mask=m_ok[:, None] & column_ok,
-        )
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+        tile = group * tl.num_programs(0) + tl.program_id(0)
+        split, splits = tl.program_id(2), tl.num_programs(2)
+        leave_part(sums, shared, tile, split, splits, fan_in, 0, SIZE)
+        if last_to_arrive(shared, tile, split, splits, fan_in, SIZE, CHUNK):
+            for start in range(0, SIZE, CHUNK):
+                i = start + tl.arange(0, CHUNK)
+                total = total_of(shared, tile, splits, fan_in, i, SIZE)
+                place, inside = _place(out, sizes, group, pid_m, pid_n, i, TAPS_H, TAPS_W, VARIANT, BLOCK_M, BLOCK_N)
+                tl.store(place, total.to(out.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place(
+    out, sizes, group, pid_m, pid_n, i,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
+    VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Return where sum ``i`` of a tile's BLOCK_M · BLOCK_N belongs in ∂L/∂w, and whether it is in there."""
+    m = pid_m * BLOCK_M + i // BLOCK_N
+    column = i % BLOCK_N
+    if VARIANT == "direct":
+        row_ok = m < sizes.columns * sizes.groups
+        place = out.ptr + (m // sizes.columns) * out.group + (m % sizes.columns) * out.column
+        tap = pid_n // sizes.reduction
+        c = pid_n % sizes.reduction
+        column_ok = column == 0
+    else:
+        row_ok = m < sizes.columns
+        place = out.ptr + group * out.group + m * out.column
+        if VARIANT == "flat":
+            flat = pid_n * BLOCK_N + column
+            tap = flat // sizes.reduction
+            c = flat % sizes.reduction
+            column_ok = tap < TAPS_H * TAPS_W
+        else:
+            tap = pid_n // tl.cdiv(sizes.reduction, BLOCK_N)
+            c = (pid_n % tl.cdiv(sizes.reduction, BLOCK_N)) * BLOCK_N + column
+            column_ok = c < sizes.reduction
+    return place + (tap // TAPS_W * out.r + tap % TAPS_W * out.s + c * out.reduction), row_ok & column_ok

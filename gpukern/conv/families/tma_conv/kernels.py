@@ -16,8 +16,9 @@ import triton.language as tl
 
 from gpukern.conv.epilogue import add_splits, pooled_columns, store_statistics
 from gpukern.conv.indexing import phase_taps, tile_order
+from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._reduction.functions import merge_statistics
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
 
 @triton.jit
@@ -27,7 +28,10 @@ def conv2d_box_kernel(
     bias_ptr,  # [columns] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [N, P, Q, K]; of ∂L/∂x when TRANSPOSED, in halves of rows and columns at STRIDE 2
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, or Sums with a norm; or None
+    z,  # descriptor like out, with
+    other,  # descriptor like out or None, and
+    norm,  # NormGrad; or all None
     partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
     counter_ptr,  # int32 [tiles], zeros; both None for one split
     batch,
@@ -141,6 +145,8 @@ def conv2d_box_kernel(
         # The other splits' writes fall beyond the last image, and beyond the last channel of the statistics.
         n0 = tl.where(last, n0, batch)
         column = tl.where(last, column, columns)
+    row = tl.program_id(1) * num_m + pid_m  # of the tiles of all phases
+    rows_of_tiles = tl.num_programs(1) * num_m
     sizes = (batch, rows, cols, columns)
     phase = (phase_h, phase_w * parity_step)
     PARTS: tl.constexpr = BLOCK_M // (PART_N * PART_H * PART_W)
@@ -156,12 +162,15 @@ def conv2d_box_kernel(
             residual,
             out,
             statistics,
+            z,
+            other,
+            norm,
             place,
             column,
             sizes,
             phase,
-            pid_m * PARTS + part,
-            num_m * PARTS,
+            row * PARTS + part,
+            rows_of_tiles * PARTS,
             negative_slope,
             PHASES,
             PART_N,
@@ -173,7 +182,10 @@ def conv2d_box_kernel(
         )
     if statistics is not None:  # noqa: SIM102 - at compile time, the other one is not
         if last:
-            merge_statistics(statistics, pid_m, num_m, pid_n, column0, columns, columns, BLOCK_N, PARTS)
+            if norm is not None:
+                merge_sums(statistics, row, rows_of_tiles, pid_n, column0, columns, columns, 2, BLOCK_N, PARTS)
+            else:
+                merge_statistics(statistics, row, rows_of_tiles, pid_n, column0, columns, columns, BLOCK_N, PARTS)
 
 
 @triton.jit
@@ -183,6 +195,9 @@ def finish(
     residual,
     out,
     statistics,
+    z,
+    other,
+    norm,
     place,  # the first image, row, column and channel
     column,  # [BLOCK_N]
     sizes,  # images, rows, columns and channels
@@ -205,8 +220,16 @@ def finish(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
-        acc += residual.load([n0, i0, j0, column0]).reshape(PIXELS, BLOCK_N).T.to(tl.float32)
-    y = apply_activation(acc, ACTIVATION, negative_slope)
+        acc += load_like_out(residual, place, phase, PHASES, PIXELS, BLOCK_N)
+    if norm is not None:
+        numbers = norm_numbers(norm, column, column < columns)
+        values = load_like_out(z, place, phase, PHASES, PIXELS, BLOCK_N)
+        kept = None
+        if other is not None:
+            kept = load_like_out(other, place, phase, PHASES, PIXELS, BLOCK_N)
+        y, from_mean = inner_gradient(acc, values, kept, along_pixels(numbers, 1), negative_slope, ACTIVATION)
+    else:
+        y = apply_activation(acc, ACTIVATION, negative_slope)
     if POOL:
         y = pooled_columns(y, PART_W)
     y = y.to(out.dtype)
@@ -221,4 +244,16 @@ def finish(
         pixel = tl.arange(0, PIXELS)
         inside = (j0 + pixel % PART_W < cols) & (i0 + pixel // PART_W % PART_H < rows)
         inside = (inside & (n0 + pixel // (PART_W * PART_H) < batch))[None, :]
-        store_statistics(y.to(tl.float32), inside, statistics, tile, tiles, column, columns, AXIS=1)
+        if norm is not None:
+            g = y.to(tl.float32)
+            store_norm_sums(g, from_mean, inside, numbers[1], statistics, tile, tiles, column, columns, AXIS=1)
+        else:
+            store_statistics(y.to(tl.float32), inside, statistics, tile, tiles, column, columns, AXIS=1)
+
+
+@triton.jit
+def load_like_out(image, place, phase, PHASES: tl.constexpr, PIXELS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Load the box at ``place`` of a tensor that lies like the output, fp32 [BLOCK_N, PIXELS]."""
+    n0, i0, j0, column0 = place
+    box = image.load([n0, i0, phase[0], j0, phase[1] + column0]) if PHASES else image.load([n0, i0, j0, column0])
+    return box.reshape(PIXELS, BLOCK_N).T.to(tl.float32)

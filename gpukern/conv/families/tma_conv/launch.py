@@ -37,7 +37,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
     scalars, options = _scalars(request), _options(request, plan)
     grid, constants = (tiles, phases, plan.splits), compile_time(kernels.conv2d_box_kernel, options)
 
-    def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, output, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = output.device
         partial = counters = None
         if workspace:
@@ -49,6 +49,9 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else out.of(residual),
             out.of(output),
             statistics,
+            None if z is None else out.of(z),
+            None if other is None else out.of(other),
+            norm,
             partial,
             counters,
             *scalars,
@@ -57,7 +60,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         launch(kernels.conv2d_box_kernel, grid, device, arguments, constants)
 
     parts, boxes = math.prod(plan.own_box) // math.prod(part(plan.own_box)), box_count(p, direction, plan.own_box)
-    of_statistics = Tiles(boxes, tiles // boxes, parts) if request.epilogue.statistics else None
+    of_statistics = Tiles(boxes * phases, tiles // boxes, parts) if request.epilogue.leaves_parts else None
     return Launch(run, of_statistics, counters=tiles * phases if workspace else 0)
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gpukern.conv.families.family import Family
+from gpukern.conv.families.family import Family, few_sums
 from gpukern.conv.geometry import dimensions, gemm_mnk, phases
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -217,6 +217,7 @@ FAMILY = Family(
     name="tma_conv",
     candidates=candidates,
     tiles=tiles,
+    takes_norm_grad=few_sums,
     main_loop_efficiency={Variant.BOX: 0.95},
     can_pool=True,
     uses_descriptors=True,

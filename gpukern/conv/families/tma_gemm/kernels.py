@@ -12,8 +12,10 @@ import triton.language as tl
 
 from gpukern.conv.epilogue import add_splits, store_statistics
 from gpukern.conv.indexing import tile_order
+from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._reduction.functions import merge_statistics
+from gpukern.ops._reduction.functions import merge_statistics, merge_sums
+from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
 
 @triton.jit
@@ -23,7 +25,10 @@ def conv2d_gemm_kernel(
     bias_ptr,  # [columns] or None
     residual,  # descriptor like out, or None
     out,  # descriptor of y [pixels, K], with PLANES [N, K, pixels], a box of BLOCK_M / PARTS pixels; or of ∂L/∂x
-    statistics,  # Statistics, or None
+    statistics,  # Statistics, or Sums with a norm; or None
+    z,  # descriptor like out, with
+    other,  # descriptor like out or None, and
+    norm,  # NormGrad; or all None
     partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
     counter_ptr,  # int32 [tiles], zeros; both None for one split
     images,  # 1 unless PLANES: all pixels are one image's
@@ -81,6 +86,9 @@ def conv2d_gemm_kernel(
                     residual,
                     out,
                     statistics,
+                    z,
+                    other,
+                    norm,
                     image,
                     pixel + part * (BLOCK_M // PARTS),
                     pixels,
@@ -92,7 +100,9 @@ def conv2d_gemm_kernel(
                     PLANES,
                     ACTIVATION,
                 )
-            if statistics is not None:
+            if norm is not None:
+                merge_sums(statistics, pid_m, num_m, pid_n, column, columns, columns, 2, BLOCK_N, PARTS)
+            elif statistics is not None:
                 merge_statistics(statistics, pid_m, num_m, pid_n, column, columns, columns, BLOCK_N, PARTS)
 
 
@@ -103,6 +113,9 @@ def _finish(
     residual,
     out,
     statistics,
+    z,
+    other,
+    norm,
     image,
     pixel,
     pixels,
@@ -120,39 +133,60 @@ def _finish(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=channel < columns, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
-        if PLANES:
-            added = residual.load([image, column, pixel]).reshape(BLOCK_N, BLOCK_M)
-        else:
-            added = residual.load([pixel, column]).T
-        acc += added.to(tl.float32)
-    y = apply_activation(acc, ACTIVATION, negative_slope).to(out.dtype)
+        acc += _load_like_out(residual, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
+    if norm is not None:
+        numbers = norm_numbers(norm, channel, channel < columns)
+        values = _load_like_out(z, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
+        kept = None
+        if other is not None:
+            kept = _load_like_out(other, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
+        y, from_mean = inner_gradient(acc, values, kept, along_pixels(numbers, 1), negative_slope, ACTIVATION)
+    else:
+        y = apply_activation(acc, ACTIVATION, negative_slope)
+    y = y.to(out.dtype)
     if PLANES:
         out.store([image, column, pixel], y.reshape(1, BLOCK_N, BLOCK_M))
     else:
         out.store([pixel, column], y.T)
     if statistics is not None:
         valid = (pixel + tl.arange(0, BLOCK_M) < pixels)[None, :]
-        store_statistics(y.to(tl.float32), valid, statistics, row_tile, row_tiles, channel, columns, AXIS=1)
+        if norm is not None:
+            g = y.to(tl.float32)
+            store_norm_sums(g, from_mean, valid, numbers[1], statistics, row_tile, row_tiles, channel, columns, AXIS=1)
+        else:
+            store_statistics(y.to(tl.float32), valid, statistics, row_tile, row_tiles, channel, columns, AXIS=1)
+
+
+@triton.jit
+def _load_like_out(matrix, image, pixel, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PLANES: tl.constexpr):
+    """Load a box of a tensor that lies like the output, fp32 [columns, pixels]."""
+    if PLANES:
+        return matrix.load([image, column, pixel]).reshape(BLOCK_N, BLOCK_M).to(tl.float32)
+    else:
+        return matrix.load([pixel, column]).T.to(tl.float32)
 
 
 # Compiled for a single pixel, a case of its own otherwise, the loop would wait for its products one by one.
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["pixels", "fan_in"])
 def conv2d_gemm_weight_grad_kernel(
     grad,  # descriptor of ∂L/∂y [pixels, K], with PLANES [N, K, pixels]
     source,  # descriptor of x [pixels, C], with PLANES [N, C, pixels]
-    out,  # descriptor of the fp32 partial sums of ∂L/∂w [splits, K, C], or of itself [1, K, C]
+    out,  # ∂L/∂w [K, C]: a descriptor, or a pointer where splits share sums
+    shared,  # SharedSums of BLOCK_M · BLOCK_N a tile, or None for one split
     images,  # 1 unless PLANES
     pixels,  # of one image
     outputs,  # K
     inputs,  # C
+    fan_in,
     PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr,  # output channels
     BLOCK_N: tl.constexpr,  # input channels
     BLOCK_K: tl.constexpr,  # pixels
     GROUP_M: tl.constexpr,
+    CHUNK: tl.constexpr,  # see last_to_arrive
     PRECISION: tl.constexpr,
 ):
-    """out[split, k, c] = Σ_pixel grad[pixel, k] · source[pixel, c] over the split's share. Grid: (tiles, splits)."""
+    """out[k, c] = Σ_pixel grad[pixel, k] · source[pixel, c]. Grid: (tiles, splits of the sum)."""
     pid_m, pid_n = tile_order(tl.program_id(0), tl.cdiv(outputs, BLOCK_M), tl.cdiv(inputs, BLOCK_N), GROUP_M)
     k = pid_m * BLOCK_M
     c = pid_n * BLOCK_N
@@ -177,4 +211,17 @@ def conv2d_gemm_weight_grad_kernel(
             end = pixel >= pixels
             image = tl.where(end, image + 1, image)
             pixel = tl.where(end, 0, pixel)
-    out.store([tl.program_id(1), k, c], acc.to(out.dtype).reshape(1, BLOCK_M, BLOCK_N))
+    if shared is None:
+        out.store([k, c], acc.to(out.dtype))
+    else:
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+        tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        leave_part(acc, shared, tile, split, splits, fan_in, 0, SIZE)
+        if last_to_arrive(shared, tile, split, splits, fan_in, SIZE, CHUNK):
+            for start in range(0, SIZE, CHUNK):
+                i = start + tl.arange(0, CHUNK)
+                total = total_of(shared, tile, splits, fan_in, i, SIZE)
+                row = k + i // BLOCK_N
+                column = c + i % BLOCK_N
+                place = out + (row.to(tl.int64) * inputs + column)
+                tl.store(place, total.to(out.dtype.element_ty), mask=(row < outputs) & (column < inputs))

@@ -14,7 +14,8 @@ from gpukern.conv.layouts import Shape, Strides, pixel_stride
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import strides_of
-from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
+from gpukern.ops._reduction.launch import shared_sums
+from gpukern.ops._reduction.splits import chunk, fan_in
 from gpukern.runtime.descriptor import Described, whole_run
 from gpukern.runtime.launcher import compile_time, launch
 
@@ -48,7 +49,7 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
     }
     constants = compile_time(kernels.conv2d_gemm_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
         device = out.device
         partial = counters = None
         if workspace:
@@ -60,6 +61,9 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else output.of(residual),
             output.of(out),
             statistics,
+            None if z is None else output.of(z),
+            None if other is None else output.of(other),
+            norm,
             partial,
             counters,
             images,
@@ -71,7 +75,7 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
         launch(kernels.conv2d_gemm_kernel, (programs, plan.splits), device, arguments, constants)
 
     rows = row_tiles(p, plan)
-    of_statistics = Tiles(rows, tiles // rows, pieces) if request.epilogue.statistics else None
+    of_statistics = Tiles(rows, tiles // rows, pieces) if request.epilogue.leaves_parts else None
     return Launch(run, of_statistics, counters=tiles if workspace else 0)
 
 
@@ -80,20 +84,18 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     grad = _images(request.shapes[0], request.first, request, plan, (plan.block_k, plan.block_m))
     source = _images(request.shapes[1], request.second, request, plan, (plan.block_k, plan.block_n))
     grad, source = (described.operand(request.dtype, plan.precision) for described in (grad, source))
-    of_partial = torch.float32 if plan.splits > 1 else request.dtype
-    output = Described((plan.splits, p.K, p.C), (p.K * p.C, p.C, 1), (1, plan.block_m, plan.block_n)).checked(
-        of_partial
-    )
-    scalars = (*matrices(p, plan), p.K, p.C)
-    programs = tile_count(p, Direction.WEIGHT_GRAD, plan), plan.splits
-    options = {"PLANES": plan.box is not None, **_tile(plan)}
+    output = Described((p.K, p.C), (p.C, 1), (plan.block_m, plan.block_n)).checked(request.dtype)
+    programs, size = (tile_count(p, Direction.WEIGHT_GRAD, plan), plan.splits), plan.block_m * plan.block_n
+    workspace = shared_sums(*programs, size)
+    scalars = (*matrices(p, plan), p.K, p.C, fan_in(plan.splits, size))
+    options = {"PLANES": plan.box is not None, "CHUNK": chunk(size, plan.num_warps), **_tile(plan)}
     constants = compile_time(kernels.conv2d_gemm_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
-        partial = partial_sums(out, plan.splits)
-        arguments = (grad.of(first), source.of(second), output.of(partial), *scalars)
+        shared = workspace(out.device)
+        target = out if shared else output.of(out)
+        arguments = (grad.of(first), source.of(second), target, shared, *scalars)
         launch(kernels.conv2d_gemm_weight_grad_kernel, programs, out.device, arguments, constants)
-        add_partial_sums(partial, out, plan.splits)
 
     return Launch(run)
 

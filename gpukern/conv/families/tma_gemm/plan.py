@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from gpukern.conv.families.family import Family
+from gpukern.conv.families.family import Family, few_sums
 from gpukern.conv.families.splits import grad_splits
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
@@ -207,6 +207,7 @@ FAMILY = Family(
     name="tma_gemm",
     candidates=candidates,
     tiles=tiles,
+    takes_norm_grad=few_sums,
     main_loop_efficiency={Variant.GEMM: 1.0},
     uses_descriptors=True,
 )

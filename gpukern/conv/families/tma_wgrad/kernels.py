@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gpukern.conv.indexing import tile_order
+from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
 
 @triton.jit
@@ -21,11 +22,12 @@ def inside_range(tap, padding, inputs, outputs, STRIDE: tl.constexpr, DILATION: 
     return first, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["fan_in"])
 def conv2d_batch_box_weight_grad_kernel(
     grad,  # descriptor of ∂L/∂y [P, Q, N, K]
     source,  # descriptor of x [H, W, N, C]
-    out,  # descriptor of the fp32 partial sums of ∂L/∂w [splits, K, R · S, C], or of itself [1, K, R · S, C]
+    out,  # ∂L/∂w [K, R · S, C]: a descriptor, or a pointer where splits share sums
+    shared,  # SharedSums of TOGETHER · BLOCK_M · BLOCK_N a tile, or None for one split
     batch,
     in_h,
     in_w,
@@ -35,6 +37,7 @@ def conv2d_batch_box_weight_grad_kernel(
     inputs,  # C
     padding_h,
     padding_w,
+    fan_in,
     TAPS_H: tl.constexpr,
     TAPS_W: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -46,12 +49,13 @@ def conv2d_batch_box_weight_grad_kernel(
     BLOCK_N: tl.constexpr,  # input channels
     BLOCK_K: tl.constexpr,  # images
     GROUP_M: tl.constexpr,
+    CHUNK: tl.constexpr,  # see last_to_arrive
     PRECISION: tl.constexpr,
 ):
-    """out[split, k, (r, s), c] = Σ_{n, p, q} grad[n, k, p, q] · source[n, c, moved by (r, s)] over the split's share.
+    """out[k, (r, s), c] = Σ_{n, p, q} grad[n, k, p, q] · source[n, c, moved by (r, s)].
 
-    Grid: (tiles, splits), a tile for every TOGETHER taps, which share the boxes of grad; where only some of them lie in
-    the image, the others read zeros. Tiles of one block of channels, which read the same, are neighbours.
+    Grid: (tiles, splits of the sum), a tile for every TOGETHER taps, which share the boxes of grad; where only some of
+    them lie in the image, the others read zeros. Tiles of one block of channels, which read the same, are neighbours.
     """
     GROUPS: tl.constexpr = TAPS_W // TOGETHER
     tap = tl.program_id(0) % (TAPS_H * GROUPS) * TOGETHER
@@ -94,5 +98,21 @@ def conv2d_batch_box_weight_grad_kernel(
         next_row = q == end_q
         q = tl.where(next_row, first_q, q)
         p = tl.where(next_row, p + 1, p)
-    for t in tl.static_range(TOGETHER):
-        out.store([tl.program_id(1), k, tap + t, c], sums[t].to(out.dtype).reshape(1, BLOCK_M, 1, BLOCK_N))
+    if shared is None:
+        for t in tl.static_range(TOGETHER):
+            out.store([k, tap + t, c], sums[t].to(out.dtype).reshape(BLOCK_M, 1, BLOCK_N))
+    else:
+        OF_TAP: tl.constexpr = BLOCK_M * BLOCK_N
+        SIZE: tl.constexpr = TOGETHER * OF_TAP
+        tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+        for t in tl.static_range(TOGETHER):
+            leave_part(sums[t], shared, tile, split, splits, fan_in, t * OF_TAP, SIZE)
+        if last_to_arrive(shared, tile, split, splits, fan_in, SIZE, CHUNK):
+            for start in range(0, SIZE, CHUNK):
+                i = start + tl.arange(0, CHUNK)
+                total = total_of(shared, tile, splits, fan_in, i, SIZE)
+                row = k + i % OF_TAP // BLOCK_N
+                column = c + i % BLOCK_N
+                place = (row.to(tl.int64) * (TAPS_H * TAPS_W) + (tap + i // OF_TAP)) * inputs + column
+                inside = (i < SIZE) & (row < outputs) & (column < inputs)
+                tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)

@@ -9,7 +9,8 @@ from gpukern.conv.families.tma_wgrad.plan import tile_count, together
 from gpukern.conv.layouts import Shape, Strides
 from gpukern.conv.plan import ConvPlan
 from gpukern.conv.request import Launch, Request
-from gpukern.ops._reduction.launch import add_partial_sums, partial_sums
+from gpukern.ops._reduction.launch import shared_sums
+from gpukern.ops._reduction.splits import chunk, fan_in
 from gpukern.runtime.descriptor import Described, channel_run_strides
 from gpukern.runtime.launcher import compile_time, launch
 
@@ -21,12 +22,10 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
     grad = _batch_inside(of_grad, request.first, (plan.block_k, plan.block_m), dtype)
     source = _batch_inside(of_source, request.second, (plan.block_k, channels), dtype)
     grad, source = (described.operand(dtype, plan.precision) for described in (grad, source))
-    output = Described(
-        (plan.splits, p.K, taps, p.C),
-        (p.K * taps * p.C, taps * p.C, p.C, 1),
-        (1, plan.block_m, 1, channels),
-    ).checked(torch.float32 if plan.splits > 1 else dtype)
-    scalars = (p.N, p.H, p.W, p.P, p.Q, p.K, p.C, p.padding[0], p.padding[2])
+    output = Described((p.K, taps, p.C), (taps * p.C, p.C, 1), (plan.block_m, 1, channels)).checked(dtype)
+    programs, size = (tile_count(p, plan), plan.splits), plan.block_m * plan.block_n
+    workspace = shared_sums(*programs, size)
+    scalars = (p.N, p.H, p.W, p.P, p.Q, p.K, p.C, p.padding[0], p.padding[2], fan_in(plan.splits, size))
     options = {
         "TAPS_H": p.R,
         "TAPS_W": p.S,
@@ -39,18 +38,18 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         "BLOCK_N": channels,
         "BLOCK_K": plan.block_k,
         "GROUP_M": plan.group_m,
+        "CHUNK": chunk(size, plan.num_warps),
         "PRECISION": plan.precision,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }
-    programs = tile_count(p, plan), plan.splits
     constants = compile_time(kernels.conv2d_batch_box_weight_grad_kernel, options)
 
     def run(first, second, out, *_) -> None:
-        partial = partial_sums(out, plan.splits)
-        arguments = (grad.of(first), source.of(second), output.of(partial), *scalars)
+        shared = workspace(out.device)
+        target = out if shared else output.of(out)
+        arguments = (grad.of(first), source.of(second), target, shared, *scalars)
         launch(kernels.conv2d_batch_box_weight_grad_kernel, programs, out.device, arguments, constants)
-        add_partial_sums(partial, out, plan.splits)
 
     return Launch(run)
 

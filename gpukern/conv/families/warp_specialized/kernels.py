@@ -258,4 +258,4 @@ def _store_statistics(tile, statistics, box, n, p, q, k, out, window):
     part = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(1, READ)), 1)
     lane = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, READ)), 0)
     columns = window.columns
-    merge_in_groups(statistics, box, boxes, k // BLOCK_N, k, columns, columns, part, lane, BLOCK_N, 1)
+    merge_in_groups(statistics, box, boxes, k // BLOCK_N, k, columns, columns, part, lane, BLOCK_N, 1, None)
