@@ -34,12 +34,13 @@ def read(module: GraphModule) -> Graph:
     graph.output(graph.graph_copy(module.graph, places))
     for old, new in places.items():
         new.meta = {**old.meta, "val": old.meta.get("example_value"), "nn_module_stack": _paths(old)}
+    _number(graph, "context", _changes_context)
     for node in list(graph.nodes):
         call = _aten_call(node)
         if call is not None:
             _replace(graph, node, *call)
     write_out(graph)
-    _mark_regions(graph)
+    _number(graph, "region", _changes_context, _changes_tensor)
     return graph
 
 
@@ -55,8 +56,13 @@ def _replace(graph: Graph, node: Node, target: Any, args: tuple[Any, ...], in_pl
 
 
 def _is_own(operand: Any, user: Node) -> bool:
-    """Whether ``operand`` is memory that only ``user`` reads: the result of a call read here, which makes a tensor."""
-    return isinstance(operand, Node) and operand.meta.get("fresh", False) and set(operand.users) == {user}
+    """Whether ``operand`` is memory that only ``user`` reads: the result of a call read here, which makes a tensor.
+
+    And recorded as it is, since a tensor that changes where gradients are not recorded keeps those it has.
+    """
+    if not isinstance(operand, Node) or not operand.meta.get("fresh", False):
+        return False
+    return set(operand.users) == {user} and operand.meta["context"] == user.meta["context"]
 
 
 def _paths(node: Node) -> dict[str, tuple[str, Any]]:
@@ -71,16 +77,16 @@ _ROOT = re.compile(r"^[LG]\[['\"][^]]*['\"]\]\.?|^self\.?")
 # ---- order ---------------------------------------------------------------------------------------------------------
 
 
-def _mark_regions(graph: Graph) -> None:
-    """Number the stretches between changes of autocast, of gradients' recording and of tensors: ``meta["region"]``.
+def _number(graph: Graph, name: str, *changes: Callable[[Node], bool]) -> None:
+    """Number the stretches between calls that change something: ``meta[name]``.
 
-    What is computed in one may not be computed in another.
+    The "context" is that of autocast and of gradients' recording. A "region" ends where a tensor changes, too: what is
+    computed in one may not be computed in another.
     """
-    region = 0
+    number = 0
     for node in graph.nodes:
-        if _changes_context(node) or _changes_tensor(node):
-            region += 1
-        node.meta["region"] = region
+        number += any(change(node) for change in changes)
+        node.meta[name] = number
 
 
 def _changes_context(node: Node) -> bool:

@@ -167,12 +167,22 @@ def one_of_two_readers(net, x):
     return torch.tanh(net.last(y) + z)
 
 
+def an_activation_in_place(net, x):
+    """The norm's gradient is that of no activation."""
+    y = net.norm(net.conv(x))
+    with torch.no_grad():
+        y = F.relu(y, inplace=True)
+    return torch.tanh(net.after(y))
+
+
 def a_detached_reader(net, x):
     y = F.silu(net.norm(net.conv(x)))
     return net.last(y) + net.after(y.detach()) + net.after(y).detach()
 
 
-@pytest.mark.parametrize("forward", [a_part, the_end_of_a_group, one_of_two_readers, a_detached_reader])
+@pytest.mark.parametrize(
+    "forward", [a_part, the_end_of_a_group, one_of_two_readers, an_activation_in_place, a_detached_reader]
+)
 def test_no_grad_inside(forward, cpu):
     def make() -> nn.Module:
         first, norm = conv_norm(4, 4)
