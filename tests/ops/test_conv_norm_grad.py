@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from gpukern.conv import reference
+from gpukern.conv import exclusions, forget, reference
+from gpukern.conv import launch as conv_launch
 from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.hooks import force_plan
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.conv.planner import candidates, norm_grad_plan, only_measured, ranking
+from gpukern.conv.planner import candidates, heuristic_plan, norm_grad_plan, only_measured, ranking
 from gpukern.conv.request import operands_of
 from gpukern.ops._activation.functions import needs_input
 from gpukern.ops._activation.properties import PROPERTIES
@@ -23,6 +25,7 @@ from gpukern.ops.conv_norm_grad import conv2d_input_grad_norm
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import H100
 from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.refusal import DescriptorRefused
 from tests.numerics import FP32_EPS, assert_within, rounding_bound, sum_bound, uses_tf32
 from tests.ops.conv_cases import Case, as_problem
 from tests.ops.test_conv2d_forced import AMPERE
@@ -273,6 +276,34 @@ def test_errors(where):
         call._replace(mean=call.mean[1:])()
     with pytest.raises(ValueError, match="unknown activation 'selu'"):
         call._replace(activation="selu")()
+
+
+@pytest.fixture
+def exclusions_of_this_test(monkeypatch) -> Iterator[list]:
+    found: list = []
+    monkeypatch.setattr(exclusions, "_found", found)
+    yield found
+    monkeypatch.undo()
+    for cached in (heuristic_plan, norm_grad_plan):
+        cached.cache_clear()
+    forget()
+
+
+@pytest.mark.usefixtures("in_one_launch")
+def test_a_kernel_whose_descriptors_are_refused_is_planned_without(device, monkeypatch, exclusions_of_this_test):
+    write, calls = conv_launch._write, []
+
+    def refuse_once(*arguments):
+        calls.append(arguments[0].plan.variant)
+        if len(calls) == 1:
+            raise DescriptorRefused("Failed to create tensor map descriptor")
+        return write(*arguments)
+
+    monkeypatch.setattr(conv_launch, "_write", refuse_once)
+    with pytest.warns(UserWarning, match="the driver refused a descriptor"):
+        check(make(MAIN, device, torch.float16), apart=False)
+    assert len(calls) == 2 and calls[0] is not calls[1]
+    assert [each.variant for each in exclusions_of_this_test] == calls[:1]
 
 
 def test_kernels_know_which_derivatives_take_the_input():
