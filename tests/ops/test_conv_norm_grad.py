@@ -144,6 +144,7 @@ def check(call: Call, *, apart: bool) -> None:
 CASES = (
     Case("1x1", (2, 40, 5, 7), 24, (1, 1)),
     Case("1x1, ragged", (3, 72, 7, 9), 136, (1, 1)),
+    Case("1x1, long sum", (2, 72, 4, 6), 1032, (1, 1)),
     Case("1x1 stride 2", (2, 16, 8, 6), 24, (1, 1), stride=2),
     Case("3x3", (2, 24, 9, 7), 32, (3, 3), padding=1),
     Case("3x3 136 to 40", (3, 136, 7, 5), 40, (3, 3), padding=1),
@@ -163,7 +164,7 @@ CASES = (
     Case("groups of 16 and 24", (1, 32, 7, 6), 48, (3, 3), padding=1, groups=2),
     Case("groups of 2 to 20", (1, 4, 6, 6), 40, (3, 3), padding=1, groups=2),
 )
-MAIN = CASES[3]
+MAIN = next(case for case in CASES if case.name == "3x3")
 #: One of few registers.
 PLAN = ConvPlan(Variant.TAPS, 16, 16, 16, 4, 3)
 
@@ -202,6 +203,20 @@ def test_every_variant(case, layout, dtype, device):
         for plan in plans(case, call, device).values():
             with force_plan(plan):
                 check(call, apart=False)
+
+
+@pytest.mark.usefixtures("in_one_launch")
+@pytest.mark.parametrize(
+    "name, variant", [("1x1, long sum", Variant.GEMM), ("3x3 136 to 40", Variant.BOX), ("3x3", Variant.TAPS)]
+)
+def test_split_sums(name, variant, device):
+    """Only the last program of a tile goes on; the others leave neither values nor parts."""
+    call = make(next(case for case in CASES if case.name == name), device, torch.float16)
+    plan = plans(call.case, call, device)[variant]
+    with force_plan(replace(plan, splits=3)):
+        check(call, apart=False)
+        first, second = call(), call()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_every_variant_is_tested(device):
@@ -259,7 +274,7 @@ def test_empty_batch(where):
 
 
 def test_same_bits_every_run(device):
-    call = make(CASES[6], device, torch.float16)
+    call = make(CASES[8], device, torch.float16)
     first, *others = (call() for _ in range(3))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
