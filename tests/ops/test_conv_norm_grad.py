@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from gpukern.conv import reference
+from gpukern.conv import exclusions, forget, reference
+from gpukern.conv import launch as conv_launch
 from gpukern.conv.families.registry import FAMILIES, family_of
 from gpukern.conv.hooks import force_plan
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
-from gpukern.conv.planner import candidates, norm_grad_plan, only_measured, ranking
+from gpukern.conv.planner import candidates, heuristic_plan, norm_grad_plan, only_measured, ranking
 from gpukern.conv.request import operands_of
 from gpukern.ops._activation.functions import needs_input
 from gpukern.ops._activation.properties import PROPERTIES
@@ -23,6 +25,7 @@ from gpukern.ops.conv_norm_grad import conv2d_input_grad_norm
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import H100
 from gpukern.runtime.precision import conv_precision
+from gpukern.runtime.refusal import DescriptorRefused
 from tests.numerics import FP32_EPS, assert_within, rounding_bound, sum_bound, uses_tf32
 from tests.ops.conv_cases import Case, as_problem
 from tests.ops.test_conv2d_forced import AMPERE
@@ -141,6 +144,7 @@ def check(call: Call, *, apart: bool) -> None:
 CASES = (
     Case("1x1", (2, 40, 5, 7), 24, (1, 1)),
     Case("1x1, ragged", (3, 72, 7, 9), 136, (1, 1)),
+    Case("1x1, long sum", (2, 72, 4, 6), 1032, (1, 1)),
     Case("1x1 stride 2", (2, 16, 8, 6), 24, (1, 1), stride=2),
     Case("3x3", (2, 24, 9, 7), 32, (3, 3), padding=1),
     Case("3x3 136 to 40", (3, 136, 7, 5), 40, (3, 3), padding=1),
@@ -160,7 +164,7 @@ CASES = (
     Case("groups of 16 and 24", (1, 32, 7, 6), 48, (3, 3), padding=1, groups=2),
     Case("groups of 2 to 20", (1, 4, 6, 6), 40, (3, 3), padding=1, groups=2),
 )
-MAIN = CASES[3]
+MAIN = next(case for case in CASES if case.name == "3x3")
 #: One of few registers.
 PLAN = ConvPlan(Variant.TAPS, 16, 16, 16, 4, 3)
 
@@ -199,6 +203,20 @@ def test_every_variant(case, layout, dtype, device):
         for plan in plans(case, call, device).values():
             with force_plan(plan):
                 check(call, apart=False)
+
+
+@pytest.mark.usefixtures("in_one_launch")
+@pytest.mark.parametrize(
+    "name, variant", [("1x1, long sum", Variant.GEMM), ("3x3 136 to 40", Variant.BOX), ("3x3", Variant.TAPS)]
+)
+def test_split_sums(name, variant, device):
+    """Only the last program of a tile goes on; the others leave neither values nor parts."""
+    call = make(next(case for case in CASES if case.name == name), device, torch.float16)
+    plan = plans(call.case, call, device)[variant]
+    with force_plan(replace(plan, splits=3)):
+        check(call, apart=False)
+        first, second = call(), call()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_every_variant_is_tested(device):
@@ -256,7 +274,7 @@ def test_empty_batch(where):
 
 
 def test_same_bits_every_run(device):
-    call = make(CASES[6], device, torch.float16)
+    call = make(CASES[8], device, torch.float16)
     first, *others = (call() for _ in range(3))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
@@ -273,6 +291,34 @@ def test_errors(where):
         call._replace(mean=call.mean[1:])()
     with pytest.raises(ValueError, match="unknown activation 'selu'"):
         call._replace(activation="selu")()
+
+
+@pytest.fixture
+def exclusions_of_this_test(monkeypatch) -> Iterator[list]:
+    found: list = []
+    monkeypatch.setattr(exclusions, "_found", found)
+    yield found
+    monkeypatch.undo()
+    for cached in (heuristic_plan, norm_grad_plan):
+        cached.cache_clear()
+    forget()
+
+
+@pytest.mark.usefixtures("in_one_launch")
+def test_a_kernel_whose_descriptors_are_refused_is_planned_without(device, monkeypatch, exclusions_of_this_test):
+    write, calls = conv_launch._write, []
+
+    def refuse_once(*arguments):
+        calls.append(arguments[0].plan.variant)
+        if len(calls) == 1:
+            raise DescriptorRefused("Failed to create tensor map descriptor")
+        return write(*arguments)
+
+    monkeypatch.setattr(conv_launch, "_write", refuse_once)
+    with pytest.warns(UserWarning, match="the driver refused a descriptor"):
+        check(make(MAIN, device, torch.float16), apart=False)
+    assert len(calls) == 2 and calls[0] is not calls[1]
+    assert [each.variant for each in exclusions_of_this_test] == calls[:1]
 
 
 def test_kernels_know_which_derivatives_take_the_input():
