@@ -201,7 +201,9 @@ def merge_sums(
 ):  # fmt: skip
     """Arrive with the sums that :func:`store_part` stored of this tile, as at :func:`merge_statistics`."""
     LANES: tl.constexpr = min(BLOCK, 32)
-    part = tl.arange(0, max(32, 256 // LANES))[:, None]
+    # With 32 rows of few channels, ptxas spills a register on sm_80.
+    ROWS: tl.constexpr = 1024 // LANES if LANES <= 4 else 32
+    part = tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     merge_in_groups(sums, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, SUMS)
     tl.debug_barrier()
