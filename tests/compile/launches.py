@@ -22,7 +22,9 @@ from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
 from gpukern.ops.activation import ACTIVATIONS, activation
+from gpukern.ops.batch_norm import batch_norm_input_grad
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
+from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.precision import conv_precision, fp32_products
@@ -152,6 +154,10 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
     epilogues = (("relu", False), ("silu", True), ("tanh", True))
     for shape, layout, training, epilogue in itertools.product(NORMS, layouts, (True, False), epilogues):
         yield lambda args=(shape, layout, training, *epilogue): _run_norm(dtype, *args)
+    for shape, layout, (name, with_y) in itertools.product(
+        NORMS, layouts, (("relu", True), ("relu", False), ("silu", False))
+    ):
+        yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -205,6 +211,14 @@ def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str
         return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
 
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
+
+
+def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: bool) -> None:
+    a, b = (_empty(shape, dtype, layout) for _ in range(2))
+    norm = Norm(*(_empty(shape[1:2], torch.float32) for _ in range(4)))
+    y = normalize_pair(a, norm, b, norm, activation)
+    normalize_pair_backward(y, y if with_y else None, a, norm, b, norm, activation)
+    batch_norm_input_grad(y, a, norm.mean, norm.variance, norm.weight, _empty((2, shape[1]), torch.float32), norm.eps)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:
