@@ -199,7 +199,8 @@ def line_of(row: Row, ceilings: Ceilings) -> Line:
     ours = row.candidates[0]
     timing = common_timing(ours) if ours.status == "ok" else None
     peers = tuple(_versus(ours, peer) for peer in row.candidates[1:])
-    compared = [peer for peer in peers if peer.ratio]
+    # Our own other ways are rows of the table and no peers.
+    compared = [peer for peer in peers if peer.ratio and not peer.candidate.name.startswith("gpukern")]
     best = min(compared, key=lambda peer: peer.median, default=None)
     return Line(row, timing, spread(ours.samples[timing]) if timing else None, peers, best, *_floor(row, ceilings))
 

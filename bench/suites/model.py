@@ -15,6 +15,7 @@ from bench.accuracy import DTYPES, network_bound
 from bench.networks import Networks, WholeNetwork, depth, placed, weights
 from bench.peers import both_layouts, compile_for_these_shapes, to_layout
 from bench.suite import Implementation, Task, Tensors, in_mode, register
+from gpukern.compiler import backend
 from models.zoo import network
 
 INFERENCE, TRAINING = "inference", "training step"
@@ -66,6 +67,9 @@ class Models(Networks):
     ) -> list[Implementation]:
         layout = task.case.layout
         found = [_implementation(task, "gpukern", layout, in_mode("gpukern.convert, eager", device), gpukern.convert)]
+        if self.trains(task):
+            setting = in_mode('torch.compile(backend="gpukern")', device)
+            found.append(_implementation(task, "gpukern compiled", layout, setting, _compiled))
         if "library" in peers:
             found += [
                 _implementation(task, f"PyTorch {each}", each, "eager, cudnn.benchmark on")
@@ -77,6 +81,11 @@ class Models(Networks):
                 compile_it = functools.partial(compile_for_these_shapes, mode=mode)
                 found.append(_implementation(task, name, layout, f"mode {mode or 'default'}", compile_it))
         return found
+
+
+def _compiled(model: nn.Module) -> Any:
+    # Not by its name, which only an installed package has.
+    return torch.compile(model, backend=backend.gpukern, dynamic=False)
 
 
 @functools.cache
