@@ -223,7 +223,7 @@ def test_every_variant_is_tested(device):
     """All that run input gradients, but for the kernel that nothing can emulate."""
     found = {variant for case in CASES for variant in plans(case, make(case, device, torch.float16), device)}
     families = [family for family in FAMILIES if family.takes_norm_grad(PLAN, "relu")]
-    assert found == {variant for family in families for variant in family.variants}
+    assert found == {variant for family in families for variant in family.variants} - {Variant.FLAT}
     assert {family.name for family in families} == {"implicit_gemm", "tma_conv", "tma_gemm", "grouped", "depthwise"}
 
 
