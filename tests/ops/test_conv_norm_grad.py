@@ -242,9 +242,9 @@ def test_launches_apart(case, layout, dtype, device, monkeypatch):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, residual, where):
     for added in (False, True):
-        check(
-            make(MAIN, where, torch.float16, "channels_last", activation, residual=residual, added=added), apart=False
-        )
+        call = make(MAIN, where, torch.float16, "channels_last", activation, residual=residual, added=added)
+        # Some kernels leave gelu's derivative to a launch of its own.
+        check(call, apart=activation == "gelu")
 
 
 def test_without_parameters(where):
