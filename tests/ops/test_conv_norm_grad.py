@@ -223,7 +223,7 @@ def test_every_variant_is_tested(device):
     """All that run input gradients, but for the kernel that nothing can emulate."""
     found = {variant for case in CASES for variant in plans(case, make(case, device, torch.float16), device)}
     families = [family for family in FAMILIES if family.takes_norm_grad(PLAN, "relu")]
-    assert found == {variant for family in families for variant in family.variants}
+    assert found == {variant for family in families for variant in family.variants} - {Variant.FLAT}
     assert {family.name for family in families} == {"implicit_gemm", "tma_conv", "tma_gemm", "grouped", "depthwise"}
 
 
@@ -242,9 +242,9 @@ def test_launches_apart(case, layout, dtype, device, monkeypatch):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, residual, where):
     for added in (False, True):
-        check(
-            make(MAIN, where, torch.float16, "channels_last", activation, residual=residual, added=added), apart=False
-        )
+        call = make(MAIN, where, torch.float16, "channels_last", activation, residual=residual, added=added)
+        # Some kernels leave gelu's derivative to a launch of its own.
+        check(call, apart=activation == "gelu")
 
 
 def test_without_parameters(where):

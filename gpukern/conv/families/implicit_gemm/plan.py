@@ -174,11 +174,13 @@ def _needs_measurement(plan: ConvPlan) -> bool:
 
 
 def _takes_norm_grad(plan: ConvPlan, activation: str) -> bool:
-    """Whether a thread has registers left beside the addresses: with 64 sums some spill, on sm_80 and sm_90.
+    """Whether a thread has registers left beside the addresses, as found by compiling for sm_80 and sm_90.
 
-    So does gelu's derivative, the longest of all, beside the addresses of joined taps.
+    With 64 sums some spill; so do some beside gelu's derivative, the longest of all, and some with joined taps.
     """
-    return plan.sums_per_thread <= 32 and not (plan.variant is Variant.FLAT and activation == "gelu")
+    if plan.variant is Variant.TAPS:
+        return plan.sums_per_thread <= 32 and activation != "gelu"
+    return plan.variant is Variant.DIRECT
 
 
 FAMILY = Family(
