@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 import gpukern
+from gpukern import tables
+from gpukern.compiler.report import CompiledGroup, CompileReport, Traffic
 from tests.documents import ROOT, blocks
 
 BEGIN = """
 import json
 import gpukern, torch
 from torch import nn
-from gpukern import tables
 
 def net():
     return nn.Sequential(
@@ -34,7 +35,6 @@ with torch.no_grad():
 print(json.dumps({
     "json": json.loads(report.to_json()),
     "text": str(report),
-    "narrow": tables.as_text(report, 80),
     "same": without == report,
     "untouched": nested[0][1].num_batches_tracked.item() == 0 and all(p.grad is None for p in nested.parameters()),
     "evaluation": str(gpukern.compile_report(net().eval(), x)),
@@ -107,10 +107,18 @@ def test_text_has_a_row_for_each_group(printed):
     assert printed["evaluation"].splitlines()[0].endswith("plans of H200, in evaluation mode")
 
 
-def test_numbers_stay_whole_on_a_narrow_terminal(printed):
-    lines = printed["narrow"].splitlines()
+def test_numbers_stay_whole_on_a_narrow_terminal():
+    """Words break instead; modules of one parent share its name."""
+    paths = tuple(f"backbone.stages.layer{i}.convolution.depthwise" for i in (1, 2))
+    group = CompiledGroup(paths, "conv2d + batch_norm + add + relu", 0, Traffic(1234, 123_456_789), Traffic(5, 678_000))
+    report = CompileReport("Net", True, "H200", 1, (group,), (), Traffic(1235, 123_456_799), Traffic(5, 678_000), 9)
+    lines = tables.as_text(report, 80).splitlines()
     assert max(map(len, lines)) <= 80
-    assert sum(line.endswith("B") for line in lines) >= 3
+    [row] = [line for line in lines if line.startswith(" 1") or line.startswith("1 ")]
+    assert row.endswith("123 MB  0.678 MB") and "  1,234  " in row
+    wide = str(report)
+    assert "backbone.stages: layer1.convolution.depthwise, layer2.convolution.depthwise" in wide
+    assert [line.split() for line in wide.splitlines()][-1] == ["by", "themselves", "1", "–", "0.0100", "kB", "–"]
 
 
 def test_what_the_page_shows_is_printed(run_python):
