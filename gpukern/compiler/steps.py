@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpukern import functional
-from gpukern.compiler.autograd import Convolution, Geometry, Norm, NormPair
+from gpukern.compiler.autograd import Geometry, add_norms, convolve, normalize
 from gpukern.compiler.mailbox import Mailbox
 from gpukern.compiler.origin import Epilogue, Origin, origin_of
 from gpukern.ops import conv2d
@@ -95,7 +95,7 @@ def _convolution(
         _leave(origin)
         origin = None
     operands = resolved(taken), resolved(weight), resolved(bias)
-    made = Convolution.apply(*operands, geometry, statistics.training, running, origin)
+    made = convolve(*operands, geometry, statistics.training, running, origin)
     return Convolved(*made) if statistics.training else Convolved(made)
 
 
@@ -221,9 +221,7 @@ def norm_pair(
     again = again and mailbox is not None
     other = Origin.of_norm(b.z, weight_b, bias_b, b.mean, b.variance, statistics_b.eps)
     epilogue = Epilogue(True, statistics_a.eps, activation, negative_slope)
-    y = NormPair.apply(
-        a.z, weight_a, bias_a, b.z, weight_b, bias_b, a.mean, a.variance, epilogue, other, mailbox, again
-    )
+    y = add_norms(a.z, weight_a, bias_a, b.z, weight_b, bias_b, a.mean, a.variance, epilogue, other, mailbox, again)
     if mailbox is None:
         return Normalized(y, None) if readers else y
     kept = None if again or activation == "none" else y
@@ -241,7 +239,7 @@ def _norm(
 ) -> Any:  # fmt: skip
     epilogue = Epilogue(statistics.training, statistics.eps, activation, negative_slope)
     running = statistics.running if mean is None else None
-    return Norm.apply(z, weight, bias, residual, mean, variance, running, epilogue, mailbox, source, again)
+    return normalize(z, weight, bias, residual, mean, variance, running, epilogue, mailbox, source, again)
 
 
 def avg_pool2d(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, *options: Any) -> torch.Tensor:

@@ -34,6 +34,11 @@ def test_a_ratio_is_the_peers_time_over_ours_round_by_round():
     assert (line.time.median, peer.time.median, peer.outcome) == (60.0, 90.0, "win")
 
 
+def test_our_own_other_ways_are_no_peers():
+    line = only_line(row({"graph": TEN}, {"peer": {"graph": [20.0] * 8}, "gpukern compiled": {"graph": [5.0] * 8}}))
+    assert line.best.candidate.name == "peer" and len(line.peers) == 2
+
+
 @pytest.mark.parametrize(
     "theirs, outcome",
     [

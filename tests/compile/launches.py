@@ -22,7 +22,7 @@ from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
 from gpukern.ops.activation import ACTIVATIONS, activation
-from gpukern.ops.batch_norm import batch_norm_input_grad
+from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.runtime.compile_only import Launch, record_launches
@@ -218,7 +218,8 @@ def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: b
     norm = Norm(*(_empty(shape[1:2], torch.float32) for _ in range(4)))
     y = normalize_pair(a, norm, b, norm, activation)
     normalize_pair_backward(y, y if with_y else None, a, norm, b, norm, activation)
-    batch_norm_input_grad(y, a, norm.mean, norm.variance, norm.weight, _empty((2, shape[1]), torch.float32), norm.eps)
+    sums = _empty((2, shape[1]), torch.float32)
+    gradients_from_sums(y, a, norm.weight, norm.bias, norm.mean, norm.variance, sums, True, norm.eps)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:

@@ -42,6 +42,12 @@ def convolution_only(net, x):
     return torch.tanh(net.norm(y)).float()
 
 
+def all_but_the_sum(net, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        y, z = net.conv(x), net.conv2(x)
+    return torch.tanh(y + z).float()
+
+
 def all_but_the_activation(net, x):
     with torch.autocast("cpu", torch.bfloat16):
         y = net.norm(net.conv(x)) + x
@@ -69,7 +75,10 @@ def ended_inside(net, x):
         return net.conv(y)
 
 
-FORWARDS = convolution_only, all_but_the_activation, one_of_two_readers, a_residual_of_another_dtype, ended_inside
+FORWARDS = (
+    convolution_only, all_but_the_sum, all_but_the_activation, one_of_two_readers, a_residual_of_another_dtype,
+    ended_inside,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("forward", FORWARDS)

@@ -153,6 +153,12 @@ def a_part(net, x):
     return net.after(x)
 
 
+def the_start_of_a_group(net, x):
+    with torch.no_grad():
+        y = net.conv(x)
+    return net.last(torch.tanh(y + x))
+
+
 def the_end_of_a_group(net, x):
     y = net.conv(x)
     with torch.no_grad():
@@ -181,7 +187,8 @@ def a_detached_reader(net, x):
 
 
 @pytest.mark.parametrize(
-    "forward", [a_part, the_end_of_a_group, one_of_two_readers, an_activation_in_place, a_detached_reader]
+    "forward",
+    [a_part, the_start_of_a_group, the_end_of_a_group, one_of_two_readers, an_activation_in_place, a_detached_reader],
 )
 def test_no_grad_inside(forward, cpu):
     def make() -> nn.Module:
@@ -212,7 +219,7 @@ def test_transforms_of_functions(cpu):
 
 
 def test_a_compiled_backward_pass(cpu):
-    model, exact, call = pair(lambda: sequential(conv_norm(3, 4), nn.Tanh(), conv(4, 2)), cpu)
+    model, exact, call = pair(blocks, cpu)
     found, wanted = next(losses(call, exact, torch.randn(SHAPE)))
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
         found.backward()

@@ -114,8 +114,8 @@ def conv2d_weight_grad_kernel(
 
     sums = tl.sum(acc, axis=0)[:, None] if DIRECT else acc  # [BLOCK_M, BLOCK_N]
     if shared is None:
-        every = tl.arange(0, sums.shape[0])[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        place, inside = _place(out, sizes, group, pid_m, pid_n, every, TAPS_H, TAPS_W, VARIANT, BLOCK_M, BLOCK_N)
+        row, column = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        place, inside = _place(out, sizes, group, pid_m, pid_n, row, column, TAPS_H, TAPS_W, VARIANT, BLOCK_M, BLOCK_N)
         tl.store(place, sums.to(out.ptr.dtype.element_ty), mask=inside)
     else:
         SIZE: tl.constexpr = BLOCK_M * BLOCK_N
@@ -126,19 +126,21 @@ def conv2d_weight_grad_kernel(
             for start in range(0, SIZE, CHUNK):
                 i = start + tl.arange(0, CHUNK)
                 total = total_of(shared, tile, splits, fan_in, i, SIZE)
-                place, inside = _place(out, sizes, group, pid_m, pid_n, i, TAPS_H, TAPS_W, VARIANT, BLOCK_M, BLOCK_N)
+                row, column = i // BLOCK_N, i % BLOCK_N
+                place, inside = _place(
+                    out, sizes, group, pid_m, pid_n, row, column, TAPS_H, TAPS_W, VARIANT, BLOCK_M, BLOCK_N
+                )
                 tl.store(place, total.to(out.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _place(
-    out, sizes, group, pid_m, pid_n, i,
+    out, sizes, group, pid_m, pid_n, row, column,
     TAPS_H: tl.constexpr, TAPS_W: tl.constexpr,
     VARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Return where sum ``i`` of a tile's BLOCK_M · BLOCK_N belongs in ∂L/∂w, and whether it is in there."""
-    m = pid_m * BLOCK_M + i // BLOCK_N
-    column = i % BLOCK_N
+    """Return where a tile's sums belong in ∂L/∂w, and whether they are in there, by their row and column."""
+    m = pid_m * BLOCK_M + row
     if VARIANT == "direct":
         row_ok = m < sizes.columns * sizes.groups
         place = out.ptr + (m // sizes.columns) * out.group + (m % sizes.columns) * out.column
