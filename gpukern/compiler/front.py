@@ -70,6 +70,6 @@ class _Training(Finder):
 def _why_no_norm(norm: Node) -> str | None:
     """Return the reason why gpukern does not compute a batch norm; None if it does."""
     if not is_batch_norm(norm):
-        return f"{operation(norm)} is another operation than batch_norm"
+        return f"{operation(norm)} runs as it is"
     input = tensor_of(arguments(norm)["input"])
     return None if input.dtype in KERNEL_DTYPES else f"computes in {input.dtype}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,15 +14,16 @@ import torch
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from gpukern import tables
 from gpukern.compiler.backend import Compiled, Options, compile_graph
-from gpukern.formatting import count, size
+from gpukern.formatting import MISSING, count, size
 from gpukern.fusion.describe import modules_of
 from gpukern.fusion.match import Match
-from gpukern.fusion.program import title
+from gpukern.fusion.program import module_path
 from gpukern.runtime.accesses import AccessFinder, tensors
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import named_device
@@ -31,7 +33,7 @@ _LISTED = 6
 
 
 class Left(NamedTuple):
-    """Something that runs by itself: the module's path (or the graph node's name), and why."""
+    """Something that runs by itself: the module's path (or, in the model's own forward, the call's name), and why."""
 
     name: str
     reason: str
@@ -47,6 +49,12 @@ class Traffic:
     def add(self, other: Traffic) -> None:
         self.launches += other.launches
         self.bytes += other.bytes
+
+    def without(self, others: Iterable[Traffic]) -> Traffic:
+        others = list(others)
+        return Traffic(
+            self.launches - sum(each.launches for each in others), self.bytes - sum(each.bytes for each in others)
+        )
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,15 @@ class CompiledGroup:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What was fused and what was not. ``forward`` and ``backward`` count all of a step's launches, those of no group
-    too, with the plans that ``device`` gets. ``saved``: bytes that autograd keeps for backward, parameters not counted.
+    """What was fused and what was not. ``forward`` and ``backward`` count all launches of gpukern's kernels in a step,
+    those of no group too, with the plans that ``device`` gets. ``training``: the mode that the model was in.
+    ``saved``: bytes that autograd keeps for backward, parameters not counted.
 
     ``print(report)``, or ``rich.print``, shows it; :meth:`to_json` has everything.
     """
 
     model: str
+    training: bool
     device: str
     graphs: int
     groups: tuple[CompiledGroup, ...]
@@ -108,7 +118,8 @@ def compile_report(
     Parameters
     ----------
     model:
-        of ``torch.nn`` layers; it stays as it is.
+        of ``torch.nn`` layers, or what ``torch.compile`` made of one, whose options are not looked at; it stays as it
+        is.
     args, kwargs:
         an example: a tensor, or a tuple of arguments, and keyword arguments.
     options:
@@ -118,10 +129,21 @@ def compile_report(
 
     Raises
     ------
-    TypeError for a model or options of another kind; ValueError for an unknown device.
+    TypeError for a model, device or options of another kind; ValueError for an unknown device; NotImplementedError for
+    tensors on the meta device; RuntimeError in a process with ``GPUKERN_EMULATE=1``.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"compile_report: expected a torch.nn.Module, but got {type(model).__name__}")
+    if not isinstance(device, str):
+        raise TypeError(f'compile_report: expected the name of a device, as "h200", but got {device!r}')
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    given = (*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs)))
+    if any(isinstance(each, torch.Tensor) and each.is_meta for each in given):
+        raise NotImplementedError(
+            'compile_report: tensors on the meta device have no data to copy; model.to_empty(device="cpu") gives a '
+            "model some"
+        )
     read, spec = Options.read(options), named_device(device)
     copied = copy.deepcopy(model).cpu()
     operands, named = pytree.tree_map_only(
@@ -136,7 +158,7 @@ def compile_report(
         return recorder.graph(compile_graph(module, read)).run
 
     torch._dynamo.reset()
-    with record_launches(spec, recorder.launched):
+    with record_launches(spec, recorder.launched), torch.enable_grad():
         with torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor):
             result = torch.compile(copied, backend=backend)(*operands, **named)
         recorder.backward_begins()
@@ -145,6 +167,7 @@ def compile_report(
             torch.autograd.backward(outputs, [torch.ones_like(each) for each in outputs])
     return CompileReport(
         type(model).__name__,
+        model.training,
         spec.name,
         recorder.graphs,
         tuple(recorder.groups.values()),
@@ -172,7 +195,7 @@ class _Recorder:
         for match in compiled.found.matches:
             modules = modules_of(match, self.leaves)
             self.groups[match] = CompiledGroup(modules, match.pattern, self.graphs)
-        self.left += [Left(title(each.node), each.reason) for each in compiled.found.declined]
+        self.left += [Left(module_path(each.node) or each.node.name, each.reason) for each in compiled.found.declined]
         self.graphs += 1
         return _Watched(compiled.module, self)
 
@@ -219,20 +242,44 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _rendered(report: CompileReport) -> Iterator[RenderableType]:
-    launches = f"{report.forward.launches:,} + {report.backward.launches:,} launches"
+    launches = f"{report.forward.launches:,} + {report.backward.launches:,} launches of gpukern's kernels"
     moved = f"{size(report.forward.bytes)} + {size(report.backward.bytes)} read and written"
-    graphs = count(report.graphs, "graph")
-    yield Text(f'{report.model} by torch.compile(backend="gpukern"): {graphs}, plans of {report.device}', "bold")
-    yield Text(f"a step, forward + backward: {launches}, {moved}; {size(report.saved)} saved for backward")
+    graphs, mode = count(report.graphs, "graph"), "" if report.training else ", in evaluation mode"
+    yield Text(f'{report.model} by torch.compile(backend="gpukern"): {graphs}, plans of {report.device}{mode}', "bold")
+    yield Text(f"forward + backward: {launches}, {moved}; {size(report.saved)} saved for backward")
     if report.groups:
-        columns = tables.numbers("launches", "back", "moved", "back")
-        made = tables.table(tables.Column(""), "modules", "runs together", *columns)
-        for number, group in enumerate(report.groups, start=1):
-            traffic = group.forward, group.backward
-            cells = (*(str(each.launches) for each in traffic), *(size(each.bytes) for each in traffic))
-            made.add_row(str(number), Text(", ".join(group.modules)), Text(group.pattern), *cells)
-        yield made
+        yield _groups(report)
     yield from _left(report)
+
+
+def _groups(report: CompileReport) -> Table:
+    columns = tables.numbers("launches forward", "launches backward", "moved forward", "moved backward")
+    made = tables.table(tables.Column(""), "modules", "runs together", *columns, narrow=True)
+    for number, group in enumerate(report.groups, start=1):
+        made.add_row(str(number), Text(_together(group.modules)), Text(group.pattern), *_cells(group))
+    others = (
+        report.forward.without(group.forward for group in report.groups),
+        report.backward.without(group.backward for group in report.groups),
+    )
+    if any(each.launches for each in others):
+        made.add_row("", "", Text("by themselves"), *_cells(CompiledGroup((), "", 0, *others)))
+    return made
+
+
+def _cells(group: CompiledGroup) -> Iterator[str]:
+    """The numbers of a row: none of a direction without launches, as of a norm whose backward is another group's."""
+    traffic = group.forward, group.backward
+    yield from (f"{each.launches:,}" if each.launches else MISSING for each in traffic)
+    yield from (size(each.bytes) if each.launches else MISSING for each in traffic)
+
+
+def _together(modules: Sequence[str]) -> str:
+    """Paths with what they share in front: "layer1.0: conv1, bn1" for "layer1.0.conv1" and "layer1.0.bn1"."""
+    owners = zip(*(path.split(".")[:-1] for path in modules), strict=False)
+    shared = "".join(f"{names[0]}." for names in itertools.takewhile(lambda names: len(set(names)) == 1, owners))
+    if len(modules) < 2 or not shared:
+        return ", ".join(modules)
+    return f"{shared[:-1]}: {', '.join(path.removeprefix(shared) for path in modules)}"
 
 
 def _left(report: CompileReport) -> Iterator[RenderableType]:
