@@ -260,3 +260,11 @@ def test_activations(shape, dtype, is_parameter, expected):
     known = {(4, 16, 8, 8), (16, 16), (4096,)}
     activations = Activations(known, 4, torch.float16, torch.nn.Conv2d(4, 16, 8))
     assert (Touched(shape, dtype, 1, is_parameter) in activations) is expected
+
+
+def test_the_hosts_part_is_timed(run_python):
+    result = run_python(
+        "import runpy; runpy.run_module('bench.training_step.host', run_name='__main__')", "--rounds", "1"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "gpukern.convert" in result.stdout and "compiled / converted: " in result.stdout
