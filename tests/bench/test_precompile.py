@@ -72,7 +72,7 @@ def test_kernels_are_compiled_ahead_and_found_again(script):
     """Four tasks and one that cannot be recorded, which stops none of them."""
     found = script(COMPILE)
     assert found["done"] == 5  # every task is heard of
-    assert found["ahead"] >= found["here"] >= 5  # one a task, and the sum of splits
+    assert found["ahead"] >= found["here"] >= 4  # one a task
     assert found["count"] >= found["ahead"]
     assert found["new"] == 0
 

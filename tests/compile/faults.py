@@ -1,8 +1,7 @@
 """What is wrong with a compiled kernel, by its row (see :mod:`tests.compile.worker`).
 
-Every kernel stays within the device's shared memory and spills no register, and a driver refuses none of its launches
-(:mod:`tests.compile.driver`). One that multiplies matrices uses the
-tensor cores, and its main loop
+Every kernel stays within the device's shared memory and spills no register, or hardly one, and a driver refuses none of
+its launches (:mod:`tests.compile.driver`). One that multiplies matrices uses the tensor cores, and its main loop
 
 - fetches in advance: it copies asynchronously, and the copies of the first ``num_stages − 1`` steps stand before it;
 - on Hopper, multiplies out of shared memory and waits once a step: no wgmma takes an operand from registers, nothing is
@@ -36,6 +35,10 @@ MORE_WITH_3_9 = {"conv2d_gemm_kernel": 3}
 #: of loops they run once a tile; loops without products (4 of 262 in depthwise kernels with offsets of 64 bits, 3 of
 #: 270 in sums over pixels) wait for memory, and tiles that fit would take a quarter more instructions an output.
 FEW_SPILLS = 0.02
+#: Everywhere, of a kernel without products and outside of its inner loops. ptxas aims at 96, 128 or 168 registers, for
+#: another block a multiprocessor, and keeps on the stack what a program needs again when it merges its sums: 2 to 6 of
+#: 1,300 to 2,100 instructions in depthwise kernels, once a program or a row of pixels.
+RARE_SPILLS = 0.004
 #: Of kernels that are not listed.
 BUDGET = 150
 #: Operands of four bytes that lie across the sum are transposed on the way.
@@ -115,7 +118,8 @@ def _spills_little(row: dict) -> bool:
         inside = sum(loop["instructions"].get(name, 0) for name in ("LDL", "STL"))
         if inside > (FEW_SPILLS * loop["length"] if newer and not row["tensor_core"] else 0):
             return False
-    few = newer and row["spills"] <= FEW_SPILLS * sum(row.get("instructions", {}).values())
+    share = FEW_SPILLS if newer else 0 if row["tensor_core"] else RARE_SPILLS
+    few = row["spills"] <= share * sum(row.get("instructions", {}).values())
     return few or row["capability"][0] == 10
 
 

@@ -54,6 +54,7 @@ DEPTHWISE = {
     "instructions": {"FFMA": 200, **IN_LOOP["loop__instructions"]},
     "loops": [{**LOOP, "length": 100, "instructions": {"FFMA": 97, "LDL": 1, "STL": 1}}],
 }
+LONG = {"FFMA": 998, "LDL": 1, "STL": 1}
 POOL = {
     "kernel": "max_pool2d_kernel",
     "triton": "3.7.1",
@@ -109,7 +110,9 @@ def test_good_kernels_have_none(row):
         (BOX, {"stack": 8, "spills": 2, "instructions": MANY}, "spills"),
         (BOX, {"triton": "3.9.0", "stack": 8, "spills": 3, "instructions": MANY}, "spills"),
         (BOX, {"triton": "3.9.0", "stack": 8, "spills": 2, "instructions": MANY, **IN_LOOP}, "spills"),
-        (DEPTHWISE, {"stack": 8, "spills": 2}, "spills"),
+        (DEPTHWISE, {"stack": 8, "spills": 2, "instructions": LONG}, "spills"),
+        (DEPTHWISE, {"stack": 8, "spills": 5, "instructions": LONG, "loop__instructions": {"FFMA": 97}}, "spills"),
+        (BOX, {"stack": 8, "spills": 2, "instructions": {**LONG, "UTMALDG": 6}}, "spills"),
         (DEPTHWISE, {"triton": "3.9.0", "stack": 8, "spills": 2, "loop__instructions": {"LDL": 3}}, "spills"),
         (BOX, {"capability": [12, 0], "stack": 8, "spills": 3, "instructions": MANY}, "spills"),
         (GEMM, {"loop__length": 103, "loop__instructions": {"HGMMA": 8}}, "103 instructions"),
@@ -144,6 +147,8 @@ def test_each_fault_is_named(row, changes, expected):
         (BOX, {"triton": "3.9.0", "stack": 8, "spills": 2, "instructions": MANY}),
         (BOX, {"capability": [12, 0], "stack": 8, "spills": 2, "instructions": MANY}),
         (DEPTHWISE, {"triton": "3.9.0", "stack": 8, "spills": 2}),
+        # Two registers for the tail of a long kernel.
+        (DEPTHWISE, {"stack": 8, "spills": 4, "instructions": LONG, "loop__instructions": {"FFMA": 97}}),
         (GEMM, {"triton": "3.10.1", "loop__length": 103, "loop__instructions": {"HGMMA": 8}}),
         # A sum over a single step has no loop left.
         (BOX, {"loops": []}),

@@ -201,8 +201,8 @@ def merge_sums(
 ):  # fmt: skip
     """Arrive with the sums that :func:`store_part` stored of this tile, as at :func:`merge_statistics`."""
     LANES: tl.constexpr = min(BLOCK, 32)
-    # With fewer rows of two channels, ptxas spills a register on sm_80; with more of four, on sm_90.
-    ROWS: tl.constexpr = 512 if LANES == 2 else max(32, 256 // LANES)
+    # With fewer rows of two channels, ptxas spills a register on sm_80; with more of four, on sm_80 or sm_90.
+    ROWS: tl.constexpr = 32 if LANES >= 4 else 256 * LANES
     part = tl.arange(0, ROWS)[:, None]
     lane = tl.arange(0, LANES)[None, :]
     merge_in_groups(sums, row, rows, column, first, end, channels, part, lane, BLOCK, PARTS, SUMS)

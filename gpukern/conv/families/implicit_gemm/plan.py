@@ -108,9 +108,10 @@ def _weight_grad(p: ConvProblem, operands: Operands, device: DeviceSpec) -> Iter
     columns = taps * p.group_inputs if flat else p.group_inputs
     # Both operands are read in runs of channels and one is transposed on the way: smaller tiles than the forward's.
     block_m = power_of_two(p.group_outputs, 16, 64)
-    block_n = power_of_two(columns, 16, 32 if flat or full_fp32 else 64)
-    # With few rows, few threads compute the addresses of a flat sum: a long step would spill.
-    short_step = full_fp32 or (flat and block_m == 16)
+    # With few rows, few threads compute the addresses of a flat sum: a long step, or a wide one, would spill.
+    few_rows = flat and block_m == 16
+    block_n = power_of_two(columns, 16, 16 if few_rows else 32 if flat or full_fp32 else 64)
+    short_step = full_fp32 or few_rows
     block_k = power_of_two(pixels, 16, 16 if short_step else 32)
     programs = cdiv(p.group_outputs, block_m) * cdiv(columns, block_n) * (1 if flat else taps) * p.groups
     yield ConvPlan(
