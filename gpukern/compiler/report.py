@@ -13,6 +13,7 @@ import torch
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
+from torch._dynamo import OptimizedModule
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
@@ -108,7 +109,7 @@ def compile_report(
     Parameters
     ----------
     model:
-        of ``torch.nn`` layers; it stays as it is.
+        of ``torch.nn`` layers, or what ``torch.compile`` made of it; it stays as it is.
     args, kwargs:
         an example: a tensor, or a tuple of arguments, and keyword arguments.
     options:
@@ -122,6 +123,8 @@ def compile_report(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"compile_report: expected a torch.nn.Module, but got {type(model).__name__}")
+    if isinstance(model, OptimizedModule):
+        model = model._orig_mod  # compiled before, it would run as it is
     read, spec = Options.read(options), named_device(device)
     copied = copy.deepcopy(model).cpu()
     operands, named = pytree.tree_map_only(
@@ -174,6 +177,9 @@ class _Recorder:
             self.groups[match] = CompiledGroup(modules, match.pattern, self.graphs)
         self.left += [Left(title(each.node), each.reason) for each in compiled.found.declined]
         self.graphs += 1
+        for part in compiled.module.modules():
+            if isinstance(part, GraphModule) and part is not compiled.module:  # a checkpoint's
+                part.forward = _Watched(part, self).run
         return _Watched(compiled.module, self)
 
     def launched(self, launch: Launch) -> None:
