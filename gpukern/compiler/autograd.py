@@ -94,16 +94,16 @@ def _input_grad(
     """The gradient of y as far as it is known, and the sums of y's batch norm if it is known whole."""
     mailbox, (shape, channels_last) = origin.mailbox, of_x
     assert mailbox is not None  # what is read has one
-    last = mailbox.is_last()
-    added, mailbox.gradient = mailbox.gradient, None
-    if not last:
+    left = mailbox.arrive()
+    added, left.gradient = left.gradient, None
+    if left.arrived < mailbox.users:
         problem = conv_problem(shape, weight.shape, None, *geometry)
-        mailbox.gradient = _convolutions.of(grad).conv2d_input_grad(problem, grad, weight, channels_last, added)
+        left.gradient = _convolutions.of(grad).conv2d_input_grad(problem, grad, weight, channels_last, added)
         return None
     stride, padding, dilation, groups = geometry
     z, norm_weight, norm_bias, _, mean, variance = origin.tensors
     _, eps, activation, negative_slope = origin.epilogue
-    g, mailbox.sums = conv2d_input_grad_norm(
+    g, left.sums = conv2d_input_grad_norm(
         grad, weight, shape, channels_last, stride, padding, dilation, groups, added, z, mean, variance, norm_weight,
         norm_bias, other_of(origin), eps, activation, negative_slope,
     )  # fmt: skip

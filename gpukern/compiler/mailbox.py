@@ -13,71 +13,91 @@ exists, so only graphs make mailboxes.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch._dynamo import compiled_autograd
+from torch.autograd import Variable
 
 _current_pass = torch._C._current_graph_task_id
 
 
-class Mailbox:
-    """What the users of one tensor leave for each other during one backward pass.
+class Left:
+    """What was left in one backward pass: ``arrived`` users' ``gradient``, the ``sums`` of the last one, the tensor
+    itself where somebody ``made`` it once more."""
 
-    ``users``: how many there are. A pass that stops early (gradients of some inputs only) must not leave anything to
-    the next one, so everything is forgotten when another pass begins. ``broken`` if a user's forward found that it
-    cannot take part (its operand was converted to another dtype): then each returns its own gradient.
+    __slots__ = ("arrived", "gradient", "made", "sums")
+
+    def __init__(self) -> None:
+        self.arrived = 0
+        self.gradient: torch.Tensor | None = None
+        self.sums: torch.Tensor | None = None
+        self.made: torch.Tensor | None = None
+
+
+class Mailbox:
+    """What the users of one tensor leave for each other during a backward pass.
+
+    ``users``: how many there are. ``broken`` if a user's forward found that it cannot take part (its operand was
+    converted to another dtype): then each returns its own gradient.
+
+    Passes are kept apart by autograd's number of them: one over the same graph may run inside another, from a hook, or
+    beside it, in another thread. The tensor's own backward, which comes last, empties the box; what a failed pass left
+    is read by no other.
     """
 
-    __slots__ = ("_arrived", "_made", "_pass", "broken", "gradient", "sums", "users")
+    __slots__ = ("__weakref__", "_passes", "broken", "users")
 
     def __init__(self, users: int) -> None:
         self.users = users
         self.broken = False
-        self._pass = -1
-        self._reset()
-
-    def _reset(self) -> None:
-        self._arrived = 0
-        self.gradient: torch.Tensor | None = None
-        self.sums: torch.Tensor | None = None
-        self._made: torch.Tensor | None = None
+        self._passes: dict[int, Left] = {}
 
     @property
     def made(self) -> torch.Tensor | None:
         """The tensor itself, where somebody computed it once more in this pass."""
-        return self._made if self._pass == _current_pass() else None
+        left = self._passes.get(_current_pass())
+        return None if left is None else left.made
 
     @made.setter
     def made(self, tensor: torch.Tensor) -> None:
-        self._enter()
-        self._made = tensor
+        left, number, box = self._left(), _current_pass(), weakref.ref(self)
+        left.made = tensor
 
-    def _enter(self) -> None:
-        number = _current_pass()
-        if number != self._pass:
-            self._reset()
-            self._pass = number
+        def forget() -> None:
+            if (this := box()) is not None:
+                this._passes.pop(number, None)
+
+        # The tensor's own backward may be no part of the pass, where only gradients of later weights are wanted.
+        Variable._execution_engine.queue_callback(forget)
+
+    def _left(self) -> Left:
+        return self._passes.setdefault(_current_pass(), Left())
 
     def is_open(self) -> bool:
         """Whether gradients are left here in this pass.
 
         A pass that is recorded, for derivatives of derivatives, ends it: what it records uses the tensor too, and the
         gradients that it will have by that go to autograd alone. So does a compiled backward pass, which adds what the
-        users return, None too.
+        users return, None too. A pass that has left something here goes on, as the rest of it is collected here.
         """
+        if _current_pass() in self._passes:
+            return True
         self.broken = self.broken or torch.is_grad_enabled() or compiled_autograd.in_compiled_autograd_region
         return not self.broken
 
-    def is_last(self) -> bool:
-        """Note that a user has arrived in this pass; whether all others have."""
-        self._enter()
-        self._arrived += 1
-        return self._arrived == self.users
+    def arrive(self) -> Left:
+        """Note that a user has arrived in this pass; return what the others have left."""
+        left = self._left()
+        left.arrived += 1
+        return left
 
     def leave(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """For users that are no convolution: leave ``gradient``, or return the whole of it if all have arrived."""
-        last = self.is_last()
-        total = gradient if self.gradient is None else self.gradient + gradient
-        self.gradient = None if last else total
+        left = self.arrive()
+        total = gradient if left.gradient is None else left.gradient + gradient
+        last = left.arrived == self.users
+        left.gradient = None if last else total
         return total if last else None
 
     def collect(self, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -85,10 +105,9 @@ class Mailbox:
 
         Where the last user never came, a part of the gradient was left and is added here.
         """
-        if _current_pass() != self._pass:
+        left = self._passes.pop(_current_pass(), None)
+        if left is None:
             return gradient, None
-        left, sums = self.gradient, self.sums
-        self._reset()
-        if left is not None:
-            gradient = left if gradient is None else gradient + left
-        return gradient, sums
+        if left.gradient is not None:
+            gradient = left.gradient if gradient is None else gradient + left.gradient
+        return gradient, left.sums

@@ -197,6 +197,9 @@ class _Recorder:
             self.groups[match] = CompiledGroup(modules, match.pattern, self.graphs)
         self.left += [Left(module_path(each.node) or each.node.name, each.reason) for each in compiled.found.declined]
         self.graphs += 1
+        for part in compiled.module.modules():
+            if isinstance(part, GraphModule) and part is not compiled.module:  # a checkpoint's
+                part.forward = _Watched(part, self).run
         return _Watched(compiled.module, self)
 
     def launched(self, launch: Launch) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpukern.compiler import autograd, origin
 from tests.compiler.nets import Block, Net, classifier, conv, conv_norm, read_by_three, sequential
 from tests.compiler.training import (
     assert_follows,
@@ -102,6 +107,60 @@ def test_a_pass_that_fails_on_the_way(cpu):
     found.backward()
     wanted.backward()
     assert_gradients(model, exact)
+
+
+def run_here(work: Callable[[], None]) -> None:
+    work()
+
+
+def run_in_a_thread(work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("run", [run_here, run_in_a_thread])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")  # the cycle ends at zero_grad
+def test_a_pass_inside_another(run, recompute, recorded, cpu):
+    """One that begins when some readers of a result have left its gradient, and others have not."""
+    model, exact, call = pair(lambda: read_by_three(0, 1, 2), cpu, options={"recompute": recompute})
+    found, wanted = next(losses(call, exact, torch.randn(3, 4, 6, 5)))
+    for path in ("bn3.weight", "conv3.weight", "bn2.weight", "conv4.weight"):
+        for net, value in ((model, found), (exact, wanted)):
+            net.zero_grad()
+            begun: list[None] = []
+
+            def hook(grad, value=value, begun=begun):
+                if not begun:
+                    begun.append(None)
+                    with torch.enable_grad():
+                        run(lambda: value.backward(retain_graph=True, create_graph=recorded))
+
+            handle = net.get_parameter(path).register_hook(hook)
+            value.backward(retain_graph=True)
+            handle.remove()
+            assert begun
+        assert_gradients(model, exact)
+
+
+def test_what_a_pass_computes_again_is_not_kept(cpu):
+    """Where it ends before the batch norm whose result that is; the loss is still there."""
+    model, _, call = pair(lambda: read_by_three(0, 1), cpu, options={"recompute": True})
+    value = loss(call(torch.randn(3, 4, 6, 5)))
+    computed: list[weakref.ref] = []
+
+    def watched(*arguments, original=origin.made):
+        tensor = original(*arguments)
+        computed.append(weakref.ref(tensor))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autograd, "made", watched)
+        torch.autograd.grad(value, model.get_parameter("conv4.weight"))
+    assert computed
+    assert all(each() is None for each in computed)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

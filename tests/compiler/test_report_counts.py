@@ -1,0 +1,57 @@
+"""What ``gpukern.compile_report`` counts, in an interpreter that does not emulate."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+_CODE = """
+import json, torch, gpukern
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tests.compiler.nets import Block, conv, conv_norm, sequential
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.last = sequential(conv_norm(3, 8), nn.ReLU(), Block(8, 8)), conv(8, 8)
+
+    def forward(self, x):
+        return self.last(self.inner(x))
+
+class Checkpointed(Net):
+    def forward(self, x):
+        return self.last(checkpoint(self.inner, x, use_reentrant=False))
+
+x, made = torch.randn(2, 3, 8, 8), {}
+for name, model in (
+    ("plain", Net()),
+    ("checkpointed", Checkpointed()),
+    ("compiled", torch.compile(Net(), backend="gpukern")),
+):
+    made[name] = json.loads(gpukern.compile_report(model, x).to_json())
+print(json.dumps(made))
+"""
+
+
+@pytest.fixture(scope="module")
+def reports(run_python) -> dict[str, Any]:
+    done = run_python(_CODE)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_groups_inside_a_checkpoint_have_its_launches(reports):
+    """The second time, in backward, as backward's: the three groups of a convolution and a norm have two each."""
+    again = {"forward": 0, "backward": 3 * 2}
+    for direction, more in again.items():
+        made = reports["plain"], reports["checkpointed"]
+        plain, checkpointed = (sum(group[direction]["launches"] for group in each["groups"]) for each in made)
+        assert [plain, checkpointed] == [each[direction]["launches"] for each in made]
+        assert checkpointed >= plain + more
+
+
+def test_a_compiled_model_is_reported_as_the_model(reports):
+    assert reports["compiled"] == reports["plain"]
