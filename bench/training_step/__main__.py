@@ -35,6 +35,7 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 32,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float16",
     by_kernel: Annotated[bool, typer.Option("--kernels", help="Also kernel by kernel.")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="compile with options={'recompute': True}.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the counts too.")] = None,
 ) -> None:
     """Count launches and bytes of a training step, without a GPU."""
@@ -48,7 +49,9 @@ def main(
     for each in networks:
         shape = (batch, *each.input_size)
         try:
-            found[each.name] = count(each.make(), shape, DTYPES[dtype], spec)
+            found[each.name] = count(
+                each.make(), shape, DTYPES[dtype], spec, {"recompute": True} if recompute else None
+            )
         except KernelError as error:
             sys.exit(f"{each.title}: {error}")
         title = f"{each.title}, {'×'.join(map(str, shape))}, {dtype}, plans of {spec.name}"

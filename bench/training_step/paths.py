@@ -62,8 +62,17 @@ def why_not_compiled() -> str:
     return ""
 
 
-def count(model: torch.nn.Module, input: torch.Size | Sequence[int], dtype: torch.dtype, device: DeviceSpec) -> Steps:
-    """Count the steps of a network on an ``input`` of [N, C, H, W], in channels_last and ``dtype``."""
+def count(
+    model: torch.nn.Module,
+    input: torch.Size | Sequence[int],
+    dtype: torch.dtype,
+    device: DeviceSpec,
+    options: dict[str, Any] | None = None,
+) -> Steps:
+    """Count the steps of a network on an ``input`` of [N, C, H, W], in channels_last and ``dtype``.
+
+    ``options`` are those of ``torch.compile``.
+    """
     model = model.to(dtype, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     sizes = [each.numel() for each in model.parameters()]
     eager = _run(copy.deepcopy(model).to("meta"), input, dtype, None)
@@ -73,7 +82,7 @@ def count(model: torch.nn.Module, input: torch.Size | Sequence[int], dtype: torc
     compiled = None
     if not why_not_compiled():
         torch._dynamo.reset()
-        forward: Any = torch.compile(copy.deepcopy(model), backend=BACKEND)
+        forward: Any = torch.compile(copy.deepcopy(model), backend=BACKEND, options=options)
         compiled = _run(forward, input, dtype, device).counted(activations, ours)
     return Steps(eager.counted(activations, _optimizer_launches_of_torch(sizes)), convert, compiled)
 
