@@ -216,7 +216,8 @@ def test_explain_takes_a_convolution_from_the_command_line():
     assert (found["problem"]["P"], found["problem"]["Q"], found["problem"]["groups"]) == (3, 4, 2)
     assert (found["computation"], found["kind"], found["device"]) == ("forward", "tf32", "H100")
     assert found["channels_last"] is False and explained(*CONV)[0]["channels_last"] is True
-    assert found["epilogue"] == {"bias": True, "activation": "relu", "residual": True, "statistics": False}
+    of_batch_norms = {"statistics": False, "norm_grad": False}
+    assert found["epilogue"] == {"bias": True, "activation": "relu", "residual": True, **of_batch_norms}
     assert found["not_compiled"] == "not compiled: --no-compile" and found["ranking"]
     # 2·N·P·Q·K·(C/groups)·R·S, and x, w, y and the residual in fp32.
     assert found["flops"] == 2 * 2 * 3 * 4 * 24 * 8 * 9

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from gpukern.fusion.decompose import write_out
 from gpukern.fusion.program import value
+from gpukern.ops._activation.reference import IN_TORCH
 
 aten = torch.ops.aten
 
@@ -180,6 +181,11 @@ def _convolution(name: str) -> _Reader:
     return read
 
 
+def parameters_of(function: Any) -> list[str]:
+    """The names of a Python function's parameters; none of a builtin's."""
+    return [*inspect.signature(function).parameters] if inspect.isfunction(function) else []
+
+
 def _call_of(function: Callable[..., Any], node: Node) -> dict[str, Any]:
     """The arguments of ``node`` by the names of a Python function, defaults included."""
     bound = inspect.signature(function).bind(*node.args, **node.kwargs)
@@ -247,6 +253,7 @@ def _max_pool(node: Node) -> _Call | None:
 
 
 _SIZES = "stride", "padding", "output_padding", "dilation"
+_PLAIN = [name for name in IN_TORCH if parameters_of(getattr(F, name)) == ["input", "inplace"]]
 _FUNCTIONS: dict[Any, _Reader] = {
     torch.conv1d: _convolution("conv1d"),
     torch.conv2d: _convolution("conv2d"),
@@ -255,13 +262,10 @@ _FUNCTIONS: dict[Any, _Reader] = {
     torch.conv_transpose2d: _operator(aten.conv_transpose2d.input, *_SIZES),
     F.linear: _operator(aten.linear.default),
     F.batch_norm: _batch_norm,
-    F.relu: _activation(F.relu, aten.relu.default),
-    F.relu6: _activation(F.relu6, aten.relu6.default),
+    # All that may change their operand are called in the same way.
+    **{getattr(F, name): _activation(getattr(F, name), target) for name, target in IN_TORCH.items() if name in _PLAIN},
     F.hardtanh: _activation(F.hardtanh, aten.hardtanh.default, "min_val", "max_val"),
     F.leaky_relu: _activation(F.leaky_relu, aten.leaky_relu.default, "negative_slope"),
-    F.silu: _activation(F.silu, aten.silu.default),
-    F.hardswish: _activation(F.hardswish, aten.hardswish.default),
-    F.hardsigmoid: _activation(F.hardsigmoid, aten.hardsigmoid.default),
     F.gelu: _operator(aten.gelu.default),
     F.sigmoid: _one_operand(aten.sigmoid.default),
     F.tanh: _one_operand(aten.tanh.default),

@@ -11,11 +11,13 @@ from torch.fx import Graph, Node
 
 from gpukern import functional
 from gpukern.compiler import steps
+from gpukern.compiler.aten_graph import parameters_of
 from gpukern.compiler.steps import Statistics
 from gpukern.fusion.eager_calls import call_one_directly
 from gpukern.fusion.match import Match
 from gpukern.fusion.products import Product, activation, image, pool
 from gpukern.fusion.program import arguments, tensor_of, value
+from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops.activation import needs_input
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
@@ -186,12 +188,9 @@ _POOLS: dict[Any, Callable[..., Any]] = {
 }
 #: Functions that change their operand, or have arguments of their own: gpukern's have the same signature.
 _SAME: dict[Any, Callable[..., Any]] = {
-    F.relu: functional.relu,
-    F.relu6: functional.relu6,
-    F.leaky_relu: functional.leaky_relu,
-    F.silu: functional.silu,
-    F.hardswish: functional.hardswish,
-    F.hardsigmoid: functional.hardsigmoid,
+    getattr(F, name): getattr(functional, name)
+    for name in PROPERTIES
+    if "inplace" in parameters_of(getattr(F, name, None))
 }
 
 
