@@ -112,7 +112,7 @@ def conv2d_input_grad_norm(
             raise
         plan_without(prepared.plan, device_spec(grad.device), refusal)
         return conv2d_input_grad_norm(problem, grad, weight, channels_last, added, norm, activation, negative_slope)
-    return (output, sums.totals) if made else None
+    return (output, sums.totals) if made is not None else None
 
 
 def conv2d_weight_grad(
@@ -185,8 +185,7 @@ def write(
             return None
         if statistics is None and prepared.launch.tiles:
             statistics = sums_and_deviations(prepared.shape[1], first.device)
-        made = _write(prepared, output, first, second, bias, residual, negative_slope, statistics)
-        return statistics if made else None
+        return _write(prepared, output, first, second, bias, residual, negative_slope, statistics)  # type: ignore
     except DescriptorRefused as problem:
         if prepared.again is None:
             raise
@@ -204,14 +203,14 @@ def _write(
     negative_slope: float,
     merged: Statistics | Sums | None,
     norm: NormBefore | None = None,
-) -> bool:
-    """Return whether ``merged``, the statistics, or the sums with a ``norm``, were made."""
+) -> Statistics | Sums | None:
+    """Return ``merged``, the statistics, or the sums with a ``norm``, with its workspace; None if it was not made."""
     if output.numel() == 0:
-        return False
+        return None
     if first.numel() == 0:
         # Empty sums: the weight gradient of an empty batch, a linear layer without features.
         _write_empty_sums(prepared, output, bias, residual, negative_slope)
-        return False
+        return None
     of_launch = prepared.launch
     if merged is not None and of_launch.tiles:
         channels, numbers = prepared.shape[1], 3 if norm is None else 2
@@ -237,7 +236,7 @@ def _write(
         of_launch.run(first, second, written, bias, residual, merged, negative_slope, z, other, through)
     if pack_output:
         copy_image(written, output)
-    return merged is not None
+    return merged
 
 
 def _norm_grad(norm: NormBefore) -> NormGrad:
