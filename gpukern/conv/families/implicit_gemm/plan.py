@@ -177,10 +177,11 @@ def _needs_measurement(plan: ConvPlan) -> bool:
 def _takes_norm_grad(plan: ConvPlan, activation: str) -> bool:
     """Whether a thread has registers left beside the addresses, as found by compiling for sm_80 and sm_90.
 
-    With 64 sums some spill; so do some beside gelu's derivative, the longest of all, and some with joined taps.
+    With 64 sums some spill; so do some beside gelu's derivative, the longest of all, some of 32 beside leaky_relu's,
+    whose slope is one more, and some with joined taps.
     """
     if plan.variant is Variant.TAPS:
-        return plan.sums_per_thread <= 32 and activation != "gelu"
+        return plan.sums_per_thread <= (16 if activation == "leaky_relu" else 32) and activation != "gelu"
     return plan.variant is Variant.DIRECT
 
 
