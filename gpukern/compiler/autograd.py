@@ -159,16 +159,14 @@ class Norm(torch.autograd.Function):
             grad, sums = mailbox.collect(grad)
         if grad is None:
             return (None,) * 11
-        grad_z = grad_weight = grad_bias = None
         grad_residual = grad
         origin = put_together(shape_of_origin, ctx.saved_tensors)
+        z, weight, bias, _, mean, variance = origin.tensors
         if sums is not None:
-            z, weight, bias, _, mean, variance = origin.tensors
             grad_z, grad_weight, grad_bias = gradients_from_sums(
                 grad, z, weight, bias, mean, variance, sums, epilogue.training, epilogue.eps
             )
         else:
-            z, weight, bias, _, mean, variance = origin.tensors
             inner = needs_residual and epilogue.activation != "none"
             grad_z, grad_weight, grad_bias, grad_inner = batch_norm_backward(
                 grad,

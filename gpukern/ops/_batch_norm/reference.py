@@ -73,12 +73,8 @@ def conv2d_batch_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, z, mean, variance) with ``z = x ∗ filters + filters_bias`` and y as :func:`batch_norm_training` of z."""
     z, mean, variance = conv2d_with_statistics(problem, input, filters, filters_bias, running)
-    return (
-        apply_statistics(z, weight, bias, residual, mean, variance, eps, activation, negative_slope),
-        z,
-        mean,
-        variance,
-    )
+    y = apply_statistics(z, weight, bias, residual, mean, variance, eps, activation, negative_slope)
+    return y, z, mean, variance
 
 
 def conv2d_with_statistics(
