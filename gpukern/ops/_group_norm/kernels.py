@@ -51,13 +51,13 @@ def group_norm_kernel(
     tile = tl.program_id(0) % sizes.channel_tiles
     c, valid, group = group_tile(tile, channels, GROUP, BLOCK_D, BLOCK_C)
     n, h, p, inside = pixel_tile(tl.program_id(0) // sizes.channel_tiles, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
-    mask = inside & valid
+    mask = inside & valid[None, :]
     count = tl.cast(sizes.pixels, tl.float32) * GROUP
-    value = load_tile(x, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
-    mean = group_sum(tl.sum(value, 0)[None, :], BLOCK_D) / count
-    apart = tl.where(mask, value - mean, 0.0)
-    total = group_sum(tl.sum(apart, 0)[None, :], BLOCK_D)
-    squares = group_sum(tl.sum(apart * apart, 0)[None, :], BLOCK_D)
+    value = load_tile(x, n, h, p, c[None, :], mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+    mean = group_sum(tl.sum(value, 0), BLOCK_D) / count
+    apart = tl.where(mask, value - mean[None, :], 0.0)
+    total = group_sum(tl.sum(apart, 0), BLOCK_D)
+    squares = group_sum(tl.sum(apart * apart, 0), BLOCK_D)
     shift = total / count
     variance = squares / count - shift * shift
     variance = tl.where(variance < 0.0, 0.0, variance)  # not maximum: a NaN must propagate
@@ -66,12 +66,11 @@ def group_norm_kernel(
     tl.store(norm.mean + place, mean + shift, mask=once)
     tl.store(norm.variance + place, variance, mask=once)
     _, scale, bias = affine(norm, variance, c, valid, eps)
-    z = (apart - shift) * scale + bias
+    z = (apart - shift[None, :]) * scale[None, :] + bias[None, :]
     if residual.ptr is not None:
-        z += load_tile(residual, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
-    store_tile(
-        y, apply_activation(z, ACTIVATION, negative_slope), n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX
-    )
+        z += load_tile(residual, n, h, p, c[None, :], mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+    z = apply_activation(z, ACTIVATION, negative_slope)
+    store_tile(y, z, n, h, p, c[None, :], mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
 
 
 @triton.jit
@@ -94,28 +93,28 @@ def group_norm_backward_kernel(
     split = tl.program_id(0) // sizes.channel_tiles
     c, valid, group = group_tile(tile, channels, GROUP, BLOCK_D, BLOCK_C)
     count = tl.cast(sizes.pixels, tl.float32) * GROUP
-    sum_g = tl.zeros((1, BLOCK_C), tl.float32)
-    sum_gx = tl.zeros((1, BLOCK_C), tl.float32)
+    sum_g = tl.zeros((BLOCK_C,), tl.float32)
+    sum_gx = tl.zeros((BLOCK_C,), tl.float32)
     first = split * images_per_split
     for image in range(first, tl.minimum(first + images_per_split, images)):
         n, h, p, inside = pixel_tile(image, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
-        mask = inside & valid
+        mask = inside & valid[None, :]
         place = image * (channels // GROUP) + group
         mean = load_numbers(norm.mean, place, valid, 0.0)
         inverse, scale, bias = affine(norm, load_numbers(norm.variance, place, valid, 1.0), c, valid, eps)
         g, normal = gradient_tile(
-            grad, x, other, n, h, p, c, mask, mean, inverse, scale, bias, negative_slope,
-            ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
+            grad, x, other, n, h, p, c[None, :], mask, mean[None, :], inverse[None, :], scale[None, :], bias[None, :],
+            negative_slope, ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
         )  # fmt: skip
         if inner.ptr is not None:
-            store_tile(inner, g, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
-        of_g = tl.sum(g, 0)[None, :]
-        of_gx = tl.sum(g * normal, 0)[None, :]
+            store_tile(inner, g, n, h, p, c[None, :], mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+        of_g = tl.sum(g, 0)
+        of_gx = tl.sum(g * normal, 0)
         if out.ptr is not None:
             mean_g = group_sum(of_g * scale, BLOCK_D) / count
             mean_gx = group_sum(of_gx * scale, BLOCK_D) / count
-            value = g * scale - mean_g - normal * mean_gx
-            store_tile(out, value, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
+            value = g * scale[None, :] - mean_g[None, :] - normal * mean_gx[None, :]
+            store_tile(out, value, n, h, p, c[None, :], mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
         sum_g += of_g
         sum_gx += of_gx
     if sums is not None:
@@ -196,12 +195,14 @@ def merge_channels_kernel(
 
 
 @triton.jit
-def _numbers(norm, image, c, valid, channels, group, eps):
-    """(mean, 1/σ, weight/σ, bias) of each channel of an image."""
+def _numbers(norm, image, tile, channels, group, eps, BLOCK_C: tl.constexpr):
+    """(mean, 1/σ, weight/σ, bias) of each channel of a tile of an image, [1, BLOCK_C]."""
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = c < channels
     place = image * (channels // group) + c // group
     mean = load_numbers(norm.mean, place, valid, 0.0)
     inverse, scale, bias = affine(norm, load_numbers(norm.variance, place, valid, 1.0), c, valid, eps)
-    return mean, inverse, scale, bias
+    return mean[None, :], inverse[None, :], scale[None, :], bias[None, :]
 
 
 @triton.jit
@@ -213,11 +214,12 @@ def group_norm_apply_kernel(
     PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y from the statistics. Grid: images · steps · channel tiles."""
-    c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
+    tile = tl.program_id(0) % sizes.channel_tiles
+    c, valid = channel_tile(tile, sizes, BLOCK_C, CHANNEL_ALIGN)
     step = tl.program_id(0) // sizes.channel_tiles
     n, h, p, inside = pixel_tile(step, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
     channels = sizes.channel_groups * CHANNEL_ALIGN
-    mean, _, scale, bias = _numbers(norm, step // steps, c, valid, channels, group, eps)
+    mean, _, scale, bias = _numbers(norm, step // steps, tile, channels, group, eps, BLOCK_C)
     normalize_tile(
         x, residual, y, n, h, p, c, inside & valid, mean, scale, bias, negative_slope,
         ACTIVATION, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,
@@ -240,7 +242,7 @@ def group_norm_sums_kernel(
     image = tl.program_id(0) // sizes.channel_tiles // splits
     c, valid = channel_tile(tile, sizes, BLOCK_C, CHANNEL_ALIGN)
     channels = sizes.channel_groups * CHANNEL_ALIGN
-    mean, inverse, scale, bias = _numbers(norm, image, c, valid, channels, group, eps)
+    mean, inverse, scale, bias = _numbers(norm, image, tile, channels, group, eps, BLOCK_C)
     sum_g = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     sum_gx = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     first = split * steps_per_split
@@ -328,18 +330,20 @@ def group_norm_input_grad_kernel(
     PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂x from the sums of each group. Grid: images · steps · channel tiles."""
-    c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
+    tile = tl.program_id(0) % sizes.channel_tiles
+    c, valid = channel_tile(tile, sizes, BLOCK_C, CHANNEL_ALIGN)
     step = tl.program_id(0) // sizes.channel_tiles
     n, h, p, inside = pixel_tile(step, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
     mask = inside & valid
     channels = sizes.channel_groups * CHANNEL_ALIGN
     image = step // steps
-    mean, inverse, scale, bias = _numbers(norm, image, c, valid, channels, group, eps)
+    mean, inverse, scale, bias = _numbers(norm, image, tile, channels, group, eps, BLOCK_C)
     groups = channels // group
-    place = image * groups + c // group
+    channel = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    place = image * groups + channel // group
     per_pixel = inverse / (tl.cast(sizes.pixels, tl.float32) * group)
-    mean_g = load_numbers(totals_ptr, place, valid, 0.0) * per_pixel
-    mean_gx = load_numbers(totals_ptr + images * groups, place, valid, 0.0) * per_pixel
+    mean_g = load_numbers(totals_ptr, place, channel < channels, 0.0)[None, :] * per_pixel
+    mean_gx = load_numbers(totals_ptr + images * groups, place, channel < channels, 0.0)[None, :] * per_pixel
     g, normal = gradient_tile(
         grad, x, other, n, h, p, c, mask, mean, inverse, scale, bias, negative_slope,
         ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,

@@ -36,7 +36,7 @@ def group_norm(
         return output, *(torch.zeros((N, groups), dtype=torch.float32, device=device) for _ in range(2))
     mean, variance = _numbers(N, groups, device)
     norm = norm_of(mean, variance, weight, bias)
-    tiles = whole_groups(groups, 1, input, residual, output)
+    tiles = whole_groups(groups, (input, residual), output)
     if tiles is not None:
         launch(
             kernels.group_norm_kernel,
@@ -122,7 +122,7 @@ def group_norm_backward(
         return results
     norm = norm_of(mean, variance, weight, bias)
     epilogue = activation, negative_slope
-    tiles = whole_groups(groups, 2, grad, input, other, inner, out)
+    tiles = whole_groups(groups, (grad, input, other), inner, out)
     if tiles is None:
         _large_groups((grad, input, other, inner, out), norm, sums, groups, eps, epilogue)
         return results

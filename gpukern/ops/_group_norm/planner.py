@@ -15,13 +15,15 @@ from gpukern.ops._batch_norm.problem import Walk
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two
 
-#: Elements that a program keeps, in fp32, while it sums: half of a multiprocessor's registers.
+#: Elements that a program of a launch with one input keeps, in fp32, while it sums: half of a multiprocessor's
+#: registers. With more inputs, or where addresses take as many registers as values, fewer.
 _KEPT = 32 * 1024
-#: Elements of a thread, and the fewest of a program, which has several small groups.
-_PER_THREAD, _LEAST = 32, 2048
+#: Values of a thread, of two inputs at least, and the fewest elements of a program, which has several small groups.
+_PER_THREAD, _LEAST = 64, 2048
 _WARPS = 16
-#: Neighbouring channels that are read together, in bytes: two sectors.
-_RUN = 64
+#: Neighbouring channels that are read together, in bytes: two sectors if possible, and half a one at least. With less,
+#: the second level of the cache would deliver each sector so often that two passes over whole sectors are faster.
+_RUN, _SHORTEST_RUN = 64, 16
 #: A sum's programs per multiprocessor, the fewest tiles of a split, and the maximum number of its parts.
 _PROGRAMS_PER_SM, _LEAST_STEPS, _SPLITS = 4, 8, 512
 
@@ -58,11 +60,17 @@ class Split:
 
 
 @functools.lru_cache(maxsize=4096)
-def resident(walk: Walk, group: int, itemsize: int, device: DeviceSpec, kept: int) -> Resident | None:
-    """Return the plan of a kernel that keeps ``kept`` numbers of every element; None if a group does not fit."""
+def resident(
+    walk: Walk, group: int, itemsize: int, device: DeviceSpec, inputs: int, far: bool = False
+) -> Resident | None:
+    """Return the plan of a kernel that reads so many ``inputs``; None if a group does not fit.
+
+    ``far``: offsets have 64 bits, and take twice the registers.
+    """
     columns = power_of_two(group)
     pixels = power_of_two(walk.inner)
-    limit = _KEPT // kept
+    aligned = max(aligned_group(walk, group), walk.pixel_align) * itemsize >= 16
+    limit = _KEPT // (power_of_two(inputs) * (1 if aligned else 2) * (2 if far else 1))
     if walk.height > 1 or pixels * columns > limit:
         return None
     most = min(power_of_two(walk.channels // group), limit // (pixels * columns))
@@ -70,13 +78,16 @@ def resident(walk: Walk, group: int, itemsize: int, device: DeviceSpec, kept: in
     if walk.channels_run:
         wanted = max(wanted, cdiv(_RUN, columns * itemsize))
     channels = columns * min(power_of_two(wanted), most)
+    if walk.channels_run and pixels > 1 and min(channels, walk.channels) * itemsize < _SHORTEST_RUN:
+        if channels < walk.channels:
+            return None
     tiles = cdiv(walk.channels // group, channels // columns)
     images_per_split = cdiv(walk.rows, min(walk.rows, cdiv(_PROGRAMS_PER_SM * device.sm_count, tiles), _SPLITS))
     return Resident(
         pixels=pixels,
         channels=channels,
         columns=columns,
-        warps=power_of_two(cdiv(pixels * channels, 32 * _PER_THREAD), high=_WARPS),
+        warps=power_of_two(cdiv(pixels * channels * max(inputs, 2), 32 * _PER_THREAD), high=_WARPS),
         tiles=tiles,
         splits=cdiv(walk.rows, images_per_split),
         images_per_split=images_per_split,

@@ -27,10 +27,11 @@ class Tiles(NamedTuple):
     options: dict[str, Any]
 
 
-def whole_groups(groups: int, kept: int, *tensors: torch.Tensor | None) -> Tiles | None:
-    """Return tiles of whole groups, of which a kernel keeps so many numbers for each element; None if they are large."""
-    tensors, first, strides = walkable(tensors, by_image=True)
-    prepared = _whole(tuple(first.shape), strides, groups, first.itemsize, device_spec(first.device), kept)
+def whole_groups(groups: int, inputs: tuple[torch.Tensor | None, ...], *outputs: torch.Tensor | None) -> Tiles | None:
+    """Return tiles of whole groups; None if these are too large."""
+    tensors, first, strides = walkable((*inputs, *outputs), by_image=True)
+    number = sum(each is not None for each in inputs)
+    prepared = _whole(tuple(first.shape), strides, groups, first.itemsize, device_spec(first.device), number)
     if prepared is None:
         return None
     places, *others = prepared
@@ -46,11 +47,11 @@ def channel_tiles(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
 
 @functools.lru_cache(maxsize=4096)
 def _whole(
-    shape: Shape, strides: tuple[Shape, ...], groups: int, itemsize: int, device: DeviceSpec, kept: int
+    shape: Shape, strides: tuple[Shape, ...], groups: int, itemsize: int, device: DeviceSpec, inputs: int
 ) -> tuple[tuple[Shape, ...], Resident, Sizes, dict[str, Any]] | None:
     path = walk(shape, strides, True)
     group = shape[1] // groups
-    chosen = planner.resident(path, group, itemsize, device, kept)
+    chosen = planner.resident(path, group, itemsize, device, inputs, _index(shape, strides) is tl.int64)
     if chosen is None:
         return None
     align = planner.aligned_group(path, group)
