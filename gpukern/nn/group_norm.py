@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gpukern import functional as F
 from gpukern.nn.leaf import Leaf
+from gpukern.ops.activation import activation
 
 
 class GroupNorm(Leaf, torch.nn.GroupNorm):
@@ -18,6 +21,13 @@ class GroupNorm(Leaf, torch.nn.GroupNorm):
 
 class _InstanceNorm(Leaf, torch.nn.modules.instancenorm._InstanceNorm):
     """Base of the layers: torch's bookkeeping around :func:`gpukern.functional.instance_norm`."""
+
+    def _compute(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
+        own: Any = self
+        if input.dim() == own._get_no_batch_dim() + 1 and input.size(1) == self.num_features:
+            return self._apply_instance_norm(input, **epilogue)
+        # What torch's forward unsqueezes, warns of or refuses.
+        return activation(self.forward(input), epilogue["activation"], epilogue.get("negative_slope", 0.01))
 
     def _apply_instance_norm(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
         return F.instance_norm(

@@ -36,11 +36,23 @@ def pixel_tile(step, sizes, BLOCK_P: tl.constexpr, PIXEL_ALIGN: tl.constexpr, IN
 
 
 @triton.jit
+def _only(values):
+    """Return the element of a tensor [1, 1]. Folded to a scalar, it would keep promises for two dimensions, at which
+    Triton's analysis fails."""
+    return tl.sum(tl.sum(values, 1), 0)
+
+
+@triton.jit
 def at(image, n, h, p, c, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr):
     run = n * image.n + h * image.h
     across = c.to(INDEX) * image.c
     if CHANNEL_ALIGN > 1:
-        return image.ptr + (tl.multiple_of(run + p * image.w, (CHANNEL_ALIGN, CHANNEL_ALIGN)) + across)
+        if p.shape[0] == 1:
+            return image.ptr + (tl.multiple_of(run + _only(p) * image.w, CHANNEL_ALIGN) + across)
+        else:
+            return image.ptr + (tl.multiple_of(run + p * image.w, (CHANNEL_ALIGN, CHANNEL_ALIGN)) + across)
+    elif c.shape[1] == 1:
+        return image.ptr + (tl.multiple_of(run + _only(across), PIXEL_ALIGN) + p * image.w)
     else:
         return image.ptr + (tl.multiple_of(run + across, (PIXEL_ALIGN, PIXEL_ALIGN)) + p * image.w)
 

@@ -70,7 +70,8 @@ def resident(
     columns = power_of_two(group)
     pixels = power_of_two(walk.inner)
     aligned = max(aligned_group(walk, group), walk.pixel_align) * itemsize >= 16
-    limit = _KEPT // (power_of_two(inputs) * (1 if aligned else 2) * (2 if far else 1))
+    crowded = (1 if aligned else 2) * (2 if far else 1)
+    limit = _KEPT // (power_of_two(inputs) * crowded)
     if walk.height > 1 or pixels * columns > limit:
         return None
     most = min(power_of_two(walk.channels // group), limit // (pixels * columns))
@@ -87,7 +88,7 @@ def resident(
         pixels=pixels,
         channels=channels,
         columns=columns,
-        warps=power_of_two(cdiv(pixels * channels * max(inputs, 2), 32 * _PER_THREAD), high=_WARPS),
+        warps=power_of_two(cdiv(pixels * channels * max(inputs, 2) * crowded, 32 * _PER_THREAD), high=_WARPS),
         tiles=tiles,
         splits=cdiv(walk.rows, images_per_split),
         images_per_split=images_per_split,
