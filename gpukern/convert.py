@@ -145,7 +145,7 @@ def convert(
     ----------
     model:
         any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced, and timm's group norms: another subclass may compute something else.
+        replaced, and timm's GroupNorm, GroupNormAct and StdConv2d: another subclass may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other

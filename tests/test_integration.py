@@ -39,6 +39,10 @@ LAYERS = {
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
     "BatchNorm1d": (("BatchNorm1d", (5,), {}), (4, 5)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
+    "GroupNorm": (("GroupNorm", (2, 4), {}), (2, 4, 5, 6)),
+    "InstanceNorm1d": (("InstanceNorm1d", (3,), {"affine": True}), (3, 7)),
+    "InstanceNorm2d": (("InstanceNorm2d", (3,), {"affine": True, "track_running_stats": True}), (2, 3, 5, 6)),
+    "InstanceNorm3d": (("InstanceNorm3d", (3,), {}), (2, 3, 2, 3, 4)),
 }
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}

@@ -158,6 +158,22 @@ class Samples:
             for training in (False, True)
         ]
 
+    def group_norm(self):
+        x, w, b = self.image(2, 4, 3, 5), self.image(4), self.image(4)
+        last = self.image(2, 4, 3, 5, last=True)
+        return [
+            (x, w, b, None, 2, 1e-5, "none", 0.0),
+            (last, w, None, self.image(2, 4, 3, 5), 4, 1e-5, "silu", 0.0),
+            (self.image(3, 4), None, b, self.image(3, 4), 1, 1e-5, "tanh", 0.0),
+        ]
+
+    def group_norm_backward(self):
+        return [
+            (torch.randn_like(x), x, w, b, other, *torch.ops.gpukern.group_norm(x.detach(), None, None, None, groups, 1e-5,
+             "none", 0.0)[1:], groups, *epilogue, True, True, True)
+            for x, w, b, other, groups, *epilogue in self.group_norm()
+        ]  # fmt: skip
+
     def conv2d_batch_norm(self):
         x, w, scale, shift = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4), self.image(4)
         return [

@@ -22,7 +22,17 @@ from gpukern.nn.linear import Linear
 ACTIVATIONS = frozenset(kind for kind in vars(activations).values() if hasattr(kind, "_epilogue"))
 #: Layers whose kernels take an activation.
 _HEADS = frozenset(
-    (BatchNorm1d, BatchNorm2d, Conv2d, ConvTranspose2d, GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Linear)
+    (
+        BatchNorm1d,
+        BatchNorm2d,
+        Conv2d,
+        ConvTranspose2d,
+        GroupNorm,
+        InstanceNorm1d,
+        InstanceNorm2d,
+        InstanceNorm3d,
+        Linear,
+    )
 )
 
 
