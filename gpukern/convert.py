@@ -309,7 +309,7 @@ def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:
     if not isinstance(module, gpukern.nn.Sequential):
         if not _has_torchs_forward(module):
             return []
-        module.__class__ = subclass_of(type(module))  # type: ignore[arg-type]  # classes are hashable
+        module.__class__ = subclass_of(type(module))  # type: ignore[assignment]
     layers = [slice(run.first, run.end) for run in found if all(map(is_plain, children[run.first : run.end]))]
     return [Together(tuple(names[of]), tuple(_torch_type(child).__name__ for child in children[of])) for of in layers]
 

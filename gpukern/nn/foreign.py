@@ -18,7 +18,8 @@ class _GroupNormAct(GroupNorm):
     """timm's ``act(drop(group_norm(x)))``, in one pass where nothing is dropped."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        drop, act = self.drop, self.act
+        own: Any = self
+        drop, act = own.drop, own.act
         epilogue: Any = act._epilogue if type(act) in ACTIVATIONS and is_plain(act) else None
         if epilogue is None or type(drop) is not torch.nn.Identity or _has_any_global_hook():
             return act(drop(self._compute(input)))
@@ -47,7 +48,7 @@ _OURS: dict[str, type[torch.nn.Module]] = {
 def replacement_of(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
     """Return the subclass of ``kind`` that gpukern computes; None for what it does not know."""
     ours = _OURS.get(f"{kind.__module__}.{kind.__qualname__}")
-    return None if ours is None or issubclass(kind, ours) else derived(ours, kind)
+    return None if ours is None or issubclass(kind, ours) else derived(ours, kind)  # type: ignore[arg-type]  # classes are hashable
 
 
 def why_not(layer: torch.nn.Module) -> str | None:

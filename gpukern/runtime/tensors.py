@@ -70,11 +70,16 @@ def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
         return torch.contiguous_format
     if tensor.is_contiguous(memory_format=channels_last):
         return channels_last
-    if tensor.dim() == 4:
+    return suggested_format(tensor)
+
+
+def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
+    """Return the layout of torch's group norm output, ``suggest_memory_format()``: channels_last by the strides."""
+    if tensor.dim() != 5:
         return memory_format_of(tensor)
     (N, C, *space), (n, c, *steps) = tensor.shape, tensor.stride()
-    last = is_channels_last((space[0], C, *space[1:]), (steps[0], c, *steps[1:])) and steps[0] * space[0] <= n
-    return channels_last if last else torch.contiguous_format
+    volume = is_channels_last((space[0], C, *space[1:]), (steps[0], c, *steps[1:])) and space[0] * steps[0] <= n
+    return torch.channels_last_3d if volume and N != 0 else torch.contiguous_format
 
 
 def elementwise_like(tensor: torch.Tensor) -> torch.Tensor:
