@@ -9,7 +9,7 @@ import torch.fx
 from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
 from gpukern.functional._conv import conv2d, conv_transpose2d
 from gpukern.functional._dense import linear
-from gpukern.functional._norm import batch_norm, conv2d_batch_norm
+from gpukern.functional._norm import batch_norm, conv2d_batch_norm, group_norm, instance_norm
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
 # No function offers it, but saved graphs have it.
@@ -23,8 +23,10 @@ __all__ = [
     "conv2d_batch_norm",
     "conv_transpose2d",
     "gelu",
+    "group_norm",
     "hardsigmoid",
     "hardswish",
+    "instance_norm",
     "leaky_relu",
     "linear",
     "max_pool2d",
