@@ -11,6 +11,7 @@ from gpukern.functional._conv import conv2d, conv_transpose2d
 from gpukern.functional._dense import linear
 from gpukern.functional._norm import batch_norm, conv2d_batch_norm
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from gpukern.functional._volumes import conv3d, conv_transpose3d
 
 # No function offers it, but saved graphs have it.
 from gpukern.ops import conv_max_pool2d as conv_max_pool2d
@@ -21,7 +22,9 @@ __all__ = [
     "batch_norm",
     "conv2d",
     "conv2d_batch_norm",
+    "conv3d",
     "conv_transpose2d",
+    "conv_transpose3d",
     "gelu",
     "hardsigmoid",
     "hardswish",

@@ -33,7 +33,9 @@ def tiles_of(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
     given = [tensor for tensor in tensors if tensor is not None]
     first = given[0]
     if first.dim() > 4:
-        tensors = tuple(None if t is None else t.contiguous() for t in tensors)
+        # What is written comes last and is dense in this layout: it stays what it is.
+        layout = format_kept_by(given[-1])
+        tensors = tuple(None if t is None else t.contiguous(memory_format=layout) for t in tensors)
         given = [tensor for tensor in tensors if tensor is not None]
     strides = tuple(tensor.stride() for tensor in given)
     prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
