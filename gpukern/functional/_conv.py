@@ -108,6 +108,8 @@ def named_padding(name: str, weight, stride, dilation) -> tuple[int, ...]:
         raise RuntimeError(f"invalid padding string: {name!r}, expected 'valid' or 'same'")
     if any(step != 1 for step in stride):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
+    if weight.dim() != len(stride) + 2:
+        return (0, 0) * len(stride)  # the operator says what is wrong with it
     return same_paddings(tuple(weight.shape[2:]), dilation)
 
 
