@@ -11,12 +11,16 @@ from gpukern.nn.conv import Conv2d, ConvTranspose2d
 from gpukern.nn.conv3d import Conv3d, ConvTranspose3d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from gpukern.nn.pooling3d import AdaptiveAvgPool3d, AdaptiveMaxPool3d, AvgPool3d, MaxPool3d
 from gpukern.nn.sequential import Sequential
 
 __all__ = [
     "GELU",
     "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool3d",
     "AvgPool2d",
+    "AvgPool3d",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -30,6 +34,7 @@ __all__ = [
     "LeakyReLU",
     "Linear",
     "MaxPool2d",
+    "MaxPool3d",
     "ReLU",
     "ReLU6",
     "Sequential",
