@@ -13,7 +13,7 @@ from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import with_workspace
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
-from gpukern.runtime.tensors import check_kernel_dtype, suggested_format
+from gpukern.runtime.tensors import check_kernel_dtype, memory_format_of
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ def update_running(
 
 def _empty_like(input: torch.Tensor) -> torch.Tensor:
     """Allocate a dense, uninitialised tensor in ``input``'s layout."""
-    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=suggested_format(input))
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
 def _numbers(N: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 
 from gpukern.ops._activation import reference as activations
 from gpukern.ops._activation.properties import PROPERTIES
-from gpukern.runtime.tensors import laid_out, suggested_format
+from gpukern.runtime.tensors import laid_out, memory_format_of
 from gpukern.runtime.transforms import overwrite, total
 
 
@@ -153,7 +153,7 @@ def _laid_out_as(input: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor`` in ``input``'s dtype and torch's layout of the result; nothing lies as if contiguous."""
     if not tensor.numel():
         return input.new_empty(input.shape)
-    return laid_out(tensor.to(input.dtype), suggested_format(input))
+    return laid_out(tensor.to(input.dtype), memory_format_of(input))
 
 
 def _group_means(values: torch.Tensor, groups: int) -> torch.Tensor:
