@@ -145,7 +145,7 @@ def convert(
     ----------
     model:
         any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced, and timm's group norms: another subclass may compute something else.
+        replaced, and timm's GroupNorm, GroupNormAct and StdConv2d: another subclass may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -309,7 +309,7 @@ def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:
     if not isinstance(module, gpukern.nn.Sequential):
         if not _has_torchs_forward(module):
             return []
-        module.__class__ = subclass_of(type(module))  # type: ignore[arg-type]  # classes are hashable
+        module.__class__ = subclass_of(type(module))  # type: ignore[assignment]
     layers = [slice(run.first, run.end) for run in found if all(map(is_plain, children[run.first : run.end]))]
     return [Together(tuple(names[of]), tuple(_torch_type(child).__name__ for child in children[of])) for of in layers]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -44,6 +45,10 @@ LAYERS = [
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
     nn.BatchNorm3d(3, eps=0.1, affine=False),
+    nn.GroupNorm(3, 3, eps=0.1, affine=False),
+    nn.InstanceNorm1d(3, affine=True),
+    nn.InstanceNorm2d(3, momentum=0.3, track_running_stats=True),
+    nn.InstanceNorm3d(3),
 ]
 _ACTIVATIONS = [getattr(nn, name) for name, kind in vars(gpukern.nn.activation).items() if hasattr(kind, "_epilogue")]
 LAYERS += [kind() for kind in _ACTIVATIONS if kind not in map(type, LAYERS)]
@@ -66,9 +71,54 @@ def test_layer_is_replaced_with_its_attributes(layer):
     assert type(layer) is getattr(nn, type(layer).__name__)
     assert type(converted) is getattr(gpukern.nn, type(layer).__name__)
     assert repr(converted) == repr(layer)
-    dimensions = 1 if isinstance(layer, nn.BatchNorm1d) else 3 if "3d" in type(layer).__name__ else 2
+    dimensions = 1 if "1d" in type(layer).__name__ else 3 if "3d" in type(layer).__name__ else 2
     x = torch.randn((2, 3, *(8,) * dimensions))
     torch.testing.assert_close(converted(x.clone()), layer(x.clone()), rtol=1e-5, atol=1e-5)
+
+
+def like_timms(module: str, name: str, base: type[nn.Module], **body) -> type[nn.Module]:
+    return type(name, (base,), {"__module__": f"timm.layers.{module}", "__qualname__": name, **body})
+
+
+def test_timms_norm_with_an_activation_is_one_pass():
+    """By the name of its class. What drops, or is no activation of gpukern's, is called after it."""
+
+    def forward(self, x):
+        return self.act(self.drop(nn.GroupNorm.forward(self, x)))
+
+    kind, other = (like_timms("norm_act", name, nn.GroupNorm, forward=forward) for name in ("GroupNormAct", "Other"))
+    x = torch.randn(2, 4, 5, 5)
+    for act, drop in ((nn.ReLU(inplace=True), nn.Identity()), (nn.Mish(), nn.Identity()), (nn.SiLU(), nn.Dropout(0.5))):
+        layer = kind(2, 4)
+        layer.act, layer.drop, layer._fast_norm = act, drop, False
+        model = nn.Sequential(layer.eval(), other(2, 4))
+        converted, report = gpukern.convert(model, return_report=True)
+        assert report.replaced[0] == ("0", "GroupNormAct") and isinstance(converted[0], (kind, gpukern.nn.GroupNorm))
+        assert [layer.reason for layer in report.left if layer.name == "1"] == [
+            "subclass of GroupNorm: it may override forward"
+        ]
+        with patch.object(type(converted[0].act), "forward", side_effect=lambda x: x) as forward_of_act:
+            converted[0](x)
+        assert forward_of_act.called == (not isinstance(act, nn.ReLU))
+        torch.testing.assert_close(converted[0](x), layer(x))
+        copied = copy.deepcopy(converted)
+        assert type(copied[0]) is type(converted[0]) and torch.equal(copied[0](x), converted[0](x))
+        assert not gpukern.convert(converted, return_report=True)[1].replaced
+    layer._fast_norm = True
+    assert "fast norm" in reasons(layer)[""]
+
+
+def test_timms_convolution_of_normalized_filters():
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        filters = nn.functional.batch_norm(flat, None, None, training=True, momentum=0.0, eps=self.eps)
+        return nn.functional.conv2d(x, filters.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+    layer = like_timms("std_conv", "StdConv2d", nn.Conv2d, forward=forward, eps=1e-6)(3, 4, 3, stride=2, padding=1)
+    converted = gpukern.convert(layer)
+    assert isinstance(converted, (type(layer), gpukern.nn.Conv2d)) and type(converted) is not type(layer)
+    x = torch.randn(2, 3, 7, 6)
+    torch.testing.assert_close(converted(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 def network() -> nn.Sequential:

@@ -158,6 +158,22 @@ class Samples:
             for training in (False, True)
         ]
 
+    def group_norm(self):
+        x, w, b = self.image(2, 4, 3, 5), self.image(4), self.image(4)
+        last = self.image(2, 4, 3, 5, last=True)
+        return [
+            (x, w, b, None, 2, 1e-5, "none", 0.0),
+            (last, w, None, self.image(2, 4, 3, 5), 4, 1e-5, "silu", 0.0),
+            (self.image(3, 4), None, b, self.image(3, 4), 1, 1e-5, "tanh", 0.0),
+        ]
+
+    def group_norm_backward(self):
+        statistics, wants = (self.image(3, 4, grad=False), self.image(3, 4, grad=False).abs()), (True, True, True)
+        return [
+            (torch.randn_like(x), x, w, b, other, *(s[: len(x), :groups] for s in statistics), groups, *rest, *wants)
+            for x, w, b, other, groups, *rest in self.group_norm()
+        ]
+
     def conv2d_batch_norm(self):
         x, w, scale, shift = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4), self.image(4)
         return [

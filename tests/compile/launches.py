@@ -132,6 +132,16 @@ FAR = (
 )
 #: Batch norms beyond those of the networks: with an epilogue, channels that are no multiple of 16, offsets of 64 bits.
 NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 2900))
+#: Group norms, with an activation and perhaps a residual: groups that fit a program, in both layouts, of a channel, of
+#: channels that are no power of two, of vectors; that do not; with offsets of 64 bits.
+GROUP_NORMS = (
+    ((32, 64, 56, 56), 32, torch.channels_last, "relu", False),
+    ((8, 320, 32, 32), 32, torch.channels_last, "silu", True),
+    ((32, 64, 112, 112), 64, torch.contiguous_format, "relu", False),
+    ((32, 256, 28, 28), 32, torch.contiguous_format, "silu", True),
+    ((64, 256), 32, torch.contiguous_format, "tanh", False),
+    ((8, 64, 2900, 2900), 32, torch.channels_last, "silu", True),
+)
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -158,6 +168,9 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         NORMS, layouts, (("relu", True), ("relu", False), ("silu", False))
     ):
         yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
+    for case in GROUP_NORMS:
+        yield lambda case=case: _run_group_norm(dtype, *case)
+    yield lambda: F.instance_norm(_empty((8, 64, 56, 56), dtype), *(_empty((64,), torch.float32) for _ in range(4)))
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -209,6 +222,16 @@ def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str
 
     def norm(x, weight, bias, residual=None):
         return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
+
+    _backward(norm, x, weight, bias, *([residual] if with_residual else []))
+
+
+def _run_group_norm(dtype: torch.dtype, shape, groups: int, layout, activation: str, with_residual: bool) -> None:
+    x, residual = (_empty(shape, dtype, layout) for _ in range(2))
+    weight, bias = (_empty(shape[1:2], torch.float32) for _ in range(2))
+
+    def norm(x, weight, bias, residual=None):
+        return F.group_norm(x, groups, weight, bias, residual=residual, activation=activation)
 
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
 
