@@ -235,8 +235,9 @@ def _is_composite(module: torch.nn.Module) -> bool:
 
 
 def _is_structure(module: torch.nn.Module) -> bool:
-    """Whether nothing is computed: containers, reshapes, and dropout outside of training."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+    """Whether nothing is computed: containers, reshapes, and torch's own kinds of dropout outside of training."""
+    kind = _torch_type(module)
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd) and kind not in (*REPLACEMENTS, *_OURS):
         return not module.training or module.p == 0
     return type(module) in (*_STRUCTURE, *_CONTAINERS)
 

@@ -35,6 +35,10 @@ LAYERS = [
     nn.Hardswish(inplace=True),
     nn.SiLU(inplace=True),
     nn.GELU("tanh"),
+    nn.Dropout(1.0),
+    nn.Dropout1d(1.0),
+    nn.Dropout2d(1.0, inplace=True),
+    nn.Dropout3d(1.0),
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
 ]
@@ -59,7 +63,7 @@ def test_layer_is_replaced_with_its_attributes(layer):
     assert type(layer) is getattr(nn, type(layer).__name__)
     assert type(converted) is getattr(gpukern.nn, type(layer).__name__)
     assert repr(converted) == repr(layer)
-    x = torch.randn((2, 3, 8) if isinstance(layer, nn.BatchNorm1d) else (2, 3, 8, 8))
+    x = torch.randn((2, 3, 8) if isinstance(layer, (nn.BatchNorm1d, nn.Dropout1d)) else (2, 3, 8, 8))
     torch.testing.assert_close(converted(x.clone()), layer(x.clone()), rtol=1e-5, atol=1e-5)
 
 
@@ -368,9 +372,9 @@ def test_lazy_layer_converts_once_it_is_initialized():
     assert not reasons(model)
 
 
-def test_structure_is_not_listed_and_dropout_only_in_training():
-    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.Dropout(0.5))
-    assert reasons(model) == {"4": "gpukern has no Dropout yet"}
+def test_structure_is_not_listed_and_torchs_dropout_only_in_training():
+    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.AlphaDropout(0.5))
+    assert reasons(model) == {"4": "gpukern has no AlphaDropout yet"}
     assert not reasons(model.eval())
 
 

@@ -11,6 +11,7 @@ from gpukern.functional._conv import conv2d, conv_transpose2d
 from gpukern.functional._dense import linear
 from gpukern.functional._norm import batch_norm, conv2d_batch_norm
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from gpukern.functional._regularization import dropout, dropout1d, dropout2d, dropout3d
 
 # No function offers it, but saved graphs have it.
 from gpukern.ops import conv_max_pool2d as conv_max_pool2d
@@ -22,6 +23,10 @@ __all__ = [
     "conv2d",
     "conv2d_batch_norm",
     "conv_transpose2d",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "gelu",
     "hardsigmoid",
     "hardswish",

@@ -24,6 +24,7 @@ from gpukern.convert import REPLACEMENTS
 from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
+from gpukern.ops.dropout import dropout, order_of
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
@@ -158,6 +159,8 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         NORMS, layouts, (("relu", True), ("relu", False), ("silu", False))
     ):
         yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
+    for shape, layout in itertools.product(NORMS, layouts):
+        yield lambda args=(shape, layout): _run_dropout(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -220,6 +223,15 @@ def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: b
     normalize_pair_backward(y, y if with_y else None, a, norm, b, norm, activation)
     sums = _empty((2, shape[1]), torch.float32)
     gradients_from_sums(y, a, norm.weight, norm.bias, norm.mean, norm.variance, sums, True, norm.eps)
+
+
+def _run_dropout(dtype: torch.dtype, shape, layout) -> None:
+    x = _empty(shape, dtype, layout)
+    order, state = order_of(x), torch.empty(2, dtype=torch.int64, device=META)
+    dropout(x, None, None, 0.5, 0, 1, 1, order)
+    dropout(x, x, state, 0.5, 0, 0, 0, order)
+    dropout(x, None, state, 0.5, 2, 0, 0, order)
+    dropout(x[:, :, 1:], None, None, 0.5, 0, 1, 1, order)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:

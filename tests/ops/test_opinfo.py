@@ -8,7 +8,9 @@ from tests.opinfo import check_errors, check_module, check_samples
 
 pytestmark = [
     pytest.mark.usefixtures("full_fp32"),
-    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),  # PyTorch's own, of its own copy
+    pytest.mark.filterwarnings(
+        "ignore:Using padding='same' with even kernel lengths"
+    ),  # PyTorch's own, of its own copy
 ]
 
 FUNCTIONS = {

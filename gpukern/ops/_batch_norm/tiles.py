@@ -28,15 +28,18 @@ class Tiles(NamedTuple):
     options: dict[str, Any]
 
 
-def tiles_of(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
-    """Return the tiles of ``tensors`` for a kernel that ``sums`` over pixels, or for one that does not."""
+def tiles_of(sums: bool, *tensors: torch.Tensor | None, by_image: bool = False) -> Tiles:
+    """Return the tiles of ``tensors`` for a kernel that ``sums`` over pixels, or for one that does not.
+
+    ``by_image``: none has pixels of two images.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
     first = given[0]
     if first.dim() > 4:
         tensors = tuple(None if t is None else t.contiguous() for t in tensors)
         given = [tensor for tensor in tensors if tensor is not None]
     strides = tuple(tensor.stride() for tensor in given)
-    prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
+    prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums, by_image)
     places, chosen, sizes, options = prepared
     images = iter(places)
     return Tiles(tuple(NOTHING if t is None else Image(t, *next(images)) for t in tensors), chosen, sizes, options)
@@ -44,9 +47,9 @@ def tiles_of(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
 
 @functools.lru_cache(maxsize=4096)
 def _prepared(
-    shape: Shape, strides: tuple[Shape, ...], itemsize: int, device: DeviceSpec, sums: bool
+    shape: Shape, strides: tuple[Shape, ...], itemsize: int, device: DeviceSpec, sums: bool, by_image: bool
 ) -> tuple[tuple[Shape, ...], BatchNormPlan, Sizes, dict[str, Any]]:
-    path = walk(shape, strides)
+    path = walk(shape, strides, by_image)
     index = index_type(max(path.pixels, *(reach(shape, stride) for stride in strides)))
     chosen = plan(path, itemsize, device, sums, far=index is tl.int64)
     sizes = Sizes(
