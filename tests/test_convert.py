@@ -41,6 +41,7 @@ LAYERS = [
     nn.Dropout3d(1.0),
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
+    nn.SyncBatchNorm(3, momentum=0.2),
 ]
 _ACTIVATIONS = [getattr(nn, name) for name, kind in vars(gpukern.nn.activation).items() if hasattr(kind, "_epilogue")]
 LAYERS += [kind() for kind in _ACTIVATIONS if kind not in map(type, LAYERS)]
@@ -339,7 +340,6 @@ def test_left_layers_and_their_reasons():
         "complex64": nn.Conv2d(1, 1, 1, dtype=torch.complex64),
         "patched": patched,
         "subclassed": subclassed,
-        "sync": nn.SyncBatchNorm(3),
         "attention": nn.MultiheadAttention(4, 2),
         "transposed": nn.ConvTranspose1d(1, 1, 1),
         "quantized": torch.ao.nn.quantized.ReLU6(),
@@ -358,7 +358,6 @@ def test_left_layers_and_their_reasons():
         "complex64": "its parameters are torch.complex64: the kernels take float32, float16 and bfloat16",
         "patched": "forward was replaced on this object",
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
-        "sync": "it communicates between processes, which is left to torch",
         "attention": "gpukern has no MultiheadAttention yet",
         "transposed": "gpukern has no ConvTranspose1d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",

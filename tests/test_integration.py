@@ -43,6 +43,7 @@ LAYERS = {
     "Dropout2d": (("Dropout2d", (1.0,), {}), (2, 2, 3, 4)),
     "Dropout3d": (("Dropout3d", (1.0,), {}), (2, 2, 2, 3, 4)),
     "BatchNorm1d": (("BatchNorm1d", (5,), {}), (4, 5)),
+    "SyncBatchNorm": (("SyncBatchNorm", (2,), {}), (2, 2, 5, 6)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
 }
 

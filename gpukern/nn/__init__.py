@@ -12,6 +12,7 @@ from gpukern.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from gpukern.nn.sequential import Sequential
+from gpukern.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "GELU",
@@ -36,5 +37,6 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "SyncBatchNorm",
     "Tanh",
 ]

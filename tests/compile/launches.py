@@ -21,6 +21,8 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
+from gpukern.ops._batch_norm.problem import Running
+from gpukern.ops._sync_batch_norm import launch as sync_batch_norm
 from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
@@ -161,6 +163,7 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
     for shape, layout in itertools.product(NORMS, layouts):
         yield lambda args=(shape, layout): _run_dropout(dtype, *args)
+        yield lambda args=(shape, layout): _run_sync_norm(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -214,6 +217,15 @@ def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str
         return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
 
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
+
+
+def _run_sync_norm(dtype: torch.dtype, shape, layout) -> None:
+    x = _empty(shape, dtype, layout)
+    messages = torch.stack([sync_batch_norm.local_statistics(x)] * 2)
+    norm = (_empty(shape[1:2], torch.float32) for _ in range(2))
+    mean, variance, count = sync_batch_norm.merged_statistics(messages, Running(*norm, 0.1))
+    sums = _empty((2, shape[1]), torch.float32)
+    sync_batch_norm.gradients_from_sums(x, x, mean, None, mean, variance, sums, True, 1e-5, count)
 
 
 def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: bool) -> None:
