@@ -8,9 +8,8 @@ from tests.opinfo import check_errors, check_module, check_samples
 
 pytestmark = [
     pytest.mark.usefixtures("full_fp32"),
-    pytest.mark.filterwarnings(
-        "ignore:Using padding='same' with even kernel lengths"
-    ),  # PyTorch's own, of its own copy
+    # PyTorch says so of a copy that it makes itself.
+    pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel lengths"),
 ]
 
 FUNCTIONS = {

@@ -80,15 +80,15 @@ class Walk:
 def walk(shape: Shape, strides: tuple[Shape, ...], by_image: bool = False) -> Walk:
     """Return the walk through tensors of one shape [N, C, ...], not empty, and of these strides.
 
-    ``by_image``: the rows are the images, and no run of pixels goes on from one to the next.
+    ``by_image``: the rows are the N images, joined with nothing.
     """
-    channels, images = shape[1], shape[0]
+    channels = shape[1]
     channel_strides = [s[1] if channels > 1 else 0 for s in strides]
     if by_image:
-        (height, inner), steps = _join(list(shape[2:]), [s[2:] for s in strides], 2)
-        rows, steps = images, [[s[0] if images > 1 else 0, *each] for s, each in zip(strides, steps, strict=True)]
+        (_, height, inner), apart = _join(list(shape[2:]), [s[2:] for s in strides], 2)
+        rows, steps = shape[0], [[s[0] if shape[0] > 1 else 0, *a[1:]] for s, a in zip(strides, apart, strict=True)]
     else:
-        (rows, height, inner), steps = _join([images, *shape[2:]], [(s[0], *s[2:]) for s in strides], 3)
+        (rows, height, inner), steps = _join([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides], 3)
     places = tuple((s[0], c, s[1], s[2]) for s, c in zip(steps, channel_strides, strict=True))
     channels_run = all(c in (0, 1) for c in channel_strides) and 1 in channel_strides
     pixels_run = not channels_run and all(s[2] in (0, 1) for s in steps)
@@ -107,13 +107,13 @@ def walk(shape: Shape, strides: tuple[Shape, ...], by_image: bool = False) -> Wa
     )
 
 
-def _join(sizes: list[int], strides: list[Shape], dimensions: int) -> tuple[list[int], list[list[int]]]:
-    """Join ``sizes`` to so many dimensions where strides allow, and return them with the tensors' strides along them.
+def _join(sizes: list[int], strides: list[Shape], most: int) -> tuple[list[int], list[list[int]]]:
+    """Join ``sizes`` to three dimensions where strides allow, and return them with the tensors' strides along them.
 
-    Raises ValueError where more are left.
+    Raises ValueError where more than ``most`` are left.
     """
     kept, steps = joined(sizes, strides)
-    missing = dimensions - len(kept)
-    if missing < 0:
-        raise ValueError(f"more than {dimensions} dimensions that cannot be joined: {sizes}, strides {strides}")
+    missing = 3 - len(kept)
+    if len(kept) > most:
+        raise ValueError(f"more than {most} dimensions of pixels that cannot be joined: {sizes}, strides {strides}")
     return [1] * missing + kept, [[0] * missing + s for s in steps]
