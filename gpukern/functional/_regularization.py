@@ -107,7 +107,8 @@ def _apply(
         check_floating(name, input)
         return _dropout.apply(input, residual, p, features)
     if p == 0 or not input.numel():
-        return input
+        # As torch's: of a single image a view, which it has looked at as a batch of one.
+        return input.unsqueeze(0).squeeze(0) if features == 1 and not inplace else input
     check_floating(name, input)
     require(p == 1 or input.dim() >= features, "Feature dropout requires at least 2 dimensions in the input")
     return _dropout.apply_(input, p, features) if inplace else _dropout.apply(input, None, p, features)

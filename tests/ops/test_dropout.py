@@ -27,6 +27,7 @@ from gpukern.runtime.launcher import launch
 from gpukern.runtime.mode import Mode, force_mode
 from gpukern.runtime.tensors import KERNEL_DTYPES
 from tests.numerics import assert_within, rounding_bound
+from tests.opinfo import check_samples
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -191,10 +192,24 @@ def test_certain_outcomes_are_torchs(name, inplace, where):
     assert torch.equal(y.signbit(), expected.signbit()) or where.type == "cuda"
     for p, training, given in ((0.0, True, x), (0.5, False, x), (0.5, True, x[:0])):
         assert ours(given, p, training, inplace) is given
+        if name in ("dropout1d", "dropout3d") and given.numel():
+            views = [each(given[0], p, training, inplace) for each in (ours, theirs)]
+            assert (views[0] is given[0]) == (views[1] is given[0]) and views[0].data_ptr() == given.data_ptr()
     assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
     leaf = torch.ones(shape, device=where, requires_grad=True)
     ours(leaf * 1, 1.0, True, inplace).sum().backward()
     assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
+@pytest.mark.filterwarnings("ignore:dropout[23]d")
+@pytest.mark.parametrize("name", ["dropout", "dropout2d", "dropout3d"])
+def test_samples_of_certain_outcome_are_right(name, where):
+    """PyTorch's own samples; the others are random, and none of ours."""
+
+    def certain(sample) -> bool:
+        return sample.kwargs.get("p") in (0.0, 1.0) or sample.kwargs.get("training") is False
+
+    check_samples(f"nn.functional.{name}", getattr(F, name), only=certain, device=where)
 
 
 def test_in_place_equals_out_of_place(where):
