@@ -42,6 +42,10 @@ LAYERS = [
     nn.Hardswish(inplace=True),
     nn.SiLU(inplace=True),
     nn.GELU("tanh"),
+    nn.Dropout(1.0),
+    nn.Dropout1d(1.0),
+    nn.Dropout2d(1.0, inplace=True),
+    nn.Dropout3d(1.0),
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
     nn.BatchNorm3d(3, eps=0.1, affine=False),
@@ -49,6 +53,7 @@ LAYERS = [
     nn.InstanceNorm1d(3, affine=True),
     nn.InstanceNorm2d(3, momentum=0.3, track_running_stats=True),
     nn.InstanceNorm3d(3),
+    nn.SyncBatchNorm(3, momentum=0.2),
 ]
 _ACTIVATIONS = [getattr(nn, name) for name, kind in vars(gpukern.nn.activation).items() if hasattr(kind, "_epilogue")]
 LAYERS += [kind() for kind in _ACTIVATIONS if kind not in map(type, LAYERS)]
@@ -393,7 +398,6 @@ def test_left_layers_and_their_reasons():
         "complex64": nn.Conv2d(1, 1, 1, dtype=torch.complex64),
         "patched": patched,
         "subclassed": subclassed,
-        "sync": nn.SyncBatchNorm(3),
         "attention": nn.MultiheadAttention(4, 2),
         "transposed": nn.ConvTranspose1d(1, 1, 1),
         "quantized": torch.ao.nn.quantized.ReLU6(),
@@ -412,7 +416,6 @@ def test_left_layers_and_their_reasons():
         "complex64": "its parameters are torch.complex64: the kernels take float32, float16 and bfloat16",
         "patched": "forward was replaced on this object",
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
-        "sync": "it communicates between processes, which is left to torch",
         "attention": "gpukern has no MultiheadAttention yet",
         "transposed": "gpukern has no ConvTranspose1d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",
@@ -426,9 +429,9 @@ def test_lazy_layer_converts_once_it_is_initialized():
     assert not reasons(model)
 
 
-def test_structure_is_not_listed_and_dropout_only_in_training():
-    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.Dropout(0.5))
-    assert reasons(model) == {"4": "gpukern has no Dropout yet"}
+def test_structure_is_not_listed_and_torchs_dropout_only_in_training():
+    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.AlphaDropout(0.5))
+    assert reasons(model) == {"4": "gpukern has no AlphaDropout yet"}
     assert not reasons(model.eval())
 
 

@@ -43,7 +43,13 @@ LAYERS = {
     "SiLU": (("SiLU", (), {}), (4, 5)),
     "GELU": (("GELU", (), {}), (4, 5)),
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
+    # Nothing is kept: what is drawn is none of torch's.
+    "Dropout": (("Dropout", (1.0,), {}), (4, 5)),
+    "Dropout1d": (("Dropout1d", (1.0,), {}), (2, 2, 5)),
+    "Dropout2d": (("Dropout2d", (1.0,), {}), (2, 2, 3, 4)),
+    "Dropout3d": (("Dropout3d", (1.0,), {}), (2, 2, 2, 3, 4)),
     "BatchNorm1d": (("BatchNorm1d", (5,), {}), (4, 5)),
+    "SyncBatchNorm": (("SyncBatchNorm", (2,), {}), (2, 2, 5, 6)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
     "BatchNorm3d": (("BatchNorm3d", (2,), {}), (2, 2, 3, 4, 3)),
     "GroupNorm": (("GroupNorm", (2, 4), {}), (2, 4, 5, 6)),

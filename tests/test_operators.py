@@ -42,6 +42,16 @@ class Samples:
     def activation_grad_grad(self):
         return [(*(self.image(2, 3, grad=False) for _ in range(3)), name) for name in ACTIVATIONS]
 
+    def dropout(self):
+        state = torch.tensor([-3, 2**40], device=self.device)
+        x, last = self.image(2, 3, 4, 5), self.image(2, 3, 4, 5, last=True)
+        return [
+            (x, None, None, 0.3, 0, -5, 7, []),
+            (last, self.image(2, 3, 4, 5), state, 0.3, 0, 0, 0, [0, 2, 3, 1]),
+            (last, None, state, 0.5, 2, 0, 0, [0, 2, 3, 1]),
+            (x, None, None, 1.0, 0, 0, 0, []),
+        ]
+
     def conv2d(self):
         x, w, b = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4)
         return [

@@ -11,6 +11,7 @@ from gpukern.functional._conv import conv2d, conv_transpose2d
 from gpukern.functional._dense import linear
 from gpukern.functional._norm import batch_norm, conv2d_batch_norm, group_norm, instance_norm
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from gpukern.functional._regularization import dropout, dropout1d, dropout2d, dropout3d
 from gpukern.functional._volumes import (
     adaptive_avg_pool3d,
     adaptive_max_pool3d,
@@ -35,6 +36,10 @@ __all__ = [
     "conv3d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "gelu",
     "group_norm",
     "hardsigmoid",

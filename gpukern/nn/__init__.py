@@ -9,11 +9,13 @@ from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU,
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
 from gpukern.nn.conv3d import Conv3d, ConvTranspose3d
+from gpukern.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from gpukern.nn.pooling3d import AdaptiveAvgPool3d, AdaptiveMaxPool3d, AvgPool3d, MaxPool3d
 from gpukern.nn.sequential import Sequential
+from gpukern.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "GELU",
@@ -30,6 +32,10 @@ __all__ = [
     "Conv3d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
@@ -45,5 +51,6 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "SyncBatchNorm",
     "Tanh",
 ]

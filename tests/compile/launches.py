@@ -21,9 +21,12 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
+from gpukern.ops._batch_norm.problem import Running
+from gpukern.ops._sync_batch_norm import launch as sync_batch_norm
 from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
+from gpukern.ops.dropout import dropout, order_of
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
@@ -171,6 +174,9 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
     for case in GROUP_NORMS:
         yield lambda case=case: _run_group_norm(dtype, *case)
     yield lambda: F.instance_norm(_empty((8, 64, 56, 56), dtype), *(_empty((64,), torch.float32) for _ in range(4)))
+    for shape, layout in itertools.product(NORMS, layouts):
+        yield lambda args=(shape, layout): _run_dropout(dtype, *args)
+        yield lambda args=(shape, layout): _run_sync_norm(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -236,6 +242,15 @@ def _run_group_norm(dtype: torch.dtype, shape, groups: int, layout, activation: 
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
 
 
+def _run_sync_norm(dtype: torch.dtype, shape, layout) -> None:
+    x = _empty(shape, dtype, layout)
+    messages = torch.stack([sync_batch_norm.local_statistics(x)] * 2)
+    norm = (_empty(shape[1:2], torch.float32) for _ in range(2))
+    mean, variance, count = sync_batch_norm.merged_statistics(messages, Running(*norm, 0.1))
+    sums = _empty((2, shape[1]), torch.float32)
+    sync_batch_norm.gradients_from_sums(x, x, mean, None, mean, variance, sums, True, 1e-5, count)
+
+
 def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: bool) -> None:
     a, b = (_empty(shape, dtype, layout) for _ in range(2))
     norm = Norm(*(_empty(shape[1:2], torch.float32) for _ in range(4)))
@@ -243,6 +258,15 @@ def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: b
     normalize_pair_backward(y, y if with_y else None, a, norm, b, norm, activation)
     sums = _empty((2, shape[1]), torch.float32)
     gradients_from_sums(y, a, norm.weight, norm.bias, norm.mean, norm.variance, sums, True, norm.eps)
+
+
+def _run_dropout(dtype: torch.dtype, shape, layout) -> None:
+    x = _empty(shape, dtype, layout)
+    order, state = order_of(x), torch.empty(2, dtype=torch.int64, device=META)
+    dropout(x, None, None, 0.5, 0, 1, 1, order)
+    dropout(x, x, state, 0.5, 0, 0, 0, order)
+    dropout(x, None, state, 0.5, 2, 0, 0, order)
+    dropout(x[:, :, 1:], None, None, 0.5, 0, 1, 1, order)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:
