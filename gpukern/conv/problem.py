@@ -75,21 +75,22 @@ def output_size(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
     bias_shape: Sequence[int] | None,
-    stride: Pair,
-    padding: Padding,
-    dilation: Pair,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
-) -> Pair:
-    """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never reads the batch size."""
-    require(len(input_shape) == 4, f"expected a 4-D input [N, C, H, W], got shape {list(input_shape)}")
-    require(len(weight_shape) == 4, f"expected a 4-D weight [K, C/groups, R, S], got shape {list(weight_shape)}")
+) -> tuple[int, ...]:
+    """Check every size and return (P, Q), or (Q,) of sequences. Works on a tracer's symbolic sizes too; never reads the
+    batch size. ``padding`` has two numbers for each dimension.
+    """
+    _check_ranks(input_shape, weight_shape, len(stride))
     require(groups > 0, f"non-positive groups is not supported: {groups}")
     require(min(stride) > 0, f"non-positive stride is not supported: {tuple(stride)}")
     require(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
     require(min(padding) >= 0, f"negative padding is not supported: {tuple(padding)}")
-    _, C, H, W = input_shape
-    K, group_inputs, R, S = weight_shape
-    require(min(R, S) > 0, f"kernel size should be greater than zero, got {R} x {S}")
+    C, sizes = input_shape[1], input_shape[2:]
+    K, group_inputs, *kernel = weight_shape
+    require(min(kernel) > 0, f"kernel size should be greater than zero, got {_by(kernel)}")
     require(
         groups <= K and K % groups == 0,
         f"expected the {K} output channels of weight {list(weight_shape)} to be a positive multiple of groups={groups}",
@@ -105,17 +106,35 @@ def output_size(
         f"but got {list(bias_shape or ())} instead",
     )
     require(
-        H != 0 and W != 0,
-        f"expected an input of non-empty height and width (batch and channels may be empty), got {list(input_shape)}",
+        all(size != 0 for size in sizes),
+        f"expected an input of non-empty {_EXTENTS[len(sizes)]} (batch and channels may be empty), "
+        f"got {list(input_shape)}",
     )
-    padded = H + padding[0] + padding[1], W + padding[2] + padding[3]
-    extent = dilation[0] * (R - 1) + 1, dilation[1] * (S - 1) + 1
+    padded = [size + before + after for size, before, after in zip(sizes, padding[::2], padding[1::2], strict=True)]
+    extents = [spread * (taps - 1) + 1 for spread, taps in zip(dilation, kernel, strict=True)]
     require(
-        padded[0] >= extent[0] and padded[1] >= extent[1],
-        f"calculated padded input size per channel: ({padded[0]} x {padded[1]}). Kernel size: "
-        f"({extent[0]} x {extent[1]}). Kernel size can't be greater than actual input size",
+        all(size >= extent for size, extent in zip(padded, extents, strict=True)),
+        f"calculated padded input size per channel: ({_by(padded)}). Kernel size: "
+        f"({_by(extents)}). Kernel size can't be greater than actual input size",
     )
-    return (padded[0] - extent[0]) // stride[0] + 1, (padded[1] - extent[1]) // stride[1] + 1
+    return tuple((size - extent) // step + 1 for size, extent, step in zip(padded, extents, stride, strict=True))
+
+
+#: By the number of dimensions: shapes, and what they measure.
+_SHAPES = {1: ("[N, C, L]", "[K, C/groups, S]"), 2: ("[N, C, H, W]", "[K, C/groups, R, S]")}
+_EXTENTS = {1: "length", 2: "height and width"}
+
+
+def _check_ranks(input_shape: Sequence[int], weight_shape: Sequence[int], dimensions: int) -> None:
+    for name, shape, letters in zip(("input", "weight"), (input_shape, weight_shape), _SHAPES[dimensions], strict=True):
+        require(
+            len(shape) == dimensions + 2,
+            f"expected a {dimensions + 2}-D {name} {letters}, got shape {list(shape)}",
+        )
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -147,26 +166,25 @@ def transposed_size(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
     bias_shape: Sequence[int] | None,
-    stride: Pair,
-    padding: Pair,
-    output_padding: Pair,
-    dilation: Pair,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
-) -> Pair:
+) -> tuple[int, ...]:
     """Check every size and return (H, W): ``(P − 1)·stride − 2·padding + dilation·(R − 1) + output_padding + 1``.
 
-    Raises RuntimeError, as torch does, for sizes that do not fit together.
+    Of sequences it is (L,). Raises RuntimeError, as torch does, for sizes that do not fit together.
     """
-    require(len(input_shape) == 4, f"expected a 4-D input [N, K, P, Q], got shape {list(input_shape)}")
-    require(len(weight_shape) == 4, f"expected a 4-D weight [K, C/groups, R, S], got shape {list(weight_shape)}")
+    _check_ranks(input_shape, weight_shape, len(stride))
     require(groups > 0, f"non-positive groups is not supported: {groups}")
     require(min(stride) > 0, f"non-positive stride is not supported: {tuple(stride)}")
     require(
         all(0 <= extra < step for extra, step in zip(output_padding, stride, strict=True)),
         f"output padding must not be negative and smaller than the stride {tuple(stride)}, got {tuple(output_padding)}",
     )
-    N, K, P, Q = input_shape
-    channels, group_outputs, R, S = weight_shape
+    N, K, *outputs = input_shape
+    channels, group_outputs, *kernel = weight_shape
     require(
         channels == K,
         f"given transposed=1, weight of size {list(weight_shape)}, expected input {list(input_shape)} to have "
@@ -178,20 +196,63 @@ def transposed_size(
         f"given transposed=1, weight of size {list(weight_shape)}, expected bias to have shape [{C}], "
         f"but got {list(bias_shape or ())} instead",
     )
-    H, W = (
+    inputs = tuple(
         (size - 1) * step - 2 * pad + spread * (taps - 1) + extra + 1
         for size, step, pad, spread, taps, extra in zip(
-            (P, Q), stride, padding, dilation, (R, S), output_padding, strict=True
+            outputs, stride, padding, dilation, kernel, output_padding, strict=True
         )
     )
     require(
-        P > 0 and Q > 0 and H > 0 and W > 0,
-        f"given input size per channel: ({P} x {Q}). Calculated output size per channel: ({H} x {W}). "
+        all(size > 0 for size in (*outputs, *inputs)),
+        f"given input size per channel: ({_by(outputs)}). Calculated output size per channel: ({_by(inputs)}). "
         "Output size is too small",
     )
-    both = (padding[0], padding[0], padding[1], padding[1])
-    output_size((N, C, H, W), weight_shape, None, stride, both, dilation, groups)  # all other checks
-    return H, W
+    both = [pad for pad in padding for _ in range(2)]
+    output_size((N, C, *inputs), weight_shape, None, stride, both, dilation, groups)  # all other checks
+    return inputs
+
+
+# ---- sequences: images of height 1 ---------------------------------------------------------------------------------
+
+
+def of_rows(sizes: Sequence[int], height: int = 1) -> tuple[int, ...]:
+    """``sizes``, of sequences, as those of images of one row: [N, C, L] is [N, C, 1, L]."""
+    return (*sizes[:-1], height, *sizes[-1:])
+
+
+@functools.lru_cache(maxsize=4096)
+def sequence_problem(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    """The problem of [N, C, L] with [K, C/groups, S], ``padding`` before and after, in images of one row."""
+    output_size(input_shape, weight_shape, bias_shape, stride, padding, dilation, groups)
+    (step,), (before, after), (spread,) = stride, padding, dilation
+    shapes = of_rows(input_shape), of_rows(weight_shape), bias_shape
+    return conv_problem(*shapes, (1, step), (0, 0, before, after), (1, spread), groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def transposed_sequence_problem(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    """:func:`transposed_problem` of [N, K, Q] with [K, C/groups, S], in images of one row."""
+    transposed_size(input_shape, weight_shape, bias_shape, stride, padding, output_padding, dilation, groups)
+    (step,), (pad,), (extra,), (spread,) = stride, padding, output_padding, dilation
+    shapes = of_rows(input_shape), of_rows(weight_shape), bias_shape
+    return transposed_problem(*shapes, (1, step), (0, pad), (0, extra), (1, spread), groups)
 
 
 def same_padding(kernel: Pair, dilation: Pair) -> Padding:

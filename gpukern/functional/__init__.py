@@ -7,26 +7,38 @@ kept: channels_last in, channels_last out. They follow ``torch.autocast`` as the
 import torch.fx
 
 from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
-from gpukern.functional._conv import conv2d, conv_transpose2d
+from gpukern.functional._conv import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from gpukern.functional._dense import linear
 from gpukern.functional._norm import batch_norm, conv2d_batch_norm
-from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from gpukern.functional._pooling import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    avg_pool1d,
+    avg_pool2d,
+    max_pool1d,
+    max_pool2d,
+)
 
 # No function offers it, but saved graphs have it.
 from gpukern.ops import conv_max_pool2d as conv_max_pool2d
 
 __all__ = [
+    "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
+    "avg_pool1d",
     "avg_pool2d",
     "batch_norm",
+    "conv1d",
     "conv2d",
     "conv2d_batch_norm",
+    "conv_transpose1d",
     "conv_transpose2d",
     "gelu",
     "hardsigmoid",
     "hardswish",
     "leaky_relu",
     "linear",
+    "max_pool1d",
     "max_pool2d",
     "relu",
     "relu6",

@@ -7,24 +7,29 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d`
 
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
-from gpukern.nn.conv import Conv2d, ConvTranspose2d
+from gpukern.nn.conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpukern.nn.linear import Linear
-from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from gpukern.nn.pooling import AdaptiveAvgPool1d, AdaptiveAvgPool2d, AvgPool1d, AvgPool2d, MaxPool1d, MaxPool2d
 from gpukern.nn.sequential import Sequential
 
 __all__ = [
     "GELU",
+    "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
+    "AvgPool1d",
     "AvgPool2d",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNormAct2d",
+    "Conv1d",
     "Conv2d",
+    "ConvTranspose1d",
     "ConvTranspose2d",
     "Hardsigmoid",
     "Hardswish",
     "LeakyReLU",
     "Linear",
+    "MaxPool1d",
     "MaxPool2d",
     "ReLU",
     "ReLU6",

@@ -14,13 +14,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gpukern.nn import activation as activations
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
-from gpukern.nn.conv import Conv2d, ConvTranspose2d
+from gpukern.nn.conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
 from gpukern.nn.leaf import refuse_script
 from gpukern.nn.linear import Linear
 
 _ACTIVATIONS = frozenset(kind for kind in vars(activations).values() if hasattr(kind, "_epilogue"))
 #: Layers whose kernels take an activation.
-_HEADS = frozenset((BatchNorm1d, BatchNorm2d, Conv2d, ConvTranspose2d, Linear))
+_HEADS = frozenset((BatchNorm1d, BatchNorm2d, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, Linear))
 
 
 class Run(NamedTuple):
@@ -44,7 +44,7 @@ class Sequential(torch.nn.Sequential):
     Conv2d, BatchNorm2d (, activation)                :func:`gpukern.functional.conv2d_batch_norm`: in training the
                                                       convolution's kernel makes the statistics
     Conv2d, BatchNormAct2d                            the same
-    Conv2d, ConvTranspose2d or Linear, activation     the layer's kernel, with the activation in its epilogue
+    Conv, ConvTranspose or Linear, activation         the layer's kernel, with the activation in its epilogue
     BatchNorm1d or BatchNorm2d, activation            the same
     ================================================  ==============================================================
 

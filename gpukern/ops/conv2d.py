@@ -29,22 +29,23 @@ _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
 def apply(
+    convolution: Operator,
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    stride: Pair,
-    padding: Padding,
-    dilation: Pair,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
     activation: str,
     negative_slope: float,
 ) -> torch.Tensor:
     """Compute ``act(x ∗ w + b + residual)`` in one kernel, or in two if a gradient will need the input of ``act``."""
     if needs_input(activation) and wants_gradient(input, weight, bias, residual):
-        inner = conv2d(input, weight, bias, residual, stride, padding, dilation, groups, "none", 0.0)
+        inner = convolution(input, weight, bias, residual, stride, padding, dilation, groups, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
-    return conv2d(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope)
+    return convolution(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope)
 
 
 # ---- forward -------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def _conv2d_fake(
     return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
 
 
-def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+def conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope = arguments
     again = needs_input(activation)
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
@@ -110,7 +111,7 @@ def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     )
 
 
-def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
+def conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     input, weight, output, *others = ctx.saved_tensors
     needs_input_grad, needs_weight_grad, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     of_input, of_weight, geometry, epilogue = ctx.state
@@ -149,7 +150,7 @@ def _in_torch(
     return in_torch(y if residual is None else _aten.add.Tensor(y, residual), activation, negative_slope)
 
 
-def _flops(of_conv, input, weight, *_, out_shape, **__) -> int:
+def conv2d_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
     return of_conv(input, weight, out_shape)
 
 
@@ -159,12 +160,12 @@ conv2d = Operator(
     " -> Tensor",
     forward=_conv2d,
     fake=_conv2d_fake,
-    save=_conv2d_save,
-    backward=_conv2d_backward,
+    save=conv2d_save,
+    backward=conv2d_backward,
     jvp=affine_jvp,
     batch=Batch(images=(0, 3)),
     decomposition=_in_torch,
-    flops=_flops,
+    flops=conv2d_flops,
 )
 
 

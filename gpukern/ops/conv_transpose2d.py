@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gpukern.conv import ConvProblem, Pair, transposed_problem, transposed_size
+from gpukern.conv import ConvProblem, transposed_problem, transposed_size
 from gpukern.ops._activation.reference import in_torch
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, affine_jvp, needs_input
@@ -24,14 +24,15 @@ _implementations = Implementations("gpukern.conv")
 
 
 def apply(
+    convolution: Operator,
     input: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    output_padding: Pair,
-    dilation: Pair,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    output_padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     groups: int,
     activation: str,
     negative_slope: float,
@@ -41,17 +42,17 @@ def apply(
     more = [extra // step for extra, step in zip(output_padding, stride, strict=True)]
     if any(more):
         # Extra rows that a dilation above the stride allows: equivalent to more input rows, of zeros.
-        input = torch.nn.functional.pad(input, (0, more[1], 0, more[0]))
-        output_padding = output_padding[0] % stride[0], output_padding[1] % stride[1]
+        input = torch.nn.functional.pad(input, [side for extra in reversed(more) for side in (0, extra)])
+        output_padding = tuple(extra % step for extra, step in zip(output_padding, stride, strict=True))
     operands = input, weight, bias, residual
     geometry = stride, padding, output_padding, dilation, groups
     if activation != "none" and wants_gradient(*operands):
-        inner = conv_transpose2d(*operands, *geometry, "none", 0.0)
+        inner = convolution(*operands, *geometry, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
-    return conv_transpose2d(*operands, *geometry, activation, negative_slope)
+    return convolution(*operands, *geometry, activation, negative_slope)
 
 
-def _check_output_padding(stride: Pair, output_padding: Pair, dilation: Pair) -> None:
+def _check_output_padding(stride: tuple[int, ...], output_padding: tuple[int, ...], dilation: tuple[int, ...]) -> None:
     """Check torch's rule: output padding is below the stride or the dilation."""
     require(min(stride) > 0, f"non-positive stride is not supported: {stride}")
     require(
@@ -88,7 +89,7 @@ def _fake(
     return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
 
 
-def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+def conv_transpose2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     input, weight, bias, residual, *ctx.geometry, activation, negative_slope = arguments
     ctx.epilogue = activation, negative_slope
     others = (bias, residual) if activation != "none" else ()
@@ -96,7 +97,7 @@ def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     ctx.weight_last = memory_format_of(weight) is torch.channels_last
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
+def conv_transpose2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     input, weight, *others = ctx.saved_tensors
     if others:
         # Reached only by a graph captured for inference, see :func:`apply`: recompute the activation's input.
@@ -131,8 +132,8 @@ conv_transpose2d = Operator(
     "int[] dilation, int groups, str activation, float negative_slope) -> Tensor",
     forward=_forward,
     fake=_fake,
-    save=_save,
-    backward=_backward,
+    save=conv_transpose2d_save,
+    backward=conv_transpose2d_backward,
     jvp=affine_jvp,
     batch=Batch(images=(0, 3)),
     decomposition=_in_torch,

@@ -30,6 +30,23 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
+def as_single(name: str, value: int | Sequence[int]) -> tuple[int]:
+    """(length,) from an integer or a sequence of one. TypeError or RuntimeError as torch raises them."""
+    if type(value) is int:
+        return (value,)
+    if isinstance(value, (bool, float, str)):
+        raise TypeError(f"{name} must be an int or a sequence of one, got {value!r}")
+    try:
+        numbers = tuple(_index(v) for v in (value if isinstance(value, Sequence) else (value,)))
+    except TypeError:
+        raise TypeError(f"{name} must be an int or a sequence of one, got {value!r}") from None
+    if len(numbers) != 1:
+        raise RuntimeError(
+            f"expected {name} to be a single integer value or a list of 1 values, but got {list(numbers)}"
+        )
+    return numbers
+
+
 def as_int(name: str, value: int) -> int:
     """``value``, or the number that a tensor of one integer holds. TypeError for anything else, as torch raises it."""
     if type(value) is int:
@@ -99,14 +116,20 @@ def check_operand_tensors(
         check_tensors(function, input, weight, optional=(bias, residual))
 
 
-def check_batched_or_not(function: str, input: torch.Tensor, too_few: type[Exception] = RuntimeError) -> bool:
-    """Whether ``input`` is one image [C, H, W], not a batch. RuntimeError for any other rank than 3 and 4; ``too_few``
-    for a smaller one, where torch looks for a dimension that does not exist."""
-    rank = input.dim()
-    if rank == 4:
+def check_batched_or_not(
+    function: str, input: torch.Tensor, too_few: type[Exception] = RuntimeError, dimensions: int = 2
+) -> bool:
+    """Whether ``input`` is one image [C, H, W] or, of one of the ``dimensions``, one sequence [C, L], not a batch.
+
+    RuntimeError for any other rank; ``too_few`` for a smaller one, where torch looks for a dimension that does not
+    exist.
+    """
+    rank = input.dim() - dimensions
+    if rank == 2:
         return False
-    if rank == 3:
+    if rank == 1:
         return True
-    raise (too_few if rank < 3 else RuntimeError)(
-        f"expected 3D (unbatched) or 4D (batched) input to {function}, but got input of size: {list(input.shape)}"
+    raise (too_few if rank < 1 else RuntimeError)(
+        f"expected {dimensions + 1}D (unbatched) or {dimensions + 2}D (batched) input to {function}, "
+        f"but got input of size: {list(input.shape)}"
     )
