@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 import gpukern.nn
 from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
 from gpukern.formatting import count
+from gpukern.nn import foreign
 from gpukern.nn.leaf import mark
 from gpukern.nn.sequential import is_plain, runs, subclass_of
 from gpukern.runtime import kept
@@ -144,7 +145,7 @@ def convert(
     ----------
     model:
         any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced: a subclass may compute something else.
+        replaced, and timm's group norms: another subclass may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -179,7 +180,7 @@ def convert(
         reason = _why_not(module, kind)
         if reason:
             left.append(LeftLayer(name, kind.__name__, reason))
-        elif kind in REPLACEMENTS:
+        elif _replacement(kind) is not None:
             _replace(module, kind)
             classes[module] = kind
             replaced.append(Layer(name, kind.__name__))
@@ -253,7 +254,7 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return "compiled by TorchScript: convert the model before scripting it"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "not initialized yet: run the model once, then convert it"
-    if kind not in REPLACEMENTS:
+    if _replacement(kind) is None:
         if kind.__module__.startswith("torch.ao.nn."):
             return "quantized or made ready for it: gpukern has no quantized layers"
         for base in REPLACEMENTS:
@@ -272,6 +273,8 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return f"negative_slope = {module.negative_slope}: gpukern takes none below 0"
     if isinstance(module, torch.nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         return f"it clamps to [{module.min_val}, {module.max_val}]: gpukern's ReLU6 to [0, 6] only"
+    if kind not in REPLACEMENTS and (reason := foreign.why_not(module)):
+        return reason
     for parameter in module.parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"its parameters are of the tensor subclass {type(parameter).__name__}"
@@ -280,8 +283,12 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
     return None
 
 
+def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    return REPLACEMENTS.get(kind) or foreign.replacement_of(kind)
+
+
 def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
-    replacement = REPLACEMENTS[kind]
+    replacement: type = _replacement(kind)  # type: ignore[assignment]  # asked before
     if parametrize.is_parametrized(module):
         # torch gave the object a class of its own, with a property for each parametrized tensor. It gets another such
         # class, over gpukern's layer; removing the parametrization then leaves gpukern's layer.

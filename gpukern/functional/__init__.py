@@ -9,7 +9,7 @@ import torch.fx
 from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
 from gpukern.functional._conv import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from gpukern.functional._dense import linear
-from gpukern.functional._norm import batch_norm, conv2d_batch_norm
+from gpukern.functional._norm import batch_norm, conv2d_batch_norm, group_norm, instance_norm
 from gpukern.functional._pooling import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
@@ -34,8 +34,10 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "gelu",
+    "group_norm",
     "hardsigmoid",
     "hardswish",
+    "instance_norm",
     "leaky_relu",
     "linear",
     "max_pool1d",

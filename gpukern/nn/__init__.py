@@ -8,6 +8,7 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d`
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
 from gpukern.nn.conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
+from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool1d, AdaptiveAvgPool2d, AvgPool1d, AvgPool2d, MaxPool1d, MaxPool2d
 from gpukern.nn.sequential import Sequential
@@ -25,8 +26,12 @@ __all__ = [
     "Conv2d",
     "ConvTranspose1d",
     "ConvTranspose2d",
+    "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LeakyReLU",
     "Linear",
     "MaxPool1d",

@@ -60,16 +60,21 @@ def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
 
 def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
     """Return the layout of torch's batch norm output: NCHW if the input is dense in both, else by the strides."""
-    if tensor.dim() != 4:
+    if tensor.dim() not in (4, 5):
         return torch.contiguous_format
+    channels_last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
     if tensor.numel() == 0:  # dense in every layout: the strides are what is kept
-        last = torch.empty(tensor.shape, device="meta", memory_format=torch.channels_last)
-        return as_memory_format(tensor.stride() == last.stride())
+        last = torch.empty(tensor.shape, device="meta", memory_format=channels_last)
+        return channels_last if tensor.stride() == last.stride() else torch.contiguous_format
     if tensor.is_contiguous():
         return torch.contiguous_format
-    if tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return memory_format_of(tensor)
+    if tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
+    if tensor.dim() == 4:
+        return memory_format_of(tensor)
+    (N, C, *space), (n, c, *steps) = tensor.shape, tensor.stride()
+    last = is_channels_last((space[0], C, *space[1:]), (steps[0], c, *steps[1:])) and steps[0] * space[0] <= n
+    return channels_last if last else torch.contiguous_format
 
 
 def elementwise_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,20 @@ pytestmark = [
 
 FUNCTIONS = {
     "nn.functional.batch_norm": F.batch_norm,
+    "nn.functional.conv1d": F.conv1d,
     "nn.functional.conv2d": F.conv2d,
+    "nn.functional.conv_transpose1d": F.conv_transpose1d,
     "nn.functional.linear": F.linear,
+    "nn.functional.max_pool1d": F.max_pool1d,
     "nn.functional.max_pool2d": F.max_pool2d,
+    "nn.functional.avg_pool1d": F.avg_pool1d,
     "nn.functional.avg_pool2d": F.avg_pool2d,
+    "nn.functional.adaptive_avg_pool1d": F.adaptive_avg_pool1d,
 }
+LAYERS = (
+    "AdaptiveAvgPool1d", "AvgPool1d", "BatchNorm1d", "BatchNorm2d", "Conv1d", "Conv2d", "ConvTranspose1d", "Linear",
+    "MaxPool1d",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -26,12 +35,12 @@ def test_every_sample_is_right(name, where):
     check_samples(name, FUNCTIONS[name], device=where)
 
 
-@pytest.mark.parametrize("name", ["nn.functional.max_pool2d", "nn.functional.avg_pool2d", "nn.functional.conv2d"])
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name.endswith(("1d", "2d"))])
 def test_every_error_sample_is_refused(name, where):
     check_errors(name, FUNCTIONS[name], device=where)
 
 
-@pytest.mark.parametrize("layer", ["Conv2d", "BatchNorm2d", "BatchNorm1d", "Linear"])
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("training", [False, True])
 def test_every_module_sample_is_right(layer, training, where):
     check_module(getattr(gpukern.nn, layer), training=training, device=where)
