@@ -26,6 +26,8 @@ LAYERS = {
     "Conv1d": (("Conv1d", (4, 6, 3), {"padding": 1, "groups": 2}), (2, 4, 7)),
     "Conv1d-depthwise": (("Conv1d", (3, 3, 4), {"padding": 3, "groups": 3}), (2, 3, 8)),
     "ConvTranspose1d": (("ConvTranspose1d", (2, 4, 3), {"stride": 2, "output_padding": 1}), (2, 2, 5)),
+    "Conv3d": (("Conv3d", (2, 3, (2, 3, 2)), {"padding": 1}), (1, 2, 3, 4, 3)),
+    "ConvTranspose3d": (("ConvTranspose3d", (2, 3, 2), {"stride": 2, "padding": 1}), (1, 2, 2, 3, 3)),
     "Linear": (("Linear", (6, 4), {}), (3, 6)),
     "MaxPool2d": (("MaxPool2d", (2,), {"ceil_mode": True}), (2, 2, 5, 6)),
     "AvgPool2d": (("AvgPool2d", (2,), {"padding": 1}), (2, 2, 5, 6)),
@@ -33,6 +35,11 @@ LAYERS = {
     "MaxPool1d": (("MaxPool1d", (2,), {"ceil_mode": True}), (2, 2, 7)),
     "AvgPool1d": (("AvgPool1d", (2,), {"padding": 1}), (2, 2, 7)),
     "AdaptiveAvgPool1d": (("AdaptiveAvgPool1d", (3,), {}), (2, 2, 7)),
+    "AdaptiveMaxPool1d": (("AdaptiveMaxPool1d", (3,), {}), (2, 2, 7)),
+    "MaxPool3d": (("MaxPool3d", (2,), {"ceil_mode": True}), (2, 2, 3, 4, 3)),
+    "AvgPool3d": (("AvgPool3d", (2,), {"padding": 1}), (2, 2, 3, 4, 3)),
+    "AdaptiveAvgPool3d": (("AdaptiveAvgPool3d", (3,), {}), (2, 2, 3, 5, 4)),
+    "AdaptiveMaxPool3d": (("AdaptiveMaxPool3d", (3,), {}), (2, 2, 3, 5, 4)),
     "ReLU": (("ReLU", (), {}), (4, 5)),
     "LeakyReLU": (("LeakyReLU", (0.2,), {}), (4, 5)),
     "Sigmoid": (("Sigmoid", (), {}), (4, 5)),
@@ -45,6 +52,7 @@ LAYERS = {
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
     "BatchNorm1d": (("BatchNorm1d", (5,), {}), (4, 5)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
+    "BatchNorm3d": (("BatchNorm3d", (2,), {}), (2, 2, 3, 4, 3)),
 }
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}

@@ -90,7 +90,7 @@ def _convolution(
     taken, weight, bias = _cast(operand, weight, bias)
     if needs_operator((taken, weight, bias) if running is None else (taken, weight, bias, *running[:2])):
         _leave(origin)
-        return Convolved(conv2d.apply(conv2d.conv2d, taken, weight, bias, None, *geometry, "none", 0.0))
+        return Convolved(conv2d.apply(taken, weight, bias, None, *geometry, "none", 0.0))
     if origin is not None and (taken is not operand or is_lazy(taken)):
         _leave(origin)
         origin = None
@@ -114,7 +114,7 @@ def convolution_with_epilogue(
         x, weight = _as_images(x), _as_images(weight)
         residual = None if residual is None else _as_images(residual)
     x, weight, bias, residual = _cast(x, weight, bias, residual)
-    y = conv2d.apply(conv2d.conv2d, x, weight, bias, residual, *geometry, activation, negative_slope)
+    y = conv2d.apply(x, weight, bias, residual, *geometry, activation, negative_slope)
     return y.squeeze(2) if flat else y
 
 

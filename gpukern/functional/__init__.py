@@ -13,10 +13,19 @@ from gpukern.functional._norm import batch_norm, conv2d_batch_norm, group_norm, 
 from gpukern.functional._pooling import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
+    adaptive_max_pool1d,
     avg_pool1d,
     avg_pool2d,
     max_pool1d,
     max_pool2d,
+)
+from gpukern.functional._volumes import (
+    adaptive_avg_pool3d,
+    adaptive_max_pool3d,
+    avg_pool3d,
+    conv3d,
+    conv_transpose3d,
+    max_pool3d,
 )
 
 # No function offers it, but saved graphs have it.
@@ -25,14 +34,20 @@ from gpukern.ops import conv_max_pool2d as conv_max_pool2d
 __all__ = [
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool3d",
     "avg_pool1d",
     "avg_pool2d",
+    "avg_pool3d",
     "batch_norm",
     "conv1d",
     "conv2d",
     "conv2d_batch_norm",
+    "conv3d",
     "conv_transpose1d",
     "conv_transpose2d",
+    "conv_transpose3d",
     "gelu",
     "group_norm",
     "hardsigmoid",
@@ -42,6 +57,7 @@ __all__ = [
     "linear",
     "max_pool1d",
     "max_pool2d",
+    "max_pool3d",
     "relu",
     "relu6",
     "sigmoid",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gpukern.conv import same_padding
+from gpukern.conv import same_paddings
 from gpukern.ops import conv1d as _conv1d
 from gpukern.ops import conv2d as _conv2d
 from gpukern.ops import conv_transpose1d as _conv_transpose1d
@@ -80,7 +80,6 @@ def conv2d(
     if bias is not None and bias.dtype is not input.dtype:
         check_alike("conv2d", input, bias)  # a folded bias may be float32; torch's layers have none such
     return _conv2d.apply(
-        _conv2d.conv2d,
         input,
         weight,
         bias,
@@ -97,22 +96,23 @@ def conv2d(
 def sides(padding: int | Sequence[int] | str, weight, stride, dilation) -> tuple[int, int, int, int]:
     """(top, bottom, left, right)."""
     if isinstance(padding, str):
-        return _named_padding(padding, weight, stride, dilation)
+        top, bottom, left, right = named_padding(padding, weight, stride, dilation)
+        return top, bottom, left, right
     vertical, horizontal = as_pair("padding", padding)
     return vertical, vertical, horizontal, horizontal
 
 
-def _named_padding(name: str, weight, stride, dilation) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of "valid" and "same"."""
+def named_padding(name: str, weight, stride, dilation) -> tuple[int, ...]:
+    """(before, after) of each dimension, of "valid" and "same"."""
     if name == "valid":
-        return 0, 0, 0, 0
+        return (0, 0) * len(stride)
     if name != "same":
         raise RuntimeError(f"invalid padding string: {name!r}, expected 'valid' or 'same'")
-    if stride != (1, 1):
+    if any(step != 1 for step in stride):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    if weight.dim() != 4:
-        return 0, 0, 0, 0  # the operator says what is wrong with it
-    return same_padding(tuple(weight.shape[2:]), dilation)
+    if weight.dim() != len(stride) + 2:
+        return (0, 0) * len(stride)  # the operator says what is wrong with it
+    return same_paddings(tuple(weight.shape[2:]), dilation)
 
 
 def conv_transpose2d(
@@ -150,7 +150,6 @@ def conv_transpose2d(
     if bias is not None and bias.dtype is not input.dtype:
         check_alike("conv_transpose2d", input, bias)
     return _conv_transpose2d.apply(
-        _conv_transpose2d.conv_transpose2d,
         input,
         weight,
         bias,
@@ -207,7 +206,7 @@ def conv1d(
     as ``torch.nn.functional.conv1d``; see :func:`conv2d`.
     """
     check_operand_tensors("conv1d", input, weight, bias, residual)
-    if input.dim() != 3 and check_batched_or_not("conv1d", input, dimensions=1):
+    if input.dim() != 3 and check_batched_or_not("conv1d", input, batched=3):
         return conv1d(
             input.unsqueeze(0), weight, bias, stride, padding, dilation, groups,
             residual=None if residual is None else residual.unsqueeze(0),
@@ -219,8 +218,7 @@ def conv1d(
         input, weight, bias, residual = autocast(input, weight, bias, residual)
     if bias is not None and bias.dtype is not input.dtype:
         check_alike("conv1d", input, bias)
-    return _conv2d.apply(
-        _conv1d.conv1d,
+    return _conv1d.apply(
         input,
         weight,
         bias,
@@ -236,15 +234,13 @@ def conv1d(
 
 def _ends(padding: int | Sequence[int] | str, weight, stride, dilation) -> tuple[int, int]:
     """(before, after)."""
-    if not isinstance(padding, str):
-        (both,) = as_single("padding", padding)
-        return both, both
-    if weight.dim() != 3:
-        return 0, 0  # refused in any case
-    if padding == "causal":
+    if padding == "causal" and weight.dim() == 3:
         return dilation[0] * max(weight.shape[2] - 1, 0), 0
-    _, _, before, after = _named_padding(padding, weight.unsqueeze(-2), (1, *stride), (1, *dilation))
-    return before, after
+    if isinstance(padding, str):
+        before, after = named_padding(padding, weight, stride, dilation)
+        return before, after
+    (both,) = as_single("padding", padding)
+    return both, both
 
 
 def conv_transpose1d(
@@ -269,7 +265,7 @@ def conv_transpose1d(
     anything is computed.
     """
     check_operand_tensors("conv_transpose1d", input, weight, bias, residual)
-    if input.dim() != 3 and check_batched_or_not("conv_transpose1d", input, dimensions=1):
+    if input.dim() != 3 and check_batched_or_not("conv_transpose1d", input, batched=3):
         return conv_transpose1d(
             input.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation,
             residual=None if residual is None else residual.unsqueeze(0),
@@ -281,17 +277,10 @@ def conv_transpose1d(
         input, weight, bias, residual = autocast(input, weight, bias, residual)
     if bias is not None and bias.dtype is not input.dtype:
         check_alike("conv_transpose1d", input, bias)
-    return _conv_transpose2d.apply(
+    return _conv_transpose2d.transposed(
         _conv_transpose1d.conv_transpose1d,
-        input,
-        weight,
-        bias,
-        residual,
-        stride,
-        padding,
-        extra,
-        dilation,
-        as_int("groups", groups),
+        (input, weight, bias, residual),
+        (stride, padding, extra, dilation, as_int("groups", groups)),
         check_activation(activation, negative_slope),
         negative_slope,
     )

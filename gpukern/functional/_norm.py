@@ -39,7 +39,7 @@ def batch_norm(
     Parameters
     ----------
     input:
-        [N, C], [N, C, L], [N, C, H, W] or [N, C, ...]; any strides.
+        [N, C], [N, C, L], [N, C, H, W], [N, C, D, H, W] or [N, C, ...]; any strides.
     running_mean, running_var:
         [C], the statistics unless ``training``. With ``training`` those of the batch are used (``var`` the biased
         one), and these, which may then be None, are updated in place, without a gradient: ``r ← (1 − momentum) · r +
@@ -56,7 +56,7 @@ def batch_norm(
 
     Returns
     -------
-    a tensor of ``input``'s shape and dtype, in channels_last if a 4-D input is.
+    a tensor of ``input``'s shape and dtype, in channels_last if a 4-D input is, in channels_last_3d if a 5-D one is.
 
     Raises
     ------

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from gpukern.ops import pool2d as _pool2d
-from gpukern.ops._pool2d.problem import check_adaptive
-from gpukern.ops._pool2d.problem import output_size as pooled_size
+from gpukern.ops import pool3d as _pool3d
+from gpukern.ops._pool2d.problem import check_adaptive, output_sizes
 from gpukern.runtime.arguments import as_bool, as_int, as_pair, as_single, check_batched_or_not, check_tensors
 from gpukern.runtime.tensors import check_floating
 
@@ -158,13 +158,13 @@ def max_pool1d(
     """
     check_tensors("max_pool1d", input)
     check_floating("max_pool1d", input)
-    if input.dim() != 3 and check_batched_or_not("max_pool1d", input, dimensions=1):
+    if input.dim() != 3 and check_batched_or_not("max_pool1d", input, batched=3):
         pooled = max_pool1d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return _squeezed(pooled, 0)
     kernel, stride = _window1d(kernel_size, stride)
     padding, dilation = as_single("padding", padding), as_single("dilation", dilation)
     ceil_mode = as_bool("ceil_mode", ceil_mode)
-    pooled_size(input.shape, kernel, stride, padding, dilation, ceil_mode)
+    output_sizes(input.shape, kernel, stride, padding, dilation, ceil_mode)
     geometry = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation), ceil_mode
     return _squeezed(_pool2d.max_pool(input.unsqueeze(2), *geometry, bool(return_indices)), 2)
 
@@ -183,12 +183,12 @@ def avg_pool1d(
     """
     check_tensors("avg_pool1d", input)
     check_floating("avg_pool1d", input)
-    if input.dim() != 3 and check_batched_or_not("avg_pool1d", input, dimensions=1):
+    if input.dim() != 3 and check_batched_or_not("avg_pool1d", input, batched=3):
         return avg_pool1d(input.unsqueeze(0), kernel_size, stride, padding, ceil_mode, count_include_pad).squeeze(0)
     kernel, stride = _window1d(kernel_size, stride)
     padding, ceil_mode = as_single("padding", padding), as_bool("ceil_mode", ceil_mode)
     count_include_pad = as_bool("count_include_pad", count_include_pad)
-    pooled_size(input.shape, kernel, stride, padding, (1,), ceil_mode)
+    output_sizes(input.shape, kernel, stride, padding, (1,), ceil_mode)
     windows = (1, *kernel), (1, *stride), (0, *padding), (1, 1)
     return _pool2d.avg_pool2d(input.unsqueeze(2), *windows, ceil_mode, count_include_pad, None).squeeze(2)
 
@@ -201,11 +201,29 @@ def adaptive_avg_pool1d(input: torch.Tensor, output_size: int | Sequence[int]) -
     """
     check_tensors("adaptive_avg_pool1d", input)
     check_floating("adaptive_avg_pool1d", input)
-    if input.dim() != 3 and check_batched_or_not("adaptive_avg_pool1d", input, dimensions=1):
+    if input.dim() != 3 and check_batched_or_not("adaptive_avg_pool1d", input, batched=3):
         return adaptive_avg_pool1d(input.unsqueeze(0), output_size).squeeze(0)
     size = as_single("output_size", output_size)
     check_adaptive(input.shape, size)
     return _pool2d.adaptive_avg_pool2d(input.unsqueeze(2), (1, *size)).squeeze(2)
+
+
+def adaptive_max_pool1d(
+    input: torch.Tensor, output_size: int | Sequence[int], return_indices: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""``y[n,c,q]`` is the maximum of x over the windows of :func:`adaptive_avg_pool1d`; a NaN wins.
+
+    ``return_indices`` also returns the int64 places of the maxima (the first of equal ones). All else is as in
+    :func:`adaptive_avg_pool1d`; the result is contiguous.
+    """
+    check_tensors("adaptive_max_pool1d", input)
+    check_floating("adaptive_max_pool1d", input)
+    if input.dim() != 3 and check_batched_or_not("adaptive_max_pool1d", input, batched=3):
+        return _squeezed(adaptive_max_pool1d(input.unsqueeze(0), output_size, return_indices), 0)
+    size = as_single("output_size", output_size)
+    check_adaptive(input.shape, size)
+    windows = _pool3d.adaptive((1, 1, *size))
+    return _squeezed(_squeezed(_pool3d.max_pool(input[:, :, None, None], windows, bool(return_indices)), 2), 2)
 
 
 def _window1d(kernel_size, stride) -> tuple[tuple[int], tuple[int]]:

@@ -58,3 +58,10 @@ class AdaptiveAvgPool1d(Leaf, torch.nn.AdaptiveAvgPool1d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.adaptive_avg_pool1d(input, self.output_size)
+
+
+class AdaptiveMaxPool1d(Leaf, torch.nn.AdaptiveMaxPool1d):
+    """``torch.nn.AdaptiveMaxPool1d`` on gpukern's kernels. See :func:`gpukern.functional.adaptive_max_pool1d`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return F.adaptive_max_pool1d(input, self.output_size, self.return_indices)

@@ -13,8 +13,8 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from gpukern.nn import activation as activations
-from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
-from gpukern.nn.conv import Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d
+from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
+from gpukern.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.leaf import derived, refuse_script
 from gpukern.nn.linear import Linear
@@ -23,10 +23,10 @@ ACTIVATIONS = frozenset(kind for kind in vars(activations).values() if hasattr(k
 #: Layers whose kernels take an activation.
 _HEADS = frozenset(
     (
-        BatchNorm1d, BatchNorm2d, Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d,
-        GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Linear,
+        *(Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear),
+        *(BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d),
     )
-)  # fmt: skip
+)
 
 
 class Run(NamedTuple):
@@ -50,8 +50,8 @@ class Sequential(torch.nn.Sequential):
     Conv2d, BatchNorm2d (, activation)                :func:`gpukern.functional.conv2d_batch_norm`: in training the
                                                       convolution's kernel makes the statistics
     Conv2d, BatchNormAct2d                            the same
-    Conv, ConvTranspose or Linear, activation         the layer's kernel, with the activation in its epilogue
-    BatchNorm1d or BatchNorm2d, activation            the same
+    a convolution or Linear, activation               the layer's kernel, with the activation in its epilogue
+    BatchNorm1d, 2d or 3d, activation                 the same
     GroupNorm or InstanceNorm1d/2d/3d, activation     the same
     ================================================  ==============================================================
 

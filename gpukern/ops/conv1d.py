@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from gpukern.conv import of_rows, output_size, sequence_problem
+from gpukern.conv import Pair, of_rows, output_sizes, sequence_problem
 from gpukern.ops import conv2d as _conv2d
 from gpukern.ops._activation.reference import in_torch
-from gpukern.ops._rows import Rows, rows, sequence, without_layout
-from gpukern.ops.activation import affine_jvp
+from gpukern.ops._sequences import Rows, rows, sequence, without_layout
+from gpukern.ops.activation import activation as apply_activation
+from gpukern.ops.activation import affine_jvp, needs_input
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator
+from gpukern.runtime.operator import Operator, wants_gradient
 from gpukern.runtime.strides import dense_strides
 from gpukern.runtime.tensors import check_operands, memory_format_of
 from gpukern.runtime.transforms import Batch
@@ -23,6 +24,25 @@ from gpukern.runtime.transforms import Batch
 _implementations = Implementations("gpukern.conv")
 
 _aten = torch.ops.aten
+
+
+def apply(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: tuple[int],
+    padding: Pair,
+    dilation: tuple[int],
+    groups: int,
+    activation: str,
+    negative_slope: float,
+) -> torch.Tensor:
+    """Compute ``act(x ∗ w + b + residual)`` in one kernel, or in two if a gradient will need the input of ``act``."""
+    operands, geometry = (input, weight, bias, residual), (stride, padding, dilation, groups)
+    if needs_input(activation) and wants_gradient(*operands):
+        return apply_activation(conv1d(*operands, *geometry, "none", 0.0), activation, negative_slope)
+    return conv1d(*operands, *geometry, activation, negative_slope)
 
 
 def _forward(
@@ -41,7 +61,7 @@ def _forward(
 def _fake(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope) -> torch.Tensor:
     check_operands("conv1d", input, weight, bias, residual)
     bias_shape = None if bias is None else bias.shape
-    sizes = output_size(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
+    sizes = output_sizes(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
     shape = (input.shape[0], weight.shape[0], *sizes)
     if residual is not None:
         _conv2d.check_residual(residual, shape)
@@ -49,7 +69,7 @@ def _fake(input, weight, bias, residual, stride, padding, dilation, groups, acti
 
 
 def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
-    _conv2d.conv2d_save(ctx, arguments, output)
+    _conv2d.save_for_gradients(ctx, arguments, output)
     of_input, of_weight, (stride, padding, dilation, groups), epilogue = ctx.state
     # Both gradients are in the weight's layout, as torch's.
     last = memory_format_of(rows(arguments[1])) is torch.channels_last
@@ -65,7 +85,8 @@ def _laid_out(shape: tuple[int, ...], channels_last: bool) -> tuple[tuple[int, .
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    grads = _conv2d.conv2d_backward(Rows(ctx), rows(grad))
+    by = _conv2d.conv2d, _conv2d.conv2d_input_grad, _conv2d.conv2d_weight_grad
+    grads = _conv2d.gradients(Rows(ctx), rows(grad), *by)
     return tuple(each if each is None or each.dim() != 4 else sequence(each) for each in grads)
 
 
@@ -81,8 +102,8 @@ def _in_torch(
 
 conv1d = Operator(
     "conv1d",
-    "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, int[] dilation, "
-    "int groups, str activation, float negative_slope) -> Tensor",
+    f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_conv2d.GEOMETRY}, str activation, "
+    "float negative_slope) -> Tensor",
     forward=_forward,
     fake=_fake,
     save=_save,
@@ -90,5 +111,5 @@ conv1d = Operator(
     jvp=affine_jvp,
     batch=Batch(images=(0, 3)),
     decomposition=_in_torch,
-    flops=_conv2d.conv2d_flops,
+    flops=_conv2d.forward_flops,
 )

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from gpukern.conv import of_rows, transposed_sequence_problem, transposed_size
+from gpukern.conv import of_rows, transposed_sequence_problem, transposed_sizes
 from gpukern.ops import conv_transpose2d as _conv_transpose2d
 from gpukern.ops._activation.reference import in_torch
-from gpukern.ops._rows import Rows, rows, sequence, without_layout
+from gpukern.ops._sequences import Rows, rows, sequence, without_layout
 from gpukern.ops.activation import affine_jvp
-from gpukern.ops.conv2d import check_residual, transposed_flops
+from gpukern.ops.conv2d import check_residual, conv2d, conv2d_weight_grad, transposed_flops
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import check_operands, memory_format_of
@@ -38,7 +38,7 @@ def _fake(
 ) -> torch.Tensor:
     check_operands("conv_transpose1d", input, weight, bias, residual)
     bias_shape = None if bias is None else bias.shape
-    sizes = transposed_size(input.shape, weight.shape, bias_shape, stride, padding, output_padding, dilation, groups)
+    sizes = transposed_sizes(input.shape, weight.shape, bias_shape, stride, padding, output_padding, dilation, groups)
     shape = (input.shape[0], weight.shape[1] * groups, *sizes)
     if residual is not None:
         check_residual(residual, shape)
@@ -46,14 +46,14 @@ def _fake(
 
 
 def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
-    _conv_transpose2d.conv_transpose2d_save(ctx, arguments, output)
+    _conv_transpose2d.save_operands(ctx, arguments, output)
     stride, padding, output_padding, dilation, groups = ctx.geometry
     ctx.geometry = of_rows(stride), of_rows(padding, 0), of_rows(output_padding, 0), of_rows(dilation), groups
-    ctx.weight_last = memory_format_of(rows(arguments[1])) is torch.channels_last
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
-    grads = _conv_transpose2d.conv_transpose2d_backward(Rows(ctx), rows(grad))
+    by = _conv_transpose2d.conv_transpose2d, conv2d, conv2d_weight_grad
+    grads = _conv_transpose2d.transposed_gradients(Rows(ctx), rows(grad), *by)
     return tuple(each if each is None or each.dim() != 4 else sequence(each) for each in grads)
 
 

@@ -189,6 +189,7 @@ OPTIONS = {
         "input kernel_size stride padding ceil_mode count_include_pad",
     ),
     "adaptive_avg_pool1d": ({"input": s}, "output_size"),
+    "adaptive_max_pool1d": ({"input": s}, "output_size"),
     "batch_norm": (
         {"input": x, "running_mean": four, "running_var": four},
         "input weight bias running_mean running_var training momentum eps",
@@ -273,6 +274,10 @@ IMAGES = {
     "1-D, average of rank 4": lambda f: f.avg_pool1d(x, 2),
     "1-D, adaptive of rank 1": lambda f: f.adaptive_avg_pool1d(four, 2),
     "1-D, adaptive of rank 4": lambda f: f.adaptive_avg_pool1d(x, 2),
+    "1-D, adaptive maximum of size 0": lambda f: f.adaptive_max_pool1d(s[:, :, :0], 2),
+    "1-D, adaptive maximum of rank 1": lambda f: f.adaptive_max_pool1d(four, 2),
+    "1-D, adaptive maximum of rank 4": lambda f: f.adaptive_max_pool1d(x, 2),
+    "1-D, adaptive maximum, negative": lambda f: f.adaptive_max_pool1d(s, -2),
     "1-D, max pool of rank 1": lambda f: f.max_pool1d(four, 2),
     "1-D, max pool of rank 4": lambda f: f.max_pool1d(x, 2),
     "1-D, max pool of rank 1, indices": lambda f: f.max_pool1d(four, 2, return_indices=True),

@@ -79,9 +79,9 @@ def resident(
     if walk.channels_run:
         wanted = max(wanted, cdiv(_RUN, columns * itemsize))
     channels = columns * min(power_of_two(wanted), most)
-    if walk.channels_run and pixels > 1 and min(channels, walk.channels) * itemsize < _SHORTEST_RUN:
-        if channels < walk.channels:
-            return None
+    short = walk.channels_run and pixels > 1 and channels * itemsize < _SHORTEST_RUN
+    if short and channels < walk.channels:
+        return None
     tiles = cdiv(walk.channels // group, channels // columns)
     images_per_split = cdiv(walk.rows, min(walk.rows, cdiv(_PROGRAMS_PER_SM * device.sm_count, tiles), _SPLITS))
     return Resident(

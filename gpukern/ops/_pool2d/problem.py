@@ -81,6 +81,14 @@ def adaptive_problem(input_shape: Sequence[int], output_size: Pair) -> AdaptiveP
 
 
 def output_size(
+    input_shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> Pair:
+    """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never reads the batch size."""
+    P, Q = output_sizes(input_shape, kernel, stride, padding, dilation, ceil_mode)
+    return P, Q
+
+
+def output_sizes(
     input_shape: Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -88,8 +96,7 @@ def output_size(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> tuple[int, ...]:
-    """Check every size and return (P, Q), or (Q,) of sequences. Works on a tracer's symbolic sizes too; never reads the
-    batch size."""
+    """As :func:`output_size`, of as many dimensions as ``kernel`` has."""
     require(min(kernel) > 0, f"kernel size should be greater than zero, got {tuple(kernel)}")
     require(min(stride) > 0, f"stride should be greater than zero, got {tuple(stride)}")
     require(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
@@ -98,23 +105,18 @@ def output_size(
         all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True)),
         f"padding should be at most half of the kernel size, got padding={tuple(padding)}, kernel_size={tuple(kernel)}",
     )
-    _, C, *sizes = input_shape
+    _, C, *image = input_shape
     require(
-        all(size != 0 for size in (C, *sizes)),
+        all(size != 0 for size in (C, *image)),
         f"expected an input without empty dimensions (the batch may be empty), got size {list(input_shape)}",
     )
-    windows = zip(sizes, kernel, stride, padding, dilation, strict=True)
-    outputs = tuple(_outputs(*window, ceil_mode) for window in windows)
+    outputs = tuple(_outputs(*sizes, ceil_mode) for sizes in zip(image, kernel, stride, padding, dilation, strict=True))
     require(
         all(size >= 1 for size in outputs),
-        f"given input size ({_by((C, *sizes))}), calculated output size ({_by((C, *outputs))}): "
+        f"given input size ({_times(C, *image)}), calculated output size ({_times(C, *outputs)}): "
         "output size is too small",
     )
     return outputs
-
-
-def _by(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
 
 
 def check_adaptive(input_shape: Sequence[int], output_size: Sequence[int]) -> None:
@@ -122,9 +124,15 @@ def check_adaptive(input_shape: Sequence[int], output_size: Sequence[int]) -> No
     require(min(output_size) >= 0, f"elements of output_size must not be negative, got {tuple(output_size)}")
     require(
         all(size != 0 for size in input_shape[2:]),
-        f"expected an input of non-empty {'length' if len(input_shape) == 3 else 'height and width'}, "
-        f"got size {list(input_shape)}",
+        f"expected an input of non-empty {_EXTENTS[len(output_size)]}, got size {list(input_shape)}",
     )
+
+
+_EXTENTS = {1: "length", 2: "height and width", 3: "depth, height and width"}
+
+
+def _times(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _outputs(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:

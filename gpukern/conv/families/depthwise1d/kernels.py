@@ -3,7 +3,7 @@
 The unit of work is a group of WIDTH neighbouring outputs of a channel, for which a thread reads the sources of all
 taps. Where positions are adjacent in memory it reads the vectors of WIDTH elements in which these lie, and takes them
 apart in registers; where channels are, it reads one position after the other, of as many channels as one access takes.
-What two groups read is in the cache. Forward and input gradient are the same sum, of sources before or after the output.
+What two groups read is in the cache. Forward and input gradient are the same sum, of sources before or after an output.
 
 Tiles are [channels, groups] where the source's positions are adjacent (PLANES), and [groups, channels] where channels
 are, so that neighbouring threads access neighbouring elements; below, SHAPE stands for either. Memory is accessed in
