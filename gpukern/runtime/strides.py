@@ -10,8 +10,11 @@ def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
     A dimension of one element has a stride too, which distinguishes an image of one channel in channels_last, of
     strides (H·W, 1, W, 1), from the same memory in NCHW, (H·W, H·W, W, 1). If no stride decides, as for one pixel of
-    [N, 1, 1, 1], it is NCHW. The same for [N, C, D, H, W], depth between height and batch.
+    [N, 1, 1, 1], it is NCHW. The same for [N, C, D, H, W], depth between height and batch, and for [N, C, L], as images
+    of one row.
     """
+    if len(shape) == 3:
+        shape, strides = (*shape[:2], 1, shape[2]), (*strides[:2], shape[2] * strides[2], strides[2])
     if len(shape) == 5:
         return _is_channels_last_3d(shape, strides)
     (N, C, H, W), (n, c, h, w) = shape, strides

@@ -133,6 +133,14 @@ FAR = (
     Case("far groups", (8, 64, 2900, 2900), 64, (3, 3), padding=1, groups=16),
     Case("far odd groups", (8, 66, 2900, 2900), 66, (3, 3), padding=1, groups=22),
 )
+#: Depthwise convolutions of sequences: the shape, taps, and whether channels are adjacent in x, and in y.
+SEQUENCES = (
+    ((8, 768, 2048), 4, False, False),
+    ((8, 768, 2047), 8, False, False),
+    ((8, 768, 2048), 8, True, True),
+    ((8, 768, 2048), 4, True, False),
+    ((8, 1024, 2**18 + 64), 4, False, False),  # offsets of 64 bits
+)
 #: Batch norms beyond those of the networks: with an epilogue, channels that are no multiple of 16, offsets of 64 bits.
 NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 2900))
 #: Group norms, with an activation and perhaps a residual: groups that fit a program, in both layouts, of a channel, of
@@ -157,6 +165,8 @@ POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
 def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterator[Callable[[], None]]:
     for case, layout in itertools.product((*CASES, *RESNEXT, *FAR), layouts):
         yield lambda case=case, layout=layout: _run_case(case, dtype, layout)
+    for sequences in SEQUENCES:
+        yield lambda sequences=sequences: _run_sequences(dtype, *sequences)
     for (inputs, outputs), rows in itertools.product(LINEAR, (1, 128)):
         shapes = (rows, inputs), (outputs, inputs), (outputs,)
         yield lambda shapes=shapes: _backward(
@@ -220,6 +230,13 @@ def _pooled(dtype: torch.dtype, what: Selection, device: DeviceSpec) -> Iterator
 def _run_case(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
     tensors = _empty(case.input, dtype, layout), _empty(case.weight, dtype, layout), _empty((case.outputs,), dtype)
     _backward(lambda *t: F.conv2d(*t, **case.arguments, activation="relu"), *tensors)
+
+
+def _run_sequences(dtype: torch.dtype, shape, taps: int, x_last: bool, y_last: bool) -> None:
+    N, C, L = shape
+    x = _empty((N, L, C), dtype).transpose(1, 2) if x_last else _empty(shape, dtype)
+    w = _empty((C, taps, 1), dtype).transpose(1, 2) if y_last else _empty((C, 1, taps), dtype)
+    _backward(lambda *t: F.conv1d(*t, padding="causal", groups=C), x, w, _empty((C,), dtype))
 
 
 def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str, with_residual: bool) -> None:
