@@ -183,7 +183,7 @@ def test_what_cannot_be_checked_is_refused(model, inputs, options, error, messag
         gpukern.check(model, inputs, **options)
 
 
-# ---- the report and the command ---------------------------------------------------------------------------------------
+# ---- the report and the command --------------------------------------------------------------------------------------
 
 
 def run(*words: object):

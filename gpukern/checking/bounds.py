@@ -31,6 +31,7 @@ import torch
 from torch.nn.modules import rnn, transformer
 
 from gpukern.checking.layer import Call, compute, restore
+from gpukern.checking.models import floating
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.precision import TF32_CUT, TF32X3, conv_precision, matmul_precision
 
@@ -103,6 +104,7 @@ def _of_elements(
             if name in squares:
                 squares[name] += (tensor - truth[name]) ** 2
     terms = _terms(module, call)
+    given = sum(each.numel() for each in floating((call.args, call.kwargs)))
     found: dict[str, Bound] = {}
     for name, tensor in truth.items():
         change = (squares[name] / _DRAWS).sqrt()
@@ -110,7 +112,9 @@ def _of_elements(
         typical = moved.median() if moved.numel() else 0.0
         # An element that no change reaches is a copy.
         change = torch.where(change > 0, change + typical, change)
-        found[name] = SIGMAS * math.sqrt(terms.get(name, 1)) * change + _rounding(tensor, dtype)
+        # What has no derivative, such as running statistics, is made of all that the layer got.
+        count = terms.get(name) or max(1, given // max(1, tensor.numel()))
+        found[name] = SIGMAS * math.sqrt(count) * change + _rounding(tensor, dtype)
     return found
 
 
