@@ -6,8 +6,9 @@ class of the object. Its parameters, hooks, mode and name in the model stay what
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
@@ -19,6 +20,7 @@ from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
 from gpukern.formatting import count
 from gpukern.nn.leaf import mark
 from gpukern.nn.sequential import is_plain, runs, subclass_of
+from gpukern.rebinding import REBOUND, derived, original, qualified, rebound
 from gpukern.runtime import kept
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
@@ -44,6 +46,22 @@ _CONTAINERS = (
     torch.nn.ParameterDict,
 )
 
+#: Layers that compute no values of their own: they copy or move them, or scale a whole sample or channel.
+_MOVING_FILES = ("torch.nn.modules.padding", "torch.nn.modules.pixelshuffle", "torch.nn.modules.channelshuffle")
+_MOVING = (
+    "torchvision.ops.misc.Permute",
+    "torchvision.ops.stochastic_depth.StochasticDepth",
+    "timm.layers.drop.DropPath",
+    "timm.layers.layer_scale.LayerScale",
+    "timm.layers.layer_scale.LayerScale2d",
+)
+
+#: What a subclass may define without computing another thing than its base.
+_HARMLESS = {
+    *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__repr__", "extra_repr"),
+    *("reset_parameters", "__firstlineno__", "__static_attributes__", "__annotate__", "__parameters__"),
+}
+
 _FOOTNOTE = (
     "Calls inside forward (torch.nn.functional.relu, +, torch.cat, ...) are not layers: convert does not see them."
 )
@@ -62,6 +80,14 @@ class LeftLayer(NamedTuple):
     name: str
     type: str
     reason: str
+
+
+class Partly(NamedTuple):
+    """A replaced layer in which torch still multiplies matrices, and which."""
+
+    name: str
+    type: str
+    left: str
 
 
 class Together(NamedTuple):
@@ -84,6 +110,10 @@ class ConversionReport:
     already: tuple[Layer, ...]
     left: tuple[LeftLayer, ...]
     together: tuple[Together, ...] = ()
+    #: those of ``replaced`` and ``already`` that torch computes a part of
+    partly: tuple[Partly, ...] = ()
+    #: layers that compute no values of their own: they pad, permute, or drop or scale whole samples and channels
+    moving: tuple[Layer, ...] = ()
 
     def __str__(self) -> str:
         lines = [self._headline("replaced", self.replaced)]
@@ -91,6 +121,9 @@ class ConversionReport:
             lines.append(self._headline("computed as one", self.together, "group"))
         if self.already:
             lines.append(self._headline("gpukern's already", self.already))
+        lines += [f"{self._headline('replaced in part', self.partly)}: torch computes {each}" for each in self._parts()]
+        if self.moving:
+            lines.append(self._headline("nothing to compute", self.moving))
         lines.append(self._headline("left to torch", self.left))
         names = [layer.name or "(the model)" for layer in self.left]
         name_width = max(map(len, names), default=0)
@@ -110,6 +143,11 @@ class ConversionReport:
             parts.append(Text(self._headline("computed as one", self.together, "group"), style="green"))
         if self.already:
             parts.append(Text(self._headline("gpukern's already", self.already)))
+        for each in self._parts():
+            told = f"{self._headline('replaced in part', self.partly)}: torch computes {each}"
+            parts.append(Text(told, style="yellow"))
+        if self.moving:
+            parts.append(Text(self._headline("nothing to compute", self.moving)))
         parts.append(Text(self._headline("left to torch", self.left), style="yellow" if self.left else "green"))
         if self.left:
             left = table("layer", "type", "why torch computes it")
@@ -118,10 +156,12 @@ class ConversionReport:
             parts.append(left)
         return Group(*parts, Text(_FOOTNOTE, style="dim"))
 
+    def _parts(self) -> list[str]:
+        """What torch computes in layers that are replaced in part, each once."""
+        return list(dict.fromkeys(layer.left for layer in self.partly))
+
     @staticmethod
-    def _headline(
-        what: str, layers: tuple[Layer, ...] | tuple[LeftLayer, ...] | tuple[Together, ...], noun: str = "layer"
-    ) -> str:
+    def _headline(what: str, layers: Sequence[Layer | LeftLayer | Together | Partly], noun: str = "layer") -> str:
         kinds = Counter(layer.type for layer in layers)
         listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         return f"{what}: {count(len(layers), noun)}{f' ({listed})' if listed else ''}"
@@ -143,8 +183,8 @@ def convert(
     Parameters
     ----------
     model:
-        any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced: a subclass may compute something else.
+        any module; layers are found at any depth, and the model may itself be one. A subclass of a ``torch.nn`` class
+        is replaced if it redefines nothing that its base computes with: else it may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -157,7 +197,9 @@ def convert(
     class derived from both. The report lists them under ``together``.
 
     Names, ``state_dict``, hooks, training mode, devices, ``requires_grad``, parametrizations and layers shared between
-    several places are kept. Functions, bound methods and weak references that the model keeps, hooks among them, refer
+    several places are kept. ``torch.nn.MultiheadAttention``, and layers of torchvision and timm that call torch's
+    functions by themselves (:mod:`gpukern.rebinding`), call gpukern's; what torch still computes in them is listed
+    under ``partly``. Functions, bound methods and weak references that the model keeps, hooks among them, refer
     to the copy where they refer to the model. Layers that gpukern cannot serve stay torch's; the report lists them with
     the reason.
 
@@ -173,21 +215,32 @@ def convert(
     replaced: list[Layer] = []
     already: list[Layer] = []
     left: list[LeftLayer] = []
+    partly: list[Partly] = []
+    moving: list[Layer] = []
     classes: dict[torch.nn.Module, type[torch.nn.Module]] = {}
     for name, module in list(_layers(model, "", set())):
         kind = _torch_type(module)
+        if _is_moving(kind):
+            moving.append(Layer(name, kind.__name__))
+            continue
         reason = _why_not(module, kind)
         if reason:
             left.append(LeftLayer(name, kind.__name__, reason))
-        elif kind in REPLACEMENTS:
-            _replace(module, kind)
-            classes[module] = kind
-            replaced.append(Layer(name, kind.__name__))
-        else:
+            continue
+        if part := REBOUND.get(qualified(kind)):
+            partly.append(Partly(name, kind.__name__, part))
+        replacement = None if isinstance(module, _OURS) or original(kind) else _replacement(kind)
+        if replacement is None:
             already.append(Layer(name, kind.__name__))
+            continue
+        _replace(module, replacement)
+        classes[module] = kind
+        replaced.append(Layer(name, kind.__name__))
     exchange_methods(model, classes)
     together = [group for name, module in model.named_modules() for group in _compute_together(module, name)]
-    report = ConversionReport(tuple(replaced), tuple(already), tuple(left), tuple(together))
+    report = ConversionReport(
+        tuple(replaced), tuple(already), tuple(left), tuple(together), tuple(partly), tuple(moving)
+    )
     return (model, report) if return_report else model
 
 
@@ -231,7 +284,7 @@ def _is_composite(module: torch.nn.Module) -> bool:
     """Whether a module with children does not call them, but computes with their tensors itself."""
     if isinstance(module, (torch.jit.ScriptModule, torch.nn.MultiheadAttention)):
         return True
-    return type(module).__module__.startswith("torch.ao.nn.")
+    return qualified(type(module)) in REBOUND or type(module).__module__.startswith("torch.ao.nn.")
 
 
 def _is_structure(module: torch.nn.Module) -> bool:
@@ -253,7 +306,7 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return "compiled by TorchScript: convert the model before scripting it"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "not initialized yet: run the model once, then convert it"
-    if kind not in REPLACEMENTS:
+    if _replacement(kind) is None and not original(kind):
         if kind.__module__.startswith("torch.ao.nn."):
             return "quantized or made ready for it: gpukern has no quantized layers"
         for base in REPLACEMENTS:
@@ -280,8 +333,35 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
     return None
 
 
-def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
-    replacement = REPLACEMENTS[kind]
+def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    """The class that a layer of exactly the class ``kind`` gets; None if gpukern has none."""
+    if kind in REPLACEMENTS:
+        return REPLACEMENTS[kind]
+    if qualified(kind) in REBOUND:
+        return rebound(kind)  # type: ignore[arg-type]  # classes are hashable
+    base = next((each for each in kind.__mro__ if each in REPLACEMENTS), None)
+    return None if base is None or not _computes_as(base, kind) else _subclass(kind)  # type: ignore[arg-type]
+
+
+def _computes_as(base: type, kind: type) -> bool:
+    """Whether ``kind``, a subclass of ``base``, redefines nothing that a call of its base uses."""
+    above = base.__mro__
+    used = {name for each in above if each is not object for name in vars(each)} - _HARMLESS
+    return all(each in above or used.isdisjoint(vars(each)) for each in kind.__mro__)
+
+
+@functools.lru_cache(maxsize=1024)
+def _subclass(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """``kind`` over gpukern's layer in place of torch's."""
+    base = next(each for each in kind.__mro__ if each in REPLACEMENTS)
+    return derived(kind, (REPLACEMENTS[base], kind), _subclass, {"_rebound_from": kind})
+
+
+def _is_moving(kind: type[torch.nn.Module]) -> bool:
+    return kind.__module__ in _MOVING_FILES or qualified(kind) in _MOVING
+
+
+def _replace(module: torch.nn.Module, replacement: type[torch.nn.Module]) -> None:
     if parametrize.is_parametrized(module):
         # torch gave the object a class of its own, with a property for each parametrized tensor. It gets another such
         # class, over gpukern's layer; removing the parametrization then leaves gpukern's layer.

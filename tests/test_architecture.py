@@ -34,6 +34,7 @@ LAYERS = (
         "nn",
         "optim",
         "copies",
+        "rebinding",
         "convert",
         "summary",
         "info",

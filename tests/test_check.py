@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 import gpukern
 from gpukern.checking import CheckError
-from gpukern.checking.report import OURS, TORCH, CheckReport
+from gpukern.checking.report import CheckReport
+from gpukern.checking.values import OURS, TORCH
 from gpukern.cli import app
 from gpukern.runtime.mode import Mode, force_mode
 

@@ -342,10 +342,13 @@ def test_left_layers_and_their_reasons():
     }.items():
         model.add_module(name, module)
     _, report = gpukern.convert(model, return_report=True)
-    assert report.replaced == (("adapted.adapter", "Linear"),)
+    assert report.replaced == (
+        ("adapted", "Adapted"),
+        ("adapted.adapter", "Linear"),
+        ("attention", "MultiheadAttention"),
+    )
     assert {layer.name: layer.reason for layer in report.left} == {
         "subclass": "subclass of Conv2d: it may override forward",
-        "adapted": "subclass of Linear: it may override forward",
         "lazy": "not initialized yet: run the model once, then convert it",
         "own": "not a torch.nn layer: convert does not look inside its forward",
         "slope": "negative_slope = -0.5: gpukern takes none below 0",
@@ -355,7 +358,6 @@ def test_left_layers_and_their_reasons():
         "patched": "forward was replaced on this object",
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
         "sync": "it communicates between processes, which is left to torch",
-        "attention": "gpukern has no MultiheadAttention yet",
         "transposed": "gpukern has no ConvTranspose1d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",
     }

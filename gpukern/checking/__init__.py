@@ -69,7 +69,7 @@ def check(
     TypeError for what is no module; ValueError for another dtype; CheckError if the model cannot be copied, fails for
     the inputs in float64, or returns nothing that is floating point.
     """
-    from gpukern.checking.run import run
+    from gpukern.checking.pipeline import run
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"check() takes a torch.nn.Module, got {type(model).__name__}")

@@ -63,7 +63,7 @@ def product_error(like: torch.Tensor, dtype: torch.dtype) -> float:
     return TF32_CUT if "tf32" in (conv_precision(dtype), matmul_precision(dtype)) else TF32X3
 
 
-def bounds(
+def bounds_of(
     module: torch.nn.Module, call: Call, truth: dict[str, torch.Tensor], dtype: torch.dtype, products: float
 ) -> dict[str, Bound]:
     """Return the bound of every tensor of ``truth``. ``module`` and ``call`` are in float64."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from gpukern.checking.report import CheckReport, Error, LayerCheck
+from gpukern.checking.values import Error, LayerCheck, ReportValues
 from gpukern.formatting import MISSING, count, percent
 
 
@@ -49,7 +49,7 @@ def share(error: Error) -> str:
     return f"✗ {rounded}" if error.left else rounded
 
 
-def headline(report: CheckReport) -> str:
+def headline(report: ReportValues) -> str:
     """One line: who leaves a bound, and what was compared."""
     layout = ", channels_last" if report.channels_last else ""
     mode = "training" if report.training else "evaluation"

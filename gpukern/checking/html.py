@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpukern.checking import formatting
-from gpukern.checking.report import CheckReport, LayerCheck
+from gpukern.checking.values import LayerCheck, ReportValues
 from gpukern.formatting import error, tick
 from gpukern.pages import render
 
@@ -19,7 +19,7 @@ _LOWEST, _HIGHEST = 1e-4, 10.0
 _LABELS = 30
 
 
-def page(report: CheckReport) -> str:
+def page(report: ReportValues) -> str:
     """The page; the same report gives the same bytes."""
     return render(
         _TEMPLATE,
@@ -50,7 +50,7 @@ class Chart(NamedTuple):
     dots: list[Dot]
 
 
-def _chart(report: CheckReport, field: str, title: str) -> Chart:
+def _chart(report: ReportValues, field: str, title: str) -> Chart:
     layers = report.layers
     shares = [each.share for layer in layers for suffix in ("", "_torch") for each in [layer.worst(field + suffix)]]
     known = [share for share in shares if share is not None and math.isfinite(share)]

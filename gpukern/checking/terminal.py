@@ -7,14 +7,14 @@ from rich.text import Text
 
 from gpukern import tables
 from gpukern.checking import formatting
-from gpukern.checking.report import CheckReport
+from gpukern.checking.values import ReportValues
 
 #: Findings that are written out; the table and JSON have all.
 _LISTED = 12
 _CAPTION = "Errors beside float64, in shares of their bounds: over 100% is more than rounding explains."
 
 
-def render(report: CheckReport) -> RenderableType:
+def render(report: ReportValues) -> RenderableType:
     """Render the whole report for a rich console."""
     found = report.findings
     more = len(found) - _LISTED
@@ -28,7 +28,7 @@ def render(report: CheckReport) -> RenderableType:
     )
 
 
-def _table(report: CheckReport) -> RenderableType:
+def _table(report: ReportValues) -> RenderableType:
     columns = tables.numbers(*(name for name, _, _ in formatting.COLUMNS))
     table = tables.table("layer", "type", *columns, caption=_CAPTION, narrow=True)
     for layer in report.layers:

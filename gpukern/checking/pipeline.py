@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from gpukern.checking import whole
-from gpukern.checking.bounds import SIGMAS, Bound, bounds, product_error, smallest
+from gpukern.checking.bounds import SIGMAS, Bound, bounds_of, product_error, smallest
 from gpukern.checking.errors import CheckError
 from gpukern.checking.layer import OUTPUT, Call, compute, restore
 from gpukern.checking.models import Models, NoDropout, Unit, floating, in_full, map_floating, packed, prepare
-from gpukern.checking.report import CheckReport, Error, LayerCheck, TensorCheck
+from gpukern.checking.report import CheckReport
+from gpukern.checking.values import Error, LayerCheck, TensorCheck
 from gpukern.fusion.describe import environment
 from gpukern.fusion.errors import first_line
 from gpukern.runtime.mode import Mode, mode_of
@@ -178,7 +179,7 @@ class _Check:
                 restore(exact, begun)
                 truth = compute(exact, wide).tensors
             restore(exact, begun)
-            allowed = bounds(exact, wide, truth, self._dtype, self._products)
+            allowed = bounds_of(exact, wide, truth, self._dtype, self._products)
         torchs = self._narrow(self._models.torchs, unit, narrow, begun, notes, "torch")
         ours = torchs if unit.reason else self._narrow(self._models.ours, unit, narrow, begun, notes, "gpukern")
         found = {}
