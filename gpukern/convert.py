@@ -6,7 +6,6 @@ class of the object. Its parameters, hooks, mode and name in the model stay what
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,11 @@ from torch.nn.utils import parametrize
 import gpukern.nn
 from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
 from gpukern.formatting import count
-from gpukern.nn.leaf import mark
+from gpukern.nn import foreign
+from gpukern.nn.attention import MultiheadAttention
+from gpukern.nn.leaf import derived, mark
+from gpukern.nn.rebinding import Rebound
 from gpukern.nn.sequential import is_plain, runs, subclass_of
-from gpukern.rebinding import REBOUND, derived, original, qualified, rebound
 from gpukern.runtime import kept
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
@@ -44,16 +45,6 @@ _CONTAINERS = (
     torch.nn.ModuleDict,
     torch.nn.ParameterList,
     torch.nn.ParameterDict,
-)
-
-#: Layers that compute no values of their own: they copy or move them, or scale a whole sample or channel.
-_MOVING_FILES = ("torch.nn.modules.padding", "torch.nn.modules.pixelshuffle", "torch.nn.modules.channelshuffle")
-_MOVING = (
-    "torchvision.ops.misc.Permute",
-    "torchvision.ops.stochastic_depth.StochasticDepth",
-    "timm.layers.drop.DropPath",
-    "timm.layers.layer_scale.LayerScale",
-    "timm.layers.layer_scale.LayerScale2d",
 )
 
 #: What a subclass may define without computing another thing than its base.
@@ -83,7 +74,7 @@ class LeftLayer(NamedTuple):
 
 
 class Partly(NamedTuple):
-    """A replaced layer in which torch still multiplies matrices, and which."""
+    """A layer of gpukern's in which torch still computes something, and what."""
 
     name: str
     type: str
@@ -121,7 +112,7 @@ class ConversionReport:
             lines.append(self._headline("computed as one", self.together, "group"))
         if self.already:
             lines.append(self._headline("gpukern's already", self.already))
-        lines += [f"{self._headline('replaced in part', self.partly)}: torch computes {each}" for each in self._parts()]
+        lines += self._parts()
         if self.moving:
             lines.append(self._headline("nothing to compute", self.moving))
         lines.append(self._headline("left to torch", self.left))
@@ -143,9 +134,7 @@ class ConversionReport:
             parts.append(Text(self._headline("computed as one", self.together, "group"), style="green"))
         if self.already:
             parts.append(Text(self._headline("gpukern's already", self.already)))
-        for each in self._parts():
-            told = f"{self._headline('replaced in part', self.partly)}: torch computes {each}"
-            parts.append(Text(told, style="yellow"))
+        parts += [Text(line, style="yellow") for line in self._parts()]
         if self.moving:
             parts.append(Text(self._headline("nothing to compute", self.moving)))
         parts.append(Text(self._headline("left to torch", self.left), style="yellow" if self.left else "green"))
@@ -157,8 +146,11 @@ class ConversionReport:
         return Group(*parts, Text(_FOOTNOTE, style="dim"))
 
     def _parts(self) -> list[str]:
-        """What torch computes in layers that are replaced in part, each once."""
-        return list(dict.fromkeys(layer.left for layer in self.partly))
+        """A line for each thing that torch computes in layers that are replaced in part."""
+        by_part: dict[str, list[Partly]] = {}
+        for layer in self.partly:
+            by_part.setdefault(layer.left, []).append(layer)
+        return [f"{self._headline('replaced in part', of)}: torch computes {part}" for part, of in by_part.items()]
 
     @staticmethod
     def _headline(what: str, layers: Sequence[Layer | LeftLayer | Together | Partly], noun: str = "layer") -> str:
@@ -184,7 +176,8 @@ def convert(
     ----------
     model:
         any module; layers are found at any depth, and the model may itself be one. A subclass of a ``torch.nn`` class
-        is replaced if it redefines nothing that its base computes with: else it may compute something else.
+        is replaced if it redefines nothing that its base computes with, as are some layers of torchvision and timm,
+        which are known by name (:mod:`gpukern.nn.foreign`): another may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -197,11 +190,9 @@ def convert(
     class derived from both. The report lists them under ``together``.
 
     Names, ``state_dict``, hooks, training mode, devices, ``requires_grad``, parametrizations and layers shared between
-    several places are kept. ``torch.nn.MultiheadAttention``, and layers of torchvision and timm that call torch's
-    functions by themselves (:mod:`gpukern.rebinding`), call gpukern's; what torch still computes in them is listed
-    under ``partly``. Functions, bound methods and weak references that the model keeps, hooks among them, refer
+    several places are kept. Functions, bound methods and weak references that the model keeps, hooks among them, refer
     to the copy where they refer to the model. Layers that gpukern cannot serve stay torch's; the report lists them with
-    the reason.
+    the reason. Of attention the projections are gpukern's and the products torch's: the report has it under ``partly``.
 
     Raises
     ------
@@ -220,22 +211,19 @@ def convert(
     classes: dict[torch.nn.Module, type[torch.nn.Module]] = {}
     for name, module in list(_layers(model, "", set())):
         kind = _torch_type(module)
-        if _is_moving(kind):
-            moving.append(Layer(name, kind.__name__))
-            continue
         reason = _why_not(module, kind)
-        if reason:
+        if foreign.only_moves(kind):
+            moving.append(Layer(name, kind.__name__))
+        elif reason:
             left.append(LeftLayer(name, kind.__name__, reason))
-            continue
-        if part := REBOUND.get(qualified(kind)):
-            partly.append(Partly(name, kind.__name__, part))
-        replacement = None if isinstance(module, _OURS) or original(kind) else _replacement(kind)
-        if replacement is None:
+        elif _is_ours(module):
             already.append(Layer(name, kind.__name__))
-            continue
-        _replace(module, replacement)
-        classes[module] = kind
-        replaced.append(Layer(name, kind.__name__))
+        else:
+            _replace(module, kind)
+            classes[module] = kind
+            replaced.append(Layer(name, kind.__name__))
+        if not reason and (part := foreign.left_part(kind)):
+            partly.append(Partly(name, kind.__name__, part))
     exchange_methods(model, classes)
     together = [group for name, module in model.named_modules() for group in _compute_together(module, name)]
     report = ConversionReport(
@@ -284,7 +272,7 @@ def _is_composite(module: torch.nn.Module) -> bool:
     """Whether a module with children does not call them, but computes with their tensors itself."""
     if isinstance(module, (torch.jit.ScriptModule, torch.nn.MultiheadAttention)):
         return True
-    return qualified(type(module)) in REBOUND or type(module).__module__.startswith("torch.ao.nn.")
+    return foreign.uses_weights_of_children(type(module)) or type(module).__module__.startswith("torch.ao.nn.")
 
 
 def _is_structure(module: torch.nn.Module) -> bool:
@@ -300,13 +288,13 @@ def _torch_type(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
     """Return the reason why torch still computes ``module``; None if gpukern can, or does already."""
-    if isinstance(module, _OURS):
+    if _is_ours(module):
         return None
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript: convert the model before scripting it"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "not initialized yet: run the model once, then convert it"
-    if _replacement(kind) is None and not original(kind):
+    if _replacement(kind) is None:
         if kind.__module__.startswith("torch.ao.nn."):
             return "quantized or made ready for it: gpukern has no quantized layers"
         for base in REPLACEMENTS:
@@ -325,6 +313,8 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return f"negative_slope = {module.negative_slope}: gpukern takes none below 0"
     if isinstance(module, torch.nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         return f"it clamps to [{module.min_val}, {module.max_val}]: gpukern's ReLU6 to [0, 6] only"
+    if kind not in REPLACEMENTS and (reason := foreign.why_not(module)):
+        return reason
     for parameter in module.parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"its parameters are of the tensor subclass {type(parameter).__name__}"
@@ -334,13 +324,12 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
 
 
 def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
-    """The class that a layer of exactly the class ``kind`` gets; None if gpukern has none."""
-    if kind in REPLACEMENTS:
-        return REPLACEMENTS[kind]
-    if qualified(kind) in REBOUND:
-        return rebound(kind)  # type: ignore[arg-type]  # classes are hashable
+    """Return the class that a layer of exactly the class ``kind`` gets; None if gpukern has none."""
+    known = REPLACEMENTS.get(kind) or foreign.replacement_of(kind)
     base = next((each for each in kind.__mro__ if each in REPLACEMENTS), None)
-    return None if base is None or not _computes_as(base, kind) else _subclass(kind)  # type: ignore[arg-type]
+    if known or base is None or not _computes_as(base, kind):
+        return known
+    return derived(REPLACEMENTS[base], kind)  # type: ignore[arg-type]  # classes are hashable
 
 
 def _computes_as(base: type, kind: type) -> bool:
@@ -350,18 +339,12 @@ def _computes_as(base: type, kind: type) -> bool:
     return all(each in above or used.isdisjoint(vars(each)) for each in kind.__mro__)
 
 
-@functools.lru_cache(maxsize=1024)
-def _subclass(kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """``kind`` over gpukern's layer in place of torch's."""
-    base = next(each for each in kind.__mro__ if each in REPLACEMENTS)
-    return derived(kind, (REPLACEMENTS[base], kind), _subclass, {"_rebound_from": kind})
+def _is_ours(module: torch.nn.Module) -> bool:
+    return isinstance(module, (*_OURS, MultiheadAttention, Rebound))
 
 
-def _is_moving(kind: type[torch.nn.Module]) -> bool:
-    return kind.__module__ in _MOVING_FILES or qualified(kind) in _MOVING
-
-
-def _replace(module: torch.nn.Module, replacement: type[torch.nn.Module]) -> None:
+def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    replacement: type = _replacement(kind)  # type: ignore[assignment]  # asked before
     if parametrize.is_parametrized(module):
         # torch gave the object a class of its own, with a property for each parametrized tensor. It gets another such
         # class, over gpukern's layer; removing the parametrization then leaves gpukern's layer.

@@ -34,7 +34,6 @@ LAYERS = (
         "nn",
         "optim",
         "copies",
-        "rebinding",
         "convert",
         "summary",
         "info",
@@ -68,7 +67,7 @@ TORCH_FREE = (
 )
 CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
-OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "linear")
+OPERATIONS = ("activation", "batch_norm", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "linear")
 #: What runs on the device.
 KERNELS = (
     "_normalization.py",

@@ -23,10 +23,16 @@ LAYERS = {
         (2, 2, 5, 6),
     ),
     "ConvTranspose2d": (("ConvTranspose2d", (2, 4, 3), {"stride": 2, "output_padding": 1}), (2, 2, 3, 4)),
+    "Conv3d": (("Conv3d", (2, 3, (2, 3, 2)), {"padding": 1}), (1, 2, 3, 4, 3)),
+    "ConvTranspose3d": (("ConvTranspose3d", (2, 3, 2), {"stride": 2, "padding": 1}), (1, 2, 2, 3, 3)),
     "Linear": (("Linear", (6, 4), {}), (3, 6)),
     "MaxPool2d": (("MaxPool2d", (2,), {"ceil_mode": True}), (2, 2, 5, 6)),
     "AvgPool2d": (("AvgPool2d", (2,), {"padding": 1}), (2, 2, 5, 6)),
     "AdaptiveAvgPool2d": (("AdaptiveAvgPool2d", (3,), {}), (2, 2, 5, 6)),
+    "MaxPool3d": (("MaxPool3d", (2,), {"ceil_mode": True}), (2, 2, 3, 4, 3)),
+    "AvgPool3d": (("AvgPool3d", (2,), {"padding": 1}), (2, 2, 3, 4, 3)),
+    "AdaptiveAvgPool3d": (("AdaptiveAvgPool3d", (3,), {}), (2, 2, 3, 5, 4)),
+    "AdaptiveMaxPool3d": (("AdaptiveMaxPool3d", (3,), {}), (2, 2, 3, 5, 4)),
     "ReLU": (("ReLU", (), {}), (4, 5)),
     "LeakyReLU": (("LeakyReLU", (0.2,), {}), (4, 5)),
     "Sigmoid": (("Sigmoid", (), {}), (4, 5)),
@@ -39,6 +45,7 @@ LAYERS = {
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
     "BatchNorm1d": (("BatchNorm1d", (5,), {}), (4, 5)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
+    "BatchNorm3d": (("BatchNorm3d", (2,), {}), (2, 2, 3, 4, 3)),
 }
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}

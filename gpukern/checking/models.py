@@ -17,7 +17,7 @@ from gpukern.checking.errors import CheckError
 from gpukern.convert import REPLACEMENTS, convert
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.given import check_weights, duplicate
-from gpukern.rebinding import original
+from gpukern.nn.leaf import derived_from
 from gpukern.runtime.mode import Mode, force_mode
 
 _TORCHS = {ours: torchs for torchs, ours in REPLACEMENTS.items()}
@@ -99,11 +99,11 @@ def _to_torchs_layers(model: torch.nn.Module) -> None:
     for module in model.modules():
         kind = type(module)
         if isinstance(module, gpukern.nn.Sequential):
-            module.__class__ = torch.nn.Sequential if kind is gpukern.nn.Sequential else kind.__bases__[-1]
+            module.__class__ = derived_from(kind) or torch.nn.Sequential
         elif kind in _TORCHS:
             module.__class__ = _TORCHS[kind]
             vars(module).pop("__module__", None)
-        elif theirs := original(kind):
+        elif theirs := derived_from(kind):
             module.__class__ = theirs
             vars(module).pop("__module__", None)
 

@@ -6,26 +6,40 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d`
 """
 
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
-from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
+from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
+from gpukern.nn.conv3d import Conv3d, ConvTranspose3d
+from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from gpukern.nn.pooling3d import AdaptiveAvgPool3d, AdaptiveMaxPool3d, AvgPool3d, MaxPool3d
 from gpukern.nn.sequential import Sequential
 
 __all__ = [
     "GELU",
     "AdaptiveAvgPool2d",
+    "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool3d",
     "AvgPool2d",
+    "AvgPool3d",
     "BatchNorm1d",
     "BatchNorm2d",
+    "BatchNorm3d",
     "BatchNormAct2d",
     "Conv2d",
+    "Conv3d",
     "ConvTranspose2d",
+    "ConvTranspose3d",
+    "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LeakyReLU",
     "Linear",
     "MaxPool2d",
+    "MaxPool3d",
     "ReLU",
     "ReLU6",
     "Sequential",

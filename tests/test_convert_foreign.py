@@ -14,7 +14,8 @@ from torch.nn.functional import linear as imported_linear
 
 import gpukern
 from gpukern.checking import check
-from gpukern.rebinding import REBOUND, qualified, with_ours
+from gpukern.nn import foreign
+from gpukern.nn.rebinding import with_ours
 from gpukern.runtime.mode import Mode, force_mode
 
 pytestmark = pytest.mark.usefixtures("reference_mode")
@@ -49,7 +50,10 @@ def stand_in(monkeypatch):
     """Have a class treated as the library's class ``like``, while the test runs."""
 
     def put(kind: type, like: str) -> None:
-        monkeypatch.setitem(REBOUND, qualified(kind), REBOUND[like])
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        for known in (foreign._OURS, foreign._PARTS):
+            if like in known:
+                monkeypatch.setitem(known, name, known[like])
 
     return put
 
