@@ -38,7 +38,7 @@ LAYERS = (
         "summary",
         "info",
     ),
-    *("explain", "tune", "fusion", "compiler", "cli"),
+    *("explain", "tune", "fusion", "checking", "compiler", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Pure Python: what plans are made of, on any machine.
