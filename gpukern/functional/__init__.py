@@ -6,9 +6,22 @@ kept: channels_last in, channels_last out. They follow ``torch.autocast`` as the
 
 import torch.fx
 
-from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
+from gpukern.functional._activation import (
+    gelu,
+    hardsigmoid,
+    hardswish,
+    leaky_relu,
+    log_softmax,
+    relu,
+    relu6,
+    sigmoid,
+    silu,
+    softmax,
+    tanh,
+)
 from gpukern.functional._conv import conv2d, conv_transpose2d
 from gpukern.functional._dense import linear
+from gpukern.functional._loss import cross_entropy
 from gpukern.functional._norm import batch_norm, conv2d_batch_norm
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
@@ -22,16 +35,19 @@ __all__ = [
     "conv2d",
     "conv2d_batch_norm",
     "conv_transpose2d",
+    "cross_entropy",
     "gelu",
     "hardsigmoid",
     "hardswish",
     "leaky_relu",
     "linear",
+    "log_softmax",
     "max_pool2d",
     "relu",
     "relu6",
     "sigmoid",
     "silu",
+    "softmax",
     "tanh",
 ]
 

@@ -5,10 +5,24 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d`
 ``torch.nn.BatchNorm2d`` with an epilogue. ``Sequential`` computes neighbours among these layers together.
 """
 
-from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
+from gpukern.nn.activation import (
+    GELU,
+    Hardsigmoid,
+    Hardswish,
+    LeakyReLU,
+    LogSoftmax,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Softmax2d,
+    Tanh,
+)
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
 from gpukern.nn.linear import Linear
+from gpukern.nn.loss import CrossEntropyLoss
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from gpukern.nn.sequential import Sequential
 
@@ -21,15 +35,19 @@ __all__ = [
     "BatchNormAct2d",
     "Conv2d",
     "ConvTranspose2d",
+    "CrossEntropyLoss",
     "Hardsigmoid",
     "Hardswish",
     "LeakyReLU",
     "Linear",
+    "LogSoftmax",
     "MaxPool2d",
     "ReLU",
     "ReLU6",
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Softmax2d",
     "Tanh",
 ]

@@ -1,4 +1,4 @@
-"""``torch.autocast`` for functions that PyTorch runs in lower precision under it."""
+"""``torch.autocast`` for functions that PyTorch runs in lower precision under it, and for those that it does not."""
 
 from __future__ import annotations
 
@@ -31,4 +31,14 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
         else tensor
         for tensor in tensors
+    )
+
+
+def runs_in_fp32(input: torch.Tensor) -> bool:
+    """Whether autocast computes a function that it runs in float32 so, not in the dtype of ``input``."""
+    device_type = input.device.type
+    return (
+        device_type != "meta"
+        and torch.is_autocast_enabled(device_type)
+        and input.dtype in (torch.float16, torch.bfloat16)
     )
