@@ -110,13 +110,22 @@ def _cross_entropy_backward(ctx: Any, grad: torch.Tensor | None, _: None) -> tup
     nothing = (None,) * 5
     if grad is None:
         return None, None, *nothing
-    if ctx.gradient and not torch.is_grad_enabled() and not needs_operator((grad,)):
+    if ctx.gradient and not torch.is_grad_enabled() and _has_memory(grad):
         # Handed over, not kept: whoever gets it may change it.
         gradient = ctx.gradient.pop()
         return _implementations.of(gradient).scaled_(gradient, resolved(grad)), None, *nothing
     wants = ctx.needs_input_grad[:2]
     found = cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options, *wants)
     return *(each if wanted else None for each, wanted in zip(found, wants, strict=True)), *nothing
+
+
+def _has_memory(grad: torch.Tensor) -> bool:
+    """Whether a kernel can read ``grad``: no tracer's, and not several that are mapped over."""
+    try:
+        grad.data_ptr()
+    except RuntimeError:
+        return False
+    return not needs_operator((grad,))
 
 
 def _cross_entropy_jvp(operator: Operator, arguments: tuple, tangents: tuple, outputs: tuple) -> tuple:

@@ -10,9 +10,16 @@ smoothing (see :mod:`gpukern.ops.cross_entropy`):
 import triton
 import triton.language as tl
 
-from gpukern.ops._batch_norm.functions import at, channel_tile, load_tile, pixel_tile, store_tile
+from gpukern.ops._batch_norm.functions import channel_tile, pixel_tile
 from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
-from gpukern.ops._softmax.functions import load_logits, top_and_total, top_and_total_of_tiles
+from gpukern.ops._softmax.functions import (
+    load_logits,
+    load_tile,
+    place_of,
+    store_tile,
+    top_and_total,
+    top_and_total_of_tiles,
+)
 
 
 @triton.jit
@@ -87,11 +94,11 @@ def _summed(logits, top, total, direct, spread, c, label, valid, LABELS: tl.cons
     logs = logits - top - tl.log(total)
     if LABELS:
         # A mask of −∞ at other classes than the label's does not matter.
-        terms = tl.where(c == label, direct * logs, 0.0)
+        terms = direct * tl.where(c == label, logs, 0.0)
         if SMOOTHING:
-            terms += tl.where(valid, spread * logs, 0.0)
+            terms += spread * tl.where(valid, logs, 0.0)
     else:
-        terms = tl.where(valid, direct * logs, 0.0)
+        terms = direct * tl.where(valid, logs, 0.0)
     return -tl.sum(terms, axis=1, keep_dims=True), tl.sum(direct + spread, axis=1, keep_dims=True)
 
 
@@ -106,7 +113,7 @@ def _write_gradients(
         value = tl.where(known, value, float("nan"))
         store_tile(grad, value, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
     if target_grad.ptr is not None:
-        value = (tl.log(total) - (logits - top)) * (scale * (1.0 - smoothing))
+        value = tl.where(valid, tl.log(total) - (logits - top), 0.0) * (scale * (1.0 - smoothing))
         if weight_ptr is not None:
             value = value * _weight_of(weight_ptr, c, valid)
         store_tile(target_grad, value, n, h, p, c, mask, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
@@ -175,7 +182,7 @@ def cross_entropy_kernel(
             x, n, h, p, inside, sizes, BLOCK_P, BLOCK_C, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX
         )
         if LABELS and not SMOOTHING:
-            place = at(x, n, h, p, class_, 1, 1, INDEX)
+            place = place_of(x, n, h, p, class_, 1, 1, INDEX)
             logit = tl.load(place, mask=kept & (class_ >= 0), other=0.0).to(tl.float32)
             loss = -of_label * (logit - top - tl.log(total))
             sum_q = of_label

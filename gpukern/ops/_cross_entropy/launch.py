@@ -14,7 +14,9 @@ from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import index_type, launch
 from gpukern.runtime.tensors import check_kernel_dtype, elementwise_like
 
-#: So many labels each program counts itself; of more, a launch of their own does it once.
+#: So many labels all programs together may read to count them, each for itself; else a launch of its own does it once.
+_READ_AGAIN = 2048
+#: Labels that are counted at a time.
 _COUNT = 1024
 #: Labels of a program that counts, at the least; and numbers of one that scales.
 _LABELS, _BLOCK = 4096, 4096
@@ -100,15 +102,15 @@ def _run(
     each, reduced = (loss, None) if options.reduction == NONE else (None, loss)
     probabilities, label = (None, target) if labels else (walkable(target), None)
     weight = None if weight is None else weight.contiguous()
-    tiles = tiles_of(
-        1, input, probabilities, grad, target_grad, of_rows=(label, each, incoming), kept=1 if labels else 2
-    )
+    # Tiles of numbers that a program has at a time: logits, and of these whatever is there.
+    kept = 1 + sum((not labels, grad is not None, weight is not None and options.smoothing > 0.0))
+    tiles = tiles_of(1, input, probabilities, grad, target_grad, of_rows=(label, each, incoming), kept=kept)
     rows, classes, programs = input.numel() // input.shape[1], input.shape[1], tiles.plan.steps
     mean = options.reduction == MEAN
     counted = None
     if mean and labels and grad is not None and divisor is None:
         counted = target.contiguous()
-        if rows > _COUNT:
+        if programs * rows > _READ_AGAIN:
             divisor, counted = _label_weights(counted, weight, options.ignore_index, classes), None
     shared = None if reduced is None else shared_sums(1, programs, 2)(input.device)
     launch(

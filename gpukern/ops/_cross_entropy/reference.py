@@ -20,7 +20,8 @@ def cross_entropy(
 
     ``gradient`` is the kernels': see ``launch.py``.
     """
-    x = input.to(torch.promote_types(input.dtype, dtype))
+    # In halves torch rounds the logarithms of the softmax on the way.
+    x = input.to(torch.promote_types(dtype, torch.float32))
     labels = not target.is_floating_point()
     if labels and target.dtype is not torch.int64:
         target = target.long()  # torch's takes bytes of images nowhere

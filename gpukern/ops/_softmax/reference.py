@@ -7,7 +7,9 @@ import torch
 
 def softmax(input: torch.Tensor, dim: int, log: bool, dtype: torch.dtype) -> torch.Tensor:
     """``exp(x) / Σ exp(x)`` along ``dim`` or, if ``log``, its logarithm; ``input`` is cast to ``dtype`` first."""
-    return (torch.log_softmax if log else torch.softmax)(input, dim, dtype=dtype)
+    # In halves torch rounds the logarithm of the sum on the way.
+    wide = torch.promote_types(dtype, torch.float32)
+    return (torch.log_softmax if log else torch.softmax)(input, dim, dtype=wide).to(dtype)
 
 
 def softmax_backward(grad: torch.Tensor, output: torch.Tensor, dim: int, log: bool, dtype: torch.dtype) -> torch.Tensor:

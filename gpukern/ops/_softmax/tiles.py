@@ -33,12 +33,12 @@ def tiles_of(
     ``kept``: how many tiles a program holds at a time.
     """
     first: Any = tensors[0]
-    given = [t.stride() for t in tensors if t is not None]
+    given = tuple(t.stride() for t in tensors if t is not None)
     # A number of a row belongs to all of its elements: it is the same, 0 elements further on.
-    given += [
+    numbers = tuple(
         (*t.stride()[:dim], 0, *t.stride()[dim:]) if t.dim() else (0,) * first.dim() for t in of_rows if t is not None
-    ]
-    places, chosen, sizes, options = _prepared(dim, tuple(first.shape), tuple(given), first.itemsize, kept)
+    )
+    places, chosen, sizes, options = _prepared(dim, tuple(first.shape), given, numbers, first.itemsize, kept)
     images = iter(places)
     every = (*tensors, *of_rows)
     return Tiles(tuple(NOTHING if t is None else Image(t, *next(images)) for t in every), chosen, sizes, options)
@@ -46,10 +46,10 @@ def tiles_of(
 
 @functools.lru_cache(maxsize=4096)
 def _prepared(
-    dim: int, shape: Shape, strides: tuple[Shape, ...], itemsize: int, kept: int
+    dim: int, shape: Shape, strides: tuple[Shape, ...], of_rows: tuple[Shape, ...], itemsize: int, kept: int
 ) -> tuple[tuple[Shape, ...], SoftmaxPlan, Sizes, dict[str, Any]]:
-    path = rows_along(dim, shape, strides)
-    index = index_type(max(path.pixels, *(reach(shape, stride) for stride in strides)))
+    path = rows_along(dim, shape, strides, of_rows)
+    index = index_type(max(path.pixels, *(reach(shape, stride) for stride in strides + of_rows)))
     chosen = plan(path, itemsize, kept)
     sizes = Sizes(
         path.channels // path.channel_align,
