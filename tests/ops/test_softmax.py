@@ -185,7 +185,7 @@ def test_plan_of_rows():
     rows = planned((8192, 1000), ((1000, 1),) * 2)
     assert (rows.pixels, rows.channels, rows.warps, rows.whole, rows.steps) == (2, 1024, 4, True, 4096)
     long = planned((64, 128000), ((128000, 1),) * 2)
-    assert (long.pixels, long.channels, long.whole, long.channel_tiles) == (1, 8192, False, 16)
+    assert (long.pixels, long.channels, long.whole, long.channel_tiles) == (1, 16384, False, 8)
     # 32 numbers a thread at the most.
     assert planned((64, 32768), ((32768, 1),) * 2).whole and not planned((64, 32768), ((32768, 1),) * 2, kept=2).whole
     images = (8, 21, 64, 64), ((21 * 4096, 4096, 64, 1),) * 2

@@ -15,7 +15,7 @@ from gpukern.runtime.integers import cdiv, power_of_two
 #: The most numbers of a tile, 32 for each of 1,024 threads; half of it where a second tile is kept beside.
 _MOST = 32 * 1024
 #: Numbers of a tile of many short rows, and of a tile of a row that does not fit.
-_SHORT, _LONG = 2048, 8192
+_SHORT, _LONG = 2048, 16 * 1024
 #: Numbers of a thread.
 _EACH = 16
 #: Bytes of neighbouring rows that are read together where these are adjacent, not the numbers of a row: two sectors.
@@ -50,7 +50,7 @@ def plan(walk: Walk, itemsize: int, tiles: int = 1) -> SoftmaxPlan:
         pixels = min(max(_SHORT // channels, together), power_of_two(walk.inner))
     else:
         pixels = together
-        channels = _LONG // pixels
+        channels = _LONG // power_of_two(tiles) // pixels
     elements = pixels * channels
     blocks = cdiv(walk.inner, pixels)
     return SoftmaxPlan(
