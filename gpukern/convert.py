@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 import gpukern.nn
 from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
 from gpukern.formatting import count
+from gpukern.nn import foreign
 from gpukern.nn.leaf import mark
 from gpukern.nn.sequential import is_plain, runs, subclass_of
 from gpukern.runtime import kept
@@ -43,6 +44,9 @@ _CONTAINERS = (
     torch.nn.ParameterList,
     torch.nn.ParameterDict,
 )
+
+#: What a copy has in common with the original.
+_SHARED = (torch.Tensor, *((torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()))
 
 _FOOTNOTE = (
     "Calls inside forward (torch.nn.functional.relu, +, torch.cat, ...) are not layers: convert does not see them."
@@ -144,7 +148,7 @@ def convert(
     ----------
     model:
         any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced: a subclass may compute something else.
+        replaced, and timm's GroupNorm, GroupNormAct and StdConv2d: another subclass may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -179,7 +183,7 @@ def convert(
         reason = _why_not(module, kind)
         if reason:
             left.append(LeftLayer(name, kind.__name__, reason))
-        elif kind in REPLACEMENTS:
+        elif _replacement(kind) is not None:
             _replace(module, kind)
             classes[module] = kind
             replaced.append(Layer(name, kind.__name__))
@@ -192,14 +196,14 @@ def convert(
 
 
 def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
-    """A deep copy of all but the tensors that modules hold."""
+    """A deep copy of all but the tensors, and groups of processes, that modules hold."""
     memo: dict[int, object] = {}
     for module in modules_in(model):
         if isinstance(module, torch.jit.ScriptModule):
             continue  # its tensors live in C++, where no memo is consulted
         # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
         for values in (module._parameters, module._buffers, vars(module)):
-            memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))
+            memo.update((id(value), value) for value in values.values() if isinstance(value, _SHARED))
     kept.fill(memo, model)
     try:
         return deep_copy(model, memo, share_tensors=True)
@@ -235,8 +239,9 @@ def _is_composite(module: torch.nn.Module) -> bool:
 
 
 def _is_structure(module: torch.nn.Module) -> bool:
-    """Whether nothing is computed: containers, reshapes, and dropout outside of training."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+    """Whether nothing is computed: containers, reshapes, and torch's own kinds of dropout outside of training."""
+    kind = _torch_type(module)
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd) and kind not in (*REPLACEMENTS, *_OURS):
         return not module.training or module.p == 0
     return type(module) in (*_STRUCTURE, *_CONTAINERS)
 
@@ -253,7 +258,7 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return "compiled by TorchScript: convert the model before scripting it"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "not initialized yet: run the model once, then convert it"
-    if kind not in REPLACEMENTS:
+    if _replacement(kind) is None:
         if kind.__module__.startswith("torch.ao.nn."):
             return "quantized or made ready for it: gpukern has no quantized layers"
         for base in REPLACEMENTS:
@@ -261,8 +266,6 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
                 return f"subclass of {base.__name__}: it may override forward"
         if isinstance(module, torch.fx.GraphModule):
             return "a traced graph without layers: convert does not look inside its forward"
-        if kind is torch.nn.SyncBatchNorm:
-            return "it communicates between processes, which is left to torch"
         if kind.__module__.startswith("torch."):
             return f"gpukern has no {kind.__name__} yet"
         return "not a torch.nn layer: convert does not look inside its forward"
@@ -272,6 +275,8 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return f"negative_slope = {module.negative_slope}: gpukern takes none below 0"
     if isinstance(module, torch.nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         return f"it clamps to [{module.min_val}, {module.max_val}]: gpukern's ReLU6 to [0, 6] only"
+    if kind not in REPLACEMENTS and (reason := foreign.why_not(module)):
+        return reason
     for parameter in module.parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"its parameters are of the tensor subclass {type(parameter).__name__}"
@@ -280,8 +285,12 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
     return None
 
 
+def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    return REPLACEMENTS.get(kind) or foreign.replacement_of(kind)
+
+
 def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
-    replacement = REPLACEMENTS[kind]
+    replacement: type = _replacement(kind)  # type: ignore[assignment]  # asked before
     if parametrize.is_parametrized(module):
         # torch gave the object a class of its own, with a property for each parametrized tensor. It gets another such
         # class, over gpukern's layer; removing the parametrization then leaves gpukern's layer.
@@ -302,7 +311,7 @@ def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:
     if not isinstance(module, gpukern.nn.Sequential):
         if not _has_torchs_forward(module):
             return []
-        module.__class__ = subclass_of(type(module))  # type: ignore[arg-type]  # classes are hashable
+        module.__class__ = subclass_of(type(module))  # type: ignore[assignment]
     layers = [slice(run.first, run.end) for run in found if all(map(is_plain, children[run.first : run.end]))]
     return [Together(tuple(names[of]), tuple(_torch_type(child).__name__ for child in children[of])) for of in layers]
 
