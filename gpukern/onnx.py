@@ -22,6 +22,7 @@ import torch
 from gpukern.ops._operators import OPERATORS
 from gpukern.ops.batch_norm import batch_norm
 from gpukern.ops.pool2d import adaptive_avg_pool2d
+from gpukern.ops.softmax import softmax
 from gpukern.runtime.import_hooks import when_imported
 
 __all__ = ["decompositions"]
@@ -39,6 +40,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         **{overload: _rounded_once(found[overload]) for overload in single},
         batch_norm.overload: _rounded_once(batch_norm.decomposition, torch.float32),
         adaptive_avg_pool2d.overload: _adaptive_avg_pool2d,
+        softmax.overload: softmax.decomposition,  # its result may be wider than its operand
     }
 
 

@@ -5,12 +5,26 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d`
 ``torch.nn.BatchNorm2d`` with an epilogue. ``Sequential`` computes neighbours among these layers together.
 """
 
-from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
+from gpukern.nn.activation import (
+    GELU,
+    Hardsigmoid,
+    Hardswish,
+    LeakyReLU,
+    LogSoftmax,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Softmax2d,
+    Tanh,
+)
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 from gpukern.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from gpukern.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.linear import Linear
+from gpukern.nn.loss import CrossEntropyLoss
 from gpukern.nn.pooling import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -44,6 +58,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "CrossEntropyLoss",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
@@ -56,6 +71,7 @@ __all__ = [
     "InstanceNorm3d",
     "LeakyReLU",
     "Linear",
+    "LogSoftmax",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
@@ -64,6 +80,8 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Softmax2d",
     "SyncBatchNorm",
     "Tanh",
 ]

@@ -143,6 +143,9 @@ SEQUENCES = (
 )
 #: Batch norms beyond those of the networks: with an epilogue, channels that are no multiple of 16, offsets of 64 bits.
 NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 2900))
+#: Rows of logits: short ones, whole ones, longer ones than a tile; classes of pixels in NCHW and as the layout says;
+#: offsets of 64 bits. Of the first two every kind of loss is taken.
+LOGITS = ((4096, 1000), (64, 32000), (128, 10), (64, 12000), (8, 21, 16384), (8, 21, 128, 128), (8, 64, 2900, 2900))
 #: Group norms, with an activation and perhaps a residual: groups that fit a program, in both layouts, of a channel, of
 #: channels that are no power of two, of vectors; that do not; with offsets of 64 bits.
 GROUP_NORMS = (
@@ -181,6 +184,11 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         NORMS, layouts, (("relu", True), ("relu", False), ("silu", False))
     ):
         yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
+    for i, (shape, layout) in enumerate(itertools.product(LOGITS, layouts[:1])):
+        yield lambda args=(shape, dtype, layout), every=i < 2: _run_softmax(*args, every)
+        # The gradients of float16 wait for the backward.
+        wide = torch.bfloat16 if dtype is torch.float16 else dtype
+        yield lambda args=(shape, wide, layout), every=i < 2: _run_cross_entropy(*args, every)
     for case in GROUP_NORMS:
         yield lambda case=case: _run_group_norm(dtype, *case)
     yield lambda: F.instance_norm(_empty((8, 64, 56, 56), dtype), *(_empty((64,), torch.float32) for _ in range(4)))
@@ -275,6 +283,22 @@ def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: b
     normalize_pair_backward(y, y if with_y else None, a, norm, b, norm, activation)
     sums = _empty((2, shape[1]), torch.float32)
     gradients_from_sums(y, a, norm.weight, norm.bias, norm.mean, norm.variance, sums, True, norm.eps)
+
+
+def _run_softmax(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, every: bool) -> None:
+    for softmax in (F.softmax, F.log_softmax)[: 2 if every else 1]:
+        _backward(lambda x, softmax=softmax: softmax(x, 1), _empty(shape, dtype, layout))
+
+
+def _run_cross_entropy(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format, every: bool) -> None:
+    labels, weight = _empty((shape[0], *shape[2:]), torch.int64), _empty(shape[1:2], dtype)
+    _backward(lambda x: F.cross_entropy(x, labels), _empty(shape, dtype, layout))
+    if every:
+        smoothed = {"weight": weight, "label_smoothing": 0.1}
+        _backward(lambda x: F.cross_entropy(x, labels, reduction="sum", **smoothed), _empty(shape, dtype, layout))
+        _backward(lambda x: F.cross_entropy(x, labels, reduction="none"), _empty(shape, dtype, layout))
+        operands = (_empty(shape, dtype, layout) for _ in range(2))
+        _backward(lambda x, t: F.cross_entropy(x, t, **smoothed), *operands)
 
 
 def _run_dropout(dtype: torch.dtype, shape, layout) -> None:
