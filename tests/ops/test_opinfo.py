@@ -18,6 +18,12 @@ FUNCTIONS = {
     "nn.functional.linear": F.linear,
     "nn.functional.max_pool2d": F.max_pool2d,
     "nn.functional.avg_pool2d": F.avg_pool2d,
+    "nn.functional.conv3d": F.conv3d,
+    "nn.functional.conv_transpose3d": F.conv_transpose3d,
+    "nn.functional.max_pool3d": F.max_pool3d,
+    "nn.functional.avg_pool3d": F.avg_pool3d,
+    "nn.functional.adaptive_avg_pool3d": F.adaptive_avg_pool3d,
+    "nn.functional.adaptive_max_pool3d": F.adaptive_max_pool3d,
 }
 
 
