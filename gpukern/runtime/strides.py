@@ -40,3 +40,29 @@ def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
 def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
     """The largest offset, in elements, between two elements of a tensor."""
     return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def joined(
+    sizes: Sequence[int], strides: Sequence[Sequence[int]], dimensions: int
+) -> tuple[list[int], list[list[int]]]:
+    """Join ``sizes`` to so many dimensions where strides allow, and return them with each tensor's strides along them.
+
+    Raises ValueError where more are left.
+    """
+    kept: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for i, size in enumerate(sizes):
+        if size == 1:
+            continue
+        if kept and all(s[-1] == size * given[i] for s, given in zip(steps, strides, strict=True)):
+            kept[-1] *= size
+            for s, given in zip(steps, strides, strict=True):
+                s[-1] = given[i]
+        else:
+            kept.append(size)
+            for s, given in zip(steps, strides, strict=True):
+                s.append(given[i])
+    missing = dimensions - len(kept)
+    if missing < 0:
+        raise ValueError(f"more than {dimensions} dimensions that cannot be joined: {sizes}, strides {strides}")
+    return [1] * missing + kept, [[0] * missing + s for s in steps]
