@@ -107,6 +107,8 @@ def _named_padding(name: str, weight, stride, dilation) -> tuple[int, int, int, 
         raise RuntimeError(f"invalid padding string: {name!r}, expected 'valid' or 'same'")
     if stride != (1, 1):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
+    if weight.dim() != 4:
+        return 0, 0, 0, 0  # the operator says what is wrong with it
     return same_padding(tuple(weight.shape[2:]), dilation)
 
 
