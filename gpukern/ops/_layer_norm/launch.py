@@ -113,7 +113,7 @@ def _by_rows(given: Given, parameters, gradients, norm: Norm, read: tuple[int, .
             *(*given.operands, *parameters, *gradients, shared, group),
             *(given.sizes(plan.blocks), plan.steps, plan.steps_per_program, norm.eps, norm.negative_slope),
         ),
-        {"CHUNK": chunk(plan.columns, plan.warps)} | _row_options(plan) | options,
+        {"CHUNK": chunk(plan.columns, 8)} | _row_options(plan) | options,
     )
 
 

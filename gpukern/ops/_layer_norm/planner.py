@@ -13,16 +13,16 @@ from gpukern.ops._layer_norm.problem import Walk
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two
 
-#: Columns of the longest row that fits: 32 numbers a thread of 16 warps forward, and backward, where each element has
-#: five numbers (x̂, two gradients and two sums), 16.
+#: Columns of the longest row that fits: 32 of them a thread of 16 warps forward; backward of 8, which may have twice as
+#: many registers, for each element has five numbers there: x̂, two gradients and two sums.
 LONGEST_ROW, LONGEST_ROW_BACKWARD = 16384, 8192
-_MOST_WARPS = 16
+_MOST_WARPS, _MOST_WARPS_BACKWARD = 16, 8
 #: Rows of a tile where rows are adjacent in memory: a cache line of 16-bit numbers.
 _ADJACENT_ROWS = 64
 #: Warps of a multiprocessor that have their loads in flight, and the tiles that each fetches ahead of its own through
 #: shared memory, in bytes at most: of 3.3 TB/s and 132 multiprocessors each has 15 KB under way in 600 ns.
 _WARPS_PER_SM = 16
-_BYTES_AHEAD = 32 * 1024
+_BYTES_AHEAD = 64 * 1024
 #: Programs that sum over rows leave their sums in memory: one for each of so many rows, if not for each multiprocessor.
 _ROWS_PER_PART = 40
 #: A chunk of a long row, and its warps; tiles of the passes over long rows.
@@ -54,13 +54,15 @@ def row_plan(walk: Walk, itemsizes: tuple[int, ...], device: DeviceSpec, backwar
     elements = 2 * 32 * (8 if backward else 4) * (16 // min(itemsizes))
     rows = max(elements // columns, _ADJACENT_ROWS if any(walk.rows_run) else 1)
     rows = min(rows, power_of_two(walk.inner), max(1, (LONGEST_ROW_BACKWARD if backward else LONGEST_ROW) // columns))
-    warps = min(_MOST_WARPS, power_of_two(cdiv(rows * columns, 32 * 16)))
+    warps = min(_MOST_WARPS_BACKWARD if backward else _MOST_WARPS, power_of_two(cdiv(rows * columns, 32 * 16)))
     blocks = cdiv(walk.inner, rows)
     steps = walk.outer * walk.height * blocks
     ahead = _BYTES_AHEAD // (rows * columns * sum(itemsizes))
     per_sm = max(1, _WARPS_PER_SM // warps)
     if backward:
-        per_sm = 1 if walk.rows < 2 * _ROWS_PER_PART * device.sm_count else min(2, per_sm)
+        # A thread with 32 elements takes all registers that it can have; and parts of sums are traffic.
+        many = rows * columns > 16 * 32 * warps or walk.rows < 2 * _ROWS_PER_PART * device.sm_count
+        per_sm = 1 if many else min(2, per_sm)
     steps_per_program = cdiv(steps, per_sm * device.sm_count)
     return RowPlan(
         rows=rows,
