@@ -34,6 +34,14 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     getattr(torch.nn, ours.__name__): ours for ours in _OURS if hasattr(torch.nn, ours.__name__)
 }
 
+#: Classes of libraries that are not imported here, by their full names: they compute what gpukern's layer does.
+_BY_NAME: dict[str, type[torch.nn.Module]] = {
+    "torchvision.models.convnext.LayerNorm2d": gpukern.nn.LayerNorm2d,
+    "models.convnext.LayerNorm2d": gpukern.nn.LayerNorm2d,
+    "timm.layers.norm.LayerNorm2d": gpukern.nn.LayerNorm2d,
+    "timm.layers.norm.LayerNorm": gpukern.nn.LayerNorm,
+}
+
 _STRUCTURE = (torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten)
 _CONTAINERS = (
     torch.nn.Sequential,
@@ -144,7 +152,7 @@ def convert(
     ----------
     model:
         any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced: a subclass may compute something else.
+        replaced, as a subclass may compute something else, and the layer norms of torchvision and timm.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -179,8 +187,8 @@ def convert(
         reason = _why_not(module, kind)
         if reason:
             left.append(LeftLayer(name, kind.__name__, reason))
-        elif kind in REPLACEMENTS:
-            _replace(module, kind)
+        elif (replacement := _replacement(kind)) is not None:
+            _replace(module, replacement)
             classes[module] = kind
             replaced.append(Layer(name, kind.__name__))
         else:
@@ -245,6 +253,11 @@ def _torch_type(module: torch.nn.Module) -> type[torch.nn.Module]:
     return parametrize.type_before_parametrizations(module)
 
 
+def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    """Return gpukern's layer for objects of exactly this class; None if there is none."""
+    return REPLACEMENTS.get(kind) or _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
 def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
     """Return the reason why torch still computes ``module``; None if gpukern can, or does already."""
     if isinstance(module, _OURS):
@@ -253,7 +266,7 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return "compiled by TorchScript: convert the model before scripting it"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "not initialized yet: run the model once, then convert it"
-    if kind not in REPLACEMENTS:
+    if _replacement(kind) is None:
         if kind.__module__.startswith("torch.ao.nn."):
             return "quantized or made ready for it: gpukern has no quantized layers"
         for base in REPLACEMENTS:
@@ -272,6 +285,8 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return f"negative_slope = {module.negative_slope}: gpukern takes none below 0"
     if isinstance(module, torch.nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         return f"it clamps to [{module.min_val}, {module.max_val}]: gpukern's ReLU6 to [0, 6] only"
+    if getattr(module, "_fast_norm", False):
+        return "timm's fast norm is on, which computes in another dtype under autocast"
     for parameter in module.parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"its parameters are of the tensor subclass {type(parameter).__name__}"
@@ -280,8 +295,7 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
     return None
 
 
-def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
-    replacement = REPLACEMENTS[kind]
+def _replace(module: torch.nn.Module, replacement: type[torch.nn.Module]) -> None:
     if parametrize.is_parametrized(module):
         # torch gave the object a class of its own, with a property for each parametrized tensor. It gets another such
         # class, over gpukern's layer; removing the parametrization then leaves gpukern's layer.

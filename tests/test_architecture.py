@@ -67,7 +67,7 @@ TORCH_FREE = (
 )
 CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
-OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "linear")
+OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "layer_norm", "linear", "rms_norm")
 #: What runs on the device.
 KERNELS = (
     "_normalization.py",

@@ -39,6 +39,8 @@ LAYERS = {
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
     "BatchNorm1d": (("BatchNorm1d", (5,), {}), (4, 5)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
+    "LayerNorm": (("LayerNorm", ((5, 6),), {}), (2, 2, 5, 6)),
+    "RMSNorm": (("RMSNorm", (6,), {}), (3, 6)),
 }
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -79,7 +81,8 @@ def assert_same(ours, theirs, **tolerance) -> None:
 
 
 def test_every_layer_has_a_case():
-    assert {name.partition("-")[0] for name in LAYERS} == set(gpukern.nn.__all__) - {"BatchNormAct2d", "Sequential"}
+    others = {"BatchNormAct2d", "LayerNorm2d", "Sequential"}  # torch.nn has none with an epilogue, or over channels
+    assert {name.partition("-")[0] for name in LAYERS} == set(gpukern.nn.__all__) - others
 
 
 def test_results_are_torchs(pair):

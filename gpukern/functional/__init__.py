@@ -9,9 +9,9 @@ import torch.fx
 from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
 from gpukern.functional._conv import conv2d, conv_transpose2d
 from gpukern.functional._dense import linear
-from gpukern.functional._layer_norm import layer_norm, rms_norm
 from gpukern.functional._norm import batch_norm, conv2d_batch_norm
 from gpukern.functional._pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from gpukern.functional._row_norm import layer_norm, rms_norm
 
 # No function offers it, but saved graphs have it.
 from gpukern.ops import conv_max_pool2d as conv_max_pool2d

@@ -2,12 +2,14 @@
 
 Same constructor, same parameters and ``state_dict``; only the computation differs. ``isinstance(layer,
 torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d``, which torch.nn has not, is a
-``torch.nn.BatchNorm2d`` with an epilogue. ``Sequential`` computes neighbours among these layers together.
+``torch.nn.BatchNorm2d`` with an epilogue, and ``LayerNorm2d`` ConvNeXt's layer norm over channels. ``Sequential``
+computes neighbours among these layers together.
 """
 
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
+from gpukern.nn.layer_norm import LayerNorm, LayerNorm2d, RMSNorm
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 from gpukern.nn.sequential import Sequential
@@ -23,9 +25,12 @@ __all__ = [
     "ConvTranspose2d",
     "Hardsigmoid",
     "Hardswish",
+    "LayerNorm",
+    "LayerNorm2d",
     "LeakyReLU",
     "Linear",
     "MaxPool2d",
+    "RMSNorm",
     "ReLU",
     "ReLU6",
     "Sequential",

@@ -15,12 +15,15 @@ from torch.nn.modules.module import _has_any_global_hook
 from gpukern.nn import activation as activations
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
 from gpukern.nn.conv import Conv2d, ConvTranspose2d
+from gpukern.nn.layer_norm import LayerNorm, LayerNorm2d, RMSNorm
 from gpukern.nn.leaf import refuse_script
 from gpukern.nn.linear import Linear
 
 _ACTIVATIONS = frozenset(kind for kind in vars(activations).values() if hasattr(kind, "_epilogue"))
 #: Layers whose kernels take an activation.
-_HEADS = frozenset((BatchNorm1d, BatchNorm2d, Conv2d, ConvTranspose2d, Linear))
+_HEADS = frozenset((
+    BatchNorm1d, BatchNorm2d, Conv2d, ConvTranspose2d, LayerNorm, LayerNorm2d, Linear, RMSNorm,
+))  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -46,6 +49,7 @@ class Sequential(torch.nn.Sequential):
     Conv2d, BatchNormAct2d                            the same
     Conv2d, ConvTranspose2d or Linear, activation     the layer's kernel, with the activation in its epilogue
     BatchNorm1d or BatchNorm2d, activation            the same
+    LayerNorm, LayerNorm2d or RMSNorm, activation     the same
     ================================================  ==============================================================
 
     Children, ``state_dict``, running statistics, results and gradients are those of ``torch.nn.Sequential``, but for

@@ -38,7 +38,8 @@ def apply(operator: Operator, name: str, input, parameters: tuple, residual, nor
     arguments = norm.normalized_shape, norm.eps, norm.activation, norm.negative_slope, norm.dtype
     if input.dim() != norm.dims:
         return operator(input, *parameters, residual, *arguments)
-    check(name, input, *parameters, *(None,) * (2 - len(parameters)), residual, norm)
+    weight, bias = parameters if norm.centered else (*parameters, None)
+    check(name, input, weight, bias, residual, norm)
     row = None if residual is None else residual.unsqueeze(0)
     return operator(input.unsqueeze(0), *parameters, row, *arguments).squeeze(0)
 
@@ -86,13 +87,13 @@ def declare(name: str, centered: bool, decomposition: Any) -> Operator:
         return (input, weight, bias, residual), Norm(tuple(shape), eps, centered, activation, negative_slope, dtype)
 
     def forward(*arguments: Any) -> torch.Tensor:
-        operands, norm = read(arguments)
-        check(name, *operands, norm)
-        return _implementations.of(operands[0]).normalize(*operands, norm)
+        (input, weight, bias, residual), norm = read(arguments)
+        check(name, input, weight, bias, residual, norm)
+        return _implementations.of(input).normalize(input, weight, bias, residual, norm)
 
     def fake(*arguments: Any) -> torch.Tensor:
-        (input, *others), norm = read(arguments)
-        check(name, input, *others, norm)
+        (input, weight, bias, residual), norm = read(arguments)
+        check(name, input, weight, bias, residual, norm)
         return input.new_empty(input.shape, dtype=norm.dtype or input.dtype)
 
     def save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
@@ -145,9 +146,7 @@ def declare(name: str, centered: bool, decomposition: Any) -> Operator:
     )
 
 
-def _in_torch(
-    input, weight, bias, residual, normalized_shape, eps, activation, negative_slope, dtype
-) -> torch.Tensor:
+def _in_torch(input, weight, bias, residual, normalized_shape, eps, activation, negative_slope, dtype) -> torch.Tensor:
     x = input if dtype is None else _aten.to.dtype(input, dtype)
     z = _aten.layer_norm.default(x, normalized_shape, weight, bias, eps)
     return in_torch(z if residual is None else _aten.add.Tensor(z, residual), activation, negative_slope)

@@ -42,7 +42,7 @@ def as_shape(name: str, value: Sequence[int]) -> tuple[int, ...]:
                 raise TypeError(
                     f"{name} must be tuple of ints, but found element of type {type(each).__name__} at pos {place}"
                 ) from None
-    return tuple(each if isinstance(each, (int, torch.SymInt)) else _index(each) for each in value)
+    return tuple(each if isinstance(each, torch.SymInt) else _index(each) for each in value)  # type: ignore[misc]
 
 
 def as_int(name: str, value: int) -> int:

@@ -6,7 +6,6 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm.functions import Sizes
@@ -197,7 +196,12 @@ class Given(NamedTuple):
     def sizes(self, blocks: int, column_tiles: int = 1) -> Sizes:
         walk = self.walk
         return Sizes(
-            walk.columns // walk.column_align, walk.inner // walk.row_align, walk.height, blocks, column_tiles, walk.rows
+            walk.columns // walk.column_align,
+            walk.inner // walk.row_align,
+            walk.height,
+            blocks,
+            column_tiles,
+            walk.rows,
         )
 
 

@@ -23,11 +23,12 @@ def normalize(
     Uses torch's own kernels, and so gives the same bits as its layers.
     """
     dtype = _computed_in(input, weight)
-    x, *parameters = (None if t is None else t.to(dtype) for t in (input, weight, bias))
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    shape = list(norm.normalized_shape)
     if norm.centered:
-        z = F.layer_norm(x, norm.normalized_shape, *parameters, norm.eps)
+        z = F.layer_norm(input.to(dtype), shape, weight, bias, norm.eps)
     else:
-        z = F.rms_norm(x, norm.normalized_shape, parameters[0], norm.eps)
+        z = F.rms_norm(input.to(dtype), shape, weight, norm.eps)
     z = z if residual is None else z + residual.to(dtype)
     return activations.activation(z, norm.activation, norm.negative_slope).to(norm.dtype or input.dtype).contiguous()
 
@@ -53,8 +54,7 @@ def normalize_backward(
     normal, inverse = normal_of(input, weight, norm)
     g = inner_gradient(grad, normal, weight, bias, other, norm)
     rows = tuple(range(input.dim() - norm.dims))
-    nothing = input.new_empty(0)
-    grad_input = grad_weight = grad_bias = nothing
+    grad_input, grad_weight, grad_bias, inner = (input.new_empty(0) for _ in range(4))
     if wants_input:
         slope = without_changes(g if weight is None else g * weight, normal, norm) * inverse
         grad_input = slope.to(input.dtype).contiguous()
@@ -62,7 +62,8 @@ def normalize_backward(
         grad_weight = (g * normal).sum(rows).to(weight.dtype)
     if wants_parameters and bias is not None:
         grad_bias = g.sum(rows).to(bias.dtype)
-    inner = g.to(grad.dtype).clone(memory_format=torch.contiguous_format) if wants_inner else nothing
+    if wants_inner:
+        inner = g.to(grad.dtype).clone(memory_format=torch.contiguous_format)
     return grad_input, grad_weight, grad_bias, inner
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from gpukern.ops.activation import check_activation
-from gpukern.ops.layer_norm import apply, layer_norm as _layer_norm
 from gpukern.ops._layer_norm.problem import Norm
+from gpukern.ops.activation import check_activation
+from gpukern.ops.layer_norm import apply
+from gpukern.ops.layer_norm import layer_norm as _layer_norm
 from gpukern.ops.rms_norm import rms_norm as _rms_norm
 from gpukern.runtime.arguments import as_float, as_shape, check_tensors
 from gpukern.runtime.tensors import check_floating
