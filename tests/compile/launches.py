@@ -132,6 +132,21 @@ FAR = (
 )
 #: Batch norms beyond those of the networks: with an epilogue, channels that are no multiple of 16, offsets of 64 bits.
 NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 2900))
+#: Layer and RMS norms: of tokens; of images seen as [N, H, W, C], of aligned planes and others; of columns that are no
+#: multiple of 16; of the longest rows that fit; of longer ones, few and many; past 2³¹ elements.
+ROW_NORMS: tuple[tuple[tuple[int, ...], str, str | None, bool], ...] = (
+    ((32, 197, 768), "layer_norm", None, False),
+    ((32, 197, 768), "rms_norm", "gelu", True),
+    ((32, 49, 96), "layer_norm", "silu", True),
+    ((32, 56, 56, 96), "permuted", "gelu", True),
+    ((32, 7, 7, 768), "permuted", None, False),
+    ((64, 1000), "layer_norm", "relu", True),
+    ((4096, 8192), "layer_norm", "gelu", True),
+    ((4096, 16384), "layer_norm", None, False),
+    ((4096, 16384), "layer_norm", "gelu", True),
+    ((8, 96, 56, 56), "rms_norm", "silu", True),
+    ((40000, 196, 384), "layer_norm", "gelu", True),
+)
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -158,6 +173,8 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         NORMS, layouts, (("relu", True), ("relu", False), ("silu", False))
     ):
         yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
+    for shape, kind, act, with_residual in ROW_NORMS:
+        yield lambda args=(shape, kind, act, with_residual): _run_row_norm(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -211,6 +228,22 @@ def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str
         return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
 
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
+
+
+def _run_row_norm(dtype: torch.dtype, shape, kind: str, activation: str | None, with_residual: bool) -> None:
+    """A layer or RMS norm: of whole images [N, C, H, W], or over the last dimension of anything else."""
+    x = _empty(shape, dtype)
+    if kind == "permuted":
+        x = torch.empty(shape[0], shape[-1], *shape[1:-1], dtype=dtype, device=META).movedim(1, -1)
+    columns = shape[1:] if len(shape) == 4 and kind != "permuted" else shape[-1:]
+    parameters = [_empty(columns, torch.float32) for _ in range(1 if kind == "rms_norm" else 2)]
+    function = F.rms_norm if kind == "rms_norm" else F.layer_norm
+
+    def norm(x, *rest):
+        residual = rest[-1] if with_residual else None
+        return function(x, columns, *rest[: len(parameters)], residual=residual, activation=activation)
+
+    _backward(norm, x, *parameters, *([_empty(shape, dtype)] if with_residual else []))
 
 
 def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: bool) -> None:

@@ -38,7 +38,7 @@ def normalize(
     parameters = _flat(weight), _flat(bias)
     options = {"CENTERED": norm.centered, "ACTIVATION": norm.activation} | given.options
     device, scalars = input.device, (norm.eps, norm.negative_slope)
-    if given.walk.columns <= planner.LONGEST_ROW:
+    if planner.fits(given.walk.columns, False, residual is not None or norm.activation != "none"):
         read = tuple(t.itemsize for t in (input, residual) if t is not None)
         plan = planner.row_plan(given.walk, read, device_spec(device), False)
         launch(
@@ -88,7 +88,7 @@ def normalize_backward(
     gradients = grad_weight, grad_bias
     needs_input = norm.activation != "none" and PROPERTIES[norm.activation].needs_input
     options = {"CENTERED": norm.centered, "ACTIVATION": norm.activation, "NEEDS_INPUT": needs_input} | given.options
-    if given.walk.columns <= planner.LONGEST_ROW_BACKWARD:
+    if planner.fits(given.walk.columns, True, True):
         read = tuple(t.itemsize for t in (grad, input, other) if t is not None)
         _by_rows(given, parameters, gradients, norm, read, options, input.device)
     else:
@@ -194,15 +194,9 @@ class Given(NamedTuple):
     options: dict[str, Any]
 
     def sizes(self, blocks: int, column_tiles: int = 1) -> Sizes:
-        walk = self.walk
-        return Sizes(
-            walk.columns // walk.column_align,
-            walk.inner // walk.row_align,
-            walk.height,
-            blocks,
-            column_tiles,
-            walk.rows,
-        )
+        path = self.walk
+        groups = path.columns // path.column_align, path.inner // path.row_align
+        return Sizes(*groups, path.height, blocks, column_tiles, path.rows)
 
 
 def _operands(dims: int, *tensors: torch.Tensor | None) -> Given:

@@ -13,8 +13,8 @@ from gpukern.ops._layer_norm.problem import Walk
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two
 
-#: Columns of the longest row that fits: 32 of them a thread of 16 warps forward; backward of 8, which may have twice as
-#: many registers, for each element has five numbers there: x̂, two gradients and two sums.
+#: Columns of the longest row that fits: 32 of them a thread of 16 warps forward, half of that with an epilogue; backward
+#: of 8, which may have twice as many registers, for each element has five numbers there: x̂, two gradients and two sums.
 LONGEST_ROW, LONGEST_ROW_BACKWARD = 16384, 8192
 _MOST_WARPS, _MOST_WARPS_BACKWARD = 16, 8
 #: Rows of a tile where rows are adjacent in memory: a cache line of 16-bit numbers.
@@ -30,6 +30,11 @@ _CHUNK, _CHUNK_WARPS = 4096, 8
 _TILE = (4, 512)
 #: Programs that share long rows, per multiprocessor, and the maximum number of parts.
 _PROGRAMS_PER_SM, _SPLITS = 4, 256
+
+
+def fits(columns: int, backward: bool, epilogue: bool) -> bool:
+    """Whether a program's registers hold a row, forward or backward, with a residual or an activation or without."""
+    return columns <= (LONGEST_ROW_BACKWARD if backward else LONGEST_ROW // 2 if epilogue else LONGEST_ROW)
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,11 @@ def row_plan(walk: Walk, itemsizes: tuple[int, ...], device: DeviceSpec, backwar
     columns = power_of_two(walk.columns)
     # 32 bytes a thread of the tensor with the smallest elements, on 4 warps or 8; rows that are adjacent fill lines.
     elements = 2 * 32 * (8 if backward else 4) * (16 // min(itemsizes))
-    rows = max(elements // columns, _ADJACENT_ROWS if any(walk.rows_run) else 1)
-    rows = min(rows, power_of_two(walk.inner), max(1, (LONGEST_ROW_BACKWARD if backward else LONGEST_ROW) // columns))
+    across, most = any(walk.rows_run), LONGEST_ROW_BACKWARD if backward else LONGEST_ROW
+    if across:  # whose transposition takes registers, of numbers of 4 bytes twice as many
+        most = min(most, 2 * LONGEST_ROW // max(itemsizes))
+    rows = max(elements // columns, _ADJACENT_ROWS if across else 1)
+    rows = min(rows, power_of_two(walk.inner), max(1, most // columns))
     warps = min(_MOST_WARPS_BACKWARD if backward else _MOST_WARPS, power_of_two(cdiv(rows * columns, 32 * 16)))
     blocks = cdiv(walk.inner, rows)
     steps = walk.outer * walk.height * blocks
