@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import gpukern
 from gpukern.summary import summary
 from models.lenet import LeNet5
 from tests.resnet import resnet18
@@ -166,6 +167,10 @@ def test_what_cannot_be_followed_is_left_open(combine):
         (nn.GroupNorm(2, 4), "all"),
         (nn.InstanceNorm2d(4), "all"),
         (nn.BatchNorm2d(4), (3, 3)),
+        (nn.LayerNorm(10), None),
+        (gpukern.nn.LayerNorm([10, 10]), "all"),
+        (gpukern.nn.LayerNorm2d(4), (3, 3)),
+        (gpukern.nn.RMSNorm(10), None),
         (nn.Dropout(), (3, 3)),
         (nn.Flatten(), (3, 3)),
         (nn.ConvTranspose2d(4, 4, 2), None),

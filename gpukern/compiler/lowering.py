@@ -190,11 +190,16 @@ _POOLS: dict[Any, Callable[..., Any]] = {
 #: arguments of their own.
 _SAME: dict[Any, Callable[..., Any]] = {
     F.layer_norm: functional.layer_norm,
+    torch.layer_norm: steps.layer_norm,
     F.rms_norm: functional.rms_norm,
-} | {
-    getattr(F, name): getattr(functional, name)
-    for name in PROPERTIES
-    if "inplace" in parameters_of(getattr(F, name, None))
+    torch.rms_norm: functional.rms_norm,
+    torch.ops.aten.layer_norm.default: functional.layer_norm,
+    torch.ops.aten.rms_norm.default: functional.rms_norm,
+    **{
+        getattr(F, name): getattr(functional, name)
+        for name in PROPERTIES
+        if "inplace" in parameters_of(getattr(F, name, None))
+    },
 }
 
 

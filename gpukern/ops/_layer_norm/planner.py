@@ -13,8 +13,8 @@ from gpukern.ops._layer_norm.problem import Walk
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import cdiv, power_of_two
 
-#: Columns of the longest row that fits: 32 of them a thread of 16 warps forward, half of that with an epilogue; backward
-#: of 8, which may have twice as many registers, for each element has five numbers there: x̂, two gradients and two sums.
+#: Columns of the longest row that fits: 32 of them a thread of 16 warps forward, half of that with an epilogue. Each
+#: element has five numbers backward, x̂, two gradients and two sums: of 8 warps, which may have twice as many registers.
 LONGEST_ROW, LONGEST_ROW_BACKWARD = 16384, 8192
 _MOST_WARPS, _MOST_WARPS_BACKWARD = 16, 8
 #: Rows of a tile where rows are adjacent in memory: a cache line of 16-bit numbers.
