@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 import gpukern.nn
 from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
 from gpukern.formatting import count
+from gpukern.nn import foreign
 from gpukern.nn.leaf import mark
 from gpukern.nn.sequential import is_plain, runs, subclass_of
 from gpukern.runtime import kept
@@ -32,14 +33,6 @@ _OURS = tuple(getattr(gpukern.nn, name) for name in gpukern.nn.__all__ if name !
 #: torch.nn layer → gpukern's, for every layer that gpukern.nn offers and torch.nn has
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     getattr(torch.nn, ours.__name__): ours for ours in _OURS if hasattr(torch.nn, ours.__name__)
-}
-
-#: Classes of libraries that are not imported here, by their full names: they compute what gpukern's layer does.
-_BY_NAME: dict[str, type[torch.nn.Module]] = {
-    "torchvision.models.convnext.LayerNorm2d": gpukern.nn.LayerNorm2d,
-    "models.convnext.LayerNorm2d": gpukern.nn.LayerNorm2d,
-    "timm.layers.norm.LayerNorm2d": gpukern.nn.LayerNorm2d,
-    "timm.layers.norm.LayerNorm": gpukern.nn.LayerNorm,
 }
 
 _STRUCTURE = (torch.nn.Identity, torch.nn.Flatten, torch.nn.Unflatten)
@@ -152,7 +145,7 @@ def convert(
     ----------
     model:
         any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced, as a subclass may compute something else, and the layer norms of torchvision and timm.
+        replaced, and group and layer norms of timm and torchvision: another subclass may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -187,8 +180,8 @@ def convert(
         reason = _why_not(module, kind)
         if reason:
             left.append(LeftLayer(name, kind.__name__, reason))
-        elif (replacement := _replacement(kind)) is not None:
-            _replace(module, replacement)
+        elif _replacement(kind) is not None:
+            _replace(module, kind)
             classes[module] = kind
             replaced.append(Layer(name, kind.__name__))
         else:
@@ -253,11 +246,6 @@ def _torch_type(module: torch.nn.Module) -> type[torch.nn.Module]:
     return parametrize.type_before_parametrizations(module)
 
 
-def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
-    """Return gpukern's layer for objects of exactly this class; None if there is none."""
-    return REPLACEMENTS.get(kind) or _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
-
-
 def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
     """Return the reason why torch still computes ``module``; None if gpukern can, or does already."""
     if isinstance(module, _OURS):
@@ -285,8 +273,8 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return f"negative_slope = {module.negative_slope}: gpukern takes none below 0"
     if isinstance(module, torch.nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         return f"it clamps to [{module.min_val}, {module.max_val}]: gpukern's ReLU6 to [0, 6] only"
-    if getattr(module, "_fast_norm", False):
-        return "timm's fast norm is on, which computes in another dtype under autocast"
+    if kind not in REPLACEMENTS and (reason := foreign.why_not(module)):
+        return reason
     for parameter in module.parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"its parameters are of the tensor subclass {type(parameter).__name__}"
@@ -295,7 +283,12 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
     return None
 
 
-def _replace(module: torch.nn.Module, replacement: type[torch.nn.Module]) -> None:
+def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    return REPLACEMENTS.get(kind) or foreign.replacement_of(kind)
+
+
+def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    replacement: type = _replacement(kind)  # type: ignore[assignment]  # asked before
     if parametrize.is_parametrized(module):
         # torch gave the object a class of its own, with a property for each parametrized tensor. It gets another such
         # class, over gpukern's layer; removing the parametrization then leaves gpukern's layer.

@@ -67,7 +67,20 @@ TORCH_FREE = (
 )
 CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
-OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "layer_norm", "linear", "rms_norm")
+OPERATIONS = (
+    *("activation", "batch_norm", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d"),
+    *("layer_norm", "linear", "rms_norm"),
+)
+    "activation",
+    "batch_norm",
+    "conv2d",
+    "conv3d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "layer_norm",
+    "linear",
+    "rms_norm",
+)
 #: What runs on the device.
 KERNELS = (
     "_normalization.py",

@@ -22,10 +22,16 @@ pytestmark = pytest.mark.usefixtures("reference_mode")
 LAYERS = [
     nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
     nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
+    nn.Conv3d(3, 4, (1, 3, 2), stride=2, padding=1, padding_mode="replicate"),
+    nn.ConvTranspose3d(3, 4, 3, stride=2, output_padding=1),
     nn.Linear(8, 2),
     nn.MaxPool2d(2, 1, 1, ceil_mode=True, return_indices=True),
     nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
     nn.AdaptiveAvgPool2d((3, None)),
+    nn.MaxPool3d(2, 1, 1, ceil_mode=True, return_indices=True),
+    nn.AvgPool3d(3, 2, 1, count_include_pad=False, divisor_override=5),
+    nn.AdaptiveAvgPool3d((3, None, 2)),
+    nn.AdaptiveMaxPool3d(2, return_indices=True),
     nn.ReLU(inplace=True),
     nn.LeakyReLU(0.3),
     nn.Sigmoid(),
@@ -37,6 +43,7 @@ LAYERS = [
     nn.GELU("tanh"),
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
+    nn.BatchNorm3d(3, eps=0.1, affine=False),
     nn.LayerNorm((8, 8), eps=0.1, bias=False),
     nn.RMSNorm(8, elementwise_affine=False),
 ]
@@ -62,7 +69,8 @@ def test_layer_is_replaced_with_its_attributes(layer):
     assert type(layer) is getattr(nn, type(layer).__name__)
     assert type(converted) is getattr(gpukern.nn, type(layer).__name__)
     assert repr(converted) == repr(layer)
-    x = torch.randn((2, 3, 8) if isinstance(layer, nn.BatchNorm1d) else (2, 3, 8, 8))
+    dimensions = 1 if isinstance(layer, nn.BatchNorm1d) else 3 if "3d" in type(layer).__name__ else 2
+    x = torch.randn((2, 3, *(8,) * dimensions))
     torch.testing.assert_close(converted(x.clone()), layer(x.clone()), rtol=1e-5, atol=1e-5)
 
 

@@ -13,10 +13,20 @@ from gpukern.conv.problem import (
     Pair,
     conv_problem,
     output_size,
+    output_sizes,
     pooled_problem,
     same_padding,
+    same_paddings,
     transposed_problem,
     transposed_size,
+    transposed_sizes,
+)
+from gpukern.conv.volumes.problem import (
+    Sides,
+    Triple,
+    VolumeProblem,
+    transposed_volume_problem,
+    volume_problem,
 )
 
 #: Module → its public names, imported on first use: importing all of planning takes 30 ms, and ``launch`` needs Triton.
@@ -56,12 +66,20 @@ __all__ = [
     "Pair",
     "Variant",
     "conv_problem",
+    "Sides",
+    "Triple",
+    "VolumeProblem",
     "output_size",
+    "output_sizes",
     "pooled_problem",
     "reference",
     "same_padding",
+    "same_paddings",
     "transposed_problem",
     "transposed_size",
+    "transposed_sizes",
+    "transposed_volume_problem",
+    "volume_problem",
     "database",
     *_HOMES,
 ]

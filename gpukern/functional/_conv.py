@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gpukern.conv import same_padding
+from gpukern.conv import same_paddings
 from gpukern.ops import conv2d as _conv2d
 from gpukern.ops import conv_transpose2d as _conv_transpose2d
 from gpukern.ops.activation import check_activation
@@ -94,22 +94,23 @@ def conv2d(
 def sides(padding: int | Sequence[int] | str, weight, stride, dilation) -> tuple[int, int, int, int]:
     """(top, bottom, left, right)."""
     if isinstance(padding, str):
-        return _named_padding(padding, weight, stride, dilation)
+        top, bottom, left, right = named_padding(padding, weight, stride, dilation)
+        return top, bottom, left, right
     vertical, horizontal = as_pair("padding", padding)
     return vertical, vertical, horizontal, horizontal
 
 
-def _named_padding(name: str, weight, stride, dilation) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of "valid" and "same"."""
+def named_padding(name: str, weight, stride, dilation) -> tuple[int, ...]:
+    """(before, after) of each dimension, of "valid" and "same"."""
     if name == "valid":
-        return 0, 0, 0, 0
+        return (0, 0) * len(stride)
     if name != "same":
         raise RuntimeError(f"invalid padding string: {name!r}, expected 'valid' or 'same'")
-    if stride != (1, 1):
+    if any(step != 1 for step in stride):
         raise RuntimeError("padding='same' is not supported for strided convolutions")
-    if weight.dim() != 4:
-        return 0, 0, 0, 0  # the operator says what is wrong with it
-    return same_padding(tuple(weight.shape[2:]), dilation)
+    if weight.dim() != len(stride) + 2:
+        return (0, 0) * len(stride)  # the operator says what is wrong with it
+    return same_paddings(tuple(weight.shape[2:]), dilation)
 
 
 def conv_transpose2d(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gpukern import functional as F
-from gpukern.nn.conv import Conv2d
+from gpukern.nn.conv import Conv2d, padded
 from gpukern.nn.leaf import Leaf
 from gpukern.ops.activation import check_activation
 
@@ -29,7 +29,7 @@ class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
     def _compute_after(self, conv: Conv2d, input: torch.Tensor, **epilogue) -> torch.Tensor:
         """In training, compute this norm of ``conv(input)``, whose kernel makes the statistics. input: [N, C, H, W]."""
         batches = self._batches()
-        input, padding = conv._padded(input)
+        input, padding = padded(conv, input)
         output = F.conv2d_batch_norm(
             *(input, conv.weight, conv.bias, *self._running(), self.weight, self.bias),
             *(conv.stride, padding, conv.dilation, conv.groups),
@@ -66,6 +66,10 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d`` on gpukern's kernels. See :func:`gpukern.functional.batch_norm`."""
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` on gpukern's kernels. See :func:`gpukern.functional.batch_norm`."""
 
 
 class BatchNormAct2d(_BatchNorm, torch.nn.BatchNorm2d):

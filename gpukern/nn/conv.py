@@ -8,6 +8,13 @@ from gpukern import functional as F
 from gpukern.nn.leaf import Leaf
 
 
+def padded(layer: Any, input: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """(what the kernel of a convolution ``layer`` reads, the zeros that it adds)."""
+    if layer.padding_mode == "zeros":
+        return input, layer.padding
+    return torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+
+
 class Conv2d(Leaf, torch.nn.Conv2d):
     """``torch.nn.Conv2d`` on gpukern's kernels. See :func:`gpukern.functional.conv2d`.
 
@@ -15,17 +22,11 @@ class Conv2d(Leaf, torch.nn.Conv2d):
     """
 
     def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        input, padding = self._padded(input)
+        input, padding = padded(self, input)
         return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _padded(self, input: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """(what the kernel reads, the zeros that it adds)."""
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        return torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
-
     def _compute(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
-        input, padding = self._padded(input)
+        input, padding = padded(self, input)
         return F.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups, **epilogue)
 
 

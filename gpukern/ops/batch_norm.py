@@ -81,7 +81,9 @@ def check(input, weight, bias, residual, **statistics: torch.Tensor | None) -> N
     check_numbers(input, input.shape[1], weight=weight, bias=bias, **statistics)
 
 
-def check_numbers(input: torch.Tensor, channels: int, **numbers: torch.Tensor | None) -> None:
+def check_numbers(
+    input: torch.Tensor, channels: int, operation: str = "batch_norm", /, **numbers: torch.Tensor | None
+) -> None:
     """Raise RuntimeError unless ``numbers`` has one for each of ``channels``, and fits ``input``'s dtype and device."""
     dtype, device = input.dtype, input.device
     # Build messages only when they are needed: most calls of a small layer are all host time.
@@ -92,11 +94,11 @@ def check_numbers(input: torch.Tensor, channels: int, **numbers: torch.Tensor | 
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
         if tensor.dtype is not dtype and (tensor.dtype is not torch.float32 or dtype is torch.float64):
             raise RuntimeError(
-                f"batch_norm: expected {name} of {dtype}, or of float32 beside a half, but got {tensor.dtype}"
+                f"{operation}: expected {name} of {dtype}, or of float32 beside a half, but got {tensor.dtype}"
             )
         if tensor.device != device:
             raise RuntimeError(
-                f"batch_norm: expected all tensors to be on the same device, but {name} is on {tensor.device} "
+                f"{operation}: expected all tensors to be on the same device, but {name} is on {tensor.device} "
                 f"and the input on {device}"
             )
 

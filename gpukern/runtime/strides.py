@@ -10,13 +10,22 @@ def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
     A dimension of one element has a stride too, which distinguishes an image of one channel in channels_last, of
     strides (H·W, 1, W, 1), from the same memory in NCHW, (H·W, H·W, W, 1). If no stride decides, as for one pixel of
-    [N, 1, 1, 1], it is NCHW.
+    [N, 1, 1, 1], it is NCHW. The same for [N, C, D, H, W], depth between height and batch.
     """
+    if len(shape) == 5:
+        return _is_channels_last_3d(shape, strides)
     (N, C, H, W), (n, c, h, w) = shape, strides
     if not (c > 0 and c * C <= w and w * W <= h and h * H <= n):
         return False
     # A tracer's batch must not be inspected, and an example is never empty.
     return C != 0 and H != 0 and W != 0 and h * H != c and not (type(N) is int and N == 0)
+
+
+def _is_channels_last_3d(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    (N, C, D, H, W), (n, c, d, h, w) = shape, strides
+    if not (c > 0 and c * C <= w and w * W <= h and h * H <= d and d * D <= n):
+        return False
+    return C != 0 and D != 0 and H != 0 and W != 0 and d * D != c and not (type(N) is int and N == 0)
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -33,6 +42,10 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
     """Return the strides PyTorch gives a new tensor, also an empty one."""
+    if len(shape) == 5:
+        _, C, D, H, W = (max(size, 1) for size in shape)
+        plane = H * W
+        return (D * plane * C, 1, plane * C, W * C, C) if channels_last else (C * D * plane, D * plane, plane, W, 1)
     _, C, H, W = (max(size, 1) for size in shape)
     return (H * W * C, 1, W * C, C) if channels_last else (C * H * W, H * W, W, 1)
 

@@ -199,7 +199,7 @@ _POINTWISE_MODULES = frozenset(
 #: Except these, which look along a dimension: the functions that they call determine how.
 _ALONG_A_DIMENSION = (
     torch.nn.MultiheadAttention, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin, torch.nn.Softmax2d,
-    torch.nn.GLU, _InstanceNorm,
+    torch.nn.GLU,
 )  # fmt: skip
 
 
@@ -219,6 +219,10 @@ def through_layer(
         return _through_row_norm(view, len(layer.normalized_shape), type(layer).__name__ == "LayerNorm2d")
     if isinstance(layer, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)):
         return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
+    if isinstance(layer, torch.nn.GroupNorm):
+        return ALL  # through the mean and the variance of the whole image
+    if isinstance(layer, _InstanceNorm):
+        return ALL if layer.training or not layer.track_running_stats else view
     found = window(layer)
     if found is not None:
         return _through_window(view, found)

@@ -77,11 +77,18 @@ class Walk:
 
 
 @functools.lru_cache(maxsize=4096)
-def walk(shape: Shape, strides: tuple[Shape, ...]) -> Walk:
-    """Return the walk through tensors of one shape [N, C, ...], not empty, and of these strides."""
+def walk(shape: Shape, strides: tuple[Shape, ...], by_image: bool = False) -> Walk:
+    """Return the walk through tensors of one shape [N, C, ...], not empty, and of these strides.
+
+    ``by_image``: the rows are the N images, joined with nothing.
+    """
     channels = shape[1]
     channel_strides = [s[1] if channels > 1 else 0 for s in strides]
-    (rows, height, inner), along = joined([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides], 3)
+    if by_image:
+        (height, inner), within = joined(shape[2:], [s[2:] for s in strides], 2)
+        rows, along = shape[0], [[s[0] if shape[0] > 1 else 0, *w] for s, w in zip(strides, within, strict=True)]
+    else:
+        (rows, height, inner), along = joined([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides], 3)
     places = tuple((s[0], c, s[1], s[2]) for s, c in zip(along, channel_strides, strict=True))
     channels_run = all(c in (0, 1) for c in channel_strides) and 1 in channel_strides
     pixels_run = not channels_run and all(s[2] in (0, 1) for s in along)
