@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gpukern.runtime.strides import joined
+from gpukern.runtime.strides import joined_to
 
 Shape = tuple[int, ...]
 
@@ -85,13 +85,13 @@ def walk(shape: Shape, strides: tuple[Shape, ...], by_image: bool = False) -> Wa
     channels = shape[1]
     channel_strides = [s[1] if channels > 1 else 0 for s in strides]
     if by_image:
-        (height, inner), within = joined(shape[2:], [s[2:] for s in strides], 2)
-        rows, along = shape[0], [[s[0] if shape[0] > 1 else 0, *w] for s, w in zip(strides, within, strict=True)]
+        (height, inner), within = joined_to(2, shape[2:], [s[2:] for s in strides])
+        rows, steps = shape[0], [[s[0] if shape[0] > 1 else 0, *w] for s, w in zip(strides, within, strict=True)]
     else:
-        (rows, height, inner), along = joined([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides], 3)
-    places = tuple((s[0], c, s[1], s[2]) for s, c in zip(along, channel_strides, strict=True))
+        (rows, height, inner), steps = joined_to(3, [shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides])
+    places = tuple((s[0], c, s[1], s[2]) for s, c in zip(steps, channel_strides, strict=True))
     channels_run = all(c in (0, 1) for c in channel_strides) and 1 in channel_strides
-    pixels_run = not channels_run and all(s[2] in (0, 1) for s in along)
+    pixels_run = not channels_run and all(s[2] in (0, 1) for s in steps)
     aligned = math.gcd(16, *((channels,) if channels_run else (inner,)))
     for n, c, h, w in places:
         aligned = math.gcd(aligned, n, h, w if channels_run else c)

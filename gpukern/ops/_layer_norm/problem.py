@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gpukern.runtime.strides import joined
+from gpukern.runtime.strides import joined_to
 
 Shape = tuple[int, ...]
 
@@ -98,8 +98,8 @@ def walk(shape: Shape, dims: int, strides: tuple[Shape, ...]) -> Walk:
     Raises ValueError where the columns cannot be joined to one dimension, or the rows not to three.
     """
     first = len(shape) - dims
-    (columns,), across = joined(shape[first:], [s[first:] for s in strides], 1)
-    (outer, height, inner), along = joined(shape[:first], [s[:first] for s in strides], 3)
+    (columns,), across = joined_to(1, shape[first:], [s[first:] for s in strides])
+    (outer, height, inner), along = joined_to(3, shape[:first], [s[:first] for s in strides])
     places = tuple((*rows, *column) for rows, column in zip(along, across, strict=True))
     rows_run = tuple(p == 1 and c not in (0, 1) for _, _, p, c in places)
     row_align, column_align = math.gcd(16, inner), math.gcd(16, columns)
