@@ -161,6 +161,21 @@ NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 290
 #: Rows of logits: short ones, whole ones, longer ones than a tile; classes of pixels in NCHW and as the layout says;
 #: offsets of 64 bits. Of the first two every kind of loss is taken.
 LOGITS = ((4096, 1000), (64, 32000), (128, 10), (64, 12000), (8, 21, 16384), (8, 21, 128, 128), (8, 64, 2900, 2900))
+#: Layer and RMS norms: of tokens; of images seen as [N, H, W, C], of aligned planes and others; of columns that are no
+#: multiple of 16; of the longest rows that fit; of longer ones, few and many; past 2³¹ elements.
+ROW_NORMS: tuple[tuple[tuple[int, ...], str, str | None, bool], ...] = (
+    ((32, 197, 768), "layer_norm", None, False),
+    ((32, 197, 768), "rms_norm", "gelu", True),
+    ((32, 49, 96), "layer_norm", "silu", True),
+    ((32, 56, 56, 96), "permuted", "gelu", True),
+    ((32, 7, 7, 768), "permuted", None, False),
+    ((64, 1000), "layer_norm", "relu", True),
+    ((4096, 8192), "layer_norm", "gelu", True),
+    ((4096, 16384), "layer_norm", None, False),
+    ((4096, 16384), "layer_norm", "gelu", True),
+    ((8, 96, 56, 56), "rms_norm", "silu", True),
+    ((40000, 196, 384), "layer_norm", "gelu", True),
+)
 #: Group norms, with an activation and perhaps a residual: groups that fit a program, in both layouts, of a channel, of
 #: channels that are no power of two, of vectors; that do not; with offsets of 64 bits.
 GROUP_NORMS = (
@@ -231,6 +246,8 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         # The gradients of float16 wait for the backward.
         wide = torch.bfloat16 if dtype is torch.float16 else dtype
         yield lambda args=(shape, wide, layout), every=i < 2: _run_cross_entropy(*args, every)
+    for shape, kind, act, with_residual in ROW_NORMS:
+        yield lambda args=(shape, kind, act, with_residual): _run_row_norm(dtype, *args)
     for case in GROUP_NORMS:
         yield lambda case=case: _run_group_norm(dtype, *case)
     yield lambda: F.instance_norm(_empty((8, 64, 56, 56), dtype), *(_empty((64,), torch.float32) for _ in range(4)))
@@ -297,6 +314,22 @@ def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str
         return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
 
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
+
+
+def _run_row_norm(dtype: torch.dtype, shape, kind: str, activation: str | None, with_residual: bool) -> None:
+    """A layer or RMS norm: of whole images [N, C, H, W], or over the last dimension of anything else."""
+    x = _empty(shape, dtype)
+    if kind == "permuted":
+        x = torch.empty(shape[0], shape[-1], *shape[1:-1], dtype=dtype, device=META).movedim(1, -1)
+    columns = shape[1:] if len(shape) == 4 and kind != "permuted" else shape[-1:]
+    parameters = [_empty(columns, torch.float32) for _ in range(1 if kind == "rms_norm" else 2)]
+    function = F.rms_norm if kind == "rms_norm" else F.layer_norm
+
+    def norm(x, *rest):
+        residual = rest[-1] if with_residual else None
+        return function(x, columns, *rest[: len(parameters)], residual=residual, activation=activation)
+
+    _backward(norm, x, *parameters, *([_empty(shape, dtype)] if with_residual else []))
 
 
 def _run_group_norm(dtype: torch.dtype, shape, groups: int, layout, activation: str, with_residual: bool) -> None:
