@@ -24,6 +24,7 @@ from gpukern.ops.batch_norm import batch_norm
 from gpukern.ops.layer_norm import layer_norm
 from gpukern.ops.pool2d import adaptive_avg_pool2d
 from gpukern.ops.rms_norm import rms_norm
+from gpukern.ops.softmax import softmax
 from gpukern.runtime.import_hooks import when_imported
 
 __all__ = ["decompositions"]
@@ -42,6 +43,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         **{overload: _rounded_once(found[overload]) for overload in single},
         **{norm.overload: _rounded_once(norm.decomposition, torch.float32) for norm in norms},
         adaptive_avg_pool2d.overload: _adaptive_avg_pool2d,
+        softmax.overload: softmax.decomposition,  # its result may be wider than its operand
     }
 
 

@@ -23,12 +23,18 @@ pytestmark = pytest.mark.usefixtures("reference_mode")
 LAYERS = [
     nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
     nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
+    nn.Conv1d(3, 4, 3, stride=2, padding=1, padding_mode="replicate"),
+    nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1),
     nn.Conv3d(3, 4, (1, 3, 2), stride=2, padding=1, padding_mode="replicate"),
     nn.ConvTranspose3d(3, 4, 3, stride=2, output_padding=1),
     nn.Linear(8, 2),
     nn.MaxPool2d(2, 1, 1, ceil_mode=True, return_indices=True),
     nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
     nn.AdaptiveAvgPool2d((3, None)),
+    nn.MaxPool1d(2, 1, 1, ceil_mode=True, return_indices=True),
+    nn.AvgPool1d(3, 2, 1, count_include_pad=False),
+    nn.AdaptiveAvgPool1d(3),
+    nn.AdaptiveMaxPool1d(2, return_indices=True),
     nn.MaxPool3d(2, 1, 1, ceil_mode=True, return_indices=True),
     nn.AvgPool3d(3, 2, 1, count_include_pad=False, divisor_override=5),
     nn.AdaptiveAvgPool3d((3, None, 2)),
@@ -402,15 +408,18 @@ def test_left_layers_and_their_reasons():
         "patched": patched,
         "subclassed": subclassed,
         "attention": nn.MultiheadAttention(4, 2),
-        "transposed": nn.ConvTranspose1d(1, 1, 1),
+        "pooled": nn.LPPool2d(2, 2),
         "quantized": torch.ao.nn.quantized.ReLU6(),
     }.items():
         model.add_module(name, module)
     _, report = gpukern.convert(model, return_report=True)
-    assert report.replaced == (("adapted.adapter", "Linear"),)
+    assert report.replaced == (
+        ("adapted", "Adapted"),
+        ("adapted.adapter", "Linear"),
+        ("attention", "MultiheadAttention"),
+    )
     assert {layer.name: layer.reason for layer in report.left} == {
         "subclass": "subclass of Conv2d: it may override forward",
-        "adapted": "subclass of Linear: it may override forward",
         "lazy": "not initialized yet: run the model once, then convert it",
         "own": "not a torch.nn layer: convert does not look inside its forward",
         "slope": "negative_slope = -0.5: gpukern takes none below 0",
@@ -419,8 +428,7 @@ def test_left_layers_and_their_reasons():
         "complex64": "its parameters are torch.complex64: the kernels take float32, float16 and bfloat16",
         "patched": "forward was replaced on this object",
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
-        "attention": "gpukern has no MultiheadAttention yet",
-        "transposed": "gpukern has no ConvTranspose1d yet",
+        "pooled": "gpukern has no LPPool2d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",
     }
 

@@ -50,6 +50,9 @@ LAYERS = {
     "SiLU": (("SiLU", (), {}), (4, 5)),
     "GELU": (("GELU", (), {}), (4, 5)),
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
+    "Softmax": (("Softmax", (1,), {}), (4, 5)),
+    "Softmax2d": (("Softmax2d", (), {}), (2, 3, 4, 5)),
+    "LogSoftmax": (("LogSoftmax", (-1,), {}), (4, 5)),
     # Nothing is kept: what is drawn is none of torch's.
     "Dropout": (("Dropout", (1.0,), {}), (4, 5)),
     "Dropout1d": (("Dropout1d", (1.0,), {}), (2, 2, 5)),
@@ -105,8 +108,9 @@ def assert_same(ours, theirs, **tolerance) -> None:
 
 
 def test_every_layer_has_a_case():
-    others = {"BatchNormAct2d", "LayerNorm2d", "Sequential"}  # torch.nn has none with an epilogue, or over channels
-    assert {name.partition("-")[0] for name in LAYERS} == set(gpukern.nn.__all__) - others
+    # No layer of torch's, of a target, over channels, of layers.
+    elsewhere = {"BatchNormAct2d", "CrossEntropyLoss", "LayerNorm2d", "Sequential"}
+    assert {name.partition("-")[0] for name in LAYERS} == set(gpukern.nn.__all__) - elsewhere
 
 
 def test_results_are_torchs(pair):

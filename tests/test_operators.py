@@ -213,6 +213,34 @@ class Samples:
             (x, w, self.image(4), scale, None, self.image(2, 4, 3, 7), *CONV, 1e-5, "gelu", 0.0),
         ]
 
+    def softmax(self):
+        return [
+            (self.image(3, 5), 1, False, torch.float32),
+            (self.image(2, 3, 4, 5, last=True), 2, True, torch.float32),
+        ]
+
+    def softmax_backward(self):
+        return [(self.image(*x.shape), self.image(*x.shape), *others) for x, *others in self.softmax()]
+
+    def labels(self, *shape: int) -> torch.Tensor:
+        return torch.randint(3, shape, device=self.device)
+
+    def cross_entropy(self):
+        x, weight = self.image(4, 3), self.image(3, grad=False).abs()
+        return [
+            (x, self.labels(4), weight, "mean", 1, 0.1, torch.float32),
+            (self.image(2, 3, 4, 5, last=True), self.labels(2, 4, 5), None, "none", -100, 0.0, torch.float32),
+            (x, self.image(4, 3), weight, "mean", -100, 0.1, torch.float32),
+        ]
+
+    def cross_entropy_backward(self):
+        samples = []
+        for x, target, weight, *options, dtype in self.cross_entropy():
+            loss, total = torch.ops.gpukern.cross_entropy(x.detach(), target.detach(), weight, *options, dtype)
+            wants = True, target.is_floating_point()
+            samples.append((self.image(*loss.shape), x, target, weight, total, *options, *wants))
+        return samples
+
 
 def registered() -> list[str]:
     """The operators of gpukern's namespace, as PyTorch's dispatcher knows them."""
@@ -221,7 +249,9 @@ def registered() -> list[str]:
 
 
 def test_every_operator_has_samples():
-    assert registered() == sorted(name for name in vars(Samples) if name not in ("image", "taps") and name[0] != "_")
+    assert registered() == sorted(
+        name for name in vars(Samples) if name not in ("image", "labels", "taps") and name[0] != "_"
+    )
 
 
 @pytest.mark.parametrize("name", registered())

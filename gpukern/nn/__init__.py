@@ -6,13 +6,27 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d`
 computes neighbours among these layers together.
 """
 
-from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
+from gpukern.nn.activation import (
+    GELU,
+    Hardsigmoid,
+    Hardswish,
+    LeakyReLU,
+    LogSoftmax,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Softmax2d,
+    Tanh,
+)
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 from gpukern.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from gpukern.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.layer_norm import LayerNorm, LayerNorm2d, RMSNorm
 from gpukern.nn.linear import Linear
+from gpukern.nn.loss import CrossEntropyLoss
 from gpukern.nn.pooling import (
     AdaptiveAvgPool1d,
     AdaptiveAvgPool2d,
@@ -46,6 +60,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "CrossEntropyLoss",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
@@ -60,6 +75,7 @@ __all__ = [
     "LayerNorm2d",
     "LeakyReLU",
     "Linear",
+    "LogSoftmax",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
@@ -69,6 +85,8 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "Softmax",
+    "Softmax2d",
     "SyncBatchNorm",
     "Tanh",
 ]
