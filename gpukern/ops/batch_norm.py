@@ -22,6 +22,7 @@ import torch
 from gpukern.ops._activation.reference import in_torch
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_sizes
+from gpukern.ops._plain_gradients import gradients_through
 from gpukern.ops.activation import needs_input, through_activation
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, needs_operator, resolved
@@ -300,24 +301,7 @@ def _gradients_plainly(grad, input, weight, bias, other, mean, var, training, *o
 
 def differentiate_plainly(plainly: Callable[..., tuple], ctx: Any, *grads: torch.Tensor | None) -> tuple:
     """The backward of a norm's backward, which is ``plainly`` in plain torch: by its first five tensors of seven."""
-    with torch.enable_grad():
-        # Aliases of the saved tensors: gradients by them alone, and through them any higher order.
-        tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        outputs = plainly(*tensors, *ctx.state)
-    needed = [i for i in range(5) if ctx.needs_input_grad[i]]
-    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-    found: list[torch.Tensor | None] = [None] * (7 + len(ctx.state))
-    if pairs:
-        results = torch.autograd.grad(
-            [y for y, _ in pairs],
-            [tensors[i] for i in needed],
-            [g for _, g in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        for i, result in zip(needed, results, strict=True):
-            found[i] = result
-    return tuple(found)
+    return gradients_through(plainly, ctx.saved_tensors, ctx.state, grads, ctx.needs_input_grad[:5])
 
 
 #: ∂L/∂x, ∂L/∂weight, ∂L/∂bias and ∂L/∂residual, each empty unless wanted; see ``reference.batch_norm_backward``.
