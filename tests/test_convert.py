@@ -55,6 +55,8 @@ LAYERS = [
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
     nn.BatchNorm3d(3, eps=0.1, affine=False),
+    nn.LayerNorm((8, 8), eps=0.1, bias=False),
+    nn.RMSNorm(8, elementwise_affine=False),
     nn.GroupNorm(3, 3, eps=0.1, affine=False),
     nn.InstanceNorm1d(3, affine=True),
     nn.InstanceNorm2d(3, momentum=0.3, track_running_stats=True),
@@ -74,9 +76,10 @@ def reasons(model: nn.Module) -> dict[str, str]:
 
 
 def test_there_is_a_case_for_every_layer():
-    assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS) - {nn.CrossEntropyLoss}
-    # torch.nn has no batch norm with an activation.
-    assert {kind.__name__ for kind in REPLACEMENTS} == set(gpukern.nn.__all__) - {"BatchNormAct2d", "Sequential"}
+    assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS) - {nn.CrossEntropyLoss}  # it takes a target, below
+    # torch.nn has no batch norm with an activation, and no layer norm over channels.
+    ours = set(gpukern.nn.__all__) - {"BatchNormAct2d", "LayerNorm2d", "Sequential"}
+    assert {kind.__name__ for kind in REPLACEMENTS} == ours
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
@@ -508,3 +511,27 @@ def test_resnet18_is_replaced_and_computes_the_same():
         assert torch.equal(
             converted[0](x) if isinstance(converted, nn.Sequential) else converted.conv1(x), model.conv1(x)
         )
+
+
+@pytest.mark.parametrize("where", ["torchvision.models.convnext", "timm.layers.norm"])
+def test_layer_norm_over_channels_of_other_libraries_is_replaced(where):
+    """They are known by their full names alone: neither library is needed."""
+
+    class LayerNorm2d(nn.LayerNorm):
+        def forward(self, x):
+            return nn.functional.layer_norm(
+                x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
+            ).permute(0, 3, 1, 2)
+
+    LayerNorm2d.__qualname__ = "LayerNorm2d"
+    model, x = nn.Sequential(LayerNorm2d(3, eps=1e-6)), torch.randn(2, 3, 4, 5)
+    assert reasons(model)["0"].startswith("subclass of LayerNorm")
+    LayerNorm2d.__module__ = where
+    converted, report = gpukern.convert(model, return_report=True)
+    assert type(converted[0]) is gpukern.nn.LayerNorm2d and report.replaced == (("0", "LayerNorm2d"),)
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        ours, theirs = converted(image), model(image)
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert list(converted.state_dict()) == list(model.state_dict())
+    model[0]._fast_norm = True
+    assert reasons(model)["0"].startswith("timm's fast norm is on")

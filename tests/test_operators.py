@@ -168,6 +168,28 @@ class Samples:
             for training in (False, True)
         ]
 
+    def layer_norm(self):
+        x, w, b = self.image(2, 3, 4, 5), self.image(4, 5), self.image(4, 5)
+        permuted = self.image(2, 5, 3, 4).detach().permute(0, 2, 3, 1).requires_grad_()
+        half = self.image(2, 3, 5, grad=False).half().requires_grad_()
+        return [
+            (x, w, b, None, [4, 5], 1e-5, "none", 0.0, None),
+            (permuted, self.image(5), None, self.image(2, 3, 4, 5), [5], 1e-5, "silu", 0.0, None),
+            (x, None, b, self.image(2, 3, 4, 5), [4, 5], 1e-5, "tanh", 0.0, None),
+            (half, self.image(5), self.image(5), None, [5], 1e-5, "relu", 0.0, torch.float32),
+        ]
+
+    def rms_norm(self):
+        return [(*sample[:2], *sample[3:]) for sample in self.layer_norm()]
+
+    def layer_norm_backward(self):
+        return [
+            (torch.randn_like(x), x, w, b, other, shape, eps, centered, *epilogue, True, True, True)
+            for x, w, b, other, shape, eps, *epilogue, dtype in self.layer_norm()
+            for centered in (True, False)
+            if dtype is None
+        ]
+
     def group_norm(self):
         x, w, b = self.image(2, 4, 3, 5), self.image(4), self.image(4)
         last = self.image(2, 4, 3, 5, last=True)

@@ -163,7 +163,7 @@ def seen(model, size=(4, 12, 12)):
     "layer",
     [
         nn.LayerNorm([4, 10, 10]), nn.LayerNorm([10, 10]), nn.RMSNorm([4, 10, 10]), nn.GroupNorm(1, 4),
-        nn.InstanceNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1),
+        nn.InstanceNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), gpukern.nn.LayerNorm([4, 10, 10]),
     ],
     ids=str,
 )  # fmt: skip

@@ -33,6 +33,7 @@ from gpukern.functional._pooling import (
     max_pool2d,
 )
 from gpukern.functional._regularization import dropout, dropout1d, dropout2d, dropout3d
+from gpukern.functional._row_norm import layer_norm, rms_norm
 from gpukern.functional._volumes import (
     adaptive_avg_pool3d,
     adaptive_max_pool3d,
@@ -72,6 +73,7 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "instance_norm",
+    "layer_norm",
     "leaky_relu",
     "linear",
     "log_softmax",
@@ -80,6 +82,7 @@ __all__ = [
     "max_pool3d",
     "relu",
     "relu6",
+    "rms_norm",
     "sigmoid",
     "silu",
     "softmax",

@@ -9,6 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gpukern.nn.attention import MultiheadAttention
 from gpukern.nn.group_norm import GroupNorm
+from gpukern.nn.layer_norm import LayerNorm, LayerNorm2d
 from gpukern.nn.leaf import derived
 from gpukern.nn.rebinding import Rebound
 from gpukern.nn.sequential import ACTIVATIONS, is_plain
@@ -30,6 +31,10 @@ _OURS: dict[str, type[torch.nn.Module]] = {
     "timm.layers.norm.GroupNorm": GroupNorm,
     "timm.layers.norm.GroupNorm1": GroupNorm,
     "timm.layers.norm_act.GroupNormAct": _GroupNormAct,
+    "timm.layers.norm.LayerNorm": LayerNorm,
+    "timm.layers.norm.LayerNorm2d": LayerNorm2d,
+    "torchvision.models.convnext.LayerNorm2d": LayerNorm2d,
+    "models.convnext.LayerNorm2d": LayerNorm2d,
     "timm.layers.std_conv.StdConv2d": Rebound,
     "timm.layers.std_conv.StdConv2dSame": Rebound,
     "timm.layers.std_conv.ScaledStdConv2d": Rebound,

@@ -13,8 +13,6 @@ input is recomputed on the way. Gradients of gradients are taken from these form
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +20,9 @@ import torch
 from gpukern.ops._activation.reference import in_torch
 from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_sizes
-from gpukern.ops._plain_gradients import gradients_through
 from gpukern.ops.activation import needs_input, through_activation
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator, needs_operator, resolved
+from gpukern.runtime.operator import Operator, backward_of, needs_operator, resolved
 from gpukern.runtime.tensors import check_alike, format_kept_by
 from gpukern.runtime.transforms import Batch
 
@@ -299,11 +296,6 @@ def _gradients_plainly(grad, input, weight, bias, other, mean, var, training, *o
     return tuple(each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True))
 
 
-def differentiate_plainly(plainly: Callable[..., tuple], ctx: Any, *grads: torch.Tensor | None) -> tuple:
-    """The backward of a norm's backward, which is ``plainly`` in plain torch: by its first five tensors of seven."""
-    return gradients_through(plainly, ctx.saved_tensors, ctx.state, grads, ctx.needs_input_grad[:5])
-
-
 #: ∂L/∂x, ∂L/∂weight, ∂L/∂bias and ∂L/∂residual, each empty unless wanted; see ``reference.batch_norm_backward``.
 batch_norm_backward = Operator(
     "batch_norm_backward",
@@ -313,7 +305,7 @@ batch_norm_backward = Operator(
     forward=_gradients,
     fake=_gradients_fake,
     save=_gradients_save,
-    backward=functools.partial(differentiate_plainly, _gradients_plainly),
+    backward=backward_of(_gradients_plainly, 5),
     plain=_gradients_plainly,
 )
 
