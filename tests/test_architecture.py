@@ -67,7 +67,10 @@ TORCH_FREE = (
 )
 CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
-OPERATIONS = ("activation", "batch_norm", "conv2d", "conv3d", "conv_transpose2d", "conv_transpose3d", "linear")
+OPERATIONS = (
+    *("activation", "batch_norm", "conv1d", "conv2d", "conv3d"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "dropout", "linear"),
+)
 #: What runs on the device.
 KERNELS = (
     "_normalization.py",

@@ -99,7 +99,7 @@ def _to_torchs_layers(model: torch.nn.Module) -> None:
     for module in model.modules():
         kind = type(module)
         if isinstance(module, gpukern.nn.Sequential):
-            module.__class__ = derived_from(kind) or torch.nn.Sequential
+            module.__class__ = derived_from(kind) or torch.nn.Sequential  # type: ignore[assignment]
         elif kind in _TORCHS:
             module.__class__ = _TORCHS[kind]
             vars(module).pop("__module__", None)

@@ -7,29 +7,47 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d`
 
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
-from gpukern.nn.conv import Conv2d, ConvTranspose2d
-from gpukern.nn.conv3d import Conv3d, ConvTranspose3d
+from gpukern.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from gpukern.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.linear import Linear
-from gpukern.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
+from gpukern.nn.pooling import (
+    AdaptiveAvgPool1d,
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool1d,
+    AvgPool1d,
+    AvgPool2d,
+    MaxPool1d,
+    MaxPool2d,
+)
 from gpukern.nn.pooling3d import AdaptiveAvgPool3d, AdaptiveMaxPool3d, AvgPool3d, MaxPool3d
 from gpukern.nn.sequential import Sequential
+from gpukern.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "GELU",
+    "AdaptiveAvgPool1d",
     "AdaptiveAvgPool2d",
     "AdaptiveAvgPool3d",
+    "AdaptiveMaxPool1d",
     "AdaptiveMaxPool3d",
+    "AvgPool1d",
     "AvgPool2d",
     "AvgPool3d",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormAct2d",
+    "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
@@ -38,6 +56,7 @@ __all__ = [
     "InstanceNorm3d",
     "LeakyReLU",
     "Linear",
+    "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
     "ReLU",
@@ -45,5 +64,6 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "SyncBatchNorm",
     "Tanh",
 ]

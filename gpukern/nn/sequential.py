@@ -14,8 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from gpukern.nn import activation as activations
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
-from gpukern.nn.conv import Conv2d, ConvTranspose2d
-from gpukern.nn.conv3d import Conv3d, ConvTranspose3d
+from gpukern.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.leaf import derived, refuse_script
 from gpukern.nn.linear import Linear
@@ -24,7 +23,7 @@ ACTIVATIONS = frozenset(kind for kind in vars(activations).values() if hasattr(k
 #: Layers whose kernels take an activation.
 _HEADS = frozenset(
     (
-        *(Conv2d, Conv3d, ConvTranspose2d, ConvTranspose3d, Linear),
+        *(Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear),
         *(BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d),
     )
 )

@@ -20,6 +20,14 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return first, second
 
 
+def as_single(name: str, value: int | Sequence[int]) -> tuple[int]:
+    """(length,) from an integer, or a sequence of one; as :func:`as_pair`."""
+    if type(value) is int:
+        return (value,)
+    (length,) = _numbers(name, value, 1, "a sequence of one")
+    return (length,)
+
+
 def as_triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
     """(depth, height, width) from an integer, or a sequence of one or three; as :func:`as_pair`."""
     if type(value) is int:

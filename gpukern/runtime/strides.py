@@ -10,8 +10,11 @@ def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
     A dimension of one element has a stride too, which distinguishes an image of one channel in channels_last, of
     strides (H·W, 1, W, 1), from the same memory in NCHW, (H·W, H·W, W, 1). If no stride decides, as for one pixel of
-    [N, 1, 1, 1], it is NCHW. The same for [N, C, D, H, W], depth between height and batch.
+    [N, 1, 1, 1], it is NCHW. The same for [N, C, D, H, W], depth between height and batch, and for [N, C, L], as images
+    of one row.
     """
+    if len(shape) == 3:
+        shape, strides = (*shape[:2], 1, shape[2]), (*strides[:2], shape[2] * strides[2], strides[2])
     if len(shape) == 5:
         return _is_channels_last_3d(shape, strides)
     (N, C, H, W), (n, c, h, w) = shape, strides
@@ -53,3 +56,24 @@ def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
 def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
     """The largest offset, in elements, between two elements of a tensor."""
     return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def joined(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """Join neighbouring dimensions where the strides of all tensors allow it, and leave out those of one element.
+
+    Return the sizes that remain, and each tensor's strides along them.
+    """
+    kept: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for i, size in enumerate(sizes):
+        if size == 1:
+            continue
+        if kept and all(s[-1] == size * given[i] for s, given in zip(steps, strides, strict=True)):
+            kept[-1] *= size
+            for s, given in zip(steps, strides, strict=True):
+                s[-1] = given[i]
+        else:
+            kept.append(size)
+            for s, given in zip(steps, strides, strict=True):
+                s.append(given[i])
+    return kept, steps
