@@ -52,7 +52,6 @@ _HARMLESS = {
     *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__repr__", "extra_repr"),
     *("reset_parameters", "__firstlineno__", "__static_attributes__", "__annotate__", "__parameters__"),
 }
-
 #: What a copy has in common with the original.
 _SHARED = (torch.Tensor, *((torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()))
 
