@@ -136,6 +136,7 @@ def output_sizes(
 
 #: By the number of dimensions: the names of the input's, of the weight's, and what its image is measured by.
 _NAMES = {
+    1: ("[N, C, L]", "[K, C/groups, S]", "length"),
     2: ("[N, C, H, W]", "[K, C/groups, R, S]", "height and width"),
     3: ("[N, C, D, H, W]", "[K, C/groups, T, R, S]", "depth, height and width"),
 }
@@ -201,7 +202,7 @@ def transposed_sizes(
 ) -> tuple[int, ...]:
     """As :func:`transposed_size`, of as many dimensions as ``stride`` has."""
     rank, weight_names = len(stride) + 2, _NAMES[len(stride)][1]
-    input_names = {2: "[N, K, P, Q]", 3: "[N, K, Z, P, Q]"}[len(stride)]
+    input_names = {1: "[N, K, Q]", 2: "[N, K, P, Q]", 3: "[N, K, Z, P, Q]"}[len(stride)]
     require(len(input_shape) == rank, f"expected a {rank}-D input {input_names}, got shape {list(input_shape)}")
     require(len(weight_shape) == rank, f"expected a {rank}-D weight {weight_names}, got shape {list(weight_shape)}")
     require(groups > 0, f"non-positive groups is not supported: {groups}")
@@ -249,3 +250,46 @@ def same_paddings(kernel: Sequence[int], dilation: Sequence[int]) -> tuple[int, 
     """As :func:`same_padding`, of any number of dimensions: (before, after) of each."""
     totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     return tuple(pad for total in totals for pad in (total // 2, total - total // 2))
+
+
+# ---- sequences: images of height 1 ---------------------------------------------------------------------------------
+
+
+def of_rows(sizes: Sequence[int], height: int = 1) -> tuple[int, ...]:
+    """``sizes``, of sequences, as those of images of one row: [N, C, L] is [N, C, 1, L]."""
+    return (*sizes[:-1], height, *sizes[-1:])
+
+
+@functools.lru_cache(maxsize=4096)
+def sequence_problem(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    """The problem of [N, C, L] with [K, C/groups, S], ``padding`` before and after, in images of one row."""
+    output_sizes(input_shape, weight_shape, bias_shape, stride, padding, dilation, groups)
+    (step,), (before, after), (spread,) = stride, padding, dilation
+    shapes = of_rows(input_shape), of_rows(weight_shape), bias_shape
+    return conv_problem(*shapes, (1, step), (0, 0, before, after), (1, spread), groups)
+
+
+@functools.lru_cache(maxsize=4096)
+def transposed_sequence_problem(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    bias_shape: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvProblem:
+    """:func:`transposed_problem` of [N, K, Q] with [K, C/groups, S], in images of one row."""
+    transposed_sizes(input_shape, weight_shape, bias_shape, stride, padding, output_padding, dilation, groups)
+    (step,), (pad,), (extra,), (spread,) = stride, padding, output_padding, dilation
+    shapes = of_rows(input_shape), of_rows(weight_shape), bias_shape
+    return transposed_problem(*shapes, (1, step), (0, pad), (0, extra), (1, spread), groups)

@@ -10,8 +10,11 @@ def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
     A dimension of one element has a stride too, which distinguishes an image of one channel in channels_last, of
     strides (H·W, 1, W, 1), from the same memory in NCHW, (H·W, H·W, W, 1). If no stride decides, as for one pixel of
-    [N, 1, 1, 1], it is NCHW. The same for [N, C, D, H, W], depth between height and batch.
+    [N, 1, 1, 1], it is NCHW. The same for [N, C, D, H, W], depth between height and batch, and for [N, C, L], as images
+    of one row.
     """
+    if len(shape) == 3:
+        shape, strides = (*shape[:2], 1, shape[2]), (*strides[:2], shape[2] * strides[2], strides[2])
     if len(shape) == 5:
         return _is_channels_last_3d(shape, strides)
     (N, C, H, W), (n, c, h, w) = shape, strides
@@ -74,3 +77,14 @@ def joined(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list
             for s, given in zip(steps, strides, strict=True):
                 s.append(given[i])
     return kept, steps
+
+
+def joined_to(
+    dimensions: int, sizes: Sequence[int], strides: Sequence[Sequence[int]]
+) -> tuple[list[int], list[list[int]]]:
+    """:func:`joined`, in so many dimensions, the first ones of one element. Raises ValueError where more remain."""
+    kept, steps = joined(sizes, strides)
+    missing = dimensions - len(kept)
+    if missing < 0:
+        raise ValueError(f"more than {dimensions} dimensions that cannot be joined: {sizes}, strides {strides}")
+    return [1] * missing + kept, [[0] * missing + s for s in steps]

@@ -124,9 +124,11 @@ def check_adaptive(input_shape: Sequence[int], output_size: Sequence[int]) -> No
     require(min(output_size) >= 0, f"elements of output_size must not be negative, got {tuple(output_size)}")
     require(
         all(size != 0 for size in input_shape[2:]),
-        f"expected an input of non-empty {'' if len(output_size) == 2 else 'depth, '}height and width, "
-        f"got size {list(input_shape)}",
+        f"expected an input of non-empty {_EXTENTS[len(output_size)]}, got size {list(input_shape)}",
     )
+
+
+_EXTENTS = {1: "length", 2: "height and width", 3: "depth, height and width"}
 
 
 def _times(*sizes: int) -> str:
