@@ -9,7 +9,7 @@ import triton.language as tl
 from gpukern.ops._batch_norm.functions import channel_tile, load_tile, pixel_tile, store_tile
 from gpukern.ops._dropout.functions import number_at, numbers_from
 
-#: One compiled kernel for all of their values, and whether the state was drawn on the GPU or not: one that was warmed up
+#: One compiled kernel for all values, and whether the state was drawn on the GPU or not: one that was warmed up
 #: outside of a CUDA graph is there when one is captured.
 _ANY_VALUE = ["drawn", "key", "offset", "threshold"]
 
