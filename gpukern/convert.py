@@ -45,6 +45,9 @@ _CONTAINERS = (
     torch.nn.ParameterDict,
 )
 
+#: What a copy has in common with the original.
+_SHARED = (torch.Tensor, *((torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()))
+
 _FOOTNOTE = (
     "Calls inside forward (torch.nn.functional.relu, +, torch.cat, ...) are not layers: convert does not see them."
 )
@@ -145,7 +148,7 @@ def convert(
     ----------
     model:
         any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced, and timm's group norms: another subclass may compute something else.
+        replaced, and timm's GroupNorm, GroupNormAct and StdConv2d: another subclass may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -193,14 +196,14 @@ def convert(
 
 
 def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
-    """A deep copy of all but the tensors that modules hold."""
+    """A deep copy of all but the tensors, and groups of processes, that modules hold."""
     memo: dict[int, object] = {}
     for module in modules_in(model):
         if isinstance(module, torch.jit.ScriptModule):
             continue  # its tensors live in C++, where no memo is consulted
         # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
         for values in (module._parameters, module._buffers, vars(module)):
-            memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))
+            memo.update((id(value), value) for value in values.values() if isinstance(value, _SHARED))
     kept.fill(memo, model)
     try:
         return deep_copy(model, memo, share_tensors=True)
@@ -236,8 +239,9 @@ def _is_composite(module: torch.nn.Module) -> bool:
 
 
 def _is_structure(module: torch.nn.Module) -> bool:
-    """Whether nothing is computed: containers, reshapes, and dropout outside of training."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+    """Whether nothing is computed: containers, reshapes, and torch's own kinds of dropout outside of training."""
+    kind = _torch_type(module)
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd) and kind not in (*REPLACEMENTS, *_OURS):
         return not module.training or module.p == 0
     return type(module) in (*_STRUCTURE, *_CONTAINERS)
 
@@ -262,8 +266,6 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
                 return f"subclass of {base.__name__}: it may override forward"
         if isinstance(module, torch.fx.GraphModule):
             return "a traced graph without layers: convert does not look inside its forward"
-        if kind is torch.nn.SyncBatchNorm:
-            return "it communicates between processes, which is left to torch"
         if kind.__module__.startswith("torch."):
             return f"gpukern has no {kind.__name__} yet"
         return "not a torch.nn layer: convert does not look inside its forward"
@@ -309,7 +311,7 @@ def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:
     if not isinstance(module, gpukern.nn.Sequential):
         if not _has_torchs_forward(module):
             return []
-        module.__class__ = subclass_of(type(module))  # type: ignore[arg-type]  # classes are hashable
+        module.__class__ = subclass_of(type(module))  # type: ignore[assignment]
     layers = [slice(run.first, run.end) for run in found if all(map(is_plain, children[run.first : run.end]))]
     return [Together(tuple(names[of]), tuple(_torch_type(child).__name__ for child in children[of])) for of in layers]
 

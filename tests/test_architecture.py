@@ -69,7 +69,7 @@ CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
 OPERATIONS = (
     *("activation", "batch_norm", "conv1d", "conv2d", "conv3d"),
-    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "dropout", "linear"),
 )
 #: What runs on the device.
 KERNELS = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -41,9 +42,18 @@ LAYERS = [
     nn.Hardswish(inplace=True),
     nn.SiLU(inplace=True),
     nn.GELU("tanh"),
+    nn.Dropout(1.0),
+    nn.Dropout1d(1.0),
+    nn.Dropout2d(1.0, inplace=True),
+    nn.Dropout3d(1.0),
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
     nn.BatchNorm3d(3, eps=0.1, affine=False),
+    nn.GroupNorm(3, 3, eps=0.1, affine=False),
+    nn.InstanceNorm1d(3, affine=True),
+    nn.InstanceNorm2d(3, momentum=0.3, track_running_stats=True),
+    nn.InstanceNorm3d(3),
+    nn.SyncBatchNorm(3, momentum=0.2),
 ]
 _ACTIVATIONS = [getattr(nn, name) for name, kind in vars(gpukern.nn.activation).items() if hasattr(kind, "_epilogue")]
 LAYERS += [kind() for kind in _ACTIVATIONS if kind not in map(type, LAYERS)]
@@ -66,9 +76,54 @@ def test_layer_is_replaced_with_its_attributes(layer):
     assert type(layer) is getattr(nn, type(layer).__name__)
     assert type(converted) is getattr(gpukern.nn, type(layer).__name__)
     assert repr(converted) == repr(layer)
-    dimensions = 1 if isinstance(layer, nn.BatchNorm1d) else 3 if "3d" in type(layer).__name__ else 2
+    dimensions = 1 if "1d" in type(layer).__name__ else 3 if "3d" in type(layer).__name__ else 2
     x = torch.randn((2, 3, *(8,) * dimensions))
     torch.testing.assert_close(converted(x.clone()), layer(x.clone()), rtol=1e-5, atol=1e-5)
+
+
+def like_timms(module: str, name: str, base: type[nn.Module], **body) -> type[nn.Module]:
+    return type(name, (base,), {"__module__": f"timm.layers.{module}", "__qualname__": name, **body})
+
+
+def test_timms_norm_with_an_activation_is_one_pass():
+    """By the name of its class. What drops, or is no activation of gpukern's, is called after it."""
+
+    def forward(self, x):
+        return self.act(self.drop(nn.GroupNorm.forward(self, x)))
+
+    kind, other = (like_timms("norm_act", name, nn.GroupNorm, forward=forward) for name in ("GroupNormAct", "Other"))
+    x = torch.randn(2, 4, 5, 5)
+    for act, drop in ((nn.ReLU(inplace=True), nn.Identity()), (nn.Mish(), nn.Identity()), (nn.SiLU(), nn.Dropout(0.5))):
+        layer = kind(2, 4)
+        layer.act, layer.drop, layer._fast_norm = act, drop, False
+        model = nn.Sequential(layer.eval(), other(2, 4))
+        converted, report = gpukern.convert(model, return_report=True)
+        assert report.replaced[0] == ("0", "GroupNormAct") and isinstance(converted[0], (kind, gpukern.nn.GroupNorm))
+        assert [layer.reason for layer in report.left if layer.name == "1"] == [
+            "subclass of GroupNorm: it may override forward"
+        ]
+        with patch.object(type(converted[0].act), "forward", side_effect=lambda x: x) as forward_of_act:
+            converted[0](x)
+        assert forward_of_act.called == (not isinstance(act, nn.ReLU))
+        torch.testing.assert_close(converted[0](x), layer(x))
+        copied = copy.deepcopy(converted)
+        assert type(copied[0]) is type(converted[0]) and torch.equal(copied[0](x), converted[0](x))
+        assert not gpukern.convert(converted, return_report=True)[1].replaced
+    layer._fast_norm = True
+    assert "fast norm" in reasons(layer)[""]
+
+
+def test_timms_convolution_of_normalized_filters():
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        filters = nn.functional.batch_norm(flat, None, None, training=True, momentum=0.0, eps=self.eps)
+        return nn.functional.conv2d(x, filters.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+    layer = like_timms("std_conv", "StdConv2d", nn.Conv2d, forward=forward, eps=1e-6)(3, 4, 3, stride=2, padding=1)
+    converted = gpukern.convert(layer)
+    assert isinstance(converted, (type(layer), gpukern.nn.Conv2d)) and type(converted) is not type(layer)
+    x = torch.randn(2, 3, 7, 6)
+    torch.testing.assert_close(converted(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 def network() -> nn.Sequential:
@@ -343,7 +398,6 @@ def test_left_layers_and_their_reasons():
         "complex64": nn.Conv2d(1, 1, 1, dtype=torch.complex64),
         "patched": patched,
         "subclassed": subclassed,
-        "sync": nn.SyncBatchNorm(3),
         "attention": nn.MultiheadAttention(4, 2),
         "transposed": nn.ConvTranspose1d(1, 1, 1),
         "quantized": torch.ao.nn.quantized.ReLU6(),
@@ -362,7 +416,6 @@ def test_left_layers_and_their_reasons():
         "complex64": "its parameters are torch.complex64: the kernels take float32, float16 and bfloat16",
         "patched": "forward was replaced on this object",
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
-        "sync": "it communicates between processes, which is left to torch",
         "attention": "gpukern has no MultiheadAttention yet",
         "transposed": "gpukern has no ConvTranspose1d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",
@@ -376,9 +429,9 @@ def test_lazy_layer_converts_once_it_is_initialized():
     assert not reasons(model)
 
 
-def test_structure_is_not_listed_and_dropout_only_in_training():
-    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.Dropout(0.5))
-    assert reasons(model) == {"4": "gpukern has no Dropout yet"}
+def test_structure_is_not_listed_and_torchs_dropout_only_in_training():
+    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.AlphaDropout(0.5))
+    assert reasons(model) == {"4": "gpukern has no AlphaDropout yet"}
     assert not reasons(model.eval())
 
 

@@ -50,9 +50,19 @@ LAYERS = {
     "SiLU": (("SiLU", (), {}), (4, 5)),
     "GELU": (("GELU", (), {}), (4, 5)),
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
+    # Nothing is kept: what is drawn is none of torch's.
+    "Dropout": (("Dropout", (1.0,), {}), (4, 5)),
+    "Dropout1d": (("Dropout1d", (1.0,), {}), (2, 2, 5)),
+    "Dropout2d": (("Dropout2d", (1.0,), {}), (2, 2, 3, 4)),
+    "Dropout3d": (("Dropout3d", (1.0,), {}), (2, 2, 2, 3, 4)),
     "BatchNorm1d": (("BatchNorm1d", (5,), {}), (4, 5)),
+    "SyncBatchNorm": (("SyncBatchNorm", (2,), {}), (2, 2, 5, 6)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
     "BatchNorm3d": (("BatchNorm3d", (2,), {}), (2, 2, 3, 4, 3)),
+    "GroupNorm": (("GroupNorm", (2, 4), {}), (2, 4, 5, 6)),
+    "InstanceNorm1d": (("InstanceNorm1d", (3,), {"affine": True}), (3, 7)),
+    "InstanceNorm2d": (("InstanceNorm2d", (3,), {"affine": True, "track_running_stats": True}), (2, 3, 5, 6)),
+    "InstanceNorm3d": (("InstanceNorm3d", (3,), {}), (2, 3, 2, 3, 4)),
 }
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}

@@ -33,6 +33,7 @@ MODELS = {
     "residual": Residual(),
     "transposed": nn.Sequential(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.ReLU(), nn.AvgPool2d(2)),
     "activations": activations(),
+    "norms": nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.InstanceNorm2d(4, affine=True)),
     "classifier": nn.Sequential(
         *(
             nn.Conv2d(3, 4, (2, 3), stride=2, padding=1, dilation=2),

@@ -62,6 +62,16 @@ class Samples:
             (x, self.image(2, 1, 3), None, None, [1], [0], [0], [2], 2, "none", 0.0),
         ]
 
+    def dropout(self):
+        state = torch.tensor([-3, 2**40], device=self.device)
+        x, last = self.image(2, 3, 4, 5), self.image(2, 3, 4, 5, last=True)
+        return [
+            (x, None, None, 0.3, 0, -5, 7, []),
+            (last, self.image(2, 3, 4, 5), state, 0.3, 0, 0, 0, [0, 2, 3, 1]),
+            (last, None, state, 0.5, 2, 0, 0, [0, 2, 3, 1]),
+            (x, None, None, 1.0, 0, 0, 0, []),
+        ]
+
     def conv2d(self):
         x, w, b = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4)
         return [
@@ -176,6 +186,22 @@ class Samples:
             (torch.randn_like(x), x, w, b, other, mean, var, training, *epilogue, True, True, True)
             for x, w, b, other, mean, var, *epilogue in self.batch_norm()
             for training in (False, True)
+        ]
+
+    def group_norm(self):
+        x, w, b = self.image(2, 4, 3, 5), self.image(4), self.image(4)
+        last = self.image(2, 4, 3, 5, last=True)
+        return [
+            (x, w, b, None, 2, 1e-5, "none", 0.0),
+            (last, w, None, self.image(2, 4, 3, 5), 4, 1e-5, "silu", 0.0),
+            (self.image(3, 4), None, b, self.image(3, 4), 1, 1e-5, "tanh", 0.0),
+        ]
+
+    def group_norm_backward(self):
+        statistics, wants = (self.image(3, 4, grad=False), self.image(3, 4, grad=False).abs()), (True, True, True)
+        return [
+            (torch.randn_like(x), x, w, b, other, *(s[: len(x), :groups] for s in statistics), groups, *rest, *wants)
+            for x, w, b, other, groups, *rest in self.group_norm()
         ]
 
     def conv2d_batch_norm(self):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import gpukern.nn
 from gpukern.summary import summary
 from models.lenet import LeNet5
 from tests.resnet import resnet18
@@ -165,6 +166,9 @@ def test_what_cannot_be_followed_is_left_open(combine):
         (nn.AdaptiveMaxPool2d(7), None),
         (nn.GroupNorm(2, 4), "all"),
         (nn.InstanceNorm2d(4), "all"),
+        (nn.InstanceNorm2d(4, track_running_stats=True).eval(), (3, 3)),
+        (gpukern.nn.GroupNorm(2, 4), "all"),
+        (gpukern.nn.InstanceNorm2d(4), "all"),
         (nn.BatchNorm2d(4), (3, 3)),
         (nn.Dropout(), (3, 3)),
         (nn.Flatten(), (3, 3)),

@@ -19,6 +19,7 @@ from gpukern.functional._pooling import (
     max_pool1d,
     max_pool2d,
 )
+from gpukern.functional._regularization import dropout, dropout1d, dropout2d, dropout3d
 from gpukern.functional._volumes import (
     adaptive_avg_pool3d,
     adaptive_max_pool3d,
@@ -48,6 +49,10 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "gelu",
     "group_norm",
     "hardsigmoid",

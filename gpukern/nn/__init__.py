@@ -8,6 +8,7 @@ torch.nn.Conv2d)`` stays true, and checkpoints move both ways. ``BatchNormAct2d`
 from gpukern.nn.activation import GELU, Hardsigmoid, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 from gpukern.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from gpukern.nn.dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from gpukern.nn.linear import Linear
 from gpukern.nn.pooling import (
@@ -21,6 +22,7 @@ from gpukern.nn.pooling import (
 )
 from gpukern.nn.pooling3d import AdaptiveAvgPool3d, AdaptiveMaxPool3d, AvgPool3d, MaxPool3d
 from gpukern.nn.sequential import Sequential
+from gpukern.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "GELU",
@@ -42,6 +44,10 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
     "GroupNorm",
     "Hardsigmoid",
     "Hardswish",
@@ -58,5 +64,6 @@ __all__ = [
     "Sequential",
     "SiLU",
     "Sigmoid",
+    "SyncBatchNorm",
     "Tanh",
 ]

@@ -18,13 +18,16 @@ class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
 
     def _compute(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
         self._check_input_dim(input)
+        momentum, mean, variance = self._counted()
+        batch = self.training or (mean is None and variance is None)
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, batch, momentum, self.eps, **epilogue)
+
+    def _counted(self) -> tuple[float, torch.Tensor | None, torch.Tensor | None]:
+        """Count this batch; return its weight in the running statistics, and these."""
         batches = self._batches()
         if batches is not None:
             batches.add_(1)
-        momentum = self._momentum(0)
-        mean, variance = self._running()
-        batch = self.training or (mean is None and variance is None)
-        return F.batch_norm(input, mean, variance, self.weight, self.bias, batch, momentum, self.eps, **epilogue)
+        return self._momentum(0), *self._running()
 
     def _compute_after(self, conv: Conv2d, input: torch.Tensor, **epilogue) -> torch.Tensor:
         """In training, compute this norm of ``conv(input)``, whose kernel makes the statistics. input: [N, C, H, W]."""

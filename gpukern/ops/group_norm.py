@@ -25,7 +25,7 @@ from gpukern.ops.activation import needs_input, through_activation
 from gpukern.ops.batch_norm import check_numbers, differentiate_plainly, kept_for_backward
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
-from gpukern.runtime.tensors import check_alike, format_kept_by
+from gpukern.runtime.tensors import check_alike, memory_format_of
 from gpukern.runtime.transforms import Batch
 
 _implementations = Implementations("gpukern.ops._group_norm")
@@ -58,7 +58,7 @@ def check(input, weight, bias, residual, groups: int) -> None:
 
 
 def _empty_like(input: torch.Tensor) -> torch.Tensor:
-    return input.new_empty(input.shape).to(memory_format=format_kept_by(input))
+    return input.new_empty(input.shape).to(memory_format=memory_format_of(input))
 
 
 def _group_norm(input, weight, bias, residual, groups, eps, activation, negative_slope) -> tuple[torch.Tensor, ...]:

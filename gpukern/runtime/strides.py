@@ -56,3 +56,24 @@ def dense_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
 def reach(shape: Sequence[int], strides: Sequence[int]) -> int:
     """The largest offset, in elements, between two elements of a tensor."""
     return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def joined(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+    """Join neighbouring dimensions where the strides of all tensors allow it, and leave out those of one element.
+
+    Return the sizes that remain, and each tensor's strides along them.
+    """
+    kept: list[int] = []
+    steps: list[list[int]] = [[] for _ in strides]
+    for i, size in enumerate(sizes):
+        if size == 1:
+            continue
+        if kept and all(s[-1] == size * given[i] for s, given in zip(steps, strides, strict=True)):
+            kept[-1] *= size
+            for s, given in zip(steps, strides, strict=True):
+                s[-1] = given[i]
+        else:
+            kept.append(size)
+            for s, given in zip(steps, strides, strict=True):
+                s.append(given[i])
+    return kept, steps

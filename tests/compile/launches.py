@@ -21,9 +21,12 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
+from gpukern.ops._batch_norm.problem import Running
+from gpukern.ops._sync_batch_norm import launch as sync_batch_norm
 from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
+from gpukern.ops.dropout import dropout, order_of
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
@@ -140,6 +143,16 @@ SEQUENCES = (
 )
 #: Batch norms beyond those of the networks: with an epilogue, channels that are no multiple of 16, offsets of 64 bits.
 NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 2900))
+#: Group norms, with an activation and perhaps a residual: groups that fit a program, in both layouts, of a channel, of
+#: channels that are no power of two, of vectors; that do not; with offsets of 64 bits.
+GROUP_NORMS = (
+    ((32, 64, 56, 56), 32, torch.channels_last, "relu", False),
+    ((8, 320, 32, 32), 32, torch.channels_last, "silu", True),
+    ((32, 64, 112, 112), 64, torch.contiguous_format, "relu", False),
+    ((32, 256, 28, 28), 32, torch.contiguous_format, "silu", True),
+    ((64, 256), 32, torch.contiguous_format, "tanh", False),
+    ((8, 64, 2900, 2900), 32, torch.channels_last, "silu", True),
+)
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -168,6 +181,12 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         NORMS, layouts, (("relu", True), ("relu", False), ("silu", False))
     ):
         yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
+    for case in GROUP_NORMS:
+        yield lambda case=case: _run_group_norm(dtype, *case)
+    yield lambda: F.instance_norm(_empty((8, 64, 56, 56), dtype), *(_empty((64,), torch.float32) for _ in range(4)))
+    for shape, layout in itertools.product(NORMS, layouts):
+        yield lambda args=(shape, layout): _run_dropout(dtype, *args)
+        yield lambda args=(shape, layout): _run_sync_norm(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -230,6 +249,25 @@ def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
 
 
+def _run_group_norm(dtype: torch.dtype, shape, groups: int, layout, activation: str, with_residual: bool) -> None:
+    x, residual = (_empty(shape, dtype, layout) for _ in range(2))
+    weight, bias = (_empty(shape[1:2], torch.float32) for _ in range(2))
+
+    def norm(x, weight, bias, residual=None):
+        return F.group_norm(x, groups, weight, bias, residual=residual, activation=activation)
+
+    _backward(norm, x, weight, bias, *([residual] if with_residual else []))
+
+
+def _run_sync_norm(dtype: torch.dtype, shape, layout) -> None:
+    x = _empty(shape, dtype, layout)
+    messages = torch.stack([sync_batch_norm.local_statistics(x)] * 2)
+    norm = (_empty(shape[1:2], torch.float32) for _ in range(2))
+    mean, variance, count = sync_batch_norm.merged_statistics(messages, Running(*norm, 0.1))
+    sums = _empty((2, shape[1]), torch.float32)
+    sync_batch_norm.gradients_from_sums(x, x, mean, None, mean, variance, sums, True, 1e-5, count)
+
+
 def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: bool) -> None:
     a, b = (_empty(shape, dtype, layout) for _ in range(2))
     norm = Norm(*(_empty(shape[1:2], torch.float32) for _ in range(4)))
@@ -237,6 +275,15 @@ def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: b
     normalize_pair_backward(y, y if with_y else None, a, norm, b, norm, activation)
     sums = _empty((2, shape[1]), torch.float32)
     gradients_from_sums(y, a, norm.weight, norm.bias, norm.mean, norm.variance, sums, True, norm.eps)
+
+
+def _run_dropout(dtype: torch.dtype, shape, layout) -> None:
+    x = _empty(shape, dtype, layout)
+    order, state = order_of(x), torch.empty(2, dtype=torch.int64, device=META)
+    dropout(x, None, None, 0.5, 0, 1, 1, order)
+    dropout(x, x, state, 0.5, 0, 0, 0, order)
+    dropout(x, None, state, 0.5, 2, 0, 0, order)
+    dropout(x[:, :, 1:], None, None, 0.5, 0, 1, 1, order)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:

@@ -327,7 +327,7 @@ def test_what_torch_refuses(where):
 
 # ---- memory --------------------------------------------------------------------------------------------------------
 
-# Bytes of the launches' tensors by what the kernels' code reads and writes, each once; of meta tensors.
+# Bytes of the tensors that the kernels' code reads and writes, each once, and the launches.
 _TRAFFIC = """
 import json
 import torch

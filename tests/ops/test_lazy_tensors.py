@@ -41,6 +41,8 @@ CALLS: dict[str, tuple[Callable[[Any], Callable], tuple[tuple[int, ...], ...]]] 
         lambda f: lambda x, w, b: f.batch_norm(x, None, None, w, b, training=True),
         ((2, 3, 2, 3), (3,), (3,)),
     ),
+    "group_norm": (lambda f: lambda x, w, b: f.group_norm(x, 2, w, b), ((2, 4, 2, 3), (4,), (4,))),
+    "instance_norm": (lambda f: lambda x, w, b: f.instance_norm(x, None, None, w, b), ((2, 3, 4), (3,), (3,))),
     "max_pool2d": (lambda f: lambda x: f.max_pool2d(x, 2), ((2, 3, 4, 4),)),
     "avg_pool2d": (lambda f: lambda x: f.avg_pool2d(x, 2), ((2, 3, 4, 4),)),
     "adaptive_avg_pool2d": (lambda f: lambda x: f.adaptive_avg_pool2d(x, 2), ((2, 3, 4, 5),)),

@@ -6,7 +6,7 @@ import pytest
 
 import gpukern.nn
 from gpukern import functional as F
-from tests.opinfo import check_errors, check_module, check_samples
+from tests.opinfo import check_errors, check_module, check_module_errors, check_samples
 
 pytestmark = [
     pytest.mark.usefixtures("full_fp32"),
@@ -18,6 +18,7 @@ FUNCTIONS = {
     "nn.functional.batch_norm": F.batch_norm,
     "nn.functional.conv1d": F.conv1d,
     "nn.functional.conv2d": F.conv2d,
+    "nn.functional.group_norm": F.group_norm,
     "nn.functional.conv_transpose1d": F.conv_transpose1d,
     "nn.functional.linear": F.linear,
     "nn.functional.max_pool1d": F.max_pool1d,
@@ -27,7 +28,7 @@ FUNCTIONS = {
     "nn.functional.adaptive_avg_pool1d": F.adaptive_avg_pool1d,
     "nn.functional.adaptive_max_pool1d": F.adaptive_max_pool1d,
 }
-HAVE_ERRORS = [name for name in FUNCTIONS if re.search(r"conv\dd|pool\dd", name)]
+HAVE_ERRORS = [name for name in FUNCTIONS if re.search(r"conv\dd|pool\dd|group_norm", name)]
 LAYERS = (
     "AdaptiveAvgPool1d", "AdaptiveMaxPool1d", "AvgPool1d", "BatchNorm1d", "BatchNorm2d", "Conv1d", "Conv2d",
     "ConvTranspose1d", "Linear", "MaxPool1d",
@@ -45,7 +46,21 @@ def test_every_error_sample_is_refused(name, where):
     check_errors(name, FUNCTIONS[name], device=where)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
+def test_every_sample_of_instance_norm_is_right(where):
+    # Laid out as its input: torch's own, which computes a copy, is contiguous.
+    check_samples(
+        "nn.functional.instance_norm", F.instance_norm, device=where, only=lambda sample: sample.input.is_contiguous()
+    )
+
+
+NORMS = ["GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
+
+
+def test_every_error_sample_of_a_module_is_refused(where):
+    check_module_errors(gpukern.nn.GroupNorm, device=where)
+
+
+@pytest.mark.parametrize("layer", [*NORMS, *LAYERS])
 @pytest.mark.parametrize("training", [False, True])
 def test_every_module_sample_is_right(layer, training, where):
     check_module(getattr(gpukern.nn, layer), training=training, device=where)

@@ -71,6 +71,12 @@ CASES: dict[str, tuple[tuple[Callable, Callable], tuple[tuple[int, ...], ...]]] 
         _both(lambda f: lambda x, w, b: f.batch_norm(x, None, None, w, b, training=True)),
         ((3, 2, 2, 2), (2,), (2,)),
     ),
+    "group_norm": (_both(lambda f: lambda x, w, b: f.group_norm(x, 2, w, b)), ((2, 4, 3), (4,), (4,))),
+    "group_norm, silu": (
+        (lambda x, w: F.group_norm(x, 1, w, activation="silu"), lambda x, w: T.silu(T.group_norm(x, 1, w))),
+        ((2, 2, 2), (2,)),
+    ),
+    "instance_norm": (_both(lambda f: lambda x: f.instance_norm(x)), ((2, 2, 2, 2),)),
     "conv2d_batch_norm": ((_fused_norm, _norm_of_conv), ((2, 2, 3, 3), (3, 2, 2, 2), (3,), (3,), (3,))),
     "max_pool2d": (_both(lambda f: lambda x: f.max_pool2d(x, 3, 2, 1)), ((2, 2, 4, 5),)),
     "avg_pool2d": (_both(lambda f: lambda x: f.avg_pool2d(x, 3, 2, 1)), ((2, 2, 4, 5),)),

@@ -170,6 +170,8 @@ def batch_norm_input_grad_kernel(
     mean = load_numbers(norm.mean, c, valid, 0.0)
     inverse, scale, bias = affine(norm, load_numbers(norm.variance, c, valid, 1.0), c, valid, eps)
     count = tl.cast(sizes.pixels, tl.float32)
+    if sums.count is not None:
+        count = tl.load(sums.count)
     total_g = load_numbers(sums.totals, c, valid, 0.0)
     total_gx = load_numbers(sums.totals + sizes.channel_groups * CHANNEL_ALIGN, c, valid, 0.0)
     if tl.program_id(0) < sizes.channel_tiles:

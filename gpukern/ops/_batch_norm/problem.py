@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gpukern.runtime.strides import joined
+
 Shape = tuple[int, ...]
 
 
@@ -84,12 +86,12 @@ def walk(shape: Shape, strides: tuple[Shape, ...], by_image: bool = False) -> Wa
     channel_strides = [s[1] if channels > 1 else 0 for s in strides]
     if by_image:
         (_, height, inner), apart = _join(list(shape[2:]), [s[2:] for s in strides], 2)
-        rows, joined = shape[0], [[s[0] if shape[0] > 1 else 0, *a[1:]] for s, a in zip(strides, apart, strict=True)]
+        rows, steps = shape[0], [[s[0] if shape[0] > 1 else 0, *a[1:]] for s, a in zip(strides, apart, strict=True)]
     else:
-        (rows, height, inner), joined = _join([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides], 3)
-    places = tuple((s[0], c, s[1], s[2]) for s, c in zip(joined, channel_strides, strict=True))
+        (rows, height, inner), steps = _join([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides], 3)
+    places = tuple((s[0], c, s[1], s[2]) for s, c in zip(steps, channel_strides, strict=True))
     channels_run = all(c in (0, 1) for c in channel_strides) and 1 in channel_strides
-    pixels_run = not channels_run and all(s[2] in (0, 1) for s in joined)
+    pixels_run = not channels_run and all(s[2] in (0, 1) for s in steps)
     aligned = math.gcd(16, *((channels,) if channels_run else (inner,)))
     for n, c, h, w in places:
         aligned = math.gcd(aligned, n, h, w if channels_run else c)
@@ -110,19 +112,7 @@ def _join(sizes: list[int], strides: list[Shape], most: int) -> tuple[list[int],
 
     Raises ValueError where more than ``most`` are left.
     """
-    kept: list[int] = []
-    steps: list[list[int]] = [[] for _ in strides]
-    for i, size in enumerate(sizes):
-        if size == 1:
-            continue
-        if kept and all(s[-1] == size * given[i] for s, given in zip(steps, strides, strict=True)):
-            kept[-1] *= size
-            for s, given in zip(steps, strides, strict=True):
-                s[-1] = given[i]
-        else:
-            kept.append(size)
-            for s, given in zip(steps, strides, strict=True):
-                s.append(given[i])
+    kept, steps = joined(sizes, strides)
     missing = 3 - len(kept)
     if len(kept) > most:
         raise ValueError(f"more than {most} dimensions of pixels that cannot be joined: {sizes}, strides {strides}")

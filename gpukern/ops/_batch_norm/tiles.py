@@ -28,10 +28,13 @@ class Tiles(NamedTuple):
     options: dict[str, Any]
 
 
-def tiles_of(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
-    """Return the tiles of ``tensors`` for a kernel that ``sums`` over pixels, or for one that does not."""
-    tensors, first, strides = walkable(tensors)
-    prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
+def tiles_of(sums: bool, *tensors: torch.Tensor | None, by_image: bool = False) -> Tiles:
+    """Return the tiles of ``tensors`` for a kernel that ``sums`` over pixels, or for one that does not.
+
+    ``by_image``: none has pixels of two images.
+    """
+    tensors, first, strides = walkable(tensors, by_image)
+    prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums, by_image)
     places, chosen, sizes, options = prepared
     return Tiles(images_at(tensors, places), chosen, sizes, options)
 
@@ -64,9 +67,9 @@ def images_at(tensors: tuple[torch.Tensor | None, ...], places: tuple[Shape, ...
 
 @functools.lru_cache(maxsize=4096)
 def _prepared(
-    shape: Shape, strides: tuple[Shape, ...], itemsize: int, device: DeviceSpec, sums: bool
+    shape: Shape, strides: tuple[Shape, ...], itemsize: int, device: DeviceSpec, sums: bool, by_image: bool
 ) -> tuple[tuple[Shape, ...], BatchNormPlan, Sizes, dict[str, Any]]:
-    path = walk(shape, strides)
+    path = walk(shape, strides, by_image)
     index = index_type(max(path.pixels, *(reach(shape, stride) for stride in strides)))
     chosen = plan(path, itemsize, device, sums, far=index is tl.int64)
     sizes = Sizes(

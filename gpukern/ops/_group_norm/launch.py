@@ -6,7 +6,6 @@ import torch
 
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm.launch import norm_of
-from gpukern.ops._batch_norm.tiles import empty_like
 from gpukern.ops._group_norm import kernels
 from gpukern.ops._group_norm.tiles import channel_tiles, whole_groups
 from gpukern.ops._normalization import Norm
@@ -14,7 +13,7 @@ from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import with_workspace
 from gpukern.runtime.integers import cdiv, power_of_two
 from gpukern.runtime.launcher import launch
-from gpukern.runtime.tensors import check_kernel_dtype
+from gpukern.runtime.tensors import check_kernel_dtype, memory_format_of
 
 # ---- forward -------------------------------------------------------------------------------------------------------
 
@@ -31,9 +30,10 @@ def group_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_kernel_dtype("group_norm", input.dtype)
     N, device = input.shape[0], input.device
-    output = empty_like(input)
+    output = _empty_like(input)
     if input.numel() == 0:
-        return output, *(torch.zeros((N, groups), dtype=torch.float32, device=device) for _ in range(2))
+        mean, variance = (torch.zeros((N, groups), dtype=torch.float32, device=device) for _ in range(2))
+        return output, mean, variance
     mean, variance = _numbers(N, groups, device)
     norm = norm_of(mean, variance, weight, bias)
     tiles = whole_groups(groups, (input, residual), output)
@@ -106,8 +106,8 @@ def group_norm_backward(
 ) -> tuple[torch.Tensor, ...]:
     check_kernel_dtype("group_norm", input.dtype)
     (N, C), device = input.shape[:2], input.device
-    out = empty_like(input) if wants_input else None
-    inner = empty_like(input) if wants_inner else None
+    out = _empty_like(input) if wants_input else None
+    inner = _empty_like(input) if wants_inner else None
     sums = None
     if wants_parameters:
         # One is there: its gradient is wanted.
@@ -237,6 +237,11 @@ def update_running(
 
 
 # ---- what these share ----------------------------------------------------------------------------------------------
+
+
+def _empty_like(input: torch.Tensor) -> torch.Tensor:
+    """Allocate a dense, uninitialised tensor in ``input``'s layout."""
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
 def _numbers(N: int, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

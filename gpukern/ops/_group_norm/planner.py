@@ -79,8 +79,7 @@ def resident(
     if walk.channels_run:
         wanted = max(wanted, cdiv(_RUN, columns * itemsize))
     channels = columns * min(power_of_two(wanted), most)
-    short = walk.channels_run and pixels > 1 and channels * itemsize < _SHORTEST_RUN
-    if short and channels < walk.channels:
+    if walk.channels_run and pixels > 1 and channels < walk.channels and channels * itemsize < _SHORTEST_RUN:
         return None
     tiles = cdiv(walk.channels // group, channels // columns)
     images_per_split = cdiv(walk.rows, min(walk.rows, cdiv(_PROGRAMS_PER_SM * device.sm_count, tiles), _SPLITS))

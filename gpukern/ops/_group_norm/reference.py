@@ -6,7 +6,7 @@ import torch
 
 from gpukern.ops._activation import reference as activations
 from gpukern.ops._activation.properties import PROPERTIES
-from gpukern.runtime.tensors import format_kept_by, laid_out
+from gpukern.runtime.tensors import laid_out, memory_format_of
 from gpukern.runtime.transforms import overwrite, total
 
 
@@ -24,7 +24,7 @@ def group_norm(
     mean, variance = statistics(input, groups)
     z, _, _ = normalize(input, weight, bias, residual, mean, variance, eps)
     y = activations.activation(z, activation, negative_slope)
-    return laid_out(y.to(input.dtype), format_kept_by(input)), mean, variance
+    return _laid_out_as(input, y), mean, variance
 
 
 def statistics(input: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,14 +57,13 @@ def group_norm_backward(
     ``other`` is the residual if the activation's derivative needs its input, else y, or None if there was no residual
     or no activation: then x suffices.
     """
-    layout = format_kept_by(input)
     wants = wants_input, wants_parameters, wants_parameters, wants_inner
     gradients = gradients_of(grad, input, weight, bias, other, mean, variance, groups, eps, activation, negative_slope)
     kept = [each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True)]
     if wants_input:
-        kept[0] = laid_out(kept[0], layout)
+        kept[0] = _laid_out_as(input, kept[0])
     if wants_inner:
-        kept[3] = kept[3].clone(memory_format=layout)
+        kept[3] = _laid_out_as(input, kept[3].clone())
     return tuple(kept)
 
 
@@ -148,6 +147,13 @@ def update_running(
     with torch.no_grad():
         for old, new in ((running_mean, mean.mean(0)), (running_var, variance.mean(0) * (pixels / (pixels - 1)))):
             overwrite(old, (1 - momentum) * old.to(new.dtype) + momentum * new)
+
+
+def _laid_out_as(input: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor`` in ``input``'s dtype and torch's layout of the result; nothing lies as if contiguous."""
+    if not tensor.numel():
+        return input.new_empty(input.shape)
+    return laid_out(tensor.to(input.dtype), memory_format_of(input))
 
 
 def _group_means(values: torch.Tensor, groups: int) -> torch.Tensor:

@@ -34,15 +34,16 @@ def whole_groups(groups: int, inputs: tuple[torch.Tensor | None, ...], *outputs:
     prepared = _whole(tuple(first.shape), strides, groups, first.itemsize, device_spec(first.device), number)
     if prepared is None:
         return None
-    places, *others = prepared
-    return Tiles(images_at(tensors, places), *others)
+    places, chosen, sizes, options = prepared
+    return Tiles(images_at(tensors, places), chosen, sizes, options)
 
 
 def channel_tiles(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
     """Return tiles of channels, for a kernel that ``sums`` over the pixels of an image, or for one that does not."""
     tensors, first, strides = walkable(tensors, by_image=True)
-    places, *others = _channels(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
-    return Tiles(images_at(tensors, places), *others)
+    prepared = _channels(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
+    places, chosen, sizes, options = prepared
+    return Tiles(images_at(tensors, places), chosen, sizes, options)
 
 
 @functools.lru_cache(maxsize=4096)
