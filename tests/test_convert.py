@@ -21,11 +21,17 @@ pytestmark = pytest.mark.usefixtures("reference_mode")
 
 
 LAYERS = [
+    nn.Conv1d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
+    nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1),
     nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
     nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
     nn.Conv3d(3, 4, (1, 3, 2), stride=2, padding=1, padding_mode="replicate"),
     nn.ConvTranspose3d(3, 4, 3, stride=2, output_padding=1),
     nn.Linear(8, 2),
+    nn.MaxPool1d(2, 1, 1, ceil_mode=True, return_indices=True),
+    nn.AvgPool1d(3, 2, 1, count_include_pad=False),
+    nn.AdaptiveAvgPool1d(3),
+    nn.AdaptiveMaxPool1d(2, return_indices=True),
     nn.MaxPool2d(2, 1, 1, ceil_mode=True, return_indices=True),
     nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
     nn.AdaptiveAvgPool2d((3, None)),
@@ -399,7 +405,7 @@ def test_left_layers_and_their_reasons():
         "patched": patched,
         "subclassed": subclassed,
         "attention": nn.MultiheadAttention(4, 2),
-        "transposed": nn.ConvTranspose1d(1, 1, 1),
+        "power": nn.LPPool1d(2, 2),
         "quantized": torch.ao.nn.quantized.ReLU6(),
     }.items():
         model.add_module(name, module)
@@ -417,7 +423,7 @@ def test_left_layers_and_their_reasons():
         "patched": "forward was replaced on this object",
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
         "attention": "gpukern has no MultiheadAttention yet",
-        "transposed": "gpukern has no ConvTranspose1d yet",
+        "power": "gpukern has no LPPool1d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",
     }
 
