@@ -21,20 +21,20 @@ pytestmark = pytest.mark.usefixtures("reference_mode")
 
 
 LAYERS = [
-    nn.Conv1d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
-    nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1),
     nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
     nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
+    nn.Conv1d(3, 4, 3, stride=2, padding=1, padding_mode="replicate"),
+    nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1),
     nn.Conv3d(3, 4, (1, 3, 2), stride=2, padding=1, padding_mode="replicate"),
     nn.ConvTranspose3d(3, 4, 3, stride=2, output_padding=1),
     nn.Linear(8, 2),
+    nn.MaxPool2d(2, 1, 1, ceil_mode=True, return_indices=True),
+    nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
+    nn.AdaptiveAvgPool2d((3, None)),
     nn.MaxPool1d(2, 1, 1, ceil_mode=True, return_indices=True),
     nn.AvgPool1d(3, 2, 1, count_include_pad=False),
     nn.AdaptiveAvgPool1d(3),
     nn.AdaptiveMaxPool1d(2, return_indices=True),
-    nn.MaxPool2d(2, 1, 1, ceil_mode=True, return_indices=True),
-    nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
-    nn.AdaptiveAvgPool2d((3, None)),
     nn.MaxPool3d(2, 1, 1, ceil_mode=True, return_indices=True),
     nn.AvgPool3d(3, 2, 1, count_include_pad=False, divisor_override=5),
     nn.AdaptiveAvgPool3d((3, None, 2)),
@@ -55,6 +55,8 @@ LAYERS = [
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
     nn.BatchNorm3d(3, eps=0.1, affine=False),
+    nn.LayerNorm((8, 8), eps=0.1, bias=False),
+    nn.RMSNorm(8, elementwise_affine=False),
     nn.GroupNorm(3, 3, eps=0.1, affine=False),
     nn.InstanceNorm1d(3, affine=True),
     nn.InstanceNorm2d(3, momentum=0.3, track_running_stats=True),
@@ -72,8 +74,9 @@ def reasons(model: nn.Module) -> dict[str, str]:
 
 def test_there_is_a_case_for_every_layer():
     assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS)
-    # torch.nn has no batch norm with an activation.
-    assert {kind.__name__ for kind in REPLACEMENTS} == set(gpukern.nn.__all__) - {"BatchNormAct2d", "Sequential"}
+    # torch.nn has no batch norm with an activation, and no layer norm over channels.
+    ours = set(gpukern.nn.__all__) - {"BatchNormAct2d", "LayerNorm2d", "Sequential"}
+    assert {kind.__name__ for kind in REPLACEMENTS} == ours
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
@@ -405,15 +408,18 @@ def test_left_layers_and_their_reasons():
         "patched": patched,
         "subclassed": subclassed,
         "attention": nn.MultiheadAttention(4, 2),
-        "power": nn.LPPool1d(2, 2),
+        "pooled": nn.LPPool2d(2, 2),
         "quantized": torch.ao.nn.quantized.ReLU6(),
     }.items():
         model.add_module(name, module)
     _, report = gpukern.convert(model, return_report=True)
-    assert report.replaced == (("adapted.adapter", "Linear"),)
+    assert report.replaced == (
+        ("adapted", "Adapted"),
+        ("adapted.adapter", "Linear"),
+        ("attention", "MultiheadAttention"),
+    )
     assert {layer.name: layer.reason for layer in report.left} == {
         "subclass": "subclass of Conv2d: it may override forward",
-        "adapted": "subclass of Linear: it may override forward",
         "lazy": "not initialized yet: run the model once, then convert it",
         "own": "not a torch.nn layer: convert does not look inside its forward",
         "slope": "negative_slope = -0.5: gpukern takes none below 0",
@@ -422,8 +428,7 @@ def test_left_layers_and_their_reasons():
         "complex64": "its parameters are torch.complex64: the kernels take float32, float16 and bfloat16",
         "patched": "forward was replaced on this object",
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
-        "attention": "gpukern has no MultiheadAttention yet",
-        "power": "gpukern has no LPPool1d yet",
+        "pooled": "gpukern has no LPPool2d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",
     }
 
@@ -495,3 +500,27 @@ def test_resnet18_is_replaced_and_computes_the_same():
         assert torch.equal(
             converted[0](x) if isinstance(converted, nn.Sequential) else converted.conv1(x), model.conv1(x)
         )
+
+
+@pytest.mark.parametrize("where", ["torchvision.models.convnext", "timm.layers.norm"])
+def test_layer_norm_over_channels_of_other_libraries_is_replaced(where):
+    """They are known by their full names alone: neither library is needed."""
+
+    class LayerNorm2d(nn.LayerNorm):
+        def forward(self, x):
+            return nn.functional.layer_norm(
+                x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
+            ).permute(0, 3, 1, 2)
+
+    LayerNorm2d.__qualname__ = "LayerNorm2d"
+    model, x = nn.Sequential(LayerNorm2d(3, eps=1e-6)), torch.randn(2, 3, 4, 5)
+    assert reasons(model)["0"].startswith("subclass of LayerNorm")
+    LayerNorm2d.__module__ = where
+    converted, report = gpukern.convert(model, return_report=True)
+    assert type(converted[0]) is gpukern.nn.LayerNorm2d and report.replaced == (("0", "LayerNorm2d"),)
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        ours, theirs = converted(image), model(image)
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert list(converted.state_dict()) == list(model.state_dict())
+    model[0]._fast_norm = True
+    assert reasons(model)["0"].startswith("timm's fast norm is on")

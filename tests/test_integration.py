@@ -50,6 +50,9 @@ LAYERS = {
     "SiLU": (("SiLU", (), {}), (4, 5)),
     "GELU": (("GELU", (), {}), (4, 5)),
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
+    "Softmax": (("Softmax", (1,), {}), (4, 5)),
+    "Softmax2d": (("Softmax2d", (), {}), (2, 3, 4, 5)),
+    "LogSoftmax": (("LogSoftmax", (-1,), {}), (4, 5)),
     # Nothing is kept: what is drawn is none of torch's.
     "Dropout": (("Dropout", (1.0,), {}), (4, 5)),
     "Dropout1d": (("Dropout1d", (1.0,), {}), (2, 2, 5)),
@@ -59,6 +62,8 @@ LAYERS = {
     "SyncBatchNorm": (("SyncBatchNorm", (2,), {}), (2, 2, 5, 6)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
     "BatchNorm3d": (("BatchNorm3d", (2,), {}), (2, 2, 3, 4, 3)),
+    "LayerNorm": (("LayerNorm", ((5, 6),), {}), (2, 2, 5, 6)),
+    "RMSNorm": (("RMSNorm", (6,), {}), (3, 6)),
     "GroupNorm": (("GroupNorm", (2, 4), {}), (2, 4, 5, 6)),
     "InstanceNorm1d": (("InstanceNorm1d", (3,), {"affine": True}), (3, 7)),
     "InstanceNorm2d": (("InstanceNorm2d", (3,), {"affine": True, "track_running_stats": True}), (2, 3, 5, 6)),
@@ -103,7 +108,9 @@ def assert_same(ours, theirs, **tolerance) -> None:
 
 
 def test_every_layer_has_a_case():
-    assert {name.partition("-")[0] for name in LAYERS} == set(gpukern.nn.__all__) - {"BatchNormAct2d", "Sequential"}
+    # No layer of torch's, of a target, over channels, of layers.
+    elsewhere = {"BatchNormAct2d", "CrossEntropyLoss", "LayerNorm2d", "Sequential"}
+    assert {name.partition("-")[0] for name in LAYERS} == set(gpukern.nn.__all__) - elsewhere
 
 
 def test_results_are_torchs(pair):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import gpukern
 from gpukern.summary import summary
 from tests.test_summary import Residual
 from tests.test_summary_products import Called
@@ -162,7 +163,7 @@ def seen(model, size=(4, 12, 12)):
     "layer",
     [
         nn.LayerNorm([4, 10, 10]), nn.LayerNorm([10, 10]), nn.RMSNorm([4, 10, 10]), nn.GroupNorm(1, 4),
-        nn.InstanceNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1),
+        nn.InstanceNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), gpukern.nn.LayerNorm([4, 10, 10]),
     ],
     ids=str,
 )  # fmt: skip

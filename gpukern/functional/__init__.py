@@ -6,9 +6,22 @@ kept: channels_last in, channels_last out. They follow ``torch.autocast`` as the
 
 import torch.fx
 
-from gpukern.functional._activation import gelu, hardsigmoid, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
+from gpukern.functional._activation import (
+    gelu,
+    hardsigmoid,
+    hardswish,
+    leaky_relu,
+    log_softmax,
+    relu,
+    relu6,
+    sigmoid,
+    silu,
+    softmax,
+    tanh,
+)
 from gpukern.functional._conv import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from gpukern.functional._dense import linear
+from gpukern.functional._loss import cross_entropy
 from gpukern.functional._norm import batch_norm, conv2d_batch_norm, group_norm, instance_norm
 from gpukern.functional._pooling import (
     adaptive_avg_pool1d,
@@ -20,6 +33,7 @@ from gpukern.functional._pooling import (
     max_pool2d,
 )
 from gpukern.functional._regularization import dropout, dropout1d, dropout2d, dropout3d
+from gpukern.functional._row_norm import layer_norm, rms_norm
 from gpukern.functional._volumes import (
     adaptive_avg_pool3d,
     adaptive_max_pool3d,
@@ -49,6 +63,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose3d",
+    "cross_entropy",
     "dropout",
     "dropout1d",
     "dropout2d",
@@ -58,15 +73,19 @@ __all__ = [
     "hardsigmoid",
     "hardswish",
     "instance_norm",
+    "layer_norm",
     "leaky_relu",
     "linear",
+    "log_softmax",
     "max_pool1d",
     "max_pool2d",
     "max_pool3d",
     "relu",
     "relu6",
+    "rms_norm",
     "sigmoid",
     "silu",
+    "softmax",
     "tanh",
 ]
 

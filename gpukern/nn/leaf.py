@@ -60,7 +60,12 @@ def derived(ours: type[torch.nn.Module], kind: type[torch.nn.Module]) -> type[to
         return _new, (ours, kind), object.__reduce_ex__(self, 2)[2]
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (ours, kind), {**names, "__reduce_ex__": reduce})
+    return type(kind.__name__, (ours, kind), {**names, "_derived_from": kind, "__reduce_ex__": reduce})
+
+
+def derived_from(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    """Return the ``kind`` of which :func:`derived` made this class; None if it did not."""
+    return vars(kind).get("_derived_from")
 
 
 def _new(ours: type[torch.nn.Module], kind: type[torch.nn.Module]) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from gpukern.nn import activation as activations
 from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
 from gpukern.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from gpukern.nn.layer_norm import LayerNorm, LayerNorm2d, RMSNorm
 from gpukern.nn.leaf import derived, refuse_script
 from gpukern.nn.linear import Linear
 
@@ -25,6 +26,7 @@ _HEADS = frozenset(
     (
         *(Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear),
         *(BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d),
+        *(LayerNorm, LayerNorm2d, RMSNorm),
     )
 )
 
@@ -53,6 +55,7 @@ class Sequential(torch.nn.Sequential):
     a convolution or Linear, activation               the layer's kernel, with the activation in its epilogue
     BatchNorm1d, 2d or 3d, activation                 the same
     GroupNorm or InstanceNorm1d/2d/3d, activation     the same
+    LayerNorm, LayerNorm2d or RMSNorm, activation     the same
     ================================================  ==============================================================
 
     Children, ``state_dict``, running statistics, results and gradients are those of ``torch.nn.Sequential``, but for

@@ -13,8 +13,6 @@ input is recomputed on the way. Gradients of gradients are taken from these form
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_sizes
 from gpukern.ops.activation import needs_input, through_activation
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator, needs_operator, resolved
+from gpukern.runtime.operator import Operator, backward_of, needs_operator, resolved
 from gpukern.runtime.tensors import check_alike, format_kept_by
 from gpukern.runtime.transforms import Batch
 
@@ -298,28 +296,6 @@ def _gradients_plainly(grad, input, weight, bias, other, mean, var, training, *o
     return tuple(each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True))
 
 
-def differentiate_plainly(plainly: Callable[..., tuple], ctx: Any, *grads: torch.Tensor | None) -> tuple:
-    """The backward of a norm's backward, which is ``plainly`` in plain torch: by its first five tensors of seven."""
-    with torch.enable_grad():
-        # Aliases of the saved tensors: gradients by them alone, and through them any higher order.
-        tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        outputs = plainly(*tensors, *ctx.state)
-    needed = [i for i in range(5) if ctx.needs_input_grad[i]]
-    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-    found: list[torch.Tensor | None] = [None] * (7 + len(ctx.state))
-    if pairs:
-        results = torch.autograd.grad(
-            [y for y, _ in pairs],
-            [tensors[i] for i in needed],
-            [g for _, g in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        for i, result in zip(needed, results, strict=True):
-            found[i] = result
-    return tuple(found)
-
-
 #: ∂L/∂x, ∂L/∂weight, ∂L/∂bias and ∂L/∂residual, each empty unless wanted; see ``reference.batch_norm_backward``.
 batch_norm_backward = Operator(
     "batch_norm_backward",
@@ -329,7 +305,7 @@ batch_norm_backward = Operator(
     forward=_gradients,
     fake=_gradients_fake,
     save=_gradients_save,
-    backward=functools.partial(differentiate_plainly, _gradients_plainly),
+    backward=backward_of(_gradients_plainly, 5),
     plain=_gradients_plainly,
 )
 

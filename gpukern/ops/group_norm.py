@@ -14,7 +14,6 @@ are taken from these formulas in plain torch.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -22,9 +21,9 @@ import torch
 from gpukern.ops._activation.reference import in_torch
 from gpukern.ops._group_norm import reference
 from gpukern.ops.activation import needs_input, through_activation
-from gpukern.ops.batch_norm import check_numbers, differentiate_plainly, kept_for_backward
+from gpukern.ops.batch_norm import check_numbers, kept_for_backward
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator
+from gpukern.runtime.operator import Operator, backward_of
 from gpukern.runtime.tensors import check_alike, memory_format_of
 from gpukern.runtime.transforms import Batch
 
@@ -191,6 +190,6 @@ group_norm_backward = Operator(
     forward=_gradients,
     fake=_gradients_fake,
     save=_gradients_save,
-    backward=functools.partial(differentiate_plainly, _gradients_plainly),
+    backward=backward_of(_gradients_plainly, 5),
     plain=_gradients_plainly,
 )

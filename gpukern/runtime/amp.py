@@ -34,6 +34,16 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+def runs_in_fp32(input: torch.Tensor) -> bool:
+    """Whether autocast computes a function that it runs in float32 so, not in the dtype of ``input``."""
+    device_type = input.device.type
+    return (
+        device_type != "meta"
+        and torch.is_autocast_enabled(device_type)
+        and input.dtype in (torch.float16, torch.bfloat16)
+    )
+
+
 def autocast_to_float32(*tensors: Any) -> tuple[Any, ...]:
     """The tensors in float32 where autocast is on for a GPU, as torch has those of functions that sum much."""
     if not is_any_autocast_enabled() or tensors[0].device.type != "cuda" or not torch.is_autocast_enabled("cuda"):

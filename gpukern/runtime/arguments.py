@@ -51,6 +51,21 @@ def _numbers(name: str, value: int | Sequence[int], count: int, of: str) -> tupl
     return numbers if len(numbers) == count else numbers * count
 
 
+def as_shape(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    """A tuple of ints, or of a tracer's sizes, from a sequence. TypeError for anything else, as torch raises it."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be tuple of ints, not {type(value).__name__}")
+    for place, each in enumerate(value):
+        if type(each) is not int and not isinstance(each, torch.SymInt):
+            try:
+                _index(each)
+            except TypeError:
+                raise TypeError(
+                    f"{name} must be tuple of ints, but found element of type {type(each).__name__} at pos {place}"
+                ) from None
+    return tuple(each if isinstance(each, torch.SymInt) else _index(each) for each in value)  # type: ignore[misc]
+
+
 def as_int(name: str, value: int) -> int:
     """``value``, or the number that a tensor of one integer holds. TypeError for anything else, as torch raises it."""
     if type(value) is int:

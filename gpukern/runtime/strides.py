@@ -77,3 +77,14 @@ def joined(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list
             for s, given in zip(steps, strides, strict=True):
                 s.append(given[i])
     return kept, steps
+
+
+def joined_to(
+    dimensions: int, sizes: Sequence[int], strides: Sequence[Sequence[int]]
+) -> tuple[list[int], list[list[int]]]:
+    """:func:`joined`, in so many dimensions, the first ones of one element. Raises ValueError where more remain."""
+    kept, steps = joined(sizes, strides)
+    missing = dimensions - len(kept)
+    if missing < 0:
+        raise ValueError(f"more than {dimensions} dimensions that cannot be joined: {sizes}, strides {strides}")
+    return [1] * missing + kept, [[0] * missing + s for s in steps]

@@ -62,6 +62,16 @@ def _through_adaptive_pool(view: View, input_size: Size, output_size: Size) -> V
     return _through_window(view, Window(kernel, kernel, (0,) * len(kernel), (1,) * len(kernel)))
 
 
+def _through_row_norm(view: View, dims: int, over_channels: bool = False) -> View:
+    """A norm over all positions sees everything, one over the channels of each position what that sees.
+
+    Over the last dimension alone it covers a row: neither a window nor everything.
+    """
+    if view == SOME or over_channels:
+        return view
+    return ALL if dims >= len(view.size) else SOME
+
+
 # ---- functions -----------------------------------------------------------------------------------------------------
 
 #: Functions that compute each output element from elements of the same place, or only arrange elements anew.
@@ -124,8 +134,7 @@ def _after(name: str, view: View, input: torch.Tensor, output: torch.Tensor, arg
     if name == "instance_norm":
         return ALL if _argument(args, kwargs, 5, "use_input_stats", True) else view
     if name in ("layer_norm", "rms_norm"):
-        # Over the last dimension alone it covers a row: neither a window nor everything.
-        return ALL if len(_argument(args, kwargs, 1, "normalized_shape", ())) >= len(view.size) else SOME
+        return _through_row_norm(view, len(_argument(args, kwargs, 1, "normalized_shape", ())))
     if _WINDOWS.fullmatch(name):
         return _through_window(view, _window_of(name, len(view.size), args, kwargs))
     if name in _ALONG:
@@ -206,6 +215,8 @@ def through_layer(
         return view and SOME
     if view is None or view == ALL:
         return view
+    if isinstance(layer, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+        return _through_row_norm(view, len(layer.normalized_shape), type(layer).__name__ == "LayerNorm2d")
     if isinstance(layer, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)):
         return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
     if isinstance(layer, torch.nn.GroupNorm):

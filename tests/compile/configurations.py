@@ -117,6 +117,8 @@ def configuration(launch: Launch, *, coarse: bool = False) -> tuple:
         options["elements"] = tile // int(options.pop("num_warps"))
     if "SPLITS" in options:
         options["SPLITS"] = launch.options["SPLITS"] > 1  # their number is a factor in addresses, no more
+    if "probabilities" in launch.function.arg_names:
+        options["given"] = _given(launch)  # forward and backward of cross entropy are one kernel
     options["rounds"] = rounds(launch)
     options["statistics"] = _has(launch, "statistics")
     if _goes_through_norm(launch):
@@ -163,3 +165,9 @@ def _has(launch: Launch, name: str) -> bool:
     """Whether the kernel is given this: a pointer, an image or a descriptor."""
     given = dict(zip(launch.function.arg_names, launch.arguments, strict=False))
     return any(given.get(full) is not None for full in (name, f"{name}_ptr"))
+
+
+def _given(launch: Launch) -> str:
+    """The names of what a kernel is given, images among them."""
+    named = zip(launch.function.arg_names, launch.arguments, strict=False)
+    return " ".join(name for name, value in named if value is not None and getattr(value, "ptr", value) is not None)

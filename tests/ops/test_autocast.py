@@ -24,6 +24,9 @@ CALLS: dict[str, Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]] = {
     "max_pool2d": lambda f: lambda x: f.max_pool2d(x, 2),
     "avg_pool2d": lambda f: lambda x: f.avg_pool2d(x, 2),
     "adaptive_avg_pool2d": lambda f: lambda x: f.adaptive_avg_pool2d(x, 2),
+    "softmax": lambda f: lambda x: f.softmax(x, 1),
+    "cross_entropy": lambda f: lambda x: f.cross_entropy(x, torch.zeros(2, 6, 6, dtype=torch.int64, device=x.device)),
+    "cross_entropy, probabilities": lambda f: lambda x: f.cross_entropy(x, x.sigmoid()),
     **{
         name: (lambda f, name=name: getattr(f, name))
         for name in ["relu", "relu6", "leaky_relu", "sigmoid", "hardsigmoid", "tanh", "silu", "gelu", "hardswish"]

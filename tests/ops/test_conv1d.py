@@ -186,3 +186,18 @@ def test_a_network_is_converted_fused_and_exported(device):
     program = torch.export.export(converted, (x,))
     names = [str(node.target) for node in program.graph.nodes if "gpukern" in str(node.target)]
     assert names[0] == "gpukern.conv1d.default" and "gpukern.conv_transpose1d.default" in names
+
+
+def test_one_compiled_graph_serves_sequences_of_any_length(where):
+    w, back = torch.randn(4, 1, 3, device=where, requires_grad=True), torch.randn(4, 2, 2, device=where)
+
+    def network(x):
+        y = F.conv1d(x, w, padding="causal", groups=4, activation="silu")
+        y = F.conv_transpose1d(F.avg_pool1d(F.max_pool1d(y, 3, 2, 1), 2, 1), back, stride=2)
+        return F.adaptive_avg_pool1d(y, 5) + F.adaptive_max_pool1d(y, 5)
+
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (16, 23):
+        x = torch.randn(2, 4, length, device=where)
+        results = [(y, *torch.autograd.grad(y.sum(), w)) for y in (compiled(x), network(x))]
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)

@@ -75,6 +75,8 @@ CALLS: dict[str, Callable[[Any], Callable]] = {
     "adaptive_avg_pool2d to 1": lambda f: lambda x: f.adaptive_avg_pool2d(x, 1),
     "batch_norm": lambda f: _norm(f, False),
     "batch_norm, training": lambda f: _norm(f, True),
+    "softmax": lambda f: lambda x: f.softmax(x, 1),
+    "log_softmax along rows": lambda f: lambda x: f.log_softmax(x, 3),
     "group_norm": lambda f: lambda x: f.group_norm(x, 1),
     "relu": lambda f: f.relu,
     "gelu": lambda f: f.gelu,

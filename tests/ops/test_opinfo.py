@@ -27,6 +27,12 @@ FUNCTIONS = {
     "nn.functional.avg_pool2d": F.avg_pool2d,
     "nn.functional.adaptive_avg_pool1d": F.adaptive_avg_pool1d,
     "nn.functional.adaptive_max_pool1d": F.adaptive_max_pool1d,
+    "nn.functional.conv3d": F.conv3d,
+    "nn.functional.conv_transpose3d": F.conv_transpose3d,
+    "nn.functional.max_pool3d": F.max_pool3d,
+    "nn.functional.avg_pool3d": F.avg_pool3d,
+    "nn.functional.adaptive_avg_pool3d": F.adaptive_avg_pool3d,
+    "nn.functional.adaptive_max_pool3d": F.adaptive_max_pool3d,
 }
 HAVE_ERRORS = [name for name in FUNCTIONS if re.search(r"conv\dd|pool\dd|group_norm", name)]
 LAYERS = (

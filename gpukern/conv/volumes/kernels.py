@@ -30,9 +30,9 @@ def conv3d_gather_kernel(
     padding_w,
     negative_slope,
     TAPS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    TAP_STEP: tl.constexpr,
+    STRIDES: tl.constexpr,
+    DILATIONS: tl.constexpr,
+    TAP_STEPS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     VARIANT: tl.constexpr,  # "taps", "flat" or "direct": how the sum over taps and channels is walked
     EVEN_K: tl.constexpr,  # BLOCK_K divides the channels summed over
@@ -56,24 +56,24 @@ def conv3d_gather_kernel(
     phase = tl.program_id(2) // SPLITS
     split = tl.program_id(2) % SPLITS
     if TRANSPOSED:
-        phase_d = phase // (STRIDE[1] * STRIDE[2])
-        phase_h = phase // STRIDE[2] % STRIDE[1]
-        phase_w = phase % STRIDE[2]
-        planes = (sizes.out_d - phase_d + STRIDE[0] - 1) // STRIDE[0]
-        rows = (sizes.out_h - phase_h + STRIDE[1] - 1) // STRIDE[1]
-        cols = (sizes.out_w - phase_w + STRIDE[2] - 1) // STRIDE[2]
-        first_t, taps_d, base_d = phase_taps(phase_d, padding_d, TAPS[0], STRIDE[0], DILATION[0], TAP_STEP[0])
-        first_r, taps_h, base_h = phase_taps(phase_h, padding_h, TAPS[1], STRIDE[1], DILATION[1], TAP_STEP[1])
-        first_s, taps_w, base_w = phase_taps(phase_w, padding_w, TAPS[2], STRIDE[2], DILATION[2], TAP_STEP[2])
+        phase_d = phase // (STRIDES[1] * STRIDES[2])
+        phase_h = phase // STRIDES[2] % STRIDES[1]
+        phase_w = phase % STRIDES[2]
+        planes = (sizes.out_d - phase_d + STRIDES[0] - 1) // STRIDES[0]
+        rows = (sizes.out_h - phase_h + STRIDES[1] - 1) // STRIDES[1]
+        cols = (sizes.out_w - phase_w + STRIDES[2] - 1) // STRIDES[2]
+        first_t, taps_d, base_d = phase_taps(phase_d, padding_d, TAPS[0], STRIDES[0], DILATIONS[0], TAP_STEPS[0])
+        first_r, taps_h, base_h = phase_taps(phase_h, padding_h, TAPS[1], STRIDES[1], DILATIONS[1], TAP_STEPS[1])
+        first_s, taps_w, base_w = phase_taps(phase_w, padding_w, TAPS[2], STRIDES[2], DILATIONS[2], TAP_STEPS[2])
         # The largest phase has as many tiles as the grid; the others leave their last programs without a voxel.
-        largest = tl.cdiv(sizes.out_d, STRIDE[0]) * tl.cdiv(sizes.out_h, STRIDE[1]) * tl.cdiv(sizes.out_w, STRIDE[2])
+        largest = tl.cdiv(sizes.out_d, STRIDES[0]) * tl.cdiv(sizes.out_h, STRIDES[1]) * tl.cdiv(sizes.out_w, STRIDES[2])
         num_m = tl.cdiv(sizes.batch * largest, BLOCK_M)
         MOVE_D: tl.constexpr = 1
         MOVE_H: tl.constexpr = 1
         MOVE_W: tl.constexpr = 1
-        TAP_STRIDE_D: tl.constexpr = -(TAP_STEP[0] * DILATION[0] // STRIDE[0])
-        TAP_STRIDE_H: tl.constexpr = -(TAP_STEP[1] * DILATION[1] // STRIDE[1])
-        TAP_STRIDE_W: tl.constexpr = -(TAP_STEP[2] * DILATION[2] // STRIDE[2])
+        TAP_STRIDE_D: tl.constexpr = -(TAP_STEPS[0] * DILATIONS[0] // STRIDES[0])
+        TAP_STRIDE_H: tl.constexpr = -(TAP_STEPS[1] * DILATIONS[1] // STRIDES[1])
+        TAP_STRIDE_W: tl.constexpr = -(TAP_STEPS[2] * DILATIONS[2] // STRIDES[2])
     else:
         planes = sizes.out_d
         rows = sizes.out_h
@@ -88,12 +88,12 @@ def conv3d_gather_kernel(
         base_h = -padding_h
         base_w = -padding_w
         num_m = tl.cdiv(sizes.batch * planes * rows * cols, BLOCK_M)
-        MOVE_D: tl.constexpr = STRIDE[0]
-        MOVE_H: tl.constexpr = STRIDE[1]
-        MOVE_W: tl.constexpr = STRIDE[2]
-        TAP_STRIDE_D: tl.constexpr = DILATION[0]
-        TAP_STRIDE_H: tl.constexpr = DILATION[1]
-        TAP_STRIDE_W: tl.constexpr = DILATION[2]
+        MOVE_D: tl.constexpr = STRIDES[0]
+        MOVE_H: tl.constexpr = STRIDES[1]
+        MOVE_W: tl.constexpr = STRIDES[2]
+        TAP_STRIDE_D: tl.constexpr = DILATIONS[0]
+        TAP_STRIDE_H: tl.constexpr = DILATIONS[1]
+        TAP_STRIDE_W: tl.constexpr = DILATIONS[2]
 
     columns = sizes.columns * sizes.groups if VARIANT == "direct" else sizes.columns
     pid_m, pid_n = tile_order(tl.program_id(0), num_m, tl.cdiv(columns, BLOCK_N), GROUP_M)
@@ -129,8 +129,8 @@ def conv3d_gather_kernel(
             mask = inside[:, None] & column_ok[None, :]
             moved = tl.cast(t * TAP_STRIDE_D, INDEX) * source.d
             moved += tl.cast(r * TAP_STRIDE_H, INDEX) * source.h + tl.cast(s * TAP_STRIDE_W, INDEX) * source.w
-            taken = (first_t + t * TAP_STEP[0]) * filter.t
-            taken += (first_r + r * TAP_STEP[1]) * filter.r + (first_s + s * TAP_STEP[2]) * filter.s
+            taken = (first_t + t * TAP_STEPS[0]) * filter.t
+            taken += (first_r + r * TAP_STEPS[1]) * filter.r + (first_s + s * TAP_STEPS[2]) * filter.s
             for c in range(sizes.reduction):
                 shifted = source_channel + c * source.c
                 a = tl.load(source_row[:, None] + moved + shifted[None, :], mask=mask, other=0.0)
@@ -159,9 +159,9 @@ def conv3d_gather_kernel(
                 )
                 moved = c.to(INDEX) * source.c + dd.to(INDEX) * source.d
                 moved += dh.to(INDEX) * source.h + dw.to(INDEX) * source.w
-                taken = c.to(INDEX) * filter.reduction + (first_t + t * TAP_STEP[0]).to(INDEX) * filter.t
-                taken += (first_r + r * TAP_STEP[1]).to(INDEX) * filter.r
-                taken += (first_s + s * TAP_STEP[2]).to(INDEX) * filter.s
+                taken = c.to(INDEX) * filter.reduction + (first_t + t * TAP_STEPS[0]).to(INDEX) * filter.t
+                taken += (first_r + r * TAP_STEPS[1]).to(INDEX) * filter.r
+                taken += (first_s + s * TAP_STEPS[2]).to(INDEX) * filter.s
                 a = tl.load(source_row[:, None] + moved[None, :], mask=inside & flat_ok[None, :], other=0.0)
                 b_mask = flat_ok[:, None] & column_ok[None, :]
                 b = tl.load(filter_column[None, :] + taken[:, None], mask=b_mask, other=0.0)
@@ -171,9 +171,9 @@ def conv3d_gather_kernel(
             # Where there are at most 32 taps, which of them lie inside the volume is one bit mask a voxel.
             TAP_BITS: tl.constexpr = TAPS[0] * TAPS[1] * TAPS[2] <= 32
             # Upper bound on the taps of a phase. Not tl.cdiv: Triton 3.6 turns two constants into a tensor.
-            MAX_TAPS_D: tl.constexpr = (TAPS[0] + TAP_STEP[0] - 1) // TAP_STEP[0]
-            MAX_TAPS_H: tl.constexpr = (TAPS[1] + TAP_STEP[1] - 1) // TAP_STEP[1]
-            MAX_TAPS_W: tl.constexpr = (TAPS[2] + TAP_STEP[2] - 1) // TAP_STEP[2]
+            MAX_TAPS_D: tl.constexpr = (TAPS[0] + TAP_STEPS[0] - 1) // TAP_STEPS[0]
+            MAX_TAPS_H: tl.constexpr = (TAPS[1] + TAP_STEPS[1] - 1) // TAP_STEPS[1]
+            MAX_TAPS_W: tl.constexpr = (TAPS[2] + TAP_STEPS[2] - 1) // TAP_STEPS[2]
             if TAP_BITS:
                 bits = taps_inside(
                     d0, h0, w0, sizes, taps_d, taps_h, taps_w, TAP_STRIDE_D, TAP_STRIDE_H, TAP_STRIDE_W,
@@ -213,8 +213,8 @@ def conv3d_gather_kernel(
                     b_mask = b_mask & lane_ok[:, None]
                 moved = c * source.c + t * (TAP_STRIDE_D * source.d)
                 moved += r * (TAP_STRIDE_H * source.h) + s * (TAP_STRIDE_W * source.w)
-                taken = c * filter.reduction + (first_t + t * TAP_STEP[0]) * filter.t
-                taken += (first_r + r * TAP_STEP[1]) * filter.r + (first_s + s * TAP_STEP[2]) * filter.s
+                taken = c * filter.reduction + (first_t + t * TAP_STEPS[0]) * filter.t
+                taken += (first_r + r * TAP_STEPS[1]) * filter.r + (first_s + s * TAP_STEPS[2]) * filter.s
                 a_offset = tl.multiple_of(moved + lane * source.c, SOURCE_ALIGN)
                 b_offset = tl.multiple_of(taken + lane * filter.reduction, FILTER_ALIGN)
                 a = tl.load(source_row[:, None] + a_offset[None, :], mask=a_mask, other=0.0)
@@ -242,9 +242,9 @@ def conv3d_gather_kernel(
         # The other splits have nothing to write.
         voxels = tl.where(last, voxels, 0)
     if TRANSPOSED:
-        i = i * STRIDE[0] + phase_d
-        j = j * STRIDE[1] + phase_h
-        k = k * STRIDE[2] + phase_w
+        i = i * STRIDES[0] + phase_d
+        j = j * STRIDES[1] + phase_h
+        k = k * STRIDES[2] + phase_w
     out_ok = (voxel < voxels)[:, None] & column_ok[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + out_channel, mask=column_ok, other=0.0).to(tl.float32)[None, :]

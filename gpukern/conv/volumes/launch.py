@@ -14,15 +14,17 @@ from gpukern.conv.families.implicit_gemm.launch import tile_options
 from gpukern.conv.families.split_k import split_k_workspace
 from gpukern.conv.launch import prepared_for, write, write_empty_sums
 from gpukern.conv.layouts import Strides, alignment
-from gpukern.conv.plan import Direction, Layout, Operands, Variant
+from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Pack, Variant
 from gpukern.conv.request import Epilogue, check_countable
 from gpukern.conv.volumes import kernels, weight_kernels
 from gpukern.conv.volumes.indexing import Filter, Sizes
+from gpukern.conv.volumes.patches.launch import prepare as prepare_product
+from gpukern.conv.volumes.patches.planner import is_product
 from gpukern.conv.volumes.planner import grid, plan
 from gpukern.conv.volumes.problem import VolumeProblem
 from gpukern.conv.volumes.views import images_of
 from gpukern.ops._images import Volume, strides_of
-from gpukern.ops._reduction.launch import shared_sums
+from gpukern.ops._reduction.launch import channels_last_copy, copy_image, shared_sums
 from gpukern.ops._reduction.splits import chunk, fan_in
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import DeviceSpec
@@ -90,7 +92,7 @@ def _compute(
     negative_slope: float = 0.0,
 ) -> torch.Tensor:
     check_kernel_dtype("conv3d", first.dtype)
-    shape = _output_shape(problem, direction)
+    *_, shape = _shapes(problem, direction)
     output = first.new_empty_strided(shape, dense_strides(shape, channels_last))
     if output.numel() == 0:
         return output
@@ -103,9 +105,7 @@ def _compute(
         prepared = prepared_for(images.problem, direction, images.first, images.second, channels_last, epilogue)
         write(prepared, images.output, images.first, images.second, bias, images.residual, negative_slope)
         return output
-    prepare = _prepare_weight_grad if direction is Direction.WEIGHT_GRAD else _prepare_gather
-    dtype = first.dtype
-    run = prepare(
+    run, pack = _prepare(
         problem,
         direction,
         first.stride(),
@@ -113,23 +113,39 @@ def _compute(
         output.stride(),
         None if residual is None else residual.stride(),
         activation,
-        dtype,
-        conv_precision(dtype),
+        first.dtype,
+        conv_precision(first.dtype),
         device_spec(first.device),
     )
     if bias is not None:
         bias = bias.contiguous()
-    run(first, second, output, bias, residual, negative_slope)
+    pack_first, pack_second, pack_output = pack
+    if pack_first:
+        first = _packed(first)
+    if pack_second:
+        second = _packed(second)
+    written = output
+    if pack_output:
+        written = first.new_empty_strided(shape, dense_strides(shape, True))
+    run(first, second, written, bias, residual, negative_slope)
+    if pack_output:
+        copy_image(written.flatten(2, 3), output.flatten(2, 3))
     return output
 
 
-def _output_shape(p: VolumeProblem, direction: Direction) -> tuple[int, ...]:
+def _packed(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in channels_last_3d."""
+    return channels_last_copy(tensor.flatten(2, 3)).unflatten(2, tensor.shape[2:4])
+
+
+def _shapes(p: VolumeProblem, direction: Direction) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of first, second and output."""
     x, w, y = p.shapes
-    return {Direction.FORWARD: y, Direction.INPUT_GRAD: x, Direction.WEIGHT_GRAD: w}[direction]
+    return {Direction.FORWARD: (x, w, y), Direction.INPUT_GRAD: (y, w, x), Direction.WEIGHT_GRAD: (y, x, w)}[direction]
 
 
 @functools.lru_cache(maxsize=4096)
-def _prepare_gather(
+def _prepare(
     p: VolumeProblem,
     direction: Direction,
     first: Strides,
@@ -140,15 +156,39 @@ def _prepare_gather(
     dtype: torch.dtype,
     precision: str,
     device: DeviceSpec,
+) -> tuple[Run, Pack]:
+    """Return the launch of the kernel that serves the problem best, and which tensors are copied before and after."""
+    name = str(dtype).removeprefix("torch.")
+    if is_product(p, direction) and added in (None, written):
+        run = prepare_product(p, direction, first, second, written, activation, name, precision, device)
+        return run, (False, False, False)
+    shapes = _shapes(p, direction)
+    check_countable(p.shapes[0], p.shapes[2], operation="conv3d")
+    given = tuple(map(strides_of, shapes, (first, second, written)))
+    layouts = (Layout.NHWC if strides[1] in (0, 1) else Layout.STRIDED for strides in given)
+    chosen = plan(p, direction, Operands(name, precision, *layouts), device)
+    first, second, written = (
+        strides_of(shape, dense_strides(shape, True)) if packed else strides
+        for shape, strides, packed in zip(shapes, given, chosen.pack, strict=True)
+    )
+    if direction is Direction.WEIGHT_GRAD:
+        return _prepare_weight_grad(p, first, second, written, chosen), chosen.pack
+    residual = None if added is None else strides_of(shapes[2], added)
+    return _prepare_gather(p, direction, first, second, written, residual, activation, chosen), chosen.pack
+
+
+def _prepare_gather(
+    p: VolumeProblem,
+    direction: Direction,
+    source: Strides,
+    weight: Strides,
+    output: Strides,
+    residual: Strides | None,
+    activation: str,
+    chosen: ConvPlan,
 ) -> Run:
     transposed = direction is Direction.INPUT_GRAD
-    x, w, y = p.shapes
-    source_shape, result_shape = (y, x) if transposed else (x, y)
-    check_countable(source_shape, result_shape, operation="conv3d")
-    shapes = source_shape, w, result_shape
-    source, weight, output = map(strides_of, shapes, (first, second, written))
-    residual = None if added is None else strides_of(result_shape, added)
-    chosen = plan(p, direction, _operands(dtype, precision, source, weight, output), device)
+    shapes = source_shape, _, result_shape = _shapes(p, direction)
     direct = chosen.variant is Variant.DIRECT
     columns, channels = p.group_outputs, p.group_inputs
     if transposed:
@@ -162,7 +202,7 @@ def _prepare_gather(
         offsets.append(reach(result_shape, residual))
     options = {
         **_window_options(p),
-        "TAP_STEP": tap_steps(p, transposed),
+        "TAP_STEPS": tap_steps(p, transposed),
         "TRANSPOSED": transposed,
         "VARIANT": chosen.variant.value,
         "EVEN_K": channels % chosen.block_k == 0,
@@ -201,23 +241,9 @@ def _prepare_gather(
     return run
 
 
-@functools.lru_cache(maxsize=4096)
-def _prepare_weight_grad(
-    p: VolumeProblem,
-    direction: Direction,
-    first: Strides,
-    second: Strides,
-    written: Strides,
-    _added: None,
-    _activation: str,
-    dtype: torch.dtype,
-    precision: str,
-    device: DeviceSpec,
-) -> Run:
-    x, w, y = p.shapes
-    check_countable(x, y, operation="conv3d")
-    grad, source, output = map(strides_of, (y, x, w), (first, second, written))
-    chosen = plan(p, direction, _operands(dtype, precision, grad, source, output), device)
+def _prepare_weight_grad(p: VolumeProblem, grad: Strides, source: Strides, output: Strides, chosen: ConvPlan) -> Run:
+    direction = Direction.WEIGHT_GRAD
+    x, _, y = p.shapes
     direct = chosen.variant is Variant.DIRECT
     of_filter = filter_strides(p, output, False)
     voxels = p.N * math.prod(p.result)
@@ -248,10 +274,5 @@ def _prepare_weight_grad(
     return run
 
 
-def _operands(dtype: torch.dtype, precision: str, *strides: Strides) -> Operands:
-    layouts = (Layout.NHWC if each[1] in (0, 1) else Layout.STRIDED for each in strides)
-    return Operands(str(dtype).removeprefix("torch."), precision, *layouts)
-
-
 def _window_options(p: VolumeProblem) -> dict[str, Any]:
-    return {"TAPS": p.taps, "STRIDE": p.stride, "DILATION": p.dilation}
+    return {"TAPS": p.taps, "STRIDES": p.stride, "DILATIONS": p.dilation}

@@ -23,8 +23,8 @@ def conv3d_weight_grad_kernel(
     padding_w,
     fan_in,
     TAPS: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
+    STRIDES: tl.constexpr,
+    DILATIONS: tl.constexpr,
     VARIANT: tl.constexpr,  # "taps": a column tile lies within one tap; "flat": it spans taps; "direct": see below
     GRAD_ALIGN: tl.constexpr,
     SOURCE_ALIGN: tl.constexpr,
@@ -83,9 +83,9 @@ def conv3d_weight_grad_kernel(
         voxel_ok = voxel < last
         n, i, p, q = split_voxel(voxel, sizes.out_d, sizes.out_h, sizes.out_w)
         grad_row = n.to(INDEX) * grad.n + i.to(INDEX) * grad.d + p.to(INDEX) * grad.h + q.to(INDEX) * grad.w
-        d = (i * STRIDE[0] - padding_d)[:, None] + t * DILATION[0]  # [BLOCK_K, 1 or BLOCK_N]
-        h = (p * STRIDE[1] - padding_h)[:, None] + r * DILATION[1]
-        w = (q * STRIDE[2] - padding_w)[:, None] + s * DILATION[2]
+        d = (i * STRIDES[0] - padding_d)[:, None] + t * DILATIONS[0]  # [BLOCK_K, 1 or BLOCK_N]
+        h = (p * STRIDES[1] - padding_h)[:, None] + r * DILATIONS[1]
+        w = (q * STRIDES[2] - padding_w)[:, None] + s * DILATIONS[2]
         grad_row = tl.multiple_of(grad_row + grad_group, GRAD_ALIGN)
         source_voxel = (source_group + n.to(INDEX) * source.n)[:, None] + d.to(INDEX) * source.d
         source_voxel += h.to(INDEX) * source.h + w.to(INDEX) * source.w

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gpukern.runtime.strides import joined
+from gpukern.runtime.strides import joined_to
 
 Shape = tuple[int, ...]
 
@@ -85,10 +85,10 @@ def walk(shape: Shape, strides: tuple[Shape, ...], by_image: bool = False) -> Wa
     channels = shape[1]
     channel_strides = [s[1] if channels > 1 else 0 for s in strides]
     if by_image:
-        (_, height, inner), apart = _join(list(shape[2:]), [s[2:] for s in strides], 2)
-        rows, steps = shape[0], [[s[0] if shape[0] > 1 else 0, *a[1:]] for s, a in zip(strides, apart, strict=True)]
+        (height, inner), within = joined_to(2, shape[2:], [s[2:] for s in strides])
+        rows, steps = shape[0], [[s[0] if shape[0] > 1 else 0, *w] for s, w in zip(strides, within, strict=True)]
     else:
-        (rows, height, inner), steps = _join([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides], 3)
+        (rows, height, inner), steps = joined_to(3, [shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides])
     places = tuple((s[0], c, s[1], s[2]) for s, c in zip(steps, channel_strides, strict=True))
     channels_run = all(c in (0, 1) for c in channel_strides) and 1 in channel_strides
     pixels_run = not channels_run and all(s[2] in (0, 1) for s in steps)
@@ -105,15 +105,3 @@ def walk(shape: Shape, strides: tuple[Shape, ...], by_image: bool = False) -> Wa
         channel_align=aligned if channels_run else 1,
         pixel_align=aligned if pixels_run else 1,
     )
-
-
-def _join(sizes: list[int], strides: list[Shape], most: int) -> tuple[list[int], list[list[int]]]:
-    """Join ``sizes`` to three dimensions where strides allow, and return them with the tensors' strides along them.
-
-    Raises ValueError where more than ``most`` are left.
-    """
-    kept, steps = joined(sizes, strides)
-    missing = 3 - len(kept)
-    if len(kept) > most:
-        raise ValueError(f"more than {most} dimensions of pixels that cannot be joined: {sizes}, strides {strides}")
-    return [1] * missing + kept, [[0] * missing + s for s in steps]

@@ -32,14 +32,14 @@ def plan(problem: VolumePool | AdaptivePool, channels_last: bool, itemsize: int)
         divisor = problem.divisor_override or common_divisor(problem.image, problem.result, *counted)
     tile = tile_for(problem.C, channels_last, itemsize)
     elements = max(1, tile.channels * tile.pixels // (32 * tile.warps))
-    # A window of a maximum's backward costs two loads, the gradient and the tap.
+    # A window of a maximum's backward costs two loads, the gradient and the tap, and the numbers of three dimensions.
     return VolumePoolPlan(
         tile=tile,
         window=window,
         owners=owners,
         divisor=divisor,
         unroll_window=unroll((window[0] * window[1], window[2]), elements),
-        unroll_owners=unroll((owners[0] * owners[1], owners[2]), 2 * elements),
+        unroll_owners=unroll((owners[0] * owners[1], owners[2]), 3 * elements),
     )
 
 
