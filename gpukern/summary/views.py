@@ -217,7 +217,7 @@ _POINTWISE_MODULES = frozenset(
 )
 #: Except these, which look along a dimension: the functions that they call determine how.
 _ALONG_A_DIMENSION = (
-    torch.nn.MultiheadAttention, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin, torch.nn.Softmax2d,
+    torch.nn.MultiheadAttention, torch.nn.Softmin,
     torch.nn.GLU,
 )  # fmt: skip
 
@@ -244,6 +244,8 @@ def through_layer(
         return ALL  # through the mean and the variance of the whole image
     if isinstance(layer, _InstanceNorm):
         return ALL if layer.training or not layer.track_running_stats else view
+    if isinstance(layer, (torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmax2d)):
+        return _along("softmax", view, input.dim(), getattr(layer, "dim", -3))
     found = window(layer)
     if found is not None:
         return SOME if view.channels_last else _through_window(view, found)
