@@ -48,6 +48,26 @@ class Samples:
     def activation_grad_grad(self):
         return [(*(self.image(2, 3, grad=False) for _ in range(3)), name) for name in ACTIVATIONS]
 
+    def conv1d(self):
+        x, w, b = self.image(2, 2, 7), self.image(4, 2, 3), self.image(4)
+        last = self.image(2, 7, 2, grad=False).transpose(1, 2)
+        sequences = ([2], [1, 0], [2], 1)
+        return [
+            (x, w, b, None, *sequences, "none", 0.0),
+            (x, w, b, self.image(2, 4, 2), *sequences, "silu", 0.0),
+            (last, self.image(4, 3, 2, grad=False).transpose(1, 2), b, None, *sequences, "none", 0.0),
+            (last.requires_grad_(), self.image(2, 1, 3), None, None, [1], [2, 0], [1], 2, "tanh", 0.0),
+        ]
+
+    def conv_transpose1d(self):
+        x, w, b = self.image(2, 2, 5), self.image(2, 4, 3), self.image(4)
+        sequences = ([2], [1], [1], [1], 1)
+        return [
+            (x, w, b, None, *sequences, "none", 0.0),
+            (x, w, None, self.image(2, 4, 10), *sequences, "relu", 0.0),
+            (x, self.image(2, 1, 3), None, None, [1], [0], [0], [2], 2, "none", 0.0),
+        ]
+
     def dropout(self):
         state = torch.tensor([-3, 2**40], device=self.device)
         x, last = self.image(2, 3, 4, 5), self.image(2, 3, 4, 5, last=True)

@@ -188,12 +188,17 @@ def lower_batch_norm(to: _Lowering, match: Match, name: str) -> Node:
 
 def _lower_one(graph: Graph, node: Node) -> None:
     """Lower to gpukern's operator if there is one."""
-    lowered = pool(node) or _activation(node) or _row_norm(node)
+    of_sequences = pool(node, 1)
+    lowered = of_sequences or pool(node) or _activation(node) or _row_norm(node)
     if lowered is None:
         return
-    target, args = lowered
+    target, (input, *others) = lowered
     with graph.inserting_before(node):
-        new = graph.call_function(target, args)
+        if of_sequences:
+            input = graph.call_function(aten.unsqueeze.default, (input, 2))
+        new = graph.call_function(target, (input, *others))
+        if of_sequences:
+            new = graph.call_function(aten.squeeze.dim, (new, 2))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)

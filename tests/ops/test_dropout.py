@@ -451,6 +451,28 @@ def test_cuda_state_is_saved_and_restored(device):
     assert torch.equal(F.dropout(x), first)
 
 
+COMPILED = """
+import torch
+from gpukern.ops.dropout import dropout
+from gpukern.runtime.compile_only import record_launches
+from gpukern.runtime.device import H100
+
+x, state = torch.empty(2, 32, 8, 8, device="meta").half(), torch.empty(2, dtype=torch.int64, device="meta")
+for features in (0, 2):
+    with record_launches(H100) as launches:
+        for p, key, offset in ((0.5, 1, 1), (0.3, 16, 32), (0.3, -5, 2**40), (0.9, 2**62, 3)):
+            dropout(x, None, None, p, features, key, offset, ())
+        dropout(x, None, state, 0.5, features, 0, 0, ())
+    print(len(launches), len({launch.key for launch in launches}))
+"""
+
+
+def test_no_number_makes_another_kernel(run_python):
+    """Compiling takes a second, and cannot be done while a CUDA graph is captured."""
+    run = run_python(COMPILED)
+    assert run.stdout == "5 1\n" * 2, run.stderr
+
+
 # ---- plans and layers ----------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from gpukern.ops._batch_norm.tiles import tiles_of
@@ -43,7 +45,7 @@ def dropout_(input: torch.Tensor, *others) -> None:
 def _write(output, input, residual, state, p: float, features: int, key: int, offset: int, order: Shape) -> None:
     if not output.numel():
         return
-    numbers = state, key, offset
+    numbers = (_unread(output.device), 0, key, offset) if state is None else (state, 1, 0, 0)
     if features:
         _write_features(output, input, residual, numbers, p, features)
     else:
@@ -86,6 +88,11 @@ def _write_features(output, input, residual, numbers: tuple, p: float, features:
     )
     if target.data_ptr() != output.data_ptr():
         output.copy_(target.view(output.shape))
+
+
+@functools.cache
+def _unread(device: torch.device) -> torch.Tensor:
+    return torch.empty(2, dtype=torch.int64, device=device)
 
 
 def _as_images(tensor: torch.Tensor, features: int) -> torch.Tensor:
