@@ -76,7 +76,7 @@ def batch_norm_training(
     output = empty_like(input)
     tiles = tiles_of(True, input, residual, output)
     chosen = tiles.plan
-    statistics = _statistics(C, device, running)
+    statistics = statistics_of(C, device, running)
     mean, variance = statistics.mean, statistics.variance
     norm = norm_of(mean, variance, weight, bias)
     whole = chosen.splits == 1
@@ -93,7 +93,7 @@ def batch_norm_training(
         ),
         {"WHOLE": whole, "UNROLL": chosen.unroll, "ACTIVATION": activation if whole else "none"} | tiles.options,
     )
-    _keep(running, statistics)
+    keep(running, statistics)
     if not whole:
         _write(output, input, residual, norm, eps, activation, negative_slope)
     return output, mean, variance
@@ -124,14 +124,14 @@ def conv2d_with_statistics(
     running: Running | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
-    statistics = _statistics(problem.K, input.device, running)
+    statistics = statistics_of(problem.K, input.device, running)
     z, made = run(prepared, input, filters, filters_bias, statistics=statistics)
     if made is None and z.numel():  # no channels to sum over
         return z, *batch_norm_training(z, None, None, None, 0.0, "none", 0.0, running)[1:]
     if made is None:
         mean, variance = (torch.zeros(problem.K, dtype=torch.float32, device=z.device) for _ in range(2))
         return z, mean, variance
-    _keep(running, statistics)
+    keep(running, statistics)
     return z, statistics.mean, statistics.variance
 
 
@@ -139,7 +139,7 @@ def conv2d_with_statistics(
 apply_statistics = batch_norm
 
 
-def _statistics(channels: int, device: torch.device, running: Running | None) -> Statistics:
+def statistics_of(channels: int, device: torch.device, running: Running | None) -> Statistics:
     """Return memory for mean and variance, and where the kernels update the running ones."""
     mean, variance = (torch.empty(channels, dtype=torch.float32, device=device) for _ in range(2))
     if running is None:
@@ -148,7 +148,7 @@ def _statistics(channels: int, device: torch.device, running: Running | None) ->
     return Statistics(None, None, None, mean, variance, running_mean, running_variance, running.momentum)
 
 
-def _keep(running: Running | None, statistics: Statistics) -> None:
+def keep(running: Running | None, statistics: Statistics) -> None:
     """Make what a kernel wrote to ``statistics`` the running ones."""
     if running is None:
         return
