@@ -269,11 +269,11 @@ def _hand_over(gradient: torch.Tensor, mailbox: Mailbox | None) -> torch.Tensor 
     return mailbox.leave(gradient) if mailbox is not None and mailbox.is_open() else gradient
 
 
-def _eager(function: Any) -> Any:
+def eager(function: Any) -> Any:
     """``function.apply`` without looking for transforms and for tensors that outlived theirs, which takes a
     microsecond: callers have excluded both.
     """
     return super(torch.autograd.Function, function).apply
 
 
-convolve, normalize, add_norms = _eager(Convolution), _eager(Norm), _eager(NormPair)
+convolve, normalize, add_norms = eager(Convolution), eager(Norm), eager(NormPair)

@@ -46,12 +46,16 @@ class _Lowering:
         self.partners = {match.output: partner for match in matches if (partner := self.partner(match)) is not None}
         paired = {id(partner) for partner in self.partners.values()}
         self.paired = [match for match in matches if id(match) in paired]
+        #: Of a batch norm behind a 1×1 convolution, the one before it: both run with the convolution.
+        self.inner = {match.output: inner for match in matches if (inner := self.before(match)) is not None}
+        absorbed = {id(inner) for inner in self.inner.values()}
+        self.absorbed = [match for match in matches if id(match) in absorbed]
         #: How many read the result of a batch norm, where it is handed on with its origin.
         self.readers = {match.output: self.count_readers(match) for match in matches}
 
     def lower(self) -> None:
         for match in self.matches:
-            if match in self.paired:
+            if match in self.paired or match in self.absorbed:
                 node = self.convolved(match)
             else:
                 node = self.normalized(match) if _norm_of(match) is not None else self.alone(match)
@@ -100,6 +104,8 @@ class _Lowering:
     def normalized(self, match: Match) -> Node:
         norm = _norm_of(match)
         assert norm is not None
+        if match.output in self.inner:
+            return self.pointwise(match)
         z = self.at(arguments(norm)["input"]) if match.product is None else self.convolved(match)
         place = norm if match.add is None else match.add
         numbers, more = self.numbers[norm], (*match.activation, self.readers[match.output], self.recompute)
@@ -133,6 +139,36 @@ class _Lowering:
         alike = other.output.meta.get("region") == match.output.meta.get("region")
         training = all(arguments(norm)["training"] is True for norm in (match.norm, other.norm))
         return other if images and alike and training and not needs_input(match.activation[0]) else None
+
+    def before(self, match: Match) -> Match | None:
+        """The match whose batch norm is before a 1×1 convolution with another, if all three can be one step."""
+        product, norm = match.product, match.norm
+        if product is None or norm is None or match in self.paired or product.bias is not None:
+            return None
+        inner = next((each for each in self.matches if each.output is product.input), None)
+        if inner is None or inner.norm is None or inner.add is not None or self.count_readers(inner) != 1:
+            return None
+        pointwise = product.kind == "conv2d" and tuple(tensor_of(product.weight).shape[2:]) == (1, 1)
+        if not pointwise or _geometry(product) != steps.POINTWISE or inner in self.paired:
+            return None
+        training = all(arguments(each)["training"] is True for each in (norm, inner.norm))
+        return inner if training and not needs_input(match.activation[0]) else None
+
+    def pointwise(self, match: Match) -> Node:
+        """A 1×1 convolution and the batch norms on both sides of it."""
+        inner, norm, product = self.inner[match.output], match.norm, match.own_product
+        assert norm is not None
+        assert inner.norm is not None
+        partner, added = self.partners.get(match.output), self.at(match.residual)
+        if partner is not None:
+            assert partner.norm is not None
+            partner, added = (self.at(partner.output), *self.numbers[partner.norm]), None
+        return self.call(
+            norm if match.add is None else match.add,
+            steps.pointwise_norm,
+            *(self.at(inner.output), *self.numbers[inner.norm], inner.activation, self.at(product.weight)),
+            *(*self.numbers[norm], added, partner, *match.activation, self.readers[match.output], self.recompute),
+        )
 
     def alone(self, match: Match) -> Node:
         """A product without a batch norm, with its epilogue."""
