@@ -251,12 +251,14 @@ def gradients_kernel(
     total_ptr,  # of gram_kernel
     weight_ptr, projected_ptr,  # [outputs, channels]
     norm,  # Norm of the convolution's output
-    sums,  # Sums: the totals Σ g and Σ g·x̂, and the parameters' gradients
+    center_ptr,  # fp32 [outputs]
+    coefficients_ptr,  # fp32 [3, outputs]: A, B and D of ∂L/∂v = A g − B (W d) + D
     grad_weight_ptr,  # [outputs, channels] or None
+    grad_scale_ptr, grad_shift_ptr,  # [outputs] or None: Σ g·x̂ and Σ g
     pixels, outputs, channels, eps,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The sums of the outer norm and the gradients of all parameters. Grid: blocks of outputs."""
+    """The gradients of all parameters, and what the input gradient needs. Grid: blocks of outputs."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = tl.arange(0, BLOCK_C)
     k_ok = k < outputs
@@ -269,12 +271,15 @@ def gradients_kernel(
     w = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
     inverse, scale, _ = affine(norm, load_numbers(norm.variance, k, k_ok, 1.0), k, k_ok, eps)
     total_gx = tl.sum(w * centered, 1) * inverse
-    tl.store(sums.totals + k, total_g, mask=k_ok)
-    tl.store(sums.totals + outputs + k, total_gx, mask=k_ok)
-    if sums.grad_bias is not None:
-        tl.store(sums.grad_bias + k, total_g.to(sums.grad_bias.dtype.element_ty), mask=k_ok)
-    if sums.grad_weight is not None:
-        tl.store(sums.grad_weight + k, total_gx.to(sums.grad_weight.dtype.element_ty), mask=k_ok)
+    slope = scale * inverse * (total_gx / tl.cast(pixels, tl.float32))
+    shift = slope * load_numbers(center_ptr, k, k_ok, 0.0) - scale * (total_g / tl.cast(pixels, tl.float32))
+    tl.store(coefficients_ptr + k, scale, mask=k_ok)
+    tl.store(coefficients_ptr + outputs + k, slope, mask=k_ok)
+    tl.store(coefficients_ptr + 2 * outputs + k, shift, mask=k_ok)
+    if grad_shift_ptr is not None:
+        tl.store(grad_shift_ptr + k, total_g.to(grad_shift_ptr.dtype.element_ty), mask=k_ok)
+    if grad_scale_ptr is not None:
+        tl.store(grad_scale_ptr + k, total_gx.to(grad_scale_ptr.dtype.element_ty), mask=k_ok)
     if grad_weight_ptr is not None:
         projected = tl.load(projected_ptr + place, mask=mask, other=0.0)
         value = scale[:, None] * (centered - (total_gx * inverse)[:, None] * projected)
@@ -286,12 +291,10 @@ def input_grad_kernel(
     grad_ptr,  # [pixels, outputs]: g
     operand,  # Operand
     weight_ptr,  # [outputs, channels]
-    center_ptr,  # fp32 [outputs]
-    norm,  # Norm of the convolution's output
-    totals_ptr,  # fp32 [2, outputs]: Σ g and Σ g·x̂
+    coefficients_ptr,  # of gradients_kernel
     out_ptr,  # [pixels, channels]: ∂L/∂(norm of z)
     sums,  # Sums of it, and of it times x̂ of z; a tile is a row
-    outputs, eps,
+    outputs,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -304,7 +307,6 @@ def input_grad_kernel(
     pixel_ok = (pixel < operand.pixels)[:, None]
     c = tl.arange(0, BLOCK_C)
     c_ok = c < operand.channels
-    count = tl.cast(operand.pixels, tl.float32)
     place, inside = _rows(operand, pixel, c, c_ok, INDEX)
     d = _deviation(operand, place, inside, _numbers(operand, c, c_ok, ACTIVATION), ACTIVATION)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -315,12 +317,11 @@ def input_grad_kernel(
         w = tl.load(weight_ptr + k[:, None] * operand.channels + c[None, :], mask=mask, other=0.0)
         mask = pixel_ok & k_ok[None, :]
         g = tl.load(grad_ptr + pixel.to(INDEX)[:, None] * outputs + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        inverse, scale, _ = affine(norm, load_numbers(norm.variance, k, k_ok, 1.0), k, k_ok, eps)
-        mean_g = load_numbers(totals_ptr, k, k_ok, 0.0) / count
-        slope = load_numbers(totals_ptr + outputs, k, k_ok, 0.0) / count * inverse
-        z = tl.dot(d, tl.trans(w)) - load_numbers(center_ptr, k, k_ok, 0.0)[None, :]
-        of_z = (g - mean_g[None, :] - z * slope[None, :]) * scale[None, :]
-        acc = tl.dot(of_z.to(d.dtype), w, acc)
+        scale = load_numbers(coefficients_ptr, k, k_ok, 0.0)
+        slope = load_numbers(coefficients_ptr + outputs, k, k_ok, 0.0)
+        shift = load_numbers(coefficients_ptr + 2 * outputs, k, k_ok, 0.0)
+        of_v = g * scale[None, :] + shift[None, :] - tl.dot(d, tl.trans(w)) * slope[None, :]
+        acc = tl.dot(of_v.to(d.dtype), w, acc)
     # The numbers and z once more, from the cache: in registers they would be kept through the loop.
     mean, inverse, scale, bias, _ = _numbers(operand, c, c_ok, ACTIVATION)
     from_mean = tl.load(place, mask=inside, other=0.0).to(tl.float32) - mean[None, :]

@@ -101,19 +101,19 @@ def backward(
     needs_weight, needs_scale, needs_shift, needs_inner = needs
     by_weight = torch.empty_like(weight) if needs_weight else None
     written = None if by_weight is None else _rows(by_weight)
-    totals = torch.empty((2, K), dtype=torch.float32, device=device)
+    coefficients = torch.empty((3, K), dtype=torch.float32, device=device)
     by_scale, by_shift = (
         torch.empty_like(each, memory_format=torch.contiguous_format) if needed else None
         for each, needed in ((outer.weight, needs_scale), (outer.bias, needs_shift))
     )
-    norm = norm_of(None, moments.variance, outer.weight, outer.bias)
     launch(
         kernels.gradients_kernel,
         (cdiv(K, tiles.gradients.outputs),),
         device,
         (
-            *(product, of_grad, moments.total, filters, moments.projected, norm),
-            *(Sums(None, None, None, totals, by_shift, by_scale), written, pixels, K, C, outer.eps),
+            *(product, of_grad, moments.total, filters, moments.projected),
+            *(norm_of(None, moments.variance, outer.weight, outer.bias), moments.center, coefficients),
+            *(written, by_scale, by_shift, pixels, K, C, outer.eps),
         ),
         {
             "BLOCK_K": tiles.gradients.outputs,
@@ -133,8 +133,8 @@ def backward(
         (rows,),
         device,
         (
-            *(grad, operand, filters, moments.center, norm, totals, result),
-            *(with_workspace(sums, C, device, rows, 1, sums=2), K, outer.eps),
+            *(grad, operand, filters, coefficients, result),
+            *(with_workspace(sums, C, device, rows, 1, sums=2), K),
         ),
         {
             "ACTIVATION": inner.activation,
