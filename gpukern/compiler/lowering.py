@@ -22,10 +22,11 @@ from gpukern.ops.activation import needs_input
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 
-def lower(graph: Graph, matches: Sequence[Match], *, recompute: bool) -> None:
+def lower(graph: Graph, matches: Sequence[Match], *, recompute: bool | None) -> None:
     """Rewrite ``graph``: a function or two for each match, and gpukern's functions for what is in none.
 
-    ``recompute``: what batch norms return is computed once more in backward where it can be, instead of being saved.
+    ``recompute``: what batch norms return is computed once more in backward where it can be, instead of being saved;
+    None: by :func:`gpukern.compiler.steps.norm`.
     """
     _Lowering(graph, matches, recompute).lower()
     for node in list(graph.nodes):
@@ -42,7 +43,7 @@ class _Pointwise(NamedTuple):
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, matches: Sequence[Match], recompute: bool) -> None:
+    def __init__(self, graph: Graph, matches: Sequence[Match], recompute: bool | None) -> None:
         self.graph, self.matches, self.recompute = graph, matches, recompute
         self.moved: dict[Node, Node] = {}
         self.cores = {match.core: match for match in matches}

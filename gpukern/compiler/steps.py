@@ -23,6 +23,10 @@ from gpukern.runtime.amp import autocast, is_any_autocast_enabled
 from gpukern.runtime.operator import is_lazy, needs_operator, resolved
 
 
+#: Bytes of a tensor that takes longer to pass over than a launch: making it once more costs the traffic and no more.
+LARGE = 8 * 2**20
+
+
 class Normalized(NamedTuple):
     """The result of a batch norm that only nodes of this graph read, with what they need of its origin."""
 
@@ -166,10 +170,11 @@ def norm(
     activation: str,
     negative_slope: float,
     readers: int = 0,
-    again: bool = False,
+    again: bool | None = None,
 ) -> torch.Tensor | Normalized:
     """``act(batch_norm(z) + residual)``; a :class:`Normalized` for ``readers``, the convolutions and residuals that
-    read it. ``again``: they may compute it once more in backward instead of saving it.
+    read it. ``again``: they may compute it once more in backward instead of saving it; None: if it is large, and
+    made of one tensor.
     """
     z, mean, variance = z if isinstance(z, Convolved) else (z, None, None)
     added, source = residual if isinstance(residual, Normalized) else (residual, None)
@@ -193,6 +198,7 @@ def norm(
         y, *_ = _norm(z, weight, bias, added, mean, variance, statistics, activation, negative_slope, source)
         return Normalized(y, None) if readers else y
     mailbox = Mailbox(readers)
+    again = z.nbytes >= LARGE and added is None if again is None else again
     y, mean, variance = _norm(
         z, weight, bias, added, mean, variance, statistics, activation, negative_slope, source, mailbox, again
     )
@@ -212,7 +218,7 @@ def norm_pair(
     activation: str,
     negative_slope: float,
     readers: int = 0,
-    again: bool = False,
+    again: bool | None = None,
 ) -> torch.Tensor | Normalized:
     """``act(batch_norm(a) + batch_norm(b))``, both with the batch's statistics; otherwise as :func:`norm`."""
     parameters = weight_a, bias_a, weight_b, bias_b
@@ -220,7 +226,7 @@ def norm_pair(
         added = norm(b, weight_b, bias_b, None, statistics_b, "none", 0.0)
         return norm(a, weight_a, bias_a, added, statistics_a, activation, negative_slope, readers, again)
     mailbox = Mailbox(readers) if readers and torch.is_grad_enabled() else None
-    again = again and mailbox is not None
+    again = bool(again) and mailbox is not None
     other = Origin.of_norm(b.z, weight_b, bias_b, b.mean, b.variance, statistics_b.eps)
     epilogue = Epilogue(True, statistics_a.eps, activation, negative_slope)
     y = add_norms(a.z, weight_a, bias_a, b.z, weight_b, bias_b, a.mean, a.variance, epilogue, other, mailbox, again)
@@ -246,7 +252,7 @@ def pointwise_norm(
     activation: str,
     negative_slope: float,
     readers: int = 0,
-    again: bool = False,
+    again: bool | None = None,
 ) -> torch.Tensor | Normalized:
     """``act(batch_norm(f(batch_norm(z)) ∗ w) + added)`` of a 1×1 convolution, f being ``inner_activation``.
 

@@ -300,40 +300,43 @@ def input_grad_kernel(
 ):  # fmt: skip
     """The gradient through the outer norm, the convolution and the inner activation. Grid: tiles of pixels.
 
-    The convolution's output is computed once more, a block of outputs at a time, from d, which stays on the chip.
+    The convolution's output is computed once more, a block of outputs at a time, from d, which stays on the chip. Tiles
+    are [channels, pixels]: so Hopper's tensor cores have no operand in registers.
     """
     row = tl.program_id(0)
     pixel = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    pixel_ok = (pixel < operand.pixels)[:, None]
+    pixel_ok = pixel < operand.pixels
     c = tl.arange(0, BLOCK_C)
     c_ok = c < operand.channels
     place, inside = _rows(operand, pixel, c, c_ok, INDEX)
-    d = _deviation(operand, place, inside, _numbers(operand, c, c_ok, ACTIVATION), ACTIVATION)
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    d = tl.trans(_deviation(operand, place, inside, _numbers(operand, c, c_ok, ACTIVATION), ACTIVATION))
+    acc = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
     for start in range(0, outputs, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_ok = k < outputs
         mask = k_ok[:, None] & c_ok[None, :]
         w = tl.load(weight_ptr + k[:, None] * operand.channels + c[None, :], mask=mask, other=0.0)
-        mask = pixel_ok & k_ok[None, :]
-        g = tl.load(grad_ptr + pixel.to(INDEX)[:, None] * outputs + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        mask = k_ok[:, None] & pixel_ok[None, :]
+        g = tl.load(grad_ptr + pixel.to(INDEX)[None, :] * outputs + k[:, None], mask=mask, other=0.0).to(tl.float32)
         scale = load_numbers(coefficients_ptr, k, k_ok, 0.0)
         slope = load_numbers(coefficients_ptr + outputs, k, k_ok, 0.0)
         shift = load_numbers(coefficients_ptr + 2 * outputs, k, k_ok, 0.0)
-        of_v = g * scale[None, :] + shift[None, :] - tl.dot(d, tl.trans(w)) * slope[None, :]
-        acc = tl.dot(of_v.to(d.dtype), w, acc)
+        of_v = g * scale[:, None] + shift[:, None] - tl.dot(w, d) * slope[:, None]
+        acc = tl.dot(tl.trans(w), of_v.to(d.dtype), acc)
     # The numbers and z once more, from the cache: in registers they would be kept through the loop.
     mean, inverse, scale, bias, _ = _numbers(operand, c, c_ok, ACTIVATION)
-    from_mean = tl.load(place, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
+    place = operand.z + pixel.to(INDEX)[None, :] * operand.channels + c[:, None]
+    mask = c_ok[:, None] & pixel_ok[None, :]
+    from_mean = tl.load(place, mask=mask, other=0.0).to(tl.float32) - mean[:, None]
     if ACTIVATION != "none":
-        saved = from_mean * scale[None, :] + bias[None, :]
+        saved = from_mean * scale[:, None] + bias[:, None]
         if not needs_input(ACTIVATION):
             saved = apply_activation(saved, ACTIVATION, operand.negative_slope)
         acc = activation_backward(acc, saved, ACTIVATION, operand.negative_slope)
     g = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + pixel.to(INDEX)[:, None] * operand.channels + c[None, :], g, mask=inside)
-    stored = tl.where(pixel_ok, g.to(tl.float32), 0.0)
+    tl.store(out_ptr + pixel.to(INDEX)[None, :] * operand.channels + c[:, None], g, mask=mask)
+    stored = tl.where(pixel_ok[None, :], g.to(tl.float32), 0.0)
     rows = tl.num_programs(0)
-    values = tl.sum(stored, 0), tl.sum(stored * from_mean, 0) * inverse
+    values = tl.sum(stored, 1), tl.sum(stored * from_mean, 1) * inverse
     store_part(sums.parts, values, row, rows, c, c_ok, operand.channels)
     merge_sums(sums, row, rows, row * 0, 0, operand.channels, operand.channels, 2, BLOCK_C)

@@ -75,15 +75,16 @@ def plan(pixels: int, channels: int, outputs: int, device: DeviceSpec) -> Pointw
     of_channels = min(all_channels, 128)
     of_outputs = power_of_two(outputs, _STEP, 128)
     blocks = cdiv(channels, of_channels)
-    wide = all_channels > 128
     tiles = cdiv(outputs, of_outputs) * blocks
+    # Without operands from shared memory the widest tile of 64 outputs leaves too few registers.
+    few = all_channels > 128 and not device.multiplies_from_shared_memory
     return PointwisePlan(
         gram=Tile(64 // blocks, 0, of_channels, 8, 3, _splits(pixels, 64, blocks * (blocks + 1) // 2, device)),
         statistics=Tile(0, 16, all_channels, 4, 2),
         forward=Tile(64, of_outputs, min(all_channels, 64), 8, 3),
         products=Tile(64, of_outputs, of_channels, 8, 3, _splits(pixels, 64, tiles, device)),
         gradients=Tile(0, 16, all_channels, 4, 1),
-        input_grad=Tile(64, min(of_outputs, 32 if wide else 64), all_channels, 8, 2),
+        input_grad=Tile(64, min(of_outputs, 32 if few else 64), all_channels, 8, 2),
     )
 
 
