@@ -22,9 +22,12 @@ from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
 from gpukern.ops.activation import ACTIVATIONS, activation
+from gpukern.ops._batch_norm.problem import Running
+from gpukern.ops._pointwise_norm.problem import Added, Inner, Outer
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
+from gpukern.ops.pointwise_norm import pointwise_norm, pointwise_norm_backward
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.precision import conv_precision, fp32_products
@@ -132,6 +135,12 @@ FAR = (
 )
 #: Batch norms beyond those of the networks: with an epilogue, channels that are no multiple of 16, offsets of 64 bits.
 NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 2900))
+#: 1×1 convolutions between two batch norms: input, outputs, activations, whether a third norm is added.
+POINTWISE = (
+    ((32, 128, 28, 28), 512, "silu", "tanh", True),
+    ((32, 256, 14, 14), 1024, "relu", "relu", False),
+    ((8, 64, 2900, 2900), 256, "relu", "relu", False),
+)
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -158,6 +167,8 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         NORMS, layouts, (("relu", True), ("relu", False), ("silu", False))
     ):
         yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
+    for args in POINTWISE if dtype.itemsize == 2 and torch.channels_last in layouts else ():
+        yield lambda args=args: _run_pointwise(dtype, *args)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -211,6 +222,20 @@ def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str
         return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
 
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
+
+
+def _run_pointwise(dtype: torch.dtype, shape, outputs: int, inner: str, outer: str, with_norm: bool) -> None:
+    def norm_of(size: int) -> Norm:
+        return Norm(*(torch.empty(size, device=META) for _ in range(4)), 1e-5)
+
+    z, (N, C, H, W) = _empty(shape, dtype, torch.channels_last), shape
+    weight = _empty((outputs, C, 1, 1), dtype)
+    other, grad = (_empty((N, outputs, H, W), dtype, torch.channels_last) for _ in range(2))
+    before, (mean, variance, *numbers, _) = Inner(z, norm_of(C), inner, 0.1), norm_of(outputs)
+    after = Outer(*numbers, 1e-5, outer, 0.1)
+    added = Added(other, norm_of(outputs) if with_norm else None)
+    _, moments = pointwise_norm(before, weight, after, added, Running(mean, variance, 0.1))
+    pointwise_norm_backward(grad, before, weight, after, moments, (True,) * 4)
 
 
 def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: bool) -> None:
