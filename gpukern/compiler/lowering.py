@@ -18,6 +18,7 @@ from gpukern.fusion.match import Match
 from gpukern.fusion.products import Product, activation, image, pool
 from gpukern.fusion.program import arguments, tensor_of, value
 from gpukern.ops._activation.properties import PROPERTIES
+from gpukern.ops._pointwise_norm.planner import why_not
 from gpukern.ops.activation import needs_input
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
@@ -55,7 +56,10 @@ class _Lowering:
         paired = {id(partner) for partner in self.partners.values()}
         self.paired = [match for match in matches if id(match) in paired]
         #: By the output of a match, the 1×1 convolution between two batch norms that it is, or that it adds ...
-        self.pointwise = {match.output: found for match in matches if (found := self.between_norms(match)) is not None}
+        self.pointwise: dict[Node, _Pointwise] = {}
+        for match in matches:
+            if (found := self.between_norms(match)) is not None:
+                self.pointwise[match.output] = found
         #: ... and the matches that become part of it: those of the batch norms before, and of what is added.
         self.before = [found.inner for found in self.pointwise.values()]
         self.later = [found.match for output, found in self.pointwise.items() if found.match.output is not output]
@@ -176,7 +180,10 @@ class _Lowering:
         inner = next((each for each in self.matches if each.output is product.input), None)
         if inner is None or inner.norm is None or inner.add is not None or inner in self.paired:
             return None
-        is_pointwise = tuple(tensor_of(product.weight).shape[2:]) == (1, 1) and _geometry(product) == steps.POINTWISE
+        outputs, channels, *taps = tensor_of(product.weight).shape
+        is_pointwise = taps == [1, 1] and _geometry(product) == steps.POINTWISE
+        if inner.output in self.pointwise or why_not(channels, outputs):
+            return None
         training = all(arguments(each)["training"] is True for each in (norm, inner.norm))
         return inner if is_pointwise and training and self.count_readers(inner) == 1 else None
 

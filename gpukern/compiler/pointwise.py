@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from gpukern.compiler.mailbox import Mailbox
-from gpukern.compiler.origin import Epilogue, Origin
+from gpukern.compiler.origin import Epilogue
 from gpukern.ops._batch_norm.problem import Norm, Running
 from gpukern.ops._pointwise_norm.problem import Added, Inner, Moments, Outer
-from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad
 from gpukern.ops.batch_norm import batch_norm_training, gradients_from_sums
 from gpukern.ops.conv2d import conv2d
@@ -139,7 +138,7 @@ def _recorded(
     z, inner_weight, inner_bias, weight, norm_weight, norm_bias, added, added_weight, added_bias = tensors
     (_, *inner), outer = numbers.inner, numbers.outer
     y = batch_norm_training(z, inner_weight, inner_bias, None, *inner)[0]
-    v = conv2d.apply(y, weight, None, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, "none", 0.0)
+    v = conv2d(y, weight, None, None, (1, 1), (0, 0, 0, 0), (1, 1), 1, "none", 0.0)
     u = batch_norm_training(v, norm_weight, norm_bias, None, outer.eps, "none", 0.0)[0]
     if added is not None:
         u = u + batch_norm_training(added, added_weight, added_bias, None, numbers.added_eps, "none", 0.0)[0]

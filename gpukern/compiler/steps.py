@@ -22,7 +22,6 @@ from gpukern.ops.pointwise_norm import takes
 from gpukern.runtime.amp import autocast, is_any_autocast_enabled
 from gpukern.runtime.operator import is_lazy, needs_operator, resolved
 
-
 #: Bytes of a tensor that takes longer to pass over than a launch: making it once more costs the traffic and no more.
 LARGE = 8 * 2**20
 

@@ -21,9 +21,9 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
-from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._pointwise_norm.problem import Added, Inner, Outer
+from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward

@@ -100,12 +100,6 @@ PATTERNS = {
         ),
         1,
     ),
-    "norms that average over all batches": (
-        lambda: sequential(
-            conv_norm(16, 16), nn.SiLU(), conv(16, 32, 1), nn.BatchNorm2d(32, momentum=None), nn.Tanh(), conv(32, 16)
-        ),
-        1,
-    ),
     "two in a row": (
         lambda: sequential(
             conv_norm(16, 16), nn.SiLU(), conv_norm(16, 32, 1), nn.Tanh(), conv_norm(32, 16, 1), nn.Tanh(), conv(16, 16)
@@ -113,7 +107,6 @@ PATTERNS = {
         1,
     ),
     "last activation of its input": (lambda: narrow(bottleneck(outer=F.silu)), 0),
-    "bias": (lambda: narrow(bottleneck(bias=True)), 0),
     "stride": (lambda: sequential(conv_norm(16, 16), nn.SiLU(), conv_norm(16, 32, 1, stride=2), nn.Tanh()), 0),
     "groups": (lambda: sequential(conv_norm(16, 16), nn.SiLU(), conv_norm(16, 32, 1, groups=2), nn.Tanh()), 0),
     "frozen norms": (lambda: frozen(narrow(bottleneck())), 0),

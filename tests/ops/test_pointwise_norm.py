@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 ACTIVATIONS = {"none": lambda x: x, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "tanh": torch.tanh}
 
+
 class Case:
     """Operands, and everything that torch makes of them in float64."""
 
@@ -126,7 +127,13 @@ def statistics(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ((5, 16, 11, 13), 32, torch.float16, {"affine": False, "added": None, "outer": "none"}),
         ((2, 32, 3, 3), 48, torch.bfloat16, {"act": "none", "added": None}),
     ],
-    ids=["one tile", "ragged tiles", "two blocks of channels", "several splits, no parameters", "fewer pixels than channels"],
+    ids=[
+        "one tile",
+        "ragged tiles",
+        "two blocks of channels",
+        "several splits, no parameters",
+        "fewer pixels than channels",
+    ],
 )
 def test_results(shape, outputs, dtype, options, where):
     Case(shape, outputs, dtype, where, **options).check()
@@ -140,7 +147,9 @@ def test_means_far_above_the_deviations(where):
     exact = case.exact()
     eps = bound(torch.float16, 3, 105, 48)
     for name, actual in (("y", y), ("weight", found.weight), ("inner", found.inner)):
-        assert float((actual.cpu().double() - exact[name].detach()).norm()) <= eps * float(exact[name].detach().norm()), name
+        assert float((actual.cpu().double() - exact[name].detach()).norm()) <= eps * float(
+            exact[name].detach().norm()
+        ), name
     variance = (exact["running variance"] - 0.9) / 0.1 * 104 / 105
     assert float((moments.variance.cpu().double() - variance).norm()) <= eps * float(variance.norm())
 
@@ -228,6 +237,7 @@ def test_what_it_takes(monkeypatch):
     assert not takes(z[:0], w, None)
     assert not takes(z, w.bfloat16(), None)
     assert why_not(24, 32) == "channels are no multiples of 16"
+    assert why_not(32, 32) == "has no more outputs than channels"
     assert why_not(272, 512) == "more than 256 channels"
 
 

@@ -28,7 +28,9 @@ class Operand(NamedTuple):
 @triton.jit
 def _numbers(operand, c, valid, ACTIVATION: tl.constexpr):
     """(mean, 1/σ, weight/σ, bias, act(bias)) of the channels ``c``."""
-    inverse, scale, bias = affine(operand.norm, load_numbers(operand.norm.variance, c, valid, 1.0), c, valid, operand.eps)
+    inverse, scale, bias = affine(
+        operand.norm, load_numbers(operand.norm.variance, c, valid, 1.0), c, valid, operand.eps
+    )
     mean = load_numbers(operand.norm.mean, c, valid, 0.0)
     return mean, inverse, scale, bias, apply_activation(bias, ACTIVATION, operand.negative_slope)
 

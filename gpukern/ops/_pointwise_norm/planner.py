@@ -53,6 +53,8 @@ def why_not(channels: int, outputs: int) -> str | None:
     """Return the reason why no kernel takes a convolution of these sizes; None if they do."""
     if channels % _STEP or outputs % _STEP or not channels or not outputs:
         return f"channels are no multiples of {_STEP}"
+    if outputs <= channels:
+        return "has no more outputs than channels"
     return f"more than {_CHANNELS} channels" if channels > _CHANNELS else None
 
 
