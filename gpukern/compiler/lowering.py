@@ -74,12 +74,13 @@ class _Lowering:
                 node = self.convolved(match)
             else:
                 node = self.normalized(match) if _norm_of(match) is not None else self.alone(match)
-            node.meta = {**match.output.meta, "gpukern_match": match}
+            core = self.pointwise[match.output].match if match.output in self.pointwise else match
+            node.meta = {**match.output.meta, "gpukern_match": core}
             match.output.replace_all_uses_with(node)
             self.moved[match.output] = node
             self.erase(match)
-            if match.output in self.pointwise and self.pointwise[match.output].match is not match:
-                self.erase(self.pointwise[match.output].match)
+            if core is not match:
+                self.erase(core)
 
     def erase(self, match: Match) -> None:
         for old in reversed(match.nodes):

@@ -19,7 +19,7 @@ from gpukern.ops._pointwise_norm.problem import Added, Inner, Moments, Outer
 from gpukern.ops.activation import activation_grad
 from gpukern.ops.batch_norm import batch_norm_training, gradients_from_sums
 from gpukern.ops.conv2d import conv2d
-from gpukern.ops.pointwise_norm import pointwise_norm, pointwise_norm_backward
+from gpukern.ops.pointwise_norm import convolve_between_norms, convolve_between_norms_backward
 from gpukern.runtime.mode import Implementations
 
 _norms = Implementations("gpukern.ops._batch_norm")
@@ -64,7 +64,7 @@ class PointwiseNorm(torch.autograd.Function):
         other = None
         if added is not None:
             other = Added(added, _added_norm(numbers, added_weight, added_bias))
-        y, moments = pointwise_norm(inner, weight, outer, other, running)
+        y, moments = convolve_between_norms(inner, weight, outer, other, running)
         is_pair = numbers.added_mean is not None
         ctx.save_for_backward(
             *(z, inner_weight, inner_bias, weight, norm_weight, norm_bias, added if is_pair else None),
@@ -93,7 +93,7 @@ class PointwiseNorm(torch.autograd.Function):
             return *_recorded(operands, numbers, g, needs), *(None,) * 4
         z, inner_weight, inner_bias, weight, norm_weight, norm_bias, added, added_weight, added_bias = operands
         norm = Norm(mean, variance, inner_weight, inner_bias, of_inner.eps)
-        found = pointwise_norm_backward(
+        found = convolve_between_norms_backward(
             g,
             Inner(z, norm, of_inner.activation, of_inner.negative_slope),
             weight,

@@ -52,14 +52,14 @@ def takes(z: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -
     return pays(N * H * W, C, K, str(dtype).removeprefix("torch."), device_spec(z.device))
 
 
-def pointwise_norm(
+def convolve_between_norms(
     inner: Inner, weight: torch.Tensor, outer: Outer, added: Added | None, running: Running | None
 ) -> tuple[torch.Tensor, Moments]:
     """Return (out in channels_last, what the backward needs); update ``running``."""
     return _implementations.of(inner.z).forward(inner, weight, outer, added, running)
 
 
-def pointwise_norm_backward(
+def convolve_between_norms_backward(
     grad: torch.Tensor,
     inner: Inner,
     weight: torch.Tensor,

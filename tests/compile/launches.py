@@ -27,7 +27,7 @@ from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
-from gpukern.ops.pointwise_norm import pointwise_norm, pointwise_norm_backward
+from gpukern.ops.pointwise_norm import convolve_between_norms, convolve_between_norms_backward
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.precision import conv_precision, fp32_products
@@ -234,8 +234,8 @@ def _run_pointwise(dtype: torch.dtype, shape, outputs: int, inner: str, outer: s
     before, (mean, variance, *numbers, _) = Inner(z, norm_of(C), inner, 0.1), norm_of(outputs)
     after = Outer(*numbers, 1e-5, outer, 0.1)
     added = Added(other, norm_of(outputs) if with_norm else None)
-    _, moments = pointwise_norm(before, weight, after, added, Running(mean, variance, 0.1))
-    pointwise_norm_backward(grad, before, weight, after, moments, (True,) * 4)
+    _, moments = convolve_between_norms(before, weight, after, added, Running(mean, variance, 0.1))
+    convolve_between_norms_backward(grad, before, weight, after, moments, (True,) * 4)
 
 
 def _run_norm_pair(dtype: torch.dtype, shape, layout, activation: str, with_y: bool) -> None:

@@ -72,7 +72,7 @@ def images(where, dtype=torch.float16, shape=IMAGES):
 @contextlib.contextmanager
 def taking(count: int, monkeypatch):
     """As many convolutions as ``count`` run between their norms inside."""
-    with calls_of("pointwise_norm", monkeypatch, pointwise) as calls:
+    with calls_of("convolve_between_norms", monkeypatch, pointwise) as calls:
         yield
     assert len(calls) == count
 

@@ -12,7 +12,7 @@ from gpukern.ops import pointwise_norm as operation
 from gpukern.ops._batch_norm.problem import Norm, Running
 from gpukern.ops._pointwise_norm.planner import pays, plan, why_not
 from gpukern.ops._pointwise_norm.problem import Added, Gradients, Inner, Moments, Outer
-from gpukern.ops.pointwise_norm import pointwise_norm, pointwise_norm_backward, takes
+from gpukern.ops.pointwise_norm import convolve_between_norms, convolve_between_norms_backward, takes
 from gpukern.runtime.device import A100, H200
 from gpukern.runtime.mode import Mode, force_mode
 from tests.numerics import FP32_EPS
@@ -50,9 +50,13 @@ class Case:
         self.running = Running(torch.zeros(outputs, device=where), torch.ones(outputs, device=where), 0.1)
 
     def run(self, needs=(True,) * 4) -> tuple[torch.Tensor, Moments, Gradients]:
-        y, moments = pointwise_norm(self.inner, self.weight, self.outer, self.added, self.running)
+        y, moments = convolve_between_norms(self.inner, self.weight, self.outer, self.added, self.running)
         needs = needs[0], needs[1] and self.outer.weight is not None, needs[2] and self.outer.bias is not None, needs[3]
-        return y, moments, pointwise_norm_backward(self.grad, self.inner, self.weight, self.outer, moments, needs)
+        return (
+            y,
+            moments,
+            convolve_between_norms_backward(self.grad, self.inner, self.weight, self.outer, moments, needs),
+        )
 
     def exact(self) -> dict[str, torch.Tensor | None]:
         (z, norm, act, _), outer = self.inner, self.outer
@@ -183,7 +187,7 @@ def test_only_what_is_needed(where):
     case = Case((3, 16, 5, 3), 32, torch.float16, where)
     _, moments, every = case.run()
     for i, needs in enumerate(torch.eye(4, dtype=torch.bool).tolist()):
-        found = pointwise_norm_backward(case.grad, case.inner, case.weight, case.outer, moments, tuple(needs))
+        found = convolve_between_norms_backward(case.grad, case.inner, case.weight, case.outer, moments, tuple(needs))
         made = [each is not None for each in (*found[:3], found.inner)]
         assert made == needs
         assert torch.equal((*found[:3], found.inner)[i], (*every[:3], every.inner)[i])

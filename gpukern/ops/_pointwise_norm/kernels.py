@@ -52,7 +52,7 @@ def _deviation(operand, place, inside, numbers, ACTIVATION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["fan_in"])
-def gram_kernel(
+def pointwise_gram_kernel(
     operand,  # Operand
     gram_ptr,  # fp32 [channels, channels]
     total_ptr,  # fp32 [channels]
@@ -110,9 +110,9 @@ def gram_kernel(
 
 
 @triton.jit
-def statistics_kernel(
+def pointwise_statistics_kernel(
     operand,  # Operand, of which the kernel reads the numbers
-    gram_ptr, total_ptr,  # of gram_kernel
+    gram_ptr, total_ptr,  # of pointwise_gram_kernel
     weight_ptr,  # [outputs, channels]
     projected_ptr,  # fp32 [outputs, channels]: W · Cov d
     center_ptr,  # fp32 [outputs]: W · mean of d
@@ -153,7 +153,7 @@ def statistics_kernel(
 
 
 @triton.jit
-def forward_kernel(
+def pointwise_forward_kernel(
     operand,  # Operand
     weight_ptr,  # [outputs, channels]
     center_ptr,  # fp32 [outputs]
@@ -195,7 +195,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["fan_in"])
-def products_kernel(
+def pointwise_products_kernel(
     grad_ptr,  # [pixels, outputs]: g
     operand,  # Operand
     product_ptr,  # fp32 [outputs, channels]: Σ g dᵀ
@@ -248,9 +248,9 @@ def products_kernel(
 
 
 @triton.jit
-def gradients_kernel(
-    product_ptr, grad_total_ptr,  # of products_kernel
-    total_ptr,  # of gram_kernel
+def pointwise_gradients_kernel(
+    product_ptr, grad_total_ptr,  # of pointwise_products_kernel
+    total_ptr,  # of pointwise_gram_kernel
     weight_ptr, projected_ptr,  # [outputs, channels]
     norm,  # Norm of the convolution's output
     center_ptr,  # fp32 [outputs]
@@ -289,11 +289,11 @@ def gradients_kernel(
 
 
 @triton.jit
-def input_grad_kernel(
+def pointwise_input_grad_kernel(
     grad_ptr,  # [pixels, outputs]: g
     operand,  # Operand
     weight_ptr,  # [outputs, channels]
-    coefficients_ptr,  # of gradients_kernel
+    coefficients_ptr,  # of pointwise_gradients_kernel
     out_ptr,  # [pixels, channels]: ∂L/∂(norm of z)
     sums,  # Sums of it, and of it times x̂ of z; a tile is a row
     outputs,

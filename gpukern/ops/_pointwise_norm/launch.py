@@ -31,7 +31,7 @@ def forward(
     total, gram = (torch.empty(size, dtype=torch.float32, device=device) for size in ((C,), (C, C)))
     blocks, block = cdiv(C, tiles.gram.channels), tiles.gram.channels
     _sum_over_pixels(
-        kernels.gram_kernel,
+        kernels.pointwise_gram_kernel,
         (operand, gram, total),
         tiles.gram,
         blocks * (blocks + 1) // 2,
@@ -42,7 +42,7 @@ def forward(
     projected, center = (torch.empty(size, dtype=torch.float32, device=device) for size in ((K, C), (K,)))
     statistics = statistics_of(K, device, running)
     launch(
-        kernels.statistics_kernel,
+        kernels.pointwise_statistics_kernel,
         (cdiv(K, tiles.statistics.outputs),),
         device,
         (operand, gram, total, filters, projected, center, statistics, K),
@@ -58,7 +58,7 @@ def forward(
     y = torch.empty((N, K, H, W), dtype=z.dtype, device=device, memory_format=torch.channels_last)
     tile, added = tiles.forward, Added(None, None) if added is None else added
     launch(
-        kernels.forward_kernel,
+        kernels.pointwise_forward_kernel,
         (cdiv(pixels, tile.pixels) * cdiv(K, tile.outputs),),
         device,
         (
@@ -90,7 +90,7 @@ def backward(
     product, of_grad = (torch.empty(size, dtype=torch.float32, device=device) for size in ((K, C), (K,)))
     tile, index = tiles.products, index_type(max(z.numel(), grad.numel()))
     _sum_over_pixels(
-        kernels.products_kernel,
+        kernels.pointwise_products_kernel,
         (grad, operand, product, of_grad, K),
         tile,
         cdiv(K, tile.outputs) * cdiv(C, tile.channels),
@@ -107,7 +107,7 @@ def backward(
         for each, needed in ((outer.weight, needs_scale), (outer.bias, needs_shift))
     )
     launch(
-        kernels.gradients_kernel,
+        kernels.pointwise_gradients_kernel,
         (cdiv(K, tiles.gradients.outputs),),
         device,
         (
@@ -129,7 +129,7 @@ def backward(
     rows = cdiv(pixels, tile.pixels)
     sums = Sums(totals=torch.empty((2, C), dtype=torch.float32, device=device))
     launch(
-        kernels.input_grad_kernel,
+        kernels.pointwise_input_grad_kernel,
         (rows,),
         device,
         (
