@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gpukern import functional, fusion, nn, onnx, optim
+from gpukern.checking import CheckError, check
 from gpukern.convert import convert
 from gpukern.flops import register_formulas
 from gpukern.fusion import FusionError, fuse, load
@@ -15,17 +16,21 @@ from gpukern.version import __version__
 
 if TYPE_CHECKING:
     from gpukern import tune
+    from gpukern.checking.report import CheckReport
     from gpukern.compiler.report import CompileReport, compile_report
     from gpukern.fusion import FusedModel, FusionReport
     from gpukern.tune import TuneError
 
 __all__ = [
+    "CheckError",
+    "CheckReport",
     "CompileReport",
     "FusedModel",
     "FusionError",
     "FusionReport",
     "TuneError",
     "__version__",
+    "check",
     "compile_report",
     "convert",
     "functional",
@@ -40,6 +45,7 @@ __all__ = [
 
 #: Imported at the first use: ``import gpukern`` must not wait for them.
 _LATER = {
+    "CheckReport": "gpukern.checking.report",
     "CompileReport": "gpukern.compiler.report",
     "FusedModel": "gpukern.fusion",
     "FusionReport": "gpukern.fusion",

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from gpukern.checking.command import check
 from gpukern.explain.command import app as explain
 from gpukern.formatting import memory
 from gpukern.fusion.command import explain_model, fuse
@@ -30,6 +31,7 @@ explain.command("network")(explain_network)
 app.add_typer(explain, name="explain")
 app.command()(fuse)
 app.command()(tune)
+app.command()(check)
 
 
 def _print_version(asked: bool) -> None:

@@ -7,7 +7,7 @@ class of the object. Its parameters, hooks, mode and name in the model stay what
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
@@ -17,7 +17,10 @@ from torch.nn.utils import parametrize
 import gpukern.nn
 from gpukern.copies import CopyError, deep_copy, exchange_methods, modules_in
 from gpukern.formatting import count
-from gpukern.nn.leaf import mark
+from gpukern.nn import foreign
+from gpukern.nn.attention import MultiheadAttention
+from gpukern.nn.leaf import derived, mark
+from gpukern.nn.rebinding import Rebound
 from gpukern.nn.sequential import is_plain, runs, subclass_of
 from gpukern.runtime import kept
 from gpukern.runtime.tensors import KERNEL_DTYPES
@@ -44,6 +47,14 @@ _CONTAINERS = (
     torch.nn.ParameterDict,
 )
 
+#: What a subclass may define without computing another thing than its base.
+_HARMLESS = {
+    *("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "__repr__", "extra_repr"),
+    *("reset_parameters", "__firstlineno__", "__static_attributes__", "__annotate__", "__parameters__"),
+}
+#: What a copy has in common with the original.
+_SHARED = (torch.Tensor, *((torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()))
+
 _FOOTNOTE = (
     "Calls inside forward (torch.nn.functional.relu, +, torch.cat, ...) are not layers: convert does not see them."
 )
@@ -62,6 +73,14 @@ class LeftLayer(NamedTuple):
     name: str
     type: str
     reason: str
+
+
+class Partly(NamedTuple):
+    """A layer of gpukern's in which torch still computes something, and what."""
+
+    name: str
+    type: str
+    left: str
 
 
 class Together(NamedTuple):
@@ -84,6 +103,10 @@ class ConversionReport:
     already: tuple[Layer, ...]
     left: tuple[LeftLayer, ...]
     together: tuple[Together, ...] = ()
+    #: those of ``replaced`` and ``already`` that torch computes a part of
+    partly: tuple[Partly, ...] = ()
+    #: layers that compute no values of their own: they pad, permute, or drop or scale whole samples and channels
+    moving: tuple[Layer, ...] = ()
 
     def __str__(self) -> str:
         lines = [self._headline("replaced", self.replaced)]
@@ -91,6 +114,9 @@ class ConversionReport:
             lines.append(self._headline("computed as one", self.together, "group"))
         if self.already:
             lines.append(self._headline("gpukern's already", self.already))
+        lines += self._parts()
+        if self.moving:
+            lines.append(self._headline("nothing to compute", self.moving))
         lines.append(self._headline("left to torch", self.left))
         names = [layer.name or "(the model)" for layer in self.left]
         name_width = max(map(len, names), default=0)
@@ -110,6 +136,9 @@ class ConversionReport:
             parts.append(Text(self._headline("computed as one", self.together, "group"), style="green"))
         if self.already:
             parts.append(Text(self._headline("gpukern's already", self.already)))
+        parts += [Text(line, style="yellow") for line in self._parts()]
+        if self.moving:
+            parts.append(Text(self._headline("nothing to compute", self.moving)))
         parts.append(Text(self._headline("left to torch", self.left), style="yellow" if self.left else "green"))
         if self.left:
             left = table("layer", "type", "why torch computes it")
@@ -118,10 +147,15 @@ class ConversionReport:
             parts.append(left)
         return Group(*parts, Text(_FOOTNOTE, style="dim"))
 
+    def _parts(self) -> list[str]:
+        """A line for each thing that torch computes in layers that are replaced in part."""
+        by_part: dict[str, list[Partly]] = {}
+        for layer in self.partly:
+            by_part.setdefault(layer.left, []).append(layer)
+        return [f"{self._headline('replaced in part', of)}: torch computes {part}" for part, of in by_part.items()]
+
     @staticmethod
-    def _headline(
-        what: str, layers: tuple[Layer, ...] | tuple[LeftLayer, ...] | tuple[Together, ...], noun: str = "layer"
-    ) -> str:
+    def _headline(what: str, layers: Sequence[Layer | LeftLayer | Together | Partly], noun: str = "layer") -> str:
         kinds = Counter(layer.type for layer in layers)
         listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         return f"{what}: {count(len(layers), noun)}{f' ({listed})' if listed else ''}"
@@ -143,8 +177,9 @@ def convert(
     Parameters
     ----------
     model:
-        any module; layers are found at any depth, and the model may itself be one. Only exact ``torch.nn`` classes are
-        replaced: a subclass may compute something else.
+        any module; layers are found at any depth, and the model may itself be one. A subclass of a ``torch.nn`` class
+        is replaced if it redefines nothing that its base computes with, as are some layers of torchvision and timm,
+        which are known by name (:mod:`gpukern.nn.foreign`): another may compute something else.
     inplace:
         change ``model`` and return it. Otherwise ``model`` stays as it is and the result is a copy whose tensors
         (parameters, buffers and their ``.grad``) are the very same objects, so that training the one trains the other
@@ -159,7 +194,7 @@ def convert(
     Names, ``state_dict``, hooks, training mode, devices, ``requires_grad``, parametrizations and layers shared between
     several places are kept. Functions, bound methods and weak references that the model keeps, hooks among them, refer
     to the copy where they refer to the model. Layers that gpukern cannot serve stay torch's; the report lists them with
-    the reason.
+    the reason. Of attention the projections are gpukern's and the products torch's: the report has it under ``partly``.
 
     Raises
     ------
@@ -173,33 +208,41 @@ def convert(
     replaced: list[Layer] = []
     already: list[Layer] = []
     left: list[LeftLayer] = []
+    partly: list[Partly] = []
+    moving: list[Layer] = []
     classes: dict[torch.nn.Module, type[torch.nn.Module]] = {}
     for name, module in list(_layers(model, "", set())):
         kind = _torch_type(module)
         reason = _why_not(module, kind)
-        if reason:
+        if foreign.only_moves(kind):
+            moving.append(Layer(name, kind.__name__))
+        elif reason:
             left.append(LeftLayer(name, kind.__name__, reason))
-        elif kind in REPLACEMENTS:
+        elif _is_ours(module):
+            already.append(Layer(name, kind.__name__))
+        else:
             _replace(module, kind)
             classes[module] = kind
             replaced.append(Layer(name, kind.__name__))
-        else:
-            already.append(Layer(name, kind.__name__))
+        if not reason and (part := foreign.left_part(kind)):
+            partly.append(Partly(name, kind.__name__, part))
     exchange_methods(model, classes)
     together = [group for name, module in model.named_modules() for group in _compute_together(module, name)]
-    report = ConversionReport(tuple(replaced), tuple(already), tuple(left), tuple(together))
+    report = ConversionReport(
+        tuple(replaced), tuple(already), tuple(left), tuple(together), tuple(partly), tuple(moving)
+    )
     return (model, report) if return_report else model
 
 
 def _copy_sharing_tensors(model: torch.nn.Module) -> torch.nn.Module:
-    """A deep copy of all but the tensors that modules hold."""
+    """A deep copy of all but the tensors, and groups of processes, that modules hold."""
     memo: dict[int, object] = {}
     for module in modules_in(model):
         if isinstance(module, torch.jit.ScriptModule):
             continue  # its tensors live in C++, where no memo is consulted
         # Plain attributes too: torch.nn.utils.weight_norm keeps there what it computed, which no deepcopy takes.
         for values in (module._parameters, module._buffers, vars(module)):
-            memo.update((id(value), value) for value in values.values() if isinstance(value, torch.Tensor))
+            memo.update((id(value), value) for value in values.values() if isinstance(value, _SHARED))
     kept.fill(memo, model)
     try:
         return deep_copy(model, memo, share_tensors=True)
@@ -231,12 +274,13 @@ def _is_composite(module: torch.nn.Module) -> bool:
     """Whether a module with children does not call them, but computes with their tensors itself."""
     if isinstance(module, (torch.jit.ScriptModule, torch.nn.MultiheadAttention)):
         return True
-    return type(module).__module__.startswith("torch.ao.nn.")
+    return foreign.uses_weights_of_children(type(module)) or type(module).__module__.startswith("torch.ao.nn.")
 
 
 def _is_structure(module: torch.nn.Module) -> bool:
-    """Whether nothing is computed: containers, reshapes, and dropout outside of training."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+    """Whether nothing is computed: containers, reshapes, and torch's own kinds of dropout outside of training."""
+    kind = _torch_type(module)
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd) and kind not in (*REPLACEMENTS, *_OURS):
         return not module.training or module.p == 0
     return type(module) in (*_STRUCTURE, *_CONTAINERS)
 
@@ -247,13 +291,13 @@ def _torch_type(module: torch.nn.Module) -> type[torch.nn.Module]:
 
 def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None:
     """Return the reason why torch still computes ``module``; None if gpukern can, or does already."""
-    if isinstance(module, _OURS):
+    if _is_ours(module):
         return None
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript: convert the model before scripting it"
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return "not initialized yet: run the model once, then convert it"
-    if kind not in REPLACEMENTS:
+    if _replacement(kind) is None:
         if kind.__module__.startswith("torch.ao.nn."):
             return "quantized or made ready for it: gpukern has no quantized layers"
         for base in REPLACEMENTS:
@@ -261,8 +305,6 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
                 return f"subclass of {base.__name__}: it may override forward"
         if isinstance(module, torch.fx.GraphModule):
             return "a traced graph without layers: convert does not look inside its forward"
-        if kind is torch.nn.SyncBatchNorm:
-            return "it communicates between processes, which is left to torch"
         if kind.__module__.startswith("torch."):
             return f"gpukern has no {kind.__name__} yet"
         return "not a torch.nn layer: convert does not look inside its forward"
@@ -272,6 +314,8 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
         return f"negative_slope = {module.negative_slope}: gpukern takes none below 0"
     if isinstance(module, torch.nn.ReLU6) and (module.min_val, module.max_val) != (0, 6):
         return f"it clamps to [{module.min_val}, {module.max_val}]: gpukern's ReLU6 to [0, 6] only"
+    if kind not in REPLACEMENTS and (reason := foreign.why_not(module)):
+        return reason
     for parameter in module.parameters():
         if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
             return f"its parameters are of the tensor subclass {type(parameter).__name__}"
@@ -280,8 +324,28 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
     return None
 
 
+def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    """Return the class that a layer of exactly the class ``kind`` gets; None if gpukern has none."""
+    known = REPLACEMENTS.get(kind) or foreign.replacement_of(kind)
+    base = next((each for each in kind.__mro__ if each in REPLACEMENTS), None)
+    if known or base is None or not _computes_as(base, kind):
+        return known
+    return derived(REPLACEMENTS[base], kind)  # type: ignore[arg-type]  # classes are hashable
+
+
+def _computes_as(base: type, kind: type) -> bool:
+    """Whether ``kind``, a subclass of ``base``, redefines nothing that a call of its base uses."""
+    above = base.__mro__
+    used = {name for each in above if each is not object for name in vars(each)} - _HARMLESS
+    return all(each in above or used.isdisjoint(vars(each)) for each in kind.__mro__)
+
+
+def _is_ours(module: torch.nn.Module) -> bool:
+    return isinstance(module, (*_OURS, MultiheadAttention, Rebound))
+
+
 def _replace(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
-    replacement = REPLACEMENTS[kind]
+    replacement: type = _replacement(kind)  # type: ignore[assignment]  # asked before
     if parametrize.is_parametrized(module):
         # torch gave the object a class of its own, with a property for each parametrized tensor. It gets another such
         # class, over gpukern's layer; removing the parametrization then leaves gpukern's layer.
@@ -302,7 +366,7 @@ def _compute_together(module: torch.nn.Module, name: str) -> list[Together]:
     if not isinstance(module, gpukern.nn.Sequential):
         if not _has_torchs_forward(module):
             return []
-        module.__class__ = subclass_of(type(module))  # type: ignore[arg-type]  # classes are hashable
+        module.__class__ = subclass_of(type(module))  # type: ignore[assignment]
     layers = [slice(run.first, run.end) for run in found if all(map(is_plain, children[run.first : run.end]))]
     return [Together(tuple(names[of]), tuple(_torch_type(child).__name__ for child in children[of])) for of in layers]
 

@@ -21,7 +21,10 @@ import torch
 
 from gpukern.ops._operators import OPERATORS
 from gpukern.ops.batch_norm import batch_norm
+from gpukern.ops.layer_norm import layer_norm
 from gpukern.ops.pool2d import adaptive_avg_pool2d
+from gpukern.ops.rms_norm import rms_norm
+from gpukern.ops.softmax import softmax
 from gpukern.runtime.import_hooks import when_imported
 
 __all__ = ["decompositions"]
@@ -34,22 +37,28 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """
     found = {overload: operator.decomposition for overload, operator in OPERATORS.items() if operator.decomposition}
     single = [overload for overload in found if len(overload._schema.returns) == 1]
+    norms = batch_norm, layer_norm, rms_norm
     return {
         **found,
         **{overload: _rounded_once(found[overload]) for overload in single},
-        batch_norm.overload: _rounded_once(batch_norm.decomposition, torch.float32),
+        **{norm.overload: _rounded_once(norm.decomposition, torch.float32) for norm in norms},
         adaptive_avg_pool2d.overload: _adaptive_avg_pool2d,
+        softmax.overload: softmax.decomposition,  # its result may be wider than its operand
     }
 
 
 def _rounded_once(computation: Callable[..., torch.Tensor], least: torch.dtype | None = None) -> Callable:
-    """``computation`` in the widest dtype of its operands and of ``least``, its result in that of the first operand."""
+    """``computation`` in the widest dtype of its operands and of ``least``.
+
+    Its result is in the dtype among the arguments, if there is one, else in that of the first operand.
+    """
 
     def compute(input: torch.Tensor, *others: Any) -> torch.Tensor:
         floating = [each.dtype for each in (input, *others) if _is_floating(each)]
         dtype = functools.reduce(torch.promote_types, floating, least or input.dtype)
         given = (each.to(dtype) if _is_floating(each) else each for each in (input, *others))
-        return computation(*given).to(input.dtype)
+        wanted = next((each for each in others if isinstance(each, torch.dtype)), input.dtype)
+        return computation(*given).to(wanted)
 
     return compute
 

@@ -38,7 +38,7 @@ LAYERS = (
         "summary",
         "info",
     ),
-    *("explain", "tune", "fusion", "compiler", "cli"),
+    *("explain", "tune", "fusion", "checking", "compiler", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Pure Python: what plans are made of, on any machine.
@@ -67,7 +67,11 @@ TORCH_FREE = (
 )
 CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
-OPERATIONS = ("activation", "batch_norm", "conv2d", "conv_transpose2d", "linear")
+OPERATIONS = (
+    *("activation", "batch_norm", "conv1d", "conv2d", "conv3d"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "cross_entropy", "dropout", "group_norm"),
+    *("layer_norm", "linear", "rms_norm", "softmax"),
+)
 #: What runs on the device.
 KERNELS = (
     "_normalization.py",

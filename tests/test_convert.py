@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,10 +23,22 @@ pytestmark = pytest.mark.usefixtures("reference_mode")
 LAYERS = [
     nn.Conv2d(3, 4, 3, stride=2, padding=1, dilation=2, bias=False, padding_mode="reflect"),
     nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1),
+    nn.Conv1d(3, 4, 3, stride=2, padding=1, padding_mode="replicate"),
+    nn.ConvTranspose1d(3, 4, 3, stride=2, output_padding=1),
+    nn.Conv3d(3, 4, (1, 3, 2), stride=2, padding=1, padding_mode="replicate"),
+    nn.ConvTranspose3d(3, 4, 3, stride=2, output_padding=1),
     nn.Linear(8, 2),
     nn.MaxPool2d(2, 1, 1, ceil_mode=True, return_indices=True),
     nn.AvgPool2d(3, 2, 1, count_include_pad=False, divisor_override=5),
     nn.AdaptiveAvgPool2d((3, None)),
+    nn.MaxPool1d(2, 1, 1, ceil_mode=True, return_indices=True),
+    nn.AvgPool1d(3, 2, 1, count_include_pad=False),
+    nn.AdaptiveAvgPool1d(3),
+    nn.AdaptiveMaxPool1d(2, return_indices=True),
+    nn.MaxPool3d(2, 1, 1, ceil_mode=True, return_indices=True),
+    nn.AvgPool3d(3, 2, 1, count_include_pad=False, divisor_override=5),
+    nn.AdaptiveAvgPool3d((3, None, 2)),
+    nn.AdaptiveMaxPool3d(2, return_indices=True),
     nn.ReLU(inplace=True),
     nn.LeakyReLU(0.3),
     nn.Sigmoid(),
@@ -35,8 +48,23 @@ LAYERS = [
     nn.Hardswish(inplace=True),
     nn.SiLU(inplace=True),
     nn.GELU("tanh"),
+    nn.Dropout(1.0),
+    nn.Dropout1d(1.0),
+    nn.Dropout2d(1.0, inplace=True),
+    nn.Dropout3d(1.0),
     nn.BatchNorm1d(3, momentum=None),
     nn.BatchNorm2d(3, eps=0.1, affine=False),
+    nn.BatchNorm3d(3, eps=0.1, affine=False),
+    nn.LayerNorm((8, 8), eps=0.1, bias=False),
+    nn.RMSNorm(8, elementwise_affine=False),
+    nn.GroupNorm(3, 3, eps=0.1, affine=False),
+    nn.InstanceNorm1d(3, affine=True),
+    nn.InstanceNorm2d(3, momentum=0.3, track_running_stats=True),
+    nn.InstanceNorm3d(3),
+    nn.SyncBatchNorm(3, momentum=0.2),
+    nn.Softmax(-1),
+    nn.Softmax2d(),
+    nn.LogSoftmax(1),
 ]
 _ACTIVATIONS = [getattr(nn, name) for name, kind in vars(gpukern.nn.activation).items() if hasattr(kind, "_epilogue")]
 LAYERS += [kind() for kind in _ACTIVATIONS if kind not in map(type, LAYERS)]
@@ -48,9 +76,10 @@ def reasons(model: nn.Module) -> dict[str, str]:
 
 
 def test_there_is_a_case_for_every_layer():
-    assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS)
-    # torch.nn has no batch norm with an activation.
-    assert {kind.__name__ for kind in REPLACEMENTS} == set(gpukern.nn.__all__) - {"BatchNormAct2d", "Sequential"}
+    assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS) - {nn.CrossEntropyLoss}  # it takes a target, below
+    # torch.nn has no batch norm with an activation, and no layer norm over channels.
+    ours = set(gpukern.nn.__all__) - {"BatchNormAct2d", "LayerNorm2d", "Sequential"}
+    assert {kind.__name__ for kind in REPLACEMENTS} == ours
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
@@ -59,8 +88,62 @@ def test_layer_is_replaced_with_its_attributes(layer):
     assert type(layer) is getattr(nn, type(layer).__name__)
     assert type(converted) is getattr(gpukern.nn, type(layer).__name__)
     assert repr(converted) == repr(layer)
-    x = torch.randn((2, 3, 8) if isinstance(layer, nn.BatchNorm1d) else (2, 3, 8, 8))
+    dimensions = 1 if "1d" in type(layer).__name__ else 3 if "3d" in type(layer).__name__ else 2
+    x = torch.randn((2, 3, *(8,) * dimensions))
     torch.testing.assert_close(converted(x.clone()), layer(x.clone()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_is_replaced_with_its_options():
+    loss = nn.CrossEntropyLoss(torch.rand(3), ignore_index=1, reduction="sum", label_smoothing=0.1)
+    converted = gpukern.convert(loss)
+    assert type(converted) is gpukern.nn.CrossEntropyLoss and converted.weight is loss.weight
+    x, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(converted(x, labels), loss(x, labels))
+
+
+def like_timms(module: str, name: str, base: type[nn.Module], **body) -> type[nn.Module]:
+    return type(name, (base,), {"__module__": f"timm.layers.{module}", "__qualname__": name, **body})
+
+
+def test_timms_norm_with_an_activation_is_one_pass():
+    """By the name of its class. What drops, or is no activation of gpukern's, is called after it."""
+
+    def forward(self, x):
+        return self.act(self.drop(nn.GroupNorm.forward(self, x)))
+
+    kind, other = (like_timms("norm_act", name, nn.GroupNorm, forward=forward) for name in ("GroupNormAct", "Other"))
+    x = torch.randn(2, 4, 5, 5)
+    for act, drop in ((nn.ReLU(inplace=True), nn.Identity()), (nn.Mish(), nn.Identity()), (nn.SiLU(), nn.Dropout(0.5))):
+        layer = kind(2, 4)
+        layer.act, layer.drop, layer._fast_norm = act, drop, False
+        model = nn.Sequential(layer.eval(), other(2, 4))
+        converted, report = gpukern.convert(model, return_report=True)
+        assert report.replaced[0] == ("0", "GroupNormAct") and isinstance(converted[0], (kind, gpukern.nn.GroupNorm))
+        assert [layer.reason for layer in report.left if layer.name == "1"] == [
+            "subclass of GroupNorm: it may override forward"
+        ]
+        with patch.object(type(converted[0].act), "forward", side_effect=lambda x: x) as forward_of_act:
+            converted[0](x)
+        assert forward_of_act.called == (not isinstance(act, nn.ReLU))
+        torch.testing.assert_close(converted[0](x), layer(x))
+        copied = copy.deepcopy(converted)
+        assert type(copied[0]) is type(converted[0]) and torch.equal(copied[0](x), converted[0](x))
+        assert not gpukern.convert(converted, return_report=True)[1].replaced
+    layer._fast_norm = True
+    assert "fast norm" in reasons(layer)[""]
+
+
+def test_timms_convolution_of_normalized_filters():
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        filters = nn.functional.batch_norm(flat, None, None, training=True, momentum=0.0, eps=self.eps)
+        return nn.functional.conv2d(x, filters.reshape_as(self.weight), self.bias, self.stride, self.padding)
+
+    layer = like_timms("std_conv", "StdConv2d", nn.Conv2d, forward=forward, eps=1e-6)(3, 4, 3, stride=2, padding=1)
+    converted = gpukern.convert(layer)
+    assert isinstance(converted, (type(layer), gpukern.nn.Conv2d)) and type(converted) is not type(layer)
+    x = torch.randn(2, 3, 7, 6)
+    torch.testing.assert_close(converted(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
 def network() -> nn.Sequential:
@@ -335,17 +418,19 @@ def test_left_layers_and_their_reasons():
         "complex64": nn.Conv2d(1, 1, 1, dtype=torch.complex64),
         "patched": patched,
         "subclassed": subclassed,
-        "sync": nn.SyncBatchNorm(3),
         "attention": nn.MultiheadAttention(4, 2),
-        "transposed": nn.ConvTranspose1d(1, 1, 1),
+        "pooled": nn.LPPool2d(2, 2),
         "quantized": torch.ao.nn.quantized.ReLU6(),
     }.items():
         model.add_module(name, module)
     _, report = gpukern.convert(model, return_report=True)
-    assert report.replaced == (("adapted.adapter", "Linear"),)
+    assert report.replaced == (
+        ("adapted", "Adapted"),
+        ("adapted.adapter", "Linear"),
+        ("attention", "MultiheadAttention"),
+    )
     assert {layer.name: layer.reason for layer in report.left} == {
         "subclass": "subclass of Conv2d: it may override forward",
-        "adapted": "subclass of Linear: it may override forward",
         "lazy": "not initialized yet: run the model once, then convert it",
         "own": "not a torch.nn layer: convert does not look inside its forward",
         "slope": "negative_slope = -0.5: gpukern takes none below 0",
@@ -354,9 +439,7 @@ def test_left_layers_and_their_reasons():
         "complex64": "its parameters are torch.complex64: the kernels take float32, float16 and bfloat16",
         "patched": "forward was replaced on this object",
         "subclassed": "its parameters are of the tensor subclass OtherParameter",
-        "sync": "it communicates between processes, which is left to torch",
-        "attention": "gpukern has no MultiheadAttention yet",
-        "transposed": "gpukern has no ConvTranspose1d yet",
+        "pooled": "gpukern has no LPPool2d yet",
         "quantized": "quantized or made ready for it: gpukern has no quantized layers",
     }
 
@@ -368,9 +451,9 @@ def test_lazy_layer_converts_once_it_is_initialized():
     assert not reasons(model)
 
 
-def test_structure_is_not_listed_and_dropout_only_in_training():
-    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.Dropout(0.5))
-    assert reasons(model) == {"4": "gpukern has no Dropout yet"}
+def test_structure_is_not_listed_and_torchs_dropout_only_in_training():
+    model = nn.Sequential(nn.Identity(), nn.Flatten(), nn.Unflatten(1, (1, 2)), nn.Sequential(), nn.AlphaDropout(0.5))
+    assert reasons(model) == {"4": "gpukern has no AlphaDropout yet"}
     assert not reasons(model.eval())
 
 
@@ -428,3 +511,27 @@ def test_resnet18_is_replaced_and_computes_the_same():
         assert torch.equal(
             converted[0](x) if isinstance(converted, nn.Sequential) else converted.conv1(x), model.conv1(x)
         )
+
+
+@pytest.mark.parametrize("where", ["torchvision.models.convnext", "timm.layers.norm"])
+def test_layer_norm_over_channels_of_other_libraries_is_replaced(where):
+    def forward(self, x):
+        parameters = self.normalized_shape, self.weight, self.bias, self.eps
+        return nn.functional.layer_norm(x.permute(0, 2, 3, 1), *parameters).permute(0, 3, 1, 2)
+
+    names = {"forward": forward, "__qualname__": "LayerNorm2d"}
+    kind, other = (type("LayerNorm2d", (nn.LayerNorm,), {**names, "__module__": each}) for each in (where, "mine"))
+    model, x = nn.Sequential(kind(3, eps=1e-6)), torch.randn(2, 3, 4, 5)
+    converted, report = gpukern.convert(model, return_report=True)
+    assert (
+        isinstance(converted[0], gpukern.nn.LayerNorm2d)
+        and isinstance(converted[0], kind)
+        and report.replaced == (("0", "LayerNorm2d"),)
+    )
+    for image in (x, x.contiguous(memory_format=torch.channels_last)):
+        ours, theirs = converted(image), model(image)
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+    assert list(converted.state_dict()) == list(model.state_dict())
+    model[0]._fast_norm = True
+    assert "fast norm" in reasons(model)["0"]
+    assert reasons(other(3))[""].startswith("subclass of LayerNorm")

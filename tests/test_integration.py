@@ -23,10 +23,23 @@ LAYERS = {
         (2, 2, 5, 6),
     ),
     "ConvTranspose2d": (("ConvTranspose2d", (2, 4, 3), {"stride": 2, "output_padding": 1}), (2, 2, 3, 4)),
+    "Conv1d": (("Conv1d", (4, 6, 3), {"padding": 1, "groups": 2}), (2, 4, 7)),
+    "Conv1d-depthwise": (("Conv1d", (3, 3, 4), {"padding": 3, "groups": 3}), (2, 3, 8)),
+    "ConvTranspose1d": (("ConvTranspose1d", (2, 4, 3), {"stride": 2, "output_padding": 1}), (2, 2, 5)),
+    "Conv3d": (("Conv3d", (2, 3, (2, 3, 2)), {"padding": 1}), (1, 2, 3, 4, 3)),
+    "ConvTranspose3d": (("ConvTranspose3d", (2, 3, 2), {"stride": 2, "padding": 1}), (1, 2, 2, 3, 3)),
     "Linear": (("Linear", (6, 4), {}), (3, 6)),
     "MaxPool2d": (("MaxPool2d", (2,), {"ceil_mode": True}), (2, 2, 5, 6)),
     "AvgPool2d": (("AvgPool2d", (2,), {"padding": 1}), (2, 2, 5, 6)),
     "AdaptiveAvgPool2d": (("AdaptiveAvgPool2d", (3,), {}), (2, 2, 5, 6)),
+    "MaxPool1d": (("MaxPool1d", (2,), {"ceil_mode": True}), (2, 2, 7)),
+    "AvgPool1d": (("AvgPool1d", (2,), {"padding": 1}), (2, 2, 7)),
+    "AdaptiveAvgPool1d": (("AdaptiveAvgPool1d", (3,), {}), (2, 2, 7)),
+    "AdaptiveMaxPool1d": (("AdaptiveMaxPool1d", (3,), {}), (2, 2, 7)),
+    "MaxPool3d": (("MaxPool3d", (2,), {"ceil_mode": True}), (2, 2, 3, 4, 3)),
+    "AvgPool3d": (("AvgPool3d", (2,), {"padding": 1}), (2, 2, 3, 4, 3)),
+    "AdaptiveAvgPool3d": (("AdaptiveAvgPool3d", (3,), {}), (2, 2, 3, 5, 4)),
+    "AdaptiveMaxPool3d": (("AdaptiveMaxPool3d", (3,), {}), (2, 2, 3, 5, 4)),
     "ReLU": (("ReLU", (), {}), (4, 5)),
     "LeakyReLU": (("LeakyReLU", (0.2,), {}), (4, 5)),
     "Sigmoid": (("Sigmoid", (), {}), (4, 5)),
@@ -37,8 +50,24 @@ LAYERS = {
     "SiLU": (("SiLU", (), {}), (4, 5)),
     "GELU": (("GELU", (), {}), (4, 5)),
     "GELU-tanh": (("GELU", (), {"approximate": "tanh"}), (4, 5)),
+    "Softmax": (("Softmax", (1,), {}), (4, 5)),
+    "Softmax2d": (("Softmax2d", (), {}), (2, 3, 4, 5)),
+    "LogSoftmax": (("LogSoftmax", (-1,), {}), (4, 5)),
+    # Nothing is kept: what is drawn is none of torch's.
+    "Dropout": (("Dropout", (1.0,), {}), (4, 5)),
+    "Dropout1d": (("Dropout1d", (1.0,), {}), (2, 2, 5)),
+    "Dropout2d": (("Dropout2d", (1.0,), {}), (2, 2, 3, 4)),
+    "Dropout3d": (("Dropout3d", (1.0,), {}), (2, 2, 2, 3, 4)),
     "BatchNorm1d": (("BatchNorm1d", (5,), {}), (4, 5)),
+    "SyncBatchNorm": (("SyncBatchNorm", (2,), {}), (2, 2, 5, 6)),
     "BatchNorm2d": (("BatchNorm2d", (2,), {"momentum": None}), (2, 2, 5, 6)),
+    "BatchNorm3d": (("BatchNorm3d", (2,), {}), (2, 2, 3, 4, 3)),
+    "LayerNorm": (("LayerNorm", ((5, 6),), {}), (2, 2, 5, 6)),
+    "RMSNorm": (("RMSNorm", (6,), {}), (3, 6)),
+    "GroupNorm": (("GroupNorm", (2, 4), {}), (2, 4, 5, 6)),
+    "InstanceNorm1d": (("InstanceNorm1d", (3,), {"affine": True}), (3, 7)),
+    "InstanceNorm2d": (("InstanceNorm2d", (3,), {"affine": True, "track_running_stats": True}), (2, 3, 5, 6)),
+    "InstanceNorm3d": (("InstanceNorm3d", (3,), {}), (2, 3, 2, 3, 4)),
 }
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -79,7 +108,9 @@ def assert_same(ours, theirs, **tolerance) -> None:
 
 
 def test_every_layer_has_a_case():
-    assert {name.partition("-")[0] for name in LAYERS} == set(gpukern.nn.__all__) - {"BatchNormAct2d", "Sequential"}
+    # No layer of torch's, of a target, over channels, of layers.
+    elsewhere = {"BatchNormAct2d", "CrossEntropyLoss", "LayerNorm2d", "Sequential"}
+    assert {name.partition("-")[0] for name in LAYERS} == set(gpukern.nn.__all__) - elsewhere
 
 
 def test_results_are_torchs(pair):

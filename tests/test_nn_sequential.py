@@ -55,6 +55,10 @@ CASES: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...], list[int]
     "norm, act, conv": (
         lambda: [ours.BatchNorm2d(4), ours.GELU(), ours.Conv2d(4, 2, 3)], IMAGES, [2], [2],
     ),
+    "group norm, act, instance norm, act": (
+        lambda: [ours.GroupNorm(2, 4), ours.SiLU(), ours.InstanceNorm2d(4, affine=True), ours.LeakyReLU(0.3)],
+        IMAGES, [], [],
+    ),
     "two runs around a pool": (
         lambda: [
             ours.Conv2d(4, 6, 3), ours.BatchNorm2d(6), ours.Tanh(), ours.AvgPool2d(2), nn.Flatten(),

@@ -29,10 +29,16 @@ def activations() -> nn.Module:
     return nn.Sequential(*(layer for kind in kinds for layer in (nn.Conv2d(3, 3, 1), kind())))
 
 
+def row_norms() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 2), gpukern.nn.LayerNorm2d(4), nn.ReLU(), nn.LayerNorm((8, 8)), nn.RMSNorm(8))
+
+
 MODELS = {
+    "row norms": row_norms(),
     "residual": Residual(),
     "transposed": nn.Sequential(nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=1), nn.ReLU(), nn.AvgPool2d(2)),
     "activations": activations(),
+    "norms": nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.InstanceNorm2d(4, affine=True)),
     "classifier": nn.Sequential(
         *(
             nn.Conv2d(3, 4, (2, 3), stride=2, padding=1, dilation=2),
@@ -81,8 +87,9 @@ def test_fused_graph_has_torchs_operators_only(name):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves_are_rounded_once(dtype):
-    layer = gpukern.nn.Sequential(gpukern.nn.Conv2d(3, 4, 3), gpukern.nn.SiLU()).to(dtype)
-    x = image().to(dtype)
+    nn = gpukern.nn
+    layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.RMSNorm(7, eps=1e-6), nn.LayerNorm(7)).to(dtype)
+    x = 1000 * image().to(dtype)  # whose squares overflow
     program = torch.export.export(layer, (x,)).run_decompositions(gpukern.onnx.decompositions())
     torch.testing.assert_close(program.module()(x), layer(x))
 

@@ -42,6 +42,36 @@ class Samples:
     def activation_grad_grad(self):
         return [(*(self.image(2, 3, grad=False) for _ in range(3)), name) for name in ACTIVATIONS]
 
+    def conv1d(self):
+        x, w, b = self.image(2, 2, 7), self.image(4, 2, 3), self.image(4)
+        last = self.image(2, 7, 2, grad=False).transpose(1, 2)
+        sequences = ([2], [1, 0], [2], 1)
+        return [
+            (x, w, b, None, *sequences, "none", 0.0),
+            (x, w, b, self.image(2, 4, 2), *sequences, "silu", 0.0),
+            (last, self.image(4, 3, 2, grad=False).transpose(1, 2), b, None, *sequences, "none", 0.0),
+            (last.requires_grad_(), self.image(2, 1, 3), None, None, [1], [2, 0], [1], 2, "tanh", 0.0),
+        ]
+
+    def conv_transpose1d(self):
+        x, w, b = self.image(2, 2, 5), self.image(2, 4, 3), self.image(4)
+        sequences = ([2], [1], [1], [1], 1)
+        return [
+            (x, w, b, None, *sequences, "none", 0.0),
+            (x, w, None, self.image(2, 4, 10), *sequences, "relu", 0.0),
+            (x, self.image(2, 1, 3), None, None, [1], [0], [0], [2], 2, "none", 0.0),
+        ]
+
+    def dropout(self):
+        state = torch.tensor([-3, 2**40], device=self.device)
+        x, last = self.image(2, 3, 4, 5), self.image(2, 3, 4, 5, last=True)
+        return [
+            (x, None, None, 0.3, 0, -5, 7, []),
+            (last, self.image(2, 3, 4, 5), state, 0.3, 0, 0, 0, [0, 2, 3, 1]),
+            (last, None, state, 0.5, 2, 0, 0, [0, 2, 3, 1]),
+            (x, None, None, 1.0, 0, 0, 0, []),
+        ]
+
     def conv2d(self):
         x, w, b = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4)
         return [
@@ -158,12 +188,78 @@ class Samples:
             for training in (False, True)
         ]
 
+    def layer_norm(self):
+        x, w, b = self.image(2, 3, 4, 5), self.image(4, 5), self.image(4, 5)
+        permuted = self.image(2, 5, 3, 4).detach().permute(0, 2, 3, 1).requires_grad_()
+        half = self.image(2, 3, 5, grad=False).half().requires_grad_()
+        return [
+            (x, w, b, None, [4, 5], 1e-5, "none", 0.0, None),
+            (permuted, self.image(5), None, self.image(2, 3, 4, 5), [5], 1e-5, "silu", 0.0, None),
+            (x, None, b, self.image(2, 3, 4, 5), [4, 5], 1e-5, "tanh", 0.0, None),
+            (half, self.image(5), self.image(5), None, [5], 1e-5, "relu", 0.0, torch.float32),
+        ]
+
+    def rms_norm(self):
+        return [(*sample[:2], *sample[3:]) for sample in self.layer_norm()]
+
+    def layer_norm_backward(self):
+        return [
+            (torch.randn_like(x), x, w, b, other, shape, eps, centered, *epilogue, True, True, True)
+            for x, w, b, other, shape, eps, *epilogue, dtype in self.layer_norm()
+            for centered in (True, False)
+            if dtype is None
+        ]
+
+    def group_norm(self):
+        x, w, b = self.image(2, 4, 3, 5), self.image(4), self.image(4)
+        last = self.image(2, 4, 3, 5, last=True)
+        return [
+            (x, w, b, None, 2, 1e-5, "none", 0.0),
+            (last, w, None, self.image(2, 4, 3, 5), 4, 1e-5, "silu", 0.0),
+            (self.image(3, 4), None, b, self.image(3, 4), 1, 1e-5, "tanh", 0.0),
+        ]
+
+    def group_norm_backward(self):
+        statistics, wants = (self.image(3, 4, grad=False), self.image(3, 4, grad=False).abs()), (True, True, True)
+        return [
+            (torch.randn_like(x), x, w, b, other, *(s[: len(x), :groups] for s in statistics), groups, *rest, *wants)
+            for x, w, b, other, groups, *rest in self.group_norm()
+        ]
+
     def conv2d_batch_norm(self):
         x, w, scale, shift = self.image(2, 2, 6, 7), self.image(4, 2, 3, 2), self.image(4), self.image(4)
         return [
             (x, w, None, scale, shift, None, *CONV, 1e-5, "none", 0.0),
             (x, w, self.image(4), scale, None, self.image(2, 4, 3, 7), *CONV, 1e-5, "gelu", 0.0),
         ]
+
+    def softmax(self):
+        return [
+            (self.image(3, 5), 1, False, torch.float32),
+            (self.image(2, 3, 4, 5, last=True), 2, True, torch.float32),
+        ]
+
+    def softmax_backward(self):
+        return [(self.image(*x.shape), self.image(*x.shape), *others) for x, *others in self.softmax()]
+
+    def labels(self, *shape: int) -> torch.Tensor:
+        return torch.randint(3, shape, device=self.device)
+
+    def cross_entropy(self):
+        x, weight = self.image(4, 3), self.image(3, grad=False).abs()
+        return [
+            (x, self.labels(4), weight, "mean", 1, 0.1, torch.float32),
+            (self.image(2, 3, 4, 5, last=True), self.labels(2, 4, 5), None, "none", -100, 0.0, torch.float32),
+            (x, self.image(4, 3), weight, "mean", -100, 0.1, torch.float32),
+        ]
+
+    def cross_entropy_backward(self):
+        samples = []
+        for x, target, weight, *options, dtype in self.cross_entropy():
+            loss, total = torch.ops.gpukern.cross_entropy(x.detach(), target.detach(), weight, *options, dtype)
+            wants = True, target.is_floating_point()
+            samples.append((self.image(*loss.shape), x, target, weight, total, *options, *wants))
+        return samples
 
 
 def registered() -> list[str]:
@@ -173,7 +269,9 @@ def registered() -> list[str]:
 
 
 def test_every_operator_has_samples():
-    assert registered() == sorted(name for name in vars(Samples) if name not in ("image", "taps") and name[0] != "_")
+    assert registered() == sorted(
+        name for name in vars(Samples) if name not in ("image", "labels", "taps") and name[0] != "_"
+    )
 
 
 @pytest.mark.parametrize("name", registered())

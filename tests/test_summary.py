@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import gpukern.nn
 from gpukern.summary import summary
 from models.lenet import LeNet5
 from tests.resnet import resnet18
@@ -165,7 +166,14 @@ def test_what_cannot_be_followed_is_left_open(combine):
         (nn.AdaptiveMaxPool2d(7), None),
         (nn.GroupNorm(2, 4), "all"),
         (nn.InstanceNorm2d(4), "all"),
+        (nn.InstanceNorm2d(4, track_running_stats=True).eval(), (3, 3)),
+        (gpukern.nn.GroupNorm(2, 4), "all"),
+        (gpukern.nn.InstanceNorm2d(4), "all"),
         (nn.BatchNorm2d(4), (3, 3)),
+        (nn.LayerNorm(10), None),
+        (gpukern.nn.LayerNorm([10, 10]), "all"),
+        (gpukern.nn.LayerNorm2d(4), (3, 3)),
+        (gpukern.nn.RMSNorm(10), None),
         (nn.Dropout(), (3, 3)),
         (nn.Flatten(), (3, 3)),
         (nn.ConvTranspose2d(4, 4, 2), None),
@@ -173,6 +181,28 @@ def test_what_cannot_be_followed_is_left_open(combine):
 )
 def test_what_other_layers_see(layer, seen):
     assert summary(nn.Sequential(nn.Conv2d(4, 4, 3), layer), (4, 12, 12)).rows[-1].receptive_field == seen
+
+
+class Permute(nn.Module):
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, x):
+        return x.permute(*self.order)
+
+
+@pytest.mark.parametrize("library", [nn, gpukern.nn], ids=["torch", "gpukern"])
+def test_channels_may_be_normalized_where_they_are_last(library):
+    """As in ConvNeXt: each position by itself, between two permutations. Over a row of positions it is left open."""
+    last, first = Permute(0, 2, 3, 1), Permute(0, 3, 1, 2)
+    inside = library.LayerNorm(4), library.Linear(4, 8), nn.GELU(), library.RMSNorm(8), library.Linear(8, 4)
+    whole = nn.Sequential(nn.Conv2d(4, 4, 3), last, *inside, first, nn.Conv2d(4, 4, 3))
+    assert summary(whole, (4, 12, 12)).rows[-1].receptive_field == (5, 5)
+    for norm, seen in ((library.LayerNorm([10, 10, 4]), "all"), (library.LayerNorm([10, 4]), None)):
+        assert (
+            summary(nn.Sequential(nn.Conv2d(4, 4, 3), last, norm, first), (4, 12, 12)).rows[-2].receptive_field == seen
+        )
 
 
 def test_resnet18():

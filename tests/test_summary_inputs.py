@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import gpukern
 from gpukern.summary import summary
 from tests.test_summary import Residual
 from tests.test_summary_products import Called
@@ -162,7 +163,7 @@ def seen(model, size=(4, 12, 12)):
     "layer",
     [
         nn.LayerNorm([4, 10, 10]), nn.LayerNorm([10, 10]), nn.RMSNorm([4, 10, 10]), nn.GroupNorm(1, 4),
-        nn.InstanceNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1),
+        nn.InstanceNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.AdaptiveMaxPool2d(1), gpukern.nn.LayerNorm([4, 10, 10]),
     ],
     ids=str,
 )  # fmt: skip
@@ -201,6 +202,8 @@ def test_softmax_over_positions():
     assert seen(signal, (4, 12)) == "all"
     assert seen(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Softmax(1)), (4, 12)) == (3,)
     assert seen(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Softmax2d())) == (3, 3)
+    assert seen(gpukern.convert(signal), (4, 12)) == "all"
+    assert seen(gpukern.convert(nn.Sequential(nn.Conv2d(4, 4, 3), nn.LogSoftmax(1)))) == (3, 3)
     assert seen(after_conv(lambda x: x.softmax(-1))) is None  # a row
     assert seen(after_conv(lambda x: x.flatten(2).softmax(-1).view_as(x) * x)) is None
 

@@ -268,11 +268,20 @@ _POOLS: dict[Any, Callable[..., Any]] = {
     torch.ops.gpukern.avg_pool2d.default: steps.avg_pool2d,
     torch.ops.gpukern.adaptive_avg_pool2d.default: functional.adaptive_avg_pool2d,
 }
-#: Functions that change their operand, or have arguments of their own: gpukern's have the same signature.
+#: Functions that no operator stands for here: gpukern's have the same signature. Some change their operand, or have
+#: arguments of their own.
 _SAME: dict[Any, Callable[..., Any]] = {
-    getattr(F, name): getattr(functional, name)
-    for name in PROPERTIES
-    if "inplace" in parameters_of(getattr(F, name, None))
+    F.layer_norm: functional.layer_norm,
+    torch.layer_norm: steps.layer_norm,
+    F.rms_norm: functional.rms_norm,
+    torch.rms_norm: functional.rms_norm,
+    torch.ops.aten.layer_norm.default: functional.layer_norm,
+    torch.ops.aten.rms_norm.default: functional.rms_norm,
+    **{
+        getattr(F, name): getattr(functional, name)
+        for name in PROPERTIES
+        if "inplace" in parameters_of(getattr(F, name, None))
+    },
 }
 
 

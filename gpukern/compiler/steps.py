@@ -6,6 +6,7 @@ no plain ones (a tracer's, a subclass's) take the functions of :mod:`gpukern.fun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -310,6 +311,18 @@ def _norm(
 def avg_pool2d(x: torch.Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, *options: Any) -> torch.Tensor:
     """The operator's arguments, of which the function has no dilation."""
     return functional.avg_pool2d(x, kernel, stride, padding, *options)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> torch.Tensor:
+    """``torch.layer_norm``, which functional has without its last argument."""
+    return functional.layer_norm(x, shape, weight, bias, eps)
 
 
 def functional_activation(x: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:

@@ -209,7 +209,7 @@ def _write(
         return None
     if first.numel() == 0:
         # Empty sums: the weight gradient of an empty batch, a linear layer without features.
-        _write_empty_sums(prepared, output, bias, residual, negative_slope)
+        write_empty_sums(prepared.activation, output, bias, residual, negative_slope)
         return None
     of_launch = prepared.launch
     if merged is not None and of_launch.tiles:
@@ -246,8 +246,8 @@ def _norm_grad(norm: NormBefore) -> NormGrad:
     return NormGrad(mean, variance, weight, bias, norm.eps)
 
 
-def _write_empty_sums(
-    prepared: Prepared,
+def write_empty_sums(
+    activation: str,
     output: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
@@ -259,7 +259,6 @@ def _write_empty_sums(
         sums += bias.view(-1, *(1,) * (output.dim() - 2))
     if residual is not None:
         sums += residual
-    activation = prepared.activation
     output.copy_(sums if activation == "none" else activate(sums, activation, negative_slope))
 
 

@@ -27,6 +27,7 @@ class Variant(str, enum.Enum):
     STEM = "stem"
     GROUPED = "grouped"
     DEPTHWISE = "depthwise"
+    DEPTHWISE_1D = "depthwise 1d"
     WARP_SPECIALIZED = "warp specialized"
 
 

@@ -102,7 +102,7 @@ def _all(problem: ConvProblem, direction: Direction, operands: Operands, device:
     else:
         families = [general, *others]
     channels = channels_of(problem, direction)
-    for pack in _packs(operands, channels):
+    for pack in packs(operands, channels):
         seen = operands.packed(pack, channels)
         for precision in ("ieee", "tf32x3") if in_full else (operands.precision,):
             for family in families:
@@ -123,7 +123,7 @@ def _leaves_registers(plan: ConvPlan, device: DeviceSpec) -> bool:
     return plan.sums_per_thread <= (32 if plan.precision == "tf32x3" else 96)
 
 
-def _packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:
+def packs(operands: Operands, channels: tuple[int, int, int]) -> Iterator[Pack]:
     """Yield the tensors to copy, none first: ties go to the first."""
     runs = Layout.NHWC, Layout.NHWC_STRIDED, Layout.CHANNELS
     first, second, output = (

@@ -24,7 +24,7 @@ def conv2d(
     """Compute ``act(x ∗ w + b + residual)``: [N, C, H, W] with [K, C/G, R, S] gives [N, K, P, Q]."""
     layout = memory_format_of(input, weight)
     padded, padding = _pad(problem, input)
-    padded, weight, added = _alike(padded, weight, bias, residual)
+    padded, weight, added = alike(padded, weight, bias, residual)
     if problem.C:
         y = F.conv2d(padded, weight, bias, problem.stride, padding, problem.dilation, problem.groups)
     else:  # empty sums, for which torch drops the output's channels
@@ -50,13 +50,13 @@ def conv_transpose2d(
         (p.H + 2 * p.padding[0] - p.dilation[0] * (p.R - 1) - 1) % p.stride[0],
         (p.W + 2 * p.padding[2] - p.dilation[1] * (p.S - 1) - 1) % p.stride[1],
     )
-    given, weight, added = _alike(input, weight, bias, residual)
+    given, weight, added = alike(input, weight, bias, residual)
     y = F.conv_transpose2d(given, weight, bias, p.stride, (p.padding[0], p.padding[2]), extra, p.groups, p.dilation)
     y = activation(y if added is None else y + added, activation_name, negative_slope).to(input.dtype)
     return laid_out(y, layout)
 
 
-def _alike(
+def alike(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Convert all to the dtype of an fp32 bias: one rounding at the end, as in the kernels."""

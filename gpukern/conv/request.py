@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -171,9 +172,10 @@ def operands_of(
     return Operands(str(dtype).removeprefix("torch."), precision, *layouts)
 
 
-def check_countable(*tensors: Shape) -> None:
+def check_countable(*tensors: Sequence[int], operation: str = "conv2d") -> None:
     """Raise RuntimeError if a tensor has more pixels than kernels can number."""
     # Pixels are numbered in 32 bits, and the last tile may reach past them.
-    for N, _, H, W in tensors:
-        if N * H * W >= 2**31 - 2**24:
-            raise RuntimeError(f"conv2d: {N * H * W} pixels are more than gpukern's kernels can number (2³¹)")
+    for N, _, *sizes in tensors:
+        pixels = N * math.prod(sizes)
+        if pixels >= 2**31 - 2**24:
+            raise RuntimeError(f"{operation}: {pixels} pixels are more than gpukern's kernels can number (2³¹)")

@@ -1,11 +1,14 @@
-"""Activations."""
+"""Activations, and softmax."""
 
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import _get_softmax_dim  # type: ignore[attr-defined]
 
 from gpukern.ops import activation as _activation
-from gpukern.runtime.arguments import as_float, check_tensors
+from gpukern.ops import softmax as _softmax
+from gpukern.runtime.amp import is_any_autocast_enabled, runs_in_fp32
+from gpukern.runtime.arguments import as_float, as_int, check_tensors
 from gpukern.runtime.tensors import check_floating
 
 
@@ -68,3 +71,59 @@ def _elementwise(name: str, input: torch.Tensor, inplace: bool, negative_slope: 
     _activation.check_activation(name, negative_slope)
     compute = _activation.activation_ if inplace else _activation.activation
     return compute(input, name, negative_slope)
+
+
+def softmax(
+    input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    r"""``y = exp(x − max x) / Σ exp(x − max x)`` along ``dim``.
+
+    Parameters
+    ----------
+    input:
+        any shape and strides. A row of −∞ alone, one with +∞ and one with NaN give NaN.
+    dim:
+        along which the results add up to 1. None is torch's old choice, with its warning: 0 for 0, 1 or 3 dimensions,
+        else 1.
+    dtype:
+        that of the result; the input is taken in it. A wider one costs no pass of its own.
+
+    Computes in fp32; differentiable to any order, from the second on in plain torch. Under autocast the result is
+    float32 on a GPU, and of the input's dtype on a CPU, as torch's.
+
+    Returns
+    -------
+    a contiguous tensor of ``input``'s shape, as torch's is.
+
+    Raises
+    ------
+    IndexError for a ``dim`` that there is not, NotImplementedError for dtypes that are not floating point, TypeError
+    for arguments of a wrong type.
+    """
+    if dim is None:
+        dim = _get_softmax_dim("softmax", input.dim(), _stacklevel)
+    return _normalized("softmax", input, dim, dtype)
+
+
+def log_softmax(
+    input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """``y = x − max x − log Σ exp(x − max x)`` along ``dim``; all else as :func:`softmax`."""
+    if dim is None:
+        dim = _get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    return _normalized("log_softmax", input, dim, dtype)
+
+
+def _normalized(name: str, input: torch.Tensor, dim: int, dtype: torch.dtype | None) -> torch.Tensor:
+    check_tensors(name, input)
+    dim, rank = as_int("dim", dim), max(input.dim(), 1)
+    if not -rank <= dim < rank:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got {dim})")
+    if dtype is None:
+        dtype = input.dtype
+        if is_any_autocast_enabled() and input.device.type != "cpu" and runs_in_fp32(input):
+            dtype = torch.float32
+    elif not input.is_floating_point() or torch.promote_types(input.dtype, dtype) is not dtype:
+        input = input.to(dtype)
+    check_floating(name, input)
+    return _softmax.apply(input, dim % rank, name == "log_softmax", dtype)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from gpukern.ops import pool2d as _pool2d
-from gpukern.runtime.arguments import as_bool, as_int, as_pair, check_batched_or_not, check_tensors
+from gpukern.ops import pool3d as _pool3d
+from gpukern.ops._pool2d.problem import check_adaptive, output_sizes
+from gpukern.runtime.arguments import as_bool, as_int, as_pair, as_single, check_batched_or_not, check_tensors
 from gpukern.runtime.tensors import check_floating
 
 
@@ -48,10 +50,7 @@ def max_pool2d(
     check_floating("max_pool2d", input)
     if input.dim() != 4 and check_batched_or_not("max_pool2d", input):
         pooled = max_pool2d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-        if not isinstance(pooled, tuple):
-            return pooled.squeeze(0)
-        values, indices = pooled
-        return values.squeeze(0), indices.squeeze(0)
+        return _squeezed(pooled, 0)
     kernel, stride = _window(kernel_size, stride)
     return _pool2d.max_pool(
         input,
@@ -122,9 +121,125 @@ def adaptive_avg_pool2d(input: torch.Tensor, output_size: int | Sequence[int | N
     return _pool2d.adaptive_avg_pool2d(input, size)
 
 
+def _squeezed(
+    pooled: torch.Tensor | tuple[torch.Tensor, torch.Tensor], dimension: int
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(pooled, tuple):
+        return pooled.squeeze(dimension)
+    values, indices = pooled
+    return values.squeeze(dimension), indices.squeeze(dimension)
+
+
 def _window(kernel_size, stride) -> tuple[tuple[int, int], tuple[int, int]]:
     """(kernel, stride); a stride of None or () is the kernel's size."""
     kernel = as_pair("kernel_size", kernel_size)
     if stride is None or (isinstance(stride, (tuple, list)) and not stride):
         return kernel, kernel
     return kernel, as_pair("stride", stride)
+
+
+# ---- sequences: images of height 1 ---------------------------------------------------------------------------------
+
+
+def max_pool1d(
+    input: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""``y[n,c,q] = max_s x[n, c, q·stride + s·dilation − padding]``, −∞ outside the sequence; NaN wins.
+
+    input [N, C, L] or one sequence [C, L] gives [N, C, Q] or [C, Q]; its transpose [N, L, C] is read as it is, and
+    gives such a result. The other arguments, each an int or a sequence of one, the indices, which are places in the
+    sequence, and the errors are as in :func:`max_pool2d`.
+    """
+    check_tensors("max_pool1d", input)
+    check_floating("max_pool1d", input)
+    if input.dim() != 3 and check_batched_or_not("max_pool1d", input, batched=3):
+        pooled = max_pool1d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return _squeezed(pooled, 0)
+    kernel, stride = _window1d(kernel_size, stride)
+    padding, dilation = as_single("padding", padding), as_single("dilation", dilation)
+    ceil_mode = as_bool("ceil_mode", ceil_mode)
+    _check_windows(input, kernel, stride, padding, dilation, ceil_mode)
+    geometry = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation), ceil_mode
+    return _squeezed(_pool2d.max_pool(input.unsqueeze(2), *geometry, bool(return_indices)), 2)
+
+
+def avg_pool1d(
+    input: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> torch.Tensor:
+    r"""``y[n,c,q] = Σ_s x[n, c, q·stride + s − padding] / divisor``, zeros outside the sequence.
+
+    The divisor is as in :func:`avg_pool2d`; all else as in :func:`max_pool1d`.
+    """
+    check_tensors("avg_pool1d", input)
+    check_floating("avg_pool1d", input)
+    if input.dim() != 3 and check_batched_or_not("avg_pool1d", input, batched=3):
+        return avg_pool1d(input.unsqueeze(0), kernel_size, stride, padding, ceil_mode, count_include_pad).squeeze(0)
+    kernel, stride = _window1d(kernel_size, stride)
+    padding, ceil_mode = as_single("padding", padding), as_bool("ceil_mode", ceil_mode)
+    count_include_pad = as_bool("count_include_pad", count_include_pad)
+    _check_windows(input, kernel, stride, padding, (1,), ceil_mode)
+    windows = (1, *kernel), (1, *stride), (0, *padding), (1, 1)
+    return _pool2d.avg_pool2d(input.unsqueeze(2), *windows, ceil_mode, count_include_pad, None).squeeze(2)
+
+
+def adaptive_avg_pool1d(input: torch.Tensor, output_size: int | Sequence[int]) -> torch.Tensor:
+    r"""``y[n,c,q]`` is the mean of x over the places ⌊q·L/Q⌋ … ⌈(q+1)·L/Q⌉ − 1.
+
+    ``output_size`` is Q, an int or a sequence of one. Input, result and errors as in :func:`adaptive_avg_pool2d`, of
+    [N, C, L] or [C, L].
+    """
+    check_tensors("adaptive_avg_pool1d", input)
+    check_floating("adaptive_avg_pool1d", input)
+    if input.dim() != 3 and check_batched_or_not("adaptive_avg_pool1d", input, batched=3):
+        return adaptive_avg_pool1d(input.unsqueeze(0), output_size).squeeze(0)
+    size = as_single("output_size", output_size)
+    _check_adaptive(input, size)
+    return _pool2d.adaptive_avg_pool2d(input.unsqueeze(2), (1, *size)).squeeze(2)
+
+
+def adaptive_max_pool1d(
+    input: torch.Tensor, output_size: int | Sequence[int], return_indices: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""``y[n,c,q]`` is the maximum of x over the windows of :func:`adaptive_avg_pool1d`; a NaN wins.
+
+    ``return_indices`` also returns the int64 places of the maxima (the first of equal ones). All else is as in
+    :func:`adaptive_avg_pool1d`; the result is contiguous.
+    """
+    check_tensors("adaptive_max_pool1d", input)
+    check_floating("adaptive_max_pool1d", input)
+    if input.dim() != 3 and check_batched_or_not("adaptive_max_pool1d", input, batched=3):
+        return _squeezed(adaptive_max_pool1d(input.unsqueeze(0), output_size, return_indices), 0)
+    size = as_single("output_size", output_size)
+    _check_adaptive(input, size)
+    windows = _pool3d.adaptive((1, 1, *size))
+    return _squeezed(_squeezed(_pool3d.max_pool(input[:, :, None, None], windows, bool(return_indices)), 2), 2)
+
+
+def _check_windows(input: torch.Tensor, *windows) -> None:
+    """Refuse sizes in words of one dimension. Those of a tracer the operator refuses, in words of images."""
+    if not torch.compiler.is_compiling():
+        output_sizes(input.shape, *windows)
+
+
+def _check_adaptive(input: torch.Tensor, size: tuple[int]) -> None:
+    if not torch.compiler.is_compiling():
+        check_adaptive(input.shape, size)
+
+
+def _window1d(kernel_size, stride) -> tuple[tuple[int], tuple[int]]:
+    """(kernel, stride); a stride of None or () is the kernel's size."""
+    kernel = as_single("kernel_size", kernel_size)
+    if stride is None or (isinstance(stride, (tuple, list)) and not stride):
+        return kernel, kernel
+    return kernel, as_single("stride", stride)

@@ -169,6 +169,7 @@ def _program(
     returned = _outputs(exported, notes)
     graph.output(torch.fx.map_arg(returned, places.__getitem__))
     _simplify_batch_norm(graph)
+    _frozen_instance_norms(graph)
     graph.eliminate_dead_code()
     _check_state(graph, held, changed, notes)
     write_out(graph)
@@ -225,6 +226,16 @@ def _simplify_batch_norm(graph: Graph) -> None:
             simple = graph.call_function(aten.batch_norm.default, _batch_norm_arguments(node))
         simple.meta = {**node.meta, "val": live[0].meta["val"]}
         live[0].replace_all_uses_with(simple)
+
+
+def _frozen_instance_norms(graph: Graph) -> None:
+    """Use ``aten.batch_norm`` for instance norms with running statistics, of which it is the same function."""
+    for node in graph.nodes:
+        if node.target is aten.instance_norm.default and not arguments(node)["use_input_stats"]:
+            given = arguments(node)
+            tensors = (given[name] for name in ("input", "weight", "bias", "running_mean", "running_var"))
+            node.target, node.kwargs = aten.batch_norm.default, {}
+            node.args = (*tensors, False, given["momentum"], given["eps"], False)
 
 
 def _batch_norm_arguments(node: Node) -> tuple:

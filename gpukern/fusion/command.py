@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from gpukern.fusion.command_options import DeviceName, check_files, checked, place_called, told_of_weights, write_file
 from gpukern.tables import show
 
 # Imports that need torch are made where they are used: the command line's help must not wait for them.
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
     from gpukern.fusion.model import FusedModel
     from gpukern.fusion.report import FusionReport
-
-T = TypeVar("T")
-
-DeviceName = Enum("DeviceName", {"cpu": "cpu", "cuda": "cuda"}, type=str)
 
 #: Models of these come with random weights.
 _ZOOS = ("torchvision:", "timm:")
@@ -76,12 +72,12 @@ def fuse(
     from gpukern.fusion.given import check_weights
     from gpukern.fusion.sources import load_model, shape_called
 
-    _check_files(report, json, save)
-    place, kind = _place(device), _dtype(dtype) if dtype else None
-    shapes = [_checked("--input", shape_called, each) for each in input]
+    check_files(report, json, save)
+    place, kind = place_called(device), _dtype(dtype) if dtype else None
+    shapes = [checked("--input", shape_called, each) for each in input]
     torch.manual_seed(seed)
-    with _step(f"making {model}"), _told_of_weights() as notes:
-        made = _checked("MODEL", load_model, model, weights)
+    with _step(f"making {model}"), told_of_weights() as notes:
+        made = checked("MODEL", load_model, model, weights)
     try:
         check_weights(made)
         made = made.to(place)
@@ -98,10 +94,10 @@ def fuse(
         notes.append("The weights are random: none were given")
     told = replace(told, model=model, notes=(*told.notes, *notes))
     with _step("writing"):  # before anything is printed: a reader of the pipe may stop early
-        written = [*_write(told.to_html, report, "the report"), *_write(told.to_json, json, "the report")]
+        written = [*write_file(told.to_html, report, "the report"), *write_file(told.to_json, json, "the report")]
         if fused is not None:
             fused.report = told
-            written += _write(fused.save, save, "the fused model")
+            written += write_file(fused.save, save, "the fused model")
     show(told)
     _tell(written)
     if failure:
@@ -116,9 +112,9 @@ def explain_model(
     """How a saved model was fused. The word "model" may be left out: gpukern explain r50.pt2"""
     from gpukern.fusion.sources import saved_report
 
-    _check_files(report)
-    found = _checked("FILE.pt2", saved_report, path)
-    written = list(_write(found.to_html, report, "the report"))
+    check_files(report)
+    found = checked("FILE.pt2", saved_report, path)
+    written = list(write_file(found.to_html, report, "the report"))
     if as_json:
         typer.echo(found.to_json(), nl=False)
     else:
@@ -127,53 +123,6 @@ def explain_model(
 
 
 # ---- what was typed ------------------------------------------------------------------------------------------------
-
-
-def _checked(name: str, read: Callable[..., T], *given: Any) -> T:
-    """Return the result of ``read``; its errors are reported as a wrong use of the parameter ``name``."""
-    from gpukern.fusion.errors import SourceError, WeightsError
-
-    try:
-        return read(*given)
-    except SourceError as problem:
-        hint = "--weights" if isinstance(problem, WeightsError) else name
-        raise typer.BadParameter(str(problem), param_hint=hint) from None
-
-
-@contextlib.contextmanager
-def _told_of_weights() -> Iterator[list[str]]:
-    """Collect warnings about the file of weights for the report's notes; other warnings are issued as usual."""
-    from gpukern.fusion.errors import WeightsWarning
-
-    notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", WeightsWarning)
-        yield notes
-    for warning in caught:
-        if issubclass(warning.category, WeightsWarning):
-            notes.append(str(warning.message))
-        else:
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _check_files(report: Path | None = None, json: Path | None = None, save: Path | None = None) -> None:
-    """Check, before minutes of work, that the output files can be written."""
-    for option, path in (("--report", report), ("--json", json), ("--save", save)):
-        if path is not None and not path.parent.is_dir():
-            raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
-        if path is not None and path.is_dir():
-            raise typer.BadParameter(f"{path} is a folder", param_hint=option)
-    if save is not None and save.suffix != ".pt2":
-        raise typer.BadParameter(f"{save} does not end in .pt2", param_hint="--save")
-
-
-def _place(name: DeviceName | None) -> torch.device:
-    import torch
-
-    available = torch.cuda.is_available()
-    if name is DeviceName.cuda and not available:
-        raise typer.BadParameter("there is no CUDA device here", param_hint="--device")
-    return torch.device("cuda" if available and name is not DeviceName.cpu else "cpu")
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -238,22 +187,6 @@ def _step(words: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task(words, total=None)
         yield
-
-
-def _write(write: Callable[[Path], Any], path: Path | None, what: str) -> Iterator[tuple[str, bool]]:
-    """Write a file and return the outcome in words, and whether it was written; nothing without a ``path``."""
-    from gpukern.fusion.errors import FusionError, first_line
-
-    if path is None:
-        return
-    try:
-        write(path)
-    except (OSError, FusionError) as problem:
-        yield f"{what} could not be written to {path}: {problem}", False
-    except Exception as problem:  # torch's writers raise errors of all kinds
-        yield f"{what} could not be written to {path}: {first_line(problem)}", False
-    else:
-        yield f"{what} is in {path}", True
 
 
 def _tell(written: list[tuple[str, bool]]) -> None:

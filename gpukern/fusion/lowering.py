@@ -188,12 +188,17 @@ def lower_batch_norm(to: _Lowering, match: Match, name: str) -> Node:
 
 def _lower_one(graph: Graph, node: Node) -> None:
     """Lower to gpukern's operator if there is one."""
-    lowered = pool(node) or _activation(node)
+    of_sequences = pool(node, 1)
+    lowered = of_sequences or pool(node) or _activation(node) or _row_norm(node)
     if lowered is None:
         return
-    target, args = lowered
+    target, (input, *others) = lowered
     with graph.inserting_before(node):
-        new = graph.call_function(target, args)
+        if of_sequences:
+            input = graph.call_function(aten.unsqueeze.default, (input, 2))
+        new = graph.call_function(target, (input, *others))
+        if of_sequences:
+            new = graph.call_function(aten.squeeze.dim, (new, 2))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
@@ -209,3 +214,23 @@ def _activation(node: Node) -> tuple[Any, tuple] | None:
     if input is None or input.dtype not in KERNEL_DTYPES:
         return None
     return torch.ops.gpukern.activation.default, (operand, *found)
+
+
+_ROW_NORMS = {
+    aten.layer_norm.default: torch.ops.gpukern.layer_norm.default,
+    aten.rms_norm.default: torch.ops.gpukern.rms_norm.default,
+}
+
+
+def _row_norm(node: Node) -> tuple[Any, tuple] | None:
+    """A layer or RMS norm, of rows: gpukern's operator takes one dimension at least before the normalized ones."""
+    if node.target not in _ROW_NORMS:
+        return None
+    given = arguments(node)
+    input, shape, eps = tensor_of(given["input"]), list(given["normalized_shape"]), given["eps"]
+    if input.dtype not in KERNEL_DTYPES or input.dim() == len(shape):
+        return None
+    if eps is None:
+        eps = torch.finfo(torch.float32).eps  # of what torch computes in
+    parameters = [given[name] for name in ("weight", "bias") if name in given]
+    return _ROW_NORMS[node.target], (given["input"], *parameters, None, shape, eps, "none", 0.0, None)

@@ -94,3 +94,26 @@ class Hardswish(Leaf, torch.nn.Hardswish):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.hardswish(input, inplace=self.inplace)
+
+
+class Softmax(Leaf, torch.nn.Softmax):
+    """``torch.nn.Softmax`` on gpukern's kernels. See :func:`gpukern.functional.softmax`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.softmax(input, self.dim, _stacklevel=5)
+
+
+class Softmax2d(Leaf, torch.nn.Softmax2d):
+    """``torch.nn.Softmax2d`` on gpukern's kernels: over the channels of [N, C, H, W] or [C, H, W]."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dim() not in (3, 4):
+            raise ValueError(f"Softmax2d: expected input to be 3D or 4D, got {input.dim()}D instead")
+        return F.softmax(input, -3)
+
+
+class LogSoftmax(Leaf, torch.nn.LogSoftmax):
+    """``torch.nn.LogSoftmax`` on gpukern's kernels. See :func:`gpukern.functional.log_softmax`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(input, self.dim, _stacklevel=5)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from gpukern import functional as F
-from gpukern.nn.conv import Conv2d
+from gpukern.nn.conv import Conv2d, padded
 from gpukern.nn.leaf import Leaf
 from gpukern.ops.activation import check_activation
 
@@ -18,18 +18,21 @@ class _BatchNorm(Leaf, torch.nn.modules.batchnorm._BatchNorm):
 
     def _compute(self, input: torch.Tensor, **epilogue) -> torch.Tensor:
         self._check_input_dim(input)
+        momentum, mean, variance = self._counted()
+        batch = self.training or (mean is None and variance is None)
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, batch, momentum, self.eps, **epilogue)
+
+    def _counted(self) -> tuple[float, torch.Tensor | None, torch.Tensor | None]:
+        """Count this batch; return its weight in the running statistics, and these."""
         batches = self._batches()
         if batches is not None:
             batches.add_(1)
-        momentum = self._momentum(0)
-        mean, variance = self._running()
-        batch = self.training or (mean is None and variance is None)
-        return F.batch_norm(input, mean, variance, self.weight, self.bias, batch, momentum, self.eps, **epilogue)
+        return self._momentum(0), *self._running()
 
     def _compute_after(self, conv: Conv2d, input: torch.Tensor, **epilogue) -> torch.Tensor:
         """In training, compute this norm of ``conv(input)``, whose kernel makes the statistics. input: [N, C, H, W]."""
         batches = self._batches()
-        input, padding = conv._padded(input)
+        input, padding = padded(conv, input)
         output = F.conv2d_batch_norm(
             *(input, conv.weight, conv.bias, *self._running(), self.weight, self.bias),
             *(conv.stride, padding, conv.dilation, conv.groups),
@@ -66,6 +69,10 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d`` on gpukern's kernels. See :func:`gpukern.functional.batch_norm`."""
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` on gpukern's kernels. See :func:`gpukern.functional.batch_norm`."""
 
 
 class BatchNormAct2d(_BatchNorm, torch.nn.BatchNorm2d):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import inspect
 
 import torch
@@ -45,3 +46,28 @@ def refuse_script(layer: torch.nn.Module) -> None:
         f"gpukern's {type(layer).__name__} is not compiled by torch.jit.script: "
         "use torch.export.export or torch.compile"
     )
+
+
+# ---- subclasses of other libraries' layers, and of users' containers ------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def derived(ours: type[torch.nn.Module], kind: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """``kind`` with the forward of ``ours``: a subclass of both, named as ``kind``, whose objects can be pickled."""
+
+    def reduce(self: torch.nn.Module, protocol: int) -> tuple:
+        # There is no name under which pickle would find the class: it is made anew where the object is.
+        return _new, (ours, kind), object.__reduce_ex__(self, 2)[2]
+
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (ours, kind), {**names, "_derived_from": kind, "__reduce_ex__": reduce})
+
+
+def derived_from(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    """Return the ``kind`` of which :func:`derived` made this class; None if it did not."""
+    return vars(kind).get("_derived_from")
+
+
+def _new(ours: type[torch.nn.Module], kind: type[torch.nn.Module]) -> torch.nn.Module:
+    made = derived(ours, kind)  # type: ignore[arg-type]  # classes are hashable
+    return made.__new__(made)

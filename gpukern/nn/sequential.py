@@ -13,14 +13,22 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from gpukern.nn import activation as activations
-from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNormAct2d
-from gpukern.nn.conv import Conv2d, ConvTranspose2d
-from gpukern.nn.leaf import refuse_script
+from gpukern.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct2d
+from gpukern.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
+from gpukern.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from gpukern.nn.layer_norm import LayerNorm, LayerNorm2d, RMSNorm
+from gpukern.nn.leaf import derived, refuse_script
 from gpukern.nn.linear import Linear
 
-_ACTIVATIONS = frozenset(kind for kind in vars(activations).values() if hasattr(kind, "_epilogue"))
+ACTIVATIONS = frozenset(kind for kind in vars(activations).values() if hasattr(kind, "_epilogue"))
 #: Layers whose kernels take an activation.
-_HEADS = frozenset((BatchNorm1d, BatchNorm2d, Conv2d, ConvTranspose2d, Linear))
+_HEADS = frozenset(
+    (
+        *(Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear),
+        *(BatchNorm1d, BatchNorm2d, BatchNorm3d, GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d),
+        *(LayerNorm, LayerNorm2d, RMSNorm),
+    )
+)
 
 
 class Run(NamedTuple):
@@ -44,8 +52,10 @@ class Sequential(torch.nn.Sequential):
     Conv2d, BatchNorm2d (, activation)                :func:`gpukern.functional.conv2d_batch_norm`: in training the
                                                       convolution's kernel makes the statistics
     Conv2d, BatchNormAct2d                            the same
-    Conv2d, ConvTranspose2d or Linear, activation     the layer's kernel, with the activation in its epilogue
-    BatchNorm1d or BatchNorm2d, activation            the same
+    a convolution or Linear, activation               the layer's kernel, with the activation in its epilogue
+    BatchNorm1d, 2d or 3d, activation                 the same
+    GroupNorm or InstanceNorm1d/2d/3d, activation     the same
+    LayerNorm, LayerNorm2d or RMSNorm, activation     the same
     ================================================  ==============================================================
 
     Children, ``state_dict``, running statistics, results and gradients are those of ``torch.nn.Sequential``, but for
@@ -97,7 +107,7 @@ def _run_at(kinds: tuple[type, ...], first: int) -> Run:
             norm, end = end, end + 1
         if following is BatchNormAct2d and norm is not None:
             activation = norm
-        elif end < len(kinds) and kinds[end] in _ACTIVATIONS:
+        elif end < len(kinds) and kinds[end] in ACTIVATIONS:
             activation, end = end, end + 1
     return Run(first, norm, activation, end)
 
@@ -148,20 +158,6 @@ def is_plain(layer: torch.nn.Module) -> bool:
 # ---- subclasses of torch.nn.Sequential that gpukern.convert meets ----------------------------------------------------
 
 
-@functools.lru_cache(maxsize=1024)
-def subclass_of(kind: type[torch.nn.Sequential]) -> type[Sequential]:
-    """``kind`` with the forward of :class:`Sequential`: a subclass of both, named as ``kind``, that can be pickled."""
-    if kind is torch.nn.Sequential:
-        return Sequential
-
-    def reduce(self: Sequential, protocol: int) -> tuple:
-        # There is no name under which pickle would find the class: it is made anew where the object is.
-        return _new, (kind,), object.__reduce_ex__(self, 2)[2]
-
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (Sequential, kind), {**names, "__reduce_ex__": reduce})
-
-
-def _new(kind: type[torch.nn.Sequential]) -> Sequential:
-    made = subclass_of(kind)  # type: ignore[arg-type]  # classes are hashable
-    return made.__new__(made)
+def subclass_of(kind: type[torch.nn.Sequential]) -> type[torch.nn.Module]:
+    """``kind`` with the forward of :class:`Sequential`."""
+    return Sequential if kind is torch.nn.Sequential else derived(Sequential, kind)  # type: ignore[arg-type]

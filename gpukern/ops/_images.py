@@ -1,4 +1,4 @@
-"""An image tensor as kernels take it: the pointer and the strides of [N, C, H, W] in one argument."""
+"""An image tensor as kernels take it: the pointer and the strides of [N, C, H, W] in one argument; volumes likewise."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ class Image(NamedTuple):
     ptr: Any
     n: Any
     c: Any
+    h: Any
+    w: Any
+
+
+class Volume(NamedTuple):
+    """As :class:`Image`, of [N, C, D, H, W]."""
+
+    ptr: Any
+    n: Any
+    c: Any
+    d: Any
     h: Any
     w: Any
 

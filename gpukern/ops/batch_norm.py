@@ -22,7 +22,7 @@ from gpukern.ops._batch_norm import reference
 from gpukern.ops._batch_norm.problem import Running, check_sizes
 from gpukern.ops.activation import needs_input, through_activation
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator, needs_operator, resolved
+from gpukern.runtime.operator import Operator, backward_of, needs_operator, resolved
 from gpukern.runtime.tensors import check_alike, format_kept_by
 from gpukern.runtime.transforms import Batch
 
@@ -81,7 +81,9 @@ def check(input, weight, bias, residual, **statistics: torch.Tensor | None) -> N
     check_numbers(input, input.shape[1], weight=weight, bias=bias, **statistics)
 
 
-def check_numbers(input: torch.Tensor, channels: int, **numbers: torch.Tensor | None) -> None:
+def check_numbers(
+    input: torch.Tensor, channels: int, operation: str = "batch_norm", /, **numbers: torch.Tensor | None
+) -> None:
     """Raise RuntimeError unless ``numbers`` has one for each of ``channels``, and fits ``input``'s dtype and device."""
     dtype, device = input.dtype, input.device
     # Build messages only when they are needed: most calls of a small layer are all host time.
@@ -92,11 +94,11 @@ def check_numbers(input: torch.Tensor, channels: int, **numbers: torch.Tensor | 
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
         if tensor.dtype is not dtype and (tensor.dtype is not torch.float32 or dtype is torch.float64):
             raise RuntimeError(
-                f"batch_norm: expected {name} of {dtype}, or of float32 beside a half, but got {tensor.dtype}"
+                f"{operation}: expected {name} of {dtype}, or of float32 beside a half, but got {tensor.dtype}"
             )
         if tensor.device != device:
             raise RuntimeError(
-                f"batch_norm: expected all tensors to be on the same device, but {name} is on {tensor.device} "
+                f"{operation}: expected all tensors to be on the same device, but {name} is on {tensor.device} "
                 f"and the input on {device}"
             )
 
@@ -294,27 +296,6 @@ def _gradients_plainly(grad, input, weight, bias, other, mean, var, training, *o
     return tuple(each if wanted else input.new_empty(0) for each, wanted in zip(gradients, wants, strict=True))
 
 
-def _gradients_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-    with torch.enable_grad():
-        # Aliases of the saved tensors: gradients by them alone, and through them any higher order.
-        tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-        outputs = _gradients_plainly(*tensors, *ctx.state)
-    needed = [i for i in range(5) if ctx.needs_input_grad[i]]
-    pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-    found: list[torch.Tensor | None] = [None] * (7 + len(ctx.state))
-    if pairs:
-        results = torch.autograd.grad(
-            [y for y, _ in pairs],
-            [tensors[i] for i in needed],
-            [g for _, g in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        for i, result in zip(needed, results, strict=True):
-            found[i] = result
-    return tuple(found)
-
-
 #: ∂L/∂x, ∂L/∂weight, ∂L/∂bias and ∂L/∂residual, each empty unless wanted; see ``reference.batch_norm_backward``.
 batch_norm_backward = Operator(
     "batch_norm_backward",
@@ -324,7 +305,7 @@ batch_norm_backward = Operator(
     forward=_gradients,
     fake=_gradients_fake,
     save=_gradients_save,
-    backward=_gradients_backward,
+    backward=backward_of(_gradients_plainly, 5),
     plain=_gradients_plainly,
 )
 

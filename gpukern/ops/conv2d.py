@@ -25,7 +25,7 @@ _implementations = Implementations("gpukern.conv")
 _reductions = Implementations("gpukern.ops._reduction")
 
 _aten = torch.ops.aten
-_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
 
 
 def apply(
@@ -91,7 +91,7 @@ def _conv2d_fake(
     return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
 
 
-def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+def save_for_gradients(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope = arguments
     again = needs_input(activation)
     needs_input_grad, needs_weight_grad = ctx.needs_input_grad[:2]
@@ -111,12 +111,17 @@ def _conv2d_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
 
 
 def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    return gradients(ctx, grad, conv2d, conv2d_input_grad, conv2d_weight_grad)
+
+
+def gradients(ctx: Any, grad: torch.Tensor, conv: Operator, input_grad: Operator, weight_grad: Operator) -> tuple:
+    """Return the gradients of :data:`conv2d`, or of another ``conv`` of the same arguments, by its two operators."""
     input, weight, output, *others = ctx.saved_tensors
     needs_input_grad, needs_weight_grad, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     of_input, of_weight, geometry, epilogue = ctx.state
     if others:
         # The activation's gradient needs its input, which forward did not save: recompute it, see :func:`apply`.
-        output = conv2d(input, weight, *others, *geometry, "none", 0.0)
+        output = conv(input, weight, *others, *geometry, "none", 0.0)
     grad_bias = None
     if output is not None and needs_bias and not torch.is_grad_enabled():
         # Only if no derivative of the gradient is requested.
@@ -126,8 +131,8 @@ def _conv2d_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     if needs_bias and grad_bias is None:
         grad_bias = channel_sum(grad)
     return (
-        conv2d_input_grad(grad, weight, *_shape_and_layout(*of_input), *geometry) if needs_input_grad else None,
-        conv2d_weight_grad(grad, input, *_shape_and_layout(*of_weight), *geometry) if needs_weight_grad else None,
+        input_grad(grad, weight, *_shape_and_layout(*of_input), *geometry) if needs_input_grad else None,
+        weight_grad(grad, input, *_shape_and_layout(*of_weight), *geometry) if needs_weight_grad else None,
         grad_bias,
         grad if needs_residual else None,
         *(None,) * 6,
@@ -149,22 +154,22 @@ def _in_torch(
     return in_torch(y if residual is None else _aten.add.Tensor(y, residual), activation, negative_slope)
 
 
-def _flops(of_conv, input, weight, *_, out_shape, **__) -> int:
+def forward_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
     return of_conv(input, weight, out_shape)
 
 
 conv2d = Operator(
     "conv2d",
-    f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_GEOMETRY}, str activation, float negative_slope)"
+    f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {GEOMETRY}, str activation, float negative_slope)"
     " -> Tensor",
     forward=_conv2d,
     fake=_conv2d_fake,
-    save=_conv2d_save,
+    save=save_for_gradients,
     backward=_conv2d_backward,
     jvp=affine_jvp,
     batch=Batch(images=(0, 3)),
     decomposition=_in_torch,
-    flops=_flops,
+    flops=forward_flops,
 )
 
 
@@ -199,7 +204,7 @@ def first_output_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
 #: digits. Not differentiable by itself: the batch norm's backward has the derivatives of both.
 conv2d_statistics = Operator(
     "conv2d_statistics",
-    f"(Tensor input, Tensor weight, Tensor? bias, {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
+    f"(Tensor input, Tensor weight, Tensor? bias, {GEOMETRY}) -> (Tensor, Tensor, Tensor)",
     forward=_statistics,
     fake=_statistics_fake,
     flops=first_output_flops,
@@ -218,10 +223,10 @@ def _input_grad_fake(grad, weight, input_shape, channels_last, stride, padding, 
     return grad.new_empty(input_shape).to(memory_format=as_memory_format(channels_last))
 
 
-def _input_grad_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+def save_for_input_grad(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     grad, weight, _, _, *ctx.geometry = arguments
     ctx.save_for_backward(grad, weight)
-    ctx.weight_last = memory_format_of(weight) is torch.channels_last
+    ctx.weight_last = is_channels_last(weight.shape, weight.stride())
 
 
 def _input_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
@@ -240,10 +245,10 @@ def transposed_flops(of_conv, input, weight, *_, out_shape, **__) -> int:
 
 conv2d_input_grad = Operator(
     "conv2d_input_grad",
-    f"(Tensor grad, Tensor weight, SymInt[] input_shape, bool channels_last, {_GEOMETRY}) -> Tensor",
+    f"(Tensor grad, Tensor weight, SymInt[] input_shape, bool channels_last, {GEOMETRY}) -> Tensor",
     forward=_input_grad,
     fake=_input_grad_fake,
-    save=_input_grad_save,
+    save=save_for_input_grad,
     backward=_input_grad_backward,
     jvp=bilinear_jvp,
     batch=Batch(images=(0,), sizes=2),
@@ -263,10 +268,10 @@ def _weight_grad_fake(grad, input, weight_shape, channels_last, stride, padding,
     return grad.new_empty(weight_shape).to(memory_format=as_memory_format(channels_last))
 
 
-def _weight_grad_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+def save_for_weight_grad(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     grad, input, _, _, *ctx.geometry = arguments
     ctx.save_for_backward(grad, input)
-    ctx.input_last = memory_format_of(input) is torch.channels_last
+    ctx.input_last = is_channels_last(input.shape, input.stride())
 
 
 def _weight_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
@@ -279,20 +284,20 @@ def _weight_grad_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
     )
 
 
-def _weight_grad_flops(of_conv, grad, input, *_, out_shape, **__) -> int:
+def weight_grad_flops(of_conv, grad, input, *_, out_shape, **__) -> int:
     # As in torch: a convolution with images and channels exchanged, whatever the groups.
     return of_conv(*([shape[1], shape[0], *shape[2:]] for shape in (input, grad, out_shape)))
 
 
 conv2d_weight_grad = Operator(
     "conv2d_weight_grad",
-    f"(Tensor grad, Tensor input, SymInt[] weight_shape, bool channels_last, {_GEOMETRY}) -> Tensor",
+    f"(Tensor grad, Tensor input, SymInt[] weight_shape, bool channels_last, {GEOMETRY}) -> Tensor",
     forward=_weight_grad,
     fake=_weight_grad_fake,
-    save=_weight_grad_save,
+    save=save_for_weight_grad,
     backward=_weight_grad_backward,
     jvp=bilinear_jvp,
-    flops=_weight_grad_flops,
+    flops=weight_grad_flops,
 )
 
 
@@ -312,7 +317,7 @@ def _channel_sum_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
 
 
 def _channel_sum_backward(ctx: Any, grad_grad: torch.Tensor) -> torch.Tensor:
-    return grad_grad[:, None, None].expand(ctx.shape)
+    return grad_grad.view(-1, *(1,) * (len(ctx.shape) - 2)).expand(ctx.shape)
 
 
 channel_sum = Operator(

@@ -5,6 +5,7 @@ Differentiable to any order: its input gradient is a convolution, its weight gra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from gpukern.ops.conv2d import channel_sum, check_residual, conv2d, conv2d_weigh
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, wants_gradient
+from gpukern.runtime.strides import is_channels_last
 from gpukern.runtime.tensors import check_operands, memory_format_of
 from gpukern.runtime.transforms import Batch
 
@@ -37,21 +39,28 @@ def apply(
     negative_slope: float,
 ) -> torch.Tensor:
     """Compute ``act(x ∗ᵀ w + b + residual)`` in one kernel, or in two for a gradient through an activation."""
-    _check_output_padding(stride, output_padding, dilation)
+    operands, geometry = (input, weight, bias, residual), (stride, padding, output_padding, dilation, groups)
+    return transposed(conv_transpose2d, operands, geometry, activation, negative_slope)
+
+
+def transposed(operator: Operator, operands: tuple, geometry: tuple, activation: str, negative_slope: float):
+    """Do as :func:`apply`, with the ``operator`` of as many dimensions as the strides have."""
+    stride, padding, output_padding, dilation, groups = geometry
+    check_output_padding(stride, output_padding, dilation)
     more = [extra // step for extra, step in zip(output_padding, stride, strict=True)]
     if any(more):
         # Extra rows that a dilation above the stride allows: equivalent to more input rows, of zeros.
-        input = torch.nn.functional.pad(input, (0, more[1], 0, more[0]))
-        output_padding = output_padding[0] % stride[0], output_padding[1] % stride[1]
-    operands = input, weight, bias, residual
+        ends = [size for extra in reversed(more) for size in (0, extra)]
+        operands = torch.nn.functional.pad(operands[0], ends), *operands[1:]
+        output_padding = tuple(extra % step for extra, step in zip(output_padding, stride, strict=True))
     geometry = stride, padding, output_padding, dilation, groups
     if activation != "none" and wants_gradient(*operands):
-        inner = conv_transpose2d(*operands, *geometry, "none", 0.0)
+        inner = operator(*operands, *geometry, "none", 0.0)
         return apply_activation(inner, activation, negative_slope)
-    return conv_transpose2d(*operands, *geometry, activation, negative_slope)
+    return operator(*operands, *geometry, activation, negative_slope)
 
 
-def _check_output_padding(stride: Pair, output_padding: Pair, dilation: Pair) -> None:
+def check_output_padding(stride: Sequence[int], output_padding: Sequence[int], dilation: Sequence[int]) -> None:
     """Check torch's rule: output padding is below the stride or the dilation."""
     require(min(stride) > 0, f"non-positive stride is not supported: {stride}")
     require(
@@ -88,28 +97,35 @@ def _fake(
     return input.new_empty(shape).to(memory_format=memory_format_of(input, weight))
 
 
-def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
+def save_operands(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     input, weight, bias, residual, *ctx.geometry, activation, negative_slope = arguments
     ctx.epilogue = activation, negative_slope
     others = (bias, residual) if activation != "none" else ()
     ctx.save_for_backward(input, weight, *others)
-    ctx.weight_last = memory_format_of(weight) is torch.channels_last
+    ctx.weight_last = is_channels_last(weight.shape, weight.stride())
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple:
+    return transposed_gradients(ctx, grad, conv_transpose2d, conv2d, conv2d_weight_grad)
+
+
+def transposed_gradients(
+    ctx: Any, grad: torch.Tensor, operator: Operator, conv: Operator, weight_grad: Operator
+) -> tuple:
+    """Return the gradients of ``operator`` by the convolution ``conv`` and its weight gradient."""
     input, weight, *others = ctx.saved_tensors
     if others:
         # Reached only by a graph captured for inference, see :func:`apply`: recompute the activation's input.
-        saved = conv_transpose2d(input, weight, *others, *ctx.geometry, "none", 0.0)
+        saved = operator(input, weight, *others, *ctx.geometry, "none", 0.0)
         if not needs_input(ctx.epilogue[0]):
             saved = apply_activation(saved, *ctx.epilogue)
         grad = activation_grad(grad, saved, *ctx.epilogue)
     stride, padding, _, dilation, groups = ctx.geometry
-    geometry = stride, (padding[0], padding[0], padding[1], padding[1]), dilation, groups
+    geometry = stride, tuple(pad for pad in padding for _ in range(2)), dilation, groups
     needs_input_grad, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
     return (
-        conv2d(grad, weight, None, None, *geometry, "none", 0.0) if needs_input_grad else None,
-        conv2d_weight_grad(input, grad, weight.shape, ctx.weight_last, *geometry) if needs_weight else None,
+        conv(grad, weight, None, None, *geometry, "none", 0.0) if needs_input_grad else None,
+        weight_grad(input, grad, weight.shape, ctx.weight_last, *geometry) if needs_weight else None,
         channel_sum(grad) if needs_bias else None,
         grad if needs_residual else None,
         *(None,) * 7,
@@ -131,7 +147,7 @@ conv_transpose2d = Operator(
     "int[] dilation, int groups, str activation, float negative_slope) -> Tensor",
     forward=_forward,
     fake=_fake,
-    save=_save,
+    save=save_operands,
     backward=_backward,
     jvp=affine_jvp,
     batch=Batch(images=(0, 3)),

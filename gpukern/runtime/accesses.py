@@ -153,6 +153,7 @@ class _Reader:
             found = _OPERATION.match(line)
             result, operation, rest = found.groups() if found else (None, "", "")
             operands = _VALUE.findall(rest)
+            _forget(sources, result)
             if operation in READS | WRITES | BOTH:
                 self._touch(operation, sources.get(operands[0], set()), line)
             elif operation in _MOVES:
@@ -196,6 +197,13 @@ def _results(name: str | None) -> Iterator[str]:
 def _alias(sources: dict[str, set[int]], names: Any, values: list[str]) -> None:
     for name, value in zip(names, values, strict=False):
         _join(sources, name, [value])
+
+
+def _forget(sources: dict[str, set[int]], name: str | None) -> None:
+    """``name`` is defined: blocks beside each other use the same names for values of their own."""
+    if name is not None:
+        for each in [each for each in sources if each.partition("#")[0] == name]:
+            del sources[each]
 
 
 def _join(sources: dict[str, set[int]], name: str | None, operands: list[str]) -> None:

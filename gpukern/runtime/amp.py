@@ -1,8 +1,8 @@
-"""``torch.autocast`` for functions that PyTorch runs in lower precision under it."""
+"""``torch.autocast`` for functions that PyTorch runs in lower precision under it, or in float32."""
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -30,5 +30,25 @@ def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         tensor.to(dtype)
         if tensor is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
         else tensor
+        for tensor in tensors
+    )
+
+
+def runs_in_fp32(input: torch.Tensor) -> bool:
+    """Whether autocast computes a function that it runs in float32 so, not in the dtype of ``input``."""
+    device_type = input.device.type
+    return (
+        device_type != "meta"
+        and torch.is_autocast_enabled(device_type)
+        and input.dtype in (torch.float16, torch.bfloat16)
+    )
+
+
+def autocast_to_float32(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors in float32 where autocast is on for a GPU, as torch has those of functions that sum much."""
+    if not is_any_autocast_enabled() or tensors[0].device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return tensors
+    return tuple(
+        tensor.to(torch.float32) if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
         for tensor in tensors
     )

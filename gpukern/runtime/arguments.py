@@ -16,18 +16,54 @@ def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
         return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
         return value
+    first, second = _numbers(name, value, 2, "a pair of ints")
+    return first, second
+
+
+def as_single(name: str, value: int | Sequence[int]) -> tuple[int]:
+    """(length,) from an integer, or a sequence of one; as :func:`as_pair`."""
+    if type(value) is int:
+        return (value,)
+    (length,) = _numbers(name, value, 1, "a sequence of one")
+    return (length,)
+
+
+def as_triple(name: str, value: int | Sequence[int]) -> tuple[int, int, int]:
+    """(depth, height, width) from an integer, or a sequence of one or three; as :func:`as_pair`."""
+    if type(value) is int:
+        return value, value, value
+    depth, height, width = _numbers(name, value, 3, "three ints")
+    return depth, height, width
+
+
+def _numbers(name: str, value: int | Sequence[int], count: int, of: str) -> tuple[int, ...]:
     if isinstance(value, (bool, float, str)):
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+        raise TypeError(f"{name} must be an int or {of}, got {value!r}")
     try:
         given = value if isinstance(value, Sequence) else (value,)
         numbers = tuple(_index(v) for v in given)
     except TypeError:
-        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}") from None
-    if len(numbers) not in (1, 2):
+        raise TypeError(f"{name} must be an int or {of}, got {value!r}") from None
+    if len(numbers) not in (1, count):
         raise RuntimeError(
-            f"expected {name} to be a single integer value or a list of 2 values, but got {list(numbers)}"
+            f"expected {name} to be a single integer value or a list of {count} values, but got {list(numbers)}"
         )
-    return numbers[0], numbers[-1]
+    return numbers if len(numbers) == count else numbers * count
+
+
+def as_shape(name: str, value: Sequence[int]) -> tuple[int, ...]:
+    """A tuple of ints, or of a tracer's sizes, from a sequence. TypeError for anything else, as torch raises it."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be tuple of ints, not {type(value).__name__}")
+    for place, each in enumerate(value):
+        if type(each) is not int and not isinstance(each, torch.SymInt):
+            try:
+                _index(each)
+            except TypeError:
+                raise TypeError(
+                    f"{name} must be tuple of ints, but found element of type {type(each).__name__} at pos {place}"
+                ) from None
+    return tuple(each if isinstance(each, torch.SymInt) else _index(each) for each in value)  # type: ignore[misc]
 
 
 def as_int(name: str, value: int) -> int:
@@ -99,14 +135,17 @@ def check_operand_tensors(
         check_tensors(function, input, weight, optional=(bias, residual))
 
 
-def check_batched_or_not(function: str, input: torch.Tensor, too_few: type[Exception] = RuntimeError) -> bool:
+def check_batched_or_not(
+    function: str, input: torch.Tensor, too_few: type[Exception] = RuntimeError, batched: int = 4
+) -> bool:
     """Whether ``input`` is one image [C, H, W], not a batch. RuntimeError for any other rank than 3 and 4; ``too_few``
-    for a smaller one, where torch looks for a dimension that does not exist."""
+    for a smaller one, where torch looks for a dimension that does not exist. ``batched`` is the rank of a batch."""
     rank = input.dim()
-    if rank == 4:
+    if rank == batched:
         return False
-    if rank == 3:
+    if rank == batched - 1:
         return True
-    raise (too_few if rank < 3 else RuntimeError)(
-        f"expected 3D (unbatched) or 4D (batched) input to {function}, but got input of size: {list(input.shape)}"
+    raise (too_few if rank < batched - 1 else RuntimeError)(
+        f"expected {batched - 1}D (unbatched) or {batched}D (batched) input to {function}, "
+        f"but got input of size: {list(input.shape)}"
     )

@@ -68,7 +68,7 @@ def _install() -> None:
         return store(self, ptrs, value, mask, *rest, **named)
 
     def checked_set_attr(self, name, values):
-        _check_hint(name, np.asarray(self.data), values)
+        _check_hint(name, np.asarray(self.data), values, self.attr.get("tt.contiguity"))
         return set_attr(self, name, values)
 
     InterpreterBuilder.create_masked_load = checked_load
@@ -77,7 +77,9 @@ def _install() -> None:
 
 
 def _check_access(verb: str, pointers: TensorHandle, mask: TensorHandle) -> None:
-    addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data]
+    # The interpreter keeps what is combined with a scalar condition in integers.
+    inside = np.asarray(mask.data).astype(bool)
+    addresses = np.broadcast_to(pointers.data, inside.shape)[inside]
     if not addresses.size or not _allowed:
         return
     first = int(addresses.min())
@@ -88,7 +90,8 @@ def _check_access(verb: str, pointers: TensorHandle, mask: TensorHandle) -> None
         )
 
 
-def _check_hint(name: str, data: np.ndarray, values: list[int]) -> None:
+def _check_hint(name: str, data: np.ndarray, values: list[int], runs: list[int] | None) -> None:
+    """``runs``: the lengths of runs of consecutive numbers that were promised before."""
     shape = data.shape or (1,)
     data = data.reshape(shape)
     for axis, value in enumerate(values):
@@ -97,8 +100,12 @@ def _check_hint(name: str, data: np.ndarray, values: list[int]) -> None:
         if name == "tt.divisibility":
             # The promise is about the start of each run of consecutive numbers; elsewhere about every element.
             is_run = data.shape[axis] > 1 and (np.diff(data, axis=axis) == 1).all()
-            starts = data.take([0], axis=axis) if is_run else data
+            length = data.shape[axis] if is_run else min(runs[axis], data.shape[axis]) if runs else 1
+            starts = data.take(range(0, data.shape[axis], length), axis=axis)
             holds = not (starts % value).any()
+        elif name == "tt.contiguity":
+            block = min(value, data.shape[axis])
+            holds = (np.diff(np.moveaxis(data, axis, -1).reshape(-1, block)) == 1).all()
         elif name == "tt.constancy":
             block = min(value, data.shape[axis])
             blocks = np.moveaxis(data, axis, -1).reshape(-1, block)

@@ -204,6 +204,37 @@ def resolved(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.resolve_neg() if tensor.is_neg() else tensor.clone()
 
 
+def backward_of(plain: Callable[..., Any], differentiable: int) -> Callable[..., tuple]:
+    """The backward of an operator that is also there in ``plain`` torch, by whose graph it goes.
+
+    ``save`` left the operator's tensors on ``ctx``, and all other arguments as ``ctx.state``. Only the first so many
+    arguments are ``differentiable``.
+    """
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        with torch.enable_grad():
+            # Aliases of the saved tensors: gradients by them alone, and through them any higher order.
+            tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            outputs = plain(*tensors, *ctx.state)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        needed = [i for i in range(differentiable) if ctx.needs_input_grad[i]]
+        pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
+        found: list[torch.Tensor | None] = [None] * (len(tensors) + len(ctx.state))
+        if pairs:
+            results = torch.autograd.grad(
+                [y for y, _ in pairs],
+                [tensors[i] for i in needed],
+                [g for _, g in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+            for i, result in zip(needed, results, strict=True):
+                found[i] = result
+        return tuple(found)
+
+    return backward
+
+
 def _setup_context(save: Callable[..., None]) -> Callable[..., None]:
     return lambda ctx, inputs, output: save(ctx, tuples(inputs), output)
 

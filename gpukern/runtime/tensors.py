@@ -51,24 +51,25 @@ def check_floating(operation: str, input: torch.Tensor) -> None:
 
 
 def memory_format_of(*tensors: torch.Tensor) -> torch.memory_format:
-    """Return torch's output layout for such operands: channels_last if the strides of any 4-D tensor are."""
+    """Return torch's output layout for such operands: channels_last, that of their rank, if the strides of any are."""
     for tensor in tensors:
-        if tensor.dim() == 4 and is_channels_last(tensor.shape, tensor.stride()):
-            return torch.channels_last
+        if tensor.dim() in (4, 5) and is_channels_last(tensor.shape, tensor.stride()):
+            return as_memory_format(True, tensor.dim())
     return torch.contiguous_format
 
 
 def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
     """Return the layout of torch's batch norm output: NCHW if the input is dense in both, else by the strides."""
-    if tensor.dim() != 4:
+    if tensor.dim() not in (4, 5):
         return torch.contiguous_format
+    channels_last = as_memory_format(True, tensor.dim())
     if tensor.numel() == 0:  # dense in every layout: the strides are what is kept
-        last = torch.empty(tensor.shape, device="meta", memory_format=torch.channels_last)
-        return as_memory_format(tensor.stride() == last.stride())
+        last = torch.empty(tensor.shape, device="meta", memory_format=channels_last)
+        return as_memory_format(tensor.stride() == last.stride(), tensor.dim())
     if tensor.is_contiguous():
         return torch.contiguous_format
-    if tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
+    if tensor.is_contiguous(memory_format=channels_last):
+        return channels_last
     return memory_format_of(tensor)
 
 
@@ -77,8 +78,8 @@ def elementwise_like(tensor: torch.Tensor) -> torch.Tensor:
     # Unlike empty_like, they give a contiguous tensor's result the usual strides, of dimensions of one element too.
     if tensor.is_contiguous():
         return tensor.new_empty(tensor.shape)
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.empty_like(tensor, memory_format=torch.channels_last)
+    if tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=as_memory_format(True, tensor.dim())):
+        return torch.empty_like(tensor, memory_format=as_memory_format(True, tensor.dim()))
     return torch.empty_like(tensor)
 
 
@@ -88,9 +89,11 @@ def laid_out(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.
     return tensor.contiguous(memory_format=memory_format).to(memory_format=memory_format)
 
 
-def as_memory_format(channels_last: bool) -> torch.memory_format:
-    """Return the memory format that operators carry as a flag."""
-    return torch.channels_last if channels_last else torch.contiguous_format
+def as_memory_format(channels_last: bool, rank: int = 4) -> torch.memory_format:
+    """Return the memory format that operators carry as a flag, for tensors of 4 dimensions or of 5."""
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last if rank == 4 else torch.channels_last_3d
 
 
 #: Dtypes that the kernels take.

@@ -167,6 +167,20 @@ tt.store %1, %n : !tt.ptr<f16>
     assert kernel(branch) == (set(), {0, 1})
 
 
+def test_accesses_in_blocks_beside_each_other_that_use_one_name():
+    blocks = """
+scf.for %i = %n to %n step %n : i32 {
+  %1 = tt.addptr %a, %n : !tt.ptr<f16>, i32
+  %2 = tt.load %1 : !tt.ptr<f16>
+}
+scf.for %i = %n to %n step %n : i32 {
+  %1 = tt.addptr %b, %n : !tt.ptr<f16>, i32
+  tt.store %1, %n : !tt.ptr<f16>
+}
+"""
+    assert kernel(blocks) == ({0}, {1})
+
+
 def test_accesses_of_a_warp_specialized_partition():
     body = """
 ttg.warp_specialize(%n, %b) attributes {requestedRegisters = array<i32: 24>}

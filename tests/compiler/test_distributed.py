@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from gpukern.compiler import backend
 from gpukern.runtime.mode import Mode, force_mode
 from tests.compiler.nets import classifier
 from tests.compiler.training import assert_follows, bound, depth, loss, state, trained
+from tests.processes import in_processes
 
 
-def train(rank: int, folder: str, inside: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def train(rank: int, inside: bool) -> None:
     # One parameter to a bucket: Dynamo then cuts the graph where a bucket is full.
     dist._DEFAULT_FIRST_BUCKET_BYTES = 1
     torch.manual_seed(0)
@@ -40,12 +37,9 @@ def train(rank: int, folder: str, inside: bool) -> None:
             loss(exact(x.double())).backward()
     assert_follows(state(model), state(exact.module), 2 * bound(torch.float32, depth(model)))
     assert inside or len(graphs) > 2
-    dist.destroy_process_group()
-    Path(folder, f"done{rank}").touch()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False], ids=["model compiled", "all compiled"])
-def test_gradients_are_averaged(inside, tmp_path):
-    torch.multiprocessing.spawn(train, (str(tmp_path), inside), nprocs=2)
-    assert len(list(tmp_path.glob("done*"))) == 2
+def test_gradients_are_averaged(inside):
+    in_processes(2, train, inside)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import gpukern
 from gpukern.compiler import autograd
 from tests.compiler.nets import (
     Block,
@@ -53,6 +54,13 @@ NETS = {
             nn.Conv1d(4, 6, 3, bias=False), nn.BatchNorm1d(6), nn.SiLU(), nn.Conv1d(6, 4, 3, padding=1), nn.GELU()
         ),
         SEQUENCES,
+    ),
+    "row norms": (
+        lambda: Net(
+            lambda net, x: net.rms(torch.relu(net.norm(net.conv(x).permute(0, 2, 3, 1)))).permute(0, 3, 1, 2),
+            conv=conv(4, 6), norm=nn.LayerNorm(6), rms=nn.RMSNorm(6, eps=1e-3),
+        ),
+        IMAGES,
     ),
     "transposed": (
         lambda: sequential(
@@ -184,6 +192,16 @@ def test_what_others_read_too_is_left_to_autograd(where, monkeypatch):
         x = torch.randn(IMAGES, device=where)
         assert_step_follows(call, model, exact, x, bound(torch.float32, depth(model)))
     assert not calls
+
+
+@pytest.mark.parametrize("library", [nn, gpukern.nn], ids=["torch", "gpukern"])
+def test_norms_of_rows_are_gpukerns(library, where, monkeypatch):
+    model = nn.Sequential(library.LayerNorm(6), nn.Linear(6, 6), library.RMSNorm(6)).to(where)
+    x = torch.randn(3, 6, device=where)
+    with calls_of("apply", monkeypatch, gpukern.functional._row_norm) as calls:
+        found = torch.compile(model, backend="gpukern")(x)
+    assert [arguments[1] for arguments in calls][-2:] == ["layer_norm", "rms_norm"]
+    torch.testing.assert_close(found, model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_float64_is_torchs(cpu):

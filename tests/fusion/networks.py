@@ -40,7 +40,7 @@ class Net(nn.Module):
 def lively(model: nn.Module) -> nn.Module:
     """In evaluation mode, with statistics and parameters of batch norms that no fold can mistake for others."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._NormBase):
             for tensor, low in (
                 (module.running_mean, -1.0),
                 (module.running_var, 0.3),
@@ -256,6 +256,16 @@ CASES = {
         lambda: other_dimensions("1d", True, stride=2, groups=2), ("conv_transpose1d + batch_norm + relu",)
     ),
     "sequence": Case(lambda: other_dimensions("1d", padding=1, stride=2), ("conv1d + batch_norm + relu",)),
+    "instance norm, frozen": Case(
+        lambda: net(
+            lambda m, x: m.d(m.c(m.b(m.a(x)).relu())),
+            a=conv(),
+            b=nn.InstanceNorm2d(4, affine=True, track_running_stats=True),
+            c=conv(),
+            d=nn.InstanceNorm2d(4, track_running_stats=True),
+        ),
+        (f"{NORM} + relu", NORM),
+    ),
     "sequence, same": Case(lambda: other_dimensions("1d", padding="same"), ("conv1d + batch_norm + relu",)),
     "volume": Case(lambda: other_dimensions("3d", groups=2), ("conv3d + batch_norm",), ("no epilogue",)),
     "transposed volume": Case(

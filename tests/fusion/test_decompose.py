@@ -47,6 +47,7 @@ def test_no_operator_of_gpukern_is_left_for_matching():
         y = F.conv2d(x, m.a.weight, padding="same", activation="leaky_relu", negative_slope=0.2)  # pads one side more
         y = F.conv_transpose2d(y, m.a.weight, residual=None, activation="gelu_tanh")
         y = F.batch_norm(y, m.b.running_mean, m.b.running_var, residual=y)
+        y = F.rms_norm(F.layer_norm(y, y.shape[-1:], residual=y, activation="relu"), y.shape[-2:])
         return F.adaptive_avg_pool2d(F.avg_pool2d(F.max_pool2d(F.silu(y), 2), 2), 2)
 
     model, (x,) = net(function, a=nn.Conv2d(4, 4, (2, 3)), b=nn.BatchNorm2d(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +14,12 @@ from gpukern.conv.problem import ConvProblem, conv_problem, same_padding
 @dataclass(frozen=True)
 class Case:
     name: str
-    input: tuple[int, int, int, int]
+    input: tuple[int, ...]
     outputs: int
-    kernel: tuple[int, int]
-    stride: int | tuple[int, int] = 1
-    padding: int | tuple[int, int] | str = 0
-    dilation: int | tuple[int, int] = 1
+    kernel: tuple[int, ...]
+    stride: int | tuple[int, ...] = 1
+    padding: int | tuple[int, ...] | str = 0
+    dilation: int | tuple[int, ...] = 1
     groups: int = 1
 
     @property
@@ -26,7 +27,7 @@ class Case:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
     @property
-    def weight(self) -> tuple[int, int, int, int]:
+    def weight(self) -> tuple[int, ...]:
         return (self.outputs, self.input[1] // self.groups, *self.kernel)
 
 
@@ -98,8 +99,8 @@ class Truth:
 def truth(case: Case, input, weight, bias, grad) -> Truth:
     values = _evaluate(case, *(t.detach().double().cpu() for t in (input, weight, bias, grad)))
     absolutes = _evaluate(case, *(t.detach().double().cpu().abs() for t in (input, weight, bias, grad)))
-    taps = case.kernel[0] * case.kernel[1]
-    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    taps = math.prod(case.kernel)
+    pixels = grad.shape[0] * math.prod(grad.shape[2:])
     terms = {
         "output": weight.shape[1] * taps,
         "input gradient": case.outputs // case.groups * taps,
@@ -111,7 +112,7 @@ def truth(case: Case, input, weight, bias, grad) -> Truth:
 
 def _evaluate(case: Case, input, weight, bias, grad) -> dict[str, torch.Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in (input, weight, bias)]
-    output = F.conv2d(*leaves, **case.arguments)
+    output = {2: F.conv2d, 3: F.conv3d}[len(case.kernel)](*leaves, **case.arguments)
     output.backward(grad)
     names = ("input gradient", "weight gradient", "bias gradient")
     return {"output": output.detach(), **{name: t.grad for name, t in zip(names, leaves, strict=True)}}

@@ -19,9 +19,14 @@ CALLS: dict[str, Callable[[Any], Callable[[torch.Tensor], torch.Tensor]]] = {
     "linear": lambda f: lambda x: f.linear(x, _like(x, 4, 6), _like(x, 4)),
     "batch_norm": lambda f: lambda x: f.batch_norm(x, _like(x, 3), _like(x, 3), _like(x, 3), _like(x, 3)),
     "batch_norm, training": lambda f: lambda x: f.batch_norm(x, None, None, _like(x, 3), training=True),
+    "group_norm": lambda f: lambda x: f.group_norm(x, 3, _like(x, 3), _like(x, 3)),
+    "instance_norm": lambda f: lambda x: f.instance_norm(x, _like(x, 3), _like(x, 3), _like(x, 3), _like(x, 3)),
     "max_pool2d": lambda f: lambda x: f.max_pool2d(x, 2),
     "avg_pool2d": lambda f: lambda x: f.avg_pool2d(x, 2),
     "adaptive_avg_pool2d": lambda f: lambda x: f.adaptive_avg_pool2d(x, 2),
+    "softmax": lambda f: lambda x: f.softmax(x, 1),
+    "cross_entropy": lambda f: lambda x: f.cross_entropy(x, torch.zeros(2, 6, 6, dtype=torch.int64, device=x.device)),
+    "cross_entropy, probabilities": lambda f: lambda x: f.cross_entropy(x, x.sigmoid()),
     **{
         name: (lambda f, name=name: getattr(f, name))
         for name in ["relu", "relu6", "leaky_relu", "sigmoid", "hardsigmoid", "tanh", "silu", "gelu", "hardswish"]
@@ -70,6 +75,7 @@ def test_operators_compute_in_what_they_are_given(low, where):
         ),
         "linear": (lambda: ops.linear(rows, matrix, None, "silu", 0.0), (rows, matrix)),
         "batch_norm": (lambda: ops.batch_norm(x, scale, None, None, mean, var, 1e-5, "tanh", 0.0), (x, scale)),
+        "group_norm": (lambda: ops.group_norm(x, scale, None, None, 3, 1e-5, "tanh", 0.0)[0], (x, scale)),
         "avg_pool2d": (lambda: ops.avg_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1], False, True, None), (x,)),
         "activation": (lambda: ops.activation(x, "gelu", 0.0), (x,)),
     }

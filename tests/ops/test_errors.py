@@ -47,6 +47,31 @@ CONV = {
     "mixed dtypes": lambda f: f(x, w.half()),
     "mixed bias dtype": lambda f: f(x, w, b.double()),
 }
+s, t = torch.randn(2, 4, 8, device=DEVICE), torch.randn(6, 4, 3, device=DEVICE)
+CONV1D = {
+    "rank 1 input": lambda f: f(s[0, 0], t),
+    "rank 4 input": lambda f: f(s[None], t),
+    "rank 2 weight": lambda f: f(s, t[0]),
+    "channels": lambda f: f(s[:, :3], t),
+    "channels of a sequence": lambda f: f(s[0, :3], t),
+    "groups do not divide": lambda f: f(s, t, groups=3),
+    "groups 0": lambda f: f(s, t, groups=0),
+    "no output channel": lambda f: f(s, t[:0]),
+    "bias length": lambda f: f(s, t, b[:5]),
+    "kernel larger than input": lambda f: f(s[:, :, :2], t),
+    "dilated kernel larger": lambda f: f(s, t, dilation=4),
+    "empty sequence": lambda f: f(s[:, :, :0], t, padding=1),
+    "stride 0": lambda f: f(s, t, stride=0),
+    "stride of two": lambda f: f(s, t, stride=(1, 1)),
+    "stride text": lambda f: f(s, t, stride="2"),
+    "padding negative": lambda f: f(s, t, padding=-1),
+    "padding of two": lambda f: f(s, t, padding=(1, 2)),
+    "padding word": lambda f: f(s, t, padding="full"),
+    "same with stride": lambda f: f(s, t, padding="same", stride=2),
+    "same of a matrix": lambda f: f(s, t[0], padding="same"),
+    "mixed dtypes": lambda f: f(s, t.half()),
+    "mixed bias dtype": lambda f: f(s, t, b.double()),
+}
 LINEAR = {
     "features": lambda f: f(m, v[:, :7]),
     "rank 0 input": lambda f: f(scalar, v),
@@ -56,8 +81,10 @@ LINEAR = {
     "input is a list": lambda f: f(m.tolist(), v),
     "bias is a number": lambda f: f(m, v, 1.0),
 }
-CALLS = [(F.conv2d, torch_F.conv2d, name, call) for name, call in CONV.items()] + [
-    (F.linear, torch_F.linear, name, call) for name, call in LINEAR.items()
+CALLS = [
+    (getattr(F, function), getattr(torch_F, function), name, call)
+    for function, table in (("conv2d", CONV), ("conv1d", CONV1D), ("linear", LINEAR))
+    for name, call in table.items()
 ]
 IDS = [f"{theirs.__name__}: {name}" for _, theirs, name, _ in CALLS]
 
@@ -144,6 +171,11 @@ OPTIONS = {
         {"input": x, "weight": square},
         "input weight bias stride padding dilation groups output_padding",
     ),
+    "conv1d": ({"input": s, "weight": t[:4]}, "input weight bias stride padding dilation groups"),
+    "conv_transpose1d": (
+        {"input": s, "weight": t[:4]},
+        "input weight bias stride padding dilation groups output_padding",
+    ),
     "linear": ({"input": m, "weight": v[:, :8]}, "input weight bias"),
     "max_pool2d": ({"input": x, "kernel_size": 3}, "input kernel_size stride padding dilation ceil_mode"),
     "avg_pool2d": (
@@ -151,6 +183,13 @@ OPTIONS = {
         "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
     ),
     "adaptive_avg_pool2d": ({"input": x}, "output_size"),
+    "max_pool1d": ({"input": s, "kernel_size": 3}, "input kernel_size stride padding dilation ceil_mode"),
+    "avg_pool1d": (
+        {"input": s, "kernel_size": 3},
+        "input kernel_size stride padding ceil_mode count_include_pad",
+    ),
+    "adaptive_avg_pool1d": ({"input": s}, "output_size"),
+    "adaptive_max_pool1d": ({"input": s}, "output_size"),
     "batch_norm": (
         {"input": x, "running_mean": four, "running_var": four},
         "input weight bias running_mean running_var training momentum eps",
@@ -223,6 +262,28 @@ IMAGES = {
     "adaptive of rank 2": lambda f: f.adaptive_avg_pool2d(x[0, 0], 2),
     "adaptive of rank 2, a pair": lambda f: f.adaptive_avg_pool2d(x[0, 0], (2, None)),
     "max pool of rank 2": lambda f: f.max_pool2d(x[0, 0], 2),
+    "1-D, transposed, size 0": lambda f: f.conv_transpose1d(s[:, :, :0], t[:4]),
+    "1-D, transposed, channels": lambda f: f.conv_transpose1d(s, t),
+    "1-D, transposed, output padding": lambda f: f.conv_transpose1d(s, t[:4], output_padding=1),
+    "1-D, max pool of size 0": lambda f: f.max_pool1d(s[:, :, :0], 2, padding=1),
+    "1-D, max pool, too small": lambda f: f.max_pool1d(s, 9),
+    "1-D, max pool, padding": lambda f: f.max_pool1d(s, 2, padding=2),
+    "1-D, average of size 0": lambda f: f.avg_pool1d(s[:, :, :0], 2, padding=1),
+    "1-D, adaptive of size 0": lambda f: f.adaptive_avg_pool1d(s[:, :, :0], 2),
+    "1-D, average of rank 1": lambda f: f.avg_pool1d(four, 2),
+    "1-D, average of rank 4": lambda f: f.avg_pool1d(x, 2),
+    "1-D, adaptive of rank 1": lambda f: f.adaptive_avg_pool1d(four, 2),
+    "1-D, adaptive of rank 4": lambda f: f.adaptive_avg_pool1d(x, 2),
+    "1-D, adaptive maximum of size 0": lambda f: f.adaptive_max_pool1d(s[:, :, :0], 2),
+    "1-D, adaptive maximum of rank 1": lambda f: f.adaptive_max_pool1d(four, 2),
+    "1-D, adaptive maximum of rank 4": lambda f: f.adaptive_max_pool1d(x, 2),
+    "1-D, adaptive maximum, negative": lambda f: f.adaptive_max_pool1d(s, -2),
+    "1-D, max pool of rank 1": lambda f: f.max_pool1d(four, 2),
+    "1-D, max pool of rank 4": lambda f: f.max_pool1d(x, 2),
+    "1-D, max pool of rank 1, indices": lambda f: f.max_pool1d(four, 2, return_indices=True),
+    "integers, conv1d": lambda f: f.conv1d(s.int(), t),
+    "integers, max_pool1d": lambda f: f.max_pool1d(s.int(), 2),
+    "integers, average 1-D": lambda f: f.avg_pool1d(s.int(), 2),
     "batch norm of rank 1": lambda f: f.batch_norm(four[:3], None, None, training=True),
     "batch norm of rank 1, statistics": lambda f: f.batch_norm(four, four, four),
     "batch norm of one number": lambda f: f.batch_norm(four[0], four[:1], four[:1]),
@@ -250,6 +311,8 @@ MODULES = {
     "convolution of size 0": lambda nn: nn.Conv2d(4, 2, 3, padding=2).to(DEVICE)(x[:, :, :0]),
     "convolution, channels": lambda nn: nn.Conv2d(3, 2, 3).to(DEVICE)(x),
     "transposed, output size": lambda nn: nn.ConvTranspose2d(4, 2, 3).to(DEVICE)(x, [50, 50]),
+    "convolution 1-D, channels": lambda nn: nn.Conv1d(3, 2, 3).to(DEVICE)(s),
+    "transposed 1-D, output size": lambda nn: nn.ConvTranspose1d(4, 2, 3).to(DEVICE)(s, [50]),
     "linear, features": lambda nn: nn.Linear(3, 2).to(DEVICE)(x),
     "linear of None": lambda nn: nn.Linear(3, 2).to(DEVICE)(None),
     "pool": lambda nn: nn.MaxPool2d(9)(x),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("full_fp32")
 
 def negated(*shape: int) -> torch.Tensor:
     """As of an imaginary part of a conjugate."""
-    tensor = torch.randn(*shape, dtype=torch.complex64).conj().imag
+    tensor = torch.randn(shape, dtype=torch.complex64).conj().imag
     assert tensor.is_neg()
     return tensor
 
@@ -41,6 +41,11 @@ CALLS: dict[str, tuple[Callable[[Any], Callable], tuple[tuple[int, ...], ...]]] 
         lambda f: lambda x, w, b: f.batch_norm(x, None, None, w, b, training=True),
         ((2, 3, 2, 3), (3,), (3,)),
     ),
+    "softmax": (lambda f: lambda x: f.softmax(x, 1), ((2, 3),)),
+    "cross_entropy": (lambda f: lambda x, t, w: f.cross_entropy(x, t, w), ((2, 3), (2, 3), (3,))),
+    "cross_entropy, labels": (lambda f: lambda x: f.cross_entropy(x, torch.tensor([2, 0], device=x.device)), ((2, 3),)),
+    "group_norm": (lambda f: lambda x, w, b: f.group_norm(x, 2, w, b), ((2, 4, 2, 3), (4,), (4,))),
+    "instance_norm": (lambda f: lambda x, w, b: f.instance_norm(x, None, None, w, b), ((2, 3, 4), (3,), (3,))),
     "max_pool2d": (lambda f: lambda x: f.max_pool2d(x, 2), ((2, 3, 4, 4),)),
     "avg_pool2d": (lambda f: lambda x: f.avg_pool2d(x, 2), ((2, 3, 4, 4),)),
     "adaptive_avg_pool2d": (lambda f: lambda x: f.adaptive_avg_pool2d(x, 2), ((2, 3, 4, 5),)),

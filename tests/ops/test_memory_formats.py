@@ -75,6 +75,9 @@ CALLS: dict[str, Callable[[Any], Callable]] = {
     "adaptive_avg_pool2d to 1": lambda f: lambda x: f.adaptive_avg_pool2d(x, 1),
     "batch_norm": lambda f: _norm(f, False),
     "batch_norm, training": lambda f: _norm(f, True),
+    "softmax": lambda f: lambda x: f.softmax(x, 1),
+    "log_softmax along rows": lambda f: lambda x: f.log_softmax(x, 3),
+    "group_norm": lambda f: lambda x: f.group_norm(x, 1),
     "relu": lambda f: f.relu,
     "gelu": lambda f: f.gelu,
     "relu6": lambda f: f.relu6,
@@ -112,7 +115,7 @@ def test_gradients_are_laid_out_as_what_they_are_of(name, where):
         assert both or grads[1].stride() == grads[0].stride(), words
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "relu", "relu6", "gelu", "hardswish"])
+@pytest.mark.parametrize("name", ["batch_norm", "group_norm", "relu", "relu6", "gelu", "hardswish"])
 @pytest.mark.parametrize("sizes", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)], ids=str)
 def test_an_empty_image_is_laid_out_as_torchs(name, sizes, where):
     ours, theirs = CALLS[name](F), CALLS[name](T)

@@ -54,6 +54,16 @@ def _norm_of_conv(x, filters, bias, weight, shift):
     return T.silu(T.batch_norm(T.conv2d(x, filters, bias), None, None, weight, shift, training=True))
 
 
+def _entropy(smoothing: float = 0.1, **options: Any) -> tuple[Callable, Callable]:
+    def call(functions: Any) -> Callable:
+        labels, weight = torch.tensor([1, 0, 2]), torch.tensor([0.5, 1.5, 1.0])
+        return lambda x: functions.cross_entropy(
+            x, labels.to(x.device), weight.to(x), ignore_index=0, label_smoothing=smoothing, **options
+        )
+
+    return _both(call)
+
+
 #: (ours, torch's), and the shapes of the operands.
 CASES: dict[str, tuple[tuple[Callable, Callable], tuple[tuple[int, ...], ...]]] = {
     "conv2d": (_both(lambda f: lambda x, w, b: f.conv2d(x, w, b, 2, 1)), ((2, 2, 4, 5), (3, 2, 3, 3), (3,))),
@@ -71,6 +81,20 @@ CASES: dict[str, tuple[tuple[Callable, Callable], tuple[tuple[int, ...], ...]]] 
         _both(lambda f: lambda x, w, b: f.batch_norm(x, None, None, w, b, training=True)),
         ((3, 2, 2, 2), (2,), (2,)),
     ),
+    "softmax": (_both(lambda f: lambda x: f.softmax(x, 1)), ((2, 3, 2),)),
+    "log_softmax": (_both(lambda f: lambda x: f.log_softmax(x, 0)), ((4, 2),)),
+    "cross_entropy": (_entropy(), ((3, 3),)),
+    "cross_entropy, rows": (_entropy(0.0, reduction="none"), ((3, 3),)),
+    "cross_entropy, probabilities": (
+        _both(lambda f: lambda x, t: f.cross_entropy(x, t, label_smoothing=0.1)),
+        ((2, 3), (2, 3)),
+    ),
+    "group_norm": (_both(lambda f: lambda x, w, b: f.group_norm(x, 2, w, b)), ((2, 4, 3), (4,), (4,))),
+    "group_norm, silu": (
+        (lambda x, w: F.group_norm(x, 1, w, activation="silu"), lambda x, w: T.silu(T.group_norm(x, 1, w))),
+        ((2, 2, 2), (2,)),
+    ),
+    "instance_norm": (_both(lambda f: lambda x: f.instance_norm(x)), ((2, 2, 2, 2),)),
     "conv2d_batch_norm": ((_fused_norm, _norm_of_conv), ((2, 2, 3, 3), (3, 2, 2, 2), (3,), (3,), (3,))),
     "max_pool2d": (_both(lambda f: lambda x: f.max_pool2d(x, 3, 2, 1)), ((2, 2, 4, 5),)),
     "avg_pool2d": (_both(lambda f: lambda x: f.avg_pool2d(x, 3, 2, 1)), ((2, 2, 4, 5),)),

@@ -16,6 +16,7 @@ _NAMES = (
     "tma_stem",
     "grouped",
     "depthwise",
+    "depthwise1d",
     "warp_specialized",
 )
 

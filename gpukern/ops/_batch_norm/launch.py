@@ -8,7 +8,7 @@ from gpukern.conv import ConvProblem, Direction, Epilogue, prepared_for, run
 from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm import kernels
 from gpukern.ops._batch_norm.problem import Running
-from gpukern.ops._batch_norm.tiles import NOTHING, empty_like, tiles_of
+from gpukern.ops._batch_norm.tiles import NOTHING, Tiles, empty_like, tiles_of
 from gpukern.ops._normalization import Norm
 from gpukern.ops._reduction.functions import Statistics, Sums
 from gpukern.ops._reduction.launch import with_workspace
@@ -76,12 +76,31 @@ def batch_norm_training(
     output = empty_like(input)
     tiles = tiles_of(True, input, residual, output)
     chosen = tiles.plan
-    statistics = statistics_of(C, device, running)
+    statistics = statistics_for(C, device, running)
     mean, variance = statistics.mean, statistics.variance
     norm = norm_of(mean, variance, weight, bias)
     whole = chosen.splits == 1
+    make_statistics(tiles, statistics, norm, whole, eps, activation, negative_slope)
+    keep(running, statistics)
     if not whole:
-        statistics = with_workspace(statistics, C, device, chosen.splits, chosen.channel_tiles)
+        _write(output, input, residual, norm, eps, activation, negative_slope)
+    return output, mean, variance
+
+
+def make_statistics(
+    tiles: Tiles,
+    statistics: Statistics,
+    norm: Norm,
+    whole: bool,
+    eps: float = 0.0,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+) -> None:
+    """Fill ``statistics`` from the first image of ``tiles``, or if ``whole``, by plans of one split, all images."""
+    chosen, device = tiles.plan, statistics.mean.device
+    if not whole:
+        channels = statistics.mean.numel()
+        statistics = with_workspace(statistics, channels, device, chosen.splits, chosen.channel_tiles)
     launch(
         kernels.batch_norm_statistics_kernel,
         (chosen.splits * chosen.channel_tiles,),
@@ -93,10 +112,6 @@ def batch_norm_training(
         ),
         {"WHOLE": whole, "UNROLL": chosen.unroll, "ACTIVATION": activation if whole else "none"} | tiles.options,
     )
-    keep(running, statistics)
-    if not whole:
-        _write(output, input, residual, norm, eps, activation, negative_slope)
-    return output, mean, variance
 
 
 def conv2d_batch_norm(
@@ -124,7 +139,7 @@ def conv2d_with_statistics(
     running: Running | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     prepared = prepared_for(problem, Direction.FORWARD, input, filters, None, Epilogue(statistics=True))
-    statistics = statistics_of(problem.K, input.device, running)
+    statistics = statistics_for(problem.K, input.device, running)
     z, made = run(prepared, input, filters, filters_bias, statistics=statistics)
     if made is None and z.numel():  # no channels to sum over
         return z, *batch_norm_training(z, None, None, None, 0.0, "none", 0.0, running)[1:]
@@ -139,7 +154,7 @@ def conv2d_with_statistics(
 apply_statistics = batch_norm
 
 
-def statistics_of(channels: int, device: torch.device, running: Running | None) -> Statistics:
+def statistics_for(channels: int, device: torch.device, running: Running | None) -> Statistics:
     """Return memory for mean and variance, and where the kernels update the running ones."""
     mean, variance = (torch.empty(channels, dtype=torch.float32, device=device) for _ in range(2))
     if running is None:
@@ -257,6 +272,7 @@ def gradients_from_sums(
     sums: torch.Tensor,
     training: bool,
     eps: float,
+    count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     if not training or not input.numel():
         frozen = False, eps, "none", 0.0, True, False, False
@@ -270,7 +286,7 @@ def gradients_from_sums(
         None if p is None else s if p.dtype is s.dtype else torch.empty_like(p, memory_format=torch.contiguous_format)
         for p, s in ((weight, sums[1]), (bias, sums[0]))
     )
-    rounded = (None if g is None or g.dtype is sums.dtype else g for g in (grad_bias, grad_weight))
+    rounded_bias, rounded_weight = (None if g is None or g.dtype is sums.dtype else g for g in (grad_bias, grad_weight))
     launch(
         kernels.batch_norm_input_grad_kernel,
         (tiles.plan.steps * tiles.plan.channel_tiles,),
@@ -278,7 +294,7 @@ def gradients_from_sums(
         (
             *tiles.images,
             norm_of(mean, variance, weight, bias),
-            Sums(None, None, None, sums, *rounded),
+            Sums(None, None, None, sums, rounded_bias, rounded_weight, count),
             tiles.sizes,
             eps,
             0.0,

@@ -50,11 +50,7 @@ def plan(walk: Walk, itemsize: int, device: DeviceSpec, sums: bool, far: bool = 
 
     ``far``: offsets have 64 bits, and take twice the registers.
     """
-    sixteen = 16 // itemsize
-    aligned = max(walk.channel_align, walk.pixel_align) >= sixteen
-    # If runs begin at any address, each element is a separate access.
-    elements = 32 * _WARPS * (_SUMMING_ACCESSES if sums else _ACCESSES) * (sixteen if aligned else 4)
-    pixels, channels = _channel_tile(walk, itemsize, elements) if walk.channels_run else _pixel_tile(walk, elements)
+    pixels, channels, warps, aligned = tile(walk, itemsize, sums)
     blocks = cdiv(walk.inner, pixels)
     steps = walk.rows * walk.height * blocks
     channel_tiles = cdiv(walk.channels, channels)
@@ -66,14 +62,29 @@ def plan(walk: Walk, itemsize: int, device: DeviceSpec, sums: bool, far: bool = 
     return BatchNormPlan(
         pixels=pixels,
         channels=channels,
-        warps=min(_WARPS, power_of_two(pixels * channels * _WARPS // elements)),
-        unroll=(_TILES_UNDER_WAY if aligned else _UNALIGNED_UNDER_WAY) // (2 if far else 1),
+        warps=warps,
+        unroll=tiles_under_way(aligned, far),
         blocks=blocks,
         steps=steps,
         splits=cdiv(steps, steps_per_split),
         steps_per_split=steps_per_split,
         channel_tiles=channel_tiles,
     )
+
+
+def tile(walk: Walk, itemsize: int, sums: bool) -> tuple[int, int, int, bool]:
+    """Return (pixels, channels, warps, whether accesses are aligned) of a tile."""
+    sixteen = 16 // itemsize
+    aligned = max(walk.channel_align, walk.pixel_align) >= sixteen
+    # If runs begin at any address, each element is a separate access.
+    elements = 32 * _WARPS * (_SUMMING_ACCESSES if sums else _ACCESSES) * (sixteen if aligned else 4)
+    pixels, channels = _channel_tile(walk, itemsize, elements) if walk.channels_run else _pixel_tile(walk, elements)
+    return pixels, channels, min(_WARPS, power_of_two(pixels * channels * _WARPS // elements)), aligned
+
+
+def tiles_under_way(aligned: bool, far: bool) -> int:
+    """Return how many tiles' loads a summing program has in flight."""
+    return (_TILES_UNDER_WAY if aligned else _UNALIGNED_UNDER_WAY) // (2 if far else 1)
 
 
 def _channel_tile(walk: Walk, itemsize: int, elements: int) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gpukern.runtime.strides import joined_to
+
 Shape = tuple[int, ...]
 
 
@@ -75,14 +77,21 @@ class Walk:
 
 
 @functools.lru_cache(maxsize=4096)
-def walk(shape: Shape, strides: tuple[Shape, ...]) -> Walk:
-    """Return the walk through tensors of one shape [N, C, ...], not empty, and of these strides."""
+def walk(shape: Shape, strides: tuple[Shape, ...], by_image: bool = False) -> Walk:
+    """Return the walk through tensors of one shape [N, C, ...], not empty, and of these strides.
+
+    ``by_image``: the rows are the N images, joined with nothing.
+    """
     channels = shape[1]
     channel_strides = [s[1] if channels > 1 else 0 for s in strides]
-    (rows, height, inner), joined = _join([shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides])
-    places = tuple((s[0], c, s[1], s[2]) for s, c in zip(joined, channel_strides, strict=True))
+    if by_image:
+        (height, inner), within = joined_to(2, shape[2:], [s[2:] for s in strides])
+        rows, steps = shape[0], [[s[0] if shape[0] > 1 else 0, *w] for s, w in zip(strides, within, strict=True)]
+    else:
+        (rows, height, inner), steps = joined_to(3, [shape[0], *shape[2:]], [(s[0], *s[2:]) for s in strides])
+    places = tuple((s[0], c, s[1], s[2]) for s, c in zip(steps, channel_strides, strict=True))
     channels_run = all(c in (0, 1) for c in channel_strides) and 1 in channel_strides
-    pixels_run = not channels_run and all(s[2] in (0, 1) for s in joined)
+    pixels_run = not channels_run and all(s[2] in (0, 1) for s in steps)
     aligned = math.gcd(16, *((channels,) if channels_run else (inner,)))
     for n, c, h, w in places:
         aligned = math.gcd(aligned, n, h, w if channels_run else c)
@@ -96,27 +105,3 @@ def walk(shape: Shape, strides: tuple[Shape, ...]) -> Walk:
         channel_align=aligned if channels_run else 1,
         pixel_align=aligned if pixels_run else 1,
     )
-
-
-def _join(sizes: list[int], strides: list[Shape]) -> tuple[list[int], list[list[int]]]:
-    """Join ``sizes`` to three dimensions where strides allow, and return them with the tensors' strides along them.
-
-    Raises ValueError where more than three are left.
-    """
-    kept: list[int] = []
-    steps: list[list[int]] = [[] for _ in strides]
-    for i, size in enumerate(sizes):
-        if size == 1:
-            continue
-        if kept and all(s[-1] == size * given[i] for s, given in zip(steps, strides, strict=True)):
-            kept[-1] *= size
-            for s, given in zip(steps, strides, strict=True):
-                s[-1] = given[i]
-        else:
-            kept.append(size)
-            for s, given in zip(steps, strides, strict=True):
-                s.append(given[i])
-    missing = 3 - len(kept)
-    if missing < 0:
-        raise ValueError(f"more than three dimensions of pixels that cannot be joined: {sizes}, strides {strides}")
-    return [1] * missing + kept, [[0] * missing + s for s in steps]

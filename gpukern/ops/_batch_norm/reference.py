@@ -194,12 +194,17 @@ def gradients_from_sums(
     sums: torch.Tensor,
     training: bool,
     eps: float,
+    count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(∂L/∂x, ∂L/∂weight, ∂L/∂bias) from ``inner``, g = ∂L/∂z, and its ``sums`` [2, C], Σ g and Σ g·x̂."""
+    """(∂L/∂x, ∂L/∂weight, ∂L/∂bias) from ``inner``, g = ∂L/∂z, and its ``sums`` [2, C], Σ g and Σ g·x̂.
+
+    ``count`` [1]: the values of a channel, where the sums and statistics are of more than ``input``.
+    """
     _, normal, inverse = normalize(input, None, None, None, mean, variance, eps)
     g = inner.to(normal.dtype)
     if training and input.numel():
-        mean_g, mean_gx = (_channels(each, input) for each in sums / (input.numel() // input.shape[1]))
+        means = sums / (input.numel() // input.shape[1] if count is None else count)
+        mean_g, mean_gx = (_channels(each, input) for each in means)
         g = g - mean_g - normal * mean_gx
     grad_input = g * (inverse if weight is None else inverse * _channels(weight, input))
     grad_input = laid_out(grad_input.to(input.dtype), format_kept_by(input))

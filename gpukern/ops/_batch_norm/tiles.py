@@ -28,25 +28,48 @@ class Tiles(NamedTuple):
     options: dict[str, Any]
 
 
-def tiles_of(sums: bool, *tensors: torch.Tensor | None) -> Tiles:
-    """Return the tiles of ``tensors`` for a kernel that ``sums`` over pixels, or for one that does not."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    first = given[0]
-    if first.dim() > 4:
-        tensors = tuple(None if t is None else t.contiguous() for t in tensors)
-        given = [tensor for tensor in tensors if tensor is not None]
-    strides = tuple(tensor.stride() for tensor in given)
-    prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums)
+def tiles_of(sums: bool, *tensors: torch.Tensor | None, by_image: bool = False) -> Tiles:
+    """Return the tiles of ``tensors`` for a kernel that ``sums`` over pixels, or for one that does not.
+
+    ``by_image``: none has pixels of two images.
+    """
+    tensors, first, strides = walkable(tensors, by_image)
+    prepared = _prepared(tuple(first.shape), strides, first.itemsize, device_spec(first.device), sums, by_image)
     places, chosen, sizes, options = prepared
-    images = iter(places)
-    return Tiles(tuple(NOTHING if t is None else Image(t, *next(images)) for t in tensors), chosen, sizes, options)
+    return Tiles(images_at(tensors, places), chosen, sizes, options)
+
+
+def walkable(
+    tensors: tuple[torch.Tensor | None, ...], by_image: bool = False
+) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor, tuple[Shape, ...]]:
+    """Return ``tensors``, the first that there is, and the strides of those that there are.
+
+    Where pixels of more than two dimensions cannot be joined in all of them, copies laid out as the last one are
+    returned, which is an output, and dense, if there is one.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    first, strides = given[0], tuple(tensor.stride() for tensor in given)
+    if first.dim() > 4:
+        try:
+            walk(tuple(first.shape), strides, by_image)
+        except ValueError:
+            layout = format_kept_by(given[-1])
+            tensors = tuple(None if t is None else t.contiguous(memory_format=layout) for t in tensors)
+            return walkable(tensors, by_image)
+    return tensors, first, strides
+
+
+def images_at(tensors: tuple[torch.Tensor | None, ...], places: tuple[Shape, ...]) -> tuple[Image, ...]:
+    """Return the images of ``tensors``, with the strides in ``places`` of those that there are."""
+    strides = iter(places)
+    return tuple(NOTHING if t is None else Image(t, *next(strides)) for t in tensors)
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepared(
-    shape: Shape, strides: tuple[Shape, ...], itemsize: int, device: DeviceSpec, sums: bool
+    shape: Shape, strides: tuple[Shape, ...], itemsize: int, device: DeviceSpec, sums: bool, by_image: bool
 ) -> tuple[tuple[Shape, ...], BatchNormPlan, Sizes, dict[str, Any]]:
-    path = walk(shape, strides)
+    path = walk(shape, strides, by_image)
     index = index_type(max(path.pixels, *(reach(shape, stride) for stride in strides)))
     chosen = plan(path, itemsize, device, sums, far=index is tl.int64)
     sizes = Sizes(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._batch_norm.launch import keep, norm_of, statistics_of
+from gpukern.ops._batch_norm.launch import keep, norm_of, statistics_for
 from gpukern.ops._batch_norm.problem import Norm, Running
 from gpukern.ops._pointwise_norm import kernels
 from gpukern.ops._pointwise_norm.kernels import Operand
@@ -40,7 +40,7 @@ def forward(
         {"ACTIVATION": inner.activation, "BLOCK_C": block, "BLOCKS": blocks, "INDEX": index_type(z.numel())},
     )
     projected, center = (torch.empty(size, dtype=torch.float32, device=device) for size in ((K, C), (K,)))
-    statistics = statistics_of(K, device, running)
+    statistics = statistics_for(K, device, running)
     launch(
         kernels.pointwise_statistics_kernel,
         (cdiv(K, tiles.statistics.outputs),),

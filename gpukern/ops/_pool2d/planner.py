@@ -8,6 +8,8 @@ pixels are adjacent (NCHW), many channels of few pixels where channels are (chan
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,16 +54,23 @@ def plan(problem: PoolProblem | AdaptiveProblem, channels_last: bool, itemsize: 
     """Return the plan for tensors whose channels are adjacent (``channels_last``) or not, of ``itemsize`` bytes."""
     if isinstance(problem, AdaptiveProblem):
         # The windows that contain an input pixel are the inverse relation of the pixels in a window.
-        window = _largest_share(problem.H, problem.P), _largest_share(problem.W, problem.Q)
-        owners = _largest_share(problem.P, problem.H), _largest_share(problem.Q, problem.W)
+        window = largest_share(problem.H, problem.P), largest_share(problem.W, problem.Q)
+        owners = largest_share(problem.P, problem.H), largest_share(problem.Q, problem.W)
         divisor = 0
     else:
         window = problem.kernel
         extents = ((size - 1) * dilation + 1 for size, dilation in zip(problem.kernel, problem.dilation, strict=True))
         over_rows, over_columns = (cdiv(e, stride) for e, stride in zip(extents, problem.stride, strict=True))
         owners = over_rows, over_columns
-        divisor = problem.divisor_override or _common_divisor(problem)
-    tile = _tile(problem.C, channels_last, itemsize)
+        divisor = problem.divisor_override or common_divisor(
+            (problem.H, problem.W),
+            (problem.P, problem.Q),
+            problem.kernel,
+            problem.stride,
+            problem.padding,
+            problem.count_include_pad,
+        )
+    tile = tile_for(problem.C, channels_last, itemsize)
     elements = max(1, tile.channels * tile.pixels // _THREADS)
     # A window of a maximum's backward costs two loads, the gradient and the tap.
     return PoolPlan(
@@ -70,12 +79,13 @@ def plan(problem: PoolProblem | AdaptiveProblem, channels_last: bool, itemsize: 
         window=window,
         owners=owners,
         divisor=divisor,
-        unroll_window=_unroll(window, elements),
-        unroll_owners=_unroll(owners, 2 * elements),
+        unroll_window=unroll(window, elements),
+        unroll_owners=unroll(owners, 2 * elements),
     )
 
 
-def _tile(channels: int, channels_last: bool, itemsize: int) -> Tile:
+def tile_for(channels: int, channels_last: bool, itemsize: int) -> Tile:
+    """Return the tile of a kernel in which a thread walks through its own window."""
     if not channels_last:
         # A thread has one pixel of four channels, which share the arithmetic of the pixel's position.
         return Tile(_launchable(min(4, power_of_two(channels)), channels), _THREADS)
@@ -114,23 +124,28 @@ def _launchable(block: int, channels: int) -> int:
     return block
 
 
-def _common_divisor(problem: PoolProblem) -> int:
-    """Return R·S if no window is truncated anywhere, else 0."""
-    for size, outputs, kernel, stride, padding in zip(
-        (problem.H, problem.W), (problem.P, problem.Q), problem.kernel, problem.stride, problem.padding, strict=True
-    ):
-        counted = padding if problem.count_include_pad else 0
-        if padding > counted or (outputs - 1) * stride - padding + kernel > size + counted:
+def common_divisor(
+    sizes: Sequence[int],
+    results: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    count_include_pad: bool,
+) -> int:
+    """Return the number of elements in a window if no window is truncated anywhere, else 0; of any dimensions."""
+    for size, outputs, taps, step, pad in zip(sizes, results, kernel, stride, padding, strict=True):
+        counted = pad if count_include_pad else 0
+        if pad > counted or (outputs - 1) * step - pad + taps > size + counted:
             return 0
-    return problem.kernel[0] * problem.kernel[1]
+    return math.prod(kernel)
 
 
-def _largest_share(size: int, parts: int) -> int:
+def largest_share(size: int, parts: int) -> int:
     """The most elements in one of ``parts`` overlapping shares ⌊i·size/parts⌋ … ⌈(i+1)·size/parts⌉ − 1."""
     return max((cdiv((i + 1) * size, parts) - i * size // parts for i in range(parts)), default=0)
 
 
-def _unroll(steps: Pair, loads: int) -> int:
+def unroll(steps: Pair, loads: int) -> int:
     """The unrolling factor of a loop over (rows, columns) with ``loads`` elements a step: all, a row, or what fits."""
     rows, columns = steps
     for factor in (rows * columns, columns):

@@ -84,6 +84,19 @@ def output_size(
     input_shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> Pair:
     """Check every size and return (P, Q). Works on a tracer's symbolic sizes too; never reads the batch size."""
+    P, Q = output_sizes(input_shape, kernel, stride, padding, dilation, ceil_mode)
+    return P, Q
+
+
+def output_sizes(
+    input_shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[int, ...]:
+    """As :func:`output_size`, of as many dimensions as ``kernel`` has."""
     require(min(kernel) > 0, f"kernel size should be greater than zero, got {tuple(kernel)}")
     require(min(stride) > 0, f"stride should be greater than zero, got {tuple(stride)}")
     require(min(dilation) > 0, f"dilation should be greater than zero, got {tuple(dilation)}")
@@ -92,26 +105,34 @@ def output_size(
         all(2 * pad <= size for pad, size in zip(padding, kernel, strict=True)),
         f"padding should be at most half of the kernel size, got padding={tuple(padding)}, kernel_size={tuple(kernel)}",
     )
-    _, C, H, W = input_shape
+    _, C, *image = input_shape
     require(
-        C != 0 and H != 0 and W != 0,
+        all(size != 0 for size in (C, *image)),
         f"expected an input without empty dimensions (the batch may be empty), got size {list(input_shape)}",
     )
-    P, Q = (_outputs(*sizes, ceil_mode) for sizes in zip((H, W), kernel, stride, padding, dilation, strict=True))
+    outputs = tuple(_outputs(*sizes, ceil_mode) for sizes in zip(image, kernel, stride, padding, dilation, strict=True))
     require(
-        P >= 1 and Q >= 1,
-        f"given input size ({C}x{H}x{W}), calculated output size ({C}x{P}x{Q}): output size is too small",
+        all(size >= 1 for size in outputs),
+        f"given input size ({_times(C, *image)}), calculated output size ({_times(C, *outputs)}): "
+        "output size is too small",
     )
-    return P, Q
+    return outputs
 
 
-def check_adaptive(input_shape: Sequence[int], output_size: Pair) -> None:
+def check_adaptive(input_shape: Sequence[int], output_size: Sequence[int]) -> None:
     """Raise RuntimeError for sizes that no adaptive pooling takes. Never reads the batch size."""
     require(min(output_size) >= 0, f"elements of output_size must not be negative, got {tuple(output_size)}")
     require(
-        input_shape[2] != 0 and input_shape[3] != 0,
-        f"expected an input of non-empty height and width, got size {list(input_shape)}",
+        all(size != 0 for size in input_shape[2:]),
+        f"expected an input of non-empty {_EXTENTS[len(output_size)]}, got size {list(input_shape)}",
     )
+
+
+_EXTENTS = {1: "length", 2: "height and width", 3: "depth, height and width"}
+
+
+def _times(*sizes: int) -> str:
+    return "x".join(map(str, sizes))
 
 
 def _outputs(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:

@@ -38,6 +38,7 @@ class Sums(NamedTuple):
     totals: Any = None  # fp32 [sums, channels]
     grad_bias: Any = None  # [channels] of any dtype: the first sum, Σ g
     grad_weight: Any = None  # the second one, Σ g·x̂
+    count: Any = None  # fp32 [1]: the values of a channel, where the totals are of more than one tensor
 
 
 @triton.jit

@@ -105,9 +105,9 @@ def with_workspace(
 
 
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:
-    """Σ over all but the channels of ``grad`` [N, K, P, Q]: [K]."""
+    """Σ over all but the channels of ``grad`` [N, K, P, Q] or [N, K, Z, P, Q]: [K]."""
     check_kernel_dtype("channel_sum", grad.dtype)
-    return _channel_sum(grad, _NOTHING, _NOTHING, "none", 0.0)
+    return _channel_sum(_images(grad), _NOTHING, _NOTHING, "none", 0.0)
 
 
 def activation_grad_sum(
@@ -116,7 +116,13 @@ def activation_grad_sum(
     """``∂L/∂z = ∂L/∂y · act′`` in ``output``'s layout, and its :func:`channel_sum`, in one pass."""
     check_kernel_dtype("activation_grad_sum", grad.dtype)
     inner = torch.empty_like(output)
-    return inner, _channel_sum(grad, image(output), image(inner), activation, negative_slope)
+    images = image(_images(output)), image(_images(inner))
+    return inner, _channel_sum(_images(grad), *images, activation, negative_slope)
+
+
+def _images(tensor: torch.Tensor) -> torch.Tensor:
+    """Return planes below one another: a view of dense volumes, in either layout."""
+    return tensor.flatten(2, 3) if tensor.dim() == 5 else tensor
 
 
 def _channel_sum(

@@ -9,7 +9,7 @@ from gpukern.ops._activation.reference import activation_grad
 
 def channel_sum(grad: torch.Tensor) -> torch.Tensor:
     """``∂L/∂b`` [K]: the sum of [N, K, P, Q] over all but the channels."""
-    return grad.sum((0, 2, 3))
+    return grad.sum([dim for dim in range(grad.dim()) if dim != 1])
 
 
 def activation_grad_sum(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gpukern.conv.families.filters import filter_strides, tap_options, window_options
+from gpukern.conv.families.filters import filter_alignment, filter_strides, tap_options, window_options
 from gpukern.conv.families.implicit_gemm import kernels, weight_kernels
 from gpukern.conv.families.implicit_gemm.plan import grid
 from gpukern.conv.families.split_k import split_k_workspace
 from gpukern.conv.geometry import gemm_mnk, tiled_pixels
 from gpukern.conv.indexing import Filter, Sizes
-from gpukern.conv.layouts import Strides, alignment
+from gpukern.conv.layouts import alignment
 from gpukern.conv.plan import ConvPlan, Direction, Variant
-from gpukern.conv.problem import ConvProblem
 from gpukern.conv.request import Launch, Request, Tiles
 from gpukern.ops._images import Image, strides_of
 from gpukern.ops._reduction.launch import shared_sums
@@ -43,14 +42,14 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         "VARIANT": plan.variant.value,
         "EVEN_K": gemm.K % plan.block_k == 0,
         "SOURCE_ALIGN": alignment(source, 1, image[1] if direct else gemm.K),
-        "FILTER_ALIGN": _filter_alignment(weight, p),
+        "FILTER_ALIGN": filter_alignment(p, weight),
         "OUT_ALIGN": alignment(output, 1, result[1] if direct else gemm.N),
         "SPLITS": plan.splits,
         "ACTIVATION": request.epilogue.activation,
         "POOL": p.pool,
         "PRECISION": plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes, (source, weight, output)))),
-        **_tile(plan),
+        **tile_options(plan),
     }
     programs = grid(p, request.direction, plan)
     tiles = math.prod(programs) // plan.splits
@@ -110,7 +109,7 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
         "CHUNK": chunk(size, plan.num_warps),
         "PRECISION": plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes[:2], (grad, source)))),
-        **_tile(plan),
+        **tile_options(plan),
     }
     constants = compile_time(weight_kernels.conv2d_weight_grad_kernel, options)
 
@@ -122,15 +121,7 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     return Launch(run)
 
 
-def _filter_alignment(weight: Strides, problem: ConvProblem) -> int:
-    """Return the :func:`alignment` of a filter, whose runs may lie along C/groups or along K."""
-    if weight[1] == 1:
-        return alignment(weight, 1, 16)
-    # Along K a group starts after group_outputs elements.
-    return alignment(weight, 0, 16 if problem.groups == 1 else problem.group_outputs)
-
-
-def _tile(plan: ConvPlan) -> dict[str, Any]:
+def tile_options(plan: ConvPlan) -> dict[str, Any]:
     return {
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,

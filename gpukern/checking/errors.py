@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+
+class CheckError(RuntimeError):
+    """The model cannot be checked."""

@@ -1,0 +1,56 @@
+"""The report of a check: ``values`` that it is made of, and its forms: JSON, ``terminal`` and ``html``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gpukern.checking.values import ReportValues
+from gpukern.runtime.files import write_text
+from gpukern.runtime.records import build, plain
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+#: The name of the JSON's form, another one whenever the meaning of a field changes.
+FORMAT = "gpukern check report, version 1"
+
+
+@dataclass(frozen=True)
+class CheckReport(ReportValues):
+    """Report of :func:`gpukern.check`. ``str()`` and rich print it."""
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the whole report as JSON, and write it to ``path`` if given: atomically, or OSError."""
+        told = {"format": FORMAT, "passed": self.passed, **plain(self, name_nonfinite=True)}
+        told["findings"] = plain(self.findings, name_nonfinite=True)
+        text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        if path is not None:
+            write_text(path, text)
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> CheckReport:
+        """Read the output of :meth:`to_json`. ValueError, which gives the reason, for anything else."""
+        given = json.loads(text)
+        if not isinstance(given, dict) or given.get("format") != FORMAT:
+            raise ValueError(f"not a {FORMAT!r}")
+        return build(cls, given, "the report", ignore_unknown=True)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """One page that needs no other file, as ``path``: whole or, with OSError, not at all."""
+        from gpukern.checking.html import page
+
+        write_text(path, page(self))
+
+    def __rich__(self) -> RenderableType:
+        from gpukern.checking.terminal import render
+
+        return render(self)
+
+    def __str__(self) -> str:
+        from gpukern.tables import as_text
+
+        return as_text(self)

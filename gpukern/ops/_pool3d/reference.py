@@ -1,0 +1,100 @@
+"""3-D pooling in plain torch: the path of CPU tensors, and the oracle of the tests when fed float64.
+
+The taps of a maximum, which the kernels keep as compact codes, are torch's flat int64 indices (d·H + h)·W + w here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from gpukern.ops._pool3d.problem import AdaptivePool, VolumePool
+from gpukern.runtime.tensors import laid_out
+
+_aten = torch.ops.aten
+Problem = VolumePool | AdaptivePool
+
+
+def taps_dtype(kernel: tuple[int, ...]) -> torch.dtype:
+    return torch.int64
+
+
+def max_pool3d(problem: Problem, input: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """``y[z, p, q] = max x[window]``: [N, C, D, H, W] gives [N, C, Z, P, Q]."""
+    return max_pool3d_with_taps(problem, input, memory_format)[0]
+
+
+def max_pool3d_with_taps(
+    problem: Problem, input: torch.Tensor, memory_format: torch.memory_format
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maximum and where it was found, both [N, C, Z, P, Q]."""
+    # NCDHW: for a window of −∞ alone torch's path of channels_last_3d on CPUs reports a place in another plane.
+    input = input.contiguous()
+    if isinstance(problem, VolumePool):
+        output, taps = F.max_pool3d(input, *_geometry(problem), return_indices=True)
+    else:
+        output, taps = F.adaptive_max_pool3d(input, problem.result, return_indices=True)
+    return laid_out(output, memory_format), laid_out(taps, memory_format)
+
+
+def max_pool3d_indices(problem: Problem, taps: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """Return torch's int64 indices (d·H + h)·W + w [N, C, Z, P, Q]."""
+    return laid_out(taps, memory_format).clone()
+
+
+def max_pool3d_backward(
+    problem: Problem, grad: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """``∂L/∂x[d, h, w] = Σ ∂L/∂y[z, p, q]`` over the outputs whose maximum is x[d, h, w]."""
+    grad, dtype = _wide(grad)
+    volume = grad.new_zeros(problem.N, problem.C, math.prod(problem.image))
+    volume = volume.scatter_add(2, taps.flatten(2), grad.flatten(2)).unflatten(2, problem.image)
+    return laid_out(volume.to(dtype), memory_format)
+
+
+def max_pool3d_gather(
+    problem: Problem, image: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
+) -> torch.Tensor:
+    """``y[z, p, q] = image[tap of (z, p, q)]``: [N, C, D, H, W] gives [N, C, Z, P, Q]."""
+    return laid_out(image.flatten(2).gather(2, taps.flatten(2)).unflatten(2, problem.result), memory_format)
+
+
+def avg_pool3d(problem: Problem, input: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """``y[z, p, q] = Σ_{window} x / divisor``: [N, C, D, H, W] gives [N, C, Z, P, Q]."""
+    input, dtype = _wide(input)
+    if isinstance(problem, AdaptivePool):
+        output = F.adaptive_avg_pool3d(input, problem.result)
+    else:
+        output = F.avg_pool3d(input, *_averages(problem))
+    return laid_out(output.to(dtype), memory_format)
+
+
+def avg_pool3d_backward(problem: Problem, grad: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
+    """``∂L/∂x[d, h, w] = Σ ∂L/∂y[z, p, q] / divisor`` over the windows that contain (d, h, w)."""
+    grad, dtype = _wide(grad)
+    # torch's backward operators take the input but use only its shape.
+    volume = grad.new_empty(problem.N, problem.C, *problem.image)
+    if isinstance(problem, VolumePool):
+        grad_input = _aten.avg_pool3d_backward(grad, volume, *_averages(problem))
+    elif problem.C * math.prod(problem.result) == 0:  # torch's operator refuses it
+        grad_input = volume.zero_()
+    else:
+        grad_input = _aten._adaptive_avg_pool3d_backward(grad, volume)
+    return laid_out(grad_input.to(dtype), memory_format)
+
+
+def _wide(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+    """(``tensor`` in a dtype that torch averages on a CPU, its own dtype)."""
+    dtype = tensor.dtype
+    return tensor.to(torch.promote_types(dtype, torch.float32)), dtype
+
+
+def _geometry(problem: VolumePool) -> tuple:
+    return problem.kernel, problem.stride, problem.padding, problem.dilation, problem.ceil_mode
+
+
+def _averages(problem: VolumePool) -> tuple:
+    window = problem.kernel, problem.stride, problem.padding, problem.ceil_mode
+    return *window, problem.count_include_pad, problem.divisor_override
