@@ -26,7 +26,7 @@ def helper(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Standardized(nn.Conv2d):
-    """Built as timm's ``StdConv2d``: the weight is normalized by a batch norm over a reshaped view of it."""
+    """Built as timm's ``ScaledStdConv2d``: the weight is normalized by a batch norm over a reshaped view of it."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         flat = self.weight.reshape(1, self.out_channels, -1)
@@ -73,7 +73,7 @@ def assert_same(model: nn.Module, converted: nn.Module, *args: Any, **kwargs: An
 
 
 def test_a_weight_that_is_normalized_first(stand_in):
-    stand_in(Standardized, "timm.layers.std_conv.StdConv2d")
+    stand_in(Standardized, "timm.layers.std_conv.ScaledStdConv2d")
     model = Standardized(4, 6, 3, stride=2, padding=1, groups=2)
     converted, report = gpukern.convert(model, return_report=True)
     assert report.replaced == (("", "Standardized"),) and not report.left and not report.partly
