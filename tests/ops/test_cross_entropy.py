@@ -276,6 +276,17 @@ def test_derivatives_of_every_order_and_operand(where):
     )
 
 
+def test_a_loss_scale_comes_before_the_rounding_of_halves(where):
+    """As torch.amp.GradScaler's: what is tiny without it is not lost."""
+    logits, labels = torch.randn(64, 4).half(), torch.zeros(64, dtype=torch.int64)
+    logits[:, 1] -= 10
+    x, truth = logits.to(where).requires_grad_(), logits.double().requires_grad_()
+    scale = torch.tensor(2.0**15)
+    (found,) = torch.autograd.grad(F.cross_entropy(x, labels.to(where)), x, scale.half().to(where))
+    (right,) = torch.autograd.grad(T.cross_entropy(truth, labels), truth, scale.double())
+    assert_within("gradient", found, right, 2 * rounding_bound(right, torch.float16))
+
+
 def test_gradients_of_many_directions_at_once(where):
     x, labels = torch.randn(3, 4), torch.tensor([1, 0, 3])
     g = torch.randn(5)
