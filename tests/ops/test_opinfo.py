@@ -38,7 +38,7 @@ HAVE_ERRORS = [name for name in FUNCTIONS if re.search(r"conv\dd|pool\dd|group_n
 LAYERS = (
     "AdaptiveAvgPool1d", "AdaptiveMaxPool1d", "AvgPool1d", "BatchNorm1d", "BatchNorm2d", "Conv1d", "Conv2d",
     "ConvTranspose1d", "Linear", "MaxPool1d", "Conv3d", "ConvTranspose3d", "MaxPool3d", "AdaptiveAvgPool3d",
-    "AdaptiveMaxPool3d", "BatchNorm3d",
+    "AdaptiveMaxPool3d",
 )  # fmt: skip
 
 

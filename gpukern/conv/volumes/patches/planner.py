@@ -42,7 +42,9 @@ def plan(
     if direction is not Direction.WEIGHT_GRAD:
         offered = [each for each in offered if each.splits == 1]
     if not in_runs:
-        offered = [planner.without_runs(each) for each in offered]
+        rows = 32 if dtype == "float32" else 64
+        offered = [replace(planner.without_runs(each), block_m=min(each.block_m, rows)) for each in offered]
+        offered = [each for each in offered if each.precision != "tf32x3"]  # halves of operands spill too
     elif not out_in_runs:
         offered = [replace(each, block_m=min(each.block_m, 64)) for each in offered]
     return planner.fastest(offered, product, direction, operands, device)
