@@ -155,7 +155,8 @@ def test_a_right_layer_of_a_users_own_keeps_its_bounds(reference_mode):
 def test_layers_that_cancel_or_keep_a_rounded_output_keep_their_bounds(dtype, reference_mode):
     kinds = (torch.nn.GELU(), torch.nn.Softmax(1), torch.nn.LogSoftmax(1), torch.nn.Tanh(), torch.nn.Hardswish())
     for layer in (*kinds, torch.nn.ReLU6(), torch.nn.AvgPool1d(3), torch.nn.MaxPool1d(2), torch.nn.GroupNorm(2, 8)):
-        report = gpukern.check(torch.nn.Sequential(layer), 3 * torch.randn(5, 8, 40), dtype=dtype)
+        x = (3 * torch.randn(5, 8, 40)).requires_grad_()
+        report = gpukern.check(torch.nn.Sequential(layer), x, dtype=dtype)
         assert report.passed and report.layers[0].worst("alone", "input gradient").share is not None, report
 
 
