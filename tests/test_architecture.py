@@ -69,8 +69,8 @@ CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
 OPERATIONS = (
     *("activation", "batch_norm", "conv1d", "conv2d", "conv3d"),
-    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "cross_entropy", "dropout", "layer_norm", "linear"),
-    *("rms_norm", "softmax"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "cross_entropy", "dropout", "group_norm"),
+    *("layer_norm", "linear", "rms_norm", "softmax"),
 )
 #: What runs on the device.
 KERNELS = (

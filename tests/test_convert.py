@@ -62,6 +62,9 @@ LAYERS = [
     nn.InstanceNorm2d(3, momentum=0.3, track_running_stats=True),
     nn.InstanceNorm3d(3),
     nn.SyncBatchNorm(3, momentum=0.2),
+    nn.Softmax(-1),
+    nn.Softmax2d(),
+    nn.LogSoftmax(1),
 ]
 _ACTIVATIONS = [getattr(nn, name) for name, kind in vars(gpukern.nn.activation).items() if hasattr(kind, "_epilogue")]
 LAYERS += [kind() for kind in _ACTIVATIONS if kind not in map(type, LAYERS)]
@@ -73,7 +76,7 @@ def reasons(model: nn.Module) -> dict[str, str]:
 
 
 def test_there_is_a_case_for_every_layer():
-    assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS)
+    assert {type(layer) for layer in LAYERS} == set(REPLACEMENTS) - {nn.CrossEntropyLoss}  # it takes a target, below
     # torch.nn has no batch norm with an activation, and no layer norm over channels.
     ours = set(gpukern.nn.__all__) - {"BatchNormAct2d", "LayerNorm2d", "Sequential"}
     assert {kind.__name__ for kind in REPLACEMENTS} == ours
@@ -88,6 +91,14 @@ def test_layer_is_replaced_with_its_attributes(layer):
     dimensions = 1 if "1d" in type(layer).__name__ else 3 if "3d" in type(layer).__name__ else 2
     x = torch.randn((2, 3, *(8,) * dimensions))
     torch.testing.assert_close(converted(x.clone()), layer(x.clone()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_is_replaced_with_its_options():
+    loss = nn.CrossEntropyLoss(torch.rand(3), ignore_index=1, reduction="sum", label_smoothing=0.1)
+    converted = gpukern.convert(loss)
+    assert type(converted) is gpukern.nn.CrossEntropyLoss and converted.weight is loss.weight
+    x, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    torch.testing.assert_close(converted(x, labels), loss(x, labels))
 
 
 def like_timms(module: str, name: str, base: type[nn.Module], **body) -> type[nn.Module]:
@@ -504,23 +515,23 @@ def test_resnet18_is_replaced_and_computes_the_same():
 
 @pytest.mark.parametrize("where", ["torchvision.models.convnext", "timm.layers.norm"])
 def test_layer_norm_over_channels_of_other_libraries_is_replaced(where):
-    """They are known by their full names alone: neither library is needed."""
+    def forward(self, x):
+        parameters = self.normalized_shape, self.weight, self.bias, self.eps
+        return nn.functional.layer_norm(x.permute(0, 2, 3, 1), *parameters).permute(0, 3, 1, 2)
 
-    class LayerNorm2d(nn.LayerNorm):
-        def forward(self, x):
-            return nn.functional.layer_norm(
-                x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
-            ).permute(0, 3, 1, 2)
-
-    LayerNorm2d.__qualname__ = "LayerNorm2d"
-    model, x = nn.Sequential(LayerNorm2d(3, eps=1e-6)), torch.randn(2, 3, 4, 5)
-    assert reasons(model)["0"].startswith("subclass of LayerNorm")
-    LayerNorm2d.__module__ = where
+    names = {"forward": forward, "__qualname__": "LayerNorm2d"}
+    kind, other = (type("LayerNorm2d", (nn.LayerNorm,), {**names, "__module__": each}) for each in (where, "mine"))
+    model, x = nn.Sequential(kind(3, eps=1e-6)), torch.randn(2, 3, 4, 5)
     converted, report = gpukern.convert(model, return_report=True)
-    assert type(converted[0]) is gpukern.nn.LayerNorm2d and report.replaced == (("0", "LayerNorm2d"),)
+    assert (
+        isinstance(converted[0], gpukern.nn.LayerNorm2d)
+        and isinstance(converted[0], kind)
+        and report.replaced == (("0", "LayerNorm2d"),)
+    )
     for image in (x, x.contiguous(memory_format=torch.channels_last)):
         ours, theirs = converted(image), model(image)
         assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
     assert list(converted.state_dict()) == list(model.state_dict())
     model[0]._fast_norm = True
-    assert reasons(model)["0"].startswith("timm's fast norm is on")
+    assert "fast norm" in reasons(model)["0"]
+    assert reasons(other(3))[""].startswith("subclass of LayerNorm")

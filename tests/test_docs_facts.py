@@ -64,6 +64,7 @@ _CONVOLUTIONS = (
     ((32, 64, 56, 56), (64, 64, 1, 1), 1, 0, 1),
     ((32, 3, 224, 224), (64, 3, 7, 7), 2, 3, 1),
     ((32, 64, 56, 56), (64, 1, 3, 3), 1, 1, 64),
+    ((32, 64, 1, 1024), (64, 1, 1, 4), 1, 0, 64),
     ((32, 128, 56, 56), (128, 4, 3, 3), 1, 1, 32),
 )
 #: What the table calls the dtypes of a family that serves the first of these; products of fp32 "tf32x3" are in full.

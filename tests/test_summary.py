@@ -183,6 +183,28 @@ def test_what_other_layers_see(layer, seen):
     assert summary(nn.Sequential(nn.Conv2d(4, 4, 3), layer), (4, 12, 12)).rows[-1].receptive_field == seen
 
 
+class Permute(nn.Module):
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, x):
+        return x.permute(*self.order)
+
+
+@pytest.mark.parametrize("library", [nn, gpukern.nn], ids=["torch", "gpukern"])
+def test_channels_may_be_normalized_where_they_are_last(library):
+    """As in ConvNeXt: each position by itself, between two permutations. Over a row of positions it is left open."""
+    last, first = Permute(0, 2, 3, 1), Permute(0, 3, 1, 2)
+    inside = library.LayerNorm(4), library.Linear(4, 8), nn.GELU(), library.RMSNorm(8), library.Linear(8, 4)
+    whole = nn.Sequential(nn.Conv2d(4, 4, 3), last, *inside, first, nn.Conv2d(4, 4, 3))
+    assert summary(whole, (4, 12, 12)).rows[-1].receptive_field == (5, 5)
+    for norm, seen in ((library.LayerNorm([10, 10, 4]), "all"), (library.LayerNorm([10, 4]), None)):
+        assert (
+            summary(nn.Sequential(nn.Conv2d(4, 4, 3), last, norm, first), (4, 12, 12)).rows[-2].receptive_field == seen
+        )
+
+
 def test_resnet18():
     result = summary(resnet18(), (3, 224, 224))
     assert (result.parameters, result.multiply_adds) == (11_689_512, 1_814_073_344)

@@ -202,6 +202,8 @@ def test_softmax_over_positions():
     assert seen(signal, (4, 12)) == "all"
     assert seen(nn.Sequential(nn.Conv1d(4, 4, 3), nn.Softmax(1)), (4, 12)) == (3,)
     assert seen(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Softmax2d())) == (3, 3)
+    assert seen(gpukern.convert(signal), (4, 12)) == "all"
+    assert seen(gpukern.convert(nn.Sequential(nn.Conv2d(4, 4, 3), nn.LogSoftmax(1)))) == (3, 3)
     assert seen(after_conv(lambda x: x.softmax(-1))) is None  # a row
     assert seen(after_conv(lambda x: x.flatten(2).softmax(-1).view_as(x) * x)) is None
 

@@ -35,7 +35,10 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 32,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "float16",
     by_kernel: Annotated[bool, typer.Option("--kernels", help="Also kernel by kernel.")] = False,
-    recompute: Annotated[bool, typer.Option("--recompute", help="compile with options={'recompute': True}.")] = False,
+    recompute: Annotated[
+        bool | None,
+        typer.Option("--recompute/--no-recompute", help="compile with options={'recompute': ...}.", show_default=False),
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the counts too.")] = None,
 ) -> None:
     """Count launches and bytes of a training step, without a GPU."""
@@ -50,7 +53,7 @@ def main(
         shape = (batch, *each.input_size)
         try:
             found[each.name] = count(
-                each.make(), shape, DTYPES[dtype], spec, {"recompute": True} if recompute else None
+                each.make(), shape, DTYPES[dtype], spec, None if recompute is None else {"recompute": recompute}
             )
         except KernelError as error:
             sys.exit(f"{each.title}: {error}")

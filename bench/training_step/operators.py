@@ -111,6 +111,26 @@ def _batch_norm_backward(arguments: Sequence[Any], result: Any) -> Iterator[Pass
         yield Pass([grad, input, *numbers], [for_input])
 
 
+def _group_norm(arguments: Sequence[Any], result: Any) -> Iterator[Pass]:
+    """The statistics first; both passes read a copy in NCHW of an input that is laid out otherwise."""
+    input, weight, bias = arguments[:3]
+    output, *saved = result
+    if not input.is_contiguous():
+        yield Pass([input], [output])
+    yield Pass([input], saved)
+    yield Pass([input, *_tensors([weight, bias]), *saved], [output])
+
+
+def _group_norm_backward(arguments: Sequence[Any], result: Any) -> Iterator[Pass]:
+    """Sums over the gradient and the input, then the input's gradient from both again; copies in NCHW as above."""
+    grad, input, mean, deviation, weight = arguments[:5]
+    for_input, *sums = result
+    yield from (Pass([each], [each]) for each in (grad, input) if not each.is_contiguous())
+    yield Pass([grad, input, mean, deviation], _tensors(sums))
+    if for_input is not None:
+        yield Pass(_tensors([grad, input, mean, deviation, weight]), [for_input])
+
+
 def _layer_norm_backward(arguments: Sequence[Any], result: Any) -> Iterator[Pass]:
     """The input's gradient, whose sums are within a row; those of weight and bias, whose are across rows."""
     grad, input, _, mean, deviation, weight, *_ = arguments
@@ -135,6 +155,8 @@ _SPECIAL = {
     aten.convolution_backward: _convolution_backward,
     aten.native_batch_norm: _batch_norm,
     aten.native_batch_norm_backward: _batch_norm_backward,
+    aten.native_group_norm: _group_norm,
+    aten.native_group_norm_backward: _group_norm_backward,
     aten.native_layer_norm_backward: _layer_norm_backward,
     aten.max_pool2d_with_indices_backward: _max_pool_backward,
     aten.nll_loss_backward: _nll_backward,

@@ -22,7 +22,7 @@ from gpukern.ops.batch_norm import batch_norm_backward, batch_norm_training, che
 from gpukern.ops.conv2d import channel_sum, conv2d_input_grad, conv2d_weight_grad
 from gpukern.ops.conv_batch_norm import conv2d_batch_statistics
 from gpukern.ops.conv_norm_grad import conv2d_input_grad_norm
-from gpukern.ops.norm_pair import normalize_pair_input_grads, normalize_pair_sums
+from gpukern.ops.norm_pair import normalize_pair_gradients, normalize_pair_sums
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.strides import is_channels_last
 from gpukern.runtime.tensors import check_operands
@@ -233,16 +233,13 @@ class NormPair(torch.autograd.Function):
         if sums is None:
             y = other_of(origin)
             sums = normalize_pair_sums(grad, y, *norms, activation, negative_slope)
+            of_b = sums[2]
         else:
             y, activation = None, "none"  # grad is behind the activation
-            of_other = _norms.of(grad).sums_of(grad, other.z, other.mean, other.variance, other.epilogue.eps)
-            sums = torch.cat((sums, of_other[1:]))
-        grad_z, grad_z_b = normalize_pair_input_grads(grad, y, *norms, sums, activation, negative_slope)
-        parameters = origin.weight, origin.bias, other.weight, other.bias
-        dtypes = [sums.dtype if each is None else each.dtype for each in parameters]
-        shift, scale, scale_b = sums.to(next((each for each in dtypes if each is not sums.dtype), sums.dtype))
-        rounded = [each.to(dtype) for each, dtype in zip((scale, shift, scale_b, shift), dtypes, strict=True)]
-        grads = grad_z, *rounded[:2], grad_z_b, *rounded[2:]
+            of_b = _norms.of(grad).sums_of(grad, other.z, other.mean, other.variance, other.epilogue.eps)[1]
+        found = normalize_pair_gradients(grad, y, *norms, sums[:2], of_b, activation, negative_slope)
+        grad_z, grad_z_b, *of_parameters = found
+        grads = grad_z, *of_parameters[:2], grad_z_b, *of_parameters[2:]
         wanted = zip(grads, ctx.needs_input_grad, strict=False)
         return *(each if needed else None for each, needed in wanted), *(None,) * 6
 
@@ -269,11 +266,11 @@ def _hand_over(gradient: torch.Tensor, mailbox: Mailbox | None) -> torch.Tensor 
     return mailbox.leave(gradient) if mailbox is not None and mailbox.is_open() else gradient
 
 
-def _eager(function: Any) -> Any:
+def eager(function: Any) -> Any:
     """``function.apply`` without looking for transforms and for tensors that outlived theirs, which takes a
     microsecond: callers have excluded both.
     """
     return super(torch.autograd.Function, function).apply
 
 
-convolve, normalize, add_norms = _eager(Convolution), _eager(Norm), _eager(NormPair)
+convolve, normalize, add_norms = eager(Convolution), eager(Norm), eager(NormPair)

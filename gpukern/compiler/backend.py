@@ -27,11 +27,11 @@ class Options:
 
     ``skip``: paths of modules whose layers are left to torch, with ``*`` and ``?`` as in :func:`gpukern.fuse`.
     ``recompute``: what batch norms return is not saved for backward but computed once more where a convolution needs
-    it: less memory, one more pass over it for each.
+    it: less memory, one more pass over it for each. By default those that are large and have no residual.
     """
 
     skip: tuple[str, ...] = ()
-    recompute: bool = False
+    recompute: bool | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None) -> Options:
@@ -44,8 +44,8 @@ class Options:
         skip = given.get("skip", ())
         if isinstance(skip, str) or not all(isinstance(each, str) for each in skip):
             raise TypeError(f"skip: expected a sequence of module paths, but got {skip!r}")
-        recompute = given.get("recompute", False)
-        if not isinstance(recompute, bool):
+        recompute = given.get("recompute")
+        if recompute is not None and not isinstance(recompute, bool):
             raise TypeError(f"recompute: expected a bool, but got {recompute!r}")
         return cls(tuple(skip), recompute)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,16 @@ from gpukern.fusion.match import Match
 from gpukern.fusion.products import Product, activation, image, pool
 from gpukern.fusion.program import arguments, tensor_of, value
 from gpukern.ops._activation.properties import PROPERTIES
+from gpukern.ops._pointwise_norm.planner import why_not
 from gpukern.ops.activation import needs_input
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
 
-def lower(graph: Graph, matches: Sequence[Match], *, recompute: bool) -> None:
+def lower(graph: Graph, matches: Sequence[Match], *, recompute: bool | None) -> None:
     """Rewrite ``graph``: a function or two for each match, and gpukern's functions for what is in none.
 
-    ``recompute``: what batch norms return is computed once more in backward where it can be, instead of being saved.
+    ``recompute``: what batch norms return is computed once more in backward where it can be, instead of being saved;
+    None: by :func:`gpukern.compiler.steps.norm`.
     """
     _Lowering(graph, matches, recompute).lower()
     for node in list(graph.nodes):
@@ -34,8 +36,15 @@ def lower(graph: Graph, matches: Sequence[Match], *, recompute: bool) -> None:
     graph.lint()  # dead code stays: what changes a tensor in place has no users
 
 
+class _Pointwise(NamedTuple):
+    """The match of a 1×1 convolution and its batch norm, and that of the batch norm before it."""
+
+    match: Match
+    inner: Match
+
+
 class _Lowering:
-    def __init__(self, graph: Graph, matches: Sequence[Match], recompute: bool) -> None:
+    def __init__(self, graph: Graph, matches: Sequence[Match], recompute: bool | None) -> None:
         self.graph, self.matches, self.recompute = graph, matches, recompute
         self.moved: dict[Node, Node] = {}
         self.cores = {match.core: match for match in matches}
@@ -46,20 +55,36 @@ class _Lowering:
         self.partners = {match.output: partner for match in matches if (partner := self.partner(match)) is not None}
         paired = {id(partner) for partner in self.partners.values()}
         self.paired = [match for match in matches if id(match) in paired]
+        #: By the output of a match, the 1×1 convolution between two batch norms that it is, or that it adds ...
+        self.pointwise: dict[Node, _Pointwise] = {}
+        for match in matches:
+            if (found := self.between_norms(match)) is not None:
+                self.pointwise[match.output] = found
+        #: ... and the matches that become part of it: those of the batch norms before, and of what is added.
+        self.before = [found.inner for found in self.pointwise.values()]
+        self.later = [found.match for output, found in self.pointwise.items() if found.match.output is not output]
         #: How many read the result of a batch norm, where it is handed on with its origin.
         self.readers = {match.output: self.count_readers(match) for match in matches}
 
     def lower(self) -> None:
         for match in self.matches:
-            if match in self.paired:
+            if match in self.later:
+                continue  # part of the match that adds it
+            if match in self.paired or match in self.before:
                 node = self.convolved(match)
             else:
                 node = self.normalized(match) if _norm_of(match) is not None else self.alone(match)
-            node.meta = {**match.output.meta, "gpukern_match": match}
+            core = self.pointwise[match.output].match if match.output in self.pointwise else match
+            node.meta = {**match.output.meta, "gpukern_match": core}
             match.output.replace_all_uses_with(node)
             self.moved[match.output] = node
-            for old in reversed(match.nodes):
-                self.graph.erase_node(old)
+            self.erase(match)
+            if core is not match:
+                self.erase(core)
+
+    def erase(self, match: Match) -> None:
+        for old in reversed(match.nodes):
+            self.graph.erase_node(old)
 
     # ---- who reads a result ----
 
@@ -100,6 +125,8 @@ class _Lowering:
     def normalized(self, match: Match) -> Node:
         norm = _norm_of(match)
         assert norm is not None
+        if match.output in self.pointwise:
+            return self.pointwise_norm(match)
         z = self.at(arguments(norm)["input"]) if match.product is None else self.convolved(match)
         place = norm if match.add is None else match.add
         numbers, more = self.numbers[norm], (*match.activation, self.readers[match.output], self.recompute)
@@ -134,6 +161,53 @@ class _Lowering:
         training = all(arguments(norm)["training"] is True for norm in (match.norm, other.norm))
         return other if images and alike and training and not needs_input(match.activation[0]) else None
 
+    def between_norms(self, match: Match) -> _Pointwise | None:
+        """The 1×1 convolution of ``match``, or of its partner, if it can be one step with the norms on both sides."""
+        partner = self.partners.get(match.output)
+        if match in self.paired or needs_input(match.activation[0]):
+            return None
+        for each in (match, partner):
+            inner = None if each is None else self.norm_before(each)
+            # The partner's norm is moved to the sum of both.
+            if each is not None and inner is not None and (each is match or _has_own_statistics(each)):
+                return _Pointwise(each, inner)
+        return None
+
+    def norm_before(self, match: Match) -> Match | None:
+        """The match of the batch norm that only the 1×1 convolution of ``match`` reads."""
+        product, norm = match.product, match.norm
+        if product is None or norm is None or product.kind != "conv2d" or product.bias is not None:
+            return None
+        inner = next((each for each in self.matches if each.output is product.input), None)
+        if inner is None or inner.norm is None or inner.add is not None or inner in self.paired:
+            return None
+        outputs, channels, *taps = tensor_of(product.weight).shape
+        is_pointwise = taps == [1, 1] and _geometry(product) == steps.POINTWISE
+        if inner.output in self.pointwise or why_not(channels, outputs):
+            return None
+        training = all(arguments(each)["training"] is True for each in (norm, inner.norm))
+        return inner if is_pointwise and training and self.count_readers(inner) == 1 else None
+
+    def pointwise_norm(self, match: Match) -> Node:
+        """A 1×1 convolution, the batch norms on both sides of it, and what is added."""
+        core, inner = self.pointwise[match.output]
+        norm, inner_norm, product = core.norm, inner.norm, core.own_product
+        assert norm is not None
+        assert inner_norm is not None
+        added, other = self.at(match.residual), self.partners.get(match.output)
+        partner = None
+        if other is not None:
+            other = match if core is other else other
+            assert other.norm is not None
+            made = self.convolved(other) if other is match else self.at(other.output)
+            added, partner = None, (made, *self.numbers[other.norm])
+        return self.call(
+            norm if match.add is None else match.add,
+            steps.pointwise_norm,
+            *(self.at(inner.output), *self.numbers[inner_norm], inner.activation, self.at(product.weight)),
+            *(*self.numbers[norm], added, partner, *match.activation, self.readers[match.output], self.recompute),
+        )
+
     def alone(self, match: Match) -> Node:
         """A product without a batch norm, with its epilogue."""
         product, place = match.own_product, match.core if match.add is None else match.add
@@ -157,6 +231,14 @@ class _Lowering:
 
 def _norm_of(match: Match) -> Node | None:
     return match.core if match.product is None else match.norm
+
+
+def _has_own_statistics(match: Match) -> bool:
+    """Whether nothing else in the graph uses the running statistics of the batch norm."""
+    assert match.norm is not None
+    given = arguments(match.norm)
+    kept = (given[name] for name in ("running_mean", "running_var"))
+    return all(len(each.users) == 1 for each in kept if isinstance(each, Node))
 
 
 def _numbers(norm: Node) -> tuple[Any, Any, Statistics]:

@@ -61,7 +61,8 @@ class Traffic:
 class CompiledGroup:
     """Calls that run together: ``modules`` are their paths in the model, ``pattern`` what is computed.
 
-    ``graph`` counts from 0: Dynamo makes several where the model does what it cannot record.
+    ``graph`` counts from 0: Dynamo makes several where the model does what it cannot record. ``between_norms``: whether
+    neither the convolution's input nor its output is stored, see :mod:`gpukern.ops.pointwise_norm`.
     """
 
     modules: tuple[str, ...]
@@ -69,6 +70,7 @@ class CompiledGroup:
     graph: int
     forward: Traffic = field(default_factory=Traffic)
     backward: Traffic = field(default_factory=Traffic)
+    between_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,10 @@ def compile_report(
         model.training,
         spec.name,
         recorder.graphs,
-        tuple(recorder.groups.values()),
+        tuple(
+            dataclasses.replace(group, between_norms=any(group is each for each in recorder.between_norms))
+            for group in recorder.groups.values()
+        ),
         tuple(recorder.left),
         *recorder.totals,
         sum(recorder.saved.values()),
@@ -185,6 +190,7 @@ class _Recorder:
         self.graphs = 0
         self.groups: dict[Match, CompiledGroup] = {}
         self.left: list[Left] = []
+        self.between_norms: list[CompiledGroup] = []
         self.totals = Traffic(), Traffic()
         self.saved: dict[int, int] = {}
         self.current: CompiledGroup | None = None
@@ -207,6 +213,8 @@ class _Recorder:
         moved = sum(given[i].numel() * given[i].itemsize for which in self._accesses(launch) for i in which)
         self.totals[self.direction].add(Traffic(1, moved))
         if self.current is not None:
+            if launch.kernel == "pointwise_forward_kernel":
+                self.between_norms.append(self.current)
             (self.current.backward if self.direction else self.current.forward).add(Traffic(1, moved))
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -252,6 +260,8 @@ def _rendered(report: CompileReport) -> Iterator[RenderableType]:
     yield Text(f"forward + backward: {launches}, {moved}; {size(report.saved)} saved for backward")
     if report.groups:
         yield _groups(report)
+    if any(group.between_norms for group in report.groups):
+        yield Text("* between two batch norms: neither what the convolution reads nor what it gives is stored")
     yield from _left(report)
 
 
@@ -259,7 +269,8 @@ def _groups(report: CompileReport) -> Table:
     columns = tables.numbers("launches forward", "launches backward", "moved forward", "moved backward")
     made = tables.table(tables.Column(""), "modules", "runs together", *columns, narrow=True)
     for number, group in enumerate(report.groups, start=1):
-        made.add_row(str(number), Text(_together(group.modules)), Text(group.pattern), *_cells(group))
+        pattern = f"{group.pattern} *" if group.between_norms else group.pattern
+        made.add_row(str(number), Text(_together(group.modules)), Text(pattern), *_cells(group))
     others = (
         report.forward.without(group.forward for group in report.groups),
         report.backward.without(group.backward for group in report.groups),

@@ -12,14 +12,19 @@ from typing import Any, NamedTuple
 import torch
 
 from gpukern import functional
-from gpukern.compiler.autograd import Geometry, add_norms, convolve, normalize
+from gpukern.compiler.autograd import Geometry, add_norms, convolve, eager, normalize
 from gpukern.compiler.mailbox import Mailbox
 from gpukern.compiler.origin import Epilogue, Origin, origin_of
+from gpukern.compiler.pointwise import Numbers, PointwiseNorm
 from gpukern.ops import conv2d
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops.activation import activation as apply_activation
+from gpukern.ops.pointwise_norm import takes
 from gpukern.runtime.amp import autocast, is_any_autocast_enabled
 from gpukern.runtime.operator import is_lazy, needs_operator, resolved
+
+#: Bytes of a tensor that takes longer to pass over than a launch: making it once more costs the traffic and no more.
+LARGE = 8 * 2**20
 
 
 class Normalized(NamedTuple):
@@ -165,10 +170,11 @@ def norm(
     activation: str,
     negative_slope: float,
     readers: int = 0,
-    again: bool = False,
+    again: bool | None = None,
 ) -> torch.Tensor | Normalized:
     """``act(batch_norm(z) + residual)``; a :class:`Normalized` for ``readers``, the convolutions and residuals that
-    read it. ``again``: they may compute it once more in backward instead of saving it.
+    read it. ``again``: they may compute it once more in backward instead of saving it; None: if it is large, and
+    made of one tensor.
     """
     z, mean, variance = z if isinstance(z, Convolved) else (z, None, None)
     added, source = residual if isinstance(residual, Normalized) else (residual, None)
@@ -192,6 +198,7 @@ def norm(
         y, *_ = _norm(z, weight, bias, added, mean, variance, statistics, activation, negative_slope, source)
         return Normalized(y, None) if readers else y
     mailbox = Mailbox(readers)
+    again = z.nbytes >= LARGE and added is None if again is None else again
     y, mean, variance = _norm(
         z, weight, bias, added, mean, variance, statistics, activation, negative_slope, source, mailbox, again
     )
@@ -211,7 +218,7 @@ def norm_pair(
     activation: str,
     negative_slope: float,
     readers: int = 0,
-    again: bool = False,
+    again: bool | None = None,
 ) -> torch.Tensor | Normalized:
     """``act(batch_norm(a) + batch_norm(b))``, both with the batch's statistics; otherwise as :func:`norm`."""
     parameters = weight_a, bias_a, weight_b, bias_b
@@ -219,7 +226,7 @@ def norm_pair(
         added = norm(b, weight_b, bias_b, None, statistics_b, "none", 0.0)
         return norm(a, weight_a, bias_a, added, statistics_a, activation, negative_slope, readers, again)
     mailbox = Mailbox(readers) if readers and torch.is_grad_enabled() else None
-    again = again and mailbox is not None
+    again = bool(again) and mailbox is not None
     other = Origin.of_norm(b.z, weight_b, bias_b, b.mean, b.variance, statistics_b.eps)
     epilogue = Epilogue(True, statistics_a.eps, activation, negative_slope)
     y = add_norms(a.z, weight_a, bias_a, b.z, weight_b, bias_b, a.mean, a.variance, epilogue, other, mailbox, again)
@@ -228,6 +235,64 @@ def norm_pair(
     kept = None if again or activation == "none" else y
     tensors = a.z, weight_a, bias_a, kept, a.mean, a.variance
     return Normalized(y, Origin(mailbox, *tensors, epilogue, again, True, other))
+
+
+def pointwise_norm(
+    z: Convolved,
+    inner_weight: torch.Tensor | None,
+    inner_bias: torch.Tensor | None,
+    inner: Statistics,
+    inner_activation: tuple[str, float],
+    weight: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    norm_bias: torch.Tensor | None,
+    outer: Statistics,
+    added: torch.Tensor | Normalized | None,
+    partner: tuple[Convolved, torch.Tensor | None, torch.Tensor | None, Statistics] | None,
+    activation: str,
+    negative_slope: float,
+    readers: int = 0,
+    again: bool | None = None,
+) -> torch.Tensor | Normalized:
+    """``act(batch_norm(f(batch_norm(z)) ∗ w) + added)`` of a 1×1 convolution, f being ``inner_activation``.
+
+    ``partner``: a convolution that is added behind a batch norm of its own, with that norm's numbers; otherwise as
+    :func:`norm`. Where neither the input nor the output of the convolution can be left out, one after the other.
+    """
+    residual, source = added if isinstance(added, Normalized) else (added, None)
+    other = Convolved(residual) if partner is None else partner[0]  # type: ignore[arg-type]
+    filters = _cast(z.z, weight)[1]
+    parameters = inner_weight, inner_bias, filters, norm_weight, norm_bias, *(partner[1:3] if partner else ())
+    known = z.mean is not None and (partner is None or other.mean is not None)
+    if not known or _is_unusual(z.z, other.z, *parameters) or not takes(z.z, filters, other.z):
+        y = norm(z, inner_weight, inner_bias, None, inner, *inner_activation, 1, again)
+        v = convolution(y, weight, None, POINTWISE, outer)
+        if partner is None:
+            return norm(v, norm_weight, norm_bias, added, outer, activation, negative_slope, readers, again)
+        more = activation, negative_slope, readers, again
+        return norm_pair(v, norm_weight, norm_bias, outer, *partner, *more)
+    mailbox = Mailbox(readers) if readers and torch.is_grad_enabled() else None
+    of_inner = Epilogue(True, inner.eps, *inner_activation)
+    epilogue = Epilogue(True, outer.eps, activation, negative_slope)
+    of_added = partner[1:] if partner else (None, None, None)
+    eps = 0.0 if partner is None else partner[3].eps
+    numbers = Numbers(z.mean, z.variance, of_inner, epilogue, other.mean, other.variance, eps)  # type: ignore[arg-type]
+    y, mean, variance = _pointwise_norm(
+        z.z, inner_weight, inner_bias, filters, norm_weight, norm_bias, other.z, *of_added[:2], numbers, outer.running,
+        mailbox, None if source is None else source.mailbox,
+    )  # fmt: skip
+    if mailbox is None:
+        return Normalized(y, None) if readers else y
+    kept = None if activation == "none" else y
+    if partner is not None:
+        tensors = other.z, *of_added[:2], kept, other.mean, other.variance
+        return Normalized(y, Origin(mailbox, *tensors, epilogue._replace(eps=eps), False, True, None))
+    # Of the convolution's output nothing is left: y in its place, whose sums are ignored.
+    return Normalized(y, Origin(mailbox, y, None, None, kept, mean, variance, epilogue, False, True, None))
+
+
+POINTWISE = (1, 1), (0, 0, 0, 0), (1, 1), 1
+_pointwise_norm = eager(PointwiseNorm)
 
 
 def _is_unusual(*tensors: torch.Tensor | None) -> bool:

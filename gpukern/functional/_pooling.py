@@ -164,7 +164,7 @@ def max_pool1d(
     kernel, stride = _window1d(kernel_size, stride)
     padding, dilation = as_single("padding", padding), as_single("dilation", dilation)
     ceil_mode = as_bool("ceil_mode", ceil_mode)
-    output_sizes(input.shape, kernel, stride, padding, dilation, ceil_mode)
+    _check_windows(input, kernel, stride, padding, dilation, ceil_mode)
     geometry = (1, *kernel), (1, *stride), (0, *padding), (1, *dilation), ceil_mode
     return _squeezed(_pool2d.max_pool(input.unsqueeze(2), *geometry, bool(return_indices)), 2)
 
@@ -188,7 +188,7 @@ def avg_pool1d(
     kernel, stride = _window1d(kernel_size, stride)
     padding, ceil_mode = as_single("padding", padding), as_bool("ceil_mode", ceil_mode)
     count_include_pad = as_bool("count_include_pad", count_include_pad)
-    output_sizes(input.shape, kernel, stride, padding, (1,), ceil_mode)
+    _check_windows(input, kernel, stride, padding, (1,), ceil_mode)
     windows = (1, *kernel), (1, *stride), (0, *padding), (1, 1)
     return _pool2d.avg_pool2d(input.unsqueeze(2), *windows, ceil_mode, count_include_pad, None).squeeze(2)
 
@@ -204,7 +204,7 @@ def adaptive_avg_pool1d(input: torch.Tensor, output_size: int | Sequence[int]) -
     if input.dim() != 3 and check_batched_or_not("adaptive_avg_pool1d", input, batched=3):
         return adaptive_avg_pool1d(input.unsqueeze(0), output_size).squeeze(0)
     size = as_single("output_size", output_size)
-    check_adaptive(input.shape, size)
+    _check_adaptive(input, size)
     return _pool2d.adaptive_avg_pool2d(input.unsqueeze(2), (1, *size)).squeeze(2)
 
 
@@ -221,9 +221,20 @@ def adaptive_max_pool1d(
     if input.dim() != 3 and check_batched_or_not("adaptive_max_pool1d", input, batched=3):
         return _squeezed(adaptive_max_pool1d(input.unsqueeze(0), output_size, return_indices), 0)
     size = as_single("output_size", output_size)
-    check_adaptive(input.shape, size)
+    _check_adaptive(input, size)
     windows = _pool3d.adaptive((1, 1, *size))
     return _squeezed(_squeezed(_pool3d.max_pool(input[:, :, None, None], windows, bool(return_indices)), 2), 2)
+
+
+def _check_windows(input: torch.Tensor, *windows) -> None:
+    """Refuse sizes in words of one dimension. Those of a tracer the operator refuses, in words of images."""
+    if not torch.compiler.is_compiling():
+        output_sizes(input.shape, *windows)
+
+
+def _check_adaptive(input: torch.Tensor, size: tuple[int]) -> None:
+    if not torch.compiler.is_compiling():
+        check_adaptive(input.shape, size)
 
 
 def _window1d(kernel_size, stride) -> tuple[tuple[int], tuple[int]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from gpukern.conv import POOL_WINDOWS, same_padding
+from gpukern.conv import POOL_WINDOWS, same_padding, same_paddings
 from gpukern.fusion.program import arguments, aten, is_call, tensor_of
 from gpukern.ops._activation.reference import IN_TORCH
 from gpukern.runtime.tensors import KERNEL_DTYPES
@@ -72,8 +71,10 @@ class Product:
             return f"aten::{'linear' if self.kind == 'linear' else 'convolution'}"
         if self.kind == "linear":
             return "gpukern::linear"
-        if self.spatial == 3 or not self.has_channels:
+        if not self.has_channels:
             return "aten::convolution"
+        if self.spatial == 3:
+            return f"gpukern::{self.kind}"
         return "gpukern::conv_transpose2d" if self.transposed else "gpukern::conv2d"
 
     @property
@@ -101,6 +102,12 @@ class Product:
             return same_padding(image(kernel, 1), image(self.dilation, 1))
         vertical, horizontal = image(self.padding, 0)
         return vertical, vertical, horizontal, horizontal
+
+    def volume_padding(self, kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """Zeros before and after each dimension of a volume."""
+        if isinstance(self.padding, str):
+            return (0,) * 6 if self.padding == "valid" else same_paddings(kernel, self.dilation)
+        return tuple(pad for pad in self.padding for _ in range(2))
 
 
 def image(sizes: tuple[int, ...], of_height: int) -> tuple[int, int]:
@@ -173,27 +180,39 @@ def activation(node: Any) -> tuple[str, float] | None:
 #: Monotone activations, which commute with the maximum, so that they may come after a max pool too.
 MONOTONE = frozenset(("relu", "relu6", "leaky_relu", "sigmoid", "hardsigmoid", "tanh"))
 
-_POOLS = (aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default)
+#: By the number of dimensions: maximum, average, adaptive average.
+_POOLS = {
+    1: (aten.max_pool1d.default, aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default),
+    2: (aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default),
+}
 
 
-def pool(node: Node) -> tuple[Any, tuple] | None:
-    """gpukern's operator for a pool of images, with its arguments; None for other calls."""
-    if not is_call(node, *_POOLS) or tensor_of(node).dtype not in KERNEL_DTYPES or tensor_of(node).dim() != 4:
+def pool(node: Node, dimensions: int = 2) -> tuple[Any, tuple] | None:
+    """gpukern's operator for a pool of images, with its arguments; None for other calls.
+
+    Of one dimension, it is the operator for images of height 1.
+    """
+    targets = _POOLS[dimensions]
+    if not is_call(node, *targets) or tensor_of(node).dtype not in KERNEL_DTYPES:
+        return None
+    if tensor_of(node).dim() != dimensions + 2:
         return None
     given = arguments(node)
     input = node.args[0]
-    if node.target is aten.adaptive_avg_pool2d.default:
-        return torch.ops.gpukern.adaptive_avg_pool2d.default, (input, list(given["output_size"]))
-    kernel = _pair(given["kernel_size"])
-    windows = (kernel, _pair(given["stride"]) if given["stride"] else kernel, _pair(given["padding"]))
-    if node.target is aten.max_pool2d.default:
-        return torch.ops.gpukern.max_pool2d.default, (input, *windows, _pair(given["dilation"]), given["ceil_mode"])
-    divisor = given["count_include_pad"], given["divisor_override"]
+
+    def sizes(name: str, of_height: int = 1) -> list[int]:
+        found = list(given[name])
+        return [of_height] * (2 - dimensions) + (found * dimensions if len(found) == 1 else found)
+
+    maximum, _, adaptive = targets
+    if node.target is adaptive:
+        return torch.ops.gpukern.adaptive_avg_pool2d.default, (input, sizes("output_size"))
+    kernel = sizes("kernel_size")
+    windows = (kernel, sizes("stride") if given["stride"] else kernel, sizes("padding", 0))
+    if node.target is maximum:
+        return torch.ops.gpukern.max_pool2d.default, (input, *windows, sizes("dilation"), given["ceil_mode"])
+    divisor = given["count_include_pad"], given.get("divisor_override")
     return torch.ops.gpukern.avg_pool2d.default, (input, *windows, [1, 1], given["ceil_mode"], *divisor)
-
-
-def _pair(sizes: Sequence[int]) -> list[int]:
-    return list(sizes) * 2 if len(sizes) == 1 else list(sizes)
 
 
 def is_epilogue_pool(node: Any) -> bool:

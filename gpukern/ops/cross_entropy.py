@@ -25,9 +25,8 @@ import torch
 
 from gpukern.ops._cross_entropy import reference
 from gpukern.ops._cross_entropy.problem import NONE, Options
-from gpukern.ops._plain_gradients import gradients_through
 from gpukern.runtime.mode import Implementations, Mode, mode_of
-from gpukern.runtime.operator import Operator, needs_operator, resolved, wants_gradient
+from gpukern.runtime.operator import Operator, backward_of, needs_operator, resolved, wants_gradient
 from gpukern.runtime.transforms import total as sum_of
 
 _implementations = Implementations("gpukern.ops._cross_entropy")
@@ -178,17 +177,13 @@ def _gradients_fake(grad, input, target, weight, total, *others) -> tuple[torch.
 
 def _gradients_save(ctx: Any, arguments: tuple, outputs: tuple) -> None:
     ctx.save_for_backward(*arguments[:5])
-    ctx.others = arguments[5:]
+    ctx.state = arguments[5:]
     ctx.set_materialize_grads(False)
 
 
 def _gradients_plainly(grad, input, target, weight, total, *others) -> tuple[torch.Tensor, torch.Tensor]:
     *options, wants_input, wants_target = others
     return reference.gradients(grad, input, target, weight, total, Options(*options), wants_input, wants_target)
-
-
-def _gradients_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-    return gradients_through(_gradients_plainly, ctx.saved_tensors, ctx.others, grads, ctx.needs_input_grad[:3])
 
 
 #: ∂L/∂input and ∂L/∂target, each empty unless wanted, from ∂L/∂loss and what the forward divided by.
@@ -199,6 +194,6 @@ cross_entropy_backward = Operator(
     forward=_gradients,
     fake=_gradients_fake,
     save=_gradients_save,
-    backward=_gradients_backward,
+    backward=backward_of(_gradients_plainly, 3),
     plain=_gradients_plainly,
 )

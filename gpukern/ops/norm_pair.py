@@ -71,8 +71,9 @@ def normalize_pair_backward(
     recomputed from z_a and z_b, which are read anyway. For errors see :func:`normalize_pair`.
     """
     sums = normalize_pair_sums(grad, y, z_a, norm_a, z_b, norm_b, activation, negative_slope)
-    grads = normalize_pair_input_grads(grad, y, z_a, norm_a, z_b, norm_b, sums, activation, negative_slope)
-    return *grads, sums
+    more = sums[:2], sums[2], activation, negative_slope
+    grad_a, grad_b, *_ = normalize_pair_gradients(grad, y, z_a, norm_a, z_b, norm_b, *more)
+    return grad_a, grad_b, sums  # type: ignore[return-value]
 
 
 def normalize_pair_sums(
@@ -92,7 +93,7 @@ def normalize_pair_sums(
     return _implementations.of(grad).normalize_pair_sums(*arguments)
 
 
-def normalize_pair_input_grads(
+def normalize_pair_gradients(
     grad: torch.Tensor,
     y: torch.Tensor | None,
     z_a: torch.Tensor,
@@ -100,16 +101,22 @@ def normalize_pair_input_grads(
     z_b: torch.Tensor,
     norm_b: Norm,
     sums: torch.Tensor,
+    of_b: torch.Tensor,
     activation: str = "none",
     negative_slope: float = 0.01,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (∂L/∂z_a, ∂L/∂z_b) of :func:`normalize_pair_backward` from ``sums``; with "none", ``grad`` is g."""
+) -> tuple[torch.Tensor | None, ...]:
+    """Return (∂L/∂z_a, ∂L/∂z_b, ∂L/∂weight_a, ∂L/∂bias_a, ∂L/∂weight_b, ∂L/∂bias_b), in the dtypes of the operands.
+
+    ``sums`` [2, C] are Σ g and Σ g·x̂_a, ``of_b`` [C] is Σ g·x̂_b; with "none", ``grad`` is g. A parameter that is None
+    has no gradient.
+    """
     grad, y, z_a, z_b = resolved(grad), resolved(y), resolved(z_a), resolved(z_b)
     _check((z_a, norm_a, z_b, norm_b), activation, negative_slope, grad=grad, y=y)
-    if tuple(sums.shape) != (3, z_a.shape[1]):
-        raise RuntimeError(f"expected sums to have shape {[3, z_a.shape[1]]}, but got {list(sums.shape)}")
-    arguments = grad, y, z_a, norm_a, z_b, norm_b, sums, activation, negative_slope
-    return _implementations.of(grad).normalize_pair_input_grads(*arguments)
+    for name, given, shape in (("sums", sums, (2, z_a.shape[1])), ("of_b", of_b, (z_a.shape[1],))):
+        if tuple(given.shape) != shape:
+            raise RuntimeError(f"expected {name} to have shape {list(shape)}, but got {list(given.shape)}")
+    arguments = grad, y, z_a, norm_a, z_b, norm_b, sums, of_b, activation, negative_slope
+    return _implementations.of(grad).normalize_pair_gradients(*arguments)
 
 
 def _check(

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from gpukern.ops._plain_gradients import gradients_through
 from gpukern.ops._softmax import reference
 from gpukern.runtime.mode import Implementations
-from gpukern.runtime.operator import Operator
+from gpukern.runtime.operator import Operator, backward_of
 from gpukern.runtime.transforms import Batch
 
 _implementations = Implementations("gpukern.ops._softmax")
@@ -87,13 +86,8 @@ def _gradient_fake(grad: torch.Tensor, output: torch.Tensor, dim: int, log: bool
 
 
 def _gradient_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
-    grad, saved, *ctx.others = arguments
-    ctx.save_for_backward(grad, saved)
-
-
-def _gradient_backward(ctx: Any, grad_grad: torch.Tensor) -> tuple:
-    needed = ctx.needs_input_grad[:2]
-    return gradients_through(reference.gradient, ctx.saved_tensors, ctx.others, (grad_grad,), needed)
+    ctx.save_for_backward(*arguments[:2])
+    ctx.state = arguments[2:]
 
 
 #: ∂L/∂x in the ``dtype`` of x, from ∂L/∂y and y.
@@ -103,6 +97,6 @@ softmax_backward = Operator(
     forward=_gradient,
     fake=_gradient_fake,
     save=_gradient_save,
-    backward=_gradient_backward,
+    backward=backward_of(reference.gradient, 2),
     plain=reference.gradient,
 )

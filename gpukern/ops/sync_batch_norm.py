@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops.batch_norm import check
@@ -24,7 +23,7 @@ from gpukern.runtime.operator import resolved
 _implementations = Implementations("gpukern.ops._sync_batch_norm")
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable, but for its import, which takes a second
 def apply(
     input: torch.Tensor,
     running_mean: torch.Tensor | None,
@@ -60,8 +59,15 @@ class _SyncBatchNorm(torch.autograd.Function):
         return implementation.batch_norm(input, weight, bias, None, mean, variance, eps, "none", 0.0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        with torch.no_grad():
+            grads = _SyncBatchNorm.gradients(ctx, grad)
+        if torch.is_grad_enabled():
+            grads = _Once.apply(grad, *ctx.saved_tensors[:3], *grads)
+        return *grads, None, None, None
+
+    @staticmethod
+    def gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input, weight, bias, mean, variance, count = ctx.saved_tensors
         (eps, group), (needs_input, needs_weight, needs_bias, *_) = ctx.state, ctx.needs_input_grad
         grad, implementation = resolved(grad), _implementations.of(input)
@@ -75,7 +81,19 @@ class _SyncBatchNorm(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
             of_all = mean, variance, sums, True, eps, count
             grad_input = implementation.gradients_from_sums(grad, input, weight, None, *of_all)[0]
-        return grad_input, grad_weight, grad_bias, None, None, None
+        return grad_input, grad_weight, grad_bias
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that depend on four tensors in a way that cannot be differentiated: an error, and never a zero."""
+
+    @staticmethod
+    def forward(ctx: Any, grad, input, weight, bias, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if each is None else each.view_as(each) for each in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        raise RuntimeError("SyncBatchNorm has no second derivative")
 
 
 def _gathered(message: torch.Tensor, group: Any) -> torch.Tensor:

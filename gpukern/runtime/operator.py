@@ -204,8 +204,8 @@ def resolved(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor.resolve_neg() if tensor.is_neg() else tensor.clone()
 
 
-def backward_of(plain: Callable[..., tuple], differentiable: int) -> Callable[..., tuple]:
-    """The backward of an operator with several results that is also there in ``plain`` torch, by whose graph it goes.
+def backward_of(plain: Callable[..., Any], differentiable: int) -> Callable[..., tuple]:
+    """The backward of an operator that is also there in ``plain`` torch, by whose graph it goes.
 
     ``save`` left the operator's tensors on ``ctx``, and all other arguments as ``ctx.state``. Only the first so many
     arguments are ``differentiable``.
@@ -216,6 +216,7 @@ def backward_of(plain: Callable[..., tuple], differentiable: int) -> Callable[..
             # Aliases of the saved tensors: gradients by them alone, and through them any higher order.
             tensors: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
             outputs = plain(*tensors, *ctx.state)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         needed = [i for i in range(differentiable) if ctx.needs_input_grad[i]]
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
         found: list[torch.Tensor | None] = [None] * (len(tensors) + len(ctx.state))

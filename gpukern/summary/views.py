@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,14 @@ from gpukern.summary.table import Size
 
 @dataclass(frozen=True)
 class View:
-    """Per dimension: the size of an element's receptive field, and its distance from its neighbour's."""
+    """Per dimension: the size of an element's receptive field, and its distance from its neighbour's.
+
+    ``channels_last``: the tensor is [N, H, W, C], as ConvNeXt has it between two permutations, not [N, C, H, W].
+    """
 
     size: Size
     step: Size
+    channels_last: bool = False
 
 
 #: The view of an element that depends on the whole input.
@@ -39,9 +43,9 @@ def _union(views: list[View | None]) -> View | None:
     known = [view for view in views if view is not None]
     if len(known) < len(views):
         return None
-    if len({view.step for view in known}) > 1:
+    if len({(view.step, view.channels_last) for view in known}) > 1:
         return SOME
-    return View(tuple(max(sizes) for sizes in zip(*(view.size for view in known), strict=True)), known[0].step)
+    return replace(known[0], size=tuple(max(sizes) for sizes in zip(*(view.size for view in known), strict=True)))
 
 
 def _through_window(view: View, window: Window) -> View:
@@ -65,11 +69,20 @@ def _through_adaptive_pool(view: View, input_size: Size, output_size: Size) -> V
 def _through_row_norm(view: View, dims: int, over_channels: bool = False) -> View:
     """A norm over all positions sees everything, one over the channels of each position what that sees.
 
-    Over the last dimension alone it covers a row: neither a window nor everything.
+    Over the last of the positions alone it covers a row: neither a window nor everything.
     """
-    if view == SOME or over_channels:
+    if view == SOME or over_channels or (view.channels_last and dims == 1):
         return view
-    return ALL if dims >= len(view.size) else SOME
+    return ALL if dims >= len(view.size) + view.channels_last else SOME
+
+
+def _permuted(view: View, order: Sequence[int]) -> View:
+    """Channels may change from the second to the last dimension, and back."""
+    rank = len(view.size) + 2
+    given = tuple(dimension % rank for dimension in order)
+    if view.channels_last:
+        return replace(view, channels_last=False) if given == (0, rank - 1, *range(1, rank - 1)) else SOME
+    return replace(view, channels_last=True) if given == (0, *range(2, rank), 1) else SOME
 
 
 # ---- functions -----------------------------------------------------------------------------------------------------
@@ -129,6 +142,12 @@ def _after(name: str, view: View, input: torch.Tensor, output: torch.Tensor, arg
         return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
     if view == SOME:
         return view
+    if name == "permute":
+        order = args[1:] if len(args) > 2 else _argument(args, kwargs, 1, "dims", ())
+        return _permuted(view, (order,) if isinstance(order, int) else order)
+    if view.channels_last and name not in ("layer_norm", "rms_norm"):
+        each = name == "linear" or (_POINTWISE.fullmatch(name) and output.shape == input.shape)
+        return view if each else SOME
     if name == "group_norm":
         return ALL  # through the mean and the variance of the whole image
     if name == "instance_norm":
@@ -198,7 +217,7 @@ _POINTWISE_MODULES = frozenset(
 )
 #: Except these, which look along a dimension: the functions that they call determine how.
 _ALONG_A_DIMENSION = (
-    torch.nn.MultiheadAttention, torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmin, torch.nn.Softmax2d,
+    torch.nn.MultiheadAttention, torch.nn.Softmin,
     torch.nn.GLU,
 )  # fmt: skip
 
@@ -212,20 +231,24 @@ def through_layer(
         # A sample in one row is covered entirely; for rows that are positions or tokens, it is not known which.
         if view == ALL or (input.dim() == 2 and (features or view is not None)):
             return ALL
-        return view and SOME
+        return view if view is not None and view.channels_last else view and SOME
     if view is None or view == ALL:
         return view
     if isinstance(layer, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
         return _through_row_norm(view, len(layer.normalized_shape), type(layer).__name__ == "LayerNorm2d")
+    if view.channels_last and isinstance(layer, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _InstanceNorm)):
+        return SOME
     if isinstance(layer, (_AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd)):
         return _through_adaptive_pool(view, tuple(input.shape[2:]), tuple(output.shape[2:]))
     if isinstance(layer, torch.nn.GroupNorm):
         return ALL  # through the mean and the variance of the whole image
     if isinstance(layer, _InstanceNorm):
         return ALL if layer.training or not layer.track_running_stats else view
+    if isinstance(layer, (torch.nn.Softmax, torch.nn.LogSoftmax, torch.nn.Softmax2d)):
+        return _along("softmax", view, input.dim(), getattr(layer, "dim", -3))
     found = window(layer)
     if found is not None:
-        return _through_window(view, found)
+        return SOME if view.channels_last else _through_window(view, found)
     pointwise = any(kind.__module__ in _POINTWISE_MODULES for kind in type(layer).__mro__)
     if pointwise and not isinstance(layer, _ALONG_A_DIMENSION):
         return view

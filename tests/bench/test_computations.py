@@ -14,6 +14,7 @@ from bench.peers import torch_at_its_best
 from bench.results import Case
 from bench.suite import Selection, Suite, Task, suites, tasks
 from bench.suites.linear import Linear
+from bench.suites.norm import Size
 from bench.suites.pool import Kind, Pool
 from gpukern.conv.problem import conv_problem
 from gpukern.ops._pool2d.problem import adaptive_problem, pool_problem
@@ -40,6 +41,7 @@ SMALL = {
     "conv": SMALL_CONVOLUTIONS,
     "epilogue": {name: SMALL_CONVOLUTIONS[name] for name in ("oblong, strided, padded", "groups", "1×1")},
     "pool": SMALL_POOLS,
+    "norm": {"odd": Size(2, 5, 7, 3), "groups of two": Size(3, 64, 4, 5)},
     "linear": {"odd": Linear(5, 33, 7), "one row": Linear(1, 16, 16)},
 }
 

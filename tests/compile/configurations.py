@@ -97,7 +97,7 @@ def _add(groups: dict[tuple, Compilation], group: tuple, launch: Launch, device:
 _OF_THE_LAYER = (
     "TAPS_H", "TAPS_W", "DILATION_H", "DILATION_W", "STRIDE_H", "STRIDE_W", "TAP_STEP_H", "TAP_STEP_W", "REDUCTION",
     "EVEN_K", "ACTIVATION", "SOURCE_ALIGN", "FILTER_ALIGN", "OUT_ALIGN", "GRAD_ALIGN", "PART_N", "PART_H",
-    "PART_W", "CHUNK",
+    "PART_W", "CHUNK", "TAPS", "STRIDES", "DILATIONS", "TAP_STEPS", "RESIDUAL_ALIGN",
 )  # fmt: skip
 
 
@@ -135,14 +135,14 @@ def copies_in_runs(options: dict) -> bool:
 
 
 #: Kernels that take more registers to add a residual than to make statistics; of the others it is the other way round.
-_RESIDUAL_IS_HEAVIER = ("conv2d_gather_kernel", "conv2d_warp_specialized_kernel")
+_RESIDUAL_IS_HEAVIER = ("conv2d_gather_kernel", "conv2d_warp_specialized_kernel", "conv3d_gather_kernel")
 
 
 def demand(launch: Launch) -> tuple:
     """Sorts launches of one configuration by how much code and how many registers they may take."""
     options = launch.options
     end = "residual" if launch.kernel in _RESIDUAL_IS_HEAVIER else "statistics"
-    taps = options.get("TAPS_H", 1) * options.get("TAPS_W", 1)
+    taps = options.get("TAPS_H", 1) * options.get("TAPS_W", 1) * math.prod(options.get("TAPS", ()))
     steps = sum(options.get(name, 1) for name in ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"))
     sizes = (options.get(name, 0) for name in ("SPLITS", "BLOCK_K", "num_stages", "REDUCTION"))
     through = _goes_through_norm(launch)

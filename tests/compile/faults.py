@@ -138,6 +138,9 @@ def copies_asynchronously(row: dict) -> bool:
     options = row["options"]
     if row["descriptors"]:
         return "BUFFERS" not in options  # of warp-specialised kernels another warp does
+    if row["kernel"] == "strided_product_kernel":
+        runs = ("A_ALIGN_M", "A_ALIGN_K"), ("B_ALIGN_K", "B_ALIGN_N")
+        return all(max(int(options[name]) for name in names) >= 8 for names in runs)
     alignments = [int(options[name]) for name in ("SOURCE_ALIGN", "FILTER_ALIGN", "GRAD_ALIGN") if name in options]
     return options.get("VARIANT") == "taps" and bool(alignments) and min(alignments) >= 8
 

@@ -22,12 +22,14 @@ from gpukern.conv.problem import pooled_problem
 from gpukern.conv.request import Epilogue, operands_of, shapes
 from gpukern.convert import REPLACEMENTS
 from gpukern.ops._batch_norm.problem import Running
+from gpukern.ops._pointwise_norm.problem import Added, Inner, Outer
 from gpukern.ops._sync_batch_norm import launch as sync_batch_norm
 from gpukern.ops.activation import ACTIVATIONS, activation
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.dropout import dropout, order_of
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
+from gpukern.ops.pointwise_norm import convolve_between_norms, convolve_between_norms_backward
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.precision import conv_precision, fp32_products
@@ -158,6 +160,12 @@ VOLUMES = (
 )
 #: Batch norms beyond those of the networks: with an epilogue, channels that are no multiple of 16, offsets of 64 bits.
 NORMS = ((32, 64, 56, 56), (32, 40, 28, 28), (2, 3, 224, 224), (8, 64, 2900, 2900))
+#: 1×1 convolutions between two batch norms: input, outputs, activations, whether a third norm is added.
+POINTWISE = (
+    ((32, 128, 28, 28), 512, "silu", "tanh", True),
+    ((32, 256, 14, 14), 1024, "relu", "relu", False),
+    ((8, 64, 2900, 2900), 256, "relu", "relu", False),
+)
 #: Rows of logits: short ones, whole ones, longer ones than a tile; classes of pixels in NCHW and as the layout says;
 #: offsets of 64 bits. Of the first two every kind of loss is taken.
 LOGITS = ((4096, 1000), (64, 32000), (128, 10), (64, 12000), (8, 21, 16384), (8, 21, 128, 128), (8, 64, 2900, 2900))
@@ -241,6 +249,8 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         NORMS, layouts, (("relu", True), ("relu", False), ("silu", False))
     ):
         yield lambda args=(shape, layout, name, with_y): _run_norm_pair(dtype, *args)
+    for args in POINTWISE if dtype.itemsize == 2 and torch.channels_last in layouts else ():
+        yield lambda args=args: _run_pointwise(dtype, *args)
     for i, (shape, layout) in enumerate(itertools.product(LOGITS, layouts[:1])):
         yield lambda args=(shape, dtype, layout), every=i < 2: _run_softmax(*args, every)
         # The gradients of float16 wait for the backward.
@@ -314,6 +324,20 @@ def _run_norm(dtype: torch.dtype, shape, layout, training: bool, activation: str
         return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, activation=activation)
 
     _backward(norm, x, weight, bias, *([residual] if with_residual else []))
+
+
+def _run_pointwise(dtype: torch.dtype, shape, outputs: int, inner: str, outer: str, with_norm: bool) -> None:
+    def norm_of(size: int) -> Norm:
+        return Norm(*(torch.empty(size, device=META) for _ in range(4)), 1e-5)
+
+    z, (N, C, H, W) = _empty(shape, dtype, torch.channels_last), shape
+    weight = _empty((outputs, C, 1, 1), dtype)
+    other, grad = (_empty((N, outputs, H, W), dtype, torch.channels_last) for _ in range(2))
+    before, (mean, variance, *numbers, _) = Inner(z, norm_of(C), inner, 0.1), norm_of(outputs)
+    after = Outer(*numbers, 1e-5, outer, 0.1)
+    added = Added(other, norm_of(outputs) if with_norm else None)
+    _, moments = convolve_between_norms(before, weight, after, added, Running(mean, variance, 0.1))
+    convolve_between_norms_backward(grad, before, weight, after, moments, (True,) * 4)
 
 
 def _run_row_norm(dtype: torch.dtype, shape, kind: str, activation: str | None, with_residual: bool) -> None:

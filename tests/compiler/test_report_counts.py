@@ -25,6 +25,19 @@ class Checkpointed(Net):
     def forward(self, x):
         return self.last(checkpoint(self.inner, x, use_reentrant=False))
 
+class Bottleneck(nn.Module):
+    def __init__(self, shortcut):
+        super().__init__()
+        self.conv1, self.bn1 = conv_norm(32, 32)
+        self.conv2, self.bn2 = conv_norm(32, 64, 1)
+        self.shortcut = nn.Sequential(*conv_norm(32, 64, 1))
+        self.last, self.first = conv(64, 32), shortcut
+
+    def forward(self, x):
+        shortcut = self.shortcut(x) if self.first else None
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return self.last(torch.relu(y + (shortcut if self.first else self.shortcut(x))))
+
 x, made = torch.randn(2, 3, 8, 8), {}
 for name, model in (
     ("plain", Net()),
@@ -32,6 +45,10 @@ for name, model in (
     ("compiled", torch.compile(Net(), backend="gpukern")),
 ):
     made[name] = json.loads(gpukern.compile_report(model, x).to_json())
+x = torch.randn(16, 32, 64, 64).half().to(memory_format=torch.channels_last)
+for first in (False, True):
+    model = Bottleneck(first).half().to(memory_format=torch.channels_last)
+    made[f"pointwise, {first}"] = json.loads(gpukern.compile_report(model, x).to_json())
 print(json.dumps(made))
 """
 
@@ -58,3 +75,14 @@ def test_groups_inside_a_checkpoint_have_its_launches(reports):
 
 def test_a_compiled_model_is_reported_as_the_model(reports):
     assert reports["compiled"] == reports["plain"]
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["shortcut last", "shortcut first"])
+def test_a_convolution_between_two_norms_is_reported_as_such(reports, first):
+    """Its row has the launches of both norms, in backward those of the shortcut too, as where two norms are added."""
+    groups = {group["modules"][0]: group for group in reports[f"pointwise, {first}"]["groups"]}
+    assert [name for name, group in groups.items() if group["between_norms"]] == ["conv2"]
+    launches = {name: (group["forward"]["launches"], group["backward"]["launches"]) for name, group in groups.items()}
+    # The Gram matrix, the statistics, the rest; in backward products, gradients, input gradient, the passes of two
+    # norms and the weight gradient of the shortcut.
+    assert launches == {"conv1": (1, 1), "conv2": (3, 6), "shortcut.0": (1, 0), "last": (1, 2)}

@@ -37,6 +37,7 @@ CASES = (
     # as one product, with a remainder that no window has, and without
     Case("patches", (2, 3, 4, 8, 8), 24, (2, 4, 4), (2, 4, 4)),
     Case("patches, remainder", (1, 5, 3, 5, 7), 8, (1, 2, 3), (1, 2, 3)),
+    Case("points of a grid", (2, 16, 3, 5, 4), 24, (1, 1, 1), 2),
     Case("batch 0", (0, 16, 3, 4, 4), 16, (3, 3, 3), padding=1),
 )
 LAYOUTS = {"NCDHW": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}

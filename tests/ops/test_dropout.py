@@ -282,7 +282,7 @@ def test_other_arguments_are_refused():
         (lambda: F.dropout(x, training=1), TypeError),
         (lambda: F.dropout(x.int()), RuntimeError),
         (lambda: F.dropout(x, residual=x[0]), RuntimeError),
-        (lambda: F.dropout(x, residual=x.half()), RuntimeError),
+        (lambda: F.dropout(x, residual=x.int()), RuntimeError),
         (lambda: F.dropout1d(x.to_sparse()), RuntimeError),
     ):
         with pytest.raises(error):
@@ -316,6 +316,19 @@ def test_residual_gets_the_gradient_itself(where):
     assert_within("y", y - residual, (x.double() * (by_x != 0) * 2).detach().cpu(), 4e-6 * torch.ones(3, 8))
     for p, training in ((0.0, True), (0.5, False)):
         assert torch.equal(F.dropout(x, p, training, residual=residual), x + residual)
+
+
+def test_residual_of_another_dtype_promotes_as_a_sum_does(where):
+    for low, high in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+        x = torch.randn(3, 8, device=where).to(low).requires_grad_()
+        residual = torch.randn(3, 8, device=where).to(high).requires_grad_()
+        y = F.dropout(x, 0.0, residual=residual)
+        assert y.dtype is (x + residual).dtype
+        torch.testing.assert_close(y, x + residual, rtol=1e-6, atol=1e-6)
+        y = F.dropout(x, 0.5, residual=residual)
+        y.sum().backward()
+        assert x.grad.dtype is low and residual.grad.dtype is high
+        torch.testing.assert_close(y, x * x.grad + residual, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_are_exact(where):
@@ -449,6 +462,28 @@ def test_cuda_state_is_saved_and_restored(device):
     torch.rand(3, device=device)
     torch.cuda.set_rng_state(state, device)
     assert torch.equal(F.dropout(x), first)
+
+
+COMPILED = """
+import torch
+from gpukern.ops.dropout import dropout
+from gpukern.runtime.compile_only import record_launches
+from gpukern.runtime.device import H100
+
+x, state = torch.empty(2, 32, 8, 8, device="meta").half(), torch.empty(2, dtype=torch.int64, device="meta")
+for features in (0, 2):
+    with record_launches(H100) as launches:
+        for p, key, offset in ((0.5, 1, 1), (0.3, 16, 32), (0.3, -5, 2**40), (0.9, 2**62, 3)):
+            dropout(x, None, None, p, features, key, offset, ())
+        dropout(x, None, state, 0.5, features, 0, 0, ())
+    print(len(launches), len({launch.key for launch in launches}))
+"""
+
+
+def test_no_number_makes_another_kernel(run_python):
+    """Compiling takes a second, and cannot be done while a CUDA graph is captured."""
+    run = run_python(COMPILED)
+    assert run.stdout == "5 1\n" * 2, run.stderr
 
 
 # ---- plans and layers ----------------------------------------------------------------------------------------------

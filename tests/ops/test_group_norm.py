@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import pytest
@@ -323,55 +322,3 @@ def test_what_torch_refuses(where):
         F.group_norm(x, 2, residual=x[:1])
     with pytest.raises(ValueError, match="unknown activation"):
         F.group_norm(x, 2, activation="mish")
-
-
-# ---- memory --------------------------------------------------------------------------------------------------------
-
-# Bytes of the tensors that the kernels' code reads and writes, each once, and the launches.
-_TRAFFIC = """
-import json
-import torch
-import gpukern.functional as F
-from gpukern.runtime.accesses import AccessFinder, tensors
-from gpukern.runtime.compile_only import record_launches
-from gpukern.runtime.device import H100
-
-accesses = AccessFinder()
-
-def moved(launches):
-    total = 0
-    for launch in launches:
-        given, found = tensors(launch), accesses(launch)
-        for uses in (found.reads, found.writes):
-            each = {given[i].data_ptr() or id(given[i]): given[i].nbytes for i in uses}
-            total += sum(each.values())
-    return total, len(launches)
-
-results = []
-for shape, groups in (((32, 64, 56, 56), 32), ((8, 256, 28, 28), 256), ((32, 512, 7, 7), 32), ((512, 1024), 8)):
-    for layout in (torch.channels_last, torch.contiguous_format)[: len(shape) // 2]:
-        x = torch.empty(shape, dtype=torch.float16, device="meta")
-        x = x.contiguous(memory_format=layout) if len(shape) == 4 else x
-        numbers = [torch.empty(shape[1], device="meta", requires_grad=True) for _ in range(2)]
-        with record_launches(H100) as launches:
-            y = F.group_norm(x.requires_grad_(), groups, *numbers, activation="relu")
-            forward = moved(launches)
-            launches.clear()
-            y.backward(torch.empty_like(y))
-            results.append([shape, str(layout), forward, moved(launches), x.nbytes])
-print(json.dumps(results))
-"""
-
-
-def test_bytes_are_those_of_one_pass_where_a_group_fits(run_python):
-    result = run_python(_TRAFFIC)
-    assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout)
-    assert len(rows) == 7
-    for shape, layout, (forward, launches), (backward, backward_launches), size in rows:
-        assert launches == 1 and forward <= 1.1 * 2 * size, (shape, layout, forward / size)
-        if len(shape) == 2 or (shape, layout) == ([32, 64, 56, 56], "torch.channels_last"):
-            # Of one pixel, sums over the images are as large as these; or only two channels lie together, four bytes,
-            # and two passes over whole sectors take less time.
-            continue
-        assert backward_launches == 1 and backward <= 1.1 * 3 * size, (shape, layout, backward / size)

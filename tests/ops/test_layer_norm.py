@@ -369,6 +369,13 @@ def test_epilogues_that_do_not_fit_are_refused():
         F.rms_norm(ROW, (4,), activation="cube")
 
 
+def test_dtypes_that_kernels_do_not_take_are_refused(device):
+    x = torch.ones(2, 4, device=device)
+    for operands in ((x.double(), None), (x.half(), torch.ones(4, device=device).double())):
+        with pytest.raises(NotImplementedError, match="rms_norm: gpukern's kernels take float32"):
+            F.rms_norm(operands[0], (4,), operands[1])
+
+
 @NORMS
 def test_double_backward_and_forward_mode_match_torchs(centered, where):
     """By torch.autograd.gradcheck's means, in the kernels' dtype against torch in float64."""

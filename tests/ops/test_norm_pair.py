@@ -10,7 +10,7 @@ from gpukern.ops._activation.properties import PROPERTIES
 from gpukern.ops._batch_norm.problem import Norm, Running
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_batch_norm import conv2d_batch_statistics
-from gpukern.ops.norm_pair import normalize_pair, normalize_pair_backward, normalize_pair_input_grads
+from gpukern.ops.norm_pair import normalize_pair, normalize_pair_backward, normalize_pair_gradients
 from tests.numerics import FP32_EPS, assert_within, rounding_bound, sum_bound
 from tests.ops.batch_norm_calls import DTYPES, SLOPE, activate, make
 
@@ -152,6 +152,22 @@ def test_nan_stays_in_its_channel(device):
         assert dz.isnan().any(0).any(1).any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_parameters_are_the_rounded_sums(dtype, where):
+    """Each in a dtype of its own, and in memory of its own: what one optimizer changes is not another's."""
+    z_a, norm_a, z_b, norm_b, grad = operands((3, 64, 5, 5), where, dtype=dtype)
+    norm_a = norm_a._replace(weight=norm_a.weight.to(dtype), bias=norm_a.bias.to(dtype))
+    sums, of_b = torch.randn(2, 64, device=where), torch.randn(64, device=where)
+    for b in (norm_b, norm_b._replace(weight=None), norm_b._replace(bias=None)):
+        _, _, *found = normalize_pair_gradients(grad, None, z_a, norm_a, z_b, b, sums, of_b)
+        wanted = [sums[1].to(dtype), sums[0].to(dtype), of_b if b.weight is not None else None]
+        wanted.append(sums[0] if b.bias is not None else None)
+        assert [each is None for each in found] == [each is None for each in wanted]
+        given = [(a, e) for a, e in zip(found, wanted, strict=True) if e is not None]
+        assert all(torch.equal(actual, expected) for actual, expected in given)
+        assert len({actual.data_ptr() for actual, _ in given}) == len(given)
+
+
 def test_errors(where):
     z_a, norm_a, z_b, norm_b, grad = operands((2, 5, 7, 5), where)
     with pytest.raises(RuntimeError, match="the shape of z_a"):
@@ -163,7 +179,9 @@ def test_errors(where):
     with pytest.raises(ValueError, match="expected one of"):
         normalize_pair(z_a, norm_a, z_b, norm_b, "selu")
     with pytest.raises(RuntimeError, match="expected sums to have shape"):
-        normalize_pair_input_grads(grad, None, z_a, norm_a, z_b, norm_b, z_a.new_zeros(2, 5))
+        normalize_pair_gradients(grad, None, z_a, norm_a, z_b, norm_b, z_a.new_zeros(3, 5), z_a.new_zeros(5))
+    with pytest.raises(RuntimeError, match="expected of_b to have shape"):
+        normalize_pair_gradients(grad, None, z_a, norm_a, z_b, norm_b, z_a.new_zeros(2, 5), z_a.new_zeros(4))
     with pytest.raises(RuntimeError, match="expected sums to have shape"):
         gradients_from_sums(grad, z_a, None, None, norm_a.mean, norm_a.variance, z_a.new_zeros(3, 5), True, 1e-5)
 

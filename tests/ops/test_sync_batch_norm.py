@@ -118,6 +118,10 @@ def compare_layers(rank: int) -> None:
             x = torch.randn(6, 3, 2, 2)
             y, expected = ours(x[2 * rank : 2 * rank + 2].to(DEVICE)), theirs(x.double())
             torch.testing.assert_close(y.cpu().double(), expected[2 * rank : 2 * rank + 2], rtol=1e-5, atol=1e-5)
+        leaf = x[:2].to(DEVICE).requires_grad_()
+        (gradient,) = torch.autograd.grad(copy.deepcopy(ours)(leaf).sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
         for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
             torch.testing.assert_close(a.cpu().to(b.dtype), b, rtol=1e-5, atol=1e-6, msg=name)
         before = copy.deepcopy(ours.state_dict())

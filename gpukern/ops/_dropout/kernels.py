@@ -9,14 +9,16 @@ import triton.language as tl
 from gpukern.ops._batch_norm.functions import channel_tile, load_tile, pixel_tile, store_tile
 from gpukern.ops._dropout.functions import number_at, numbers_from
 
+#: One compiled kernel for all values, and whether the state was drawn on the GPU or not: one that was warmed up
+#: outside of a CUDA graph is there when one is captured.
+_ANY_VALUE = ["drawn", "key", "offset", "threshold"]
+
 
 @triton.jit
-def _stream(state, key, offset):
-    """(key, offset), which may lie in memory."""
-    if state is not None:
-        key = tl.load(state)
-        offset = tl.load(state + 1)
-    return key, offset
+def _stream(state, drawn, key, offset):
+    """(key, offset): those in memory if ``drawn``."""
+    there = drawn != 0
+    return key + tl.load(state, mask=there, other=0), offset + tl.load(state + 1, mask=there, other=0)
 
 
 @triton.jit
@@ -32,20 +34,20 @@ def _load(operand, sizes, element, inside, FLAT: tl.constexpr):
     return tl.load(operand.ptr + place, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def dropout_kernel(
     x,  # Image of four dimensions in the order of the result; only the pointer counts if FLAT
     residual,  # likewise, or nothing (its ptr None)
     y_ptr,  # dense
-    state,  # int64 [2]: key and offset, or None
-    key: tl.int64, offset: tl.int64,
+    state,  # int64 [2]: key and offset if drawn, else not read
+    drawn: tl.int64, key: tl.int64, offset: tl.int64,  # 0 and the numbers themselves, or 1 and zeros
     sizes,  # of the four dimensions
     size,  # their product
     threshold: tl.int64, scale,
     FLAT: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """y = x · scale where the element's number is at least the threshold, else x · 0; plus the residual."""
-    key, offset = _stream(state, key, offset)
+    key, offset = _stream(state, drawn, key, offset)
     first = tl.program_id(0).to(INDEX) * BLOCK
     element = first + tl.arange(0, BLOCK)  # [BLOCK]
     inside = element < size
@@ -56,19 +58,19 @@ def dropout_kernel(
     tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_VALUE)
 def feature_dropout_kernel(
     x,  # Image
     residual,  # Image, or nothing (its ptr None)
     y,  # Image
-    state, key: tl.int64, offset: tl.int64,  # as above
+    state, drawn: tl.int64, key: tl.int64, offset: tl.int64,  # as above
     sizes,  # Sizes; the rows are the images
     threshold: tl.int64, scale,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
     """The same with one number for each channel of an image. Grid: steps · channel tiles."""
-    key, offset = _stream(state, key, offset)
+    key, offset = _stream(state, drawn, key, offset)
     c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
     n, h, p, inside = pixel_tile(tl.program_id(0) // sizes.channel_tiles, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
     mask = inside & valid

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from gpukern.ops._batch_norm.tiles import tiles_of
@@ -26,8 +28,9 @@ def dropout(
     offset: int,
     order: Shape,
 ) -> torch.Tensor:
-    check_kernel_dtype("dropout", input.dtype)
-    output = empty(input, order)
+    for each in (input, residual):
+        check_kernel_dtype("dropout", input.dtype if each is None else each.dtype)
+    output = empty(input, order, residual)
     _write(output, input, residual, state, p, features, key, offset, order)
     return output
 
@@ -43,7 +46,7 @@ def dropout_(input: torch.Tensor, *others) -> None:
 def _write(output, input, residual, state, p: float, features: int, key: int, offset: int, order: Shape) -> None:
     if not output.numel():
         return
-    numbers = state, key, offset
+    numbers = (_unread(output.device), 0, key, offset) if state is None else (state, 1, 0, 0)
     if features:
         _write_features(output, input, residual, numbers, p, features)
     else:
@@ -86,6 +89,11 @@ def _write_features(output, input, residual, numbers: tuple, p: float, features:
     )
     if target.data_ptr() != output.data_ptr():
         output.copy_(target.view(output.shape))
+
+
+@functools.cache
+def _unread(device: torch.device) -> torch.Tensor:
+    return torch.empty(2, dtype=torch.int64, device=device)
 
 
 def _as_images(tensor: torch.Tensor, features: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ def normalize(
     residual: torch.Tensor | None,
     norm: Norm,
 ) -> torch.Tensor:
-    check_kernel_dtype("rms_norm" if not norm.centered else "layer_norm", input.dtype)
+    _check_dtypes(norm, input, weight)
     output = input.new_empty(input.shape, dtype=norm.dtype)
     if not output.numel():
         return output
@@ -72,7 +72,7 @@ def normalize_backward(
     wants_parameters: bool,
     wants_inner: bool,
 ) -> tuple[torch.Tensor, ...]:
-    check_kernel_dtype("rms_norm" if not norm.centered else "layer_norm", input.dtype)
+    _check_dtypes(norm, input, weight)
     out = input.new_empty(input.shape) if wants_input else None
     inner = grad.new_empty(input.shape) if wants_inner else None
     grad_weight, grad_bias = (
@@ -227,6 +227,13 @@ def _prepared(
 
 def _row_options(plan: planner.RowPlan) -> dict[str, Any]:
     return {"STAGES": plan.stages, "BLOCK_R": plan.rows, "BLOCK_C": plan.columns, "num_warps": plan.warps}
+
+
+def _check_dtypes(norm: Norm, *tensors: torch.Tensor | None) -> None:
+    """An RMS norm's weight may have another dtype than its input."""
+    for tensor in tensors:
+        if tensor is not None:
+            check_kernel_dtype("layer_norm" if norm.centered else "rms_norm", tensor.dtype)
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:

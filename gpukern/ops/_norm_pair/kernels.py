@@ -3,6 +3,8 @@
 See :mod:`gpukern.ops.norm_pair` for the mathematics.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -106,6 +108,21 @@ def norm_pair_sums_kernel(
         merge_sums(sums, split, splits, tile, tile * BLOCK_C, channels, channels, 3, BLOCK_C)
 
 
+class Parameters(NamedTuple):
+    """Where the gradients of weights and biases go, [C] of any dtype; None where nothing is wanted."""
+
+    weight_a: Any
+    bias_a: Any
+    weight_b: Any
+    bias_b: Any
+
+
+@triton.jit
+def _store(ptr, value, c, valid):
+    if ptr is not None:
+        tl.store(ptr + c, value.to(ptr.dtype.element_ty), mask=valid)
+
+
 @triton.jit
 def norm_pair_input_grad_kernel(
     grad,  # Image: ∂L/∂y, or g with ACTIVATION "none"
@@ -113,12 +130,17 @@ def norm_pair_input_grad_kernel(
     a, b,  # Images
     out_a, out_b,  # Images
     norm_a, norm_b,
-    totals_ptr,  # fp32 [3, C]: the sums
+    totals_ptr,  # fp32 [2, C]: Σ g and Σ g·x̂ of a
+    of_b_ptr,  # fp32 [C]: Σ g·x̂ of b
+    parameters,  # Parameters
     sizes, eps_a, eps_b, negative_slope,
     ACTIVATION: tl.constexpr, NEEDS_INPUT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
     PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂a and ∂L/∂b, each weight / σ · (g − its mean − x̂ · the mean of g · x̂). Grid: steps · channel tiles."""
+    """∂L/∂a and ∂L/∂b, each weight / σ · (g − its mean − x̂ · the mean of g · x̂), and the parameters' gradients.
+
+    Grid: steps · channel tiles.
+    """
     c, valid = channel_tile(tl.program_id(0) % sizes.channel_tiles, sizes, BLOCK_C, CHANNEL_ALIGN)
     n, h, p, inside = pixel_tile(tl.program_id(0) // sizes.channel_tiles, sizes, BLOCK_P, PIXEL_ALIGN, INDEX)
     mask = inside & valid
@@ -126,9 +148,17 @@ def norm_pair_input_grad_kernel(
     numbers_b = _numbers(norm_b, c, valid, eps_b)
     count = tl.cast(sizes.pixels, tl.float32)
     channels = sizes.channel_groups * CHANNEL_ALIGN
-    mean_g = load_numbers(totals_ptr, c, valid, 0.0) / count
-    mean_a = load_numbers(totals_ptr + channels, c, valid, 0.0) / count
-    mean_b = load_numbers(totals_ptr + 2 * channels, c, valid, 0.0) / count
+    total_g = load_numbers(totals_ptr, c, valid, 0.0)
+    total_a = load_numbers(totals_ptr + channels, c, valid, 0.0)
+    total_b = load_numbers(of_b_ptr, c, valid, 0.0)
+    if tl.program_id(0) < sizes.channel_tiles:
+        _store(parameters.weight_a, total_a, c, valid)
+        _store(parameters.bias_a, total_g, c, valid)
+        _store(parameters.weight_b, total_b, c, valid)
+        _store(parameters.bias_b, total_g, c, valid)
+    mean_g = total_g / count
+    mean_a = total_a / count
+    mean_b = total_b / count
     g, normal_a, normal_b = _gradient(
         grad, y, a, b, n, h, p, c, mask, numbers_a, numbers_b, negative_slope,
         ACTIVATION, NEEDS_INPUT, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX,

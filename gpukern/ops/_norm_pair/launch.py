@@ -64,7 +64,7 @@ def normalize_pair_sums(
     return totals
 
 
-def normalize_pair_input_grads(
+def normalize_pair_gradients(
     grad: torch.Tensor,
     y: torch.Tensor | None,
     z_a: torch.Tensor,
@@ -72,22 +72,42 @@ def normalize_pair_input_grads(
     z_b: torch.Tensor,
     norm_b: Norm,
     sums: torch.Tensor,
+    of_b: torch.Tensor,
     activation: str,
     negative_slope: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, ...]:
     check_kernel_dtype("normalize_pair", z_a.dtype)
     out_a, out_b = empty_like(z_a), empty_like(z_b)
+    pairs = (norm_a.weight, sums[1]), (norm_a.bias, sums[0]), (norm_b.weight, of_b), (norm_b.bias, sums[0])
+    # In fp32 the sums are the gradients, of which autograd may change each.
+    kept = (
+        None
+        if p is None
+        else s
+        if p.dtype is s.dtype and p is not norm_b.bias
+        else torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p, s in pairs
+    )
+    grads = kernels.Parameters(*kept)
     if z_a.numel():
+        written = (None if g is None or g is s else g for g, (_, s) in zip(grads, pairs, strict=True))
         tiles = tiles_of(False, grad, _read(y, activation), z_a, z_b, out_a, out_b)
         eps = norm_a.eps, norm_b.eps
         launch(
             kernels.norm_pair_input_grad_kernel,
             (tiles.plan.steps * tiles.plan.channel_tiles,),
             z_a.device,
-            (*tiles.images, *_kernel_norms(norm_a, norm_b), sums.contiguous(), tiles.sizes, *eps, negative_slope),
+            (
+                *(*tiles.images, *_kernel_norms(norm_a, norm_b), sums.contiguous(), of_b.contiguous()),
+                *(kernels.Parameters(*written), tiles.sizes, *eps, negative_slope),
+            ),
             {**_activation(activation)} | tiles.options,
         )
-    return out_a, out_b
+    else:
+        for grad_of_parameter in grads:
+            if grad_of_parameter is not None:
+                grad_of_parameter.zero_()
+    return out_a, out_b, *grads
 
 
 def _kernel_norms(*norms: Norm) -> tuple:

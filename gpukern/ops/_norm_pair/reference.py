@@ -36,7 +36,7 @@ def normalize_pair_sums(
     return torch.stack([g.sum(pixels), (g * a[1]).sum(pixels), (g * b[1]).sum(pixels)])
 
 
-def normalize_pair_input_grads(
+def normalize_pair_gradients(
     grad: torch.Tensor,
     y: torch.Tensor | None,
     z_a: torch.Tensor,
@@ -44,19 +44,21 @@ def normalize_pair_input_grads(
     z_b: torch.Tensor,
     norm_b: Norm,
     sums: torch.Tensor,
+    of_b: torch.Tensor,
     activation: str,
     negative_slope: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (∂L/∂z_a, ∂L/∂z_b) from the sums, through the batch's statistics."""
+) -> tuple[torch.Tensor | None, ...]:
+    """Return (∂L/∂z_a, ∂L/∂z_b) from the sums, through the batch's statistics, and the parameters' gradients."""
     g, a, b = _gradient(grad, y, z_a, norm_a, z_b, norm_b, activation, negative_slope)
     count = max(z_a.numel() // max(z_a.shape[1], 1), 1)
-    means = (sums / count).view(3, 1, -1, *(1,) * (z_a.dim() - 2))
+    means = (torch.stack((*sums, of_b)) / count).view(3, 1, -1, *(1,) * (z_a.dim() - 2))
     results = []
     for z, norm, (_, normal, inverse), mean in ((z_a, norm_a, a, means[1]), (z_b, norm_b, b, means[2])):
         scale = inverse if norm.weight is None else inverse * norm.weight.view(inverse.shape)
         dz = (g - means[0] - normal * mean) * scale
         results.append(laid_out(dz.to(z.dtype), format_kept_by(z)))
-    return results[0], results[1]
+    pairs = (norm_a.weight, sums[1]), (norm_a.bias, sums[0]), (norm_b.weight, of_b), (norm_b.bias, sums[0])
+    return *results, *(None if p is None else s.to(p.dtype, copy=p is norm_b.bias) for p, s in pairs)
 
 
 def _normalized(z: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

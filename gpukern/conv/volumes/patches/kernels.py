@@ -80,11 +80,11 @@ def strided_product_kernel(
     last = min(first + share, k.size)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(first, last, BLOCK_K):
-        place = start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
-        a_ok = tl.max_constancy(place < last, A_ALIGN_K)
-        b_ok = tl.max_constancy(place < last, B_ALIGN_K)
-        a_place = _hinted(_offsets(place, k, a.columns, INDEX), A_ALIGN_K, A_ALIGN_M)
-        b_place = _hinted(_offsets(place, k, b.rows, INDEX), B_ALIGN_K, B_ALIGN_N)
+        inner = start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        a_ok = tl.max_constancy(inner < last, A_ALIGN_K)
+        b_ok = tl.max_constancy(inner < last, B_ALIGN_K)
+        a_place = _hinted(_offsets(inner, k, a.columns, INDEX), A_ALIGN_K, A_ALIGN_M)
+        b_place = _hinted(_offsets(inner, k, b.rows, INDEX), B_ALIGN_K, B_ALIGN_N)
         left = tl.load(a_row[:, None] + a_place[None, :], mask=row_ok[:, None] & a_ok[None, :], other=0.0)
         right = tl.load(b_column[None, :] + b_place[:, None], mask=b_ok[:, None] & column_ok[None, :], other=0.0)
         left = rounded(left, PRECISION, MOVABLE)
@@ -111,11 +111,10 @@ def strided_product_kernel(
             for start in range(0, SIZE, CHUNK):
                 at = start + tl.arange(0, CHUNK)
                 total = total_of(shared, tile, splits, fan_in, at, SIZE)
-                row = pid_m * BLOCK_M + at // BLOCK_N
-                column = pid_n * BLOCK_N + at % BLOCK_N
-                written = _offsets(row, m, out.rows, INDEX) + _offsets(column, n, out.columns, INDEX)
-                out_ok = (row < m.size) & (column < n.size)
-                tl.store(out.ptr + written, total.to(out.ptr.dtype.element_ty), mask=out_ok)
+                i = pid_m * BLOCK_M + at // BLOCK_N
+                j = pid_n * BLOCK_N + at % BLOCK_N
+                place = out.ptr + _offsets(i, m, out.rows, INDEX) + _offsets(j, n, out.columns, INDEX)
+                tl.store(place, total.to(out.ptr.dtype.element_ty), mask=(i < m.size) & (j < n.size))
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def prepare(
         max(aligned[f"{operand}_ALIGN_K"], aligned[f"{operand}_ALIGN_{side}"]) >= sixteen
         for operand, side in (("A", "M"), ("B", "N"))
     )
-    chosen = plan(p, direction, dtype, precision, in_runs, device)
+    chosen = plan(p, direction, dtype, precision, in_runs, aligned["OUT_ALIGN"] >= sixteen, device)
     size = chosen.block_m * chosen.block_n
     tiles = cdiv(m.size, chosen.block_m) * cdiv(n.size, chosen.block_n)
     share = cdiv(cdiv(k.size, chosen.splits), chosen.block_k) * chosen.block_k
@@ -135,7 +135,7 @@ def sides(
         of_y, of_w, of_x = strides_of(y, first), strides_of(w, second), strides_of(x, output)
     else:
         of_y, of_x, of_w = strides_of(y, first), strides_of(x, second), strides_of(w, output)
-    corner = (of_x[0], *(stride * taps for stride, taps in zip(of_x[2:], p.taps, strict=True)))
+    corner = (of_x[0], *(stride * step for stride, step in zip(of_x[2:], p.stride, strict=True)))
     windows, at = (p.N, *p.result), (of_y[0], *of_y[2:])
     inside, within, by = (p.C, *p.taps), of_x[1:], of_w[1:]
     channel = 1, 0, 0, 0
