@@ -157,7 +157,8 @@ def test_layers_that_cancel_or_keep_a_rounded_output_keep_their_bounds(dtype, re
     for layer in (*kinds, torch.nn.ReLU6(), torch.nn.AvgPool1d(3), torch.nn.MaxPool1d(2), torch.nn.GroupNorm(2, 8)):
         x = (3 * torch.randn(5, 8, 40)).requires_grad_()
         report = gpukern.check(torch.nn.Sequential(layer), x, dtype=dtype)
-        assert report.passed and report.layers[0].worst("alone", "input gradient").share is not None, report
+        assert not [each for each in report.findings if each.by == OURS], report
+        assert report.layers[0].worst("alone", "input gradient").share is not None
 
 
 def test_the_callers_modes_do_not_matter(reference_mode):

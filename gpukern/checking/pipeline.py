@@ -330,7 +330,8 @@ class _Check:
             underflow = smallest(self._dtype) * math.sqrt(tensor.numel()) / norm if norm else 0.0
             own = self._own_bound(key)
             allowed = whole.FACTOR * spread[key] + own + whole.ROUNDINGS * (eps + underflow)
-            found[key] = Error(error, _share(error, allowed))
+            # Of nothing there is no relative error.
+            found[key] = Error(error, _share(error, allowed) if norm else None)
         return found
 
     def _own_bound(self, key: Any) -> float:
