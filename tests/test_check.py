@@ -151,6 +151,24 @@ def test_a_right_layer_of_a_users_own_keeps_its_bounds(reference_mode):
     assert report.passed and attention.reason and attention.worst("alone").share > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_cancel_or_keep_a_rounded_output_keep_their_bounds(dtype, reference_mode):
+    kinds = (torch.nn.GELU(), torch.nn.Softmax(1), torch.nn.LogSoftmax(1), torch.nn.Tanh(), torch.nn.Hardswish())
+    for layer in (*kinds, torch.nn.ReLU6(), torch.nn.AvgPool1d(3), torch.nn.MaxPool1d(2), torch.nn.GroupNorm(2, 8)):
+        x = (3 * torch.randn(5, 8, 40)).requires_grad_()
+        report = gpukern.check(torch.nn.Sequential(layer), x, dtype=dtype)
+        assert not [each for each in report.findings if each.by == OURS], report
+        assert report.layers[0].worst("alone", "input gradient").share is not None
+
+
+def test_the_callers_modes_do_not_matter(reference_mode):
+    """Without gradients, in inference mode, and under autocast; frozen weights have a gradient of the input."""
+    model = linears().requires_grad_(False)
+    with torch.inference_mode(), torch.autocast("cpu"):
+        report = gpukern.check(model, torch.randn(5, 6))
+    assert report.passed and all(layer.worst("alone", "input gradient").share for layer in report.layers)
+
+
 def test_layers_of_gpukern_are_compared_with_torchs(monkeypatch, reference_mode):
     """A model that is converted already is checked as the original would be."""
     right, called = torch.nn.Linear.forward, []
@@ -176,6 +194,7 @@ def test_large_gradients_fit_into_float16(reference_mode):
         (torch.nn.ReLU(), torch.ones(1), {"dtype": torch.float64}, ValueError, "got torch.float64"),
         (torch.nn.ReLU(), torch.ones(1, dtype=torch.long), {}, CheckError, "no weights"),
         (torch.nn.Linear(3, 3), torch.ones(2, 4), {}, CheckError, "fails in float64: RuntimeError"),
+        (torch.nn.Linear(3, 3), torch.full((2, 3), math.inf), {}, CheckError, "nothing finite"),
         (torch.nn.Linear(3, 3, device="meta"), torch.ones(2, 3), {}, CheckError, "on the meta device"),
     ],
 )

@@ -12,14 +12,17 @@ Other layers of torch compute in float32 and round once. Their sensitivity is me
 of an element, in float64, when every input, weight and incoming gradient changes by a random relative 2⁻²³, is what one
 rounding of each operand does; as a sum of n terms may round its partial sums n times,
 
-    |y − ref| ≤ 6 · √n · (S + median S) + eps(dtype) · |ref| + smallest subnormal
+    |y − ref| ≤ 6 · √n · (S + mean S) + eps(dtype) · |ref| + smallest subnormal
 
-n, the number of values that an element depends on, is counted by automatic differentiation. The median guards against
-elements whose few draws were small by chance.
+n, the number of values that an element depends on, is counted by automatic differentiation. The mean, without the
+largest twentieth, is for elements whose few draws were small by chance. Where an element depends on one value alone, a
+rounding of that is added, 2⁻²³ · |x|, and of the incoming gradient to the input's: functions cancel inside, as GELU
+does.
 
 Layers with layers or functions inside round in between, and where a sign changes by that, gradients jump. For those,
-and for neighbours that are computed as one, the norm of the error is bounded, by six times that of the change
-when all operands and all that inner layers return change by a random relative unit roundoff.
+for neighbours that are computed as one, and for layers whose gradient is computed from the rounded output, the norm of
+the error is bounded, by six times that of the change when all operands and all that inner layers return change by a
+random relative unit roundoff.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import math
 import torch
 from torch.nn.modules import rnn, transformer
 
-from gpukern.checking.layer import Call, compute, restore
+from gpukern.checking.layer import INPUT_GRAD, OUTPUT, Call, compute, restore
 from gpukern.checking.models import floating
 from gpukern.runtime.mode import Mode, mode_of
 from gpukern.runtime.precision import TF32_CUT, TF32X3, conv_precision, matmul_precision
@@ -47,6 +50,9 @@ _PRODUCTS = (
     *(torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d),
 )
 _SEVERAL_STEPS = tuple(module.__name__ for module in (rnn, transformer))
+_FROM_OUTPUT = ("Softmax", "Softmax2d", "Softmin", "LogSoftmax", "Tanh", "Sigmoid")
+#: The share of elements whose change is typical.
+_TYPICAL = 0.95
 
 #: Of each element, or of the norm of the error.
 Bound = torch.Tensor | float
@@ -71,8 +77,8 @@ def bounds_of(
     if kind in _PRODUCTS:
         return _of_products(module, call, truth, dtype, products)
     single = not any(module.children()) and kind.__module__.startswith(("torch.nn.", "gpukern.nn."))
-    if single and kind.__module__ not in _SEVERAL_STEPS:
-        return _of_elements(module, call, truth, dtype)
+    if single and kind.__module__ not in _SEVERAL_STEPS and kind.__name__ not in _FROM_OUTPUT:
+        return dict(_of_elements(module, call, truth, dtype))
     return _of_norms(module, call, truth, dtype, products)
 
 
@@ -97,7 +103,7 @@ def _compute_with(module: torch.nn.Module, call: Call, function) -> dict[str, to
 
 def _of_elements(
     module: torch.nn.Module, call: Call, truth: dict[str, torch.Tensor], dtype: torch.dtype
-) -> dict[str, Bound]:
+) -> dict[str, torch.Tensor]:
     squares = {name: torch.zeros_like(tensor) for name, tensor in truth.items()}
     for changed in _changes(module, call, _SUM):
         for name, tensor in changed.items():
@@ -105,16 +111,22 @@ def _of_elements(
                 squares[name] += (tensor - truth[name]) ** 2
     terms = _terms(module, call)
     given = sum(each.numel() for each in floating((call.args, call.kwargs)))
-    found: dict[str, Bound] = {}
+    found: dict[str, torch.Tensor] = {}
     for name, tensor in truth.items():
         change = (squares[name] / _DRAWS).sqrt()
         moved = change[change > 0]
-        typical = moved.median() if moved.numel() else 0.0
-        # An element that no change reaches is a copy.
-        change = torch.where(change > 0, change + typical, change)
+        if moved.numel():
+            largest = moved.kthvalue(max(1, int(_TYPICAL * moved.numel()))).values
+            # An element that no change reaches is a copy.
+            change = torch.where(change > 0, change + moved.clamp(max=largest).mean(), change)
         # What has no derivative, such as running statistics, is made of all that the layer got.
         count = terms.get(name) or max(1, given // max(1, tensor.numel()))
         found[name] = SIGMAS * math.sqrt(count) * change + _rounding(tensor, dtype)
+    inputs, grad = floating((call.args, call.kwargs)), call.grads[0]
+    if terms.get(OUTPUT) == 1 and len(inputs) == 1 and inputs[0].shape == truth[OUTPUT].shape:
+        found[OUTPUT] += _SUM * inputs[0].abs()
+        if grad is not None and INPUT_GRAD in found:
+            found[INPUT_GRAD] += _SUM * grad.abs()
     return found
 
 

@@ -43,19 +43,30 @@ def run(
     if dtype not in KERNEL_DTYPES:
         raise ValueError(f"check() takes float32, float16 or bfloat16, got {dtype}")
     progress("copying the model", 0, 1)
-    models = prepare(model, dtype, channels_last, training)
-    inputs = map_floating(lambda each: _packed(each.detach(), channels_last).to(dtype), (args, kwargs))
-    like = next(iter([*models.exact.parameters(), *floating(inputs)]))
-    return _Check(models, inputs, dtype, like, seed, progress).report(
-        model=type(model).__name__,
-        device=str(like.device),
-        mode=mode_of(like).value,
-        dtype=str(dtype).removeprefix("torch."),
-        channels_last=channels_last,
-        training=training,
-        seed=seed,
-        environment=environment(like.device),
-    )
+    with torch.inference_mode(False), torch.enable_grad():
+        models = prepare(model, dtype, channels_last, training)
+        # Without weights that learn, the gradients that there are come from the inputs.
+        learns = any(parameter.requires_grad for parameter in models.exact.parameters())
+        inputs = map_floating(
+            lambda each: (
+                _packed(each.detach(), channels_last)
+                .to(dtype, copy=True)
+                .requires_grad_(each.requires_grad or not learns)
+            ),
+            (args, kwargs),
+        )
+        like = next(iter([*models.exact.parameters(), *floating(inputs)]))
+        with torch.autocast(like.device.type, enabled=False):
+            return _Check(models, inputs, dtype, like, seed, progress).report(
+                model=type(model).__name__,
+                device=str(like.device),
+                mode=mode_of(like).value,
+                dtype=str(dtype).removeprefix("torch."),
+                channels_last=channels_last,
+                training=training,
+                seed=seed,
+                environment=environment(like.device),
+            )
 
 
 def _dtype_of(model: torch.nn.Module, inputs: Any) -> torch.dtype:
@@ -82,6 +93,7 @@ class _Check:
             self._notes.append("gpukern's layers are plain torch here: GPUKERN_EMULATE=1 runs its kernels, emulated")
         self._buffers = [buffer.clone() for buffer in models.exact.buffers()]
         self._progress, self._done = progress, 0
+        self._grads: list[torch.Tensor] = []
         #: by (place, tensor): the bound alone relative to the tensor's norm
         self._relative: dict[tuple[int, str], float] = {}
 
@@ -112,6 +124,11 @@ class _Check:
             except Exception as problem:  # whatever a model raises
                 raise CheckError(f"the model fails in float64: {first_line(problem)}") from problem
             random = drawn()
+        given = [each for each in found.outputs if each.numel()]
+        if given and not any(each.isfinite().any() for each in given):
+            raise CheckError("the model returns nothing finite for these inputs in float64")
+        if not self._grads:
+            self._notes.append("nothing that the model returns has a gradient: outputs alone are compared")
         if self._dropout.happened:
             self._notes.append("calls of dropout functions are off")
         if random:
@@ -126,14 +143,12 @@ class _Check:
 
     def _exact_run(self, seeds: Any, **how: Any) -> whole.Run:
         restore(self._models.exact, self._buffers)
-        inputs = map_floating(torch.Tensor.double, self._inputs)
+        inputs = map_floating(lambda each: each.detach().double().requires_grad_(each.requires_grad), self._inputs)
         with in_full():
             return whole.run(self._models.exact, self._models.units, inputs, seeds, **how)
 
     def _seeds(self, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Random gradients of the outputs, rounded to the dtype."""
-        if not outputs:
-            self._notes.append("nothing that the model returns has a gradient: outputs alone are compared")
         generator = torch.Generator().manual_seed(self._seed)
         self._grads = [
             torch.randn(each.shape, generator=generator).to(each.device, self._dtype).double() for each in outputs
@@ -315,7 +330,8 @@ class _Check:
             underflow = smallest(self._dtype) * math.sqrt(tensor.numel()) / norm if norm else 0.0
             own = self._own_bound(key)
             allowed = whole.FACTOR * spread[key] + own + whole.ROUNDINGS * (eps + underflow)
-            found[key] = Error(error, _share(error, allowed))
+            # Of nothing there is no relative error.
+            found[key] = Error(error, _share(error, allowed) if norm else None)
         return found
 
     def _own_bound(self, key: Any) -> float:

@@ -56,11 +56,13 @@ def run(
     with ExitStack() as stack:
         for place, unit in enumerate(units):
             _watch(model, place, unit, found, keep, change, stack)
-        outputs = [each for each in floating(model(*inputs[0], **inputs[1])) if each.requires_grad]
-        found.outputs = [each.detach() for each in outputs]
+        args, kwargs = map_floating(torch.clone, inputs)  # the first layer may work in place
+        returned = floating(model(*args, **kwargs))
+        found.outputs = [each.detach() for each in returned]
+        outputs = [each for each in returned if each.requires_grad]
         if outputs:
             if callable(seeds):
-                seeds = seeds(found.outputs)
+                seeds = seeds(outputs)
             grads = [seed.to(output.dtype) for seed, output in zip(seeds, outputs, strict=True)]
             torch.autograd.backward(outputs, grads)
     for name, parameter in model.named_parameters():
