@@ -127,6 +127,15 @@ _OPERATORS = {
         lambda x, w, b, r: _norm(x, w, b, residual=r, activation="relu"),
         ((32, 256, 14, 14), (256,), (256,), (32, 256, 14, 14)),
     ),
+    "layer_norm": _Operator(lambda x, w, b: F.layer_norm(x, (768,), w, b), ((8, 197, 768), (768,), (768,))),
+    "layer_norm over channels, residual, gelu": _Operator(
+        lambda x, w, b, r: F.layer_norm(x.permute(0, 2, 3, 1), (96,), w, b, residual=r, activation="gelu"),
+        ((8, 96, 28, 28), (96,), (96,), (8, 28, 28, 96)),
+    ),
+    "layer_norm of images": _Operator(
+        lambda x, w, b: F.layer_norm(x, (96, 28, 28), w, b), ((8, 96, 28, 28), (96, 28, 28), (96, 28, 28))
+    ),
+    "rms_norm, silu": _Operator(lambda x, w: F.rms_norm(x, (1000,), w, activation="silu"), ((64, 3, 1000), (1000,))),
     "conv, bias, relu": _Operator(
         lambda x, w, b: F.conv2d(x, w, b, padding=1, activation="relu"), (_SMALL, _FILTER, (64,)), True
     ),

@@ -113,7 +113,7 @@ class Trainer:
         batch = self._batches[self.position].to(self.device)
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.network(self.train.images[batch])
-        loss = torch.nn.functional.cross_entropy(logits, self.train.labels[batch])
+        loss = gpukern.functional.cross_entropy(logits, self.train.labels[batch])
         loss.backward()
         self.optimizer.step()
         self._unread_losses.append(loss.detach())

@@ -46,7 +46,7 @@ MODELS = {
             nn.MaxPool2d(2),
             nn.AdaptiveAvgPool2d(1),
         ),
-        *(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU("tanh"), nn.Linear(6, 2)),
+        *(nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU("tanh"), nn.Linear(6, 2), nn.LogSoftmax(1)),
     ),
 }
 

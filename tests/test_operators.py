@@ -15,6 +15,11 @@ CONV = ([2, 1], [1, 1, 0, 2], [1, 2], 1)
 GROUPED = ([1, 1], [0, 0, 0, 0], [1, 1], 2)
 # kernel, stride, padding, dilation, ceil_mode
 POOL = ([3, 2], [2, 1], [1, 0], [1, 1], True)
+# stride, padding (front, back, top, bottom, left, right), dilation, groups
+CONV3D = ([1, 1, 1], [1, 0, 1, 1, 0, 0], [1, 1, 1], 1)
+# output_size, kernel, stride, padding, dilation, ceil_mode
+POOL3D = ([], [2, 3, 2], [2, 1, 2], [0, 1, 0], [1, 1, 1], True)
+ADAPTIVE = ([3, 2, 1], [], [], [], [], False)
 DILATED = ([2, 2], [1, 1], [0, 0], [2, 1], False)
 
 
@@ -27,7 +32,8 @@ class Samples:
     def image(self, *shape: int, grad: bool = True, last: bool = False) -> torch.Tensor:
         tensor = torch.randn(shape, device=self.device)
         if last:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+            tensor = tensor.contiguous(memory_format=layout)
         return tensor.requires_grad_(grad)
 
     def taps(self, input: torch.Tensor, geometry: tuple) -> torch.Tensor:
@@ -239,6 +245,62 @@ class Samples:
             (self.image(2, 3, 4, 5, last=True), 2, True, torch.float32),
         ]
 
+    def conv3d(self):
+        x, last, w, b = (
+            self.image(1, 2, 3, 4, 5),
+            self.image(1, 2, 3, 4, 5, last=True),
+            self.image(4, 2, 2, 3, 2),
+            self.image(4),
+        )
+        return [
+            (x, w, b, None, *CONV3D, "none", 0.0),
+            (last, w, None, self.image(1, 4, 3, 4, 4), *CONV3D, "tanh", 0.0),
+        ]
+
+    def conv3d_input_grad(self):
+        grad, w = self.image(1, 4, 3, 4, 4), self.image(4, 2, 2, 3, 2)
+        return [(grad, w, [1, 2, 3, 4, 5], last, *CONV3D) for last in (False, True)]
+
+    def conv3d_weight_grad(self):
+        return [(self.image(1, 4, 3, 4, 4), self.image(1, 2, 3, 4, 5, last=True), [4, 2, 2, 3, 2], False, *CONV3D)]
+
+    def conv_transpose3d(self):
+        geometry = [2, 1, 2], [1, 0, 0], [1, 0, 1], [1, 1, 1], 2
+        x, w, b = self.image(1, 4, 2, 3, 2), self.image(4, 1, 3, 2, 2), self.image(2)
+        return [
+            (x, w, b, None, *geometry, "none", 0.0),
+            (x, w, None, self.image(1, 2, 4, 4, 5), *geometry, "gelu", 0.0),
+        ]
+
+    def max_pool3d(self):
+        return [
+            (self.image(1, 2, 4, 3, 4, last=last), *geometry) for last, geometry in ((True, POOL3D), (False, ADAPTIVE))
+        ]
+
+    max_pool3d_with_taps = max_pool3d
+
+    def taps3d(self, input: torch.Tensor, geometry: tuple) -> torch.Tensor:
+        return torch.ops.gpukern.max_pool3d_with_taps(input.detach(), *geometry)[1]
+
+    def max_pool3d_indices(self):
+        return [(self.taps3d(x, geometry), list(x.shape), *geometry) for x, *geometry in self.max_pool3d()]
+
+    def max_pool3d_backward(self):
+        samples = [(x, self.taps3d(x, geometry), geometry) for x, *geometry in self.max_pool3d()]
+        return [(self.image(*taps.shape), taps, list(x.shape), True, *geometry) for x, taps, geometry in samples]
+
+    def max_pool3d_gather(self):
+        return [(self.image(*x.shape), self.taps3d(x, geometry), *geometry) for x, *geometry in self.max_pool3d()]
+
+    def avg_pool3d(self):
+        return [(x, *geometry, False, None) for x, *geometry in self.max_pool3d()]
+
+    def avg_pool3d_backward(self):
+        return [
+            (self.image(1, 2, 2, 3, 2), [1, 2, 4, 3, 4], True, *POOL3D, False, 3),
+            (self.image(1, 2, 3, 2, 1), [1, 2, 4, 3, 4], False, *ADAPTIVE, False, None),
+        ]
+
     def softmax_backward(self):
         return [(self.image(*x.shape), self.image(*x.shape), *others) for x, *others in self.softmax()]
 
@@ -270,7 +332,7 @@ def registered() -> list[str]:
 
 def test_every_operator_has_samples():
     assert registered() == sorted(
-        name for name in vars(Samples) if name not in ("image", "labels", "taps") and name[0] != "_"
+        name for name in vars(Samples) if name not in ("image", "labels", "taps", "taps3d") and name[0] != "_"
     )
 
 

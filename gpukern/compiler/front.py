@@ -31,7 +31,8 @@ class _Training(Finder):
             return "computes several tensors" if output is None else f"computes in {output.dtype}"
         if found.kind != "linear" and not found.has_channels:
             return "takes one sample without a batch dimension"
-        return f"gpukern has no {found.kind}" if found.operator.startswith("aten") else None
+        apart = found.operator.startswith("aten") or found.spatial == 3  # no step computes volumes
+        return f"gpukern has no {found.kind}" if apart else None
 
     def with_norms(self, match: Match) -> Match:
         match = self.with_zeros(match)

@@ -35,13 +35,13 @@ def dropout(
         as for ``torch.nn.functional.dropout``. Without ``training``, with p = 0 and without elements the result is
         ``input`` itself. With p = 1 it is x · 0: NaN where x is infinite or NaN, and no numbers are drawn.
     residual:
-        gpukern's extension, of the input's shape and dtype: added before the result is rounded, in the same pass.
+        gpukern's extension, of the input's shape: added before the result is rounded, in the same pass.
 
     Differentiable to any order, under ``torch.func`` too; ``vmap`` draws as its ``randomness`` says.
 
     Returns
     -------
-    a tensor of ``input``'s shape and dtype, with the strides of torch's result.
+    a tensor of ``input``'s shape, with the strides of torch's result, and its dtype or that of the sum.
 
     Raises
     ------

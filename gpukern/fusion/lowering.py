@@ -105,7 +105,10 @@ class _Lowering:
         residual = None
         if match.residual is not None:
             residual = self.cast(self.at(match.residual), dtype, weights.dtype)
-        family = _aten if match.operator.startswith("aten") else _linear if match.product.spatial == 0 else _convolution
+        if match.operator.startswith("aten"):
+            family = _aten
+        else:
+            family = {0: _linear, 3: _volumes}.get(match.product.spatial, _convolution)
         node = family(self, match, weights, input, residual, name)
         return self.cast(node, weights.dtype, dtype), weights
 
@@ -139,6 +142,22 @@ def _convolution(to: _Lowering, match: Match, weights: Folded, input: Node, resi
     geometry = tuple(list(each) if isinstance(each, tuple) else each for each in geometry)
     node = to.call(target, *operands, *geometry, *match.activation)
     return to.call(aten.squeeze.dim, node, 2) if flat else node
+
+
+def _volumes(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:
+    """Lower to gpukern's 3-D operators."""
+    product = match.own_product
+    weight, bias = to.held(f"{name}_weight", weights.weight.contiguous()), to.held(f"{name}_bias", weights.bias)
+    geometry: tuple[Any, ...]
+    if product.transposed:
+        target = torch.ops.gpukern.conv_transpose3d.default
+        geometry = product.stride, product.padding, product.output_padding, product.dilation, product.groups
+    else:
+        target = torch.ops.gpukern.conv3d.default
+        padding = product.volume_padding(tuple(weights.weight.shape[2:]))
+        geometry = product.stride, padding, product.dilation, product.groups
+    geometry = tuple(list(each) if isinstance(each, tuple) else each for each in geometry)
+    return to.call(target, input, weight, bias, residual, *geometry, *match.activation)
 
 
 def _linear(to: _Lowering, match: Match, weights: Folded, input: Node, residual: Node | None, name: str) -> Node:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from gpukern.conv import POOL_WINDOWS, same_padding
+from gpukern.conv import POOL_WINDOWS, same_padding, same_paddings
 from gpukern.fusion.program import arguments, aten, is_call, tensor_of
 from gpukern.ops._activation.reference import IN_TORCH
 from gpukern.runtime.tensors import KERNEL_DTYPES
@@ -71,8 +71,10 @@ class Product:
             return f"aten::{'linear' if self.kind == 'linear' else 'convolution'}"
         if self.kind == "linear":
             return "gpukern::linear"
-        if self.spatial == 3 or not self.has_channels:
+        if not self.has_channels:
             return "aten::convolution"
+        if self.spatial == 3:
+            return f"gpukern::{self.kind}"
         return "gpukern::conv_transpose2d" if self.transposed else "gpukern::conv2d"
 
     @property
@@ -100,6 +102,12 @@ class Product:
             return same_padding(image(kernel, 1), image(self.dilation, 1))
         vertical, horizontal = image(self.padding, 0)
         return vertical, vertical, horizontal, horizontal
+
+    def volume_padding(self, kernel: tuple[int, ...]) -> tuple[int, ...]:
+        """Zeros before and after each dimension of a volume."""
+        if isinstance(self.padding, str):
+            return (0,) * 6 if self.padding == "valid" else same_paddings(kernel, self.dilation)
+        return tuple(pad for pad in self.padding for _ in range(2))
 
 
 def image(sizes: tuple[int, ...], of_height: int) -> tuple[int, int]:

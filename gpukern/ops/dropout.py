@@ -73,13 +73,15 @@ def _dropout(input, residual, *others) -> torch.Tensor:
 
 def _dropout_fake(input, residual, state, p, features, key, offset, order) -> torch.Tensor:
     _check(input, residual)
-    return empty(input, tuple(order))
+    return empty(input, tuple(order), residual)
 
 
 def _check(input: torch.Tensor, residual: torch.Tensor | None) -> None:
     if residual is None:
         return
-    check_alike("dropout", input, residual)
+    # Of dtypes only the kind must be the same: the sum promotes.
+    if residual.device != input.device or not residual.is_floating_point():
+        check_alike("dropout", input, residual)
     if residual.shape != input.shape:
         raise RuntimeError(
             f"expected residual to have the input's shape {list(input.shape)}, but got {list(residual.shape)}"
@@ -89,17 +91,21 @@ def _check(input: torch.Tensor, residual: torch.Tensor | None) -> None:
 def _dropout_save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:
     ctx.save_for_backward(arguments[2])
     ctx.state = arguments[3:]
+    ctx.dtypes = tuple(None if each is None else each.dtype for each in arguments[:2])
 
 
 def _dropout_backward(ctx: Any, grad: torch.Tensor) -> tuple:
     (state,) = ctx.saved_tensors
-    grad_input = dropout(grad, None, state, *ctx.state) if ctx.needs_input_grad[0] else None
-    return grad_input, grad if ctx.needs_input_grad[1] else None, None, *(None for _ in ctx.state)
+    needs_input, needs_residual, *_ = ctx.needs_input_grad
+    by_input, by_residual = ctx.dtypes
+    grad_input = dropout(grad, None, state, *ctx.state).to(by_input) if needs_input else None
+    return grad_input, grad.to(by_residual) if needs_residual else None, None, *(None for _ in ctx.state)
 
 
 def _dropout_jvp(operator: Operator, arguments: tuple, tangents: tuple, output: torch.Tensor) -> torch.Tensor | None:
     dinput, dresidual, _ = tangents
-    return total(None if dinput is None else operator(dinput, None, *arguments[2:]), dresidual)
+    kept = None if dinput is None else operator(dinput, None, *arguments[2:]).to(output.dtype)
+    return total(kept, None if dresidual is None else dresidual.to(output.dtype))
 
 
 def _in_torch(input, residual, state, p, features, key, offset, order) -> torch.Tensor:

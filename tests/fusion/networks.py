@@ -267,9 +267,9 @@ CASES = {
         (f"{NORM} + relu", NORM),
     ),
     "sequence, same": Case(lambda: other_dimensions("1d", padding="same"), ("conv1d + batch_norm + relu",)),
-    "volume": Case(lambda: other_dimensions("3d", groups=2), ("conv3d + batch_norm",), ("no epilogue",)),
+    "volume": Case(lambda: other_dimensions("3d", groups=2, padding="same"), ("conv3d + batch_norm + relu",)),
     "transposed volume": Case(
-        lambda: other_dimensions("3d", True, groups=2), ("conv_transpose3d + batch_norm",), ("no epilogue",)
+        lambda: other_dimensions("3d", True, groups=2, stride=2), ("conv_transpose3d + batch_norm + relu",)
     ),
     "norm before, unpadded": Case(
         lambda: net(lambda m, x: m.a(m.b(x)), a=conv(padding=0, groups=2), b=norm()), ("batch_norm + conv2d",)

@@ -28,7 +28,7 @@ def short_tiles(short: bool = True) -> Iterator[None]:
     """Let rows of more than four numbers be longer than a tile, if ``short``."""
     with contextlib.ExitStack() as stack:
         if short:
-            for name, value in (("_MOST", 4), ("_LONG", 32)):
+            for name, value in (("_MOST", 4), ("_LONG", 4)):
                 stack.enter_context(patch.object(planner, name, value))
             stack.callback(_forget)
         _forget()

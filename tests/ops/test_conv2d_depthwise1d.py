@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -260,6 +261,37 @@ def test_bytes_moved_are_those_of_the_tensors(shape, last, taps, direction, devi
     run(p, direction, choice, first, second, output)
     floor = sum(t.nbytes for t in (first, second, output))
     assert floor <= moved() <= 1.1 * floor
+
+
+# Of each launch: loads and stores of 16 bytes, all stores, and bytes of shared memory.
+_ACCESSES = """
+import json, torch
+import gpukern.functional as F
+from gpukern.runtime.compile_only import record_launches
+from gpukern.runtime.device import A100, H100
+
+rows = []
+for device, last in ((H100, False), (H100, True), (A100, False)):
+    x = torch.empty((8, 2048, 768) if last else (8, 768, 2048), dtype=torch.float16, device="meta")
+    w = torch.empty((768, 4, 1) if last else (768, 1, 4), dtype=torch.float16, device="meta")
+    with record_launches(device) as launches:
+        F.conv1d(*((t.transpose(1, 2) for t in (x, w)) if last else (x, w)), padding="causal", groups=768)
+    (launch,) = launches
+    compiled = launch.compile()
+    code = compiled.asm["sass"]
+    accesses = (code.count(f"{name}.E.128") for name in ("LDG", "STG"))
+    rows.append((launch.kernel, *accesses, code.count("STG"), compiled.metadata.shared))
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.slow
+def test_machine_code_moves_vectors_and_exchanges_nothing(run_python):
+    """A thread of [N, C, L] stores two vectors of 8 positions, one of [N, L, C] four positions of 8 channels."""
+    rows = json.loads(run_python(_ACCESSES).stdout.splitlines()[-1])
+    for (kernel, loads, *stores, shared), count in zip(rows, (2, 4, 2), strict=True):
+        assert kernel == "conv2d_depthwise1d_kernel" and shared == 0
+        assert loads >= count and stores == [count, count]
 
 
 # ---- plans ---------------------------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def test_other_arguments_are_refused():
         (lambda: F.dropout(x, training=1), TypeError),
         (lambda: F.dropout(x.int()), RuntimeError),
         (lambda: F.dropout(x, residual=x[0]), RuntimeError),
-        (lambda: F.dropout(x, residual=x.half()), RuntimeError),
+        (lambda: F.dropout(x, residual=x.int()), RuntimeError),
         (lambda: F.dropout1d(x.to_sparse()), RuntimeError),
     ):
         with pytest.raises(error):
@@ -316,6 +316,19 @@ def test_residual_gets_the_gradient_itself(where):
     assert_within("y", y - residual, (x.double() * (by_x != 0) * 2).detach().cpu(), 4e-6 * torch.ones(3, 8))
     for p, training in ((0.0, True), (0.5, False)):
         assert torch.equal(F.dropout(x, p, training, residual=residual), x + residual)
+
+
+def test_residual_of_another_dtype_promotes_as_a_sum_does(where):
+    for low, high in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16)):
+        x = torch.randn(3, 8, device=where).to(low).requires_grad_()
+        residual = torch.randn(3, 8, device=where).to(high).requires_grad_()
+        y = F.dropout(x, 0.0, residual=residual)
+        assert y.dtype is (x + residual).dtype
+        torch.testing.assert_close(y, x + residual, rtol=1e-6, atol=1e-6)
+        y = F.dropout(x, 0.5, residual=residual)
+        y.sum().backward()
+        assert x.grad.dtype is low and residual.grad.dtype is high
+        torch.testing.assert_close(y, x * x.grad + residual, rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_are_exact(where):

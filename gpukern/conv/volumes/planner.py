@@ -50,6 +50,9 @@ def candidates(
                     continue
                 if candidate.variant is Variant.TAPS and Layout.STRIDED in (seen.first, seen.second):
                     candidate = without_runs(candidate)
+                elif operands.dtype == "float32" and not device.multiplies_from_shared_memory:
+                    # Operands of four bytes in registers, beside three numbers for each tap: 64 × 64 spills.
+                    candidate = replace(candidate, block_n=min(candidate.block_n, 32))
                 yield replace(candidate, pack=pack, precision=precision)
 
 

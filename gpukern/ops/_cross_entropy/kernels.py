@@ -10,16 +10,9 @@ smoothing (see :mod:`gpukern.ops.cross_entropy`):
 import triton
 import triton.language as tl
 
-from gpukern.ops._batch_norm.functions import channel_tile, pixel_tile
+from gpukern.ops._batch_norm.functions import channel_tile, load_tile, pixel_tile, store_tile
 from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
-from gpukern.ops._softmax.functions import (
-    load_logits,
-    load_tile,
-    place_of,
-    store_tile,
-    top_and_total,
-    top_and_total_of_tiles,
-)
+from gpukern.ops._softmax.functions import load_logits, top_and_total, top_and_total_of_tiles
 
 
 @triton.jit
@@ -182,8 +175,8 @@ def cross_entropy_kernel(
             x, n, h, p, inside, sizes, BLOCK_P, BLOCK_C, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX
         )
         if LABELS and not SMOOTHING:
-            place = place_of(x, n, h, p, class_, 1, 1, INDEX)
-            logit = tl.load(place, mask=kept & (class_ >= 0), other=0.0).to(tl.float32)
+            place = n * x.n + h * x.h + p * x.w + class_.to(INDEX) * x.c
+            logit = tl.load(x.ptr + place, mask=kept & (class_ >= 0), other=0.0).to(tl.float32)
             loss = -of_label * (logit - top - tl.log(total))
             sum_q = of_label
         else:

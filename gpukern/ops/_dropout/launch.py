@@ -28,8 +28,9 @@ def dropout(
     offset: int,
     order: Shape,
 ) -> torch.Tensor:
-    check_kernel_dtype("dropout", input.dtype)
-    output = empty(input, order)
+    for each in (input, residual):
+        check_kernel_dtype("dropout", input.dtype if each is None else each.dtype)
+    output = empty(input, order, residual)
     _write(output, input, residual, state, p, features, key, offset, order)
     return output
 

@@ -27,23 +27,28 @@ def dropout(
     if state is not None:
         key, offset = state.tolist()
     dtype = torch.promote_types(input.dtype, torch.float32)
+    dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
     factors = _factors(input, p, features, key, offset, order, dtype)
     y = input.to(dtype) * factors
     if residual is not None:
         y = y + residual.to(dtype)
-    return empty(input, order).copy_(y)
+    return empty(input, order, residual).copy_(y)
 
 
 def dropout_(input: torch.Tensor, *others) -> None:
     input.copy_(dropout(input, None, *others))
 
 
-def empty(input: torch.Tensor, order: Shape) -> torch.Tensor:
-    """Allocate a dense tensor of ``input``'s shape and dtype whose dimensions lie in ``order``, outermost first."""
+def empty(input: torch.Tensor, order: Shape, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Allocate a dense tensor of ``input``'s shape whose dimensions lie in ``order``, outermost first.
+
+    Its dtype is that of the sum with ``residual``.
+    """
+    dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     if not order:
-        return input.new_empty(input.shape)
+        return input.new_empty(input.shape, dtype=dtype)
     places = sorted(range(len(order)), key=order.__getitem__)
-    return input.new_empty([input.shape[i] for i in order]).permute(places)
+    return input.new_empty([input.shape[i] for i in order], dtype=dtype).permute(places)
 
 
 def _factors(

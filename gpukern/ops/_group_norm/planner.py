@@ -74,7 +74,9 @@ def resident(
     limit = _KEPT // (power_of_two(inputs) * crowded)
     if walk.height > 1 or pixels * columns > limit:
         return None
-    most = min(power_of_two(walk.channels // group), limit // (pixels * columns))
+    # Beside another input, several groups may take half of the registers: ptxas would spill a few of them.
+    room = limit if inputs == 1 else limit // 2
+    most = min(power_of_two(walk.channels // group), max(1, room // (pixels * columns)))
     wanted = cdiv(_LEAST, pixels * columns)
     if walk.channels_run:
         wanted = max(wanted, cdiv(_RUN, columns * itemsize))

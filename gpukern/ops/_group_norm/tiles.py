@@ -56,7 +56,9 @@ def _whole(
     if chosen is None:
         return None
     align = planner.aligned_group(path, group)
-    options = {"GROUP": group, "BLOCK_D": chosen.columns} | _options(chosen, path.pixel_align, align, shape, strides)
+    # All registers that there are: ptxas aims at fewer, for another block a multiprocessor, and spills some.
+    options = {"GROUP": group, "BLOCK_D": chosen.columns, "maxnreg": min(255, 2048 // chosen.warps)}
+    options |= _options(chosen, path.pixel_align, align, shape, strides)
     return path.strides, chosen, _sizes(path, 1, chosen.tiles, align), options
 
 

@@ -3,32 +3,7 @@
 import triton
 import triton.language as tl
 
-from gpukern.ops._batch_norm.functions import at, channel_tile
-
-
-@triton.jit
-def place_of(image, n, h, p, c, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr):
-    """Addresses of a tile, with what divides them."""
-    if CHANNEL_ALIGN > 1 and p.shape[0] == 1:
-        # The compiler makes a number of a tile of one row, and then refuses the hint that a tile has two numbers for.
-        run = n * (image.n // CHANNEL_ALIGN) + h * (image.h // CHANNEL_ALIGN) + p * (image.w // CHANNEL_ALIGN)
-        return image.ptr + (run * CHANNEL_ALIGN + c.to(INDEX) * image.c)
-    else:
-        return at(image, n, h, p, c, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
-
-
-@triton.jit
-def load_tile(image, n, h, p, c, mask, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr):
-    place = place_of(image, n, h, p, c, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
-    return tl.load(place, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store_tile(
-    image, value, n, h, p, c, mask, PIXEL_ALIGN: tl.constexpr, CHANNEL_ALIGN: tl.constexpr, INDEX: tl.constexpr
-):
-    place = place_of(image, n, h, p, c, PIXEL_ALIGN, CHANNEL_ALIGN, INDEX)
-    tl.store(place, value.to(image.ptr.dtype.element_ty), mask=mask)
+from gpukern.ops._batch_norm.functions import channel_tile, load_tile
 
 
 @triton.jit

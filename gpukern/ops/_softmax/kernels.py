@@ -7,14 +7,8 @@ once. Grid: tiles of rows. See :mod:`gpukern.ops.softmax` for the mathematics.
 import triton
 import triton.language as tl
 
-from gpukern.ops._batch_norm.functions import channel_tile, pixel_tile
-from gpukern.ops._softmax.functions import (
-    load_logits,
-    load_tile,
-    store_tile,
-    top_and_total,
-    top_and_total_of_tiles,
-)
+from gpukern.ops._batch_norm.functions import channel_tile, load_tile, pixel_tile, store_tile
+from gpukern.ops._softmax.functions import load_logits, top_and_total, top_and_total_of_tiles
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def plan(walk: Walk, itemsize: int, tiles: int = 1) -> SoftmaxPlan:
         pixels = min(max(_SHORT // channels, together), power_of_two(walk.inner))
     else:
         pixels = together
-        channels = _LONG // power_of_two(tiles) // pixels
+        channels = max(_LONG // power_of_two(tiles) // pixels, 1)
     elements = pixels * channels
     blocks = cdiv(walk.inner, pixels)
     return SoftmaxPlan(
