@@ -83,7 +83,7 @@ def plan(pixels: int, channels: int, outputs: int, device: DeviceSpec) -> Pointw
     return PointwisePlan(
         gram=Tile(64 // blocks, 0, of_channels, 8, 3, _splits(pixels, 64, blocks * (blocks + 1) // 2, device)),
         statistics=Tile(0, 16, all_channels, 4, 2),
-        forward=Tile(64, of_outputs, min(all_channels, 64), 8, 3),
+        forward=Tile(64, of_outputs, min(all_channels, 64), 8, 2),
         products=Tile(64, of_outputs, of_channels, 8, 3, _splits(pixels, 64, tiles, device)),
         gradients=Tile(0, 16, all_channels, 4, 1),
         input_grad=Tile(64, min(of_outputs, 32 if few else 64), all_channels, 8, 2),
