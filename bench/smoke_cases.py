@@ -54,6 +54,7 @@ _CONVOLUTIONS = (
     ((32, 96, 112, 112), (96, 1, 3, 3), 2, 1, 96),
     ((8, 128, 28, 28), (128, 4, 3, 3), 1, 1, 32),
     ((4, 40, 19, 17), (56, 40, 3, 3), 1, 1, 1),
+    ((8, 96, 1, 2048), (96, 1, 1, 4), 1, 0, 96),
 )
 
 
@@ -136,6 +137,32 @@ _OPERATORS = {
         lambda x, w, b: F.layer_norm(x, (96, 28, 28), w, b), ((8, 96, 28, 28), (96, 28, 28), (96, 28, 28))
     ),
     "rms_norm, silu": _Operator(lambda x, w: F.rms_norm(x, (1000,), w, activation="silu"), ((64, 3, 1000), (1000,))),
+    "group_norm, relu": _Operator(
+        lambda x, w, b: F.group_norm(x, 32, w, b, activation="relu"), ((8, 256, 28, 28), (256,), (256,))
+    ),
+    "instance_norm": _Operator(F.instance_norm, ((8, 64, 56, 56),)),
+    "softmax": _Operator(lambda x: F.softmax(x, -1), ((512, 1000),)),
+    "log_softmax of pixels": _Operator(lambda x: F.log_softmax(x, 1), ((4, 21, 65, 63),)),
+    "cross_entropy": _Operator(
+        lambda x: F.cross_entropy(x, torch.arange(len(x), device=x.device) % x.shape[1], reduction="none"),
+        ((512, 1000),),
+    ),
+    "conv1d, depthwise": _Operator(
+        lambda x, w: F.conv1d(x, w, padding="causal", groups=256), ((8, 256, 2048), (256, 1, 4)), True
+    ),
+    "conv3d": _Operator(
+        lambda x, w, b: F.conv3d(x, w, b, padding=1, activation="relu"),
+        ((4, 32, 8, 28, 28), (64, 32, 3, 3, 3), (64,)),
+        True,
+    ),
+    "conv3d, patches": _Operator(
+        lambda x, w: F.conv3d(x, w, stride=(2, 16, 16)), ((2, 3, 8, 112, 112), (256, 3, 2, 16, 16)), True
+    ),
+    "conv_transpose3d": _Operator(
+        lambda x, w: F.conv_transpose3d(x, w, stride=2), ((2, 32, 4, 14, 14), (32, 16, 2, 2, 2)), True
+    ),
+    "max_pool3d": _Operator(lambda x: F.max_pool3d(x, 3, 2, 1), ((4, 32, 8, 28, 28),)),
+    "avg_pool3d": _Operator(lambda x: F.avg_pool3d(x, 2), ((4, 32, 8, 28, 28),)),
     "conv, bias, relu": _Operator(
         lambda x, w, b: F.conv2d(x, w, b, padding=1, activation="relu"), (_SMALL, _FILTER, (64,)), True
     ),

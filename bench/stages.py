@@ -96,6 +96,7 @@ def bench(folder: Path) -> list[Step]:
         step("epilogue", "resnet50-32", *library),
         step("optimizer", "all"),
         step("model", "resnet50-32", *library),
+        step("norm", "resnet50-32", *library),
         step("inference", "all", *library),
         step("pool", "all-32", *library, *everything),
         step("linear", "all-32", *library, *everything),
