@@ -97,7 +97,7 @@ def _add(groups: dict[tuple, Compilation], group: tuple, launch: Launch, device:
 _OF_THE_LAYER = (
     "TAPS_H", "TAPS_W", "DILATION_H", "DILATION_W", "STRIDE_H", "STRIDE_W", "TAP_STEP_H", "TAP_STEP_W", "REDUCTION",
     "EVEN_K", "ACTIVATION", "SOURCE_ALIGN", "FILTER_ALIGN", "OUT_ALIGN", "GRAD_ALIGN", "PART_N", "PART_H",
-    "PART_W", "CHUNK", "TAPS", "WINDOW", "STRIDES", "DILATIONS", "TAP_STEPS", "RESIDUAL_ALIGN",
+    "PART_W", "CHUNK", "TAPS", "FOOTPRINT", "STRIDES", "DILATIONS", "TAP_STEPS", "RESIDUAL_ALIGN",
 )  # fmt: skip
 
 
@@ -143,8 +143,8 @@ def demand(launch: Launch) -> tuple:
     options = launch.options
     end = "residual" if launch.kernel in _RESIDUAL_IS_HEAVIER else "statistics"
     taps = options.get("TAPS_H", 1) * options.get("TAPS_W", 1) * math.prod(options.get("TAPS", ()))
-    if "WINDOW" in options:
-        taps = len(options["WINDOW"].offsets)
+    if "FOOTPRINT" in options:
+        taps = len(options["FOOTPRINT"].offsets)
     steps = sum(options.get(name, 1) for name in ("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"))
     sizes = (options.get(name, 0) for name in ("SPLITS", "BLOCK_K", "num_stages", "REDUCTION"))
     through = _goes_through_norm(launch)

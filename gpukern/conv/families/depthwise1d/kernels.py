@@ -113,20 +113,20 @@ def put_together(parts, WIDTH: tl.constexpr):
 @triton.jit
 def load_sources(
     tensor, n, c, group, c_ok, length,
-    WINDOW: tl.constexpr, ACCESS: tl.constexpr, INDEX: tl.constexpr,
+    FOOTPRINT: tl.constexpr, ACCESS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """The sources of a group's outputs, in fp32; zeros outside the sequence. :func:`element` finds one."""
-    WIDTH: tl.constexpr = WINDOW.width
+    WIDTH: tl.constexpr = FOOTPRINT.width
     values = ()
-    for i in tl.static_range(loads(WINDOW, ACCESS.joined)):
+    for i in tl.static_range(loads(FOOTPRINT, ACCESS.joined)):
         if ACCESS.joined:
             # Whole vectors are inside or outside.
-            first = (group + needed(WINDOW, ACCESS.joined, i)) * WIDTH
+            first = (group + needed(FOOTPRINT, ACCESS.joined, i)) * WIDTH
             ok = (inside(first, length) & c_ok)[:, :, None]
             at = places(tensor, n, c[:, :, None], first[:, :, None] + lanes(WIDTH), ACCESS, INDEX)
             values += taken_apart(tl.load(at, mask=ok, other=0.0).to(tl.float32), WIDTH)
         else:
-            position = group * WIDTH + needed(WINDOW, ACCESS.joined, i)
+            position = group * WIDTH + needed(FOOTPRINT, ACCESS.joined, i)
             at = places(tensor, n, c, position, ACCESS, INDEX)
             values += (tl.load(at, mask=inside(position, length) & c_ok, other=0.0).to(tl.float32),)
     return values
@@ -210,7 +210,7 @@ def conv2d_depthwise1d_kernel(
     statistics,  # Statistics or None
     channels, source_length, out_length,
     negative_slope,
-    WINDOW: tl.constexpr,  # Taps, whose width is WIDTH
+    FOOTPRINT: tl.constexpr,  # Taps, whose width is WIDTH
     SOURCE: tl.constexpr, OUT: tl.constexpr,  # Access of each
     PLANES: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr,  # channels and groups of a program
@@ -220,7 +220,7 @@ def conv2d_depthwise1d_kernel(
 
     Grid: tiles along all sequences × blocks of channels, these innermost.
     """
-    WIDTH: tl.constexpr = WINDOW.width
+    WIDTH: tl.constexpr = FOOTPRINT.width
     SHAPE: tl.constexpr = (BLOCK_C, BLOCK_G) if PLANES else (BLOCK_G, BLOCK_C)
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     blocks = tl.cdiv(out_length, BLOCK_G * WIDTH)
@@ -230,12 +230,12 @@ def conv2d_depthwise1d_kernel(
     c_ok = channels_inside(c, channels, min(BLOCK_C, max(SOURCE.channels, OUT.channels)), PLANES)
     group = tile % blocks * BLOCK_G + along_groups(tl.arange(0, BLOCK_G), PLANES)
 
-    values = load_sources(source, n, c, group, c_ok, source_length, WINDOW, SOURCE, INDEX)
+    values = load_sources(source, n, c, group, c_ok, source_length, FOOTPRINT, SOURCE, INDEX)
     # Broadcast before the load: each thread reads what it needs, and no data is exchanged.
     own = tl.broadcast_to(c, SHAPE)
     own_ok = own < channels
     weights = ()
-    for s in tl.static_range(count(WINDOW)):
+    for s in tl.static_range(count(FOOTPRINT)):
         w = tl.load(filter_ptr + (own * filter_c + s * filter_s), mask=own_ok, other=0.0)
         weights += (w.to(tl.float32),)
     bias = None
@@ -247,8 +247,8 @@ def conv2d_depthwise1d_kernel(
     results = ()
     for i in tl.static_range(WIDTH):
         y = tl.zeros(SHAPE, tl.float32)
-        for s in tl.static_range(count(WINDOW)):
-            y += values[element(WINDOW, SOURCE.joined, s, i)] * weights[s]
+        for s in tl.static_range(count(FOOTPRINT)):
+            y += values[element(FOOTPRINT, SOURCE.joined, s, i)] * weights[s]
         if bias is not None:
             y += bias
         if residual is not None:
@@ -290,7 +290,7 @@ def conv2d_depthwise1d_weight_grad_kernel(
     batch, channels, source_length, grad_length,
     tiles_per_split,
     fan_in,
-    WINDOW: tl.constexpr,
+    FOOTPRINT: tl.constexpr,
     GRAD: tl.constexpr, SOURCE: tl.constexpr,  # Access of each
     PLANES: tl.constexpr,
     WHOLE: tl.constexpr,  # groups lie in the sequences of grad, or outside
@@ -302,7 +302,7 @@ def conv2d_depthwise1d_weight_grad_kernel(
 
     Grid: (blocks of channels, splits). A split adds up tiles as of the forward convolution, in registers.
     """
-    WIDTH: tl.constexpr = WINDOW.width
+    WIDTH: tl.constexpr = FOOTPRINT.width
     SHAPE: tl.constexpr = (BLOCK_C, BLOCK_G) if PLANES else (BLOCK_G, BLOCK_C)
     c = tl.program_id(0) * BLOCK_C + along_channels(tl.arange(0, BLOCK_C), PLANES)
     c_ok = channels_inside(c, channels, min(BLOCK_C, max(SOURCE.channels, GRAD.channels)), PLANES)
@@ -311,7 +311,7 @@ def conv2d_depthwise1d_weight_grad_kernel(
     first = tl.program_id(1) * tiles_per_split
 
     sums = ()
-    for _ in tl.static_range(count(WINDOW)):
+    for _ in tl.static_range(count(FOOTPRINT)):
         sums += (tl.zeros(SHAPE, tl.float32),)
     for tile in range(first, min(first + tiles_per_split, tiles)):
         n = tile // blocks
@@ -319,12 +319,12 @@ def conv2d_depthwise1d_weight_grad_kernel(
         # No source for what grad does not have: an infinite one would make NaN of its zero.
         exists = c_ok & (group * WIDTH < grad_length)
         grads = load_group(grad, n, c, group, c_ok, grad_length, WIDTH, GRAD, INDEX)
-        values = load_sources(source, n, c, group, exists, source_length, WINDOW, SOURCE, INDEX)
+        values = load_sources(source, n, c, group, exists, source_length, FOOTPRINT, SOURCE, INDEX)
         new = ()
-        for s in tl.static_range(count(WINDOW)):
+        for s in tl.static_range(count(FOOTPRINT)):
             total = sums[s]
             for i in tl.static_range(WIDTH):
-                v = values[element(WINDOW, SOURCE.joined, s, i)]
+                v = values[element(FOOTPRINT, SOURCE.joined, s, i)]
                 if not WHOLE:
                     v = tl.where(group * WIDTH + i < grad_length, v, 0.0)
                 total += grads[i] * v
@@ -332,13 +332,13 @@ def conv2d_depthwise1d_weight_grad_kernel(
         sums = new
 
     if shared is None:
-        for s in tl.static_range(count(WINDOW)):
+        for s in tl.static_range(count(FOOTPRINT)):
             total = over_groups(sums[s], PLANES).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + (c * out_c + s * out_s), total, mask=c < channels)
     else:
-        SIZE: tl.constexpr = count(WINDOW) * BLOCK_C
+        SIZE: tl.constexpr = count(FOOTPRINT) * BLOCK_C
         block, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-        for s in tl.static_range(count(WINDOW)):
+        for s in tl.static_range(count(FOOTPRINT)):
             part = over_groups(sums[s], PLANES)
             leave_part(part, shared, block, split, splits, fan_in, s * BLOCK_C, SIZE)
         if last_to_arrive(shared, block, split, splits, fan_in, SIZE, CHUNK):

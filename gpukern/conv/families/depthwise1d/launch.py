@@ -38,7 +38,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     width = min(group_width(p, direction, request.dtype.itemsize, source[1] == 1), _widest(of_source, source))
     grid = p.N * blocks(p, direction, plan.block_m), cdiv(p.C, plan.block_n)
     options = {
-        "WINDOW": Taps(offsets(p, direction), width),
+        "FOOTPRINT": Taps(offsets(p, direction), width),
         "SOURCE": _access(of_source, source, width),
         "OUT": _access(of_output, output, width),
         "PLANES": source[1] != 1,
@@ -77,7 +77,7 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     workspace = shared_sums(*programs, size)
     scalars = (p.N, p.C, p.W, p.Q, tiles_per_split(p, plan), fan_in(plan.splits, size))
     options = {
-        "WINDOW": Taps(offsets(p, request.direction), width),
+        "FOOTPRINT": Taps(offsets(p, request.direction), width),
         "GRAD": _access(of_grad, grad, width),
         "SOURCE": _access(of_source, source, width),
         "WHOLE": p.Q % width == 0,
