@@ -300,9 +300,8 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
     if _replacement(kind) is None:
         if kind.__module__.startswith("torch.ao.nn."):
             return "quantized or made ready for it: gpukern has no quantized layers"
-        for base in REPLACEMENTS:
-            if isinstance(module, base):
-                return f"subclass of {base.__name__}: it may override forward"
+        if (base := _base_of(kind)) is not None:
+            return f"subclass of {base.__name__}: it redefines {', '.join(_redefined(base, kind))}"
         if isinstance(module, torch.fx.GraphModule):
             return "a traced graph without layers: convert does not look inside its forward"
         if kind.__module__.startswith("torch."):
@@ -327,17 +326,22 @@ def _why_not(module: torch.nn.Module, kind: type[torch.nn.Module]) -> str | None
 def _replacement(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
     """Return the class that a layer of exactly the class ``kind`` gets; None if gpukern has none."""
     known = REPLACEMENTS.get(kind) or foreign.replacement_of(kind)
-    base = next((each for each in kind.__mro__ if each in REPLACEMENTS), None)
-    if known or base is None or not _computes_as(base, kind):
+    base = _base_of(kind)
+    if known or base is None or _redefined(base, kind):
         return known
     return derived(REPLACEMENTS[base], kind)  # type: ignore[arg-type]  # classes are hashable
 
 
-def _computes_as(base: type, kind: type) -> bool:
-    """Whether ``kind``, a subclass of ``base``, redefines nothing that a call of its base uses."""
+def _base_of(kind: type[torch.nn.Module]) -> type[torch.nn.Module] | None:
+    """Return the class of ``torch.nn``, ``kind`` or above it, that gpukern has a layer for."""
+    return next((each for each in kind.__mro__ if each in REPLACEMENTS), None)
+
+
+def _redefined(base: type, kind: type) -> list[str]:
+    """Names that a call of ``base`` may use, and that ``kind``, a subclass, defines in another way."""
     above = base.__mro__
     used = {name for each in above if each is not object for name in vars(each)} - _HARMLESS
-    return all(each in above or used.isdisjoint(vars(each)) for each in kind.__mro__)
+    return sorted({name for each in kind.__mro__ if each not in above for name in used.intersection(vars(each))})
 
 
 def _is_ours(module: torch.nn.Module) -> bool:

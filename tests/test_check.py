@@ -248,3 +248,14 @@ def test_a_fault_is_the_exit_status(faulty, tmp_path):
 def test_wrong_words_are_told(words, status, message):
     result = run(*words, "--device", "cpu")
     assert result.exit_code == status and message in result.output
+
+
+@pytest.mark.parametrize("zeros, said", [(False, ""), (True, "1 layer gets a gradient of zeros, which proves nothing")])
+def test_gradients_that_are_zeros_are_told_of(zeros, said):
+    """As before a head that begins with zeros, in vision transformers."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    if zeros:
+        torch.nn.init.zeros_(model[2].weight)
+    report = gpukern.check(model, torch.randn(3, 4))
+    told = [note for note in report.notes if "gradient of zeros" in note]
+    assert report.passed and len(told) == zeros and all(note.startswith(said) for note in told)

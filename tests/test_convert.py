@@ -120,7 +120,7 @@ def test_timms_norm_with_an_activation_is_one_pass():
         converted, report = gpukern.convert(model, return_report=True)
         assert report.replaced[0] == ("0", "GroupNormAct") and isinstance(converted[0], (kind, gpukern.nn.GroupNorm))
         assert [layer.reason for layer in report.left if layer.name == "1"] == [
-            "subclass of GroupNorm: it may override forward"
+            "subclass of GroupNorm: it redefines forward"
         ]
         with patch.object(type(converted[0].act), "forward", side_effect=lambda x: x) as forward_of_act:
             converted[0](x)
@@ -430,7 +430,7 @@ def test_left_layers_and_their_reasons():
         ("attention", "MultiheadAttention"),
     )
     assert {layer.name: layer.reason for layer in report.left} == {
-        "subclass": "subclass of Conv2d: it may override forward",
+        "subclass": "subclass of Conv2d: it redefines forward",
         "lazy": "not initialized yet: run the model once, then convert it",
         "own": "not a torch.nn layer: convert does not look inside its forward",
         "slope": "negative_slope = -0.5: gpukern takes none below 0",

@@ -170,7 +170,7 @@ def test_a_subclass_is_replaced_if_it_computes_what_its_base_does():
     converted, report = gpukern.convert(model, return_report=True)
     assert isinstance(converted[0], gpukern.nn.Linear) and converted[0].name() == "plain"
     assert [(name, reason) for name, _, reason in report.left] == [
-        ("1", "subclass of BatchNorm2d: it may override forward")
+        ("1", "subclass of BatchNorm2d: it redefines _check_input_dim")
     ]
     assert_same(model[0], converted[0], torch.randn(2, 4))
 

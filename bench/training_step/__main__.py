@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 
 from bench.environment import environment
 from bench.results import write_text
@@ -49,12 +51,14 @@ def main(
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}")
     found: dict[str, Steps] = {}
+    console = Console(stderr=True)
     for each in networks:
         shape = (batch, *each.input_size)
         try:
-            found[each.name] = count(
-                each.make(), shape, DTYPES[dtype], spec, None if recompute is None else {"recompute": recompute}
-            )
+            with console.status(f"counting {each.title}") if console.is_terminal else nullcontext():
+                found[each.name] = count(
+                    each.make(), shape, DTYPES[dtype], spec, None if recompute is None else {"recompute": recompute}
+                )
         except KernelError as error:
             sys.exit(f"{each.title}: {error}")
         title = f"{each.title}, {'×'.join(map(str, shape))}, {dtype}, plans of {spec.name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from gpukern.checking.values import Error, LayerCheck, ReportValues
+from gpukern.checking.values import OURS, TORCH, Error, LayerCheck, ReportValues
 from gpukern.formatting import MISSING, count, percent
 
 
@@ -54,7 +54,9 @@ def headline(report: ReportValues) -> str:
     layout = ", channels_last" if report.channels_last else ""
     mode = "training" if report.training else "evaluation"
     how = f"{report.model} in {report.dtype}{layout}, {mode} mode, on {report.device}, gpukern {report.mode}"
-    found = len({each.layer for each in report.findings})
-    if found:
-        return f"{how}: {count(found, 'layer leaves its bound', 'layers leave their bounds')}"
+    found = {by: len({each.layer for each in report.findings if each.by == by}) for by in (OURS, TORCH)}
+    if any(found.values()):
+        whose = ", ".join(f"{number} by {by}" for by, number in found.items())
+        layers = len({each.layer for each in report.findings})
+        return f"{how}: {count(layers, 'layer leaves its bound', 'layers leave their bounds')}, {whose}"
     return f"{how}: {count(len(report.layers), 'layer')}, all within their bounds"

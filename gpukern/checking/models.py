@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import gpukern.nn
 from gpukern.checking.errors import CheckError
 from gpukern.convert import REPLACEMENTS, convert
+from gpukern.formatting import count
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.given import check_weights, duplicate
 from gpukern.nn.leaf import derived_from
@@ -117,7 +118,7 @@ def _without_dropout(model: torch.nn.Module) -> list[str]:
             number += 1
         elif isinstance(getattr(module, "dropout", None), float):  # attention, recurrent layers
             module.dropout = 0.0  # type: ignore[assignment]
-    return [f"dropout and stochastic depth are off: {number} layers"] if number else []
+    return [f"dropout and stochastic depth are off: {count(number, 'layer')}"] if number else []
 
 
 class NoDropout(TorchFunctionMode):

@@ -16,6 +16,7 @@ from gpukern.checking.layer import OUTPUT, Call, compute, restore
 from gpukern.checking.models import Models, NoDropout, Unit, floating, in_full, map_floating, packed, prepare
 from gpukern.checking.report import CheckReport
 from gpukern.checking.values import Error, LayerCheck, TensorCheck
+from gpukern.formatting import count
 from gpukern.fusion.describe import environment
 from gpukern.fusion.errors import first_line
 from gpukern.runtime.mode import Mode, mode_of
@@ -101,6 +102,7 @@ class _Check:
         self._step("float64", 0)
         self._truth = self._run_exact()
         self._keep_called()
+        self._note_zeros()
         units = self._models.units
         layers = [self._alone(place, unit) for place, unit in enumerate(units)]
         spread = self._spread()
@@ -161,6 +163,15 @@ class _Check:
         kept = [place for place in range(len(units)) if calls[place] and all(each.outputs for each in calls[place])]
         self._truth.calls = {new: calls[old] for new, old in enumerate(kept)}
         self._models.units = [units[place] for place in kept]
+
+    def _note_zeros(self) -> None:
+        """Tell of layers to whose output only zeros come back: their gradients are zeros whoever computes them."""
+        every = self._truth.calls.values()
+        given = ([grad for call in calls for grad in call.grads if grad is not None] for calls in every)
+        number = sum(bool(grads) and not any(grad.any() for grad in grads) for grads in given)
+        if number:
+            layers = count(number, "layer gets", "layers get")
+            self._notes.append(f"{layers} a gradient of zeros, which proves nothing: some weights behind may be zeros")
 
     # ---- layers alone ----------------------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ class _Training(Finder):
         if found.kind != "linear" and not found.has_channels:
             return "takes one sample without a batch dimension"
         apart = found.operator.startswith("aten") or found.spatial == 3  # no step computes volumes
-        return f"gpukern has no {found.kind}" if apart else None
+        return f"the backend has no step for {found.kind}" if apart else None
 
     def with_norms(self, match: Match) -> Match:
         match = self.with_zeros(match)

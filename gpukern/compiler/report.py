@@ -235,14 +235,30 @@ class _Watched(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         group = self.recorder.groups.get(n.meta.get("gpukern_match"))  # type: ignore[arg-type]
+        given = _grad_fns(self.fetch_args_kwargs_from_env(n))
         self.recorder.current = group
         result = super().run_node(n)
         self.recorder.current = None
-        for each in pytree.tree_leaves(result) if group is not None else ():
-            if isinstance(each, torch.Tensor) and each.grad_fn is not None and n.op == "call_function":
-                each.grad_fn.register_prehook(lambda grads: setattr(self.recorder, "current", group))
-                each.grad_fn.register_hook(lambda *grads: setattr(self.recorder, "current", None))
+        if group is not None and n.op == "call_function":
+            for each in _between(given, _grad_fns(result)):
+                each.register_prehook(lambda grads: setattr(self.recorder, "current", group))
+                each.register_hook(lambda *grads: setattr(self.recorder, "current", None))
         return result
+
+
+def _grad_fns(values: Any) -> set[Any]:
+    leaves = pytree.tree_leaves(values)
+    return {each.grad_fn for each in leaves if isinstance(each, torch.Tensor) and each.grad_fn is not None}
+
+
+def _between(given: set[Any], made: set[Any]) -> Iterator[Any]:
+    """Nodes of autograd that a call made: it may end, or begin, with a view."""
+    seen, left = set(given), [*made]
+    while left:
+        if (node := left.pop()) not in seen and not hasattr(node, "variable"):  # a leaf's, which adds its gradient up
+            seen.add(node)
+            yield node
+            left += [each for each, _ in node.next_functions if each is not None]
 
 
 def _storage(tensor: torch.Tensor) -> int:

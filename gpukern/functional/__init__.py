@@ -1,7 +1,8 @@
 """The functions of ``torch.nn.functional`` that gpukern computes itself, with the same signatures, defaults and errors.
 
-All are differentiable and take float32, float16 and bfloat16 (on a CPU in reference mode also float64). Layouts are
-kept: channels_last in, channels_last out. They follow ``torch.autocast`` as the PyTorch functions do.
+All are differentiable and take float32, float16 and bfloat16 (on a CPU in reference mode also float64). What is
+channels_last gives channels_last, but where torch's own result is contiguous, and each function says so. They follow
+``torch.autocast`` as the PyTorch functions do.
 """
 
 import torch.fx

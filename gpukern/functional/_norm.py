@@ -53,6 +53,7 @@ def batch_norm(
     float16 and bfloat16 inputs take parameters and statistics of their own dtype or of float32; computes in fp32.
     Differentiable to any order, also with frozen statistics; second and higher derivatives are computed in plain torch.
     ``torch.autocast`` does not change it, as in torch; a residual of another dtype there promotes the result, as a sum.
+    See Ioffe and Szegedy, "Batch Normalization", 2015.
 
     Returns
     -------
@@ -251,7 +252,12 @@ def instance_norm(
         gpukern's extension, as in :func:`group_norm`.
 
     float16 and bfloat16 inputs take parameters and statistics of their own dtype or of float32; computes in fp32.
-    Differentiable to any order. Unlike torch's, the result is in channels_last (channels_last_3d) if the input is.
+    Differentiable to any order; second and higher derivatives are computed in plain torch. See Ulyanov, Vedaldi and
+    Lempitsky, "Instance Normalization", 2016.
+
+    Returns
+    -------
+    a tensor of ``input``'s shape and dtype, unlike torch's in channels_last (channels_last_3d) if the input is.
 
     Raises
     ------

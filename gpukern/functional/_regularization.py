@@ -37,7 +37,8 @@ def dropout(
     residual:
         gpukern's extension, of the input's shape: added before the result is rounded, in the same pass.
 
-    Differentiable to any order, under ``torch.func`` too; ``vmap`` draws as its ``randomness`` says.
+    Differentiable to any order, under ``torch.func`` too; ``vmap`` draws as its ``randomness`` says. See Srivastava et
+    al., "Dropout: a simple way to prevent neural networks from overfitting", 2014.
 
     Returns
     -------

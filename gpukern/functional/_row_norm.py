@@ -43,7 +43,7 @@ def layer_norm(
     float16 and bfloat16 inputs take parameters of their own dtype, or both of float32; computes in fp32, and the mean
     may be any number of deviations away from zero. Differentiable to any order; second and higher derivatives are
     computed in plain torch. Under ``torch.autocast("cuda")`` the result is float32, as torch's, without a copy of the
-    input in float32.
+    input in float32. See Ba, Kiros and Hinton, "Layer Normalization", 2016.
 
     Returns
     -------
@@ -76,7 +76,8 @@ def rms_norm(
 
     Arguments, results and errors are those of :func:`layer_norm`, and there is no bias. ``eps=None`` is the machine
     epsilon of what torch computes in: float64's for float64, else float32's. The weight may have any floating dtype, on
-    the kernels any of theirs. ValueError for an input of fewer dimensions than ``normalized_shape``.
+    the kernels any of theirs. ValueError for an input of fewer dimensions than ``normalized_shape``. See Zhang and
+    Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
     check_tensors("rms_norm", input, optional=(weight, residual))
     check_floating("rms_norm", input)

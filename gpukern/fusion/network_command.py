@@ -44,7 +44,9 @@ def explain_network(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for documentation.")] = False,
     no_compile: NoCompile = False,
 ) -> None:
-    """Every layer of a network: plan, roofline and machine code, and their sum.
+    """Convolutions, linear layers and pools of a network: plan, roofline and machine code, and their sum.
+
+    With --fuse also what else runs in the fused network, such as its norms, by its bytes.
 
     For instance: gpukern explain network torchvision:resnet50 --input 32x3x224x224
     """

@@ -11,7 +11,7 @@ from gpukern.nn.leaf import Leaf
 
 
 class ReLU(Leaf, torch.nn.ReLU):
-    """``torch.nn.ReLU`` on gpukern's kernels."""
+    """``torch.nn.ReLU`` on gpukern's kernels. See :func:`gpukern.functional.relu`."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "relu"}
 
@@ -20,7 +20,7 @@ class ReLU(Leaf, torch.nn.ReLU):
 
 
 class ReLU6(Leaf, torch.nn.ReLU6):
-    """``torch.nn.ReLU6`` on gpukern's kernels."""
+    """``torch.nn.ReLU6`` on gpukern's kernels. See :func:`gpukern.functional.relu6`."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "relu6"}
 
@@ -40,7 +40,7 @@ class LeakyReLU(Leaf, torch.nn.LeakyReLU):
 
 
 class Sigmoid(Leaf, torch.nn.Sigmoid):
-    """``torch.nn.Sigmoid`` on gpukern's kernels."""
+    """``torch.nn.Sigmoid`` on gpukern's kernels. See :func:`gpukern.functional.sigmoid`."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "sigmoid"}
 
@@ -49,7 +49,7 @@ class Sigmoid(Leaf, torch.nn.Sigmoid):
 
 
 class Hardsigmoid(Leaf, torch.nn.Hardsigmoid):
-    """``torch.nn.Hardsigmoid`` on gpukern's kernels."""
+    """``torch.nn.Hardsigmoid`` on gpukern's kernels. See :func:`gpukern.functional.hardsigmoid`."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "hardsigmoid"}
 
@@ -58,7 +58,7 @@ class Hardsigmoid(Leaf, torch.nn.Hardsigmoid):
 
 
 class Tanh(Leaf, torch.nn.Tanh):
-    """``torch.nn.Tanh`` on gpukern's kernels."""
+    """``torch.nn.Tanh`` on gpukern's kernels. See :func:`gpukern.functional.tanh`."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "tanh"}
 
@@ -67,7 +67,7 @@ class Tanh(Leaf, torch.nn.Tanh):
 
 
 class SiLU(Leaf, torch.nn.SiLU):
-    """``torch.nn.SiLU`` on gpukern's kernels."""
+    """``torch.nn.SiLU`` on gpukern's kernels. See :func:`gpukern.functional.silu`."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "silu"}
 
@@ -88,7 +88,7 @@ class GELU(Leaf, torch.nn.GELU):
 
 
 class Hardswish(Leaf, torch.nn.Hardswish):
-    """``torch.nn.Hardswish`` on gpukern's kernels."""
+    """``torch.nn.Hardswish`` on gpukern's kernels. See :func:`gpukern.functional.hardswish`."""
 
     _epilogue: ClassVar[dict[str, Any]] = {"activation": "hardswish"}
 

@@ -39,6 +39,12 @@ print(json.dumps({
     "untouched": nested[0][1].num_batches_tracked.item() == 0 and all(p.grad is None for p in nested.parameters()),
     "evaluation": str(gpukern.compile_report(net().eval(), x)),
     "skipped": json.loads(gpukern.compile_report(net(), x, options={"skip": ["3"]}).to_json()),
+    "tokens": json.loads(
+        gpukern.compile_report(nn.Sequential(nn.Linear(8, 16), nn.GELU()), torch.randn(2, 4, 8)).to_json()
+    ),
+    "sequence": json.loads(
+        gpukern.compile_report(nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8)), torch.randn(2, 4, 32)).to_json()
+    ),
     "converted": json.loads(gpukern.compile_report(gpukern.convert(net()), x).to_json()),
 }))
 """
@@ -81,6 +87,12 @@ def test_totals_have_what_is_in_no_group(printed):
     for direction in ("forward", "backward"):
         grouped = sum(group[direction]["launches"] for group in found["groups"])
         assert found[direction]["launches"] == grouped + 1  # the sigmoid
+
+
+@pytest.mark.parametrize("name", ["tokens", "sequence"])
+def test_a_group_that_ends_with_a_view_has_its_backward_too(printed, name):
+    [group] = printed[name]["groups"]
+    assert group["backward"] == printed[name]["backward"] and group["backward"]["launches"] > 1
 
 
 def test_reasons_name_modules(printed):

@@ -385,3 +385,15 @@ def test_taps_of_another_mode_are_refused(device):
         y = F.max_pool2d(x, 2)
     with pytest.raises(RuntimeError, match="another mode"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("pool", [F.max_pool2d, F.avg_pool2d], ids=lambda pool: pool.__name__)
+def test_reference_rounds_sums_of_a_gradient_once(pool):
+    """Windows overlap, so that up to nine gradients meet: torch on a CPU adds those of 16 bits in 16 bits."""
+    x = torch.randn(2, 4, 9, 9, dtype=torch.bfloat16, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    grad = torch.randn(2, 4, 9, 9, dtype=torch.bfloat16)
+    with force_mode(Mode.REFERENCE):
+        [actual] = torch.autograd.grad(pool(x, 3, 1, 1), x, grad)
+        [exact] = torch.autograd.grad(pool(wide, 3, 1, 1), wide, grad.double())
+    torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=1e-6)

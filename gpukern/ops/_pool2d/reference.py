@@ -40,10 +40,11 @@ def max_pool2d_backward(
     problem: PoolProblem, grad: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
     """``∂L/∂x[h, w] = Σ ∂L/∂y[p, q]`` over the outputs whose maximum is x[h, w]."""
+    grad, dtype = _wide(grad)
     grad_input = _aten.max_pool2d_with_indices_backward(
         grad, _image(problem, grad, memory_format), *_geometry(problem), taps
     )
-    return laid_out(grad_input, memory_format)
+    return laid_out(grad_input.to(dtype), memory_format)
 
 
 def max_pool2d_gather(
@@ -69,6 +70,7 @@ def avg_pool2d_backward(
     problem: PoolProblem | AdaptiveProblem, grad: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
     """``∂L/∂x[h, w] = Σ ∂L/∂y[p, q] / divisor`` over the windows that contain (h, w)."""
+    grad, dtype = _wide(grad)
     image = _image(problem, grad, memory_format)
     if isinstance(problem, PoolProblem):
         grad_input = _aten.avg_pool2d_backward(grad, image, *_average(problem))
@@ -76,7 +78,13 @@ def avg_pool2d_backward(
         grad_input = image.zero_()
     else:
         grad_input = _aten._adaptive_avg_pool2d_backward(grad, image)
-    return laid_out(grad_input, memory_format)
+    return laid_out(grad_input.to(dtype), memory_format)
+
+
+def _wide(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+    """(``tensor`` in a dtype whose sums torch does not round to 16 bits on a CPU, its own dtype)."""
+    dtype = tensor.dtype
+    return tensor.to(torch.promote_types(dtype, torch.float32)), dtype
 
 
 def _geometry(problem: PoolProblem) -> tuple:
