@@ -95,6 +95,17 @@ def test_a_transpose_is_read_as_it_is(device):
     assert [call.first[1] for call in seen] == [1]
 
 
+@pytest.mark.parametrize("name", ["dense", "transposed"])
+def test_a_result_may_be_changed_in_place(name, where):
+    function, _, _, arguments = CASES[name]
+    x, w, b, dy = tensors(name, torch.float32, where)
+    leaf = w.detach().requires_grad_()
+    y = getattr(F, function)(x, leaf, b, **arguments)
+    torch.relu_(y).backward(dy)
+    (expected,) = torch.autograd.grad(torch.relu(getattr(F, function)(x, leaf, b, **arguments)), leaf, dy)
+    assert torch.equal(leaf.grad, expected)
+
+
 @pytest.mark.parametrize("act", ["silu", "relu"])
 def test_causal_padding_and_epilogue(act, where):
     """Outputs depend on nothing later; bias, residual and activation in the same pass, in training too."""
