@@ -287,6 +287,19 @@ def test_a_loss_scale_comes_before_the_rounding_of_halves(where):
     assert_within("gradient", found, right, 2 * rounding_bound(right, torch.float16))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_derivatives_by_logits_probabilities_and_weights(reduction, where):
+    operands, changes = ([torch.rand(3, 4), torch.rand(3, 4), torch.rand(4)] for _ in range(2))
+
+    def derivative(entropy, *convert):
+        primals, tangents = (tuple(t.to(*convert) for t in each) for each in (operands, changes))
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        return torch.func.jvp(lambda *tensors: entropy(*tensors, **options), primals, tangents)[1]
+
+    right = derivative(T.cross_entropy, torch.float64)
+    torch.testing.assert_close(derivative(F.cross_entropy, where).cpu().double(), right, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_of_many_directions_at_once(where):
     x, labels = torch.randn(3, 4), torch.tensor([1, 0, 3])
     g = torch.randn(5)
