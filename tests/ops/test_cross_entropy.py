@@ -151,6 +151,9 @@ def test_empty_tensors(reduction, where):
             torch.testing.assert_close(loss.cpu(), right, equal_nan=True)
             loss.sum().backward()
             assert x.grad.shape == shape
+    x = torch.zeros(2, 0, device=where, requires_grad=True)
+    F.cross_entropy(x, torch.full((2,), -100, device=where), reduction=reduction).sum().backward()
+    assert x.grad.shape == (2, 0)
 
 
 def test_infinities_and_nan_are_torchs(where):
