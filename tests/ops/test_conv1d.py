@@ -157,6 +157,13 @@ def test_transforms_and_lazy_tensors(where):
     torch.testing.assert_close(F.max_pool1d(negated, 2), TF.max_pool1d(negated, 2))
 
 
+def test_adaptive_pools_of_nothing(where):
+    for shape in ((2, 3, 0), (3, 0)):
+        assert F.adaptive_avg_pool1d(torch.ones(shape, device=where), 1).isnan().all()
+    values, indices = F.adaptive_max_pool1d(torch.ones(0, 4, device=where), 2, return_indices=True)
+    assert values.shape == indices.shape == (0, 2)
+
+
 def test_pools_of_single_sequences_and_indices(where):
     x = in_runs(torch.randn(2, 3, 11)).to(where)
     x[0, 1, 4] = float("nan")
