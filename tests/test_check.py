@@ -161,6 +161,14 @@ def test_layers_that_cancel_or_keep_a_rounded_output_keep_their_bounds(dtype, re
         assert report.layers[0].worst("alone", "input gradient").share is not None
 
 
+@pytest.mark.parametrize("places", [(0, 1, 2, 1), (0, 1, 0, 1, 0), (3, 1, 3)], ids=str)
+def test_layers_with_several_places_in_a_sequential_are_judged_alone(places, reference_mode):
+    layers = torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6), torch.nn.LayerNorm(6)
+    report = gpukern.check(torch.nn.Sequential(*(layers[place] for place in places)), torch.randn(2, 4, 6))
+    assert report.passed, report
+    assert sorted(layer.calls for layer in report.layers) == sorted(map(places.count, set(places)))
+
+
 def test_the_callers_modes_do_not_matter(reference_mode):
     """Without gradients, in inference mode, and under autocast; frozen weights have a gradient of the input."""
     model = linears().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,12 +88,19 @@ def prepare(model: torch.nn.Module, dtype: torch.dtype, channels_last: bool, tra
     ours, report = convert(duplicate(torchs), inplace=True, return_report=True)
     units = [Unit((name,), kind) for name, kind in (*report.replaced, *report.already)]
     units += [Unit((name,), kind, reason) for name, kind, reason in report.left]
-    grouped = {name for names, _ in report.together for name in names}
+    together = [group for group in report.together if _occur_once(ours, group.names)]
+    grouped = {name for names, _ in together for name in names}
     units = [unit for unit in units if unit.names[0] not in grouped]
-    units += [Unit(names, " + ".join(types)) for names, types in report.together]
+    units += [Unit(names, " + ".join(types)) for names, types in together]
     order = {name: number for number, (name, _) in enumerate(torchs.named_modules())}
     units.sort(key=lambda unit: order[unit.names[0]])
     return Models(duplicate(torchs).double(), torchs, ours, units, notes)
+
+
+def _occur_once(model: torch.nn.Module, names: tuple[str, ...]) -> bool:
+    """Whether these layers have one place in the model each: calls elsewhere would be taken for the neighbours'."""
+    places = Counter(child for module in model.modules() for child in module._modules.values())
+    return all(places[model.get_submodule(name)] == 1 for name in names)
 
 
 def _to_torchs_layers(model: torch.nn.Module) -> None:

@@ -10,6 +10,7 @@ from gpukern.ops import pool2d as _pool2d
 from gpukern.ops import pool3d as _pool3d
 from gpukern.ops._pool2d.problem import check_adaptive, output_sizes
 from gpukern.runtime.arguments import as_bool, as_int, as_pair, as_single, check_batched_or_not, check_tensors
+from gpukern.runtime.integers import require
 from gpukern.runtime.tensors import check_floating
 
 
@@ -204,6 +205,8 @@ def adaptive_avg_pool1d(input: torch.Tensor, output_size: int | Sequence[int]) -
     if input.dim() != 3 and check_batched_or_not("adaptive_avg_pool1d", input, batched=3):
         return adaptive_avg_pool1d(input.unsqueeze(0), output_size).squeeze(0)
     size = as_single("output_size", output_size)
+    if size == (1,) and input.shape[2] == 0:
+        return input.mean(2, keepdim=True)  # of no places: NaN, as torch's
     _check_adaptive(input, size)
     return _pool2d.adaptive_avg_pool2d(input.unsqueeze(2), (1, *size)).squeeze(2)
 
@@ -219,9 +222,14 @@ def adaptive_max_pool1d(
     check_tensors("adaptive_max_pool1d", input)
     check_floating("adaptive_max_pool1d", input)
     if input.dim() != 3 and check_batched_or_not("adaptive_max_pool1d", input, batched=3):
-        return _squeezed(adaptive_max_pool1d(input.unsqueeze(0), output_size, return_indices), 0)
+        if input.shape[0]:
+            return _squeezed(adaptive_max_pool1d(input.unsqueeze(0), output_size, return_indices), 0)
+        _check_adaptive(input.unsqueeze(0), as_single("output_size", output_size))
+        values = input.new_empty((0, *as_single("output_size", output_size)))
+        return (values, values.to(torch.int64)) if return_indices else values
     size = as_single("output_size", output_size)
     _check_adaptive(input, size)
+    require(input.shape[1] != 0, f"adaptive_max_pool1d: expected channels, got size {list(input.shape)}")
     windows = _pool3d.adaptive((1, 1, *size))
     return _squeezed(_squeezed(_pool3d.max_pool(input[:, :, None, None], windows, bool(return_indices)), 2), 2)
 

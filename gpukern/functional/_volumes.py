@@ -11,7 +11,7 @@ from gpukern.ops import conv3d as _conv3d
 from gpukern.ops import conv_transpose3d as _conv_transpose3d
 from gpukern.ops import pool3d as _pool3d
 from gpukern.ops.activation import check_activation
-from gpukern.runtime.amp import autocast, is_any_autocast_enabled
+from gpukern.runtime.amp import autocast, is_any_autocast_enabled, runs_in_fp32
 from gpukern.runtime.arguments import (
     as_bool,
     as_int,
@@ -158,6 +158,7 @@ def max_pool3d(
     """
     check_tensors("max_pool3d", input)
     check_floating("max_pool3d", input)
+    input = _autocast(input)
     if input.dim() != 5 and check_batched_or_not("max_pool3d", input, batched=5):
         pooled = max_pool3d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return _one(pooled)
@@ -183,6 +184,7 @@ def avg_pool3d(
     """
     check_tensors("avg_pool3d", input)
     check_floating("avg_pool3d", input)
+    input = _autocast(input)
     if input.dim() != 5 and check_batched_or_not("avg_pool3d", input, batched=5):
         return avg_pool3d(
             input.unsqueeze(0), kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
@@ -207,6 +209,7 @@ def adaptive_avg_pool3d(input: torch.Tensor, output_size: int | Sequence[int | N
     if size == (1, 1, 1) and 0 in input.shape:
         return input.mean((-3, -2, -1), keepdim=True)  # of no voxels: NaN, as torch's
     _check_not_empty("adaptive_avg_pool3d", input)
+    input = _autocast(input)
     if input.dim() == 4:
         return adaptive_avg_pool3d(input.unsqueeze(0), size).squeeze(0) if input.shape[0] else _no_channels(input, size)
     return _pool3d.avg_pool3d(input, *_pool3d.adaptive(size), False, None)
@@ -222,12 +225,20 @@ def adaptive_max_pool3d(
     """
     size = _adaptive_size("adaptive_max_pool3d", input, output_size)
     _check_not_empty("adaptive_max_pool3d", input)
+    input = _autocast(input)
     if input.dim() == 4:
         if not input.shape[0]:
             values = _no_channels(input, size)
             return (values, values.to(torch.int64)) if return_indices else values
         return _one(adaptive_max_pool3d(input.unsqueeze(0), size, return_indices))
     return _pool3d.max_pool(input, _pool3d.adaptive(size), bool(return_indices))
+
+
+def _autocast(input: torch.Tensor) -> torch.Tensor:
+    """``input`` in float32 under autocast on a CPU, which pools volumes in it; on a GPU it has no say in this."""
+    if is_any_autocast_enabled() and input.device.type == "cpu" and runs_in_fp32(input):
+        return input.to(torch.float32)
+    return input
 
 
 def _one(pooled: torch.Tensor | tuple[torch.Tensor, torch.Tensor]):

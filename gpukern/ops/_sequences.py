@@ -17,6 +17,14 @@ def sequence(images: torch.Tensor) -> torch.Tensor:
     return images.squeeze(2)
 
 
+def fresh_sequence(images: torch.Tensor) -> torch.Tensor:
+    """:func:`sequence` of a tensor that nobody else has, which is changed itself.
+
+    Autograd lets nobody change the result of a function that is a view, as an activation in place does.
+    """
+    return images.squeeze_(2)
+
+
 def without_layout(tensor: torch.Tensor) -> torch.Tensor:
     """:func:`rows` with strides that are never taken for channels_last.
 

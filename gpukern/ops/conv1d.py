@@ -12,7 +12,7 @@ import torch
 from gpukern.conv import Pair, of_rows, output_sizes, sequence_problem
 from gpukern.ops import conv2d as _conv2d
 from gpukern.ops._activation.reference import in_torch
-from gpukern.ops._sequences import Rows, rows, sequence, without_layout
+from gpukern.ops._sequences import Rows, fresh_sequence, rows, sequence, without_layout
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import affine_jvp, needs_input
 from gpukern.runtime.mode import Implementations
@@ -55,7 +55,7 @@ def _forward(
         _conv2d.check_residual(residual, (problem.N, problem.K, problem.Q))
         residual = rows(residual)
     operands = without_layout(input), rows(weight), bias, residual
-    return sequence(_implementations.of(input).conv2d(problem, *operands, activation, negative_slope))
+    return fresh_sequence(_implementations.of(input).conv2d(problem, *operands, activation, negative_slope))
 
 
 def _fake(input, weight, bias, residual, stride, padding, dilation, groups, activation, negative_slope) -> torch.Tensor:
@@ -65,7 +65,7 @@ def _fake(input, weight, bias, residual, stride, padding, dilation, groups, acti
     shape = (input.shape[0], weight.shape[0], *sizes)
     if residual is not None:
         _conv2d.check_residual(residual, shape)
-    return sequence(input.new_empty(of_rows(shape)).to(memory_format=memory_format_of(rows(weight))))
+    return fresh_sequence(input.new_empty(of_rows(shape)).to(memory_format=memory_format_of(rows(weight))))
 
 
 def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from gpukern.conv import of_rows, transposed_sequence_problem, transposed_sizes
 from gpukern.ops import conv_transpose2d as _conv_transpose2d
 from gpukern.ops._activation.reference import in_torch
-from gpukern.ops._sequences import Rows, rows, sequence, without_layout
+from gpukern.ops._sequences import Rows, fresh_sequence, rows, sequence, without_layout
 from gpukern.ops.activation import affine_jvp
 from gpukern.ops.conv2d import check_residual, conv2d, conv2d_weight_grad, transposed_flops
 from gpukern.runtime.mode import Implementations
@@ -30,7 +30,7 @@ def _forward(
         check_residual(residual, (problem.N, problem.C, problem.W))
         residual = rows(residual)
     operands = without_layout(input), rows(weight), bias, residual
-    return sequence(_implementations.of(input).conv_transpose2d(problem, *operands, activation, negative_slope))
+    return fresh_sequence(_implementations.of(input).conv_transpose2d(problem, *operands, activation, negative_slope))
 
 
 def _fake(
@@ -42,7 +42,7 @@ def _fake(
     shape = (input.shape[0], weight.shape[1] * groups, *sizes)
     if residual is not None:
         check_residual(residual, shape)
-    return sequence(input.new_empty(of_rows(shape)).to(memory_format=memory_format_of(rows(weight))))
+    return fresh_sequence(input.new_empty(of_rows(shape)).to(memory_format=memory_format_of(rows(weight))))
 
 
 def _save(ctx: Any, arguments: tuple, output: torch.Tensor) -> None:

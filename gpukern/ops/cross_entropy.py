@@ -130,7 +130,7 @@ def _has_memory(grad: torch.Tensor) -> bool:
 def _cross_entropy_jvp(operator: Operator, arguments: tuple, tangents: tuple, outputs: tuple) -> tuple:
     input, target, weight, *options, _ = arguments
     loss, total = outputs
-    if tangents[2] is not None:
+    if tangents[2] is not None and not target.is_floating_point():
         raise RuntimeError("cross_entropy is not differentiable with respect to the weights of class indices")
     wants = tuple(tangent is not None for tangent in tangents[:2])
     gradients = cross_entropy_backward(torch.ones_like(loss), input, target, weight, total, *options, *wants)
@@ -139,7 +139,10 @@ def _cross_entropy_jvp(operator: Operator, arguments: tuple, tangents: tuple, ou
         for gradient, tangent in zip(gradients, tangents, strict=False)
     ]
     of_rows = sum_of(*products)
-    return None if of_rows is None else of_rows if options[0] == NONE else of_rows.sum(), None
+    of_logits_and_target = of_rows if of_rows is None or options[0] == NONE else of_rows.sum()
+    # With probabilities the loss is linear in the weights.
+    of_weight = None if tangents[2] is None else operator(input, target, tangents[2], *arguments[3:])[0]
+    return sum_of(of_logits_and_target, of_weight), None
 
 
 def _in_torch(input, target, weight, reduction, ignore_index, smoothing, dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,6 +78,7 @@ CASES = (
     Case("depthwise", (2, 40, 7, 6), 40, (3, 3), padding=1, groups=40),
     Case("depthwise stride 2 dilation 2", (1, 24, 11, 10), 24, (3, 3), stride=2, padding=2, dilation=2, groups=24),
     Case("depthwise multiplier 3", (1, 5, 8, 8), 15, (5, 5), stride=2, padding=2, groups=5),
+    Case("depthwise, a sequence", (2, 20, 1, 37), 20, (1, 4), padding=(0, 3), groups=20),
     # sums over pixels that are split, into shares that do not come out even: as a product, directly, over joined taps
     Case("split sum", (1, 16, 23, 19), 16, (1, 1)),
     Case("split sum, depthwise", (1, 24, 21, 13), 24, (1, 1), groups=24),

@@ -53,6 +53,20 @@ def test_dtypes_are_torchs(name, where):
             torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=bound, atol=bound * 8)
 
 
+POOLS_OF_VOLUMES = {"max_pool3d": 2, "avg_pool3d": 2, "adaptive_avg_pool3d": 2, "adaptive_max_pool3d": 2}
+
+
+@pytest.mark.parametrize("name", POOLS_OF_VOLUMES)
+def test_volumes_are_pooled_in_float32_on_a_cpu_alone(name, where):
+    x, argument = torch.randn(2, 3, 4, 4, 4).bfloat16(), POOLS_OF_VOLUMES[name]
+    with torch.autocast("cpu"):
+        expected = getattr(T, name)(x, argument)
+    with torch.autocast(where.type, torch.bfloat16):
+        found = getattr(F, name)(x.to(where), argument)
+    assert found.dtype is (expected.dtype if where.type == "cpu" else torch.bfloat16)
+    torch.testing.assert_close(found.cpu().float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_operators_compute_in_what_they_are_given(low, where):
     """The same bits with autocast as without it: values and gradients, of registered operators too."""

@@ -95,6 +95,17 @@ def test_a_transpose_is_read_as_it_is(device):
     assert [call.first[1] for call in seen] == [1]
 
 
+@pytest.mark.parametrize("name", ["dense", "transposed"])
+def test_a_result_may_be_changed_in_place(name, where):
+    function, _, _, arguments = CASES[name]
+    x, w, b, dy = tensors(name, torch.float32, where)
+    leaf = w.detach().requires_grad_()
+    y = getattr(F, function)(x, leaf, b, **arguments)
+    torch.relu_(y).backward(dy)
+    (expected,) = torch.autograd.grad(torch.relu(getattr(F, function)(x, leaf, b, **arguments)), leaf, dy)
+    assert torch.equal(leaf.grad, expected)
+
+
 @pytest.mark.parametrize("act", ["silu", "relu"])
 def test_causal_padding_and_epilogue(act, where):
     """Outputs depend on nothing later; bias, residual and activation in the same pass, in training too."""
@@ -144,6 +155,13 @@ def test_transforms_and_lazy_tensors(where):
     for ours, theirs in ((F.conv1d, TF.conv1d),):
         torch.testing.assert_close(ours(negated, w, groups=4), theirs(negated, w, groups=4), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(F.max_pool1d(negated, 2), TF.max_pool1d(negated, 2))
+
+
+def test_adaptive_pools_of_nothing(where):
+    for shape in ((2, 3, 0), (3, 0)):
+        assert F.adaptive_avg_pool1d(torch.ones(shape, device=where), 1).isnan().all()
+    values, indices = F.adaptive_max_pool1d(torch.ones(0, 4, device=where), 2, return_indices=True)
+    assert values.shape == indices.shape == (0, 2)
 
 
 def test_pools_of_single_sequences_and_indices(where):

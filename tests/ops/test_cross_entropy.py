@@ -151,6 +151,9 @@ def test_empty_tensors(reduction, where):
             torch.testing.assert_close(loss.cpu(), right, equal_nan=True)
             loss.sum().backward()
             assert x.grad.shape == shape
+    x = torch.zeros(2, 0, device=where, requires_grad=True)
+    F.cross_entropy(x, torch.full((2,), -100, device=where), reduction=reduction).sum().backward()
+    assert x.grad.shape == (2, 0)
 
 
 def test_infinities_and_nan_are_torchs(where):
@@ -285,6 +288,19 @@ def test_a_loss_scale_comes_before_the_rounding_of_halves(where):
     (found,) = torch.autograd.grad(F.cross_entropy(x, labels.to(where)), x, scale.half().to(where))
     (right,) = torch.autograd.grad(T.cross_entropy(truth, labels), truth, scale.double())
     assert_within("gradient", found, right, 2 * rounding_bound(right, torch.float16))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_forward_derivatives_by_logits_probabilities_and_weights(reduction, where):
+    operands, changes = ([torch.rand(3, 4), torch.rand(3, 4), torch.rand(4)] for _ in range(2))
+
+    def derivative(entropy, *convert):
+        primals, tangents = (tuple(t.to(*convert) for t in each) for each in (operands, changes))
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        return torch.func.jvp(lambda *tensors: entropy(*tensors, **options), primals, tangents)[1]
+
+    right = derivative(T.cross_entropy, torch.float64)
+    torch.testing.assert_close(derivative(F.cross_entropy, where).cpu().double(), right, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_many_directions_at_once(where):

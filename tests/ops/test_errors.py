@@ -275,6 +275,7 @@ IMAGES = {
     "1-D, adaptive of rank 1": lambda f: f.adaptive_avg_pool1d(four, 2),
     "1-D, adaptive of rank 4": lambda f: f.adaptive_avg_pool1d(x, 2),
     "1-D, adaptive maximum of size 0": lambda f: f.adaptive_max_pool1d(s[:, :, :0], 2),
+    "1-D, adaptive maximum without channels": lambda f: f.adaptive_max_pool1d(s[:, :0], 2),
     "1-D, adaptive maximum of rank 1": lambda f: f.adaptive_max_pool1d(four, 2),
     "1-D, adaptive maximum of rank 4": lambda f: f.adaptive_max_pool1d(x, 2),
     "1-D, adaptive maximum, negative": lambda f: f.adaptive_max_pool1d(s, -2),

@@ -379,6 +379,13 @@ def test_a_graph_for_inference_can_be_differentiated(device):
     assert torch.equal(torch.autograd.grad(y, x, grad)[0], gradients(lambda x: F.max_pool2d(x, 2), x, grad)[1])
 
 
+def test_a_window_without_pixels_has_no_gradient(where):
+    x = torch.randn(1, 2, 2, 2, device=where, requires_grad=True)
+    y = F.max_pool2d(x, 2, 3, 1, dilation=3)
+    y.sum().backward()
+    assert y.isneginf().all() and not x.grad.any()
+
+
 def test_taps_of_another_mode_are_refused(device):
     x = torch.randn(1, 2, 6, 6, device=device, requires_grad=True)
     with force_mode(Mode.REFERENCE):

@@ -144,3 +144,10 @@ def test_plans():
     assert chosen.divisor == 27  # padding counts and nothing hangs over
     adaptive = plan(adaptive_pool((8, 64, 10, 9, 8), (3, 4, 16)), False, 4)
     assert adaptive.window == (4, 3, 1) and adaptive.owners == (2, 2, 2)
+
+
+def test_a_window_without_voxels_has_no_gradient(where):
+    x = torch.randn(1, 2, 2, 2, 2, device=where, requires_grad=True)
+    y = F.max_pool3d(x, 2, 3, 1, dilation=3)
+    y.sum().backward()
+    assert y.isneginf().all() and not x.grad.any()

@@ -92,7 +92,10 @@ def gradients(
     else:
         kept = (target != options.ignore_index).unsqueeze(1)
         label = torch.where(kept, target.unsqueeze(1), 0).long()
-        q = torch.zeros_like(logs).scatter(1, label, 1.0) * of_class * (1 - options.smoothing) + share * of_class
+        chosen = torch.zeros_like(logs)
+        if classes:  # of none all rows are ignored
+            chosen = chosen.scatter(1, label, 1.0)
+        q = chosen * of_class * (1 - options.smoothing) + share * of_class
         if options.reduction == MEAN:
             g = g / total
         # An ignored row has the gradient 0, though all may be ignored.

@@ -28,7 +28,22 @@ def max_pool2d_with_taps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The maximum and where it was found, both [N, C, P, Q]."""
     output, taps = F.max_pool2d(input, *_geometry(problem), return_indices=True)
+    if max(problem.dilation) > 1:
+        # Where no tap of a window is in the image, torch's index is of a pixel that may not exist.
+        taps = torch.where(_has_pixels(problem, input.device), taps, -1)
     return laid_out(output, memory_format), laid_out(taps, memory_format)
+
+
+def _has_pixels(problem: PoolProblem, device: torch.device) -> torch.Tensor:
+    """[P, Q]: whether a window has a pixel of the image."""
+    sizes = (problem.H, problem.W), (problem.P, problem.Q)
+    geometry = zip(*sizes, problem.kernel, problem.stride, problem.padding, problem.dilation, strict=True)
+    inside = []
+    for size, result, kernel, stride, padding, dilation in geometry:
+        first = torch.arange(result, device=device) * stride - padding
+        places = first[:, None] + torch.arange(kernel, device=device) * dilation
+        inside.append(((places >= 0) & (places < size)).any(1))
+    return inside[0][:, None] & inside[1]
 
 
 def max_pool2d_indices(problem: PoolProblem, taps: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
@@ -40,6 +55,8 @@ def max_pool2d_backward(
     problem: PoolProblem, grad: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
     """``∂L/∂x[h, w] = Σ ∂L/∂y[p, q]`` over the outputs whose maximum is x[h, w]."""
+    if max(problem.dilation) > 1:
+        grad, taps = torch.where(taps < 0, 0, grad), taps.clamp(min=0)
     grad, dtype = _wide(grad)
     grad_input = _aten.max_pool2d_with_indices_backward(
         grad, _image(problem, grad, memory_format), *_geometry(problem), taps
@@ -51,8 +68,8 @@ def max_pool2d_gather(
     problem: PoolProblem, image: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
     """``y[p, q] = image[tap of (p, q)]``: [N, C, H, W] gives [N, C, P, Q]."""
-    gathered = image.flatten(2).gather(2, taps.flatten(2)).unflatten(2, (problem.P, problem.Q))
-    return laid_out(gathered, memory_format)
+    gathered = image.flatten(2).gather(2, taps.clamp(min=0).flatten(2)).unflatten(2, (problem.P, problem.Q))
+    return laid_out(torch.where(taps < 0, 0, gathered), memory_format)
 
 
 def avg_pool2d(

@@ -34,9 +34,25 @@ def max_pool3d_with_taps(
     input = input.contiguous()
     if isinstance(problem, VolumePool):
         output, taps = F.max_pool3d(input, *_geometry(problem), return_indices=True)
+        if max(problem.dilation) > 1:
+            # Where no tap of a window is in the volume, torch's index is of a voxel that may not exist.
+            taps = torch.where(_has_voxels(problem, input.device), taps, -1)
     else:
         output, taps = F.adaptive_max_pool3d(input, problem.result, return_indices=True)
     return laid_out(output, memory_format), laid_out(taps, memory_format)
+
+
+def _has_voxels(problem: VolumePool, device: torch.device) -> torch.Tensor:
+    """[Z, P, Q]: whether a window has a voxel of the volume."""
+    geometry = zip(
+        problem.image, problem.result, problem.kernel, problem.stride, problem.padding, problem.dilation, strict=True
+    )
+    inside = []
+    for size, result, kernel, stride, padding, dilation in geometry:
+        first = torch.arange(result, device=device) * stride - padding
+        places = first[:, None] + torch.arange(kernel, device=device) * dilation
+        inside.append(((places >= 0) & (places < size)).any(1))
+    return inside[0][:, None, None] & inside[1][:, None] & inside[2]
 
 
 def max_pool3d_indices(problem: Problem, taps: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
@@ -50,7 +66,8 @@ def max_pool3d_backward(
     """``∂L/∂x[d, h, w] = Σ ∂L/∂y[z, p, q]`` over the outputs whose maximum is x[d, h, w]."""
     grad, dtype = _wide(grad)
     volume = grad.new_zeros(problem.N, problem.C, math.prod(problem.image))
-    volume = volume.scatter_add(2, taps.flatten(2), grad.flatten(2)).unflatten(2, problem.image)
+    grad, taps = torch.where(taps < 0, 0, grad).flatten(2), taps.clamp(min=0).flatten(2)
+    volume = volume.scatter_add(2, taps, grad).unflatten(2, problem.image)
     return laid_out(volume.to(dtype), memory_format)
 
 
@@ -58,7 +75,8 @@ def max_pool3d_gather(
     problem: Problem, image: torch.Tensor, taps: torch.Tensor, memory_format: torch.memory_format
 ) -> torch.Tensor:
     """``y[z, p, q] = image[tap of (z, p, q)]``: [N, C, D, H, W] gives [N, C, Z, P, Q]."""
-    return laid_out(image.flatten(2).gather(2, taps.flatten(2)).unflatten(2, problem.result), memory_format)
+    found = image.flatten(2).gather(2, taps.clamp(min=0).flatten(2)).unflatten(2, problem.result)
+    return laid_out(torch.where(taps < 0, 0, found), memory_format)
 
 
 def avg_pool3d(problem: Problem, input: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
