@@ -19,7 +19,7 @@ from gpukern.runtime.device import DEVICES, DeviceSpec
 T = TypeVar("T")
 
 _PLAN = re.compile(
-    r"(?P<variant>[a-z ]+) (?P<m>\d+)×(?P<n>\d+)×(?P<k>\d+)(?: \(box (?P<box>[\d×]+)\))?, (?P<warps>\d+) warps"
+    r"(?P<variant>[a-z0-9 ]+) (?P<m>\d+)×(?P<n>\d+)×(?P<k>\d+)(?: \(box (?P<box>[\d×]+)\))?, (?P<warps>\d+) warps"
     r"(?:, (?P<stages>\d+) stages)?(?:, (?P<splits>\d+) splits)?(?:, (?P<precision>tf32x3|tf32))?"
     r"(?:, (?P<copied>[a-z ]+) copied)?"
 )

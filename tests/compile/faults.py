@@ -39,6 +39,10 @@ FEW_SPILLS = 0.02
 #: another block a multiprocessor, and keeps on the stack what a program needs again when it merges its sums: 2 to 6 of
 #: 1,300 to 2,100 instructions in depthwise kernels, once a program or a row of pixels.
 RARE_SPILLS = 0.004
+#: On sm_80, of a kernel with products and outside of its loops. ptxas holds a tile of 128 × 32 to 128 registers, for
+#: four blocks a multiprocessor, and its end makes the sums of a batch norm's gradient: 2 of 2,640 instructions, once a
+#: tile.
+SPILLS_A_TILE = 0.001
 #: In a loop without products, of an iteration: a row of pixels in depthwise kernels of a few channels in NCHW whose
 #: statistics end in their launch (4 of 187 instructions, loads and stores of images among them, on sm_80).
 SPILLS_A_ROW = 4
@@ -123,7 +127,8 @@ def _spills_little(row: dict) -> bool:
         let_be = 0 if row["tensor_core"] else FEW_SPILLS * loop["length"] if newer else of_rows
         if inside > let_be:
             return False
-    share = FEW_SPILLS if newer else 0 if row["tensor_core"] else RARE_SPILLS
+    of_products = SPILLS_A_TILE if row["capability"][0] == 8 else 0
+    share = FEW_SPILLS if newer else of_products if row["tensor_core"] else RARE_SPILLS
     few = row["spills"] <= share * sum(row.get("instructions", {}).values())
     return few or row["capability"][0] == 10
 
