@@ -75,10 +75,7 @@ def conv2d(
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     padding = sides(padding, weight, stride, dilation)
-    if is_any_autocast_enabled():
-        input, weight, bias, residual = autocast(input, weight, bias, residual)
-    if bias is not None and bias.dtype is not input.dtype:
-        check_alike("conv2d", input, bias)  # a folded bias may be float32; torch's layers have none such
+    input, weight, bias, residual = autocast_operands("conv2d", input, weight, bias, residual)
     return _conv2d.apply(
         input,
         weight,
@@ -91,6 +88,21 @@ def conv2d(
         check_activation(activation, negative_slope),
         negative_slope,
     )
+
+
+def autocast_operands(
+    function: str,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The operands of a convolution in autocast's dtype, where one is in force."""
+    if is_any_autocast_enabled():
+        input, weight, bias, residual = autocast(input, weight, bias, residual)
+    if bias is not None and bias.dtype is not input.dtype:
+        check_alike(function, input, bias)  # a folded bias may be float32; torch's layers have none such
+    return input, weight, bias, residual
 
 
 def sides(padding: int | Sequence[int] | str, weight, stride, dilation) -> tuple[int, int, int, int]:
@@ -145,10 +157,7 @@ def conv_transpose2d(
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_pair("stride", stride), as_pair("dilation", dilation)
     padding, extra = as_pair("padding", padding), as_pair("output_padding", output_padding)
-    if is_any_autocast_enabled():
-        input, weight, bias, residual = autocast(input, weight, bias, residual)
-    if bias is not None and bias.dtype is not input.dtype:
-        check_alike("conv_transpose2d", input, bias)
+    input, weight, bias, residual = autocast_operands("conv_transpose2d", input, weight, bias, residual)
     return _conv_transpose2d.apply(
         input,
         weight,
@@ -214,10 +223,7 @@ def conv1d(
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_single("stride", stride), as_single("dilation", dilation)
     padding = _ends(padding, weight, stride, dilation)
-    if is_any_autocast_enabled():
-        input, weight, bias, residual = autocast(input, weight, bias, residual)
-    if bias is not None and bias.dtype is not input.dtype:
-        check_alike("conv1d", input, bias)
+    input, weight, bias, residual = autocast_operands("conv1d", input, weight, bias, residual)
     return _conv1d.apply(
         input,
         weight,
@@ -273,10 +279,7 @@ def conv_transpose1d(
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_single("stride", stride), as_single("dilation", dilation)
     padding, extra = as_single("padding", padding), as_single("output_padding", output_padding)
-    if is_any_autocast_enabled():
-        input, weight, bias, residual = autocast(input, weight, bias, residual)
-    if bias is not None and bias.dtype is not input.dtype:
-        check_alike("conv_transpose1d", input, bias)
+    input, weight, bias, residual = autocast_operands("conv_transpose1d", input, weight, bias, residual)
     return _conv_transpose2d.transposed(
         _conv_transpose1d.conv_transpose1d,
         (input, weight, bias, residual),

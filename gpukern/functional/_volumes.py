@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from gpukern.functional._conv import named_padding
+from gpukern.functional._conv import autocast_operands, named_padding
 from gpukern.ops import conv3d as _conv3d
 from gpukern.ops import conv_transpose3d as _conv_transpose3d
 from gpukern.ops import pool3d as _pool3d
 from gpukern.ops.activation import check_activation
-from gpukern.runtime.amp import autocast, is_any_autocast_enabled, runs_in_fp32
+from gpukern.runtime.amp import is_any_autocast_enabled, runs_in_fp32
 from gpukern.runtime.arguments import (
     as_bool,
     as_int,
@@ -21,7 +21,7 @@ from gpukern.runtime.arguments import (
     check_tensors,
 )
 from gpukern.runtime.integers import require
-from gpukern.runtime.tensors import check_alike, check_floating
+from gpukern.runtime.tensors import check_floating
 
 
 def conv3d(
@@ -64,10 +64,7 @@ def conv3d(
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_triple("stride", stride), as_triple("dilation", dilation)
     padding = _sides(padding, weight, stride, dilation)
-    if is_any_autocast_enabled():
-        input, weight, bias, residual = autocast(input, weight, bias, residual)
-    if bias is not None and bias.dtype is not input.dtype:
-        check_alike("conv3d", input, bias)  # a folded bias may be float32; torch's layers have none such
+    input, weight, bias, residual = autocast_operands("conv3d", input, weight, bias, residual)
     return _conv3d.apply(
         input,
         weight,
@@ -121,10 +118,7 @@ def conv_transpose3d(
         ).squeeze(0)  # fmt: skip
     stride, dilation = as_triple("stride", stride), as_triple("dilation", dilation)
     padding, extra = as_triple("padding", padding), as_triple("output_padding", output_padding)
-    if is_any_autocast_enabled():
-        input, weight, bias, residual = autocast(input, weight, bias, residual)
-    if bias is not None and bias.dtype is not input.dtype:
-        check_alike("conv_transpose3d", input, bias)
+    input, weight, bias, residual = autocast_operands("conv_transpose3d", input, weight, bias, residual)
     return _conv_transpose3d.apply(
         input,
         weight,
