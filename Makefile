@@ -25,7 +25,7 @@ test: $(INSTALLED) ## run the tests, in WORKERS processes (default: one a core, 
 test-latest: ## run the tests on the newest PyTorch, Triton, NumPy and timm, in .venv-latest (3 GB; not in CI)
 	@$(LATEST)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(LATEST)
 	@$(LATEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		torch torchvision triton numpy timm -e '.[bench,demo,dev]'
+		torch torchvision triton numpy timm -e '.[bench,demo,dev,train]'
 	@$(LATEST)/bin/python -m pip list --disable-pip-version-check | grep -E '^(torch|triton|numpy|timm) '
 	@$(LATEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist worksteal $(PYTEST_ARGS)
 
@@ -55,7 +55,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV); PyTorch is large, the first time takes a while ..."
 	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
-		$(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e '.[bench,demo,dev]'
+		$(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt -e '.[bench,demo,dev,train]'
 	@# The optimizers want CuPy beside a PyTorch for CUDA, and one for its version.
 	@cuda=$$($(BIN)/python -c 'import torch; print((torch.version.cuda or "").split(".")[0])'); \
 		if [ -n "$$cuda" ]; then \
