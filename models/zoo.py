@@ -11,6 +11,7 @@ from torch import nn
 
 from models.convnext import ConvNeXtTiny
 from models.efficientnet import EfficientNetB0
+from models.efficientnet_lite import EfficientNetLite0
 from models.lenet import LeNet5
 from models.mobilenet import MobileNetV2
 from models.resnet import resnet18, resnet50
@@ -46,6 +47,7 @@ NETWORKS: dict[str, Network] = {
             partial(EfficientNetB0, dropout=0.0, stochastic_depth=0.0),
             (3, 224, 224),
         ),
+        Network("efficientnet_lite0", "EfficientNet-Lite0", partial(EfficientNetLite0, dropout=0.0), (3, 224, 224)),
         Network(
             "convnext_tiny",
             "ConvNeXt-T",
