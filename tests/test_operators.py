@@ -396,9 +396,12 @@ def test_every_operator_has_samples():
     )
 
 
+NOT_YET = "conv2d_quantized", "conv_transpose2d_quantized", "linear_quantized"
+
+
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(name, where):
-    if mode_of(torch.empty(0, device=where)) is not Mode.REFERENCE and "quantize" in name:
+    if mode_of(torch.empty(0, device=where)) is not Mode.REFERENCE and name in NOT_YET:
         pytest.skip("the kernels in 8 bits are not there yet")
     operator = getattr(torch.ops.gpukern, name).default
     for arguments in getattr(Samples(where), name)():
