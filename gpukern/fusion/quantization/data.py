@@ -39,7 +39,9 @@ class Data:
                 f"Calibrated on {self.observed_rows} of the batch's rows, and proved on the same: "
                 "give more than one for a proof on others"
             )
-        return f"Calibrated on {self.observed_rows} rows of the batches given; {self.aside_rows} kept aside for the proof"
+        return (
+            f"Calibrated on {self.observed_rows} rows of the batches given; {self.aside_rows} kept aside for the proof"
+        )
 
 
 def take(

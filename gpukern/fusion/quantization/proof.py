@@ -144,7 +144,9 @@ class Proof(Interpreter):
     def _blame(self, layer: Layer | None, what: str, old: Node | None = None) -> None:
         name = layer.name if layer is not None else str(old)
         pattern = "an average pool" if layer is None else layer.match.pattern
-        raise FusionError(f"the fused model is wrong in 8 bits: {what}, given its own input. To blame is {pattern} ({name})")
+        raise FusionError(
+            f"the fused model is wrong in 8 bits: {what}, given its own input. To blame is {pattern} ({name})"
+        )
 
 
 def half_a_step(values: torch.Tensor, scale: torch.Tensor, format: Format) -> torch.Tensor:
@@ -155,7 +157,9 @@ def half_a_step(values: torch.Tensor, scale: torch.Tensor, format: Format) -> to
     return torch.maximum(values.abs() * 2.0**-4, scale * 2.0**-10)  # 3 bits of mantissa, steps of 2⁻⁹ below 2⁻⁶
 
 
-def true_values(program: Program, matches: Sequence[Match], batches: Iterable[Leaves]) -> Iterable[dict[str, torch.Tensor]]:
+def true_values(
+    program: Program, matches: Sequence[Match], batches: Iterable[Leaves]
+) -> Iterable[dict[str, torch.Tensor]]:
     """The outputs of all matches in fp64 for each batch; empty where the program does not run in fp64."""
     graph, _ = program.copy()
     doubled = {name: held.double() if held.is_floating_point() else held for name, held in program.constants.items()}

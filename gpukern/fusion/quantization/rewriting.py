@@ -47,7 +47,7 @@ class _Rewriting:
         self.graph.output(result)
         names = {}
         for old in self.network.graph.nodes:
-            new = self.new_for(old)
+            new = None if old.op == "output" else self.new_for(old)
             if new is not None:
                 place = self.places[old]
                 place.replace_all_uses_with(new)

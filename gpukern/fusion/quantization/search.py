@@ -81,7 +81,8 @@ def ranked(
 def _impossible(whole: Trial, last: Trial, order: Sequence[str], noise: Mapping[str, float]) -> Found:
     """FusionError with the numbers, and the groups that cost most."""
     costly = "; ".join(
-        f"{last.scheme.network.layers[name].match.pattern} ({name}) {noise[name]:.2g} of the output" for name in order[:5]
+        f"{last.scheme.network.layers[name].match.pattern} ({name}) {noise[name]:.2g} of the output"
+        for name in order[:5]
     )
     told = f"the target cannot be met, {last.target.words} and at least {FLOOR:g} dB"
     given = f": with all groups in 8 bits {words_of(whole)}, with all of them given back to 16 bits {words_of(last)}"

@@ -45,7 +45,7 @@ def is_eight_bits(dtype: Any) -> bool:
     return isinstance(dtype, (str, torch.dtype)) and dtype in BY_NAME
 
 
-def settings(dtype: Any, given: Mapping[str, Any]) -> Settings | None:
+def settings(dtype: Any, given: Mapping[str, Any], verify: bool = True) -> Settings | None:
     """The settings for ``dtype``, None for one that is none of eight bits; ``given``: the options by their names, None
     for those that were left out. TypeError or ValueError for options that do not go together."""
     if not is_eight_bits(dtype):
@@ -53,6 +53,8 @@ def settings(dtype: Any, given: Mapping[str, Any]) -> Settings | None:
         return None
     format, precision = BY_NAME[dtype], given["precision"] or torch.float16
     batches = given["calibrate"]
+    if given["target"] is not None and not verify:
+        raise ValueError("target is reached by proof: it cannot go with verify=False")
     if precision not in _PRECISIONS:
         raise ValueError(f"what is not in 8 bits is in torch.float16 or torch.bfloat16, got precision={precision!r}")
     if batches is None:

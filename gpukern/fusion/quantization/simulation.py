@@ -80,5 +80,3 @@ def bytes_of_a_row(network: Network) -> int:
 
 def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from gpukern.fusion import batch
 from gpukern.fusion.build_report import Work
@@ -15,6 +14,7 @@ from gpukern.fusion.decisions import See, leaves, returned
 from gpukern.fusion.errors import FusionError, first_line
 from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.module import FusedModule
+from gpukern.fusion.program import Program
 from gpukern.fusion.quantization.accounting import groups, moved
 from gpukern.fusion.quantization.build import Built, build
 from gpukern.fusion.quantization.data import Data, few, part, rows_of, take
@@ -37,9 +37,11 @@ _PROVED, _PART = 32, 2**28
 
 @dataclass(frozen=True)
 class Stage:
-    """What was fused in 16 bits, and for which example. ``free``: the name of each leaf's free batch."""
+    """What was fused in 16 bits, and for which example. ``program``: that of the matches. ``free``: the name of each
+    leaf's free batch. ``see``: by what the model is judged; None if nothing shall be proved."""
 
     work: Work
+    program: Program
     module: FusedModule
     inputs: tuple
     free: tuple[str | None, ...]
@@ -72,7 +74,7 @@ class _Quantizing:
         self.stage, self.asked, self.shown = stage, asked, shown
         work = stage.work
         self.prepared = stage.module.prepared(stage.inputs)
-        self.network = network_of(work.model_program, work.matches, work.lowered, self.prepared, stage.precision)
+        self.network = network_of(stage.program, work.matches, work.lowered, self.prepared, stage.precision)
         self.domains = domains(self.network)
         self.base = Base(work.model, work.lowered, stage.module, stage.see or returned, wrapped)
 
@@ -83,9 +85,7 @@ class _Quantizing:
         except (RuntimeError, NotImplementedError) as problem:
             raise FusionError(f"the folded model cannot be calibrated in float32: {first_line(problem)}") from problem
         layers, reasons = self._layers()
-        built = build(
-            self.network, self.domains, observer, self.asked, data, self.stage.free, layers, self.shown.tell
-        )
+        built = build(self.network, self.domains, observer, self.asked, data, self.stage.free, layers, self.shown.tell)
         if self.stage.see is None:
             return self._unproved(built, data, layers, reasons)
         trials = Trials(self.base, self.asked.target, data.aside)
@@ -134,7 +134,7 @@ class _Quantizing:
             for leaves in few(data.aside, free, _PROVED)
             for start in range(0, rows_of(leaves, free), size)
         ]
-        for leaves_of, truth in zip(chosen, true_values(work.program, work.matches, chosen), strict=True):
+        for leaves_of, truth in zip(chosen, true_values(self.stage.program, work.matches, chosen), strict=True):
             proof.check(trial.module.prepared(self.base.inputs(leaves_of)), truth)
         return proof.noise
 
@@ -176,14 +176,12 @@ class _Quantizing:
         return replace(made, quantization=told)
 
     def _bytes(self, lowered: Lowered) -> int:
-        return moved(self.stage.work.program, lowered, self.prepared).total
+        return moved(self.stage.program, lowered, self.prepared).total
 
     def _outcome(self, module, lowered, scheme, data, reasons, noise, costs, given_back) -> Outcome:
         work = self.stage.work
-        before, after = (moved(work.program, each, self.prepared) for each in (work.lowered, lowered))
-        rows = groups(
-            scheme, work.matches, work.program.leaves, noise, costs, reasons, given_back, before, after
-        )
+        before, after = (moved(self.stage.program, each, self.prepared) for each in (work.lowered, lowered))
+        rows = groups(scheme, work.matches, work.program.leaves, noise, costs, reasons, given_back, before, after)
         metric = self.asked.target.metric
         told = Quantization(
             format=str(self.asked.format),
