@@ -40,7 +40,7 @@ LAYERS = (
         "summary",
         "info",
     ),
-    *("explain", "tune", "fusion", "checking", "compiler", "cli"),
+    *("explain", "tune", "fusion", "checking", "diagnose", "compiler", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Pure Python: what plans are made of, on any machine.
@@ -140,6 +140,7 @@ def test_imports_run_one_way(path):
 PUT_TOGETHER = {
     "conv/families/registry.py": "conv/families/*/plan.py",
     "conv/prepare.py": "conv/families/*/launch.py",
+    "diagnose/extras.py": "",
     "fusion/sources.py": "",
     "info.py": "",
     "ops/_operators.py": "ops/[!_]*.py",
