@@ -32,6 +32,7 @@ LAYERS = (
         "onnx",
         "functional",
         "nn",
+        "data",
         "optim",
         "copies",
         "convert",
@@ -68,7 +69,7 @@ TORCH_FREE = (
 CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
 OPERATIONS = (
-    *("activation", "batch_norm", "conv1d", "conv2d", "conv3d"),
+    *("activation", "augment", "batch_norm", "conv1d", "conv2d", "conv3d"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "cross_entropy", "dropout", "group_norm"),
     *("layer_norm", "linear", "rms_norm", "softmax"),
 )
