@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers
-from gpukern.conv.requantize import scaled_residual
-from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._quantize.functions import narrowed_activation
+from gpukern.conv.requantize import activated, scaled_residual
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums, store_part
 
 # ---- along one axis: an Axis of plan.py ----------------------------------------------------------------------------
@@ -301,7 +299,7 @@ def conv2d_depthwise_kernel(
                 w = tl.load(own_filter + (m * filter.reduction + r * filter.r + s * filter.s), mask=k_ok, other=0.0)
                 weights += (w.to(tl.float32),)
     scale = None
-    if requantize is not None:
+    if requantize is not None:  # noqa: SIM102 - the attribute of None is looked up otherwise
         if requantize.scale is not None:
             scale = load_channels(requantize.scale, k, k_ok, SHAPE, OUT_PAIRS)
     if bias_ptr is not None:
@@ -371,11 +369,8 @@ def conv2d_depthwise_kernel(
                         kept = tl.load(other_places + moved, mask=ok[j], other=0.0).to(tl.float32)
                     y, from_mean = inner_gradient(y, value, kept, numbers, negative_slope, ACTIVATION)
                     y = y.to(out.ptr.dtype.element_ty)
-                elif requantize is not None:
-                    to_8_bits = requantize.inverse_output_scale
-                    y = narrowed_activation(y, to_8_bits, ACTIVATION, negative_slope, out.ptr.dtype.element_ty)
                 else:
-                    y = apply_activation(y, ACTIVATION, negative_slope).to(out.ptr.dtype.element_ty)
+                    y = activated(y, requantize, ACTIVATION, negative_slope, out.ptr.dtype.element_ty)
                 tl.store(places + moved, y, mask=ok[j])
                 if norm is not None:
                     g = tl.where(ok[j], y.to(tl.float32), 0.0)
