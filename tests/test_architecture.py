@@ -83,6 +83,7 @@ KERNELS = (
     "indexing.py",
     "kernels.py",
     "norm_grad.py",
+    "requantize.py",
     "shared_sums.py",
     "tf32.py",
     "weight_kernels.py",
