@@ -53,6 +53,7 @@ TORCH_FREE = (
     "exclusions.py",
     "family.py",
     "runtime/files.py",
+    "float8_sums.py",
     "geometry.py",
     "integers.py",
     "plan.py",
