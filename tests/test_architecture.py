@@ -55,6 +55,7 @@ TORCH_FREE = (
     "exclusions.py",
     "family.py",
     "runtime/files.py",
+    "float8_sums.py",
     "geometry.py",
     "integers.py",
     "plan.py",
