@@ -7,7 +7,8 @@ The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16`
 
 Both are fixed here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance. And the
 user function of ``tl.reduce``, which the interpreter calls for every element, is called for whole slices.
-TF32 is in ``emulation_tf32.py``; ``emulation_speed.py`` makes the interpreter several times faster.
+TF32 is in ``emulation_tf32.py``, 8-bit floats are in ``emulation_fp8.py``; ``emulation_speed.py`` makes the interpreter
+several times faster.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
 
-from gpukern.runtime import emulation_speed, emulation_tf32
+from gpukern.runtime import emulation_fp8, emulation_speed, emulation_tf32
 
 
 def bf16_bits_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -44,6 +45,7 @@ def prepare() -> None:
             "Triton was imported before gpukern, without TRITON_INTERPRET=1, so its interpreter is off: "
             "set GPUKERN_EMULATE=1 and import gpukern first"
         )
+    emulation_fp8.prepare()
     emulation_tf32.prepare()
     emulation_speed.prepare()
     plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
