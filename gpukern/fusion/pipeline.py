@@ -151,8 +151,8 @@ def _fused(
             made = in_eight_bits(
                 stage, eight, lambda each: FusedModel(each, report, inputs, captured.dynamic_batch, False)
             )
-            work, module, notes = replace(work, lowered=made.lowered), made.module, [*report.notes, *made.notes]
-            report = account(work, dtype, device, prepared, proof, errors, notes)
+            module, notes = made.module, [*report.notes, *made.notes]
+            report = account(made.work, dtype, device, prepared, proof, made.errors, notes)
             report = replace(report, dtype=made.quantization.format, quantization=made.quantization)
     return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
 

@@ -31,10 +31,12 @@ _MOVES = frozenset(
     )
 )
 _JOINS = frozenset((aten.cat.default, aten.stack.default))
+#: Why the model's inputs are in 16 bits.
+FIRST = "an input of the model"
 AVERAGES = frozenset((_ops.avg_pool2d.default, _ops.adaptive_avg_pool2d.default, aten.mean.dim))
 
 
-@dataclass
+@dataclass(eq=False)
 class Domain:
     """``values``: the nodes. ``products``, ``residuals`` and ``averages``: nodes that read it as such; ``writers``: the
     layers and average pools that make its numbers. ``why_not``: why it cannot be stored in eight bits; "": it can."""
@@ -139,7 +141,7 @@ def _written(network: Network, node: Node, domain: Domain) -> None:
     if node.name in network.layers or is_average(network, node):
         domain.writers.append(node.name)
     elif node.op == "placeholder":
-        domain.why_not = domain.why_not or "an input of the model"
+        domain.why_not = domain.why_not or FIRST
     else:
         domain.why_not = domain.why_not or f"{node.name} writes it in 16 bits"
 

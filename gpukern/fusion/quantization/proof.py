@@ -46,6 +46,8 @@ class Proof(Interpreter):
         self.scheme, self.matches = scheme, matches
         self._places = {name: place for place, name in enumerate(lowered.names)}
         self._names = base.names
+        layers = scheme.network.layers
+        self._divided = {layers[name].place: by for name, by in scheme.equalized.items()}
         self.noise = [Energies() for _ in matches]
         self._truth: dict[str, torch.Tensor] = {}
 
@@ -71,10 +73,10 @@ class Proof(Interpreter):
         name = self._names[place]
         found = result.double() * (self.scheme.scale_of(name) or 1.0)
         truth = self._truth[self.matches[place].output.name]
-        divided = self.scheme.equalized.get(name)
+        divided = self._divided.get(place)
         if divided is not None:
-            last = 1 if truth.dim() > 2 else -1
-            found = found * divided.view([-1 if dim == last % truth.dim() else 1 for dim in range(truth.dim())])
+            channels = truth.dim() - 1 if self.matches[place].own_product.spatial == 0 else 1
+            found = found * divided.view([-1 if dim == channels else 1 for dim in range(truth.dim())])
         self.noise[place].add(found, truth)
 
     # ---- each by itself ----

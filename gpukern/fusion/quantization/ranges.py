@@ -4,7 +4,7 @@ that read it are least wrong."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,9 +27,15 @@ def scales_of(
     format: Format,
     calibration: str,
     batches: Iterable[Leaves],
+    only: Collection[str] | None = None,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """The scale of each value that can be stored in eight bits, and the name of the estimator that found it."""
-    usable = [domain for domain in found.every if not domain.why_not and domain.products]
+    """The scale of each value that can be stored in eight bits, and the name of the estimator that found it.
+
+    ``only``: of the domains of these values.
+    """
+    usable = [domain for domain in found.every if not domain.why_not and domain.writers]
+    if only is not None:
+        usable = [domain for domain in usable if set(domain.values) & set(only)]
     tried = (calibration,) if calibration != "auto" else ESTIMATORS
     candidates = {
         id(domain): {each: scale_for(threshold(histograms[domain.values[0]], each, format), format) for each in tried}
@@ -38,7 +44,7 @@ def scales_of(
     chosen = {id(domain): tried[0] for domain in usable}
     if len(tried) > 1:
         errors = _errors(network, found, candidates, format, batches)
-        chosen |= {place: min(each, key=each.__getitem__) for place, each in errors.items()}
+        chosen |= {place: min(each, key=each.__getitem__) for place, each in errors.items() if each}
     scales, estimators = {}, {}
     for domain in usable:
         estimator = chosen[id(domain)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.quantization.data import Leaves, few
 from gpukern.fusion.quantization.scheme import Scheme
-from gpukern.fusion.quantization.simulation import Simulation, bytes_of_a_row
+from gpukern.fusion.quantization.simulation import Simulation, rows_within
 from gpukern.fusion.quantization.trial import FLOOR, Trial, Trials, words_of
 
 #: Images, and bytes of all their values, on which layers are ranked.
@@ -72,8 +72,7 @@ def ranked(
     scheme: Scheme, layers: Sequence[str], observed: Sequence[Leaves], free: Sequence[str | None]
 ) -> dict[str, float]:
     """For each layer, noise / signal of the outputs if it alone is in eight bits."""
-    rows = max(1, min(_ROWS, _BYTES // max(bytes_of_a_row(scheme.network), 1)))
-    (leaves,) = list(few(observed, free, rows))[:1]
+    (leaves,) = list(few(observed, free, rows_within(scheme.network, _ROWS, _BYTES)))[:1]
     simulation = Simulation(scheme.network, leaves)
     return {name: 10 ** (-simulation.score(scheme.with_eight((name,))).snr / 10) for name in layers}
 

@@ -80,3 +80,8 @@ def bytes_of_a_row(network: Network) -> int:
 
 def _is_floating(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def rows_within(network: Network, rows: int, limit: int) -> int:
+    """``rows``, or fewer of which all values take ``limit`` bytes; one at least."""
+    return max(1, min(rows, limit // max(bytes_of_a_row(network), 1)))

@@ -14,19 +14,20 @@ from gpukern.fusion.decisions import See, leaves, returned
 from gpukern.fusion.errors import FusionError, first_line
 from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.module import FusedModule
-from gpukern.fusion.program import Program
+from gpukern.fusion.program import Program, operation
 from gpukern.fusion.quantization.accounting import groups, moved
-from gpukern.fusion.quantization.build import Built, build
+from gpukern.fusion.quantization.build import Calibration, build
 from gpukern.fusion.quantization.data import Data, few, part, rows_of, take
 from gpukern.fusion.quantization.domains import domains
 from gpukern.fusion.quantization.network import network_of
 from gpukern.fusion.quantization.observe import Observer
 from gpukern.fusion.quantization.progress import Shown, progress
 from gpukern.fusion.quantization.proof import Proof, true_values
-from gpukern.fusion.quantization.rewriting import quantized
+from gpukern.fusion.quantization.rewriting import OF, quantized
+from gpukern.fusion.quantization.scheme import Scheme
 from gpukern.fusion.quantization.search import Found, search
 from gpukern.fusion.quantization.settings import Settings
-from gpukern.fusion.quantization.simulation import bytes_of_a_row
+from gpukern.fusion.quantization.simulation import rows_within
 from gpukern.fusion.quantization.storage import last_layers, why_sixteen
 from gpukern.fusion.quantization.trial import Base, Trial, Trials
 from gpukern.fusion.report import Quantization, Reached
@@ -51,12 +52,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``notes``: for the report. Without ``see``, nothing was proved."""
+    """``work``: that of the 16-bit model with what is in eight bits. ``notes``: for the report. ``errors``: of each
+    match's output, ‖y − truth‖ / ‖truth‖ in the whole model; none where nothing was proved."""
 
     module: FusedModule
-    lowered: Lowered
+    work: Work
     quantization: Quantization
     notes: tuple[str, ...]
+    errors: tuple[float, ...] = ()
 
 
 def in_eight_bits(stage: Stage, asked: Settings, wrapped: Any) -> Outcome:
@@ -85,13 +88,14 @@ class _Quantizing:
         except (RuntimeError, NotImplementedError) as problem:
             raise FusionError(f"the folded model cannot be calibrated in float32: {first_line(problem)}") from problem
         layers, reasons = self._layers()
-        built = build(self.network, self.domains, observer, self.asked, data, self.stage.free, layers, self.shown.tell)
+        free, tell = self.stage.free, self.shown.tell
+        scheme = build(Calibration(self.network, self.domains, observer, self.asked, data, free, layers, tell))
         if self.stage.see is None:
-            return self._unproved(built, data, layers, reasons)
+            return self._unproved(scheme, data, layers, reasons)
         trials = Trials(self.base, self.asked.target, data.aside)
-        found = search(built.scheme, layers, trials, data.observed, self.stage.free, self.shown.tell)
+        found = search(scheme, layers, trials, data.observed, free, tell)
         trial, reasons = self._with_last(found, trials, reasons)
-        self.shown.tell("proving every operator")
+        tell("proving every operator")
         noise = self._proved(trial, data)
         self._other_sizes(trial.module)
         return self._reported(trial, found, trials, data, reasons, noise)
@@ -128,7 +132,7 @@ class _Quantizing:
             return None
         work, free = self.stage.work, self.stage.free
         proof = Proof(trial.scheme, trial.lowered, work.lowered, work.matches)
-        size = max(1, _PART // max(bytes_of_a_row(self.network), 1))
+        size = rows_within(self.network, _PROVED, _PART)
         chosen = [
             part(leaves, free, start, start + size) if any(free) else leaves
             for leaves in few(data.aside, free, _PROVED)
@@ -153,8 +157,8 @@ class _Quantizing:
 
     # ---- report ----
 
-    def _unproved(self, built: Built, data: Data, layers: Sequence[str], reasons: dict[str, str]) -> Outcome:
-        scheme = built.scheme.with_eight(layers)
+    def _unproved(self, scheme: Scheme, data: Data, layers: Sequence[str], reasons: dict[str, str]) -> Outcome:
+        scheme = scheme.with_eight(layers)
         lowered = quantized(scheme, self.stage.work.lowered) if scheme.storage.eight else self.stage.work.lowered
         module = FusedModule(lowered.module, self.stage.module.interface)
         return self._outcome(module, lowered, scheme, data, reasons, None, {}, ())
@@ -198,7 +202,14 @@ class _Quantizing:
         notes = [data.words]
         if not scheme.storage.eight:
             notes.append("No group is in 8 bits: the model is the one in 16 bits")
-        return Outcome(module, lowered, told, tuple(notes))
+        operators = {
+            node.meta["gpukern_match"]: f"gpukern::{operation(node)}"
+            for node in lowered.module.graph.nodes
+            if OF in node.meta and "gpukern_match" in node.meta
+        }
+        made = replace(work, lowered=lowered, operators=operators, bytes=after.by_place)
+        errors = () if noise is None else tuple(10 ** (-each.snr / 20) for each in noise)
+        return Outcome(module, made, told, tuple(notes), errors)
 
 
 #: Decibels that the outputs may lose to a last layer in eight bits.

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from gpukern.fusion.program import arguments
-from gpukern.fusion.quantization.domains import Domain, Domains
+from gpukern.fusion.quantization.domains import FIRST, Domain, Domains
 from gpukern.fusion.quantization.network import Network
 
 
 @dataclass(frozen=True)
 class Storage:
-    """``eight``: names of layers with weights of eight bits. ``stored``: names of nodes whose value is in eight bits."""
+    """``eight``: names of layers with weights of eight bits. ``stored``: names of nodes whose values are."""
 
     eight: frozenset[str]
     stored: frozenset[str]
@@ -26,7 +26,11 @@ class Storage:
 
 def store(network: Network, found: Domains, wanted: Collection[str]) -> Storage:
     """Store what the layers ``wanted`` in eight bits need; those whose input cannot be stay in 16 bits."""
-    stored = {id(domain) for domain in found.every if not domain.why_not and set(domain.products) & set(wanted)}
+    needed = [domain for domain in found.every if not domain.why_not and set(domain.products) & set(wanted)]
+    for domain in needed:  # what an average pool before a layer reads is needed too
+        sources = (found.of[node.name] for node in _pooled(network, domain))
+        needed += [source for source in sources if not source.why_not and source not in needed]
+    stored = {id(domain) for domain in needed}
     while True:  # an average pool writes eight bits only where it reads them
         kept = {id(d) for d in found.every if id(d) in stored and not _unwritable(network, found, d, stored)}
         if kept == stored:
@@ -38,8 +42,13 @@ def store(network: Network, found: Domains, wanted: Collection[str]) -> Storage:
 
 
 def _unwritable(network: Network, found: Domains, domain: Domain, stored: Collection[int]) -> bool:
+    return any(id(found.of[node.name]) not in stored for node in _pooled(network, domain))
+
+
+def _pooled(network: Network, domain: Domain) -> list[Node]:
+    """What the average pools read that write in a domain."""
     pools = [network.names[name] for name in domain.writers if name not in network.layers]
-    return any(id(found.of[first.name]) not in stored for node in pools for first in node.all_input_nodes[:1])
+    return [node.all_input_nodes[0] for node in pools]
 
 
 def input_of(network: Network, layer: str) -> Node:
@@ -52,10 +61,10 @@ def why_sixteen(network: Network, found: Domains, layer: str) -> str:
     domain = found.of.get(input_of(network, layer).name)
     if domain is None:
         return "its input is of another dtype"
-    if not domain.why_not and any(name not in network.layers for name in domain.writers):
-        storage = store(network, found, set(network.layers))
-        if layer not in storage.eight:
-            return "its input is an average of numbers in 16 bits"
+    if domain.why_not == FIRST:
+        return "the first layer"
+    if not domain.why_not and layer not in store(network, found, (layer,)).eight:
+        return "its input is an average of numbers in 16 bits"
     return f"its input: {domain.why_not}" if domain.why_not else ""
 
 
