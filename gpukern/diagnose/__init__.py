@@ -8,15 +8,18 @@ from gpukern.diagnose.curves import plot_training
 from gpukern.diagnose.errors import DiagnoseError, MissingPackage
 from gpukern.diagnose.images import plot_filters
 from gpukern.diagnose.saliency_maps import saliency
+from gpukern.diagnose.sanity import SanityReport, sanity_check
 
 __all__ = [
     "DiagnoseError",
     "MissingPackage",
+    "SanityReport",
     "activation_statistics",
     "confusion",
     "misclassified",
     "plot_filters",
     "plot_training",
     "saliency",
+    "sanity_check",
     "watch_activations",
 ]

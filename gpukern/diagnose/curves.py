@@ -100,5 +100,5 @@ def _pair(axes: Axes, training: np.ndarray, validation: np.ndarray) -> None:
         if len(values):
             few: Any = "o" if len(values) < 25 else None
             axes.plot(np.arange(1, len(values) + 1), values, color=colour, marker=few, markersize=3.5, label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     style(axes)
