@@ -237,17 +237,18 @@ def test_unknown_images_are_refused_or_nan(where, device):
 
 
 def test_images_past_two_billion_bytes_are_found(device):
-    """Memory is reserved but not touched: of three images one lies beyond 2³¹ bytes, and rows of one do too."""
-    stride = 2**31 + 48
-    memory = torch.from_numpy(np.empty(2 * stride + 4096, dtype=np.uint8)).to(device)
-    far = memory.as_strided((3, 4, 4, 3), (stride, 12, 3, 1))
-    tall = memory.as_strided((1, 3, 4, 3), (0, stride, 3, 1))
+    """Memory is reserved but not touched. Strides of 30 bits, of images or of rows, whose third multiple has 32."""
+    stride = 2**30 + 16
+    memory = torch.from_numpy(np.empty(3 * stride + 4096, dtype=np.uint8)).to(device)
+    far = memory.as_strided((4, 3, 4, 3), (stride, 12, 3, 1))
+    tall = memory.as_strided((2, 4, 3, 3), (48, stride, 9, 3))
     for images in (far, tall):
         images.copy_(bytes_of(*images.shape, device=device))
         near = images.clone(memory_format=torch.contiguous_format)
         mean, scale = means(3, device)
+        index = torch.arange(len(images) - 1, -1, -1, dtype=torch.int32, device=device)
         for random in (True, False):
-            options = {"mean": mean, "scale": scale, "random": random, "padding": (1, 1)}
+            options = {"mean": mean, "scale": scale, "random": random, "padding": (1, 1), "index": index}
             size = images.shape[1:3]
             assert torch.equal(call(images, size=size, **options), call(near, size=size, **options))
 

@@ -47,8 +47,8 @@ def augment_kernel(
     images,  # Image of uint8
     index_ptr,  # of the image of each sample, or None: the first ones
     places_ptr,  # whose random numbers a sample gets, or None: its image's
-    mean_ptr,  # fp32 [C], or [H, W, C]
-    scale_ptr,  # fp32 [C]
+    mean_ptr, mean_stride,  # fp32 [C] with its stride, 0 for one number of all channels; or dense [H, W, C]
+    scale_ptr, scale_stride,  # fp32 [C] likewise
     y_ptr,  # dense, [samples, HEIGHT, WIDTH, CHANNELS]
     crop,  # Crop
     fill,  # the value of what lies outside
@@ -112,7 +112,7 @@ def augment_kernel(
     if MEAN_IMAGE:
         value -= tl.load(mean_ptr + from_mean, mask=mask, other=0.0)
     else:
-        value -= tl.load(mean_ptr + channel)
-    value *= tl.load(scale_ptr + channel)
+        value -= tl.load(mean_ptr + channel * mean_stride)
+    value *= tl.load(scale_ptr + channel * scale_stride)
     value = tl.where(known, tl.where(cut, 0.0, value), float("nan"))
     tl.store(y_ptr + sample * SIZE + element, value.to(y_ptr.dtype.element_ty), mask=mask)

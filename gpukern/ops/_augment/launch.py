@@ -39,13 +39,15 @@ def augment(
         one = images[0]
         outside = vertical.outside or horizontal.outside
         chosen = plan(size[0] * size[1] * C)
-        tensors = (None if each is None else each.contiguous() for each in (index, places, mean, scale))
+        numbers = (None if each is None else each.contiguous() for each in (index, places))
+        mean = mean.contiguous() if mean.dim() == 3 else mean
         launch(
             kernels.augment_kernel,
             (samples * chosen.blocks,),
             images.device,
             (
-                *(image(images.permute(0, 3, 1, 2)), *tensors, y),
+                *(image(images.permute(0, 3, 1, 2)), *numbers),
+                *(mean, mean.stride(0), scale, scale.stride(0), y),
                 kernels.Crop(N, H, W, vertical.first, horizontal.first, vertical.choices, horizontal.choices),
                 *(fill, key, offset, flip_threshold(flip)),
             ),

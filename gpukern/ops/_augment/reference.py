@@ -60,11 +60,10 @@ def sides_of(
     images: torch.Tensor, size: list[int], padding: list[int], padding_mode: str, random: bool
 ) -> tuple[Side, Side]:
     """The crops along both sides of [N, H, W, C]."""
+    (H, W), (h, w) = images.shape[1:3], size
     if random:
-        first, second = zip(images.shape[1:3], size, padding, strict=True)
-        return random_side(*first, padding_mode), random_side(*second, padding_mode)
-    first, second = zip(images.shape[1:3], size, strict=True)
-    return centre_side(*first, padding_mode), centre_side(*second, padding_mode)
+        return random_side(H, h, padding[0], padding_mode), random_side(W, w, padding[1], padding_mode)
+    return centre_side(H, h, padding_mode), centre_side(W, w, padding_mode)
 
 
 class _Drawn(NamedTuple):
