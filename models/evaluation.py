@@ -19,11 +19,12 @@ def evaluate(
     inputs: Callable[[torch.Tensor], torch.Tensor] | None = None,
     group: Group | None = None,
     batch_size: int = _BATCH,
+    dtype: torch.dtype | None = None,
 ) -> tuple[float, float]:
     """The mean cross entropy and the share of ``samples`` whose largest logit is that of their label.
 
-    ``inputs`` makes the model's inputs of images; both are in evaluation mode meanwhile. In several processes each
-    computes a share, and all get the result.
+    ``inputs`` makes the model's inputs of images; both are in evaluation mode meanwhile, and compute in mixed
+    precision where there is a ``dtype``. In several processes each computes a share, and all get the result.
     """
     group = group or Group()
     modules = [module for module in (model, inputs) if isinstance(module, torch.nn.Module)]
@@ -33,7 +34,8 @@ def evaluate(
     images, labels = samples.images[group.rows], samples.labels[group.rows]
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
     for part, wanted in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        logits = model(part if inputs is None else inputs(part))
+        with torch.autocast(labels.device.type, dtype, enabled=dtype is not None):
+            logits = model(part if inputs is None else inputs(part))
         sums[0] += torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
         sums[1] += (logits.argmax(1) == wanted).sum()
     for mode in modes:

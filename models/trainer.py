@@ -6,17 +6,17 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+import gpukern.data
 import torch
 
 import gpukern
-from models import freezing, pretrained
+from models import freezing, inputs, pretrained
 from models.averaging import Average
 from models.checkpoint import CheckpointError
 from models.config import OPTIMIZERS, PRECISIONS, Config
 from models.data import Data, Samples
 from models.distributed import Group
 from models.evaluation import accuracy, evaluate
-from models.inputs import Augment, Inputs
 
 __all__ = ["OPTIMIZERS", "Config", "Trainer", "accuracy"]
 
@@ -58,7 +58,7 @@ class Trainer:
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self.average = Average(self.model, config.ema) if config.ema else None
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.inputs = self._make_inputs().to(device)
+        self.inputs = inputs.make(config, data).to(device)
         self.epoch, self.position = 0, 0
         self.accuracies: list[float] = []
         self.history: list[dict[str, float]] = []
@@ -77,16 +77,6 @@ class Trainer:
         if data.as_bytes:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.double() if config.precision == "fp64" else model
-
-    def _make_inputs(self) -> Inputs:
-        config = self.config
-        dtype = torch.float64 if config.precision == "fp64" else torch.float32
-        if not self.data.as_bytes:
-            return Inputs(None, None, dtype)
-        published = config.architecture.pixels if config.weights else None
-        mean, std = published or (self.data.mean, self.data.std)
-        augment = Augment(mean, std, config.crop, config.flip, config.cutout, config.seed, dtype)
-        return Inputs(augment, config.image_size, dtype)
 
     @property
     def batch_size(self) -> int:
@@ -152,32 +142,20 @@ class Trainer:
         """The mean over a batch of ``total`` samples, of which ``mine`` are this process's."""
         if self.group.size > 1:  # layers that draw random numbers draw others in each process, and the same on a resume
             torch.manual_seed((self.config.seed * 1009 + self.steps_done) * self.group.size + self.group.rank)
-        images = self.inputs(self.train.images[mine], self.steps_done, self.group.rows, total)
-        labels = self.train.labels[mine]
+        images = self.inputs(self.train.images, mine, self.epoch)
+        targets = self.train.labels[mine]
+        if self.config.mixup and len(mine):
+            images, targets = gpukern.data.mixup(images, targets, self.config.mixup, classes=len(self.data.class_names))
         dtype = PRECISIONS[self.config.precision]
-        mixed = self._mixing(images) if self.config.mixup else None
-        if mixed is not None:
-            share, order = mixed
-            images = share * images + (1 - share) * images[order]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             logits = self.network(images)
-        logits = logits.float() if dtype is not None else logits
-        loss = self._cross_entropy(logits, labels, total)
-        if mixed is not None:
-            loss = share * loss + (1 - share) * self._cross_entropy(logits, labels[order], total)
-        return loss
+        return self._cross_entropy(logits.float() if dtype is not None else logits, targets, total)
 
-    def _mixing(self, images: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """The share of each image and the order of those it is mixed with: Zhang et al., "mixup", ICLR 2018."""
-        alpha = torch.tensor(self.config.mixup)
-        share = torch.distributions.Beta(alpha, alpha).sample().item()
-        return share, torch.randperm(len(images)).to(images.device)
-
-    def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor, total: int) -> torch.Tensor:
+    def _cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor, total: int) -> torch.Tensor:
         smoothing = self.config.label_smoothing
         if self.group.size == 1:
-            return gpukern.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
-        loss = gpukern.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+            return gpukern.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+        loss = gpukern.functional.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
         return loss * (self.group.size / total)
 
     def end_epoch(self) -> float:
@@ -210,7 +188,8 @@ class Trainer:
         return self.accuracies[-1]
 
     def _evaluated(self, samples: Samples) -> tuple[float, float]:
-        return evaluate(self.best_model, samples, self.inputs, self.group)
+        dtype = PRECISIONS[self.config.precision]
+        return evaluate(self.best_model, samples, self.inputs, self.group, dtype=dtype)
 
     def _begin_epoch(self) -> None:
         if self.config.thaw is not None and self.frozen and self.epoch >= self.config.thaw:
