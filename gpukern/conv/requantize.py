@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 
 from gpukern.conv.tf32 import rounded
-
-# 1.5 · 2²³: beside it fp32 has whole numbers only, and in its lowest byte zeros.
-_WHOLE = tl.constexpr(12582912.0)
+from gpukern.ops._activation.functions import apply_activation
+from gpukern.ops._quantize.functions import narrowed, narrowed_activation
 
 
 class Requantize(NamedTuple):
@@ -76,16 +75,14 @@ def as_stored(y, requantize, TYPE: tl.constexpr):
     """Return the fp32 tile ``y`` as it is stored in an output of TYPE."""
     if requantize is not None:  # noqa: SIM102 - as above
         if requantize.inverse_output_scale is not None:
-            y = y * requantize.inverse_output_scale
-            if tl.int8 == TYPE:
-                return nearest_int8(y)
-    # Conversions to float8_e4m3fn saturate.
+            return narrowed(y, requantize.inverse_output_scale, TYPE)
     return y.to(TYPE)
 
 
 @triton.jit
-def nearest_int8(y):
-    """Return the fp32 tile ``y`` rounded to the nearest even number in −127…127; a NaN is 0."""
-    y = tl.where(y == y, y, 0.0)
-    y = tl.maximum(tl.minimum(y, 127.0), -127.0)
-    return (y + _WHOLE).to(tl.int32, bitcast=True).to(tl.int8)
+def activated(y, requantize, ACTIVATION: tl.constexpr, negative_slope, TYPE: tl.constexpr):
+    """Return act(y) as it is stored in an output of TYPE: for kernels that do nothing in between."""
+    if requantize is not None:  # noqa: SIM102 - as above
+        if requantize.inverse_output_scale is not None:
+            return narrowed_activation(y, requantize.inverse_output_scale, ACTIVATION, negative_slope, TYPE)
+    return apply_activation(y, ACTIVATION, negative_slope).to(TYPE)
