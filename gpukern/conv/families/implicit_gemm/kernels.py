@@ -27,7 +27,7 @@ def conv2d_gather_kernel(
     z_ptr,  # laid out like out, with
     other_ptr,  # laid out like out or None, and
     norm,  # NormGrad; or all None
-    shared,  # Shared of split_k.py; None for one split
+    parts,  # Parts of split_k.py; None for one split
     requantize,  # Requantize or None
     sizes,  # Sizes
     padding_h,
@@ -227,7 +227,7 @@ def conv2d_gather_kernel(
     last = True
     if SPLITS > 1:
         tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
-        acc, last = add_splits(acc, shared.sums, shared.counters, tile, split, SPLITS)
+        acc, last = add_splits(acc, parts.sums, parts.counters, tile, split, SPLITS)
         # The other splits have nothing to write.
         pixels = tl.where(last, pixels, 0)
     if POOL:
