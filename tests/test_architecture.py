@@ -25,6 +25,7 @@ LAYERS = (
         "ops._normalization",
         "ops._activation",
         "ops._reduction",
+        "ops._quantize",
         "ops._pool2d",
         "conv",
         "ops",

@@ -15,11 +15,7 @@ import triton.language as tl
 
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
-
-# 1.5 · 2²³: beside it fp32 has whole numbers only, and in its lowest byte zeros.
-_WHOLE = tl.constexpr(12582912.0)
-# More than the bits of any number near that, with zeros in the lowest byte.
-_NAN = tl.constexpr(0x4B400100)
+from gpukern.ops._quantize.functions import activated_for, narrowed, narrowed_activation
 
 
 class Requantize(NamedTuple):
@@ -34,12 +30,6 @@ class Requantize(NamedTuple):
 def sum_type(first, second):
     """The type of sums of products of tiles of these types."""
     return tl.int32 if first == tl.int8 and second == tl.int8 else tl.float32
-
-
-@triton.constexpr_function
-def _least(activation):
-    """The least int8 that can come after an activation; after relu it clamps as well."""
-    return 0.0 if activation in ("relu", "relu6", "sigmoid", "hardsigmoid") else -127.0
 
 
 @triton.jit
@@ -81,43 +71,28 @@ def scaled_residual(residual, requantize):
 
 
 @triton.jit
-def activated(acc, requantize, TYPE: tl.constexpr, ACTIVATION: tl.constexpr, negative_slope):
-    """Return act(acc), fp32; but relu before int8 is left to ``as_stored``, whose clamp does it too.
-
-    Maxima of pixels between the two are the same: relu never falls, nor does the product with a scale.
-    """
-    if requantize is None or (ACTIVATION != "relu" and ACTIVATION != "relu6"):
-        acc = apply_activation(acc, ACTIVATION, negative_slope)
-    elif ACTIVATION == "relu6":
-        # Maximum and minimum are an instruction each, selects two.
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        acc = tl.minimum(acc, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    elif tl.int8 != TYPE:
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return acc
-
-
-@triton.jit
 def as_stored(y, requantize, TYPE: tl.constexpr, ACTIVATION: tl.constexpr = "none"):
-    """Return the fp32 tile ``y`` as it is stored in an output of TYPE; ACTIVATION is that of ``activated``, if any."""
+    """Return the fp32 tile ``y`` as stored in an output of TYPE; ACTIVATION is that of ``before_storing``, if any."""
     if requantize is not None:  # noqa: SIM102 - as above
         if requantize.inverse_output_scale is not None:
-            y = y * requantize.inverse_output_scale
-            if tl.int8 == TYPE:
-                return nearest_int8(y, _least(ACTIVATION))
-    # Conversions to float8_e4m3fn saturate.
+            return narrowed(y, requantize.inverse_output_scale, TYPE, ACTIVATION)
     return y.to(TYPE)
 
 
 @triton.jit
-def nearest_int8(y, LEAST: tl.constexpr = -127.0):
-    """Return the fp32 tile ``y`` rounded to the nearest even number in LEAST…127; a NaN is 0."""
-    if LEAST == 0.0:
-        # Of a NaN and a number a GPU takes the number. (NumPy does not, but the lowest byte of its NaN is 0.)
-        y = tl.minimum(tl.maximum(y, 0.0), 127.0)
-        return (y + _WHOLE).to(tl.int32, bitcast=True).to(tl.int8)
+def before_storing(y, requantize, ACTIVATION: tl.constexpr, negative_slope, TYPE: tl.constexpr):
+    """Return act(y), or what :func:`as_stored` makes act(y) of, fp32; the maxima of pixels may be taken in between."""
+    if requantize is not None:
+        y = activated_for(y, ACTIVATION, negative_slope, TYPE)
     else:
-        y = tl.maximum(y, LEAST, propagate_nan=tl.PropagateNan.ALL)
-        y = tl.minimum(y, 127.0, propagate_nan=tl.PropagateNan.ALL)
-        whole = (y + _WHOLE).to(tl.int32, bitcast=True)
-        return tl.minimum(whole, _NAN).to(tl.int8)  # as whole numbers, the bits of a NaN are the largest
+        y = apply_activation(y, ACTIVATION, negative_slope)
+    return y
+
+
+@triton.jit
+def activated(y, requantize, ACTIVATION: tl.constexpr, negative_slope, TYPE: tl.constexpr):
+    """Return act(y) as it is stored in an output of TYPE: for kernels that do nothing in between."""
+    if requantize is not None:  # noqa: SIM102 - as above
+        if requantize.inverse_output_scale is not None:
+            return narrowed_activation(y, requantize.inverse_output_scale, ACTIVATION, negative_slope, TYPE)
+    return apply_activation(y, ACTIVATION, negative_slope).to(TYPE)
