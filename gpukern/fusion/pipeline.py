@@ -102,7 +102,7 @@ def _fused(
     strict: bool,
     eight: Settings | None,
 ) -> FusedModel:
-    """Fuse ``exact``, a private copy, with what is asked of ``eight`` bits. BatchMatters if its batch cannot be free."""
+    """Fuse ``exact``, a private copy; ``eight``: what is asked of 8 bits. BatchMatters if its batch cannot be free."""
     with torch.no_grad():
         typed = private_copy(exact).to(dtype), exact, cast(inputs, dtype)
         captured = capture_program(*typed, signature, dynamic_batch=dynamic_batch)
