@@ -75,8 +75,9 @@ def run(
         if evidence is not None:
             inputs, notes = evidence.inputs, [*notes, *evidence.notes]
         operands = exact, inputs, signature, dtype, evidence, device, cuda_graph
-        settings = {"channels_last": channels_last, "skip": skip, "strict": strict, "eight": eight}
-        fusing = functools.partial(_fused, *operands, **settings)
+        fusing = functools.partial(
+            _fused, *operands, channels_last=channels_last, skip=skip, strict=strict, eight=eight
+        )
         try:
             fused = fusing(notes, dynamic_batch)
         except BatchMatters as problem:
@@ -147,7 +148,9 @@ def _fused(
             told = proof.wrong or blame(proof, matches, lambda chosen: witness.judge(build(chosen)[1].in_order))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
         if eight is not None:
-            stage = Stage(work, program, module, inputs, captured.free, dtype, evidence and evidence.see)
+            stage = Stage(
+                work, program, module, inputs, captured.free, dtype, None if evidence is None else evidence.see
+            )
             made = in_eight_bits(
                 stage, eight, lambda each: FusedModel(each, report, inputs, captured.dynamic_batch, False)
             )
