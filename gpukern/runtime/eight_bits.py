@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.integers import require
 from gpukern.runtime.tensors import KERNEL_DTYPES
 
@@ -43,6 +44,16 @@ def quantized(values: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.T
 def inverse(scale: float) -> float:
     """``1 / scale``, which is rounded to fp32 where it meets a tensor in fp32."""
     return 1.0 / scale
+
+
+def check_float8(dtype: torch.dtype, device: DeviceSpec) -> None:
+    """Raise NotImplementedError for floats of 8 bits on a GPU whose tensor cores do not take them."""
+    if dtype is torch.float8_e4m3fn and not device.multiplies_float8:
+        major, minor = device.compute_capability
+        raise NotImplementedError(
+            f"float8_e4m3fn needs a GPU of compute capability 8.9 or later, but {device.name} has {major}.{minor}; "
+            "int8 runs there"
+        )
 
 
 def check_quantizable(operation: str, scale: float, dtype: torch.dtype, name: str = "scale") -> None:

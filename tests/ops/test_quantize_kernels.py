@@ -10,7 +10,7 @@ from gpukern.ops._quantize import launch as launches
 from gpukern.ops.quantization import dequantize, quantize
 from gpukern.runtime.current_device import pretend
 from gpukern.runtime.device import A100
-from gpukern.runtime.emulation_fp8 import e4m3_bits_to_fp32, fp32_to_e4m3_bits
+from gpukern.runtime.emulation_float8 import bits_to_fp32, fp32_to_bits
 from gpukern.runtime.mode import EMULATE, Mode, force_mode
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -120,7 +120,7 @@ def test_float8_is_refused_by_older_gpus(device, monkeypatch):
     x = torch.ones(3, device=device)
     with pretend(A100):
         for wrong in (lambda: quantize(x, 1.0, E4M3), lambda: dequantize(x.to(E4M3), 1.0, torch.float16)):
-            with pytest.raises(NotImplementedError, match=r"8\.9 or higher.*A100"):
+            with pytest.raises(NotImplementedError, match=r"8\.9 or later.*A100"):
                 wrong()
 
 
@@ -129,6 +129,6 @@ def test_emulated_conversions_of_float8():
     """Of all bits, and back from all halves: what Triton's interpreter gets wrong by itself."""
     bits = np.arange(256, dtype=np.uint8)
     exact = np.concatenate([VALUES, [np.nan], -VALUES, [np.nan]]).astype(np.float32)
-    np.testing.assert_array_equal(e4m3_bits_to_fp32(bits), exact)
+    np.testing.assert_array_equal(bits_to_fp32(bits), exact)
     halves = torch.arange(65536).to(torch.uint16).view(torch.float16).float()
-    assert_same(torch.from_numpy(fp32_to_e4m3_bits(halves.numpy())).view(E4M3), expected_of(halves, 1.0, E4M3))
+    assert_same(torch.from_numpy(fp32_to_bits(halves.numpy())).view(E4M3), expected_of(halves, 1.0, E4M3))

@@ -38,10 +38,10 @@ def conv2d_quantized(
 ) -> torch.Tensor:
     """Compute ``act(s · (x ∗ w) + b + residual)`` in ``output_dtype``, pooled if ``pool``; see ``ops``."""
     y = _sums(input, weight, (1, 2, 3), lambda x, w: reference.conv2d(problem, x, w, None, None, "none", 0.0))
-    y = _epilogue(y, scale, bias, residual, residual_scale, activation, negative_slope)
+    y = epilogue(y, scale, bias, residual, residual_scale, activation, negative_slope)
     if pool:
         y = F.max_pool2d(y, *POOL_WINDOWS[:2])
-    return laid_out(_rounded(y, output_scale, output_dtype), memory_format_of(input, weight))
+    return laid_out(rounded(y, output_scale, output_dtype), memory_format_of(input, weight))
 
 
 def conv_transpose2d_quantized(
@@ -59,8 +59,8 @@ def conv_transpose2d_quantized(
 ) -> torch.Tensor:
     """Compute ``act(s · (x ∗ᵀ w) + b + residual)`` in ``output_dtype``; see ``ops``."""
     y = _sums(input, weight, (0, 2, 3), lambda x, w: reference.conv_transpose2d(problem, x, w, None, None, "none", 0.0))
-    y = _epilogue(y, scale, bias, residual, residual_scale, activation, negative_slope)
-    return laid_out(_rounded(y, output_scale, output_dtype), memory_format_of(input, weight))
+    y = epilogue(y, scale, bias, residual, residual_scale, activation, negative_slope)
+    return laid_out(rounded(y, output_scale, output_dtype), memory_format_of(input, weight))
 
 
 def linear_quantized(
@@ -75,8 +75,8 @@ def linear_quantized(
 ) -> torch.Tensor:
     """Compute ``act(s · x Wᵀ + b)`` in ``output_dtype``; see ``ops``."""
     y = _sums(input, weight, (1,), F.linear)
-    y = _epilogue(y, scale, bias, None, 1.0, activation, negative_slope)
-    return _rounded(y, output_scale, output_dtype)
+    y = epilogue(y, scale, bias, None, 1.0, activation, negative_slope)
+    return rounded(y, output_scale, output_dtype)
 
 
 def _sums(
@@ -97,7 +97,7 @@ def _sums(
     return product(x, w)
 
 
-def _epilogue(
+def epilogue(
     sums: torch.Tensor,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -126,5 +126,6 @@ def _activated(y: torch.Tensor, name: str, negative_slope: float) -> torch.Tenso
     return inner if name == "hardsigmoid" else y * inner
 
 
-def _rounded(y: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+def rounded(y: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """``y`` in fp32 as it is stored."""
     return quantized(y, scale, dtype) if in_8_bits(dtype) else y.to(dtype)

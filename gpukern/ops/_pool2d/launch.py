@@ -11,8 +11,8 @@ from gpukern.ops._images import Image, image, strides_of
 from gpukern.ops._pool2d import kernels
 from gpukern.ops._pool2d.planner import Tile, plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
-from gpukern.ops._quantize.capability import check_device
-from gpukern.runtime.eight_bits import in_8_bits, inverse
+from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.eight_bits import check_float8, in_8_bits, inverse
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import CompileTime, compile_time, index_type, launch
 from gpukern.runtime.strides import reach
@@ -68,7 +68,7 @@ def _max_pool2d(
 
 
 def _max_pool2d_quantized(problem: PoolProblem, input: torch.Tensor, output: torch.Tensor) -> None:
-    check_device("max_pool2d", input.device, input.dtype)
+    check_float8(input.dtype, device_spec(input.device))
     chosen = plan(problem, input.stride(1) == 1, input.itemsize)
     _run(
         kernels.max_pool2d_quantized_kernel,
@@ -153,7 +153,8 @@ def avg_pool2d_quantized(
     output_scale: float,
     output_dtype: torch.dtype,
 ) -> torch.Tensor:
-    check_device("avg_pool2d", input.device, input.dtype, output_dtype)
+    for dtype in (input.dtype, output_dtype):
+        check_float8(dtype, device_spec(input.device))
     output = _outputs(problem, output_dtype, input.device, memory_format)
     _avg_pool2d(problem, input, output, Scales(input_scale, inverse(output_scale)))
     return output

@@ -9,8 +9,8 @@ import torch
 
 from gpukern.ops._images import Image
 from gpukern.ops._quantize import kernels
-from gpukern.ops._quantize.capability import check_device
-from gpukern.runtime.eight_bits import inverse
+from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.eight_bits import check_float8, inverse
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import index_type, launch
 from gpukern.runtime.strides import joined, reach
@@ -21,12 +21,12 @@ _BLOCK = 2048
 
 
 def quantize(input: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    check_device("quantize", input.device, dtype)
+    check_float8(dtype, device_spec(input.device))
     return _convert(kernels.quantize_kernel, input, dtype, inverse(scale))
 
 
 def dequantize(input: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    check_device("dequantize", input.device, input.dtype)
+    check_float8(input.dtype, device_spec(input.device))
     return _convert(kernels.dequantize_kernel, input, dtype, scale)
 
 
