@@ -50,6 +50,7 @@ def _parallel(axes: Axes, report: SearchValues, names: Sequence[str]) -> None:
     runs = _shown(report)
     values = [run.value for run in runs if run.state == "complete" and run.value is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    line: dict[str, Any]
     for number, run in enumerate(runs):
         places = [_place(report.space[name], run.settings[name], number) for name in names]
         colour: Any = FAINT
@@ -105,7 +106,7 @@ def _scatter(axes: Axes, report: SearchValues, name: str) -> None:
         where = run.settings[name] if isinstance(space, Range) else space.values.index(run.settings[name])
         early = run.state != "complete"
         axes.plot(
-            where, run.value, "*" if best else "o" if run.round == 1 else "s", markersize=13 if best else 4.5,
+            where, run.value or 0.0, "*" if best else "o" if run.round == 1 else "s", markersize=13 if best else 4.5,
             color=ORANGE if best else BLUE if not early else FAINT, markerfacecolor="none" if early else None,
             zorder=3 if best else 2,
         )  # fmt: skip
