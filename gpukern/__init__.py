@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gpukern import functional, fusion, nn, onnx, optim
+from gpukern import data, functional, fusion, nn, onnx, optim
 from gpukern.checking import CheckError, check
 from gpukern.convert import convert
 from gpukern.flops import register_formulas
@@ -33,6 +33,7 @@ __all__ = [
     "check",
     "compile_report",
     "convert",
+    "data",
     "diagnose",
     "functional",
     "fuse",

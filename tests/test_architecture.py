@@ -25,6 +25,7 @@ LAYERS = (
         "ops._normalization",
         "ops._activation",
         "ops._reduction",
+        "ops._quantize",
         "ops._pool2d",
         "conv",
         "ops",
@@ -32,6 +33,7 @@ LAYERS = (
         "onnx",
         "functional",
         "nn",
+        "data",
         "optim",
         "copies",
         "convert",
@@ -53,6 +55,7 @@ TORCH_FREE = (
     "exclusions.py",
     "family.py",
     "runtime/files.py",
+    "float8_sums.py",
     "geometry.py",
     "integers.py",
     "plan.py",
@@ -68,7 +71,7 @@ TORCH_FREE = (
 CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
 OPERATIONS = (
-    *("activation", "batch_norm", "conv1d", "conv2d", "conv3d"),
+    *("activation", "augment", "batch_norm", "conv1d", "conv2d", "conv3d"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "cross_entropy", "dropout", "group_norm"),
     *("layer_norm", "linear", "rms_norm", "softmax"),
 )
@@ -81,6 +84,7 @@ KERNELS = (
     "indexing.py",
     "kernels.py",
     "norm_grad.py",
+    "requantize.py",
     "shared_sums.py",
     "tf32.py",
     "weight_kernels.py",
