@@ -1,9 +1,9 @@
-"""The two pictures of a training: how the loss fell, and what the first layer looks for."""
+"""The pictures of a training: how the loss fell, what the first layer looks for, the gap to held-out images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 try:
@@ -79,7 +79,11 @@ def plot_convergence(
 
 
 def plot_filters(path: Path, weight: torch.Tensor, columns: int = 5) -> None:
-    """The filters [K, C, R, S] of a first layer, averaged over C, as the local image templates they are."""
+    """The filters [K, C, R, S] of a first layer, averaged over C, as the local image templates they are.
+
+    Of more than 64 the first 64.
+    """
+    weight = weight[:64]
     filters = weight.detach().float().mean(1).cpu().numpy()
     limit = float(np.abs(filters).max())
     rows = math.ceil(len(filters) / columns)
@@ -93,6 +97,30 @@ def plot_filters(path: Path, weight: torch.Tensor, columns: int = 5) -> None:
         cell.set_title(str(index), fontsize=8, color="#666666", pad=2)
     figure.suptitle("First-layer filters: local image templates", fontsize=12)
     figure.colorbar(picture, ax=axes, shrink=0.7, aspect=30, label="weight").outline.set_visible(False)
+    write(figure, path)
+
+
+def plot_curves(path: Path, history: Sequence[Mapping[str, float]], title: str) -> None:
+    """Loss and accuracy on training and on held-out images after every epoch; the gap between them is shaded."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    epochs = [measured["epoch"] for measured in history]
+    for axes, what, scale in ((left, "loss", 1), (right, "accuracy", 100)):
+        train, held_out = (
+            [scale * measured[f"{part}_{what}"] for measured in history] for part in ("train", "held_out")
+        )
+        axes.fill_between(epochs, train, held_out, color=_RAW, alpha=0.4, linewidth=0)
+        axes.plot(epochs, train, color=_MEAN, linewidth=1.6, label="training images, as they are")
+        axes.plot(epochs, held_out, color=_ACCURACY, linewidth=1.6, label="held-out images")
+        axes.set(xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        style(axes)
+        if history and what == "accuracy":
+            gap = train[-1] - held_out[-1]
+            axes.set_title(f"gap at the end: {gap:.1f} points", fontsize=10, color="#666666")
+    left.set(ylabel="cross-entropy loss", ylim=(0, None))
+    right.set(ylabel="accuracy, %")
+    left.legend(frameon=False)
+    figure.suptitle(title, fontsize=12)
     write(figure, path)
 
 

@@ -50,8 +50,8 @@ def test_a_path_ends_where_it_leaves_the_frame():
     assert cut[1] == pytest.approx(SADDLE.frame[3]) and places[-2][0] < cut[0] < places[-1][0]
 
 
-def test_every_optimizer_has_a_look():
-    assert LOOKS.keys() == OPTIMIZERS.keys()
+def test_every_optimizer_of_the_lecture_has_a_look():
+    assert LOOKS.keys() <= OPTIMIZERS.keys()
     assert len({colour for _, colour in LOOKS.values()}) == len(LOOKS)
     assert all(surface.rates.keys() <= LOOKS.keys() for surface in SURFACES)
 
