@@ -87,13 +87,22 @@ def take(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The normalized samples of ``source``, in at least fp32 until the end."""
-    x = images[source[:, None, None], seen.rows, seen.columns].to(torch.promote_types(dtype, torch.float32))
+    x = _pixels(images, source, seen).to(torch.promote_types(dtype, torch.float32))
     if seen.outside is not None:
         x.masked_fill_(seen.outside, fill)
     x.sub_(mean[seen.rows, seen.columns] if mean.dim() == 3 else mean).mul_(scale)
     if seen.cut is not None:
         x.masked_fill_(seen.cut, 0.0)
     return x.to(dtype).permute(0, 3, 1, 2)
+
+
+def _pixels(images: torch.Tensor, source: torch.Tensor, seen: Windows) -> torch.Tensor:
+    if not images.is_contiguous():
+        return images[source[:, None, None], seen.rows, seen.columns]
+    _, H, W, C = images.shape
+    at = (source[:, None, None] * H + seen.rows) * W + seen.columns
+    # Rows of a matrix are copied whole: a quarter of the time on a CPU.
+    return images.view(-1, C).index_select(0, at.flatten()).view(*at.shape, C)
 
 
 def flip_threshold(flip: float) -> int:
