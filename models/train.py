@@ -34,6 +34,8 @@ ScheduleName = _names("ScheduleName", SCHEDULES)
 PrecisionName = _names("PrecisionName", PRECISIONS)
 DeviceName = _names("DeviceName", ("auto", "cpu", "cuda"))
 
+#: What suits a data set better than the defaults, unless an option says otherwise.
+SUITED: dict[str, dict[str, Any]] = {"mnist5k": {"optimizer": "adam", "schedule": "cosine", "crop": 2}}
 #: Shown even where they are the defaults.
 _MAIN = ("epochs", "batch_size", "optimizer", "lr", "momentum", "seed")
 
@@ -78,6 +80,8 @@ def train(
     group = group or Group()
     path = out / CHECKPOINT
     state = checkpoint.load(path) if resume else None
+    if state is None:
+        options = SUITED.get(source or "", {}) | {name: value for name, value in options.items() if value is not None}
     config = _merged(options, state["config"] if state else {})
     if source is None and state:
         source = state["directory"]

@@ -33,6 +33,7 @@ from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.ops.pointwise_norm import convolve_between_norms, convolve_between_norms_backward
 from gpukern.ops.pool2d import max_pool2d
 from gpukern.ops.quantization import dequantize, quantize
+from gpukern.ops.quantized_conv2d import conv2d_quantized
 from gpukern.ops.quantized_pool2d import adaptive_avg_pool2d_quantized, avg_pool2d_quantized
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.current_device import device_spec
@@ -287,7 +288,7 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
 
 
 def _passes_of_8_bits() -> Iterator[Callable[[], None]]:
-    """Pools of 8-bit tensors and roundings to them, of networks for inference: in channels_last."""
+    """What networks in 8 bits have beside matrix products: in channels_last."""
     for dtype in (torch.int8, torch.float8_e4m3fn):
         if dtype is torch.float8_e4m3fn and device_spec(META).compute_capability < (8, 9):
             continue
@@ -300,6 +301,18 @@ def _passes_of_8_bits() -> Iterator[Callable[[], None]]:
         yield lambda last=last: adaptive_avg_pool2d_quantized(last, 0.1, (1, 1), 1.0, torch.float16)
         yield lambda half=half, dtype=dtype: quantize(half, 0.1, dtype)
         yield lambda last=last: dequantize(last, 0.1, torch.float16)
+        # The first reads and writes 8 bits, the second has weights of 16.
+        yield lambda dtype=dtype: _run_depthwise((32, 144, 56, 56), 3, 1, dtype, dtype)
+        yield lambda dtype=dtype: _run_depthwise((32, 240, 28, 28), 5, 2, dtype, torch.float16)
+
+
+def _run_depthwise(shape: tuple[int, ...], taps: int, stride: int, dtype: torch.dtype, of_weight: torch.dtype) -> None:
+    (_, C, H, W), padding = shape, taps // 2
+    x, weight = _empty(shape, dtype, torch.channels_last), _empty((C, 1, taps, taps), of_weight)
+    scale, bias = (_empty((C,), torch.float32) for _ in range(2))
+    residual = _empty((shape[0], C, -(-H // stride), -(-W // stride)), dtype, torch.channels_last)
+    geometry = (stride,) * 2, (padding,) * 4, (1, 1), C
+    conv2d_quantized(x, weight, scale, bias, residual, *geometry, "relu6", 0.0, 0.1, 0.2, dtype, False)
 
 
 #: Layers that a max pool follows: those of VGG; of networks for small images; odd sizes.

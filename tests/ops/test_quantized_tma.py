@@ -157,6 +157,18 @@ def test_absent_scale_and_bias(device):
         assert same(actual, expected) and actual.any()
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("dtype", [INT8, E4M3, BF16], ids=str)
+def test_nan_and_infinity(dtype, activation, device):
+    """In int8 a NaN is 0 and infinity saturates; elsewhere a NaN stays one."""
+    for plan, p in ((BOX, TINY), (GEMM, PRODUCT)):
+        x, w, scale, bias = operands(p, INT8, device)
+        scale[:3], bias[3:6] = torch.tensor([math.nan, math.inf, -math.inf]), torch.tensor([-math.nan, 1e30, -1e30])
+        actual, expected = both(p, plan, [x, w, scale, bias], activation=activation, dtype=dtype)
+        assert same(actual, expected)
+        assert dtype is INT8 or actual.double()[:, 0].isnan().all()
+
+
 def test_views_of_int8(device):
     """Crops of larger tensors: only their channels lie side by side."""
     p = TINY

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -31,7 +31,7 @@ def progress() -> Iterator[Shown]:
     task = shown.add_task("calibrating", total=None)
 
     def track(batches: Iterable[Any]) -> Iterator[Any]:
-        shown.update(task, total=len(batches) if hasattr(batches, "__len__") else None)
+        shown.update(task, total=len(batches) if isinstance(batches, Sized) else None)
         for batch in batches:
             yield batch
             shown.advance(task)

@@ -117,8 +117,6 @@ class _Quantizing:
         reasons |= {name: "given back" for name in found.given_back}
         best = found.trial
         for name in [each for each, why in reasons.items() if why == "the last layer"]:
-            if not best.scheme.storage.eight:
-                break
             tried = trials.run(best.scheme, {*best.scheme.storage.eight, name})
             if tried.holds and tried.reached >= best.reached and tried.score.snr >= best.score.snr - _FREE:
                 best = tried

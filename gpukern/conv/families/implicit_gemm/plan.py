@@ -64,6 +64,9 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
     else:
         tiles = _NARROW_TILES if narrow else _TILES
     rows, cols = power_of_two(M, 16), power_of_two(N, 16)
+    if operands.dtype == "float8_e4m3fn" and device.multiplies_from_shared_memory:
+        # Tiles of fewer rows are no wgmma's, and Triton converts their operands to halves in every step.
+        tiles, rows = tuple(tile for tile in tiles if tile[0] >= 64), max(rows, 64)
     seen: set[tuple[int, int]] = set()
     for block_m, block_n in tiles:
         tile = block_m, min(block_n, cols)
@@ -73,7 +76,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
         # Operands of wgmma, which takes 64 rows or more, stay in shared memory; otherwise a long step fills registers.
         half = operands.dtype != "float32" and not flat and device.multiplies_from_shared_memory
         long_step = half and block_m >= 64 and not narrow and _whole_steps(K, shortest, 2 * step)
-        longest = 2 * step if long_step else step
+        longest = 32 if flat else 2 * step if long_step else step
         block_k = 16 if full_fp32 else power_of_two(K * (p.R * p.S if flat else 1), shortest, longest)
         programs = cdiv(M, block_m) * cdiv(N, tile[1]) * p.groups * phases
         steps = p.R * p.S * cdiv(K, block_k)
