@@ -15,7 +15,7 @@ import triton.language as tl
 
 from gpukern.conv.tf32 import rounded
 from gpukern.ops._activation.functions import apply_activation
-from gpukern.ops._quantize.functions import narrowed, narrowed_activation
+from gpukern.ops._quantize.functions import activated_for, narrowed, narrowed_activation
 
 
 class Requantize(NamedTuple):
@@ -71,12 +71,22 @@ def scaled_residual(residual, requantize):
 
 
 @triton.jit
-def as_stored(y, requantize, TYPE: tl.constexpr):
-    """Return the fp32 tile ``y`` as it is stored in an output of TYPE."""
+def as_stored(y, requantize, TYPE: tl.constexpr, ACTIVATION: tl.constexpr = "none"):
+    """Return the fp32 tile ``y`` as stored in an output of TYPE; ACTIVATION is that of ``before_storing``, if any."""
     if requantize is not None:  # noqa: SIM102 - as above
         if requantize.inverse_output_scale is not None:
-            return narrowed(y, requantize.inverse_output_scale, TYPE)
+            return narrowed(y, requantize.inverse_output_scale, TYPE, ACTIVATION)
     return y.to(TYPE)
+
+
+@triton.jit
+def before_storing(y, requantize, ACTIVATION: tl.constexpr, negative_slope, TYPE: tl.constexpr):
+    """Return act(y), or what :func:`as_stored` makes act(y) of, fp32; the maxima of pixels may be taken in between."""
+    if requantize is not None:
+        y = activated_for(y, ACTIVATION, negative_slope, TYPE)
+    else:
+        y = apply_activation(y, ACTIVATION, negative_slope)
+    return y
 
 
 @triton.jit

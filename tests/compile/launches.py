@@ -25,6 +25,7 @@ from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._pointwise_norm.problem import Added, Inner, Outer
 from gpukern.ops._sync_batch_norm import launch as sync_batch_norm
 from gpukern.ops.activation import ACTIVATIONS, activation
+from gpukern.ops.augment import augment
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.dropout import dropout, order_of
@@ -199,6 +200,15 @@ GROUP_NORMS = (
     ((64, 256), 32, torch.contiguous_format, "tanh", False),
     ((8, 64, 2900, 2900), 32, torch.channels_last, "silu", True),
 )
+#: The input pipeline: images, whether they are cut out of larger ones, the crop, its padding, whether there is a mean
+#: image; evaluation reads the first two whole.
+IMAGES = (
+    ((50000, 32, 32, 3), False, 32, 4, "constant", False),
+    ((60000, 28, 28, 1), False, 28, 2, "reflect", True),
+    ((1000, 256, 256, 3), False, 224, 0, "constant", True),
+    ((8, 33, 31, 4), True, 29, 3, "symmetric", False),
+    ((4, 20000, 40000, 3), False, 224, 0, "constant", False),  # offsets of 64 bits
+)
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -271,6 +281,8 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         yield lambda args=(shape, layout): _run_sync_norm(dtype, *args)
     if dtype is torch.float16:
         yield from _passes_of_8_bits()
+    for images in IMAGES:
+        yield lambda images=images: _run_augment(dtype, *images)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
@@ -442,6 +454,18 @@ def _run_dropout(dtype: torch.dtype, shape, layout) -> None:
     dropout(x, x, state, 0.5, 0, 0, 0, order)
     dropout(x, None, state, 0.5, 2, 0, 0, order)
     dropout(x[:, :, 1:], None, None, 0.5, 0, 1, 1, order)
+
+
+def _run_augment(
+    dtype: torch.dtype, shape, cut: bool, size: int, padding: int, padding_mode: str, mean_image: bool
+) -> None:
+    images = torch.empty(shape, dtype=torch.uint8, device=META)
+    images = images[:, 1:, 1:] if cut else images
+    index, scale = torch.empty(64, dtype=torch.int64, device=META), _empty(shape[-1:], torch.float32)
+    mean = _empty(images.shape[1:], torch.float32) if mean_image else scale
+    for random in (True, False):
+        options = [size] * 2, [padding] * 2, padding_mode, 0.0, 0.5, 8, dtype
+        augment(images, index, None, mean, scale, 1, 1, random, *options)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:

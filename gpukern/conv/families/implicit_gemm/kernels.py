@@ -10,8 +10,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, pooled_rows, store_statistics
 from gpukern.conv.indexing import inside_image, phase_taps, taps_inside, tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
-from gpukern.conv.requantize import add_products, as_stored, scaled, scaled_residual, sum_type
-from gpukern.ops._activation.functions import apply_activation
+from gpukern.conv.requantize import add_products, as_stored, before_storing, scaled, scaled_residual, sum_type
 from gpukern.ops._pixels import split_pixel
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
@@ -255,10 +254,10 @@ def conv2d_gather_kernel(
             other = tl.load(other_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
         y, from_mean = inner_gradient(acc, z, other, along_pixels(numbers, 0), negative_slope, ACTIVATION)
     else:
-        y = apply_activation(acc, ACTIVATION, negative_slope)
+        y = before_storing(acc, requantize, ACTIVATION, negative_slope, out.ptr.dtype.element_ty)
     if POOL:
         y = pooled_rows(y)
-    y = as_stored(y, requantize, out.ptr.dtype.element_ty)
+    y = as_stored(y, requantize, out.ptr.dtype.element_ty, ACTIVATION)
     tl.store(out.ptr + place, y, mask=out_ok)
     if statistics is not None:
         channels = sizes.columns * sizes.groups
