@@ -16,6 +16,7 @@ import pytest
 from gpukern.runtime.device import A100, H100
 from tests.compile.cache import ROOT
 from tests.compile.faults import faults
+from tests.compile.quantized import TYPES
 
 #: Architecture, kind of operands, share: pieces of work of about a minute, for processes of their own.
 PIECES = [
@@ -31,8 +32,19 @@ PIECES = [
     ("sm_80", "bfloat16", "0/1"),
     ("sm_120", "float16", "0/1"),
     ("sm_120", "float32", "0/1"),
+    ("sm_80", "int8", "0/1"),
+    ("sm_89", "float8", "0/1"),
+    ("sm_90", "int8", "0/1"),
+    ("sm_90", "float8", "0/1"),
 ]
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}
+#: Of products of 8 bits.
+NARROW = {
+    ("sm_80", "int8"): "IMMA",
+    ("sm_89", "float8"): "QMMA",
+    ("sm_90", "int8"): "IGMMA",
+    ("sm_90", "float8"): "QGMMA",
+}
 
 
 def compile_piece(architecture: str, kind: str, share: str, *options: str) -> list[dict]:
@@ -64,9 +76,12 @@ def test_machine_code(architecture, kind, share):
     assert not bad, "\n".join(bad)
     # On the stub driver all or, where it cannot be compiled, none.
     assert len({bool(row["launched"]) for row in rows}) == 1
-    assert all(row["options"]["enable_fp_fusion"] == "True" for row in rows)
+    for row in rows:
+        rounds_each = kind in TYPES and "requantize" in row["given"]
+        assert row["options"]["enable_fp_fusion"] == str(not rounds_each), of_interest(row)
     # Full fp32 runs outside of the tensor cores where that is faster.
-    assert kind == "float32" or any(row["tensor_core"] == TENSOR_CORE[architecture] for row in rows)
+    wanted = NARROW.get((architecture, kind)) or TENSOR_CORE[architecture]
+    assert kind == "float32" or any(row["tensor_core"] == wanted for row in rows)
 
 
 PLANTED = """
