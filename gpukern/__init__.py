@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gpukern import functional, fusion, nn, onnx, optim
+from gpukern import data, functional, fusion, nn, onnx, optim
 from gpukern.checking import CheckError, check
 from gpukern.convert import convert
 from gpukern.flops import register_formulas
@@ -15,7 +15,7 @@ from gpukern.summary import summary
 from gpukern.version import __version__
 
 if TYPE_CHECKING:
-    from gpukern import tune
+    from gpukern import diagnose, tune
     from gpukern.checking.report import CheckReport
     from gpukern.compiler.report import CompileReport, compile_report
     from gpukern.fusion import FusedModel, FusionReport
@@ -33,6 +33,8 @@ __all__ = [
     "check",
     "compile_report",
     "convert",
+    "data",
+    "diagnose",
     "functional",
     "fuse",
     "load",
@@ -55,8 +57,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "tune":
-        return importlib.import_module("gpukern.tune")
+    if name in ("diagnose", "tune"):
+        return importlib.import_module(f"gpukern.{name}")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LATER[name]), name)

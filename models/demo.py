@@ -26,7 +26,7 @@ from gpukern.runtime.mode import has_triton
 from gpukern.runtime.records import build
 from models import data
 from models.kernel_check import Comparison, check_checkpoint
-from models.train import CHECKPOINT, Interrupted, choose_device, describe_mode, make_console, run, save_plots
+from models.running import CHECKPOINT, Interrupted, choose_device, describe_mode, make_console, run, save_plots
 from models.trainer import Config, Trainer
 
 OUT = Path("runs/demo")
@@ -53,7 +53,7 @@ def main() -> None:
     comparisons = _prove(trainer.device, console)
     console.rule("3. Fuse for inference")
     fused = _fuse(trainer, console)
-    loss, filters = save_plots(trainer, OUT, f"LeNet-5 on {trainer.data.name}")
+    loss, filters, _ = save_plots(trainer, OUT, f"LeNet-5 on {trainer.data.name}")
     console.rule("4. Look")
     console.print(
         f"loss by samples seen   {loss}\nfirst-layer filters    {filters}\nwhat was fused         {OUT / PAGE}",

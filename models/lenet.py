@@ -33,7 +33,8 @@ class LeNet5(torch.nn.Sequential):
 
     ``layers`` is where the layers come from: ``gpukern.nn``, or ``torch.nn`` for the same network on torch's own.
     ``batch_norm`` puts a batch norm before every ReLU (Ioffe and Szegedy, "Batch Normalization", ICML 2015), which
-    takes the place of the biases before it.
+    takes the place of the biases before it; ``dropout`` is the probability of a zero after the last ReLU. There
+    are as many logits as ``classes``.
     Weights are drawn from torch's global generator.
     """
 
@@ -46,7 +47,8 @@ class LeNet5(torch.nn.Sequential):
     fc1: torch.nn.Linear
     fc2: torch.nn.Linear
 
-    def __init__(self, layers: ModuleType = gpukern.nn, batch_norm: bool = False) -> None:
+    def __init__(self, layers: ModuleType = gpukern.nn, batch_norm: bool = False, dropout: float = 0.0,
+                 classes: int = CLASSES) -> None:  # fmt: skip
         named = OrderedDict(
             conv1=layers.Conv2d(1, 20, kernel_size=5, padding=2, bias=not batch_norm),
             bn1=layers.BatchNorm2d(20) if batch_norm else None,
@@ -60,7 +62,8 @@ class LeNet5(torch.nn.Sequential):
             fc1=layers.Linear(50 * 7 * 7, 500, bias=not batch_norm),
             bn3=layers.BatchNorm1d(500) if batch_norm else None,
             relu3=layers.ReLU(),
-            fc2=layers.Linear(500, self.CLASSES),
+            dropout=layers.Dropout(dropout) if dropout else None,
+            fc2=layers.Linear(500, classes),
         )
         super().__init__(OrderedDict((name, layer) for name, layer in named.items() if layer is not None))
         self.reset_parameters()

@@ -13,8 +13,9 @@ from rich.markup import escape
 
 from models import data as datasets
 from models.optimizer_plots import LOOKS, plot_losses, plot_paths
-from models.train import DeviceName, choose_device, describe_mode, make_console, progress_bar, steps
-from models.trainer import OPTIMIZERS, Config, Trainer
+from models.running import choose_device, describe_mode, make_console, progress_bar, steps
+from models.train import DeviceName
+from models.trainer import Config, Trainer
 
 LOSS_PLOT, PATHS_PLOT = "optimizers.png", "optimizer-paths.png"
 _WIDTHS = (15, 18, 19, 9, 9)
@@ -27,7 +28,7 @@ def compare(epochs: int, samples: datasets.Data, device: torch.device, console: 
     """
     console.print(_row("optimizer", "learning rate", "loss, last epoch", "held-out accuracy", "best", "seconds"))
     trainers = []
-    for name in OPTIMIZERS:
+    for name in LOOKS:
         start = time.perf_counter()
         trainer = _trained(Trainer(Config(epochs=epochs, optimizer=name), samples, device), console)
         trainers.append(trainer)

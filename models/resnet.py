@@ -1,9 +1,11 @@
-"""ResNet-18 and ResNet-50 with torchvision's ``state_dict``.
+"""ResNet-18 to ResNet-152 with torchvision's ``state_dict``, and the paper's ResNets for images of 32×32.
 
 He et al., "Deep residual learning for image recognition", CVPR 2016.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,58 +69,91 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """[N, 3, 224, 224] (or any other image size) → logits [N, classes].
+    """[N, channels, 224, 224] (or any other image size) → logits [N, classes].
 
     Parameters
     ----------
     block:
-        what the four stages repeat.
+        what the stages repeat.
     depths:
-        number of blocks in each stage.
+        number of blocks in each stage, four of them as published for ImageNet, three for CIFAR-10.
     width:
         channels of the first stage, 64 as published; each later stage has twice those of the one before.
+    small_images:
+        for images of about 32×32: a first convolution of 3×3 with stride 1, and no pooling after it.
+    dropout:
+        probability of a zero before the linear layer; the paper has none.
     """
-
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
 
     def __init__(
         self,
         block: type[BasicBlock | Bottleneck],
-        depths: tuple[int, int, int, int],
+        depths: tuple[int, ...],
         classes: int = 1000,
         width: int = 64,
+        channels: int = 3,
+        small_images: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        kernel, stride = (3, 1) if small_images else (7, 2)
+        self.conv1 = nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
         inputs = width
+        self._stages = [f"layer{stage + 1}" for stage in range(len(depths))]
         for stage, depth in enumerate(depths):
             blocks = []
             for index in range(depth):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(block(inputs, width * 2**stage, stride))
                 inputs = width * 2**stage * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.add_module(self._stages[stage], nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.dropout = nn.Dropout(dropout) if dropout else None
         self.fc = nn.Linear(inputs, classes)
         initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
+        for stage in self._stages:
+            x = getattr(self, stage)(x)
+        x = torch.flatten(self.avgpool(x), 1)
+        return self.fc(x if self.dropout is None else self.dropout(x))
 
 
-def resnet18(classes: int = 1000, width: int = 64) -> ResNet:
+def resnet18(classes: int = 1000, width: int = 64, **options: Any) -> ResNet:
     """20 convolutions, 11,689,512 parameters, 1.81 G multiply-adds for an image of 3×224×224."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), classes, width)
+    return ResNet(BasicBlock, (2, 2, 2, 2), classes, width, **options)
 
 
-def resnet50(classes: int = 1000, width: int = 64) -> ResNet:
+def resnet34(classes: int = 1000, width: int = 64, **options: Any) -> ResNet:
+    """36 convolutions, 21,797,672 parameters, 3.66 G multiply-adds for an image of 3×224×224."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), classes, width, **options)
+
+
+def resnet50(classes: int = 1000, width: int = 64, **options: Any) -> ResNet:
     """53 convolutions, 25,557,032 parameters, 4.09 G multiply-adds for an image of 3×224×224."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), classes, width)
+    return ResNet(Bottleneck, (3, 4, 6, 3), classes, width, **options)
+
+
+def resnet101(classes: int = 1000, width: int = 64, **options: Any) -> ResNet:
+    """104 convolutions, 44,549,160 parameters, 7.80 G multiply-adds for an image of 3×224×224."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), classes, width, **options)
+
+
+def resnet152(classes: int = 1000, width: int = 64, **options: Any) -> ResNet:
+    """155 convolutions, 60,192,808 parameters, 11.51 G multiply-adds for an image of 3×224×224."""
+    return ResNet(Bottleneck, (3, 8, 36, 3), classes, width, **options)
+
+
+def cifar_resnet(depth: int, classes: int = 10, width: int = 16, **options: Any) -> ResNet:
+    """The paper's networks for images of 32×32: three stages of (depth − 2)/6 blocks, 16, 32 and 64 channels wide.
+
+    Shortcuts that change the shape are projections (the paper's option B). ValueError for a depth that is not 6n + 2.
+    """
+    blocks, left = divmod(depth - 2, 6)
+    if left or blocks < 1:
+        raise ValueError(f"depth must be 6n + 2, as in 8, 14, 20, got {depth}")
+    return ResNet(BasicBlock, (blocks,) * 3, classes, width, **{"small_images": True, **options})

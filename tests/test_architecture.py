@@ -33,13 +33,14 @@ LAYERS = (
         "onnx",
         "functional",
         "nn",
+        "data",
         "optim",
         "copies",
         "convert",
         "summary",
         "info",
     ),
-    *("explain", "tune", "fusion", "checking", "compiler", "cli"),
+    *("explain", "tune", "fusion", "checking", "diagnose", "compiler", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Pure Python: what plans are made of, on any machine.
@@ -70,7 +71,7 @@ TORCH_FREE = (
 CONV = PACKAGE / "conv"
 #: Files of one public operation each, called as it is.
 OPERATIONS = (
-    *("activation", "batch_norm", "conv1d", "conv2d", "conv3d"),
+    *("activation", "augment", "batch_norm", "conv1d", "conv2d", "conv3d"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "cross_entropy", "dropout", "group_norm"),
     *("layer_norm", "linear", "rms_norm", "softmax"),
 )
@@ -141,6 +142,8 @@ def test_imports_run_one_way(path):
 PUT_TOGETHER = {
     "conv/families/registry.py": "conv/families/*/plan.py",
     "conv/prepare.py": "conv/families/*/launch.py",
+    "diagnose/extras.py": "",
+    "diagnose/sources.py": "",
     "fusion/sources.py": "",
     "info.py": "",
     "ops/_operators.py": "ops/[!_]*.py",

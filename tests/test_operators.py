@@ -68,6 +68,15 @@ class Samples:
             (x, self.image(2, 1, 3), None, None, [1], [0], [0], [2], 2, "none", 0.0),
         ]
 
+    def augment(self):
+        images = torch.randint(256, (3, 5, 6, 3), dtype=torch.uint8, device=self.device)
+        index, mean, scale = torch.tensor([2, 0], device=self.device), *(self.image(3, grad=False) for _ in range(2))
+        crops = [4, 6], [1, 1], "reflect", 0.0, 0.5, 2, torch.float16
+        return [
+            (images, index, index + 7, mean, scale, -5, 7, True, *crops),
+            (images.transpose(1, 2), None, None, self.image(6, 5, 3, grad=False), scale, 0, 0, False, *crops),
+        ]
+
     def dropout(self):
         state = torch.tensor([-3, 2**40], device=self.device)
         x, last = self.image(2, 3, 4, 5), self.image(2, 3, 4, 5, last=True)

@@ -25,6 +25,7 @@ from gpukern.ops._batch_norm.problem import Running
 from gpukern.ops._pointwise_norm.problem import Added, Inner, Outer
 from gpukern.ops._sync_batch_norm import launch as sync_batch_norm
 from gpukern.ops.activation import ACTIVATIONS, activation
+from gpukern.ops.augment import augment
 from gpukern.ops.batch_norm import gradients_from_sums
 from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.dropout import dropout, order_of
@@ -32,6 +33,7 @@ from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.ops.pointwise_norm import convolve_between_norms, convolve_between_norms_backward
 from gpukern.ops.pool2d import max_pool2d
 from gpukern.ops.quantization import dequantize, quantize
+from gpukern.ops.quantized_conv2d import conv2d_quantized
 from gpukern.ops.quantized_pool2d import adaptive_avg_pool2d_quantized, avg_pool2d_quantized
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.current_device import device_spec
@@ -201,6 +203,15 @@ GROUP_NORMS = (
     ((64, 256), 32, torch.contiguous_format, "tanh", False),
     ((8, 64, 2900, 2900), 32, torch.channels_last, "silu", True),
 )
+#: The input pipeline: images, whether they are cut out of larger ones, the crop, its padding, whether there is a mean
+#: image; evaluation reads the first two whole.
+IMAGES = (
+    ((50000, 32, 32, 3), False, 32, 4, "constant", False),
+    ((60000, 28, 28, 1), False, 28, 2, "reflect", True),
+    ((1000, 256, 256, 3), False, 224, 0, "constant", True),
+    ((8, 33, 31, 4), True, 29, 3, "symmetric", False),
+    ((4, 20000, 40000, 3), False, 224, 0, "constant", False),  # offsets of 64 bits
+)
 LINEAR = ((2450, 500), (500, 10), (4096, 4096))
 POOLS: tuple[tuple[tuple[int, ...], Callable], ...] = (
     ((5, 9, 8), lambda x: F.max_pool2d(x, 3, 2, 1, dilation=2, return_indices=True)[0]),
@@ -273,12 +284,14 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
         yield lambda args=(shape, layout): _run_sync_norm(dtype, *args)
     if dtype is torch.float16:
         yield from _passes_of_8_bits()
+    for images in IMAGES:
+        yield lambda images=images: _run_augment(dtype, *images)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
 
 
 def _passes_of_8_bits() -> Iterator[Callable[[], None]]:
-    """Pools of 8-bit tensors and roundings to them, of networks for inference: in channels_last."""
+    """What networks in 8 bits have beside matrix products: in channels_last."""
     for dtype in (torch.int8, torch.float8_e4m3fn):
         if dtype is torch.float8_e4m3fn and device_spec(META).compute_capability < (8, 9):
             continue
@@ -291,6 +304,18 @@ def _passes_of_8_bits() -> Iterator[Callable[[], None]]:
         yield lambda last=last: adaptive_avg_pool2d_quantized(last, 0.1, (1, 1), 1.0, torch.float16)
         yield lambda half=half, dtype=dtype: quantize(half, 0.1, dtype)
         yield lambda last=last: dequantize(last, 0.1, torch.float16)
+        # The first reads and writes 8 bits, the second has weights of 16.
+        yield lambda dtype=dtype: _run_depthwise((32, 144, 56, 56), 3, 1, dtype, dtype)
+        yield lambda dtype=dtype: _run_depthwise((32, 240, 28, 28), 5, 2, dtype, torch.float16)
+
+
+def _run_depthwise(shape: tuple[int, ...], taps: int, stride: int, dtype: torch.dtype, of_weight: torch.dtype) -> None:
+    (_, C, H, W), padding = shape, taps // 2
+    x, weight = _empty(shape, dtype, torch.channels_last), _empty((C, 1, taps, taps), of_weight)
+    scale, bias = (_empty((C,), torch.float32) for _ in range(2))
+    residual = _empty((shape[0], C, -(-H // stride), -(-W // stride)), dtype, torch.channels_last)
+    geometry = (stride,) * 2, (padding,) * 4, (1, 1), C
+    conv2d_quantized(x, weight, scale, bias, residual, *geometry, "relu6", 0.0, 0.1, 0.2, dtype, False)
 
 
 #: Layers that a max pool follows: those of VGG; of networks for small images; odd sizes.
@@ -432,6 +457,18 @@ def _run_dropout(dtype: torch.dtype, shape, layout) -> None:
     dropout(x, x, state, 0.5, 0, 0, 0, order)
     dropout(x, None, state, 0.5, 2, 0, 0, order)
     dropout(x[:, :, 1:], None, None, 0.5, 0, 1, 1, order)
+
+
+def _run_augment(
+    dtype: torch.dtype, shape, cut: bool, size: int, padding: int, padding_mode: str, mean_image: bool
+) -> None:
+    images = torch.empty(shape, dtype=torch.uint8, device=META)
+    images = images[:, 1:, 1:] if cut else images
+    index, scale = torch.empty(64, dtype=torch.int64, device=META), _empty(shape[-1:], torch.float32)
+    mean = _empty(images.shape[1:], torch.float32) if mean_image else scale
+    for random in (True, False):
+        options = [size] * 2, [padding] * 2, padding_mode, 0.0, 0.5, 8, dtype
+        augment(images, index, None, mean, scale, 1, 1, random, *options)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout=torch.contiguous_format) -> torch.Tensor:

@@ -129,7 +129,7 @@ TORCHS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", TORCHS)
 def test_checkpoints_of_torchs_optimizers_resume(samples, tmp_path, optimizer):
     """As they were made before gpukern had its own; on a CPU to the same bits."""
     config = Config(epochs=3, batch_size=16, optimizer=optimizer)
@@ -144,7 +144,8 @@ def test_checkpoints_of_torchs_optimizers_resume(samples, tmp_path, optimizer):
 
 
 def test_the_optimizers_are_gpukerns(samples):
-    for name in OPTIMIZERS:
+    assert TORCHS.keys() <= OPTIMIZERS.keys()
+    for name in TORCHS:
         optimizer = Trainer(Config(optimizer=name), samples, CPU).optimizer
         assert isinstance(optimizer, gpukern.optim.Optimizer) and isinstance(optimizer, type(_torchs(name)))
         group = optimizer.param_groups[0]
