@@ -22,7 +22,7 @@ from gpukern.fusion.program import Program, arguments, assemble
 from gpukern.fusion.quantization import reference
 from gpukern.fusion.quantization.data import Leaves
 from gpukern.fusion.quantization.domains import is_average
-from gpukern.fusion.quantization.formats import FP8, INT8, Format, along_channels
+from gpukern.fusion.quantization.formats import along_channels, half_a_step
 from gpukern.fusion.quantization.network import Layer
 from gpukern.fusion.quantization.noise import Energies
 from gpukern.fusion.quantization.rewriting import OF
@@ -149,14 +149,6 @@ class Proof(Interpreter):
         raise FusionError(
             f"the fused model is wrong in 8 bits: {what}, given its own input. To blame is {pattern} ({name})"
         )
-
-
-def half_a_step(values: torch.Tensor, scale: torch.Tensor, format: Format) -> torch.Tensor:
-    """By how much ``values`` may differ from what they are stored as."""
-    if format is INT8:
-        return 0.5 * scale.expand_as(values)
-    assert format is FP8
-    return torch.maximum(values.abs() * 2.0**-4, scale * 2.0**-10)  # 3 bits of mantissa, steps of 2⁻⁹ below 2⁻⁶
 
 
 def true_values(
