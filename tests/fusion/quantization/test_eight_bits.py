@@ -140,5 +140,5 @@ def test_bfloat16_beside_8_bits():
         model, batches(1, 2)[0], dtype="int8", calibrate=batches(), target=0.5, precision=torch.bfloat16
     )
     assert fused(batches(1)[0]).dtype is torch.bfloat16 and fused.report.quantization.precision == "bfloat16"
-    with pytest.raises(RuntimeError, match="computes in the dtype it was fused for, torch.bfloat16"):
+    with pytest.raises(RuntimeError, match=r"computes in the dtype it was fused for, torch\.bfloat16"):
         fused.half()

@@ -62,9 +62,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_of_one_layer_is_found_and_named(name, monkeypatch):
     changed(monkeypatch, *FAULTS[name])
-    with pytest.raises(
-        FusionError, match=r"wrong in 8 bits: .* To blame is conv2d \+ batch_norm \+ relu|cannot be met"
-    ):
+    with pytest.raises(FusionError, match=r"wrong in 8 bits: .* To blame is conv2d \+ batch_norm \+ relu"):
         fused(chain)
 
 
@@ -88,7 +86,7 @@ def test_a_wrong_scale_of_a_residual_is_found(monkeypatch):
             monkeypatch.setattr(scheme.Scheme, "wrong", False)
 
     monkeypatch.setattr(rewriting._Rewriting, "layer", with_wrong)
-    with pytest.raises(FusionError, match="wrong in 8 bits: .* add"):
+    with pytest.raises(FusionError, match=r"wrong in 8 bits: .* add"):
         fused(residual)
 
 
