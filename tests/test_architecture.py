@@ -25,6 +25,7 @@ LAYERS = (
         "ops._normalization",
         "ops._activation",
         "ops._reduction",
+        "ops._quantize",
         "ops._pool2d",
         "conv",
         "ops",
@@ -39,7 +40,7 @@ LAYERS = (
         "summary",
         "info",
     ),
-    *("explain", "tune", "fusion", "checking", "compiler", "cli"),
+    *("explain", "tune", "fusion", "checking", "diagnose", "compiler", "cli"),
 )
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 #: Pure Python: what plans are made of, on any machine.
@@ -54,6 +55,7 @@ TORCH_FREE = (
     "exclusions.py",
     "family.py",
     "runtime/files.py",
+    "float8_sums.py",
     "geometry.py",
     "integers.py",
     "plan.py",
@@ -82,6 +84,7 @@ KERNELS = (
     "indexing.py",
     "kernels.py",
     "norm_grad.py",
+    "requantize.py",
     "shared_sums.py",
     "tf32.py",
     "weight_kernels.py",
@@ -139,6 +142,8 @@ def test_imports_run_one_way(path):
 PUT_TOGETHER = {
     "conv/families/registry.py": "conv/families/*/plan.py",
     "conv/prepare.py": "conv/families/*/launch.py",
+    "diagnose/extras.py": "",
+    "diagnose/sources.py": "",
     "fusion/sources.py": "",
     "info.py": "",
     "ops/_operators.py": "ops/[!_]*.py",

@@ -181,6 +181,22 @@ class Samples:
     def adaptive_avg_pool2d(self):
         return [(self.image(2, 3, 7, 6), [3, 4]), (self.image(2, 3, 7, 6, last=True), [1, 1])]
 
+    # In int8: torch's check of schemas multiplies what it is given, which float8_e4m3fn cannot.
+    def adaptive_avg_pool2d_quantized(self):
+        x, last = self.image(2, 3, 7, 6, grad=False), self.image(2, 3, 7, 6, grad=False, last=True)
+        return [
+            ((9 * x).to(torch.int8), 0.1, [3, 4], 0.2, torch.int8),
+            ((9 * last).to(torch.int8), 0.1, [1, 1], 1.0, torch.float16),
+        ]
+
+    def avg_pool2d_quantized(self):
+        x, last = self.image(2, 3, 7, 6, grad=False), self.image(2, 3, 7, 6, grad=False, last=True)
+        geometry = ([3, 2], [2, 1], [1, 0], True)
+        return [
+            ((9 * last).to(torch.int8), 0.1, *geometry, False, None, 0.2, torch.int8),
+            ((9 * x).to(torch.int8), 0.1, *geometry, True, 7, 1.0, torch.float32),
+        ]
+
     def adaptive_avg_pool2d_backward(self):
         return [(self.image(2, 3, 3, 4), [2, 3, 7, 6], last, [3, 4]) for last in (False, True)]
 
@@ -310,6 +326,49 @@ class Samples:
             (self.image(1, 2, 3, 2, 1), [1, 2, 4, 3, 4], False, *ADAPTIVE, False, None),
         ]
 
+    def whole(self, *shape: int, last: bool = False) -> torch.Tensor:
+        tensor = torch.randint(-128, 128, shape, device=self.device, dtype=torch.int8)
+        return tensor.contiguous(memory_format=torch.channels_last) if last else tensor
+
+    def conv2d_quantized(self):
+        x, w, scale, bias = (
+            self.whole(2, 2, 6, 7),
+            self.whole(4, 2, 3, 2),
+            self.image(4, grad=False),
+            self.image(4, grad=False),
+        )
+        small, half = torch.float8_e4m3fn, self.image(2, 2, 6, 7, grad=False).half()
+        last, grouped = self.whole(2, 2, 6, 7, last=True), self.image(4, 1, 3, 3, grad=False).half()
+        return [
+            (x, w, scale, bias, self.whole(2, 4, 3, 7), *CONV, "relu", 0.0, 0.1, 2.0, torch.int8, False),
+            (last, grouped, None, None, None, *GROUPED, "leaky_relu", 0.1, 1.0, 1.0, torch.float16, False),
+            (x, w, scale, None, None, *CONV, "none", 0.0, 1.0, 0.5, small, True),
+            (half, w.half(), None, scale, half.new_ones(2, 4, 3, 7), *CONV, "none", 0.0, 1.0, 1.0, small, False),
+        ]
+
+    def conv_transpose2d_quantized(self):
+        geometry = [2, 1], [1, 0], [1, 0], [1, 2], 2
+        x, w, residual = self.whole(2, 4, 3, 5, last=True), self.whole(4, 1, 3, 2), self.whole(2, 2, 6, 7)
+        scale = self.image(2, grad=False)
+        return [
+            (x, w, scale, scale, residual, *geometry, "relu6", 0.0, 0.2, 0.5, torch.int8),
+            (x, w.half(), None, None, None, *geometry, "none", 0.0, 1.0, 1.0, torch.bfloat16),
+        ]
+
+    def linear_quantized(self):
+        x, w, scale = self.whole(3, 5), self.whole(4, 5), self.image(4, grad=False)
+        return [
+            (x, w, scale, scale, "relu", 0.0, 0.5, torch.int8),
+            (x, w.half(), None, None, "none", 0.0, 1.0, torch.float16),
+        ]
+
+    def quantize(self):
+        x = self.image(2, 3, 4, 5, grad=False, last=True)
+        return [(x, 0.1, torch.int8), (x[:, :, ::2].half(), 0.1, torch.float8_e4m3fn)]
+
+    def dequantize(self):
+        return [(self.whole(2, 3, 4, 5, last=True), 0.1, torch.float16), (self.whole(7), 0.1, torch.float32)]
+
     def softmax_backward(self):
         return [(self.image(*x.shape), self.image(*x.shape), *others) for x, *others in self.softmax()]
 
@@ -341,7 +400,7 @@ def registered() -> list[str]:
 
 def test_every_operator_has_samples():
     assert registered() == sorted(
-        name for name in vars(Samples) if name not in ("image", "labels", "taps", "taps3d") and name[0] != "_"
+        name for name in vars(Samples) if name not in ("image", "labels", "taps", "taps3d", "whole") and name[0] != "_"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 
 from gpukern.conv.families.registry import family_of
 from gpukern.conv.geometry import dimensions, phases
@@ -12,9 +13,14 @@ from gpukern.ops._reduction.splits import group_count
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.roofline import Cost, Work, in_waves, window_reads
 
+#: Bytes of an element of first, second and output.
+Sizes = tuple[int, int, int]
 
-def minimum_work(problem: ConvProblem, direction: Direction, itemsize: int, kind: str) -> Work:
-    """Return flops = 2·N·P·Q·K·(C/groups)·R·S, and bytes of one pass over operands and output of ``itemsize`` bytes.
+
+def minimum_work(problem: ConvProblem, direction: Direction, itemsizes: int | Sizes, kind: str) -> Work:
+    """Return flops = 2·N·P·Q·K·(C/groups)·R·S, and bytes of one pass over operands and output.
+
+    ``itemsizes`` are the bytes of an element of first, second and output, one number if they are alike.
 
     As is usual, taps in the padding count, so that an implementation which skips them can beat the floor by their
     share: little at 56 × 56, but (21/19)² = 1.22 for 3×3 at 7 × 7. Where fewer taps than that reach the pixels of dx,
@@ -30,12 +36,13 @@ def minimum_work(problem: ConvProblem, direction: Direction, itemsize: int, kind
     reads = [window_reads(*dimension) for dimension in both]
     x = p.N * p.C * math.prod(len({i for _, i in pairs}) for pairs in reads)
     y = p.N * p.K * math.prod(len({o for o, _ in pairs}) for pairs in reads)
-    elements = sum(_operands(direction, x, y, _filter(p))) + _written(p, direction)
+    elements = *_operands(direction, x, y, _filter(p)), _written(p, direction)
+    sizes = (itemsizes,) * 3 if isinstance(itemsizes, int) else itemsizes
     taps = [dimension.outputs * dimension.taps for dimension in both]
     if direction is Direction.INPUT_GRAD:
         gathered = (sum(pixels * taps for pixels, taps in phases(dimension)) for dimension in both)
         taps = [*map(min, taps, gathered)]
-    return Work(2 * p.N * math.prod(taps) * p.K * p.group_inputs, elements * itemsize, kind)
+    return Work(2 * p.N * math.prod(taps) * p.K * p.group_inputs, sum(map(operator.mul, elements, sizes)), kind)
 
 
 def least_cost(
@@ -54,8 +61,8 @@ def least_cost(
     """
     if device.peaks is None:
         raise ValueError(f"the peak rates of {device.name} are not known")
-    p, bandwidth, itemsize = problem, device.peaks.bandwidth, operands.itemsize
-    must = minimum_work(p, direction, itemsize, operands.kind)
+    p, bandwidth, itemsizes = problem, device.peaks.bandwidth, operands.itemsizes
+    must = minimum_work(p, direction, itemsizes, operands.kind)
     if not _output(p, direction) or not p.N:
         # Nothing is launched; a weight gradient of no images is filled with zeros.
         return Cost(0, 0.0, 1.0, must.bytes, 0, 0.0, must.bytes / bandwidth)
@@ -63,8 +70,8 @@ def least_cost(
     done = sum(count * steps * step for count, steps in tiles)
     rate = device.peaks.matrix_rates[rate_of(plan, operands)]
     compute = in_waves([(count, steps * step) for count, steps in tiles], device.sm_count) / rate
-    passes, passed = family_of(plan).extra_passes(p, itemsize)
-    moved = must.bytes + copied_bytes(p, direction, plan, itemsize) + split_bytes(p, direction, plan) + passed
+    passes, passed = family_of(plan).extra_passes(p, operands.itemsize)
+    moved = must.bytes + copied_bytes(p, direction, plan, itemsizes) + split_bytes(p, direction, plan) + passed
     programs = sum(count for count, _ in tiles)
     return Cost(
         tiles=programs,
@@ -85,14 +92,14 @@ def is_elementwise(plan: ConvPlan) -> bool:
 def rate_of(plan: ConvPlan, operands: Operands) -> str:
     if is_elementwise(plan) or (operands.dtype == "float32" and plan.precision == "ieee"):
         return "fma"
-    return plan.precision if operands.dtype == "float32" else operands.dtype
+    return plan.precision if operands.dtype == "float32" else operands.kind
 
 
-def copied_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan, itemsize: int) -> int:
+def copied_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan, itemsizes: Sizes) -> int:
     """Bytes moved by copies into or out of channels_last: each reads and writes its tensor once."""
     operands = _operands(direction, p.N * p.C * p.H * p.W, p.N * p.K * p.P * p.Q, _filter(p))
-    sizes = (*operands, _written(p, direction))
-    return sum(2 * elements * itemsize for elements, copied in zip(sizes, plan.pack, strict=True) if copied)
+    sizes = zip((*operands, _written(p, direction)), itemsizes, plan.pack, strict=True)
+    return sum(2 * elements * itemsize for elements, itemsize, copied in sizes if copied)
 
 
 def split_bytes(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:

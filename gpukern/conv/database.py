@@ -82,7 +82,7 @@ def key(problem: ConvProblem, direction: Direction, operands: Operands) -> str:
     sizes = f"{_by((bucket(p.N), p.C, p.H, p.W))} {_by((p.K, p.R, p.S))}"
     geometry += " max pool 2x2" * p.pool
     layouts = f"{o.first.value} * {o.second.value} -> {o.output.value}"
-    return f"{direction.value}: {sizes} {geometry}; {o.dtype} {o.precision}; {layouts}"
+    return f"{direction.value}: {sizes} {geometry}; {o.types} {o.precision}; {layouts}"
 
 
 def bucket(batch: int) -> int:

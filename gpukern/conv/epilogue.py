@@ -1,4 +1,4 @@
-"""Epilogue of the forward kernels' fp32 sums before they leave the chip, and split-K sums shared by blocks."""
+"""Epilogue of the forward kernels' sums before they leave the chip, and split-K sums shared by blocks."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ from gpukern.ops._reduction.functions import is_last, store_part
 def add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS: tl.constexpr):
     """Return (the sum over all splits, whether this program is the tile's last and has it).
 
-    Each program writes its fp32 ``acc`` [A, B] to partial[tile, split, A, B]; the last to arrive adds them all in the
+    Each program writes its ``acc`` [A, B] to partial[tile, split, A, B]; the last to arrive adds them all in the
     order of the splits, whichever program comes last: the same bits in every run.
     """
     SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]

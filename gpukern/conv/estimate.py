@@ -126,7 +126,7 @@ def expected(
         busy = bound.compute / constants.kernels[plan.variant]
     else:
         rate = peaks.matrix_rates[rate_of(plan, operands)] / device.sm_count
-        busy = _busy(plan, tiles, rate, operands.itemsize, device, constants)
+        busy = _busy(plan, tiles, rate, operands.itemsizes, device, constants)
         busy += _adding(problem, direction, plan, constants)
     across = _ACROSS_RUNS ** _across_runs(problem, direction, plan, operands)
     longer, shorter = sorted((across * busy, across * memory), reverse=True)
@@ -138,33 +138,38 @@ def pass_seconds(bytes_moved: float, device: DeviceSpec) -> float:
     return bytes_moved / (MEASURED.memory * assumed_peaks(device).bandwidth) + MEASURED.launch
 
 
-def resident(plan: ConvPlan, itemsize: int, device: DeviceSpec) -> int:
-    """Number of programs of ``plan`` that fit on a multiprocessor."""
+def resident(plan: ConvPlan, itemsizes: tuple[int, int, int], device: DeviceSpec) -> int:
+    """Number of programs of ``plan`` that fit on a multiprocessor; ``itemsizes`` as :attr:`Operands.itemsizes`."""
     if family_of(plan).one_program_per_sm:
         return 1
     threads = 32 * plan.num_warps
     registers = plan.block_m * plan.block_n // threads + _OTHER_REGISTERS
-    buffers = plan.num_stages * (plan.block_m + plan.block_n) * plan.block_k * itemsize + _OTHER_SHARED_MEMORY
+    buffers = plan.num_stages * _step_bytes(plan, itemsizes) + _OTHER_SHARED_MEMORY
     limits = device.shared_memory // buffers, _REGISTERS // (threads * registers), _THREADS // threads, _PROGRAMS
     return max(1, min(limits))
+
+
+def _step_bytes(plan: ConvPlan, itemsizes: tuple[int, int, int]) -> int:
+    """Bytes of the operands of one step."""
+    return (plan.block_m * itemsizes[0] + plan.block_n * itemsizes[1]) * plan.block_k
 
 
 def _busy(
     plan: ConvPlan,
     tiles: list[tuple[int, int]],
     rate: float,
-    itemsize: int,
+    itemsizes: tuple[int, int, int],
     device: DeviceSpec,
     constants: Constants,
 ) -> float:
     """Seconds until the last sum is complete, if memory were infinitely fast; ``rate`` is a multiprocessor's."""
     programs = sum(count for count, _ in tiles)
     steps = sum(count * steps for count, steps in tiles) / programs
-    together = min(resident(plan, itemsize, device), math.ceil(programs / device.sm_count))
+    together = min(resident(plan, itemsizes, device), math.ceil(programs / device.sm_count))
     area = plan.block_m * plan.block_n
     products = together * 2 * area * plan.block_k / (rate * _share(plan, constants))
     rate_of_fetching = constants.windows if family_of(plan).fetches_short_rows else constants.fetch
-    fetched = together * (plan.block_m + plan.block_n) * plan.block_k * itemsize / rate_of_fetching
+    fetched = together * _step_bytes(plan, itemsizes) / rate_of_fetching
     step = max(products, fetched, constants.latency / max(plan.num_stages, 1))
     waves = programs / (device.sm_count * together)
     if waves <= 3:

@@ -11,6 +11,7 @@ from gpukern.conv.norm_grad import NormGrad
 from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.prepare import plan_without, prepare_launch
 from gpukern.conv.problem import ConvProblem
+from gpukern.conv.requantize import Requantize
 from gpukern.conv.request import Epilogue, NormBefore, Prepared
 from gpukern.ops._activation.launch import activation as activate
 from gpukern.ops._images import strides_of
@@ -106,7 +107,7 @@ def conv2d_input_grad_norm(
     output = grad.new_empty_strided(prepared.shape, prepared.strides)
     sums = Sums(totals=torch.empty((2, problem.C), dtype=torch.float32, device=grad.device))
     try:
-        made = _write(prepared, output, grad, weight, None, added, negative_slope, sums, norm)
+        made = launch_into(prepared, output, grad, weight, None, added, negative_slope, sums, norm)
     except DescriptorRefused as refusal:
         if plan is not None:
             raise
@@ -185,7 +186,7 @@ def write(
             return None
         if statistics is None and prepared.launch.tiles:
             statistics = sums_and_deviations(prepared.shape[1], first.device)
-        return _write(prepared, output, first, second, bias, residual, negative_slope, statistics)  # type: ignore
+        return launch_into(prepared, output, first, second, bias, residual, negative_slope, statistics)  # type: ignore
     except DescriptorRefused as problem:
         if prepared.again is None:
             raise
@@ -193,7 +194,7 @@ def write(
     return write(prepared.again(), output, first, second, bias, residual, negative_slope, statistics)
 
 
-def _write(
+def launch_into(
     prepared: Prepared,
     output: torch.Tensor,
     first: torch.Tensor,
@@ -203,8 +204,12 @@ def _write(
     negative_slope: float,
     merged: Statistics | Sums | None,
     norm: NormBefore | None = None,
+    requantize: Requantize | None = None,
 ) -> Statistics | Sums | None:
-    """Return ``merged``, the statistics, or the sums with a ``norm``, with its workspace; None if it was not made."""
+    """Fill ``output`` from operands of any layout.
+
+    Return ``merged``, the statistics, or the sums with a ``norm``, with its workspace; None if it was not made.
+    """
     if output.numel() == 0:
         return None
     if first.numel() == 0:
@@ -228,7 +233,9 @@ def _write(
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()  # the only operand that kernels take without strides: it must be contiguous
     residual = _laid_like(residual, written, prepared.written)
-    if norm is None:
+    if requantize is not None:
+        of_launch.run(first, second, written, bias, residual, merged, negative_slope, requantize=requantize)
+    elif norm is None:
         of_launch.run(first, second, written, bias, residual, merged, negative_slope)
     else:
         z, other = (_laid_like(each, written, prepared.written) for each in (norm.z, norm.other))
@@ -272,6 +279,6 @@ def _laid_like(tensor: torch.Tensor | None, written: torch.Tensor, strides: Stri
     same = tensor.stride() == strides or strides_of(tensor.shape, tensor.stride()) == strides_of(tensor.shape, strides)
     if same and tensor.data_ptr() % 16 == 0:
         return tensor
-    copy = torch.empty_like(written)
+    copy = torch.empty_like(written, dtype=tensor.dtype)
     copy_image(tensor, copy)
     return copy

@@ -56,8 +56,9 @@ class Layout(enum.Enum):
 class Operands:
     """Properties of the tensors, besides their sizes, on which a plan depends.
 
-    ``dtype`` is "float32", "float16" or "bfloat16". ``precision`` is "tf32" where products of float32 may be, "ieee"
-    where they may not and for the other dtypes; a plan may use "tf32x3" instead of "ieee" (see
+    ``dtype`` is that of the products: "float32", "float16" or "bfloat16", which all three tensors have; in a quantized
+    launch the second tensor's, "int8" or "float8_e4m3fn" too. ``precision`` is "tf32" where products of float32 may be,
+    "ieee" where they may not and for the other dtypes; a plan may use "tf32x3" instead of "ieee" (see
     :attr:`ConvPlan.precision`). ``first`` and ``second`` are what kernels take: x and w, dy and w, or dy and x.
     """
 
@@ -66,23 +67,62 @@ class Operands:
     first: Layout = Layout.NHWC
     second: Layout = Layout.NHWC
     output: Layout = Layout.NHWC
+    #: dtypes of first and output in a quantized launch: see :mod:`gpukern.conv.requantize`.
+    first_dtype: str = ""
+    output_dtype: str = ""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether sums are scaled, and an output perhaps rounded to 8 bits: only some families can."""
+        return bool(self.first_dtype)
+
+    @property
+    def dtypes(self) -> tuple[str, str, str]:
+        """dtypes of first, second and output."""
+        return self.first_dtype or self.dtype, self.dtype, self.output_dtype or self.dtype
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the first operand is converted to the second's dtype in registers."""
+        return self.quantized and self.first_dtype != self.dtype
 
     @property
     def itemsize(self) -> int:
-        return 4 if self.dtype == "float32" else 2
+        """Bytes of an element as it is multiplied."""
+        return _ITEMSIZES[self.dtype]
+
+    @property
+    def itemsizes(self) -> tuple[int, int, int]:
+        """Bytes of an element of first, second and output."""
+        first, second, output = (_ITEMSIZES[dtype] for dtype in self.dtypes)
+        return first, second, output
+
+    @property
+    def types(self) -> str:
+        """The dtypes in words: "float16", "int8", "int8 -> float16", "int8 * float16 -> int8"."""
+        first, second, output = self.dtypes
+        operands = second if first == second else f"{first} * {second}"
+        return operands if output == operands else f"{operands} -> {output}"
 
     @property
     def kind(self) -> str:
         """The rate that bounds the products: a key of :attr:`gpukern.runtime.device.Peaks.matrix_rates`."""
+        if self.dtype == "float8_e4m3fn":
+            return "float8"
         return "tf32" if self.precision == "tf32" else self.dtype
 
     def packed(self, pack: Pack, channels: tuple[int, int, int]) -> Operands:
         """Return the operands with the tensors selected by ``pack`` copied into dense runs of ``channels`` channels."""
-        layouts = (
-            (Layout.CHANNELS if count * self.itemsize % 16 else Layout.NHWC) if copied else layout
-            for layout, copied, count in zip((self.first, self.second, self.output), pack, channels, strict=True)
+        first, second, output = (
+            (Layout.CHANNELS if count * itemsize % 16 else Layout.NHWC) if copied else layout
+            for layout, itemsize, copied, count in zip(
+                (self.first, self.second, self.output), self.itemsizes, pack, channels, strict=True
+            )
         )
-        return Operands(self.dtype, self.precision, *layouts)
+        return Operands(self.dtype, self.precision, first, second, output, self.first_dtype, self.output_dtype)
+
+
+_ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 
 
 #: Whether each of first, second and output passes through a copy in channels_last.

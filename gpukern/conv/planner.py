@@ -101,6 +101,8 @@ def _all(problem: ConvProblem, direction: Direction, operands: Operands, device:
         families = [family for family in (*others, general) if family.can_pool]
     else:
         families = [general, *others]
+    if operands.quantized:
+        families = [family for family in families if family.takes_quantized]
     channels = channels_of(problem, direction)
     for pack in packs(operands, channels):
         seen = operands.packed(pack, channels)

@@ -21,8 +21,9 @@ from gpukern.conv.plan import ConvPlan, Direction
 from gpukern.conv.planner import heuristic_plan, norm_grad_plan
 from gpukern.conv.pooled import plan as pooled
 from gpukern.conv.problem import ConvProblem, pooled_problem
-from gpukern.conv.request import Call, Epilogue, Prepared, Request, check_countable, shapes
+from gpukern.conv.request import Call, Epilogue, Prepared, Request, Types, check_countable, dtypes_of, shapes
 from gpukern.runtime.device import DeviceSpec
+from gpukern.runtime.eight_bits import check_float8
 from gpukern.runtime.refusal import DescriptorRefused
 from gpukern.runtime.strides import dense_strides
 from gpukern.runtime.tensors import check_kernel_dtype
@@ -45,23 +46,28 @@ def prepare_launch(
     device: DeviceSpec,
     epilogue: Epilogue = Epilogue(),  # noqa: B008 - immutable
     plan: ConvPlan | None = None,
+    types: Types | None = None,
 ) -> Prepared:
     """Return the launch of a convolution or a gradient. Strides are those of NCHW and KCRS tensors.
 
     ``channels_last`` is the output's layout; None means channels_last if an operand is, torch's rule. ``aligned``:
     whether all tensors start at multiples of 16 bytes. ``plan`` replaces the chosen one, for tools that try others.
-    Where no kernel can go on through a batch norm (``epilogue.norm_grad``) the launch has no ``tiles``.
+    Where no kernel can go on through a batch norm (``epilogue.norm_grad``) the launch has no ``tiles``. ``types`` are
+    given for a quantized launch, ``dtype`` is the second's then.
     """
-    check_kernel_dtype("conv2d", dtype)
+    if types is None:
+        check_kernel_dtype("conv2d", dtype)
+    for each in dtypes_of(dtype, types):
+        check_float8(each, device)
     of_first, _, of_output = of_all = shapes(problem, direction)
     check_countable(of_first, of_output)
     if problem.pool:
         check_countable((problem.N, problem.K, problem.P, problem.Q))  # which is not the output
-    call = Call(problem, direction, first, second, channels_last, aligned, dtype, precision)
+    call = Call(problem, direction, first, second, channels_last, aligned, dtype, precision, types)
     strides = call.output
     again = None
     if plan is None:
-        again = functools.partial(prepare_launch, *call, device, epilogue)
+        again = functools.partial(prepare_launch, *call[:-1], device, epilogue, types=types)
         _report(call, device)
         plan = choose(problem, direction, call.operands, device).plan
         if epilogue.norm_grad:
@@ -71,7 +77,7 @@ def prepare_launch(
         dense_strides(shape, channels_last=True) if packed else given
         for shape, given, packed in zip(of_all, (first, second, strides), plan.pack, strict=True)
     )
-    request = Request(problem, direction, seen_first, seen_second, seen_output, dtype, epilogue, device)
+    request = Request(problem, direction, seen_first, seen_second, seen_output, dtype, epilogue, device, types)
     launch = importlib.import_module(family_of(plan).launch_module).prepare(request, plan)
     return Prepared(
         plan,
@@ -94,10 +100,12 @@ def pooled_choice(
     dtype: torch.dtype,
     precision: str,
     device: DeviceSpec,
+    types: Types | None = None,
 ) -> ConvPlan | None:
     """Return the plan of a convolution and its max pool as one launch; None if two are expected to be faster."""
-    check_kernel_dtype("conv2d_max_pool2d", dtype)
-    both = Call(pooled_problem(problem), Direction.FORWARD, first, second, None, aligned, dtype, precision)
+    if types is None:
+        check_kernel_dtype("conv2d_max_pool2d", dtype)
+    both = Call(pooled_problem(problem), Direction.FORWARD, first, second, None, aligned, dtype, precision, types)
     _report(both, device)
     operands, of_convolution = both.operands, both._replace(problem=problem).operands
     measured = database.lookup(both.problem, both.direction, operands, device)

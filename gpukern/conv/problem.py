@@ -153,6 +153,14 @@ def pooled_problem(problem: ConvProblem) -> ConvProblem:
 
 
 @functools.lru_cache(maxsize=4096)
+def matrix_problem(rows: int, inputs: int, outputs: int) -> ConvProblem:
+    """The product of [rows, inputs] with [outputs, inputs] as a convolution of images of one pixel."""
+    return ConvProblem(
+        rows, inputs, 1, 1, outputs, 1, 1, 1, 1, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1
+    )
+
+
+@functools.lru_cache(maxsize=4096)
 def transposed_problem(
     input_shape: Sequence[int],
     weight_shape: Sequence[int],

@@ -35,6 +35,13 @@ class Epilogue(NamedTuple):
         return self.statistics or self.norm_grad
 
 
+class Types(NamedTuple):
+    """The dtypes of a quantized launch, of the operators of ``ops/quantized_*.py``, beside the second operand's."""
+
+    first: torch.dtype
+    output: torch.dtype
+
+
 class NormBefore(NamedTuple):
     """The batch norm, with an activation, whose output a convolution reads; see :mod:`gpukern.ops.conv_norm_grad`."""
 
@@ -49,7 +56,11 @@ class NormBefore(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """The input from which a family prepares a launch; strides are those of the tensors that the kernel gets."""
+    """The input from which a family prepares a launch; strides are those of the tensors that the kernel gets.
+
+    ``dtype`` is that of the products and of the second operand; unless the launch is quantized (``types`` is given) all
+    tensors have it.
+    """
 
     problem: ConvProblem
     direction: Direction
@@ -59,6 +70,24 @@ class Request:
     dtype: torch.dtype
     epilogue: Epilogue
     device: DeviceSpec
+    types: Types | None = None
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """dtypes of first, second and output."""
+        return dtypes_of(self.dtype, self.types)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The dtype of sums of products, and of parts of them that splits leave for one another."""
+        whole = self.dtype is torch.int8 and self.dtypes[0] is torch.int8
+        return torch.int32 if whole else torch.float32
+
+    @property
+    def compile_options(self) -> dict[str, bool]:
+        """Triton's options of a kernel with such an epilogue, for ``compile_time``."""
+        # A product and a sum in one rounding would differ in bits from the reference, and from the emulated kernel.
+        return {"enable_fp_fusion": False} if self.types else {}
 
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
@@ -77,6 +106,7 @@ class Call(NamedTuple):
     aligned: bool
     dtype: torch.dtype
     precision: str
+    types: Types | None = None
 
     @property
     def shapes(self) -> tuple[Shape, Shape, Shape]:
@@ -96,11 +126,12 @@ class Call(NamedTuple):
     def operands(self) -> Operands:
         """Return the properties that a plan depends on besides sizes and device."""
         strides = self.first, self.second, self.output
-        return operands_of(self.problem, self.direction, strides, self.aligned, self.dtype, self.precision)
+        return operands_of(self.problem, self.direction, strides, self.aligned, self.dtype, self.precision, self.types)
 
 
 #: Starts the kernels: (first, second, output, bias, residual, statistics, negative_slope), None for absent ones. Those
-#: of an input gradient take more, None if left out: z and ``other``, laid out like the output, and a ``NormGrad``.
+#: of an input gradient take more, None if left out: z and ``other``, laid out like the output, and a ``NormGrad``;
+#: those of a quantized launch ``requantize``.
 Run = Callable[..., None]
 
 
@@ -163,13 +194,20 @@ def operands_of(
     aligned: bool,
     dtype: torch.dtype,
     precision: str,
+    types: Types | None = None,
 ) -> Operands:
     """Return the properties that a plan depends on besides sizes and device."""
-    layouts = (
-        layout_of(shape, given, dtype.itemsize, aligned)
-        for shape, given in zip(shapes(problem, direction), strides, strict=True)
+    first, second, output = (
+        layout_of(shape, given, each.itemsize, aligned)
+        for shape, given, each in zip(shapes(problem, direction), strides, dtypes_of(dtype, types), strict=True)
     )
-    return Operands(str(dtype).removeprefix("torch."), precision, *layouts)
+    words = [str(each).removeprefix("torch.") for each in (dtype, *(types or ()))]
+    return Operands(words[0], precision, first, second, output, *words[1:])
+
+
+def dtypes_of(dtype: torch.dtype, types: Types | None) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """dtypes of first, second and output, where ``dtype`` is that of the products."""
+    return (dtype, dtype, dtype) if types is None else (types.first, dtype, types.output)
 
 
 def check_countable(*tensors: Sequence[int], operation: str = "conv2d") -> None:

@@ -61,7 +61,7 @@ def answer(question: Question) -> Answer:
     p, direction, operands = question.problem, question.direction, question.operands
     of_first, _, of_output = shapes(p, direction)
     check_countable(of_first, of_output)
-    must = minimum_work(p, direction, operands.itemsize, operands.kind)
+    must = minimum_work(p, direction, operands.itemsizes, operands.kind)
     must = replace(must, bytes=must.bytes + residual_bytes(question))
     choice, measured = chosen(question)
     return Answer(

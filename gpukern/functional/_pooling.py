@@ -11,7 +11,7 @@ from gpukern.ops import pool3d as _pool3d
 from gpukern.ops._pool2d.problem import check_adaptive, output_sizes
 from gpukern.runtime.arguments import as_bool, as_int, as_pair, as_single, check_batched_or_not, check_tensors
 from gpukern.runtime.integers import require
-from gpukern.runtime.tensors import check_floating
+from gpukern.runtime.tensors import check_floating, check_kernel_dtype
 
 
 def max_pool2d(
@@ -49,6 +49,8 @@ def max_pool2d(
     """
     check_tensors("max_pool2d", input)
     check_floating("max_pool2d", input)
+    if input.itemsize == 1:
+        check_kernel_dtype("max_pool2d", input.dtype)  # the operator takes 8 bits, torch's function does not
     if input.dim() != 4 and check_batched_or_not("max_pool2d", input):
         pooled = max_pool2d(input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return _squeezed(pooled, 0)

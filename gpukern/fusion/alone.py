@@ -53,15 +53,15 @@ def judge_alone(
     graph, _ = program.copy()
     doubled = {name: held.double() if held.is_floating_point() else held for name, held in program.constants.items()}
     try:
-        doubles = _Recorder(assemble(graph, doubled, program.modules), {*names, *sources})
+        doubles = Recorder(assemble(graph, doubled, program.modules), {*names, *sources})
         truth = doubles.values_for(cast(list(inputs), torch.float64))
         forced = {name: truth[name] for name in names}
-        own = _Recorder(assemble(graph, rounded(program, graph), program.modules), names, forced).values_for(inputs)
+        own = Recorder(assemble(graph, rounded(program, graph), program.modules), names, forced).values_for(inputs)
     except (RuntimeError, TypeError):
         return []
     forced = dict(zip(lowered.names, forced.values(), strict=True))
-    found = _Recorder(lowered.module, lowered.names, forced).values_for(inputs)
-    whole = _Recorder(lowered.module, lowered.names).values_for(inputs)
+    found = Recorder(lowered.module, lowered.names, forced).values_for(inputs)
+    whole = Recorder(lowered.module, lowered.names).values_for(inputs)
     judged = []
     for match, name, lowered_name, source in zip(matches, names, lowered.names, sources, strict=True):
         exact = truth[name]
@@ -107,7 +107,7 @@ def _norm(values: torch.Tensor) -> float:
     return values.norm().item()
 
 
-class _Recorder(Interpreter):
+class Recorder(Interpreter):
     """Runs a graph and keeps the values of some nodes; what follows ``forced`` nodes takes other values for theirs."""
 
     def __init__(

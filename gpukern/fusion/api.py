@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,7 +17,11 @@ def fuse(
     example_inputs: Any,
     kwargs: Mapping[str, Any] | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    calibrate: Iterable[Any] | None = None,
+    calibration: str | None = None,
+    target: float | tuple[Callable[[FusedModel], float], float] | None = None,
+    precision: torch.dtype | None = None,
     channels_last: bool = True,
     cuda_graph: bool = False,
     dynamic_batch: bool = True,
@@ -47,6 +51,23 @@ def fuse(
         the arguments of the example that are given by name, as for :func:`torch.export.export`: ``{"mask": mask}``.
     dtype:
         what to compute in, the model's by default. A layer whose weights the dtype cannot hold stays in float32.
+        ``"int8"`` (or ``torch.int8``) and ``"fp8"`` (``torch.float8_e4m3fn``) store weights and activations in eight
+        bits where that costs less than ``target`` allows; the next four arguments are for them.
+    calibrate:
+        batches as the model takes them, any iterable, of which it is enough to go through once: a DataLoader, whose
+        labels are left out, a list of tensors, a generator. Ranges are measured on one half, and the other half is kept
+        aside for the proof. Some hundred images are enough.
+    calibration:
+        how the range of a tensor is taken from what was seen: ``"max"``, ``"percentile"`` (99.99 %), ``"mse"``,
+        ``"entropy"``, or ``"auto"``, the default: for each tensor the one of them by which the layers that read it have
+        the least error.
+    target:
+        what the model in eight bits must reach on the batches kept aside: 0.99, the default, is the share of rows with
+        the original's argmax (of a model without such rows, 1 − ‖y − truth‖² / ‖truth‖²), and ``(metric, least)`` a
+        function of a :class:`FusedModel` that returns a number, and the least that this may be. The groups that cost
+        most are given back to 16 bits until it holds.
+    precision:
+        what everything else computes in: torch.float16, the default, or torch.bfloat16.
     channels_last:
         keep images in that layout; weights are packed once.
     cuda_graph:
@@ -70,13 +91,15 @@ def fuse(
     Raises
     ------
     TypeError for what is no module or no list of patterns, and for arguments that the model does not take; ValueError
-    for an unknown dtype, RuntimeError for ``cuda_graph`` without a CUDA device; FusionError if the model lacks its
+    for an unknown dtype, for options of eight bits without that and batches that the model does not take or that are
+    not finite, RuntimeError for ``cuda_graph`` without a CUDA device; FusionError if the model lacks its
     weights or cannot be copied or captured, if the verification fails (it names the fused group to blame, and has the
     report as its ``report``) or can prove nothing (the original is random or keeps a state, or returns nothing finite,
-    or the same for another example), or with ``strict``.
+    or the same for another example), if the target cannot be met, or with ``strict``.
     """
     from gpukern.fusion.given import bare
     from gpukern.fusion.pipeline import run
+    from gpukern.fusion.quantization.settings import settings
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"fuse() takes a torch.nn.Module, got {type(model).__name__}")
@@ -84,11 +107,15 @@ def fuse(
         raise TypeError(f"kwargs must be a dict of arguments by their names, got {type(kwargs).__name__}")
     if isinstance(skip, str):
         raise TypeError(f"skip takes a list of patterns, got the word {skip!r}")
+    options = {"calibrate": calibrate, "calibration": calibration, "target": target, "precision": precision}
+    eight = settings(dtype, options, verify)
+    wide = eight.precision if eight is not None else cast("torch.dtype | None", dtype)
     return run(
         bare(model),
         tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,),
         dict(kwargs or {}),
-        dtype=dtype,
+        dtype=wide,
+        eight=eight,
         channels_last=channels_last,
         cuda_graph=cuda_graph,
         dynamic_batch=dynamic_batch,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ from gpukern.fusion.report import FusedGroup, FusionReport, NotFused, Verificati
 
 @dataclass(frozen=True)
 class Work:
-    """Intermediate results of fusing: the captured program, the same with constants evaluated, and the outcome."""
+    """Intermediate results of fusing: the captured program, the same with constants evaluated, and the outcome.
+
+    ``operators`` and ``bytes``: of matches at some places, where they are not those of the match.
+    """
 
     model: torch.nn.Module
     captured: Program
@@ -30,6 +33,8 @@ class Work:
     lowered: Lowered
     declined: Sequence[Declined]
     channels_last: bool
+    operators: Mapping[int, str] = field(default_factory=dict)
+    bytes: Mapping[int, int] = field(default_factory=dict)
 
 
 def account(
@@ -72,11 +77,11 @@ def _group(work: Work, place: int, errors: Sequence[float], kernels: dict[int, A
     return FusedGroup(
         modules=describe.modules_of(match, work.program.leaves),
         pattern=match.pattern,
-        operator=match.operator,
+        operator=work.operators.get(place, match.operator),
         dtype=_name(tensor_of(match.output).dtype if folded is None else folded.dtype),
         note="" if folded is None else folded.note,
         plan=kernel.plan if kernel else "",
-        bytes=kernel.bytes if kernel else None,
+        bytes=kernel.bytes if kernel else work.bytes.get(place),
         floor=kernel.floor if kernel else None,
         expected=kernel.expected if kernel else None,
         # Infinite if an intermediate value overflows, which the output may not show.

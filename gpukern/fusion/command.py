@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from gpukern.fusion.model import FusedModel
     from gpukern.fusion.report import FusionReport
 
+#: Dtypes of eight bits, by their names.
+_EIGHT_BITS = ("int8", "fp8")
 #: Models of these come with random weights.
 _ZOOS = ("torchvision:", "timm:")
 
@@ -45,8 +47,29 @@ def fuse(
         Path | None, typer.Option(metavar="FILE", help="A .safetensors file, a state_dict, or a checkpoint with one.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="KIND", help="What to compute in: fp16, bf16 or fp32. Default: the model's own.")
+        str,
+        typer.Option(
+            metavar="KIND", help="What to compute in: fp16, bf16, fp32, int8 or fp8. Default: the model's own."
+        ),
     ] = "",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR|FILE", help="For int8 and fp8: a folder of images, or batches as .npy, .npz or .pt."),
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(metavar="HOW", help="Of ranges: auto, max, percentile, mse or entropy. Default: auto.")
+    ] = "",
+    target: Annotated[
+        float | None, typer.Option(help="Agreement that int8 and fp8 must reach on batches kept aside. Default: 0.99.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(metavar="KIND", help="Of what is not in 8 bits: fp16 or bf16. Default: fp16.")
+    ] = "",
+    resize: Annotated[
+        int | None, typer.Option(help="Shorter side of images before the crop. Default: the crop is 87.5 % of it.")
+    ] = None,
+    mean: Annotated[str, typer.Option(metavar="R,G,B", help="Taken off images in 0 … 1. Default: ImageNet's.")] = "",
+    std: Annotated[str, typer.Option(metavar="R,G,B", help="That images are divided by. Default: ImageNet's.")] = "",
     verify: Annotated[bool, typer.Option(help="Compare with the original in float64.")] = True,
     skip: Annotated[
         list[str], typer.Option(metavar="PATTERN", help='Modules to leave as they are: "head.*". Repeatable.')
@@ -73,8 +96,12 @@ def fuse(
     from gpukern.fusion.sources import load_model, shape_called
 
     check_files(report, json, save)
-    place, kind = place_called(device), _dtype(dtype) if dtype else None
+    place, kind = place_called(device), _dtype(dtype, "--dtype", _EIGHT_BITS) if dtype else None
     shapes = [checked("--input", shape_called, each) for each in input]
+    given: dict[str, Any] = {"calibration": calibration or None, "target": target}
+    given["precision"] = _dtype(precision, "--precision") if precision else None
+    given["calibrate"] = _batches(calibrate, shapes, resize, mean, std)
+    _check_options(kind, given, verify)
     torch.manual_seed(seed)
     with _step(f"making {model}"), told_of_weights() as notes:
         made = checked("MODEL", load_model, model, weights)
@@ -86,9 +113,11 @@ def fuse(
         _fail(str(problem))
     except Exception as problem:  # no memory, as a rule
         _fail(f"the model and its input cannot be put on {place}: {first_line(problem)}")
-    settings = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
+    settings: dict[str, Any] = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
+    settings |= {name: value for name, value in given.items() if value is not None}
     steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
-    with _step(f"fusing: {', '.join(steps)}"):
+    # Calibration shows a bar of its own.
+    with _step(f"fusing: {', '.join(steps)}") if calibrate is None else contextlib.nullcontext():
         fused, told, failure = _fused(made, inputs, dtype=kind, skip=skip, strict=strict, **settings)
     if model.startswith(_ZOOS) and weights is None:
         notes.append("The weights are random: none were given")
@@ -125,15 +154,48 @@ def explain_model(
 # ---- what was typed ------------------------------------------------------------------------------------------------
 
 
-def _dtype(name: str) -> torch.dtype:
-    """The dtype called so, by its short name or torch's."""
+def _dtype(name: str, option: str, others: Sequence[str] = ()) -> Any:
+    """The dtype called so, by its short name or torch's; the name itself if it is one of ``others``."""
     import torch
 
     short = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
     long = short.get(name.lower(), name.lower())
+    if long in others:
+        return long
     if long not in short.values():
-        raise typer.BadParameter(f"no dtype is called {name!r}; known are {', '.join(short)}", param_hint="--dtype")
+        raise typer.BadParameter(
+            f"no dtype is called {name!r}; known are {', '.join([*short, *others])}", param_hint=option
+        )
     return getattr(torch, long)
+
+
+def _batches(path: Path | None, shapes: Sequence[Sequence[int]], resize: int | None, mean: str, std: str) -> Any:
+    """What ``--calibrate`` names; None without it."""
+    from gpukern.fusion.quantization.files import Preparation, batches_from
+
+    preparation = Preparation(resize, _numbers(mean, "--mean"), _numbers(std, "--std"))
+    if path is None:
+        if preparation != Preparation():
+            raise typer.BadParameter("--resize, --mean and --std are for --calibrate", param_hint="--calibrate")
+        return None
+    return checked("--calibrate", batches_from, path, shapes, preparation)
+
+
+def _numbers(words: str, option: str) -> tuple[float, ...] | None:
+    try:
+        return tuple(map(float, words.split(","))) if words else None
+    except ValueError:
+        raise typer.BadParameter(f"{words!r} is not numbers between commas", param_hint=option) from None
+
+
+def _check_options(kind: Any, given: dict[str, Any], verify: bool) -> None:
+    """Check what belongs to eight bits before minutes of work."""
+    from gpukern.fusion.quantization.settings import settings
+
+    try:
+        settings(kind, given, verify)
+    except (TypeError, ValueError) as problem:
+        raise typer.BadParameter(str(problem), param_hint="--dtype") from None
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------
@@ -144,13 +206,15 @@ def _fused(
 ) -> tuple[FusedModel | None, FusionReport, str]:
     """Return the fused model and its report; if the verification fails, no model, the report and the error."""
     from gpukern.fusion import fuse as fuse_model
-    from gpukern.fusion.errors import FusionError, first_line
+    from gpukern.fusion.errors import FusionError, SourceError, first_line
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings that concern the user are in the report's notes
             fused = fuse_model(model, inputs, **settings)
             return fused, fused.report, ""
+    except SourceError as problem:  # a file of the calibration
+        raise typer.BadParameter(str(problem), param_hint="--calibrate") from None
     except FusionError as problem:
         if problem.report is not None:
             return None, problem.report, str(problem)

@@ -81,8 +81,10 @@ def _bytes(node: Node) -> int:
 
 
 def constants_of(lowered: Lowered) -> int:
-    """Elements of all floating-point tensors that a fused model holds."""
-    return sum(held.numel() for held in lowered.module.buffers() if held.is_floating_point())
+    """Elements of all tensors of numbers that a fused model holds, int8 among them."""
+    return sum(
+        held.numel() for held in lowered.module.buffers() if held.is_floating_point() or held.dtype is torch.int8
+    )
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------

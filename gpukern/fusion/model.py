@@ -55,4 +55,10 @@ class FusedModel(ForInference):
         save(path, self.module, self.report, self._example, self._dynamic_batch)
 
     def __repr__(self) -> str:
-        return f"FusedModel({self.report.model}, {self.report.dtype}, {len(self.report.fused)} fused groups)"
+        told = self.report.quantization
+        if told is not None:
+            eight = sum(group.precision == told.format for group in told.groups)
+            kind = f"{told.format} in {eight} of {len(told.groups)} products, else {told.precision}"
+        else:
+            kind = self.report.dtype
+        return f"FusedModel({self.report.model}, {kind}, {len(self.report.fused)} fused groups)"

@@ -131,7 +131,7 @@ class FusedModule(ForInference):
     @property
     def _dtype(self) -> torch.dtype:
         held = (spec.dtype for spec in (*self.interface.inputs, *self.buffers()) if spec is not None)
-        return next((dtype for dtype in held if dtype.is_floating_point), torch.float32)
+        return next((dtype for dtype in held if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
 
     def _run(self, prepared: list[Any]) -> tuple:
         device = next(leaf.device.type for leaf in prepared if isinstance(leaf, torch.Tensor))

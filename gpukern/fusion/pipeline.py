@@ -29,6 +29,8 @@ from gpukern.fusion.matcher import Declined, find, require_account
 from gpukern.fusion.model import FusedModel
 from gpukern.fusion.module import FusedModule, Interface
 from gpukern.fusion.program import InputSpec, Program, aten, is_call, title
+from gpukern.fusion.quantization.settings import Settings
+from gpukern.fusion.quantization.stage import Stage, in_eight_bits
 from gpukern.fusion.report.values import Verification
 from gpukern.fusion.settling import settle
 from gpukern.fusion.timing import beside
@@ -43,6 +45,7 @@ def run(
     named: dict[str, Any],
     *,
     dtype: torch.dtype | None,
+    eight: Settings | None = None,
     channels_last: bool,
     cuda_graph: bool,
     dynamic_batch: bool,
@@ -72,7 +75,9 @@ def run(
         if evidence is not None:
             inputs, notes = evidence.inputs, [*notes, *evidence.notes]
         operands = exact, inputs, signature, dtype, evidence, device, cuda_graph
-        fusing = functools.partial(_fused, *operands, channels_last=channels_last, skip=skip, strict=strict)
+        fusing = functools.partial(
+            _fused, *operands, channels_last=channels_last, skip=skip, strict=strict, eight=eight
+        )
         try:
             fused = fusing(notes, dynamic_batch)
         except BatchMatters as problem:
@@ -96,8 +101,9 @@ def _fused(
     channels_last: bool,
     skip: Sequence[str],
     strict: bool,
+    eight: Settings | None,
 ) -> FusedModel:
-    """Fuse ``exact``, a private copy. BatchMatters if its batch cannot be free."""
+    """Fuse ``exact``, a private copy; ``eight``: what is asked of 8 bits. BatchMatters if its batch cannot be free."""
     with torch.no_grad():
         typed = private_copy(exact).to(dtype), exact, cast(inputs, dtype)
         captured = capture_program(*typed, signature, dynamic_batch=dynamic_batch)
@@ -141,6 +147,16 @@ def _fused(
         if proof is not None and not proof.passed:
             told = proof.wrong or blame(proof, matches, lambda chosen: witness.judge(build(chosen)[1].in_order))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
+        if eight is not None:
+            stage = Stage(
+                work, program, module, inputs, captured.free, dtype, None if evidence is None else evidence.see
+            )
+            made = in_eight_bits(
+                stage, eight, lambda each: FusedModel(each, report, inputs, captured.dynamic_batch, False)
+            )
+            module, notes = made.module, [*report.notes, *made.notes]
+            report = account(made.work, dtype, device, prepared, proof, made.errors, notes)
+            report = replace(report, dtype=made.quantization.format, quantization=made.quantization)
     return FusedModel(module, report, inputs, captured.dynamic_batch, cuda_graph)
 
 

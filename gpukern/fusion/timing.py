@@ -26,7 +26,8 @@ _PASSES = 100
 def beside(fused: FusedModel, model: torch.nn.Module, inputs: tuple, channels_last: bool) -> FusionReport:
     """The report of ``fused`` with its timing, and that of ``model`` as it would run unfused: in the same dtype and
     layout. What cannot be timed, for want of memory as a rule, is a note there."""
-    dtype = getattr(torch, fused.report.dtype)
+    told = fused.report.quantization
+    dtype = getattr(torch, fused.report.dtype if told is None else told.precision)
 
     def prepared(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():

@@ -64,7 +64,7 @@ class Witness:
         self._model, self._dtype = model, dtype
         self._packed = torch.channels_last if channels_last else torch.contiguous_format
         with _Products() as products:
-            self.truth_dtype, self.truth = _truth(model, inputs, see)
+            self.truth_dtype, self.truth = truth_of(model, inputs, see)
         unfused = _in_dtype(model, inputs, dtype, see)
         self.unfused = distance(unfused, self.truth)
         if not math.isfinite(self.unfused):
@@ -154,7 +154,7 @@ def tf32(convolutions: int, matrices: int, inputs: Sequence[Any], dtype: torch.d
     return math.sqrt(sum(count for count, precision in kinds if precision == "tf32")) * TF32_ROUNDED
 
 
-def _truth(model: torch.nn.Module, inputs: tuple, see: See) -> tuple[torch.dtype, list[torch.Tensor]]:
+def truth_of(model: torch.nn.Module, inputs: tuple, see: See) -> tuple[torch.dtype, list[torch.Tensor]]:
     size = 8 * sum(parameter.numel() for parameter in model.parameters())
     for dtype in (torch.float64, torch.float32):
         if dtype is torch.float64 and size > _LARGEST:

@@ -1,13 +1,15 @@
 """Patches that make Triton's interpreter compute bfloat16 and TF32 as a GPU does. Used only when emulating.
 
-The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16``. Two of its steps are wrong:
+The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16``. Some of its steps are wrong:
 
 - ``tl.dot`` multiplies those bits as integers;
-- the cast fp32 → bf16 truncates, where every GPU rounds to nearest, ties to even.
+- the cast fp32 → bf16 truncates, where every GPU rounds to nearest, ties to even, and that of integers makes their bits
+  those of the number.
 
-Both are fixed here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance. And the
+All are fixed here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance. And the
 user function of ``tl.reduce``, which the interpreter calls for every element, is called for whole slices.
-TF32 is in ``emulation_tf32.py``; ``emulation_speed.py`` makes the interpreter several times faster.
+TF32 is in ``emulation_tf32.py``, float8 in ``emulation_float8.py``; ``emulation_speed.py`` makes the interpreter
+several times faster.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
 
-from gpukern.runtime import emulation_speed, emulation_tf32
+from gpukern.runtime import emulation_float8, emulation_speed, emulation_tf32
 
 
 def bf16_bits_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -54,6 +56,8 @@ def prepare() -> None:
             return TensorHandle(fp32_to_bf16_bits(src.data), target)
         if source == tl.bfloat16 and target == tl.float32:
             return TensorHandle(bf16_bits_to_fp32(src.data), target)
+        if source.is_int() and target == tl.bfloat16:  # of 8 bits: exact
+            return TensorHandle(fp32_to_bf16_bits(src.data.astype(np.float32)), target)
         return plain_cast(self, src, dst_type)
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, *args) -> TensorHandle:
@@ -69,6 +73,7 @@ def prepare() -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+    emulation_float8.prepare()
     ReduceOps.generic_reduce = _reduce_slices
 
 

@@ -36,10 +36,11 @@ def compile_time(kernel: Any, options: dict[str, Any]) -> CompileTime:
     if names != kernel.arg_names[len(kernel.arg_names) - len(names) :]:
         raise ValueError(f"{kernel.__name__}: the compile-time arguments are not the last ones, or not all there")
     keywords = {name: value for name, value in options.items() if name not in names}
-    return CompileTime(tuple(options[name] for name in names), keywords | _ALWAYS)
+    return CompileTime(tuple(options[name] for name in names), _ALWAYS | keywords)
 
 
-#: Multiplications and additions are fused in every kernel: Triton 3.9 expects the option, 3.10 does not fuse without.
+#: Multiplications and additions are fused unless a kernel's options say otherwise: Triton 3.9 expects the option, 3.10
+#: does not fuse without.
 _ALWAYS = {"warmup": False, "enable_fp_fusion": True}
 
 
@@ -59,7 +60,7 @@ def launch(
     Every launch happens under its tensors' own device: Triton launches on the current one, wherever the tensors are.
     DescriptorRefused if the driver rejects a descriptor among the arguments.
     """
-    values, keywords = options if type(options) is CompileTime else ((), options | _ALWAYS)  # type: ignore[operator]
+    values, keywords = options if type(options) is CompileTime else ((), _ALWAYS | options)  # type: ignore[operator]
     try:
         # Tensors have a numbered device on GPUs only, and device.type would make a string in every call.
         if device.index is not None:

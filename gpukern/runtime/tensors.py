@@ -73,14 +73,14 @@ def format_kept_by(tensor: torch.Tensor) -> torch.memory_format:
     return memory_format_of(tensor)
 
 
-def elementwise_like(tensor: torch.Tensor) -> torch.Tensor:
+def elementwise_like(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Allocate in the layout of torch's element-wise results: dense, in the order of ``tensor``, uninitialised."""
     # Unlike empty_like, they give a contiguous tensor's result the usual strides, of dimensions of one element too.
     if tensor.is_contiguous():
-        return tensor.new_empty(tensor.shape)
+        return tensor.new_empty(tensor.shape, dtype=dtype)
     if tensor.dim() in (4, 5) and tensor.is_contiguous(memory_format=as_memory_format(True, tensor.dim())):
-        return torch.empty_like(tensor, memory_format=as_memory_format(True, tensor.dim()))
-    return torch.empty_like(tensor)
+        return torch.empty_like(tensor, dtype=dtype, memory_format=as_memory_format(True, tensor.dim()))
+    return torch.empty_like(tensor, dtype=dtype)
 
 
 def laid_out(tensor: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:

@@ -55,7 +55,7 @@ class Check:
     def launch(self, choice: ConvPlan) -> Callable[[], object]:
         """Return a function that launches ``choice``, after a check of its result; WrongResult, or a launch's error."""
         kernels = _implementations.of(self._first)
-        prepared = prepare_launch(*self._call, self._spec, plan=choice)
+        prepared = prepare_launch(*self._call[:-1], self._spec, plan=choice, types=self._call.types)
         with _poisoned():
             self._output = kernels.run(prepared, self._first, self._second)[0]
         self._compare(self._output, choice.precision)

@@ -82,7 +82,7 @@ def model_called(name: str, *arguments: Any) -> torch.nn.Module:
     module_name, _, factory_name = name.partition(":")
     if not module_name or not factory_name:
         raise ValueError(f"{name!r} names no model: expected package.module:factory")
-    with _working_directory_on_path():
+    with working_directory_on_path():
         try:
             factory: Any = importlib.import_module(module_name)
             for part in factory_name.split("."):
@@ -114,7 +114,7 @@ def calls_of_model(
 
 
 @contextlib.contextmanager
-def _working_directory_on_path() -> Iterator[None]:
+def working_directory_on_path() -> Iterator[None]:
     """Put the working directory on the path, where the command's own folder is instead."""
     sys.path.insert(0, "")
     try:

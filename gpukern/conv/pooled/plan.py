@@ -22,7 +22,7 @@ def together(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> Ra
 
 def seconds_apart(problem: ConvProblem, operands: Operands, device: DeviceSpec) -> float:
     """Return the expected seconds of both launches; ``operands.output`` is the convolution's."""
-    moved = pool.work(windows_of(problem), pool.Pooling.MAX, operands.itemsize).bytes
+    moved = pool.work(windows_of(problem), pool.Pooling.MAX, operands.itemsizes[2]).bytes
     first = heuristic_plan(problem, Direction.FORWARD, operands, device)
     return ranked(problem, Direction.FORWARD, first, operands, device).seconds + pass_seconds(moved, device)
 

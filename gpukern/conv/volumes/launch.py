@@ -165,8 +165,8 @@ def _prepare(
     shapes = _shapes(p, direction)
     check_countable(p.shapes[0], p.shapes[2], operation="conv3d")
     given = tuple(map(strides_of, shapes, (first, second, written)))
-    layouts = (Layout.NHWC if strides[1] in (0, 1) else Layout.STRIDED for strides in given)
-    chosen = plan(p, direction, Operands(name, precision, *layouts), device)
+    of_first, of_second, of_output = (Layout.NHWC if strides[1] in (0, 1) else Layout.STRIDED for strides in given)
+    chosen = plan(p, direction, Operands(name, precision, of_first, of_second, of_output), device)
     first, second, written = (
         strides_of(shape, dense_strides(shape, True)) if packed else strides
         for shape, strides, packed in zip(shapes, given, chosen.pack, strict=True)

@@ -11,6 +11,9 @@ from gpukern.fusion.report.values import (
     FusedGroup,
     GraphNode,
     NotFused,
+    Quantization,
+    QuantizedGroup,
+    Reached,
     ReportValues,
     Timing,
     Totals,
@@ -22,7 +25,18 @@ from gpukern.runtime.records import build, plain
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["FusedGroup", "FusionReport", "GraphNode", "NotFused", "Timing", "Totals", "Verification"]
+__all__ = [
+    "FusedGroup",
+    "FusionReport",
+    "GraphNode",
+    "NotFused",
+    "Quantization",
+    "QuantizedGroup",
+    "Reached",
+    "Timing",
+    "Totals",
+    "Verification",
+]
 
 #: The name of the JSON's form, another one whenever the meaning of a field changes.
 FORMAT = "gpukern fusion report, version 1"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gpukern.formatting import MISSING, count, error, micro, milli, number, percent, ratio, size
-from gpukern.fusion.report.values import FusedGroup, ReportValues, Verification
+from gpukern.fusion.report.values import FusedGroup, Quantization, QuantizedGroup, ReportValues, Verification
 
 
 class Line(NamedTuple):
@@ -52,10 +53,21 @@ def comparison(report: ReportValues) -> list[Line]:
         _counted("parameters", before.parameters, after.parameters),
     ]
     if check := report.verification:
-        lines.append(Line(f"error against {check.truth}", error(check.unfused), error(check.error), allowed(check)))
+        lines.append(
+            Line(
+                f"error against {check.truth}{_where(report)}", error(check.unfused), error(check.error), allowed(check)
+            )
+        )
         if check.argmax_agreement is not None:
-            lines.append(Line("rows with the truth's argmax", MISSING, agreement(check.argmax_agreement), ""))
+            lines.append(
+                Line(f"rows with the truth's argmax{_where(report)}", MISSING, agreement(check.argmax_agreement), "")
+            )
     return [*lines[:1], *_kernels(report), *lines[1:], *_timings(report)]
+
+
+def _where(report: ReportValues) -> str:
+    """What a verification is of, in a report of eight bits."""
+    return "" if report.quantization is None else f", in {report.quantization.precision}"
 
 
 def _counted(name: str, before: int, after: int) -> Line:
@@ -142,8 +154,93 @@ def columns(report: ReportValues) -> list[Column]:
     return [column for column in _columns(report) if any(column.cell(group) != MISSING for group in report.fused)]
 
 
+def in_eight_bits(told: Quantization) -> list[Line]:
+    """Return the lines that compare 16 bits with the groups in eight, all that can be and those that are."""
+    every = told.every
+    lines = [
+        Line(
+            "bytes per forward, with weights",
+            size(told.bytes_before),
+            size(every.bytes) if every else MISSING,
+            size(told.bytes),
+        ),
+        Line("groups in 8 bits", "0", str(_possible(told)), str(_kept(told))),
+    ]
+    steps = (told.sixteen, told.every, told.reached)
+    if told.sixteen and told.every and told.reached:
+        share = told.metric == "agreement"
+        values = [agreement(step.value) if share else number(step.value, 4) for step in steps if step]
+        name = "agreement with the original" if share else clean(told.metric)
+        lines.append(Line(f"{name}, target {told.target:g}", *values))
+        lines.append(Line("signal-to-noise of the outputs", *(decibels(step.snr) for step in steps if step)))
+    return lines
+
+
+def _kept(told: Quantization) -> int:
+    return sum(group.precision == told.format for group in told.groups)
+
+
+def _possible(told: Quantization) -> int:
+    return sum(group.precision == told.format or group.given_back for group in told.groups)
+
+
+def decibels(snr: float | None) -> str:
+    """A signal-to-noise ratio; "exact" where there is no noise."""
+    if snr is None:
+        return MISSING
+    return f"{snr:.1f} dB" if math.isfinite(snr) else "exact" if snr > 0 else "none"
+
+
+def _scale(scale: float | None) -> str:
+    return MISSING if scale is None else f"{scale:.3g}"
+
+
+def _made(group: QuantizedGroup) -> str:
+    """How a group was calibrated, or why it is in 16 bits."""
+    did = [
+        clean(group.calibration),
+        *(["equalized"] if group.equalized else []),
+        *(["bias corrected"] if group.corrected else []),
+    ]
+    return "; ".join(filter(None, (", ".join(filter(None, did)), clean(group.why))))
+
+
+class QuantizedColumn(NamedTuple):
+    """A column of the table of groups in eight bits; ``numbers``: whether it holds numbers."""
+
+    name: str
+    numbers: bool
+    cell: Callable[[QuantizedGroup], str]
+
+
+_QUANTIZED = (
+    QuantizedColumn("modules", False, lambda group: modules(group.modules)),
+    QuantizedColumn("pattern", False, lambda group: clean(group.pattern)),
+    QuantizedColumn("weights", False, lambda group: clean(group.precision)),
+    QuantizedColumn("input scale", True, lambda group: _scale(group.input_scale)),
+    QuantizedColumn("output scale", True, lambda group: _scale(group.output_scale)),
+    QuantizedColumn("SNR", True, lambda group: decibels(group.snr)),
+    QuantizedColumn("noise alone", True, lambda group: error(group.noise)),
+    QuantizedColumn("bytes", True, lambda group: size(group.bytes)),
+    QuantizedColumn("of 16 bits", True, lambda group: percent(_share_of(group), 0)),
+    QuantizedColumn("calibration", False, _made),
+)
+
+
+def _share_of(group: QuantizedGroup) -> float | None:
+    return group.bytes / group.bytes_before if group.bytes_before else None
+
+
+def quantized_columns(told: Quantization) -> list[QuantizedColumn]:
+    """Return the columns for which some group has a value."""
+    return [column for column in _QUANTIZED if any(column.cell(group) not in ("", MISSING) for group in told.groups)]
+
+
 def headline(report: ReportValues) -> str:
     """One line: how much was fused, how much was not."""
     fused, left = count(len(report.fused), "group"), len(report.not_fused)
     failed = "the verification FAILED; " if report.verification and not report.verification.passed else ""
-    return f"{clean(report.model)} in {report.dtype}: {failed}{fused} fused, {left or 'nothing'} left as it was"
+    told = report.quantization
+    kind = report.dtype if told is None else f"{told.format} and {told.precision}"
+    eight = "" if told is None else f"{_kept(told)} of {count(len(told.groups), 'product')} in 8 bits, "
+    return f"{clean(report.model)} in {kind}: {failed}{eight}{fused} fused, {left or 'nothing'} left as it was"

@@ -55,6 +55,10 @@ def _cards(report: ReportValues) -> Iterator[Card]:
     moved = [numbers.size(size) for size in (before.activation_bytes, after.activation_bytes)]
     less = words.times(before.activation_bytes, after.activation_bytes)
     yield Card("activations moved", less, f"less: {moved[0]} → {moved[1]}")
+    if told := report.quantization:
+        smaller = words.times(told.bytes_before, told.bytes)
+        detail = f"of 16 bits: {numbers.size(told.bytes_before)} → {numbers.size(told.bytes)}"
+        yield Card("bytes in 8 bits", smaller, f"less, {detail}")
     yield _error_card(report)
     yield Card("groups fused", f"{len(report.fused):,}", f"{len(report.not_fused) or 'nothing'} left as it was")
 

@@ -25,6 +25,7 @@ def render(report: ReportValues) -> RenderableType:
         Text(formatting.headline(report), style="bold red" if failed else "bold"),
         *(Text(f"note: {formatting.clean(note)}", style="yellow") for note in report.notes),
         _comparison(report),
+        *_eight_bits(report),
         *_groups(report),
         *_left(report),
         *_environment(report),
@@ -38,6 +39,24 @@ def _comparison(report: ReportValues) -> RenderableType:
     if report.verification is None:
         table.caption = Text("not verified", style="yellow")
     return table
+
+
+def _eight_bits(report: ReportValues) -> Iterator[RenderableType]:
+    """What eight bits save and cost, and a row for each group that multiplies by weights."""
+    told = report.quantization
+    if told is None:
+        return
+    totals = tables.table("", *tables.numbers("16 bits", "all in 8 bits", "as it is"))
+    for line in formatting.in_eight_bits(told):
+        totals.add_row(line.name, line.before, line.after, Text(line.gain, style="bold"))
+    columns = formatting.quantized_columns(told)
+    table = tables.table(Column(""), *(Column(column.name, column.numbers) for column in columns))
+    for number, group in enumerate(told.groups, start=1):
+        style = "yellow" if group.given_back else ""
+        table.add_row(str(number), *(Text(column.cell(group)) for column in columns), style=style)
+    yield Text(f"in 8 bits ({told.format})", style="bold")
+    yield totals
+    yield table
 
 
 def _groups(report: ReportValues) -> Iterator[RenderableType]:

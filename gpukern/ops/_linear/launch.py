@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from gpukern.conv import ConvProblem, Direction, Epilogue, Prepared, prepare_launch, write
+from gpukern.conv import ConvProblem, Direction, Epilogue, Prepared, matrix_problem, prepare_launch, write
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import matmul_precision
 
@@ -15,7 +13,7 @@ def linear(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, negative_slope: float
 ) -> torch.Tensor:
     outputs, inputs = weight.shape
-    problem = _as_convolution(input.shape[0], inputs, outputs)
+    problem = matrix_problem(input.shape[0], inputs, outputs)
     prepared = _prepared(problem, Direction.FORWARD, input, weight, activation)
     if bias is not None and bias.shape[0] != outputs:
         bias = bias.expand(outputs)
@@ -26,7 +24,7 @@ def linear(
 
 def linear_weight_grad(grad: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
     (rows, inputs), outputs = input.shape, grad.shape[1]
-    prepared = _prepared(_as_convolution(rows, inputs, outputs), Direction.WEIGHT_GRAD, grad, input)
+    prepared = _prepared(matrix_problem(rows, inputs, outputs), Direction.WEIGHT_GRAD, grad, input)
     output = grad.new_empty_strided((outputs, inputs), (max(inputs, 1), 1))
     write(prepared, output, grad, input)
     return output
@@ -47,11 +45,4 @@ def _prepared(
         matmul_precision(first.dtype),
         device_spec(first.device),
         Epilogue(activation),
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _as_convolution(rows: int, inputs: int, outputs: int) -> ConvProblem:
-    return ConvProblem(
-        rows, inputs, 1, 1, outputs, 1, 1, 1, 1, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1
     )

@@ -10,6 +10,8 @@ A *tap* is a place in a window, r·S + s. The forward of a maximum saves the tap
 import triton
 import triton.language as tl
 
+from gpukern.ops._quantize.functions import narrowed
+
 
 @triton.jit
 def _at(image, n, c, h, w):
@@ -61,6 +63,32 @@ def max_pool2d_kernel(
     tl.store(_at(y, n, c, p, q), best.to(y.ptr.dtype.element_ty), mask=inside)
     if WITH_TAPS:
         tl.store(_at(taps, n, c, p, q), best_tap.to(taps.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def max_pool2d_quantized_kernel(
+    x,  # [N, C, H, W], 8 bits
+    y,  # [N, C, P, Q]
+    pixels, C, H, W, P, Q,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """As max_pool2d_kernel without taps. A window without pixels gives the lowest value, −127 or −448."""
+    # Compared as they are or as halves: a conversion of each byte to fp32 would take longer than to read it.
+    IS_INTEGER: tl.constexpr = x.ptr.dtype.element_ty == tl.int8
+    DTYPE: tl.constexpr = tl.int8 if IS_INTEGER else tl.float16
+    LOWEST: tl.constexpr = -127 if IS_INTEGER else -448.0
+    n, c, p, q, inside = _tile(pixels, C, P, Q, BLOCK_CHANNELS, BLOCK_PIXELS, INDEX)
+    top = p * STRIDE[0] - PADDING[0]
+    left = q * STRIDE[1] - PADDING[1]
+    best = tl.full((BLOCK_CHANNELS, BLOCK_PIXELS), LOWEST, DTYPE)
+    for tap in tl.range(0, KERNEL[0] * KERNEL[1], loop_unroll_factor=UNROLL):
+        h = top + tap // KERNEL[1] * DILATION[0]
+        w = left + tap % KERNEL[1] * DILATION[1]
+        valid = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        value = tl.load(_at(x, n, c, h, w), mask=valid, other=LOWEST).to(DTYPE)
+        best = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(_at(y, n, c, p, q), best.to(y.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -183,6 +211,7 @@ def avg_pool2d_kernel(
     x,  # [N, C, H, W]
     y,  # [N, C, P, Q]
     pixels, C, H, W, P, Q,
+    scales,  # Scales, or None
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, ADAPTIVE: tl.constexpr,
     INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr, WINDOW: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, INDEX: tl.constexpr,
@@ -191,13 +220,13 @@ def avg_pool2d_kernel(
     n, c, p, q, inside = _tile(pixels, C, P, Q, BLOCK_CHANNELS, BLOCK_PIXELS, INDEX)
     top, bottom, rows = _window(p, H, P, KERNEL[0], STRIDE[0], PADDING[0], ADAPTIVE, INCLUDE_PAD)
     left, right, columns = _window(q, W, Q, KERNEL[1], STRIDE[1], PADDING[1], ADAPTIVE, INCLUDE_PAD)
-    total = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+    total = _zeros(x, BLOCK_CHANNELS, BLOCK_PIXELS)
     for i in tl.range(0, WINDOW[0] * WINDOW[1], loop_unroll_factor=UNROLL):
         h = top + i // WINDOW[1]
         w = left + i % WINDOW[1]
-        total += tl.load(_at(x, n, c, h, w), mask=inside & (h < bottom) & (w < right), other=0.0).to(tl.float32)
-    mean = _divide(total, rows * columns, DIVISOR)
-    tl.store(_at(y, n, c, p, q), mean.to(y.ptr.dtype.element_ty), mask=inside)
+        total += tl.load(_at(x, n, c, h, w), mask=inside & (h < bottom) & (w < right), other=0.0).to(total.dtype)
+    mean = _mean(total, rows * columns, scales, y.ptr.dtype.element_ty, DIVISOR)
+    tl.store(_at(y, n, c, p, q), mean, mask=inside)
 
 
 @triton.jit
@@ -205,6 +234,7 @@ def avg_pool2d_whole_window_kernel(
     x,  # [N, C, H, W]
     y,  # [N, C, P, Q]
     C, H, W, P, Q,
+    scales,  # Scales, or None
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, ADAPTIVE: tl.constexpr,
     INCLUDE_PAD: tl.constexpr, DIVISOR: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr, INDEX: tl.constexpr,
@@ -217,13 +247,14 @@ def avg_pool2d_whole_window_kernel(
     left, right, columns = _window(q, W, Q, KERNEL[1], STRIDE[1], PADDING[1], ADAPTIVE, INCLUDE_PAD)
     width = right - left
     area = (bottom - top) * width
-    total = tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), tl.float32)
+    total = _zeros(x, BLOCK_CHANNELS, BLOCK_PIXELS)
     for start in range(0, area, BLOCK_PIXELS):
         i = start + tl.arange(0, BLOCK_PIXELS)[None, :]  # [1, BLOCK_PIXELS]
         address = _at(x, n, c, top + i // width, left + i % width)
-        total += tl.load(address, mask=(c < C) & (i < area), other=0.0).to(tl.float32)
-    mean = _divide(tl.sum(total, 1)[:, None], rows * columns, DIVISOR)  # [BLOCK_CHANNELS, 1]
-    tl.store(_at(y, n, c, p, q), mean.to(y.ptr.dtype.element_ty), mask=c < C)
+        total += tl.load(address, mask=(c < C) & (i < area), other=0.0).to(total.dtype)
+    total = tl.sum(total, 1)[:, None]  # [BLOCK_CHANNELS, 1]
+    mean = _mean(total, rows * columns, scales, y.ptr.dtype.element_ty, DIVISOR)
+    tl.store(_at(y, n, c, p, q), mean, mask=c < C)
 
 
 @triton.jit
@@ -253,6 +284,24 @@ def avg_pool2d_backward_kernel(
     if DIVISOR != 0:
         total = _divide(total, 0, DIVISOR)
     tl.store(_at(out, n, c, h, w), total.to(out.ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _zeros(image, BLOCK_CHANNELS: tl.constexpr, BLOCK_PIXELS: tl.constexpr):
+    """Return the empty sums of a tile: of int8 in int32, exact, of others in fp32."""
+    DTYPE: tl.constexpr = tl.int32 if image.ptr.dtype.element_ty == tl.int8 else tl.float32
+    return tl.zeros((BLOCK_CHANNELS, BLOCK_PIXELS), DTYPE)
+
+
+@triton.jit
+def _mean(total, count, scales, DTYPE: tl.constexpr, DIVISOR: tl.constexpr):
+    """Return the average in DTYPE: total / divisor, or total · (scale / divisor) in its scale."""
+    if scales is None:
+        return _divide(total, count, DIVISOR).to(DTYPE)
+    else:
+        scale = tl.full((1, 1), scales.input, tl.float32)
+        factor = _divide(tl.broadcast_to(scale, (1, total.shape[1])), count, DIVISOR)
+        return narrowed(total.to(tl.float32) * factor, scales.inverse_output, DTYPE)
 
 
 @triton.jit

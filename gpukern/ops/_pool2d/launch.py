@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,10 +11,19 @@ from gpukern.ops._images import Image, image, strides_of
 from gpukern.ops._pool2d import kernels
 from gpukern.ops._pool2d.planner import Tile, plan
 from gpukern.ops._pool2d.problem import AdaptiveProblem, Pair, PoolProblem
+from gpukern.runtime.current_device import device_spec
+from gpukern.runtime.eight_bits import check_float8, in_8_bits, inverse
 from gpukern.runtime.integers import cdiv
 from gpukern.runtime.launcher import CompileTime, compile_time, index_type, launch
 from gpukern.runtime.strides import reach
 from gpukern.runtime.tensors import check_kernel_dtype
+
+
+class Scales(NamedTuple):
+    """The scale of an 8-bit input, and the inverse of an 8-bit output's."""
+
+    input: float
+    inverse_output: float
 
 
 def taps_dtype(kernel: Pair) -> torch.dtype:
@@ -24,7 +33,10 @@ def taps_dtype(kernel: Pair) -> torch.dtype:
 
 def max_pool2d(problem: PoolProblem, input: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
     output = _outputs(problem, input.dtype, input.device, memory_format)
-    _max_pool2d(problem, input, output, output, WITH_TAPS=False)
+    if in_8_bits(input.dtype):
+        _max_pool2d_quantized(problem, input, output)
+    else:
+        _max_pool2d(problem, input, output, output, WITH_TAPS=False)
     return output
 
 
@@ -50,6 +62,21 @@ def _max_pool2d(
         (problem.C, problem.H, problem.W, problem.P, problem.Q),
         output,
         WITH_TAPS=WITH_TAPS,
+        UNROLL=chosen.unroll_window,
+        **_geometry(problem),
+    )
+
+
+def _max_pool2d_quantized(problem: PoolProblem, input: torch.Tensor, output: torch.Tensor) -> None:
+    check_float8(input.dtype, device_spec(input.device))
+    chosen = plan(problem, input.stride(1) == 1, input.itemsize)
+    _run(
+        kernels.max_pool2d_quantized_kernel,
+        problem,
+        chosen.tile,
+        (input, output),
+        (problem.C, problem.H, problem.W, problem.P, problem.Q),
+        output,
         UNROLL=chosen.unroll_window,
         **_geometry(problem),
     )
@@ -114,8 +141,30 @@ def avg_pool2d(
 ) -> torch.Tensor:
     check_kernel_dtype("avg_pool2d", input.dtype)
     output = _outputs(problem, input.dtype, input.device, memory_format)
+    _avg_pool2d(problem, input, output, None)
+    return output
+
+
+def avg_pool2d_quantized(
+    problem: PoolProblem | AdaptiveProblem,
+    input: torch.Tensor,
+    memory_format: torch.memory_format,
+    input_scale: float,
+    output_scale: float,
+    output_dtype: torch.dtype,
+) -> torch.Tensor:
+    for dtype in (input.dtype, output_dtype):
+        check_float8(dtype, device_spec(input.device))
+    output = _outputs(problem, output_dtype, input.device, memory_format)
+    _avg_pool2d(problem, input, output, Scales(input_scale, inverse(output_scale)))
+    return output
+
+
+def _avg_pool2d(
+    problem: PoolProblem | AdaptiveProblem, input: torch.Tensor, output: torch.Tensor, scales: Scales | None
+) -> None:
     chosen = plan(problem, input.stride(1) == 1, input.itemsize)
-    sizes = (problem.C, problem.H, problem.W, problem.P, problem.Q)
+    sizes = (problem.C, problem.H, problem.W, problem.P, problem.Q, scales)
     average = _average(problem)
     if chosen.whole_window is None:
         _run(
@@ -132,7 +181,6 @@ def avg_pool2d(
         )
     else:
         _run_whole_windows(problem, chosen.whole_window, input, output, sizes, DIVISOR=chosen.divisor, **average)
-    return output
 
 
 def avg_pool2d_backward(
@@ -163,7 +211,7 @@ def _run(
     problem: PoolProblem | AdaptiveProblem,
     tile: Tile,
     tensors: tuple[torch.Tensor, ...],
-    sizes: tuple[int, ...],
+    sizes: tuple[Any, ...],
     tiled: torch.Tensor,
     **options: Any,
 ) -> None:

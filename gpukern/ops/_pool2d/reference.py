@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem
+from gpukern.runtime.eight_bits import LARGEST, in_8_bits, quantized
+from gpukern.runtime.integers import cdiv
 from gpukern.runtime.tensors import laid_out
 
 _aten = torch.ops.aten
@@ -19,8 +21,15 @@ def taps_dtype(kernel: tuple[int, int]) -> torch.dtype:
 
 
 def max_pool2d(problem: PoolProblem, input: torch.Tensor, memory_format: torch.memory_format) -> torch.Tensor:
-    """``y[p, q] = max_{r,s} x[window]``: [N, C, H, W] gives [N, C, P, Q]."""
-    return laid_out(F.max_pool2d(input, *_geometry(problem)), memory_format)
+    """``y[p, q] = max_{r,s} x[window]``: [N, C, H, W] gives [N, C, P, Q].
+
+    In 8 bits a window without pixels gives the lowest value, −127 or −448, where others give −∞.
+    """
+    dtype = input.dtype
+    if not in_8_bits(dtype):
+        return laid_out(F.max_pool2d(input, *_geometry(problem)), memory_format)
+    output = F.max_pool2d(input.float(), *_geometry(problem)).clamp(min=-LARGEST[dtype])
+    return laid_out(output.to(dtype), memory_format)
 
 
 def max_pool2d_with_taps(
@@ -81,6 +90,53 @@ def avg_pool2d(
     else:
         output = F.avg_pool2d(input, *_average(problem))
     return laid_out(output, memory_format)
+
+
+def avg_pool2d_quantized(
+    problem: PoolProblem | AdaptiveProblem,
+    input: torch.Tensor,
+    memory_format: torch.memory_format,
+    input_scale: float,
+    output_scale: float,
+    output_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``y[p, q] = (Σ_{window} q) · (input_scale / divisor)``, each step in fp32, then in the scale of the output."""
+    total, divisor = _sums_and_divisors(problem, input.double())
+    factor = torch.tensor(input_scale, dtype=torch.float32, device=input.device) / divisor
+    y = total.float() * factor
+    y = quantized(y, output_scale, output_dtype) if in_8_bits(output_dtype) else y.to(output_dtype)
+    return laid_out(y, memory_format)
+
+
+def _sums_and_divisors(
+    problem: PoolProblem | AdaptiveProblem, input: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sums [N, C, P, Q] of windows of 8-bit values, exact in fp64; what each is divided by, [P, Q] in fp32."""
+    if isinstance(problem, PoolProblem):
+        sums = F.avg_pool2d(input, *_average(problem)[:4], divisor_override=1)
+        sizes = (problem.H, problem.W), (problem.P, problem.Q)
+        rows, columns = map(
+            _counts, *sizes, problem.kernel, problem.stride, problem.padding, (problem.count_include_pad,) * 2
+        )
+        divisors = [[problem.divisor_override or r * c for c in columns] for r in rows]
+    else:
+        rows, columns = _shares(problem.H, problem.P), _shares(problem.W, problem.Q)
+        divisors = [[r * c for c in columns] for r in rows]
+        means = F.adaptive_avg_pool2d(input, (problem.P, problem.Q))
+        # 8-bit values are multiples of 2⁻⁹, and so are their sums: that removes the errors of division and product.
+        sums = (means * torch.tensor(divisors).to(means).view(problem.P, problem.Q) * 512).round() / 512
+    return sums, torch.tensor(divisors, dtype=torch.float32, device=input.device).view(problem.P, problem.Q)
+
+
+def _counts(size: int, outputs: int, kernel: int, stride: int, padding: int, include_pad: bool) -> list[int]:
+    """How many places of each window count, along one dimension."""
+    around = padding if include_pad else 0
+    starts = [i * stride - padding for i in range(outputs)]
+    return [min(start + kernel, size + around) - max(start, -around) for start in starts]
+
+
+def _shares(size: int, parts: int) -> list[int]:
+    return [cdiv((i + 1) * size, parts) - i * size // parts for i in range(parts)]
 
 
 def avg_pool2d_backward(

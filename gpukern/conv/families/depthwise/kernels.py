@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers
-from gpukern.ops._activation.functions import apply_activation
+from gpukern.conv.requantize import activated, scaled_residual
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums, store_part
 
 # ---- along one axis: an Axis of plan.py ----------------------------------------------------------------------------
@@ -127,6 +127,14 @@ def load_rows(
 
 
 @triton.jit
+def load_channels(ptr, k, k_ok, SHAPE: tl.constexpr, PAIRS: tl.constexpr):
+    """Return a number for each channel in fp32, beside the stores: SHAPE or [..., 1]."""
+    # Broadcast before the load: each thread reads what it needs, and no data is exchanged.
+    values = tl.load(ptr + tl.broadcast_to(k, SHAPE), mask=k_ok, other=0.0).to(tl.float32)
+    return values[:, :, None] if PAIRS else values
+
+
+@triton.jit
 def element(values, first, i, PAIRS: tl.constexpr):
     """Return the ``i``-th element of the loads from ``first`` on, in fp32: SHAPE."""
     if PAIRS:
@@ -139,9 +147,12 @@ def element(values, first, i, PAIRS: tl.constexpr):
 def multiply_rows(
     sums, values, weights,
     AXIS_H: tl.constexpr, AXIS_W: tl.constexpr, REDUCTION: tl.constexpr, COLS: tl.constexpr,
-    LOADS: tl.constexpr, ODD: tl.constexpr, PAIRS: tl.constexpr,
+    LOADS: tl.constexpr, ODD: tl.constexpr, PAIRS: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Return ``sums`` [row · COLS + column] with the products of a step's loads added."""
+    """Return ``sums`` [row · COLS + column] with the products of a step's loads added.
+
+    FUSED asks for fused multiply-adds where the compiler is told not to make them of a product and a sum.
+    """
     FIRST: tl.constexpr = -AXIS_H.warm_up * AXIS_H.outputs
     STEP: tl.constexpr = AXIS_H.sources
     SPAN: tl.constexpr = span(AXIS_W, COLS)
@@ -157,7 +168,7 @@ def multiply_rows(
                         w = weights[
                             m * TAPS + tap_of(AXIS_H, FIRST + a // COLS, i) * TAPS_W + tap_of(AXIS_W, a % COLS, e)
                         ]
-                        new += (sums[a] + v * w,)
+                        new += (tl.fma(v, w, sums[a]) if FUSED else sums[a] + v * w,)
                     else:
                         new += (sums[a],)
                 sums = new
@@ -231,6 +242,7 @@ def conv2d_depthwise_kernel(
     z,  # Image like out, with
     other,  # Image like out or None, and
     norm,  # NormGrad; or all None
+    requantize,  # Requantize or None
     sizes,  # Sizes
     rows_per_program,  # output rows, a multiple of the stride of an input gradient
     negative_slope,
@@ -286,10 +298,12 @@ def conv2d_depthwise_kernel(
             for s in tl.static_range(TAPS_W):
                 w = tl.load(own_filter + (m * filter.reduction + r * filter.r + s * filter.s), mask=k_ok, other=0.0)
                 weights += (w.to(tl.float32),)
+    scale = None
+    if requantize is not None:  # noqa: SIM102 - the attribute of None is looked up otherwise
+        if requantize.scale is not None:
+            scale = load_channels(requantize.scale, k, k_ok, SHAPE, OUT_PAIRS)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + tl.broadcast_to(k, SHAPE), mask=k_ok, other=0.0).to(tl.float32)
-        if OUT_PAIRS:
-            bias = bias[:, :, None]
+        bias = load_channels(bias_ptr, k, k_ok, SHAPE, OUT_PAIRS)
 
     pointers, step_h, step_w = walk(
         source, n, c, row, column, PITCH_H, AXIS_W.source_pitch, PLANES, SOURCE_PAIRS, SOURCE_ALIGN, INDEX
@@ -333,26 +347,30 @@ def conv2d_depthwise_kernel(
             pointers, column, c_ok, row, sizes.source_h, sizes.source_w, step_h, step_w, step_c,
             STEP, LOADS, REDUCTION, PITCH_H, AXIS_W.source_pitch, SOURCE_PAIRS,
         )  # fmt: skip
-        sums = multiply_rows(sums, values, weights, AXIS_H, AXIS_W, REDUCTION, COLS, LOADS, ODD, SOURCE_PAIRS)
+        sums = multiply_rows(
+            sums, values, weights, AXIS_H, AXIS_W, REDUCTION, COLS, LOADS, ODD, SOURCE_PAIRS, requantize is not None
+        )
         for a in tl.static_range(DONE):
             row_ok = inside(out_row + a * AXIS_H.out_pitch, sizes.out_h) & (t >= WARM_UP)
             ok = places_inside(out_column, tl.where(row_ok, sizes.out_w, 0), c_ok, STORES, AXIS_W.out_pitch, OUT_PAIRS)
             for j in tl.static_range(STORES):
                 moved = a * out_step_h + j * out_step_w
                 y = tl.join(sums[a * COLS + 2 * j], sums[a * COLS + 2 * j + 1]) if OUT_PAIRS else sums[a * COLS + j]
+                if scale is not None:
+                    y = y * scale
                 if bias_ptr is not None:
                     y += bias
                 if residual is not None:
-                    y += tl.load(added + moved, mask=ok[j], other=0.0).to(tl.float32)
+                    y += scaled_residual(tl.load(added + moved, mask=ok[j], other=0.0), requantize)
                 if norm is not None:
                     value = tl.load(z_places + moved, mask=ok[j], other=0.0).to(tl.float32)
                     kept = None
                     if other is not None:
                         kept = tl.load(other_places + moved, mask=ok[j], other=0.0).to(tl.float32)
                     y, from_mean = inner_gradient(y, value, kept, numbers, negative_slope, ACTIVATION)
+                    y = y.to(out.ptr.dtype.element_ty)
                 else:
-                    y = apply_activation(y, ACTIVATION, negative_slope)
-                y = y.to(out.ptr.dtype.element_ty)
+                    y = activated(y, requantize, ACTIVATION, negative_slope, out.ptr.dtype.element_ty)
                 tl.store(places + moved, y, mask=ok[j])
                 if norm is not None:
                     g = tl.where(ok[j], y.to(tl.float32), 0.0)

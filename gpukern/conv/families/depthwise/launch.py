@@ -49,11 +49,14 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         **_tile(plan, plan.block_n),
         "ACTIVATION": request.epilogue.activation,
         "INDEX": index_type(max(map(reach, (of_source, of_output), (source, output)))),
+        **request.compile_options,
     }
     cut, rows = cut_of(p, direction, plan), plan.own_box[1]
     constants = compile_time(kernels.conv2d_depthwise_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
+    def run(
+        first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None, requantize=None
+    ) -> None:
         arguments = (
             Image(first, *source),
             Filter(second, *of_filter),
@@ -64,6 +67,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
             None if z is None else Image(z, *output),
             None if other is None else Image(other, *output),
             norm,
+            requantize,
             sizes,
             rows,
             negative_slope,

@@ -201,7 +201,7 @@ def _thread(p: ConvProblem, direction: Direction, operands: Operands, limit: int
     """Return the (channels, columns) of a thread with the fewest instructions per output that fit the registers."""
     vertical, horizontal = axes(p, direction)
     in_planes = _in_planes(p, direction, operands)
-    words = operands.itemsize / 4
+    words, _, output_words = (itemsize / 4 for itemsize in operands.itemsizes)
     best: tuple[float, int, int] | None = None
     for channels, step in itertools.product(_widths(p, operands, in_planes), (1, 2, 4)):
         cols = step * horizontal.outputs
@@ -212,8 +212,8 @@ def _thread(p: ConvProblem, direction: Direction, operands: Operands, limit: int
         if direction is Direction.WEIGHT_GRAD:
             held += loads + (loads + cols) * words
         else:
-            # A step's sources and the next one's; a bias, statistics and an addend in flight.
-            held += 2 * loads * words + 1 + (4 + cols * words if direction is Direction.FORWARD else 0)
+            # A step's sources and the next one's; a bias, statistics or a scale, and an addend in flight.
+            held += 2 * loads * words + 1 + (4 + cols * output_words if direction is Direction.FORWARD else 0)
         # Elements in an access, each of which takes three instructions or so; a source is converted, one by one.
         width = channels if not in_planes else 2 if cols % 2 == 0 else 1
         cost = (loads * (1 + 3 / width) / vertical.outputs + 3 * cols / width) / cols
@@ -229,7 +229,7 @@ def _widths(p: ConvProblem, operands: Operands, in_planes: bool) -> tuple[int, .
         return (1,)
     if p.group_outputs > 1:
         return (1,)  # threads of neighbouring outputs read one source
-    return tuple(width for width in (1, 2, 4, 8) if p.C % width == 0 and width * operands.itemsize <= 16)
+    return tuple(width for width in (1, 2, 4, 8, 16) if p.C % width == 0 and width * operands.itemsizes[0] <= 16)
 
 
 def _cuts_evenly(p: ConvProblem, direction: Direction, in_planes: bool, axis: Axis, cols: int, step: int) -> bool:
@@ -327,4 +327,5 @@ FAMILY = Family(
     main_loop_efficiency={Variant.DEPTHWISE: 0.4},
     elementwise=frozenset((Variant.DEPTHWISE,)),
     tile_sums=tile_sums,
+    takes_quantized=True,
 )

@@ -10,8 +10,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, pooled_rows, store_statistics
 from gpukern.conv.indexing import inside_image, phase_taps, taps_inside, tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
-from gpukern.conv.tf32 import rounded
-from gpukern.ops._activation.functions import apply_activation
+from gpukern.conv.requantize import add_products, as_stored, before_storing, scaled, scaled_residual, sum_type
 from gpukern.ops._pixels import split_pixel
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
@@ -27,8 +26,8 @@ def conv2d_gather_kernel(
     z_ptr,  # laid out like out, with
     other_ptr,  # laid out like out or None, and
     norm,  # NormGrad; or all None
-    partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_M, BLOCK_N], and
-    counter_ptr,  # int32 [tiles], zeros; both None for one split
+    parts,  # Parts of split_k.py; None for one split
+    requantize,  # Requantize or None
     sizes,  # Sizes
     padding_h,
     padding_w,
@@ -118,7 +117,8 @@ def conv2d_gather_kernel(
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     column_ok = tl.max_constancy(column < columns, OUT_ALIGN)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    SUMS: tl.constexpr = sum_type(source.ptr.dtype.element_ty, filter.ptr.dtype.element_ty)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), SUMS)
     if VARIANT == "direct":
         column_group = column // sizes.columns
         filter_offset = column_group.to(INDEX) * filter.group + (column % sizes.columns).to(INDEX) * filter.column
@@ -134,7 +134,7 @@ def conv2d_gather_kernel(
                     shifted = source_channel + c * source.c
                     a = tl.load(source_row[:, None] + moved + shifted[None, :], mask=mask, other=0.0)
                     b = tl.load(filter.ptr + filter_offset + taken + c * filter.reduction, mask=column_ok, other=0.0)
-                    acc += a.to(tl.float32) * b.to(tl.float32)[None, :]
+                    acc += a.to(SUMS) * b.to(SUMS)[None, :]
     else:
         filter_offset = group.to(INDEX) * filter.group + column.to(INDEX) * filter.column
         filter_column = filter.ptr + tl.multiple_of(filter_offset, FILTER_ALIGN)  # [BLOCK_N]
@@ -161,7 +161,7 @@ def conv2d_gather_kernel(
                 a = tl.load(source_row[:, None] + moved[None, :], mask=inside, other=0.0)
                 b_mask = flat_ok[:, None] & column_ok[None, :]
                 b = tl.load(filter_column[None, :] + taken[:, None], mask=b_mask, other=0.0)
-                acc = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), acc, input_precision=PRECISION)
+                acc = add_products(a, b, acc, PRECISION)
         else:
             # One flat loop over taps and channel blocks with running counters: the leanest form of the main loop.
             # Where there are at most 32 taps, which of them lie inside the image is one bit mask a pixel.
@@ -209,7 +209,7 @@ def conv2d_gather_kernel(
                 b_offset = tl.multiple_of(taken + k * filter.reduction, FILTER_ALIGN)
                 a = tl.load(source_row[:, None] + a_offset[None, :], mask=a_mask, other=0.0)
                 b = tl.load(filter_column[None, :] + b_offset[:, None], mask=b_mask, other=0.0)
-                acc = tl.dot(rounded(a, PRECISION), rounded(b, PRECISION), acc, input_precision=PRECISION)
+                acc = add_products(a, b, acc, PRECISION)
                 # Selects, not branches: after a branch Triton fetches each step's operands when they are needed, and
                 # none ahead.
                 c += BLOCK_K
@@ -226,7 +226,7 @@ def conv2d_gather_kernel(
     last = True
     if SPLITS > 1:
         tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
-        acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, split, SPLITS)
+        acc, last = add_splits(acc, parts.sums, parts.counters, tile, split, SPLITS)
         # The other splits have nothing to write.
         pixels = tl.where(last, pixels, 0)
     if POOL:
@@ -238,13 +238,14 @@ def conv2d_gather_kernel(
         i = i * STRIDE_H + phase_h
         j = j * STRIDE_W + phase_w
     out_ok = pixel_ok & column_ok[None, :]
+    acc = scaled(acc, requantize, out_channel, column_ok, 0)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + out_channel, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     out_offset = n.to(INDEX) * out.n + i.to(INDEX) * out.h + j.to(INDEX) * out.w
     out_row = tl.multiple_of(out_offset, OUT_ALIGN)
     place = out_row[:, None] + (out_channel.to(INDEX) * out.c)[None, :]
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
+        acc += scaled_residual(tl.load(residual_ptr + place, mask=out_ok, other=0.0), requantize)
     if norm is not None:
         numbers = norm_numbers(norm, out_channel, column_ok)
         z = tl.load(z_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
@@ -253,10 +254,10 @@ def conv2d_gather_kernel(
             other = tl.load(other_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
         y, from_mean = inner_gradient(acc, z, other, along_pixels(numbers, 0), negative_slope, ACTIVATION)
     else:
-        y = apply_activation(acc, ACTIVATION, negative_slope)
+        y = before_storing(acc, requantize, ACTIVATION, negative_slope, out.ptr.dtype.element_ty)
     if POOL:
         y = pooled_rows(y)
-    y = y.to(out.ptr.dtype.element_ty)
+    y = as_stored(y, requantize, out.ptr.dtype.element_ty, ACTIVATION)
     tl.store(out.ptr + place, y, mask=out_ok)
     if statistics is not None:
         channels = sizes.columns * sizes.groups

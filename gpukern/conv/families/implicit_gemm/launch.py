@@ -50,17 +50,17 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         "PRECISION": plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes, (source, weight, output)))),
         **tile_options(plan),
+        **request.compile_options,
     }
     programs = grid(p, request.direction, plan)
     tiles = math.prod(programs) // plan.splits
-    workspace = split_k_workspace(plan, tiles)
+    workspace = split_k_workspace(plan, tiles, request.sum_dtype)
     constants = compile_time(kernels.conv2d_gather_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
+    def run(
+        first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None, requantize=None
+    ) -> None:
         device = out.device
-        partial = counters = None
-        if workspace:
-            partial, counters = workspace(device)
         arguments = (
             Image(first, *source),
             Filter(second, *of_filter),
@@ -71,8 +71,8 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
             z,
             other,
             norm,
-            partial,
-            counters,
+            workspace(device) if workspace else None,
+            requantize,
             sizes,
             p.padding[0],
             p.padding[2],

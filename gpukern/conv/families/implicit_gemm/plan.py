@@ -54,7 +54,9 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
         return
     full_fp32 = operands.dtype == "float32" and operands.precision != "tf32"
     flat = K < _FLAT_CHANNELS and p.R * p.S > 1
-    narrow = not _whole_steps(K, 32) or N % 8 != 0
+    # Bytes are multiplied 32 at a time, and the steps of a loop are as long in bytes as those of halves.
+    shortest, step = (32, 64) if operands.itemsize == 1 else (16, 32)
+    narrow = not _whole_steps(K, shortest, step) or N % 8 != 0
     if full_fp32:
         tiles = _FLAT_FULL_FP32_TILES if flat else _FULL_FP32_TILES[1:] if narrow else _FULL_FP32_TILES
     elif flat:
@@ -62,6 +64,9 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
     else:
         tiles = _NARROW_TILES if narrow else _TILES
     rows, cols = power_of_two(M, 16), power_of_two(N, 16)
+    if operands.dtype == "float8_e4m3fn" and device.multiplies_from_shared_memory:
+        # Tiles of fewer rows are no wgmma's, and Triton converts their operands to halves in every step.
+        tiles, rows = tuple(tile for tile in tiles if tile[0] >= 64), max(rows, 64)
     seen: set[tuple[int, int]] = set()
     for block_m, block_n in tiles:
         tile = block_m, min(block_n, cols)
@@ -70,8 +75,9 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
         seen.add(tile)
         # Operands of wgmma, which takes 64 rows or more, stay in shared memory; otherwise a long step fills registers.
         half = operands.dtype != "float32" and not flat and device.multiplies_from_shared_memory
-        long_step = half and block_m >= 64 and not narrow and _whole_steps(K, 64)
-        block_k = 16 if full_fp32 else power_of_two(K * (p.R * p.S if flat else 1), 16, 64 if long_step else 32)
+        long_step = half and block_m >= 64 and not narrow and _whole_steps(K, shortest, 2 * step)
+        longest = 32 if flat else 2 * step if long_step else step
+        block_k = 16 if full_fp32 else power_of_two(K * (p.R * p.S if flat else 1), shortest, longest)
         programs = cdiv(M, block_m) * cdiv(N, tile[1]) * p.groups * phases
         steps = p.R * p.S * cdiv(K, block_k)
         for splits in _sum_splits(programs, steps, device) if not flat and direction is Direction.FORWARD else (1,):
@@ -85,7 +91,7 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
             )
     block_m, block_n, stages = _WIDE_TILE
     if not flat and not narrow and operands.dtype != "float32" and block_m <= rows and block_n <= cols:
-        block_k = power_of_two(K, 16, 32)
+        block_k = power_of_two(K, shortest, step)
         yield ConvPlan(Variant.TAPS, block_m, block_n, block_k, 2 * MAX_WARPS, stages)
 
 
@@ -163,9 +169,9 @@ def _steps(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[int]:
     return [share for n in steps for share in shares(n, plan.splits)]
 
 
-def _whole_steps(K: int, longest: int) -> bool:
+def _whole_steps(K: int, shortest: int, longest: int) -> bool:
     """Whether steps of ``longest``, or of the next power of two, end where the channels do."""
-    return K % power_of_two(K, 16, longest) == 0
+    return K % power_of_two(K, shortest, longest) == 0
 
 
 def _needs_measurement(plan: ConvPlan) -> bool:
@@ -194,6 +200,7 @@ FAMILY = Family(
     elementwise=frozenset((Variant.DIRECT,)),
     across_runs=frozenset((Variant.TAPS,)),
     can_pool=True,
+    takes_quantized=True,
     any_tile=True,
     needs_measurement=_needs_measurement,
 )

@@ -17,7 +17,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, pooled_columns, store_statistics
 from gpukern.conv.indexing import phase_taps, tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
-from gpukern.ops._activation.functions import apply_activation
+from gpukern.conv.requantize import as_stored, before_storing, scaled, scaled_residual, sum_type
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
 
@@ -32,8 +32,8 @@ def conv2d_box_kernel(
     z,  # descriptor like out, with
     other,  # descriptor like out or None, and
     norm,  # NormGrad; or all None
-    partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
-    counter_ptr,  # int32 [tiles], zeros; both None for one split
+    shared,  # Shared of split_k.py, sums [tiles, SPLITS, BLOCK_N, BLOCK_M]; None for one split
+    requantize,  # Requantize or None
     batch,
     rows,  # of the output, or of one of its phases
     cols,
@@ -59,6 +59,7 @@ def conv2d_box_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the sum of a tile
+    RUNS: tl.constexpr,  # in which the tensor cores sum, see float8_sums.py: 1, or a divisor of the steps of one split
     ACTIVATION: tl.constexpr,
     POOL: tl.constexpr,  # write the maxima of 2 × 2 pixels; rows, columns and those of a part are even
     PRECISION: tl.constexpr,
@@ -108,40 +109,47 @@ def conv2d_box_kernel(
         s += begin // STEPS % max(taps_w, 1) * TAP_STEP_W
         steps = min(steps - begin, share)
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for _ in range(steps):
-        if TRANSPOSED:
-            # Even at STRIDE 2: for the taps of a phase.
-            h = (phase_h + padding_h - r * DILATION_H) >> (STRIDE - 1)
-            w = (phase_w + padding_w - s * DILATION_W) >> (STRIDE - 1)
-        else:
-            h = r * DILATION_H - padding_h
-            w = s * DILATION_W - padding_w
-        if STRIDE == 2 and not TRANSPOSED:
-            # An arithmetic shift and a mask: right for rows and columns in the padding too.
-            x = source.load([n0, i0 + (h >> 1), h & 1, j0 + (w >> 1), (w & 1) * parity_step + c])
-        else:
-            x = source.load([n0, i0 + h, j0 + w, c])
-        x = x.reshape(BLOCK_M, BLOCK_K)
-        if TRANSPOSED:
-            f = filter.load([r, s, c, column0]).reshape(BLOCK_K, BLOCK_N).T  # [BLOCK_N, BLOCK_K]
-        else:
-            f = filter.load([r, s, column0, c]).reshape(BLOCK_N, BLOCK_K)
-        acc = tl.dot(f, x.T, acc, input_precision=PRECISION)
-        # Running counters, as selects: after an `if` Triton would not prefetch the next steps' operands.
-        c += BLOCK_K
-        next_tap = c >= REDUCTION
-        c = tl.where(next_tap, 0, c)
-        s = tl.where(next_tap, s + TAP_STEP_W, s)
-        next_row = s >= TAPS_W
-        s = tl.where(next_row, first_s, s)
-        r = tl.where(next_row, r + TAP_STEP_H, r)
+    SUMS: tl.constexpr = sum_type(source.dtype, filter.dtype)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
+    for _ in range(RUNS):
+        total = acc
+        if RUNS > 1:
+            acc = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
+        for _ in range(steps // RUNS):
+            if TRANSPOSED:
+                # Even at STRIDE 2: for the taps of a phase.
+                h = (phase_h + padding_h - r * DILATION_H) >> (STRIDE - 1)
+                w = (phase_w + padding_w - s * DILATION_W) >> (STRIDE - 1)
+            else:
+                h = r * DILATION_H - padding_h
+                w = s * DILATION_W - padding_w
+            if STRIDE == 2 and not TRANSPOSED:
+                # An arithmetic shift and a mask: right for rows and columns in the padding too.
+                x = source.load([n0, i0 + (h >> 1), h & 1, j0 + (w >> 1), (w & 1) * parity_step + c])
+            else:
+                x = source.load([n0, i0 + h, j0 + w, c])
+            x = x.reshape(BLOCK_M, BLOCK_K)
+            if TRANSPOSED:
+                f = filter.load([r, s, c, column0]).reshape(BLOCK_K, BLOCK_N).T  # [BLOCK_N, BLOCK_K]
+            else:
+                f = filter.load([r, s, column0, c]).reshape(BLOCK_N, BLOCK_K)
+            acc = tl.dot(f, x.T, acc, input_precision=PRECISION, out_dtype=SUMS)
+            # Running counters, as selects: after an `if` Triton would not prefetch the next steps' operands.
+            c += BLOCK_K
+            next_tap = c >= REDUCTION
+            c = tl.where(next_tap, 0, c)
+            s = tl.where(next_tap, s + TAP_STEP_W, s)
+            next_row = s >= TAPS_W
+            s = tl.where(next_row, first_s, s)
+            r = tl.where(next_row, r + TAP_STEP_H, r)
+        if RUNS > 1:
+            acc += total
 
     column = column0 + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     last = True
     if SPLITS > 1:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, tl.program_id(2), SPLITS)
+        acc, last = add_splits(acc, shared.sums, shared.counters, tile, tl.program_id(2), SPLITS)
         # The other splits' writes fall beyond the last image, and beyond the last channel of the statistics.
         n0 = tl.where(last, n0, batch)
         column = tl.where(last, column, columns)
@@ -165,6 +173,7 @@ def conv2d_box_kernel(
             z,
             other,
             norm,
+            requantize,
             place,
             column,
             sizes,
@@ -198,6 +207,7 @@ def finish(
     z,
     other,
     norm,
+    requantize,
     place,  # the first image, row, column and channel
     column,  # [BLOCK_N]
     sizes,  # images, rows, columns and channels
@@ -217,10 +227,11 @@ def finish(
     PIXELS: tl.constexpr = PART_N * PART_H * PART_W
     n0, i0, j0, column0 = place
     batch, rows, cols, columns = sizes
+    acc = scaled(acc, requantize, column, column < columns, 1)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
-        acc += load_like_out(residual, place, phase, PHASES, PIXELS, BLOCK_N)
+        acc += scaled_residual(load_like_out(residual, place, phase, PHASES, PIXELS, BLOCK_N), requantize)
     if norm is not None:
         numbers = norm_numbers(norm, column, column < columns)
         values = load_like_out(z, place, phase, PHASES, PIXELS, BLOCK_N)
@@ -229,10 +240,10 @@ def finish(
             kept = load_like_out(other, place, phase, PHASES, PIXELS, BLOCK_N)
         y, from_mean = inner_gradient(acc, values, kept, along_pixels(numbers, 1), negative_slope, ACTIVATION)
     else:
-        y = apply_activation(acc, ACTIVATION, negative_slope)
+        y = before_storing(acc, requantize, ACTIVATION, negative_slope, out.dtype)
     if POOL:
         y = pooled_columns(y, PART_W)
-    y = y.to(out.dtype)
+    y = as_stored(y, requantize, out.dtype, ACTIVATION)
     if POOL:
         out.store([n0, i0 // 2, j0 // 2, column0], y.T.reshape(PART_N, PART_H // 2, PART_W // 2, BLOCK_N))
     elif PHASES:

@@ -14,6 +14,7 @@ from gpukern.conv.families.tma_conv.plan import (
     part,
     reads_every_other,
     reads_halves,
+    runs,
     stored,
     tile_count,
     writes_halves,
@@ -31,17 +32,26 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
     p, direction = request.problem, request.direction
     *operands, out = _descriptors(request, plan)
     source, filter = (described.operand(request.dtype, plan.precision) for described in operands)
-    out.checked(request.dtype)
+    out.checked(request.dtypes[2])
     tiles, phases = tile_count(p, direction, plan), 4 if writes_halves(p, direction) else 1
-    workspace = split_k_workspace(plan, tiles * phases)
+    workspace = split_k_workspace(plan, tiles * phases, request.sum_dtype)
     scalars, options = _scalars(request), _options(request, plan)
     grid, constants = (tiles, phases, plan.splits), compile_time(kernels.conv2d_box_kernel, options)
 
-    def run(first, second, output, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
+    def run(
+        first,
+        second,
+        output,
+        bias,
+        residual,
+        statistics,
+        negative_slope,
+        z=None,
+        other=None,
+        norm=None,
+        requantize=None,
+    ) -> None:
         device = output.device
-        partial = counters = None
-        if workspace:
-            partial, counters = workspace(device)
         arguments = (
             source.of(first),
             filter.of(second),
@@ -52,8 +62,8 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
             None if z is None else out.of(z),
             None if other is None else out.of(other),
             norm,
-            partial,
-            counters,
+            workspace(device) if workspace else None,
+            requantize,
             *scalars,
             negative_slope,
         )
@@ -68,8 +78,8 @@ def _descriptors(request: Request, plan: ConvPlan) -> tuple[Described, Described
     """Describe source, filter and output, in the order and the boxes of the kernel."""
     p, direction = request.problem, request.direction
     first, second, output = (
-        channel_run_strides(shape, strides, request.dtype)
-        for shape, strides in zip(request.shapes, (request.first, request.second, request.output), strict=True)
+        channel_run_strides(*each)
+        for each in zip(request.shapes, (request.first, request.second, request.output), request.dtypes, strict=True)
     )
     shape, box = request.shapes[0], (plan.own_box, plan.block_k)
     if reads_halves(p, direction):
@@ -112,11 +122,13 @@ def _options(request: Request, plan: ConvPlan) -> dict[str, Any]:
         "BLOCK_K": plan.block_k,
         "GROUP_M": plan.group_m,
         "SPLITS": plan.splits,
+        "RUNS": runs(p, direction, plan, str(request.dtype).removeprefix("torch."), request.device),
         "ACTIVATION": request.epilogue.activation,
         "POOL": p.pool,
         "PRECISION": plan.precision,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
+        **request.compile_options,
     }
 
 

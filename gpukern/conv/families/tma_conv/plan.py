@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gpukern.conv.families.family import Family, few_sums
+from gpukern.conv.families.float8_sums import even_runs, leaves_registers
 from gpukern.conv.geometry import dimensions, gemm_mnk, phases
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
@@ -71,7 +72,16 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
         programs = tile_count(p, direction, plan) * len(sums)
         for splits in (1, *_splits(plan, programs, max(sums), device)):
             # There are no more stages than steps.
-            yield replace(plan, splits=splits, num_stages=min(stages, cdiv(max(sums), splits)))
+            whole = replace(plan, splits=splits, num_stages=min(stages, cdiv(max(sums), splits)))
+            of_sum = runs(p, direction, whole, operands.dtype, device)
+            if leaves_registers(whole, of_sum) and (of_sum == 1 or splits == 1):
+                yield whole
+
+
+def runs(p: ConvProblem, direction: Direction, plan: ConvPlan, dtype: str, device: DeviceSpec) -> int:
+    """Return the runs of every split of a sum of products of ``dtype``: see ``float8_sums.py``."""
+    steps = cdiv(max(_steps(p, direction, plan.block_k)), plan.splits)
+    return even_runs(steps, plan.block_k, dtype, device)
 
 
 def tiles(p: ConvProblem, direction: Direction, plan: ConvPlan) -> list[tuple[int, int]]:
@@ -160,6 +170,8 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
         return False
     if operands.dtype == "float32" and operands.precision == "ieee":
         return False
+    if operands.quantized and not takes_types(p, direction, operands):
+        return False
     # Without neighbouring taps and without a stride it is a matrix product.
     if p.stride == (1, 1) and p.R * p.S == 1:
         return False
@@ -167,6 +179,14 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
     if p.stride not in ((1, 1), (2, 2)) or (by_parity and (p.H % 2 or p.W % 2)):
         return False
     return operands.first.has_runs and operands.second.has_runs and operands.output.has_runs
+
+
+def takes_types(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
+    """Whether the kernel has the dtypes of a quantized launch."""
+    if operands.mixed or operands.dtype == "float32" or gemm_mnk(p, direction).N % 16:
+        return False  # a residual in 8 bits is read in rows of 16 bytes, whatever the output is
+    # The tensor cores take 8 bits from runs along the sum only.
+    return operands.itemsize > 1 or direction is Direction.FORWARD
 
 
 def _tiles(direction: Direction, operands: Operands) -> tuple[tuple[int, int, int, int], ...]:
@@ -177,21 +197,22 @@ def _tiles(direction: Direction, operands: Operands) -> tuple[tuple[int, int, in
 
 def _step(p: ConvProblem, direction: Direction, itemsize: int) -> int:
     """Return the step along the sum, 0 if none fits."""
-    step = _longest_step(p, direction, _STEP_BYTES // itemsize)
-    if step > 16 and max(_steps(p, direction, step)) == 1:
+    least = 32 if itemsize == 1 else 16  # of products of 8 bits an instruction takes 32
+    step = _longest_step(p, direction, _STEP_BYTES // itemsize, least)
+    if step > least and max(_steps(p, direction, step)) == 1:
         # With two steps, one is fetched while the other is multiplied.
         step //= 2
     # For a single step, Triton generates products that ptxas has to rework.
     return step if step and max(_steps(p, direction, step)) > 1 else 0
 
 
-def _longest_step(p: ConvProblem, direction: Direction, longest: int) -> int:
+def _longest_step(p: ConvProblem, direction: Direction, longest: int, least: int) -> int:
     K = gemm_mnk(p, direction).K
     if reads_halves(p, direction):
         # The next channels in memory are those of the other parity's pixels, so that a step must end where they do.
-        return next((step for step in (64, 32, 16) if step <= longest and K % step == 0), 0)
+        return next((step for step in (128, 64, 32, 16) if least <= step <= longest and K % step == 0), 0)
     if longest > K:
-        return power_of_two(K, 16)
+        return power_of_two(K, least)
     half = longest // 2
     # A shorter step if that saves an eighth of the sum.
     saves = 8 * cdiv(K, half) * half <= 7 * cdiv(K, longest) * longest
@@ -219,6 +240,7 @@ FAMILY = Family(
     tiles=tiles,
     takes_norm_grad=few_sums,
     main_loop_efficiency={Variant.BOX: 0.95},
+    takes_quantized=True,
     can_pool=True,
     uses_descriptors=True,
 )

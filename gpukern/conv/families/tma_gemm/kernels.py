@@ -13,7 +13,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, store_statistics
 from gpukern.conv.indexing import tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
-from gpukern.ops._activation.functions import apply_activation
+from gpukern.conv.requantize import as_stored, before_storing, scaled, scaled_residual, sum_type
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
@@ -29,8 +29,8 @@ def conv2d_gemm_kernel(
     z,  # descriptor like out, with
     other,  # descriptor like out or None, and
     norm,  # NormGrad; or all None
-    partial_ptr,  # fp32 [tiles, SPLITS, BLOCK_N, BLOCK_M], and
-    counter_ptr,  # int32 [tiles], zeros; both None for one split
+    shared,  # Shared of split_k.py, sums [tiles, SPLITS, BLOCK_N, BLOCK_M]; None for one split
+    requantize,  # Requantize or None
     images,  # 1 unless PLANES: all pixels are one image's
     pixels,  # of one image
     columns,  # channels made
@@ -43,6 +43,7 @@ def conv2d_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,  # programs that share the sum of a tile
+    RUNS: tl.constexpr,  # in which the tensor cores sum, see float8_sums.py
     PARTS: tl.constexpr,  # 1, or 2: the pixels of a tile are finished one half after the other, in fewer registers
     PERSISTENT: tl.constexpr,  # a program takes as many tiles as there are; otherwise one
     ACTIVATION: tl.constexpr,
@@ -58,8 +59,9 @@ def conv2d_gemm_kernel(
     num_n = tl.cdiv(columns, BLOCK_N)
     # Splits of equal length: beyond the end a step adds zeros. A loop that may run zero times makes ptxas wait for
     # every single product.
-    steps = tl.maximum(tl.cdiv(tl.cdiv(reduction, BLOCK_K), SPLITS), 1)
-    first = tl.program_id(1) * steps if SPLITS > 1 else 0
+    steps = tl.maximum(tl.cdiv(tl.cdiv(reduction, BLOCK_K), SPLITS * RUNS), 1)
+    first = tl.program_id(1) * (steps * RUNS) if SPLITS > 1 else 0
+    SUMS: tl.constexpr = sum_type(source.dtype, filter.dtype)
     # The compiler removes a loop of one iteration.
     turns = tl.cdiv(num_m * num_n - tl.program_id(0), tl.num_programs(0)) if PERSISTENT else 1
     for turn in range(turns):
@@ -68,15 +70,21 @@ def conv2d_gemm_kernel(
         image = pid_m // row_tiles
         pixel = pid_m % row_tiles * BLOCK_M
         column = pid_n * BLOCK_N
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for step in range(steps):
-            k = (first + step) * BLOCK_K
-            w = filter.load([k, column]).T if FILTER_T else filter.load([column, k])  # [BLOCK_N, BLOCK_K]
-            x = source.load([image, k, pixel]).reshape(BLOCK_K, BLOCK_M) if PLANES else source.load([pixel, k]).T
-            acc = tl.dot(w, x, acc, input_precision=PRECISION)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
+        for run in range(RUNS):
+            total = acc
+            if RUNS > 1:
+                acc = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
+            for step in range(steps):
+                k = (first + run * steps + step) * BLOCK_K
+                w = filter.load([k, column]).T if FILTER_T else filter.load([column, k])  # [BLOCK_N, BLOCK_K]
+                x = source.load([image, k, pixel]).reshape(BLOCK_K, BLOCK_M) if PLANES else source.load([pixel, k]).T
+                acc = tl.dot(w, x, acc, input_precision=PRECISION, out_dtype=SUMS)
+            if RUNS > 1:
+                acc += total
         last = True
         if SPLITS > 1:
-            acc, last = add_splits(acc, partial_ptr, counter_ptr, tile, tl.program_id(1), SPLITS)
+            acc, last = add_splits(acc, shared.sums, shared.counters, tile, tl.program_id(1), SPLITS)
         if last:
             pieces = acc.reshape(BLOCK_N, 2, BLOCK_M // 2).permute(0, 2, 1).split() if PARTS == 2 else (acc,)
             for part in tl.static_range(PARTS):
@@ -89,6 +97,7 @@ def conv2d_gemm_kernel(
                     z,
                     other,
                     norm,
+                    requantize,
                     image,
                     pixel + part * (BLOCK_M // PARTS),
                     pixels,
@@ -116,6 +125,7 @@ def _finish(
     z,
     other,
     norm,
+    requantize,
     image,
     pixel,
     pixels,
@@ -130,10 +140,12 @@ def _finish(
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
     channel = column + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    acc = scaled(acc, requantize, channel, channel < columns, 1)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=channel < columns, other=0.0).to(tl.float32)[:, None]
     if residual is not None:
-        acc += _load_like_out(residual, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
+        loaded = _load_like_out(residual, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
+        acc += scaled_residual(loaded, requantize)
     if norm is not None:
         numbers = norm_numbers(norm, channel, channel < columns)
         values = _load_like_out(z, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
@@ -142,8 +154,8 @@ def _finish(
             kept = _load_like_out(other, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
         y, from_mean = inner_gradient(acc, values, kept, along_pixels(numbers, 1), negative_slope, ACTIVATION)
     else:
-        y = apply_activation(acc, ACTIVATION, negative_slope)
-    y = y.to(out.dtype)
+        y = before_storing(acc, requantize, ACTIVATION, negative_slope, out.dtype)
+    y = as_stored(y, requantize, out.dtype, ACTIVATION)
     if PLANES:
         out.store([image, column, pixel], y.reshape(1, BLOCK_N, BLOCK_M))
     else:

@@ -8,7 +8,7 @@ import torch
 
 from gpukern.conv.families.split_k import split_k_workspace
 from gpukern.conv.families.tma_gemm import kernels
-from gpukern.conv.families.tma_gemm.plan import matrices, parts, persistent, row_tiles, tile_count
+from gpukern.conv.families.tma_gemm.plan import matrices, parts, persistent, row_tiles, runs, tile_count
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.layouts import Shape, Strides, pixel_stride
 from gpukern.conv.plan import ConvPlan, Direction
@@ -30,30 +30,32 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
     p, forward = request.problem, request.direction is Direction.FORWARD
     gemm = gemm_mnk(p, request.direction)
     pieces = parts(plan)
-    source = _images(request.shapes[0], request.first, request, plan, (plan.block_m, plan.block_k))
-    source = source.operand(request.dtype, plan.precision)
-    output = _images(request.shapes[2], request.output, request, plan, (plan.block_m // pieces, plan.block_n))
+    dtype, _, written = request.dtypes
+    source = _images(request.shapes[0], request.first, dtype, plan, (plan.block_m, plan.block_k))
+    source = source.operand(dtype, plan.precision)
+    output = _images(request.shapes[2], request.output, written, plan, (plan.block_m // pieces, plan.block_n))
     filter, across_sum = _filter(request, plan, forward)
     images, pixels = matrices(p, plan)
     tiles = tile_count(p, request.direction, plan)
     programs = min(tiles, request.device.sm_count) if persistent(plan) else tiles
-    workspace = split_k_workspace(plan, tiles)
+    workspace = split_k_workspace(plan, tiles, request.sum_dtype)
     options = {
         "PLANES": plan.box is not None,
         "FILTER_T": across_sum,
         "SPLITS": plan.splits,
+        "RUNS": runs(p, request.direction, plan, str(dtype).removeprefix("torch."), request.device),
         "PARTS": pieces,
         "PERSISTENT": persistent(plan),
         "ACTIVATION": request.epilogue.activation,
         **_tile(plan),
+        **request.compile_options,
     }
     constants = compile_time(kernels.conv2d_gemm_kernel, options)
 
-    def run(first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None) -> None:
+    def run(
+        first, second, out, bias, residual, statistics, negative_slope, z=None, other=None, norm=None, requantize=None
+    ) -> None:
         device = out.device
-        partial = counters = None
-        if workspace:
-            partial, counters = workspace(device)
         arguments = (
             source.of(first),
             filter.of(second),
@@ -64,8 +66,8 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
             None if z is None else output.of(z),
             None if other is None else output.of(other),
             norm,
-            partial,
-            counters,
+            workspace(device) if workspace else None,
+            requantize,
             images,
             pixels,
             gemm.N,
@@ -81,8 +83,8 @@ def _prepare_product(request: Request, plan: ConvPlan) -> Launch:
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     p = request.problem
-    grad = _images(request.shapes[0], request.first, request, plan, (plan.block_k, plan.block_m))
-    source = _images(request.shapes[1], request.second, request, plan, (plan.block_k, plan.block_n))
+    grad = _images(request.shapes[0], request.first, request.dtype, plan, (plan.block_k, plan.block_m))
+    source = _images(request.shapes[1], request.second, request.dtype, plan, (plan.block_k, plan.block_n))
     grad, source = (described.operand(request.dtype, plan.precision) for described in (grad, source))
     output = Described((p.K, p.C), (p.C, 1), (plan.block_m, plan.block_n)).checked(request.dtype)
     programs, size = (tile_count(p, Direction.WEIGHT_GRAD, plan), plan.splits), plan.block_m * plan.block_n
@@ -100,14 +102,14 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
     return Launch(run)
 
 
-def _images(shape: Shape, strides: Strides, request: Request, plan: ConvPlan, box: tuple[int, int]) -> Described:
+def _images(shape: Shape, strides: Strides, dtype: torch.dtype, plan: ConvPlan, box: tuple[int, int]) -> Described:
     """Describe images [N, C, H, W] as [pixels, C] in boxes of (pixels, channels); for NCHW plans as [N, C, pixels]."""
     N, C, H, W = shape
     if plan.box:
         described = Described((N, C, H * W), (C * H * W, H * W, 1), (1, *reversed(box)))
     else:
-        described = _matrix(N * H * W, C, pixel_stride(shape, strides), box, request.dtype)
-    return described.checked(request.dtype)
+        described = _matrix(N * H * W, C, pixel_stride(shape, strides), box, dtype)
+    return described.checked(dtype)
 
 
 def _filter(request: Request, plan: ConvPlan, forward: bool) -> tuple[Described, bool]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gpukern.conv.families.family import Family, few_sums
+from gpukern.conv.families.float8_sums import least_runs, leaves_registers
 from gpukern.conv.families.splits import grad_splits
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.plan import ConvPlan, Direction, Layout, Operands, Variant
@@ -75,13 +76,16 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
     else:
         found = _product(p, direction, operands, planes, device)
     for candidate in found:
-        if _shared_memory(candidate, operands.itemsize, direction) <= device.shared_memory:
+        fits = _shared_memory(candidate, operands, direction) <= device.shared_memory
+        if fits and leaves_registers(candidate, runs(p, direction, candidate, operands.dtype, device)):
             yield candidate
 
 
 def _is_product(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
     """Whether descriptors can describe all tensors as matrices whose rows are multiples of 16 bytes."""
     if (p.R, p.S, p.stride, p.padding, p.groups) != (1, 1, (1, 1), (0, 0, 0, 0), 1) or 0 in (p.N, p.C, p.H, p.W, p.K):
+        return False
+    if operands.quantized and not _takes_types(p, direction, operands):
         return False
     images = operands.first, operands.second if direction is Direction.WEIGHT_GRAD else operands.output
     filter = operands.output if direction is Direction.WEIGHT_GRAD else operands.second
@@ -95,14 +99,28 @@ def _is_product(p: ConvProblem, direction: Direction, operands: Operands) -> boo
     return images == (Layout.NHWC, Layout.NHWC)
 
 
+def _takes_types(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
+    """Whether the kernel has the dtypes of a quantized launch."""
+    if operands.mixed or operands.dtype == "float32" or operands.first is Layout.NCHW:
+        return False
+    # A residual in 8 bits is read in rows of 16 bytes, whatever the output is.
+    return gemm_mnk(p, direction).N % 16 == 0 and (operands.itemsize > 1 or _along_sum(direction, operands))
+
+
+def _along_sum(direction: Direction, operands: Operands) -> bool:
+    """Whether the filter's runs lie along the sum; the tensor cores take 8 bits from no other."""
+    return (operands.second is Layout.NHWC) == (direction is Direction.FORWARD)
+
+
 def _product(
     p: ConvProblem, direction: Direction, operands: Operands, planes: bool, device: DeviceSpec
 ) -> Iterator[ConvPlan]:
     gemm = gemm_mnk(p, direction)
-    along_sum = (operands.second is Layout.NHWC) == (direction is Direction.FORWARD)
-    if operands.dtype != "float32":
+    if operands.itemsize == 1:
+        tiles, block_k = _TILES, min(power_of_two(gemm.K, 32), 128)
+    elif operands.dtype != "float32":
         tiles, block_k = _TILES, 64
-    elif operands.precision == "tf32x3" or planes or not along_sum:
+    elif operands.precision == "tf32x3" or planes or not _along_sum(direction, operands):
         tiles, block_k = _THROUGH_REGISTERS, 32
     else:
         tiles, block_k = _TF32_TILES, 32
@@ -194,13 +212,18 @@ def _steps(p: ConvProblem, direction: Direction, plan: ConvPlan) -> int:
     return cdiv(gemm_mnk(p, direction).K, plan.block_k)
 
 
-def _shared_memory(plan: ConvPlan, itemsize: int, direction: Direction) -> int:
+def runs(p: ConvProblem, direction: Direction, plan: ConvPlan, dtype: str, device: DeviceSpec) -> int:
+    """Return the runs of every split of a sum of products of ``dtype``: see ``float8_sums.py``."""
+    return least_runs(cdiv(_steps(p, direction, plan), plan.splits), plan.block_k, dtype, device)
+
+
+def _shared_memory(plan: ConvPlan, operands: Operands, direction: Direction) -> int:
     """Bytes of the buffers for operands and for the outgoing result; those of a lone tile share their memory."""
-    operands = plan.num_stages * (plan.block_m + plan.block_n) * plan.block_k * itemsize
+    buffers = plan.num_stages * (plan.block_m + plan.block_n) * plan.block_k * operands.itemsize
     if direction is Direction.WEIGHT_GRAD:
-        return max(operands, plan.block_m * plan.block_n * 4) + _BESIDE_BUFFERS
-    result = plan.block_m * plan.block_n * itemsize // parts(plan)
-    return (operands + result if persistent(plan) else max(operands, result)) + _BESIDE_BUFFERS
+        return max(buffers, plan.block_m * plan.block_n * 4) + _BESIDE_BUFFERS
+    result = plan.block_m * plan.block_n * operands.itemsizes[2] // parts(plan)
+    return (buffers + result if persistent(plan) else max(buffers, result)) + _BESIDE_BUFFERS
 
 
 FAMILY = Family(
@@ -209,5 +232,6 @@ FAMILY = Family(
     tiles=tiles,
     takes_norm_grad=few_sums,
     main_loop_efficiency={Variant.GEMM: 1.0},
+    takes_quantized=True,
     uses_descriptors=True,
 )

@@ -26,6 +26,7 @@ def conv2d_stem_kernel(
     residual,  # descriptor like out, or None
     out,  # descriptor of y [N, P, Q, K]
     statistics,  # Statistics, or None
+    requantize,  # Requantize or None
     batch,
     rows,
     cols,
@@ -68,6 +69,7 @@ def conv2d_stem_kernel(
         None,
         None,
         None,
+        requantize,
         (n0, p0, q0, column0),
         column0 + tl.arange(0, BLOCK_N),
         (batch, rows, cols, columns),

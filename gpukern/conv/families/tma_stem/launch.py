@@ -37,9 +37,10 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
     ).operand(dtype, plan.precision)
     filter_rows = Described((p.R, p.K, block_k), (p.K * block_k, block_k, 1), (1, block_n, block_k))
     filter_rows = filter_rows.operand(dtype, plan.precision)
-    n, k, h, w = channel_run_strides(request.shapes[2], request.output, dtype)
+    n, k, h, w = channel_run_strides(request.shapes[2], request.output, request.dtypes[2])
     height, width = request.shapes[2][2:]
-    out = Described((p.N, height, width, p.K), (n, h, w, k), (*stored(p, box), block_n)).checked(dtype)
+    out = Described((p.N, height, width, p.K), (n, h, w, k), (*stored(p, box), block_n))
+    out.checked(request.dtypes[2])
 
     pack_grid = (cdiv(of_packed.elements // channels, _PACKED_PIXELS) + p.R * cdiv(p.K, _PACKED_FILTERS),)
     pack_scalars = (
@@ -70,11 +71,12 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
         "PRECISION": plan.precision,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
+        **request.compile_options,
     }
     pack_constants = compile_time(kernels.stem_pack_kernel, pack_options)
     constants = compile_time(kernels.conv2d_stem_kernel, options)
 
-    def run(first, second, output, bias, residual, statistics, negative_slope) -> None:
+    def run(first, second, output, bias, residual, statistics, negative_slope, *_, requantize=None) -> None:
         device = output.device
         image = torch.empty(of_packed.elements, dtype=dtype, device=device)
         rows = torch.empty(p.R * p.K * block_k, dtype=dtype, device=device)
@@ -87,6 +89,7 @@ def prepare(request: Request, plan: ConvPlan) -> Launch:
             None if residual is None else out.of(residual),
             out.of(output),
             statistics,
+            requantize,
             *scalars,
             negative_slope,
         )

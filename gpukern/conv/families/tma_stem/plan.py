@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from gpukern.conv.families.family import Family
-from gpukern.conv.families.tma_conv.plan import tile_box, tile_count
+from gpukern.conv.families.tma_conv.plan import takes_types, tile_box, tile_count
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.problem import ConvProblem
 from gpukern.runtime.device import DeviceSpec
@@ -80,6 +80,8 @@ def _serves(p: ConvProblem, direction: Direction, operands: Operands) -> bool:
     # With a single step there is no loop, and ptxas then passes operands through registers.
     if p.R == 1 or not 1 <= p.C <= _MOST_CHANNELS or min(p.N, p.K) < 1 or not operands.output.has_runs:
         return False
+    if operands.quantized and (operands.itemsize == 1 or not takes_types(p, direction, operands)):
+        return False
     return operands.dtype != "float32" or operands.precision != "ieee"
 
 
@@ -97,6 +99,7 @@ FAMILY = Family(
     candidates=candidates,
     tiles=tiles,
     main_loop_efficiency={Variant.STEM: 0.9},
+    takes_quantized=True,
     can_pool=True,
     uses_descriptors=True,
     fetches_short_rows=True,
