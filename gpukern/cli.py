@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gpukern.checking.command import check
+from gpukern.diagnose.command import diagnose
 from gpukern.explain.command import app as explain
 from gpukern.formatting import memory
 from gpukern.fusion.command import explain_model, fuse
@@ -32,6 +33,7 @@ app.add_typer(explain, name="explain")
 app.command()(fuse)
 app.command()(tune)
 app.command()(check)
+app.command()(diagnose)
 
 
 def _print_version(asked: bool) -> None:

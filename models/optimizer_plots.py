@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gpukern.diagnose.figures import figure as empty_figure
+from gpukern.diagnose.figures import panels, style, written
 from models.paths import SURFACES, Surface, path
-from models.plots import WINDOW, batch_sizes, plt, style, trailing_mean, write
+from models.plots import WINDOW, batch_sizes, trailing_mean
 from models.trainer import Trainer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 #: name → (as the lecture writes it, colour), the same in both pictures.
 LOOKS = {
@@ -27,7 +32,8 @@ _COLUMNS = 3
 
 def plot_losses(picture: Path, trainers: Sequence[Trainer], title: str) -> None:
     """The loss by samples seen, averaged over the last of them, a curve for each of the finished ``trainers``."""
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, cells = panels(1, 1, 9, 5)
+    axes = cells[0, 0]
     ends = {}
     for trainer in trainers:
         name = trainer.config.optimizer
@@ -44,10 +50,10 @@ def plot_losses(picture: Path, trainers: Sequence[Trainer], title: str) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     style(axes)
     _label_ends(axes, ends, {trainer.config.optimizer: trainer.config.lr for trainer in trainers})
-    write(figure, picture)
+    written(figure, picture)
 
 
-def _label_ends(axes: plt.Axes, ends: Mapping[str, float], rates: Mapping[str, float | None]) -> None:
+def _label_ends(axes: Axes, ends: Mapping[str, float], rates: Mapping[str, float | None]) -> None:
     """Names beside the ends of their curves, one at least a line above the other."""
     if not ends:
         return
@@ -69,22 +75,22 @@ def _label_ends(axes: plt.Axes, ends: Mapping[str, float], rates: Mapping[str, f
 def plot_paths(picture: Path, surfaces: Sequence[Surface] = SURFACES) -> None:
     """For every surface a panel for each of its optimizers: contour lines, and the way from the start to the end."""
     rows = [-(-len(surface.rates) // _COLUMNS) for surface in surfaces]
-    figure = plt.figure(figsize=(10.5, 2.35 * sum(rows)), layout="constrained")
+    figure = empty_figure(10.5, 2.35 * sum(rows))
     engine: Any = figure.get_layout_engine()
     engine.set(w_pad=0.12)
     parts = figure.subfigures(len(surfaces), 1, height_ratios=rows, squeeze=False)[:, 0]
     for part, surface, height in zip(parts, surfaces, rows, strict=True):
         part.suptitle(surface.title, fontsize=12)
-        panels = part.subplots(height, _COLUMNS, sharex=True, sharey=True, squeeze=False)
-        for panel in panels.flat[len(surface.rates) :]:
+        cells = part.subplots(height, _COLUMNS, sharex=True, sharey=True, squeeze=False)
+        for panel in cells.flat[len(surface.rates) :]:
             panel.set_axis_off()
-        for panel, name in zip(panels.flat, surface.rates, strict=False):
+        for panel, name in zip(cells.flat, surface.rates, strict=False):
             _panel(panel, surface, name)
     figure.supxlabel("○ start     • after an update     ✖ end", fontsize=9, color="#555555")
-    write(figure, picture)
+    written(figure, picture)
 
 
-def _panel(axes: plt.Axes, surface: Surface, name: str) -> None:
+def _panel(axes: Axes, surface: Surface, name: str) -> None:
     left, right, bottom, top = surface.frame
     title, colour = LOOKS[name]
     _contours(axes, surface)
@@ -114,7 +120,7 @@ def _cut(surface: Surface, inside: np.ndarray, outside: np.ndarray) -> np.ndarra
     return inside + np.nanmin(share) * (outside - inside)
 
 
-def _contours(axes: plt.Axes, surface: Surface) -> None:
+def _contours(axes: Axes, surface: Surface) -> None:
     left, right, bottom, top = surface.frame
     x, y = np.meshgrid(np.linspace(left, right, 200), np.linspace(bottom, top, 200))
     values = surface.value(x, y)

@@ -143,6 +143,7 @@ PUT_TOGETHER = {
     "conv/families/registry.py": "conv/families/*/plan.py",
     "conv/prepare.py": "conv/families/*/launch.py",
     "diagnose/extras.py": "",
+    "diagnose/sources.py": "",
     "fusion/sources.py": "",
     "info.py": "",
     "ops/_operators.py": "ops/[!_]*.py",

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+#: The lecture averages the loss over the last (e.g.) 1000 samples.
+WINDOW = 1000
 
-def trailing_mean(losses: ArrayLike, sizes: ArrayLike, window: int) -> np.ndarray:
+
+def trailing_mean(losses: ArrayLike, sizes: ArrayLike, window: int = WINDOW) -> np.ndarray:
     """For every step, the loss averaged over the last ``window`` samples, or over all where there are fewer.
 
     ``losses`` are means over mini-batches of ``sizes`` samples, which count as a whole: batches of more than
@@ -38,47 +41,51 @@ def plot_training(
     validation_accuracies: Sequence[float] = (),
     path: str | os.PathLike[str] | None = None,
     title: str = "",
+    labels: tuple[str, str] = ("training", "validation"),
 ) -> Figure:
     """Draw the training loss and the validation loss by epochs, and likewise accuracies; the gap between is filled.
 
     ``losses`` are those of every epoch, or of every mini-batch, the same number in each epoch: then each epoch's mean
     is drawn too. The number of epochs is that of the validation losses, of accuracies, or of the losses, whichever of
-    these is the first that is given. Accuracies are shares, 0 to 1. ``path``: where the picture is written.
+    these is the first that is given. Accuracies are shares, 0 to 1. ``path``: where the picture is written; ``labels``
+    name the two sets.
 
     Raises
     ------
     ValueError for lengths that fit no number of epochs; MissingPackage without matplotlib.
     """
     lengths = [len(each) for each in (validation_losses, validation_accuracies, accuracies, losses) if len(each)]
-    if not lengths or not len(losses):
-        raise ValueError("plot_training() has no losses to draw")
-    epochs = lengths[0]
-    if len(losses) % epochs:
+    epochs = lengths[0] if lengths else 0
+    if len(losses) % max(epochs, 1):
         raise ValueError(f"{len(losses)} losses are no whole number of mini-batches in each of {epochs} epochs")
     for name, each in (("accuracies", accuracies), ("validation_accuracies", validation_accuracies)):
         if len(each) not in (0, epochs):
             raise ValueError(f"expected {epochs} {name}, one for each epoch, got {len(each)}")
     both = bool(len(accuracies) or len(validation_accuracies))
     figure, axes = panels(1, 1 + both, 6.0 + 5.0 * both, 4.0)
-    _losses(axes[0, 0], np.asarray(losses, dtype=np.float64), np.asarray(validation_losses, dtype=np.float64), epochs)
+    if len(losses):
+        both_losses = np.asarray(losses, dtype=np.float64), np.asarray(validation_losses, dtype=np.float64)
+        _losses(axes[0, 0], both_losses, epochs, labels)
+    axes[0, 0].set(ylabel="loss", xlabel="epoch")
     if both:
-        shares = [100 * np.asarray(each, dtype=np.float64) for each in (accuracies, validation_accuracies)]
-        _pair(axes[0, 1], *shares)
+        first, second = (100 * np.asarray(values, dtype=np.float64) for values in (accuracies, validation_accuracies))
+        _pair(axes[0, 1], first, second, labels)
         axes[0, 1].set(ylabel="accuracy, %", xlabel="epoch")
-        if all(map(len, shares)):
-            gap = shares[0][-1] - shares[1][-1]
+        if len(first) and len(second):
+            gap = first[-1] - second[-1]
             axes[0, 1].set_title(f"gap at the end: {gap:.1f} points", fontsize=10, color=GREY)
     if title:
         figure.suptitle(title, fontsize=12)
     return written(figure, path)
 
 
-def _losses(axes: Axes, losses: np.ndarray, validation: np.ndarray, epochs: int) -> None:
+def _losses(axes: Axes, both: tuple[np.ndarray, np.ndarray], epochs: int, labels: tuple[str, str]) -> None:
+    losses, validation = both
     each = len(losses) // epochs
     if each > 1:
         steps = np.arange(1, len(losses) + 1) / each
         axes.plot(steps, losses, color=FAINT, linewidth=0.6, label="every mini-batch")
-    _pair(axes, losses.reshape(epochs, each).mean(1), validation)
+    _pair(axes, losses.reshape(epochs, each).mean(1), validation, labels)
     positive = np.concatenate([losses, validation])
     if (positive > 0).all() and positive.max() > 30 * positive.min():
         axes.set_yscale("log")
@@ -86,14 +93,13 @@ def _losses(axes: Axes, losses: np.ndarray, validation: np.ndarray, epochs: int)
         axes.set_ylim(bottom=min(0.0, positive[np.isfinite(positive)].min(initial=0.0)))
     if len(validation) and np.isfinite(validation).any() and (best := int(np.nanargmin(validation))) < epochs - 1:
         axes.axvline(best + 1, color=GREY, linewidth=0.8, linestyle=":")
-        axes.set_title(f"validation loss is least after epoch {best + 1}", fontsize=10, color=GREY)
-    axes.set(ylabel="loss", xlabel="epoch")
+        axes.set_title(f"{labels[1]}: the loss is least after epoch {best + 1}", fontsize=10, color=GREY)
     axes.legend(frameon=False, fontsize=9)
 
 
-def _pair(axes: Axes, training: np.ndarray, validation: np.ndarray) -> None:
+def _pair(axes: Axes, training: np.ndarray, validation: np.ndarray, labels: tuple[str, str]) -> None:
     """Draw both by epochs, and fill what lies between."""
-    shown: list[tuple[np.ndarray, str, str]] = [(training, BLUE, "training"), (validation, ORANGE, "validation")]
+    shown: list[tuple[np.ndarray, str, str]] = [(training, BLUE, labels[0]), (validation, ORANGE, labels[1])]
     if len(training) == len(validation):
         axes.fill_between(np.arange(1, len(training) + 1), training, validation, color=FAINT, alpha=0.45, linewidth=0)
     for values, colour, label in shown:

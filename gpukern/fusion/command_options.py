@@ -47,15 +47,19 @@ def told_of_weights() -> Iterator[list[str]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def check_files(report: Path | None = None, json: Path | None = None, save: Path | None = None) -> None:
+def check_files(
+    report: Path | None = None, json: Path | None = None, save: Path | None = None, plot: Path | None = None
+) -> None:
     """Check, before minutes of work, that the output files can be written."""
-    for option, path in (("--report", report), ("--json", json), ("--save", save)):
+    for option, path in (("--report", report), ("--json", json), ("--save", save), ("--plot", plot)):
         if path is not None and not path.parent.is_dir():
             raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
         if path is not None and path.is_dir():
             raise typer.BadParameter(f"{path} is a folder", param_hint=option)
     if save is not None and save.suffix != ".pt2":
         raise typer.BadParameter(f"{save} does not end in .pt2", param_hint="--save")
+    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"{plot} does not end in .png, .svg or .pdf", param_hint="--plot")
 
 
 def place_called(name: DeviceName | None) -> torch.device:

@@ -6,8 +6,9 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
-from models import optimizer_plots, plots
+from models import optimizer_plots
 from models.optimizer_plots import LOOKS, plot_losses, plot_paths
 from models.paths import BOWL, SADDLE, SURFACES, path
 from models.trainer import OPTIMIZERS, Config
@@ -65,9 +66,8 @@ class Trained:
 def drawn(monkeypatch):
     """The figures that are written, in place of the files."""
     figures = []
-    monkeypatch.setattr(optimizer_plots, "write", lambda figure, path: figures.append(figure))
-    yield figures
-    plots.plt.close("all")
+    monkeypatch.setattr(optimizer_plots, "written", lambda figure, path: figures.append(figure))
+    return figures
 
 
 def test_labels_stand_beside_the_ends_and_apart(drawn, tmp_path):
@@ -82,7 +82,7 @@ def test_labels_stand_beside_the_ends_and_apart(drawn, tmp_path):
 
 def test_a_panel_for_each_path(drawn, tmp_path):
     plot_paths(tmp_path)
-    titles = [axes.get_title() for axes in drawn[0].findobj(plots.plt.Axes)]
+    titles = [axes.get_title() for axes in drawn[0].findobj(Axes)]
     for surface in SURFACES:
         for name, rate in surface.rates.items():
             assert sum(title.startswith(f"{LOOKS[name][0]}, rate {rate:g}: ") for title in titles) >= 1

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models import plots
-from models.plots import batch_sizes, plot_convergence, plot_filters, trailing_mean
+from models.plots import batch_sizes, plot_convergence, plot_curves, plot_filters, trailing_mean
 
 
 def test_trailing_mean_is_over_the_last_samples():
@@ -32,9 +31,12 @@ def test_last_batch_of_an_epoch_is_what_is_left(batch, sizes):
 def test_pictures_are_written(tmp_path, losses, accuracies):
     plot_convergence(tmp_path / "new" / "loss.png", losses, accuracies, training_size=8, batch_size=4, title="t")
     plot_filters(tmp_path / "new" / "filters.png", torch.randn(7, 3, 5, 5, requires_grad=True))
+    parts = ("train_loss", "held_out_loss", "train_accuracy", "held_out_accuracy")
+    history = [{"epoch": number, **dict.fromkeys(parts, accuracy)} for number, accuracy in enumerate(accuracies)]
+    plot_curves(tmp_path / "new" / "curves.png", history, "t")
     for path in (tmp_path / "new").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert not plots.plt.get_fignums(), "figures are closed"
+    assert len(list((tmp_path / "new").iterdir())) == 3
 
 
 def test_averaged_curve_is_smoother():
