@@ -89,6 +89,11 @@ def prepare() -> None:
         return plain_dot(self, a, b, acc, precision, *rest)
 
     def create_inline_asm(self, assembly, constraints, values, types, pure, pack) -> TensorHandle:
+        if assembly.startswith("dp4a.s32.s32 "):
+            return _Results([TensorHandle(_dot_of_bytes(*(value.data for value in values)), tl.int32)])
+        if assembly.count("prmt.b32 ") == 8:
+            bytes_of_each = np.stack([value.data.astype(np.int8) for value in values], -1)
+            return _Results([TensorHandle(bytes_of_each.view(np.int32)[..., 0], tl.int32)])
         if not assembly.startswith("cvt.rna.tf32.f32 "):
             raise NotImplementedError(f"emulated inline assembly: {assembly}")
         rounded = round_to_tf32(values[0].data) if EMULATE_TF32 else values[0].data
@@ -109,6 +114,12 @@ def prepare() -> None:
     InterpreterBuilder.create_inline_asm = create_inline_asm
     InterpreterBuilder.create_make_tensor_descriptor = create_make_tensor_descriptor
     InterpreterBuilder.create_descriptor_load = create_descriptor_load
+
+
+def _dot_of_bytes(a: np.ndarray, b: np.ndarray, total: np.ndarray | int = 0) -> np.ndarray:
+    """``total`` plus the products of the four signed bytes of each int32."""
+    bytes_a, bytes_b = (np.ascontiguousarray(each)[..., None].view(np.int8).astype(np.int32) for each in (a, b))
+    return total + (bytes_a * bytes_b).sum(-1, dtype=np.int32)
 
 
 class _Results(list):
