@@ -89,15 +89,10 @@ def prepare() -> None:
         return plain_dot(self, a, b, acc, precision, *rest)
 
     def create_inline_asm(self, assembly, constraints, values, types, pure, pack) -> TensorHandle:
-        if assembly.startswith("dp4a.s32.s32 "):
-            return _Results([TensorHandle(_dot_of_bytes(*(value.data for value in values)), tl.int32)])
-        if assembly.count("prmt.b32 ") == 8:
-            bytes_of_each = np.stack([value.data.astype(np.int8) for value in values], -1)
-            return _Results([TensorHandle(bytes_of_each.view(np.int32)[..., 0], tl.int32)])
         if not assembly.startswith("cvt.rna.tf32.f32 "):
             raise NotImplementedError(f"emulated inline assembly: {assembly}")
         rounded = round_to_tf32(values[0].data) if EMULATE_TF32 else values[0].data
-        return _Results([TensorHandle(rounded, tl.float32)])
+        return Results([TensorHandle(rounded, tl.float32)])
 
     def create_make_tensor_descriptor(self, *args, **named):
         descriptor = plain_descriptor(self, *args, **named)
@@ -116,13 +111,7 @@ def prepare() -> None:
     InterpreterBuilder.create_descriptor_load = create_descriptor_load
 
 
-def _dot_of_bytes(a: np.ndarray, b: np.ndarray, total: np.ndarray | int = 0) -> np.ndarray:
-    """``total`` plus the products of the four signed bytes of each int32."""
-    bytes_a, bytes_b = (np.ascontiguousarray(each)[..., None].view(np.int8).astype(np.int32) for each in (a, b))
-    return total + (bytes_a * bytes_b).sum(-1, dtype=np.int32)
-
-
-class _Results(list):
+class Results(list):
     """The results of an operation, in the compiler's form."""
 
     def get_result(self, i: int) -> TensorHandle:

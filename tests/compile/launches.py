@@ -40,18 +40,21 @@ from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.precision import conv_precision, fp32_products
 from models.zoo import NETWORKS
+from tests.compile import quantized
 from tests.compile.candidates import Requests
 from tests.ops.conv_cases import CASES, Case, as_problem
 
 META = torch.device("meta")
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 BATCHES = (1, 8, 32, 128)
-#: The dtype, and whether fp32 products may be TF32.
-KINDS = {
+#: The dtype, and whether fp32 products may be TF32. Those of 8 bits are convolutions for inference alone.
+KINDS: dict[str, tuple[torch.dtype, bool]] = {
     "float16": (torch.float16, True),
     "bfloat16": (torch.bfloat16, True),
     "tf32": (torch.float32, True),
     "float32": (torch.float32, False),
+    "int8": (torch.int8, False),
+    "float8": (torch.float8_e4m3fn, False),
 }
 
 
@@ -82,7 +85,7 @@ def record(device: DeviceSpec, kind: str, what: Selection) -> tuple[list[Launch]
     others: dict[tuple, Launch] = {}
     precision = "tf32" if tf32 else "ieee"
     with fp32_products(precision, precision), record_launches(device) as launches:
-        for run in _operations(dtype, what):
+        for run in quantized.calls(kind) if kind in quantized.TYPES else _operations(dtype, what):
             with requests.recording():
                 run()
             chosen.update((each.key, each) for each in launches)
@@ -91,7 +94,7 @@ def record(device: DeviceSpec, kind: str, what: Selection) -> tuple[list[Launch]
                 forced()
                 others.update((each.key, each) for each in launches)
                 launches.clear()
-        for run, forced in _pooled(dtype, what, device):
+        for run, forced in () if kind in quantized.TYPES else _pooled(dtype, what, device):
             run()
             (others if forced else chosen).update((each.key, each) for each in launches)
             launches.clear()

@@ -48,6 +48,7 @@ def shift_index(dots, output, word):
 
 #: Four words of four elements each, their bytes transposed: eight instructions, where single bytes take twenty.
 _TRANSPOSE = tl.constexpr(
+    "// four tiles of bytes in words\n"
     "{ .reg .b32 a, b, c, d; prmt.b32 a, $4, $5, 0x5140; prmt.b32 b, $6, $7, 0x5140; prmt.b32 c, $4, $5, 0x7362; "
     "prmt.b32 d, $6, $7, 0x7362; prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632; prmt.b32 $2, c, d, 0x5410; "
     "prmt.b32 $3, c, d, 0x7632; }"
