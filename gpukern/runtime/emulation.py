@@ -15,6 +15,7 @@ several times faster.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import triton.language as tl
@@ -63,6 +64,13 @@ def prepare() -> None:
     def create_dot(self, a: TensorHandle, b: TensorHandle, *args) -> TensorHandle:
         return plain_dot(self, _without_bf16(a), _without_bf16(b), *args)
 
+    plain_asm = InterpreterBuilder.create_inline_asm
+
+    def create_inline_asm(self, assembly, constraints, values, types, *rest) -> Any:
+        if "// int8 to " not in assembly:
+            return plain_asm(self, assembly, constraints, values, types, *rest)
+        return emulation_tf32.Results([self.cast_impl(values[0], types[0])])
+
     plain_patch = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope) -> None:
@@ -73,6 +81,7 @@ def prepare() -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_inline_asm = create_inline_asm
     emulation_float8.prepare()
     ReduceOps.generic_reduce = _reduce_slices
 
