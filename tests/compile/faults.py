@@ -50,7 +50,8 @@ SPILLS_A_TILE = 0.002
 SPILLS_A_ROW = 4
 IN_8_BITS = {"int8", "float8_e4m3fn"}
 #: Products of such, by mma.sync and by wgmma, and what would turn their operands into others.
-NARROW = ("IMMA", "QMMA", "IGMMA", "QGMMA")
+NARROW = ("IMMA", "QMMA", "IGMMA", "QGMMA", "UTCIMMA", "UTCQMMA")
+WGMMA = ("HGMMA", "IGMMA", "QGMMA")
 CONVERSIONS = ("I2F", "I2FP", "F2I", "F2F", "F2FP")
 #: Of kernels that are not listed.
 BUDGET = 150
@@ -115,10 +116,10 @@ def _of_loop(row: dict, loop: dict) -> list[str]:
         found.append("main loop without asynchronous copies")
     if copies_asynchronously(row) and loop["copies_ahead"] < ahead:
         found.append(f"{loop['copies_ahead']} copies before the main loop, {ahead} expected")
-    if row["descriptors"] and row["tensor_core"] == "HGMMA":
+    if row["descriptors"] and row["tensor_core"] in WGMMA:
         halves = row["options"].get("PRECISION") == "tf32x3"
         budget = BUDGETS.get(row["kernel"], BUDGET) + MORE_FOR_TF32 * _is_fp32(row)
-        if _triton(row) >= (3, 9) and instructions.get("HGMMA", 0) >= 8:
+        if _triton(row) >= (3, 9) and instructions.get(row["tensor_core"], 0) >= 8:
             budget += MORE_WITH_3_9.get(row["kernel"], 0)
         for name, count, allowed in (
             ("wgmma with an operand from registers", 0 if halves else loop["register_operands"], 0),
