@@ -16,6 +16,7 @@ from bench.peers import torch_at_its_best, without_cudnn
 from bench.suite import Selection, Suite, Task, Tensors, suites, tasks
 from bench.suites.plans import question_of, with_plan
 from gpukern.conv import ConvPlan, Variant, conv_problem, ranking
+from gpukern.ops.augment import augment
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.mode import Mode, force_mode
 
@@ -190,12 +191,15 @@ _OPERATORS = {
 
 
 def operators(device: torch.device) -> Iterator[Case]:
-    """Each operator and all its gradients, through the public functions, beside their own references in float64."""
+    """Each operator and all its gradients, through the public functions, beside their own references in float64; and
+    the input pipeline, which has no gradients."""
     for dtype in ("float16", "tf32", "bfloat16"):
         for layout in (LAST, PLANES):
             for name, operator in _OPERATORS.items():
                 words = f"{name}, {dtype}, {'channels_last' if layout is LAST else 'NCHW'}"
                 yield Case(words, functools.partial(_operated, operator, dtype, layout))
+    for dtype, padding_mode in (("float16", "constant"), ("float32", "reflect"), ("bfloat16", "symmetric")):
+        yield Case(f"augment, {dtype}, {padding_mode}", functools.partial(_augmented, dtype, padding_mode))
 
 
 def _operated(operator: _Operator, dtype: str, layout: torch.memory_format, device: torch.device) -> Iterator[Compared]:
@@ -220,6 +224,19 @@ def _operated(operator: _Operator, dtype: str, layout: torch.memory_format, devi
     bound = 2 * sum_bound(precision, terms)
     for one, other in zip((actual, *actual_grads), (expected, *expected_grads), strict=True):
         yield Compared(one, other, bound)
+
+
+def _augmented(dtype: str, padding_mode: str, device: torch.device) -> Iterator[Compared]:
+    """Random crops, and those in the middle, of images whole and in part; channels' means and a mean image."""
+    images = torch.randint(256, (8, 40, 36, 3), dtype=torch.uint8, device=device)
+    index, scale = torch.randperm(8, device=device), torch.rand(3, device=device)
+    channels, image = 255 * torch.rand(3, device=device), 255 * torch.rand(39, 33, 3, device=device)
+    for seen, mean, size in ((images, channels, [40, 36]), (images[:, 1:, 3:], image, [28, 36])):
+        for random in (True, False):
+            numbers = seen, index, None, mean, scale, 1, 2, random, size, [4, 5], padding_mode, 9.0, 0.5, 8
+            with force_mode(Mode.REFERENCE):
+                expected = augment(*numbers, torch.float64)
+            yield Compared(augment(*numbers, DTYPES[dtype]), expected, sum_bound(dtype, 1))
 
 
 # ---- optimizers ----------------------------------------------------------------------------------------------------

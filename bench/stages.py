@@ -97,6 +97,7 @@ def bench(folder: Path) -> list[Step]:
         step("optimizer", "all"),
         step("model", "resnet50-32", *library),
         step("norm", "resnet50-32", *library),
+        step("augment", "all", *library),
         step("inference", "all", *library),
         step("pool", "all-32", *library, *everything),
         step("linear", "all-32", *library, *everything),

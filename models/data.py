@@ -73,6 +73,7 @@ def load(
     held_out_fraction: float = 1.0,
     as_bytes: bool = False,
     image_size: int | None = None,
+    train_images: int | None = None,
 ) -> Data:
     """The data set of a name of :data:`NAMES` or at a path; scikit-learn's digits where there is none.
 
@@ -84,12 +85,15 @@ def load(
     folder or .zip of pictures      ``train/CLASS/…`` and ``val/CLASS/…``, or ``CLASS/…``, of which a fifth is held out
     ==============================  ===============================================================================
 
-    ``fraction`` and ``held_out_fraction`` take a share of each class. Grey images are normalised to zero mean and unit
+    ``fraction`` and ``held_out_fraction`` take a share of each class; ``train_images`` in place of a fraction is a
+    number. Grey images are normalised to zero mean and unit
     variance with the mean and the deviation of the training set, unless ``as_bytes``; colours stay bytes.
     ``image_size`` is for pictures that differ in size. FileNotFoundError for missing files, ValueError for broken ones,
     both naming the file; RuntimeError where a package is not installed.
     """
     found = _source(source, image_size)
+    if train_images is not None:
+        fraction = min(1.0, train_images / len(found.train.labels))
     arrays = []
     for part, portion in ((found.train, fraction), (found.held_out, held_out_fraction)):
         chosen = share(part.labels, portion)

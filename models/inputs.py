@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from gpukern.data import Augment
 from torch import nn
 
+from gpukern.data import Augment
 from models.config import Config
 from models.data import Data
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-import gpukern.data
 import torch
 
 import gpukern
+import gpukern.data
 from models import freezing, inputs, pretrained
 from models.averaging import Average
 from models.checkpoint import CheckpointError

@@ -389,3 +389,26 @@ def test_json_has_all_of_it_in_units_of_one():
     assert math.isclose(plain["chosen"]["expected_seconds"], found.chosen.seconds)
     assert plain["kernels"][0]["loop_length"] == 12 and plain["not_compiled"] is None
     assert show.as_json(found, "why")["not_compiled"] == "why" and not show.as_json(found, "why")["kernels"]
+
+
+# ---- 8 bits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, kind", [("int8", "int8"), ("fp8", "float8"), ("E4M3", "float8"), ("fp16", "float16")])
+def test_kinds_of_layers_in_8_bits(name, kind):
+    assert formatting.layer_kind_called(name) == kind
+    for read in (formatting.kind_called, formatting.layer_kind_called):
+        with pytest.raises(ValueError, match="known are fp16, bf16, tf32, fp32"):
+            read("int4")
+
+
+def test_a_layer_in_8_bits_moves_half_the_bytes():
+    half, whole = answer(asked()), answer(asked(kind="int8"))
+    assert whole.work.bytes * 2 == half.work.bytes and whole.work.flops == half.work.flops
+    assert whole.work.kind == "int8" and answer(asked(kind="float8")).work.kind == "float8"
+    assert whole.floor.seconds < 0.51 * half.floor.seconds
+    assert whole.chosen.seconds < half.chosen.seconds
+    added = residual_bytes(asked(kind="int8", epilogue=RESIDUAL))
+    assert 2 * added == residual_bytes(asked(epilogue=RESIDUAL))
+    with pytest.raises(NotImplementedError, match="or later, but A100 has"):
+        answer(asked(kind="float8", device=A100))

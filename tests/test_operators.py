@@ -7,7 +7,6 @@ import torch
 
 import gpukern  # noqa: F401  registers the operators
 from gpukern.ops._activation.properties import PROPERTIES
-from gpukern.runtime.mode import Mode, mode_of
 
 ACTIVATIONS = tuple(PROPERTIES)
 
@@ -405,13 +404,8 @@ def test_every_operator_has_samples():
     )
 
 
-NOT_YET = "conv2d_quantized", "conv_transpose2d_quantized", "linear_quantized"
-
-
 @pytest.mark.parametrize("name", registered())
 def test_opcheck(name, where):
-    if mode_of(torch.empty(0, device=where)) is not Mode.REFERENCE and name in NOT_YET:
-        pytest.skip("the kernels in 8 bits are not there yet")
     operator = getattr(torch.ops.gpukern, name).default
     for arguments in getattr(Samples(where), name)():
         torch.library.opcheck(operator, arguments)

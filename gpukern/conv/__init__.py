@@ -55,8 +55,19 @@ _LATER = {
     ),
     "gpukern.conv.pooled.plan": ("seconds_apart",),
     "gpukern.conv.pooled.problem": ("POOL_WINDOWS",),
+    "gpukern.conv.quantized.launch": ("launch_quantized",),
     "gpukern.conv.prepare": ("forget", "pooled_choice", "prepare_launch"),
-    "gpukern.conv.request": ("Call", "Epilogue", "NormBefore", "Prepared", "check_countable", "operands_of", "shapes"),
+    "gpukern.conv.request": (
+        "Call",
+        "Epilogue",
+        "NormBefore",
+        "Prepared",
+        "Types",
+        "check_countable",
+        "dtypes_of",
+        "operands_of",
+        "shapes",
+    ),
 }
 _HOMES = {name: module for module, names in _LATER.items() for name in names}
 

@@ -32,7 +32,10 @@ class _Questions(TyperGroup):
 
 app = typer.Typer(cls=_Questions, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 
-Dtype = Annotated[str, typer.Option(metavar="KIND", help="fp16, bf16, tf32 (fp32 as TF32 may multiply it) or fp32.")]
+Dtype = Annotated[
+    str,
+    typer.Option(metavar="KIND", help="fp16, bf16, tf32 (fp32 as TF32 may multiply it), fp32; of inference int8, fp8."),
+]
 Arch = Annotated[
     str | None,
     typer.Option(
@@ -123,8 +126,10 @@ def _common(
     arch: str | None, dtype: str, direction: str, epilogue: str
 ) -> tuple[DeviceSpec, str, list[Direction], bool, query.Epilogue]:
     device = checked("--arch", formatting.device_called, arch)
-    kind = checked("--dtype", formatting.kind_called, dtype)
+    kind = checked("--dtype", formatting.layer_kind_called, dtype)
     directions = checked("--direction", formatting.directions_called, direction)
+    if kind in query.QUANTIZED_KINDS and directions != [Direction.FORWARD]:
+        raise typer.BadParameter("8 bits are for inference: there is a forward only", param_hint="--direction")
     bias, after = checked("--epilogue", formatting.epilogue_called, epilogue)
     if (bias or after != query.Epilogue()) and Direction.FORWARD not in directions:
         raise typer.BadParameter("only a forward has an epilogue", param_hint="--epilogue")
@@ -153,7 +158,7 @@ def layout_called(name: str) -> bool:
 def _explain(asked: list[Question], top: int, wants_json: bool, no_compile: bool) -> None:
     try:
         found = [answer(each) for each in asked]
-    except RuntimeError as error:  # more pixels than kernels can number
+    except RuntimeError as error:  # more pixels than kernels can number, a dtype that the device does not multiply
         raise typer.BadParameter(str(error)) from None
     coded = [(each, _code(each, no_compile)) for each in found]
     if wants_json:

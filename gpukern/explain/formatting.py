@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from gpukern.conv import ConvPlan, ConvProblem, Direction, Epilogue, Padding, Pair, conv_problem, same_padding
-from gpukern.explain.query import KINDS
+from gpukern.explain.query import KINDS, QUANTIZED_KINDS
 from gpukern.ops.activation import ACTIVATIONS
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import (
@@ -26,6 +26,7 @@ from gpukern.runtime.device import (
 )
 
 _SHORT_KINDS = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_SHORT_QUANTIZED = {"fp8": "float8", "e4m3": "float8", "float8_e4m3fn": "float8"}
 #: The best known GPU of each architecture.
 ARCHITECTURES = {
     "sm_80": A100,
@@ -71,6 +72,17 @@ def kind_called(name: str) -> str:
     if kind not in KINDS:
         raise ValueError(f"no dtype is called {name!r}; known are fp16, bf16, tf32, fp32")
     return kind
+
+
+def layer_kind_called(name: str) -> str:
+    """One of :data:`KINDS` or :data:`QUANTIZED_KINDS`, by its name or a short one; raises ValueError for others."""
+    kind = _SHORT_QUANTIZED.get(name.lower(), name.lower())
+    if kind in QUANTIZED_KINDS:
+        return kind
+    try:
+        return kind_called(name)
+    except ValueError:
+        raise ValueError(f"no dtype is called {name!r}; known are fp16, bf16, tf32, fp32, int8, fp8") from None
 
 
 def directions_called(name: str) -> list[Direction]:

@@ -10,6 +10,7 @@ import torch
 from gpukern.conv import ConvPlan, shapes
 from gpukern.explain.query import Question
 from gpukern.runtime.mode import EMULATE, has_triton
+from gpukern.runtime.strides import dense_strides
 
 if TYPE_CHECKING:
     from gpukern.runtime.compile_only import Launch
@@ -61,11 +62,19 @@ def compiled(question: Question, choice: ConvPlan) -> list[Compiled]:
 
 def _call(question: Question, choice: ConvPlan) -> None:
     """Make the call on tensors without memory."""
-    from gpukern.conv import prepared_for, run  # need Triton
+    from gpukern.conv import launch_quantized, prepared_for, run  # need Triton
 
     p, direction = question.problem, question.direction
     given = zip(shapes(p, direction), (question.first, question.second), strict=False)
     first, second = (_empty(shape, strides, question) for shape, strides in given)
+    if question.types is not None:
+        numbers = torch.empty(p.K, device="meta")
+        bias, activation = numbers if question.bias else None, question.epilogue.activation
+        laid_out = dense_strides(shapes(p, direction)[2], question.channels_last)
+        residual = _empty(shapes(p, direction)[2], laid_out, question) if question.epilogue.residual else None
+        rest = activation, 0.1, 0.5 if question.epilogue.residual else 1.0, 0.5, question.types.output, choice
+        launch_quantized(direction, p, first, second, numbers, bias, residual, *rest)
+        return
     prepared = prepared_for(p, direction, first, second, question.channels_last, question.epilogue, choice)
     bias = _empty((p.K,), (1,), question) if question.bias else None
     residual = _empty(prepared.shape, prepared.written, question) if question.epilogue.residual else None

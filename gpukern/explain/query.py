@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gpukern.conv import ConvProblem, Direction, Epilogue, Operands, Strides, conv_problem, operands_of, shapes
+from gpukern.conv import ConvProblem, Direction, Epilogue, Operands, Strides, Types, conv_problem, operands_of, shapes
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.strides import dense_strides
 
@@ -18,14 +18,16 @@ KINDS = {
     "tf32": (torch.float32, "tf32"),
     "float32": (torch.float32, "ieee"),
 }
+#: Kinds of forward launches alone: operands and output in 8 bits, a scale for each channel.
+QUANTIZED_KINDS = {"int8": (torch.int8, "ieee"), "float8": (torch.float8_e4m3fn, "ieee")}
 
 
 @dataclass(frozen=True)
 class Question:
     """A launch. ``first`` and ``second`` are the strides of tensors [N, C, H, W] or [K, C/groups, R, S].
 
-    ``channels_last`` is the output's layout, ``kind`` one of :data:`KINDS`; only a forward has a ``bias`` or an
-    ``epilogue``. ``computation`` names its purpose if that is not the direction.
+    ``channels_last`` is the output's layout, ``kind`` one of :data:`KINDS` or :data:`QUANTIZED_KINDS`; only a forward
+    has a ``bias`` or an ``epilogue``. ``computation`` names its purpose if that is not the direction.
     """
 
     problem: ConvProblem
@@ -41,13 +43,19 @@ class Question:
 
     @property
     def dtype(self) -> torch.dtype:
-        return KINDS[self.kind][0]
+        return (KINDS | QUANTIZED_KINDS)[self.kind][0]
+
+    @property
+    def types(self) -> Types | None:
+        """dtypes of input and output, for a quantized launch."""
+        return Types(self.dtype, self.dtype) if self.kind in QUANTIZED_KINDS else None
 
     @functools.cached_property
     def operands(self) -> Operands:
-        dtype, precision = KINDS[self.kind]
+        dtype, precision = (KINDS | QUANTIZED_KINDS)[self.kind]
         output = dense_strides(shapes(self.problem, self.direction)[2], self.channels_last)
-        return operands_of(self.problem, self.direction, (self.first, self.second, output), True, dtype, precision)
+        strides = self.first, self.second, output
+        return operands_of(self.problem, self.direction, strides, True, dtype, precision, self.types)
 
 
 def convolution(

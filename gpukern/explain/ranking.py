@@ -24,6 +24,7 @@ from gpukern.explain.formatting import describe_plan
 from gpukern.explain.query import Question
 from gpukern.formatting import micro, number, percent, size
 from gpukern.runtime.device import assumed_peaks
+from gpukern.runtime.eight_bits import check_float8
 from gpukern.runtime.roofline import Floor, Work, floor
 
 #: Expected times of this many times the bound need an explanation.
@@ -61,6 +62,7 @@ def answer(question: Question) -> Answer:
     p, direction, operands = question.problem, question.direction, question.operands
     of_first, _, of_output = shapes(p, direction)
     check_countable(of_first, of_output)
+    check_float8(question.dtype, question.device)
     must = minimum_work(p, direction, operands.itemsizes, operands.kind)
     must = replace(must, bytes=must.bytes + residual_bytes(question))
     choice, measured = chosen(question)

@@ -98,7 +98,7 @@ def fuse(
     check_files(report, json, save)
     place, kind = place_called(device), _dtype(dtype, "--dtype", _EIGHT_BITS) if dtype else None
     shapes = [checked("--input", shape_called, each) for each in input]
-    given = {"calibration": calibration or None, "target": target}
+    given: dict[str, Any] = {"calibration": calibration or None, "target": target}
     given["precision"] = _dtype(precision, "--precision") if precision else None
     given["calibrate"] = _batches(calibrate, shapes, resize, mean, std)
     _check_options(kind, given, verify)
@@ -113,7 +113,7 @@ def fuse(
         _fail(str(problem))
     except Exception as problem:  # no memory, as a rule
         _fail(f"the model and its input cannot be put on {place}: {first_line(problem)}")
-    settings = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
+    settings: dict[str, Any] = {"channels_last": channels_last, "cuda_graph": cuda_graph, "verify": verify}
     settings |= {name: value for name, value in given.items() if value is not None}
     steps = ["capture", "fold", *(["verify"] if verify else []), *(["measure"] if place.type == "cuda" else [])]
     # Calibration shows a bar of its own.
@@ -190,10 +190,10 @@ def _numbers(words: str, option: str) -> tuple[float, ...] | None:
 
 def _check_options(kind: Any, given: dict[str, Any], verify: bool) -> None:
     """Check what belongs to eight bits before minutes of work."""
-    from gpukern.fusion.quantization.settings import settings
+    from gpukern.fusion.quantization.settings import asked_settings
 
     try:
-        settings(kind, given, verify)
+        asked_settings(kind, given, verify)
     except (TypeError, ValueError) as problem:
         raise typer.BadParameter(str(problem), param_hint="--dtype") from None
 

@@ -75,8 +75,9 @@ def run(
         if evidence is not None:
             inputs, notes = evidence.inputs, [*notes, *evidence.notes]
         operands = exact, inputs, signature, dtype, evidence, device, cuda_graph
-        settings = {"channels_last": channels_last, "skip": skip, "strict": strict, "eight": eight}
-        fusing = functools.partial(_fused, *operands, **settings)
+        fusing = functools.partial(
+            _fused, *operands, channels_last=channels_last, skip=skip, strict=strict, eight=eight
+        )
         try:
             fused = fusing(notes, dynamic_batch)
         except BatchMatters as problem:
@@ -102,7 +103,7 @@ def _fused(
     strict: bool,
     eight: Settings | None,
 ) -> FusedModel:
-    """Fuse ``exact``, a private copy, with what is asked of ``eight`` bits. BatchMatters if its batch cannot be free."""
+    """Fuse ``exact``, a private copy; ``eight``: what is asked of 8 bits. BatchMatters if its batch cannot be free."""
     with torch.no_grad():
         typed = private_copy(exact).to(dtype), exact, cast(inputs, dtype)
         captured = capture_program(*typed, signature, dynamic_batch=dynamic_batch)
@@ -147,7 +148,9 @@ def _fused(
             told = proof.wrong or blame(proof, matches, lambda chosen: witness.judge(build(chosen)[1].in_order))
             raise FusionError(told, replace(report, notes=(told, *report.notes)))
         if eight is not None:
-            stage = Stage(work, program, module, inputs, captured.free, dtype, evidence and evidence.see)
+            stage = Stage(
+                work, program, module, inputs, captured.free, dtype, None if evidence is None else evidence.see
+            )
             made = in_eight_bits(
                 stage, eight, lambda each: FusedModel(each, report, inputs, captured.dynamic_batch, False)
             )

@@ -14,6 +14,7 @@ from gpukern.conv import Padding, Pair, conv_problem, output_size
 from gpukern.ops._activation.reference import in_torch
 from gpukern.ops.activation import activation as apply_activation
 from gpukern.ops.activation import activation_grad, activation_grad_jvp, affine_jvp, needs_input
+from gpukern.runtime.eight_bits import Checked
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator, wants_gradient
@@ -50,7 +51,7 @@ def apply(
 # ---- forward -------------------------------------------------------------------------------------------------------
 
 
-def check_residual(residual: torch.Tensor, shape: tuple) -> None:
+def check_residual(residual: Checked, shape: tuple) -> None:
     """Raise RuntimeError unless ``residual`` has the output's shape: it is not broadcast."""
     require(
         tuple(residual.shape) == shape,

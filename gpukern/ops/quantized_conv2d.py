@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
-from gpukern.conv import POOL_WINDOWS, Padding, Pair, conv_problem, output_size
+from gpukern.conv import POOL_WINDOWS, ConvProblem, Padding, Pair, conv_problem, output_size
 from gpukern.ops._pool2d.problem import output_size as pooled_size
 from gpukern.ops.activation import check_activation
 from gpukern.ops.conv2d import GEOMETRY
 from gpukern.ops.conv2d import check_residual as check_residual_shape
-from gpukern.runtime.eight_bits import check_products, check_quantizable, check_residual
+from gpukern.runtime.eight_bits import Checked, check_products, check_quantizable, check_residual, described
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
@@ -20,11 +23,11 @@ _implementations = Implementations("gpukern.conv.quantized")
 
 
 def _output_shape(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    input: Checked,
+    weight: Checked,
+    scale: Checked | None,
+    bias: Checked | None,
+    residual: Checked | None,
     stride: Pair,
     padding: Padding,
     dilation: Pair,
@@ -51,6 +54,25 @@ def _output_shape(
     return (*shape[:2], *pooled_size(shape, *POOL_WINDOWS)) if pool else shape
 
 
+@functools.lru_cache(maxsize=4096)
+def _problem(
+    input: Checked,
+    weight: Checked,
+    scale: Checked | None,
+    bias: Checked | None,
+    residual: Checked | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    *epilogue: Any,
+) -> ConvProblem:
+    """The problem of checked operands: a second call of the same kind is not checked again."""
+    _output_shape(input, weight, scale, bias, residual, stride, padding, dilation, groups, *epilogue)
+    bias_shape = None if bias is None else bias.shape
+    return conv_problem(input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
+
+
 def _forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -69,8 +91,8 @@ def _forward(
     pool: bool,
 ) -> torch.Tensor:
     geometry, written = (stride, padding, dilation, groups), (residual_scale, output_scale, output_dtype, pool)
-    _output_shape(input, weight, scale, bias, residual, *geometry, activation, negative_slope, *written)
-    problem = conv_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
+    operands = described(input), described(weight), described(scale), described(bias), described(residual)
+    problem = _problem(*operands, *geometry, activation, negative_slope, *written)
     launch = _implementations.of(input).conv2d_quantized
     return launch(problem, input, weight, scale, bias, residual, activation, negative_slope, *written)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
-from gpukern.conv import Pair, transposed_problem, transposed_size
+from gpukern.conv import ConvProblem, Pair, transposed_problem, transposed_size
 from gpukern.ops.activation import check_activation
 from gpukern.ops.conv2d import check_residual as check_residual_shape
 from gpukern.ops.conv2d import transposed_flops
-from gpukern.runtime.eight_bits import check_products, check_quantizable, check_residual
+from gpukern.runtime.eight_bits import Checked, check_products, check_quantizable, check_residual, described
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
 from gpukern.runtime.tensors import memory_format_of
@@ -18,11 +21,11 @@ _implementations = Implementations("gpukern.conv.quantized")
 
 
 def _output_shape(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    input: Checked,
+    weight: Checked,
+    scale: Checked | None,
+    bias: Checked | None,
+    residual: Checked | None,
     stride: Pair,
     padding: Pair,
     output_padding: Pair,
@@ -48,6 +51,26 @@ def _output_shape(
     return shape
 
 
+@functools.lru_cache(maxsize=4096)
+def _problem(
+    input: Checked,
+    weight: Checked,
+    scale: Checked | None,
+    bias: Checked | None,
+    residual: Checked | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    dilation: Pair,
+    groups: int,
+    *epilogue: Any,
+) -> ConvProblem:
+    """The problem of checked operands: a second call of the same kind is not checked again."""
+    geometry = stride, padding, output_padding, dilation, groups
+    _output_shape(input, weight, scale, bias, residual, *geometry, *epilogue)
+    return transposed_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
+
+
 def _forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -69,8 +92,8 @@ def _forward(
         (stride, padding, output_padding, dilation, groups),
         (residual_scale, output_scale, output_dtype),
     )
-    _output_shape(input, weight, scale, bias, residual, *geometry, activation, negative_slope, *written)
-    problem = transposed_problem(input.shape, weight.shape, None if bias is None else bias.shape, *geometry)
+    operands = described(input), described(weight), described(scale), described(bias), described(residual)
+    problem = _problem(*operands, *geometry, activation, negative_slope, *written)
     launch = _implementations.of(input).conv_transpose2d_quantized
     return launch(problem, input, weight, scale, bias, residual, activation, negative_slope, *written)
 

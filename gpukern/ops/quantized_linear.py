@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from gpukern.ops.activation import check_activation
-from gpukern.runtime.eight_bits import check_products, check_quantizable
+from gpukern.runtime.eight_bits import check_products, check_quantizable, described
 from gpukern.runtime.integers import require
 from gpukern.runtime.mode import Implementations
 from gpukern.runtime.operator import Operator
@@ -16,7 +18,7 @@ _implementations = Implementations("gpukern.conv.quantized")
 
 def _check(input, weight, scale, bias, activation, negative_slope, output_scale, output_dtype) -> None:
     require(
-        input.dim() == 2 and weight.dim() == 2,
+        len(input.shape) == 2 and len(weight.shape) == 2,
         f"linear_quantized: expected input [rows, in_features] and weight [out_features, in_features], but got "
         f"{list(input.shape)} and {list(weight.shape)}",
     )
@@ -31,6 +33,10 @@ def _check(input, weight, scale, bias, activation, negative_slope, output_scale,
     check_activation(activation, negative_slope)
 
 
+#: A second call of the same kind is not checked again.
+_check_once = functools.lru_cache(maxsize=4096)(_check)
+
+
 def _forward(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -41,7 +47,8 @@ def _forward(
     output_scale: float,
     output_dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check(input, weight, scale, bias, activation, negative_slope, output_scale, output_dtype)
+    operands = described(input), described(weight), described(scale), described(bias)
+    _check_once(*operands, activation, negative_slope, output_scale, output_dtype)
     launch = _implementations.of(input).linear_quantized
     return launch(input, weight, scale, bias, activation, negative_slope, output_scale, output_dtype)
 

@@ -8,6 +8,7 @@ weight.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +23,23 @@ MOST_PRODUCTS = 2**17 - 1
 _HALVES = (torch.float16, torch.bfloat16)
 #: Normal numbers of fp32, whose inverses are normal too.
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**126
+
+
+class Described(NamedTuple):
+    """What is checked of a tensor: a key for caches."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def described(tensor: torch.Tensor | None) -> Described | None:
+    """Return the description of a tensor, if there is one."""
+    return None if tensor is None else Described(tensor.shape, tensor.dtype, tensor.device)
+
+
+#: The checks read no more than a description has.
+Checked = torch.Tensor | Described
 
 
 def in_8_bits(dtype: torch.dtype) -> bool:
@@ -81,10 +99,10 @@ def check_scale(operation: str, scale: float, name: str = "scale") -> None:
 
 def check_products(
     operation: str,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    input: Checked,
+    weight: Checked,
+    scale: Checked | None,
+    bias: Checked | None,
     outputs: int,
     products: int,
 ) -> None:
@@ -113,7 +131,7 @@ def check_products(
 
 
 def check_channels(
-    operation: str, name: str, tensor: torch.Tensor | None, channels: int, dtypes: tuple[torch.dtype, ...]
+    operation: str, name: str, tensor: Checked | None, channels: int, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Raise RuntimeError unless ``tensor``, if there is one, has a number for each of ``channels``."""
     if tensor is None:
@@ -128,13 +146,13 @@ def check_channels(
     )
 
 
-def check_residual(operation: str, input: torch.Tensor, residual: torch.Tensor, scale: float) -> None:
+def check_residual(operation: str, input: Checked, residual: Checked, scale: float) -> None:
     """Raise RuntimeError unless ``residual`` is in 8 bits, or floating point with a scale of 1."""
     check_device(operation, input, "residual", residual)
     check_quantizable(operation, scale, residual.dtype, "residual_scale")
 
 
-def check_device(operation: str, input: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+def check_device(operation: str, input: Checked, name: str, tensor: Checked) -> None:
     """Raise RuntimeError, as torch does, unless both tensors are on one device."""
     require(
         tensor.device == input.device,

@@ -92,7 +92,7 @@ def prepare() -> None:
         if not assembly.startswith("cvt.rna.tf32.f32 "):
             raise NotImplementedError(f"emulated inline assembly: {assembly}")
         rounded = round_to_tf32(values[0].data) if EMULATE_TF32 else values[0].data
-        return _Results([TensorHandle(rounded, tl.float32)])
+        return Results([TensorHandle(rounded, tl.float32)])
 
     def create_make_tensor_descriptor(self, *args, **named):
         descriptor = plain_descriptor(self, *args, **named)
@@ -111,7 +111,7 @@ def prepare() -> None:
     InterpreterBuilder.create_descriptor_load = create_descriptor_load
 
 
-class _Results(list):
+class Results(list):
     """The results of an operation, in the compiler's form."""
 
     def get_result(self, i: int) -> TensorHandle:

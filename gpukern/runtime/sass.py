@@ -22,14 +22,16 @@ from gpukern.runtime.control_flow import Body, Instruction, loops, parse
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _USAGE = re.compile(r"REG:(\d+)\s+STACK:(\d+)")
 
-#: Matrix products: wgmma on Hopper, tcgen05.mma on the data-centre Blackwells, mma.sync on every GPU since Turing.
-TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")
+#: Matrix products: wgmma on Hopper, tcgen05.mma on the data-centre Blackwells, mma.sync on every GPU since Turing; of
+#: halves and TF32 (H), whole numbers of 8 bits (I), and floats of 8 bits (Q).
+TENSOR_CORE = ("HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA", "HMMA", "IMMA", "QMMA")
+_FROM_SHARED_MEMORY = ("HGMMA", "IGMMA", "QGMMA")
 #: Asynchronous copies from global to shared memory: TMA and cp.async.
 ASYNCHRONOUS_COPIES = ("UTMALDG", "LDGSTS")
 
 #: Kinds of instructions, by the first part of their opcode. All others compute integers and addresses.
 _KINDS = {
-    "tensor cores": "HGMMA HMMA IMMA LDTM STTM",
+    "tensor cores": "HGMMA IGMMA QGMMA HMMA IMMA QMMA LDTM STTM",
     "asynchronous copies": "LDGSTS LDGDEPBAR DEPBAR UBLKCP",
     "shared memory": "LDS STS LDSM STSM ATOMS MOVM",
     "global memory": "LDG STG LD ST RED ATOM ATOMG CCTL",
@@ -180,7 +182,7 @@ def _works(instruction: Instruction) -> bool:
 
 def _takes_registers(instruction: Instruction) -> bool:
     """Whether the first factor of a wgmma is not described by a ``gdesc``, the address of shared memory."""
-    return instruction.name == "HGMMA" and "gdesc" not in instruction.operands.split(",")[1]
+    return instruction.name in _FROM_SHARED_MEMORY and "gdesc" not in instruction.operands.split(",")[1]
 
 
 def _arithmetic(loop: Loop) -> int:

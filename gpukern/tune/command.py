@@ -12,7 +12,8 @@ import torch
 import typer
 from rich.console import Console
 
-from gpukern.explain.formatting import directions_called, kind_called, sizes_called
+from gpukern.explain.formatting import directions_called, layer_kind_called, sizes_called
+from gpukern.explain.query import QUANTIZED_KINDS
 from gpukern.tune import sources
 from gpukern.tune.record import Call
 from gpukern.tune.session import TuneError, check_device, tune_calls
@@ -33,7 +34,7 @@ def tune(
     ] = [],  # noqa: B006 - Typer's own copy
     layers: Annotated[list[Path], typer.Option(metavar="FILE", help="A JSON list of such layers. Repeatable.")] = [],  # noqa: B006
     batch: Annotated[str, typer.Option(help="Batch sizes in place of the given one, 1,32,128.")] = "",
-    dtype: Annotated[str, typer.Option(help="Any of fp16, bf16, tf32, fp32, joined by commas.")] = "fp16",
+    dtype: Annotated[str, typer.Option(help="Any of fp16, bf16, tf32, fp32; of layers' forward int8, fp8.")] = "fp16",
     direction: Annotated[str, typer.Option(help="Any of forward, input-grad, weight-grad, or all.")] = "all",
     nchw: Annotated[bool, typer.Option("--nchw", help="Tensors in NCHW instead of channels_last.")] = False,
     device: Annotated[int, typer.Option(min=0, help="The number of the GPU.")] = 0,
@@ -94,7 +95,9 @@ def _asked(
     with _in("--batch"):
         batches: list[int | None] = [sizes_called(word, 1)[0] for word in _listed(batch)] or [None]
     with _in("--dtype"):
-        kinds = [kind_called(word) for word in _listed(dtype)]
+        kinds = [layer_kind_called(word) for word in _listed(dtype)]
+        if model and set(kinds) & set(QUANTIZED_KINDS):
+            raise ValueError("int8 and fp8 are for layers: --layer or --layers")
     with _in("--direction"):
         directions = list(dict.fromkeys(each for word in _listed(direction) for each in directions_called(word)))
     if bool(model) != bool(input):

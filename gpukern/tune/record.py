@@ -21,7 +21,7 @@ class Call(conv.Call):
     __slots__ = ()
 
     def __str__(self) -> str:
-        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
+        dtype = "tf32" if self.precision == "tf32" else self.operands.types
         return f"{describe(self.problem)}, {self.direction.value}, {dtype}"
 
 

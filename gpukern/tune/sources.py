@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from gpukern.conv import ConvProblem, Direction, shapes
+from gpukern.conv import ConvProblem, Direction, Types, shapes
 from gpukern.explain.formatting import problem_called, sizes_called
-from gpukern.explain.query import KINDS
+from gpukern.explain.query import KINDS, QUANTIZED_KINDS
 from gpukern.runtime.precision import fp32_products
 from gpukern.runtime.strides import dense_strides, is_channels_last
 from gpukern.tune.record import Call, calls_of
@@ -54,8 +54,11 @@ def layers_in(path: Path) -> list[ConvProblem]:
 def calls_of_layer(
     problem: ConvProblem, kind: str, channels_last: bool, directions: Collection[Direction]
 ) -> Iterator[Call]:
-    """Return the launches of a layer of these sizes; ``channels_last`` is the layout of its input and its filter."""
-    dtype, precision = KINDS[kind]
+    """Return the launches of a layer of these sizes; ``channels_last`` is the layout of its input and its filter.
+
+    In 8 bits there is a forward only."""
+    dtype, precision = (KINDS | QUANTIZED_KINDS)[kind]
+    types = Types(dtype, dtype) if kind in QUANTIZED_KINDS else None
     x, w, y = shapes(problem, Direction.FORWARD)
     image, filter = (dense_strides(shape, channels_last) for shape in (x, w))
     # PyTorch's rule for a result.
@@ -66,7 +69,8 @@ def calls_of_layer(
         Direction.WEIGHT_GRAD: (grad, image, channels_last),
     }
     for direction in directions:
-        yield Call(problem, direction, *operands[direction], True, dtype, precision)
+        if types is None or direction is Direction.FORWARD:
+            yield Call(problem, direction, *operands[direction], True, dtype, precision, types)
 
 
 def with_batch(problem: ConvProblem, batch: int | None) -> ConvProblem:

@@ -27,6 +27,7 @@ from gpukern.conv import (
     run,
     shapes,
 )
+from gpukern.conv.quantized.launch import launch_quantized
 from gpukern.ops._reduction.functions import Statistics
 from gpukern.runtime.device import DeviceSpec
 
@@ -75,6 +76,9 @@ class Requests:
 
 
 def _launch(problem, direction: Direction, operands, choice: ConvPlan) -> None:
+    if operands.quantized:
+        _launch_quantized(problem, direction, operands, choice)
+        return
     dtype = getattr(torch, operands.dtype)
     of_first, of_second, of_output = shapes(problem, direction)
     first, second = _tensor(of_first, operands.first, dtype), _tensor(of_second, operands.second, dtype)
@@ -91,6 +95,24 @@ def _launch(problem, direction: Direction, operands, choice: ConvPlan) -> None:
         prepared = prepared_for(problem, direction, first, second, channels_last, epilogue, choice)
         wanted = statistics if epilogue.statistics else None
         run(prepared, first, second, bias, residual if epilogue.residual else None, statistics=wanted)
+
+
+def _launch_quantized(problem, direction: Direction, operands, choice: ConvPlan) -> None:
+    """With the epilogue that takes most registers: a residual, if there is no pool, and the rounding."""
+    dtypes = (getattr(torch, dtype) for dtype in operands.dtypes)
+    of_first, of_second, of_output = shapes(problem, direction)
+    first, second, output = (
+        _tensor(shape, layout, dtype)
+        for shape, layout, dtype in zip(
+            (of_first, of_second, of_output), (operands.first, operands.second, operands.output), dtypes, strict=True
+        )
+    )
+    numbers = torch.empty(of_output[1], device="meta")
+    residual = None if problem.pool else output
+    scales = [0.5 if tensor is not None and tensor.itemsize == 1 else 1.0 for tensor in (residual, output)]
+    launch_quantized(
+        direction, problem, first, second, numbers, numbers, residual, "silu", 0.1, *scales, output.dtype, choice
+    )
 
 
 def _launch_through_norm(problem, grad, weight, z: torch.Tensor, choice: ConvPlan) -> None:

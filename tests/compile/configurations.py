@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from gpukern.runtime.compile_only import Launch
 from gpukern.runtime.device import A100, B200, H100, H200, L4, RTX_4090, RTX_5090, DeviceSpec
+from tests.compile import quantized
 from tests.compile.launches import LAYOUTS, Selection, record
 
 #: What ``make test`` compiles for: the first device's architecture, for the plans of all. Code for the L4 differs from
@@ -18,6 +19,7 @@ ARCHITECTURES: dict[str, tuple[DeviceSpec, ...]] = {
     "sm_90": (H100,),
     "sm_100": (B200,),
     "sm_120": (RTX_5090,),
+    "sm_89": (L4,),  # for float8 alone
 }
 #: What ``make gate`` compiles for.
 ALL_ARCHITECTURES: dict[str, tuple[DeviceSpec, ...]] = {
@@ -63,6 +65,8 @@ def every_one(architecture: str, kind: str) -> list[Compilation]:
 
 
 def _selection(architecture: str, kind: str) -> Selection:
+    if kind in quantized.TYPES:
+        return Selection(odd_layouts=())
     if architecture in ("sm_100", "sm_120") or kind == "bfloat16":
         return _FEW  # the plans are those of sm_90, and of float16
     # Plans look at the layout before they look at the dtype, and what is odd differs in the products alone.

@@ -11,6 +11,8 @@ its launches (:mod:`tests.compile.driver`). One that multiplies matrices uses th
 Kernels that read through descriptors (the copy engine, TMA) are held to all of it. Those that gather through pointers
 are for what descriptors cannot describe: they copy asynchronously where channels lie in runs of 16 bytes.
 
+Of operands in 8 bits both, the loop converts none on the way to the tensor cores.
+
 Three exceptions. Products of float32 in full are three products of halves, which pass through registers. On sm_100,
 which keeps its sums in a memory of their own and gets Hopper's tiles, what spills outside of the main loop is let be.
 With Triton 3.9, and on sm_120, a few such instructions are: see :data:`FEW_SPILLS`.
@@ -46,6 +48,11 @@ SPILLS_A_TILE = 0.002
 #: In a loop without products, of an iteration: a row of pixels in depthwise kernels of a few channels in NCHW whose
 #: statistics end in their launch (4 of 187 instructions, loads and stores of images among them, on sm_80).
 SPILLS_A_ROW = 4
+IN_8_BITS = {"int8", "float8_e4m3fn"}
+#: Products of such, by mma.sync and by wgmma, and what would turn their operands into others.
+NARROW = ("IMMA", "QMMA", "IGMMA", "QGMMA", "UTCIMMA", "UTCQMMA")
+WGMMA = ("HGMMA", "IGMMA", "QGMMA")
+CONVERSIONS = ("I2F", "I2FP", "F2I", "F2F", "F2FP")
 #: Of kernels that are not listed.
 BUDGET = 150
 #: Operands of four bytes that lie across the sum are transposed on the way.
@@ -82,6 +89,8 @@ def _of_products(row: dict) -> list[str]:
     found = []
     for loop in row["loops"]:
         found += _of_loop(row, loop)
+    if set(row["dtypes"][:2]) <= IN_8_BITS:
+        found += _of_bytes(row)
     if row["kernel"] == "conv2d_block_diagonal_kernel" and not row["instructions"].get("LDGSTS"):
         # Its loop over few taps may be unrolled; the other, for a tile that met a NaN, is left to wait.
         found.append("no asynchronous copies")
@@ -92,6 +101,14 @@ def _of_products(row: dict) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _of_bytes(row: dict) -> list[str]:
+    """Faults of products whose operands both have 8 bits."""
+    found = [] if row["tensor_core"] in NARROW else [f"{row['tensor_core']} for operands of 8 bits"]
+    for loop in row["loops"]:
+        found += [f"{name} in the main loop" for name in CONVERSIONS if loop["instructions"].get(name)]
+    return found
+
+
 def _of_loop(row: dict, loop: dict) -> list[str]:
     found, instructions = [], loop["instructions"]
     ahead = (int(row["options"].get("num_stages", 1)) - 1) * loop["copies"]
@@ -99,10 +116,10 @@ def _of_loop(row: dict, loop: dict) -> list[str]:
         found.append("main loop without asynchronous copies")
     if copies_asynchronously(row) and loop["copies_ahead"] < ahead:
         found.append(f"{loop['copies_ahead']} copies before the main loop, {ahead} expected")
-    if row["descriptors"] and row["tensor_core"] == "HGMMA":
+    if row["descriptors"] and row["tensor_core"] in WGMMA:
         halves = row["options"].get("PRECISION") == "tf32x3"
         budget = BUDGETS.get(row["kernel"], BUDGET) + MORE_FOR_TF32 * _is_fp32(row)
-        if _triton(row) >= (3, 9) and instructions.get("HGMMA", 0) >= 8:
+        if _triton(row) >= (3, 9) and instructions.get(row["tensor_core"], 0) >= 8:
             budget += MORE_WITH_3_9.get(row["kernel"], 0)
         for name, count, allowed in (
             ("wgmma with an operand from registers", 0 if halves else loop["register_operands"], 0),

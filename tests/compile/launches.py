@@ -33,24 +33,28 @@ from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.ops.pointwise_norm import convolve_between_norms, convolve_between_norms_backward
 from gpukern.ops.pool2d import max_pool2d
 from gpukern.ops.quantization import dequantize, quantize
+from gpukern.ops.quantized_conv2d import conv2d_quantized
 from gpukern.ops.quantized_pool2d import adaptive_avg_pool2d_quantized, avg_pool2d_quantized
 from gpukern.runtime.compile_only import Launch, record_launches
 from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.precision import conv_precision, fp32_products
 from models.zoo import NETWORKS
+from tests.compile import quantized
 from tests.compile.candidates import Requests
 from tests.ops.conv_cases import CASES, Case, as_problem
 
 META = torch.device("meta")
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
 BATCHES = (1, 8, 32, 128)
-#: The dtype, and whether fp32 products may be TF32.
-KINDS = {
+#: The dtype, and whether fp32 products may be TF32. Those of 8 bits are convolutions for inference alone.
+KINDS: dict[str, tuple[torch.dtype, bool]] = {
     "float16": (torch.float16, True),
     "bfloat16": (torch.bfloat16, True),
     "tf32": (torch.float32, True),
     "float32": (torch.float32, False),
+    "int8": (torch.int8, False),
+    "float8": (torch.float8_e4m3fn, False),
 }
 
 
@@ -81,7 +85,7 @@ def record(device: DeviceSpec, kind: str, what: Selection) -> tuple[list[Launch]
     others: dict[tuple, Launch] = {}
     precision = "tf32" if tf32 else "ieee"
     with fp32_products(precision, precision), record_launches(device) as launches:
-        for run in _operations(dtype, what):
+        for run in quantized.calls(kind) if kind in quantized.TYPES else _operations(dtype, what):
             with requests.recording():
                 run()
             chosen.update((each.key, each) for each in launches)
@@ -90,7 +94,7 @@ def record(device: DeviceSpec, kind: str, what: Selection) -> tuple[list[Launch]
                 forced()
                 others.update((each.key, each) for each in launches)
                 launches.clear()
-        for run, forced in _pooled(dtype, what, device):
+        for run, forced in () if kind in quantized.TYPES else _pooled(dtype, what, device):
             run()
             (others if forced else chosen).update((each.key, each) for each in launches)
             launches.clear()
@@ -287,7 +291,7 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
 
 
 def _passes_of_8_bits() -> Iterator[Callable[[], None]]:
-    """Pools of 8-bit tensors and roundings to them, of networks for inference: in channels_last."""
+    """What networks in 8 bits have beside matrix products: in channels_last."""
     for dtype in (torch.int8, torch.float8_e4m3fn):
         if dtype is torch.float8_e4m3fn and device_spec(META).compute_capability < (8, 9):
             continue
@@ -300,6 +304,18 @@ def _passes_of_8_bits() -> Iterator[Callable[[], None]]:
         yield lambda last=last: adaptive_avg_pool2d_quantized(last, 0.1, (1, 1), 1.0, torch.float16)
         yield lambda half=half, dtype=dtype: quantize(half, 0.1, dtype)
         yield lambda last=last: dequantize(last, 0.1, torch.float16)
+        # The first reads and writes 8 bits, the second has weights of 16.
+        yield lambda dtype=dtype: _run_depthwise((32, 144, 56, 56), 3, 1, dtype, dtype)
+        yield lambda dtype=dtype: _run_depthwise((32, 240, 28, 28), 5, 2, dtype, torch.float16)
+
+
+def _run_depthwise(shape: tuple[int, ...], taps: int, stride: int, dtype: torch.dtype, of_weight: torch.dtype) -> None:
+    (_, C, H, W), padding = shape, taps // 2
+    x, weight = _empty(shape, dtype, torch.channels_last), _empty((C, 1, taps, taps), of_weight)
+    scale, bias = (_empty((C,), torch.float32) for _ in range(2))
+    residual = _empty((shape[0], C, -(-H // stride), -(-W // stride)), dtype, torch.channels_last)
+    geometry = (stride,) * 2, (padding,) * 4, (1, 1), C
+    conv2d_quantized(x, weight, scale, bias, residual, *geometry, "relu6", 0.0, 0.1, 0.2, dtype, False)
 
 
 #: Layers that a max pool follows: those of VGG; of networks for small images; odd sizes.

@@ -43,6 +43,8 @@ GATHER = {
     "loops": [{**LOOP, "instructions": {"HMMA": 16, "LDGSTS": 2, "LDSM": 6}, "waits": 0}],
 }
 GEMM = {**BOX, "kernel": "conv2d_gemm_kernel"}
+BYTES = {**BOX, "dtypes": ["int8", "int8", "float32"], "tensor_core": "IGMMA"}
+BYTES["loops"] = [{**LOOP, "instructions": {"IGMMA": 4, "UTMALDG": 2}}]
 MANY = {"HGMMA": 4, "UTMALDG": 6, "FADD": 90}
 IN_LOOP = {"loop__instructions": {"HGMMA": 4, "LDL": 1}}
 DEPTHWISE = {
@@ -118,6 +120,10 @@ def test_good_kernels_have_none(row):
         (GEMM, {"loop__length": 103, "loop__instructions": {"HGMMA": 8}}, "103 instructions"),
         (GEMM, {"triton": "3.9.0", "loop__length": 103}, "103 instructions"),
         (GEMM, {"triton": "3.9.0", "loop__length": 104, "loop__instructions": {"HGMMA": 8}}, "104 instructions"),
+        (BYTES, {"tensor_core": "HGMMA"}, "HGMMA for operands of 8 bits"),
+        (BYTES, {"loop__instructions": {"IGMMA": 4, "I2F": 1}}, "I2F in the main loop"),
+        (BYTES, {"loop__register_operands": 4}, "from registers"),
+        (BYTES, {"loop__waits": 2}, "2 waits"),
         (GATHER, {"tensor_core": None}, "no tensor-core"),
         (GATHER, {"loop__copies": 0}, "without asynchronous copies"),
         (GATHER, {"loop__copies_ahead": 0}, "0 copies before"),

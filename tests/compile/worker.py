@@ -37,7 +37,7 @@ def describe(launch: Launch) -> dict:
         "dtypes": launch.dtypes,
         "descriptors": any("tensordesc" in compiled_in for compiled_in in launch.key),
         "options": {k: str(v) for k, v in launch.options.items()},
-        "absent": [name for name, given in zip(names, launch.arguments, strict=False) if given is None],
+        "given": [name for name, given in zip(names, launch.arguments, strict=False) if given is not None],
         "tensor_core": None,
     }
     try:

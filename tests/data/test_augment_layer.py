@@ -181,6 +181,18 @@ def test_compiled_models_go_on_behind_it(images):
     torch._dynamo.reset()
 
 
+@pytest.mark.gpu
+def test_cuda_graphs_are_refused_and_evaluation_is_not(images, device):
+    layer, graph = Augment(8, 1, True).to(device), torch.cuda.CUDAGraph()
+    expected = layer.eval()(images)
+    with torch.cuda.graph(graph):
+        y = layer(images)
+        with pytest.raises(RuntimeError, match="one step"):
+            layer.train()(images)
+    graph.replay()
+    assert torch.equal(y, expected)
+
+
 # ---- statistics ----------------------------------------------------------------------------------------------------
 
 

@@ -161,6 +161,30 @@ def test_batches_go_to_another_device():
     assert images.is_meta and numbers.is_meta and images.shape == (4, 3, 4, 4)
 
 
+def test_processes_are_those_of_torch_distributed(monkeypatch):
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 2)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+    loader = Loader(IMAGES, LABELS, 4)
+    assert (loader.rank, loader.world_size, len(loader)) == (2, 3, 2)
+    assert labels(loader) == labels(Loader(IMAGES, LABELS, 4, rank=2, world_size=3))
+    alone = Loader(IMAGES, LABELS, 4, rank=0, world_size=1)
+    assert (alone.rank, alone.world_size) == (0, 1)
+
+
+@pytest.mark.gpu
+def test_host_memory_reaches_a_gpu(device):
+    images = torch.randint(256, (COUNT, 6, 6, 3), dtype=torch.uint8)
+    augment = Augment(6, 2, True, 2, 0.5, 0.25, torch.float16).to(device)
+    with force_mode(None):  # type: ignore[arg-type]
+        there = list(Loader(images.to(device), LABELS.to(device), 5, transform=augment))
+        here = list(Loader(images, LABELS, 5, transform=augment, device=device))
+    assert all(
+        torch.equal(a, b) for one, other in zip(there, here, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
 @pytest.mark.parametrize(
     "options, error, words",
     [

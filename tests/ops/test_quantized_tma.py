@@ -157,6 +157,43 @@ def test_absent_scale_and_bias(device):
         assert same(actual, expected) and actual.any()
 
 
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize(
+    "plan, p, kind",
+    [
+        (BOX, TINY, INT8),
+        (replace(BOX, splits=2), TINY, INT8),
+        (replace(BOX, block_m=256, box=(4, 8, 8)), TINY, INT8),
+        (STEM, FIRST, HALF),
+    ],
+    ids=["box", "splits", "parts", "stem"],
+)
+def test_maxima_of_2x2_pixels(plan, p, kind, activation, device, monkeypatch):
+    """relu is left to the rounding, which follows the maxima; leaky_relu is not."""
+    monkeypatch.setattr("gpukern.conv.quantized.launch.pooled_choice", lambda *_: plan)
+    tensors = operands(p, kind, device)
+    geometry = p.stride, p.padding, p.dilation, p.groups
+    written = activation, 0.1, 1.0, 0.03, INT8, True
+    actual = ops.conv2d_quantized(*tensors, None, *geometry, *written).cpu()
+    expected = reference.conv2d_quantized(p, *(tensor.cpu() for tensor in tensors), None, *written)
+    apart = (actual.int() - expected.int()).abs()
+    # Sums of floats may be added in another order, and then round to a neighbour.
+    assert apart.max() <= (kind is HALF) and (apart > 0).double().mean() <= 0.02
+    assert actual.shape == (p.N, p.K, p.P // 2, p.Q // 2) and actual.double().std() > 5
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("dtype", [INT8, E4M3, BF16], ids=str)
+def test_nan_and_infinity(dtype, activation, device):
+    """In int8 a NaN is 0 and infinity saturates; elsewhere a NaN stays one."""
+    for plan, p in ((BOX, TINY), (GEMM, PRODUCT)):
+        x, w, scale, bias = operands(p, INT8, device)
+        scale[:3], bias[3:6] = torch.tensor([math.nan, math.inf, -math.inf]), torch.tensor([-math.nan, 1e30, -1e30])
+        actual, expected = both(p, plan, [x, w, scale, bias], activation=activation, dtype=dtype)
+        assert same(actual, expected)
+        assert dtype is INT8 or actual.double()[:, 0].isnan().all()
+
+
 def test_views_of_int8(device):
     """Crops of larger tensors: only their channels lie side by side."""
     p = TINY

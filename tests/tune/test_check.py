@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from gpukern.conv.choice import choose
 from gpukern.conv.plan import Direction
+from gpukern.conv.quantized import launch
+from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.precision import TF32_CUT, TF32_ROUNDED
 from gpukern.tune import check, measurement
 from gpukern.tune.record import calls_of
@@ -77,3 +80,22 @@ def test_operands_are_laid_out_as_they_were_met(device, few):
         assert one._first.stride() == view.stride() == call.first
         assert call.aligned == (name == "expanded") == (one._first.data_ptr() % 16 == 0)
         assert not measurement.measure(call, device, Clock()).rejected
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_launches_in_8_bits_are_checked_after_their_scale(kind, device):
+    call = call_of("2x16x5x4 24x3x2 --stride 2 --padding 1", kind)
+    one = check.Check(call, device)
+    chosen = choose(call.problem, call.direction, call.operands, device_spec(device)).plan
+    one.launch(chosen)()
+    output = launch.launch_quantized(*_operands(one, call), chosen)
+    one._compare(output, "ieee")
+    wrong = output.clone()
+    wrong.view(torch.int8)[1, 2, 2, 0] += 1 if kind == "int8" else 16  # two binades' eighths
+    with pytest.raises(check.WrongResult, match=r"^1 of \d+ elements, at \(1, 2, 2, 0\) "):
+        one._compare(wrong, "ieee")
+
+
+def _operands(one: check.Check, call) -> tuple:
+    scales = None, None, None, "none", 0.0, 1.0, one._scale, one._dtype
+    return call.direction, call.problem, one._first, one._second, *scales

@@ -11,7 +11,7 @@ from gpukern.conv.plan import ConvPlan
 from gpukern.runtime.counters import zeroed_counters
 
 
-class Shared(NamedTuple):
+class Parts(NamedTuple):
     """Partial sums [tiles, splits, block_m, block_n], in the dtype of sums, and a counter for each tile, int32 zero."""
 
     sums: torch.Tensor
@@ -19,7 +19,7 @@ class Shared(NamedTuple):
 
 
 #: Makes them on a device.
-Workspace = Callable[[torch.device], Shared]
+Workspace = Callable[[torch.device], Parts]
 
 
 def split_k_workspace(plan: ConvPlan, tiles: int, dtype: torch.dtype = torch.float32) -> Workspace | None:
@@ -28,7 +28,7 @@ def split_k_workspace(plan: ConvPlan, tiles: int, dtype: torch.dtype = torch.flo
         return None
     size = tiles * plan.splits * plan.block_m * plan.block_n
 
-    def workspace(device: torch.device) -> Shared:
-        return Shared(torch.empty(size, dtype=dtype, device=device), zeroed_counters(tiles, device))
+    def workspace(device: torch.device) -> Parts:
+        return Parts(torch.empty(size, dtype=dtype, device=device), zeroed_counters(tiles, device))
 
     return workspace

@@ -37,7 +37,7 @@ def conv2d_quantized(
     operands = input, weight, scale, bias, residual
     epilogue = activation, negative_slope, residual_scale, output_scale, output_dtype
     if not pool:
-        return _with_epilogue(Direction.FORWARD, problem, *operands, *epilogue)
+        return launch_quantized(Direction.FORWARD, problem, *operands, *epilogue)
     device = device_spec(input.device)
     plan = pooled_choice(
         problem,
@@ -50,10 +50,10 @@ def conv2d_quantized(
         Types(input.dtype, output_dtype),
     )
     if plan is None:
-        y = _with_epilogue(Direction.FORWARD, problem, *operands, *epilogue)
+        y = launch_quantized(Direction.FORWARD, problem, *operands, *epilogue)
         return max_pool2d(windows_of(problem), y, memory_format_of(input, weight))
     try:
-        return _with_epilogue(Direction.FORWARD, pooled_problem(problem), *operands, *epilogue, plan)
+        return launch_quantized(Direction.FORWARD, pooled_problem(problem), *operands, *epilogue, plan)
     except DescriptorRefused as refusal:
         plan_without(plan, device, refusal)
     return conv2d_quantized(problem, *operands, *epilogue, True)
@@ -74,7 +74,7 @@ def conv_transpose2d_quantized(
 ) -> torch.Tensor:
     operands = input, weight, scale, bias, residual
     epilogue = activation, negative_slope, residual_scale, output_scale, output_dtype
-    return _with_epilogue(Direction.INPUT_GRAD, problem, *operands, *epilogue)
+    return launch_quantized(Direction.INPUT_GRAD, problem, *operands, *epilogue)
 
 
 def linear_quantized(
@@ -97,7 +97,7 @@ def linear_quantized(
     return output
 
 
-def _with_epilogue(
+def launch_quantized(
     direction: Direction,
     problem: ConvProblem,
     input: torch.Tensor,
@@ -112,6 +112,7 @@ def _with_epilogue(
     output_dtype: torch.dtype,
     plan: ConvPlan | None = None,
 ) -> torch.Tensor:
+    """Return the output of a convolution, or of a transposed one; ``plan`` replaces the chosen one."""
     epilogue = Epilogue(activation, residual is not None)
     if residual is not None:
         check_float8(residual.dtype, device_spec(input.device))

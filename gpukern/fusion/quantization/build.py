@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from gpukern.fusion.quantization.correct import corrections
 from gpukern.fusion.quantization.data import Data, Leaves, few
@@ -38,7 +40,7 @@ class Calibration:
         return list(few(batches, self.free, rows_within(self.network, _ROWS, _BYTES)))
 
 
-def build(given: Calibration) -> Scheme:
+def calibrated(given: Calibration) -> Scheme:
     """The scheme with all ``layers`` in eight bits."""
     given.told("comparing the estimators of ranges")
     known = given.asked.format, given.asked.calibration, given.some(given.data.observed)
@@ -59,7 +61,7 @@ def _with_equalized(scheme: Scheme, given: Calibration) -> Scheme:
     if not possible:
         return scheme
     given.told("equalizing channels")
-    network, divided = scheme.network, {}
+    network, divided = scheme.network, dict[str, torch.Tensor]()
     for chain in possible:
         made = equalized(network, chain)
         network, divided = made.network, {**divided, **made.divided}
@@ -79,7 +81,7 @@ def _first_of(scheme: Scheme) -> frozenset[str]:
     return frozenset(name for name in scheme.network.layers if name in scheme.storage.stored)
 
 
-def _rescaled(scheme: Scheme, network: Network, divided: dict, given: Calibration) -> Scheme:
+def _rescaled(scheme: Scheme, network: Network, divided: Mapping[str, torch.Tensor], given: Calibration) -> Scheme:
     """The scheme of the equalized network: what is between its layers is observed anew."""
     observer = Observer(network, scheme.domains)
     for leaves in given.data.observed:

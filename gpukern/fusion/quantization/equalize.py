@@ -2,13 +2,13 @@
 
     relu(w₁ x + b₁) = r · relu(w₁/r · x + b₁/r),   w₂ (r · y) = (r w₂) y
 
-for r > 0 changes nothing in exact arithmetic, and levels the ranges of the channels, which share one scale in the tensor
-between them, as they do for each filter of a depthwise layer. Not through a clamp, as that of ReLU6, nor where anything
-else reads or writes the channels.
+for r > 0 changes nothing in exact arithmetic, and levels the ranges of channels, which share one scale in the tensor
+between the layers. Not through a clamp, as that of ReLU6, nor where anything else reads or writes the channels.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
@@ -81,7 +81,7 @@ def equalized(network: Network, chain: list[str]) -> Equalized:
     layers = {name: network.layers[name] for name in chain}
     divided = {name: layers[name].weight.new_ones(layers[name].channels) for name in chain[:-1]}
     for _ in range(_ROUNDS):
-        for first, second in zip(chain, chain[1:], strict=False):
+        for first, second in itertools.pairwise(chain):
             by = _factors(layers[first], layers[second])
             by = (divided[first] * by).clamp(1 / _LIMIT, _LIMIT) / divided[first]
             layers[first], layers[second] = _output_divided(layers[first], by), _input_times(layers[second], by)

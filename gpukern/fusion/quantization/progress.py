@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -19,7 +19,7 @@ class Shown(NamedTuple):
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Shown]:
+def shown() -> Iterator[Shown]:
     """Show progress on standard error while the block runs, if that is a terminal that shows no other already."""
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
@@ -31,7 +31,7 @@ def progress() -> Iterator[Shown]:
     task = shown.add_task("calibrating", total=None)
 
     def track(batches: Iterable[Any]) -> Iterator[Any]:
-        shown.update(task, total=len(batches) if hasattr(batches, "__len__") else None)
+        shown.update(task, total=len(batches) if isinstance(batches, Sized) else None)
         for batch in batches:
             yield batch
             shown.advance(task)

@@ -45,7 +45,8 @@ def scales_of(
     if len(tried) > 1:
         errors = _errors(network, found, candidates, format, batches)
         chosen |= {place: min(each, key=each.__getitem__) for place, each in errors.items() if each}
-    scales, estimators = {}, {}
+    scales: dict[str, float] = {}
+    estimators: dict[str, str] = {}
     for domain in usable:
         estimator = chosen[id(domain)]
         scales |= dict.fromkeys(domain.values, candidates[id(domain)][estimator])

@@ -60,5 +60,5 @@ def average(node: Node, x: torch.Tensor) -> torch.Tensor:
         return x.mean(given["dim"], given["keepdim"])
     if node.target is _ops.adaptive_avg_pool2d.default:
         return F.adaptive_avg_pool2d(x, given["output_size"])
-    windows = (given[name] for name in ("kernel", "stride", "padding", "ceil_mode", "count_include_pad"))
-    return F.avg_pool2d(x, *windows, given["divisor_override"])
+    names = ("kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    return aten.avg_pool2d.default(x, *(given[name] for name in names))

@@ -120,12 +120,12 @@ class _Rewriting:
         weight, scale = self.weight(arguments(old)["weight"], given["weight"], layer, input_scale, eight)
         added = self.scheme.bias_of(old.name)
         bias = self.held(f"{old.name}_added", None if added is None else added.float())
-        written = (output_scale or 1.0, dtype)
+        written: tuple[Any, ...] = (output_scale or 1.0, dtype)
         activated = (given["activation"], given["negative_slope"])
+        operands: tuple[Any, ...] = (given["input"], weight, scale, bias)
         if old.target is _ops.linear.default:
-            operands = (given["input"], weight, scale, bias)
             return self.call(node, _ops.linear_quantized.default, *operands, *activated, *written)
-        operands = (given["input"], weight, scale, bias, given.get("residual"))
+        operands = *operands, given.get("residual")
         written = (residual_scale or 1.0, *written)
         if old.target is _ops.conv_transpose2d.default:
             names = ("stride", "padding", "output_padding", "dilation", "groups")
@@ -173,7 +173,8 @@ class _Rewriting:
         if old.target in (_ops.max_pool2d.default,) or not isinstance(value_of_any(old), torch.Tensor):
             return None
         bytes_of = self.call(node, aten.view.dtype, node.args[0], torch.uint8)
-        moved = self.graph.call_function(node.target, (bytes_of, *node.args[1:]), dict(node.kwargs))
+        target: Any = node.target
+        moved = self.graph.call_function(target, (bytes_of, *node.args[1:]), dict(node.kwargs))
         return self.call(node, aten.view.dtype, moved, self.scheme.format.dtype)
 
 

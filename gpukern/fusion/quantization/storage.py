@@ -1,7 +1,7 @@
 """Which layers have weights of eight bits, and which domains are stored so, for the layers that shall.
 
-A layer in eight bits reads its input in eight bits. A domain is stored so if a layer in eight bits reads it, and all
-that reads or writes it can do that in eight bits: then no pass converts anything.
+A layer in eight bits reads its input and its residual in eight bits. A domain is stored so if a layer in eight bits
+reads it, and all that reads or writes it can do that in eight bits: then no pass converts anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ class Storage:
 
 def store(network: Network, found: Domains, wanted: Collection[str]) -> Storage:
     """Store what the layers ``wanted`` in eight bits need; those whose input cannot be stay in 16 bits."""
-    needed = [domain for domain in found.every if not domain.why_not and set(domain.products) & set(wanted)]
+    needed = [
+        domain for domain in found.every if not domain.why_not and {*domain.products, *domain.residuals} & set(wanted)
+    ]
     for domain in needed:  # what an average pool before a layer reads is needed too
         sources = (found.of[node.name] for node in _pooled(network, domain))
         needed += [source for source in sources if not source.why_not and source not in needed]

@@ -103,12 +103,12 @@ class Verification:
 class QuantizedGroup:
     """A group that multiplies by weights, in a model of eight bits.
 
-    ``precision`` is that of its weights, ``why`` the reason for 16 bits. ``input_scale`` and ``output_scale`` are those of
-    tensors stored in eight bits, else None; ``calibration`` is the estimator of the input's. ``snr`` is the output's in
-    the whole network, in decibels, ``noise`` the noise of the network's outputs relative to their signal if this group
-    alone is in eight bits, where that was measured. ``bytes`` are those that it moves for the example, weights included,
-    and ``bytes_before`` those in 16 bits. ``equalized`` and ``corrected``: whether its channels were equalized with those
-    of the next layers, and its bias corrected.
+    ``precision`` is that of its weights, ``why`` the reason for 16 bits. ``input_scale`` and ``output_scale`` are those
+    of tensors stored in eight bits, else None; ``calibration`` is the estimator of the input's. ``snr`` is the output's
+    in the whole network, in decibels, ``noise`` the noise of the network's outputs relative to their signal if this
+    group alone is in eight bits, where that was measured. ``bytes`` are those that it moves for the example, weights
+    included, and ``bytes_before`` those in 16 bits. ``equalized`` and ``corrected``: whether its channels were leveled
+    with those of its neighbours, and its bias corrected. ``given_back``: whether it is in 16 bits for the target.
     """
 
     modules: tuple[str, ...]
@@ -129,8 +129,8 @@ class QuantizedGroup:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a model reaches on the batches kept aside: ``value`` is what the target is about, ``snr`` in decibels that of
-    the worst output, ``bytes`` what a pass moves for the example, weights included."""
+    """What a model reaches on the batches kept aside: ``value`` is what the target is about, ``snr`` in decibels that
+    of the worst output, ``bytes`` what a pass moves for the example, weights included."""
 
     value: float
     snr: float
@@ -142,9 +142,9 @@ class Quantization:
     """A model in eight bits. ``format`` is "int8" or "float8_e4m3fn", ``precision`` that of the rest.
 
     ``metric`` is what ``target`` is about: "agreement" with the original's argmax, or the name of the user's function.
-    ``sixteen``, ``every`` and ``reached`` are the model in 16 bits, with all possible groups in eight, and as it is; None
-    where nothing was proved. ``observed`` and ``aside``: rows of the batches that ranges were measured on, and those of
-    the proof.
+    ``sixteen``, ``every`` and ``reached`` are the model in 16 bits, with all possible groups in eight, and as it is;
+    None where nothing was proved. ``observed`` and ``aside``: rows of the batches that ranges were measured on, and
+    those of the proof. ``bytes_before`` and ``bytes``: what a pass moves for the example, in 16 bits and as it is.
     """
 
     format: str

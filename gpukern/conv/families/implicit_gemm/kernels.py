@@ -10,8 +10,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, pooled_rows, store_statistics
 from gpukern.conv.indexing import inside_image, phase_taps, taps_inside, tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
-from gpukern.conv.requantize import add_products, as_stored, scaled, scaled_residual, sum_type
-from gpukern.ops._activation.functions import apply_activation
+from gpukern.conv.requantize import add_products, as_stored, before_storing, scaled, scaled_residual, sum_type
 from gpukern.ops._pixels import split_pixel
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
@@ -27,7 +26,7 @@ def conv2d_gather_kernel(
     z_ptr,  # laid out like out, with
     other_ptr,  # laid out like out or None, and
     norm,  # NormGrad; or all None
-    shared,  # Shared of split_k.py; None for one split
+    parts,  # Parts of split_k.py; None for one split
     requantize,  # Requantize or None
     sizes,  # Sizes
     padding_h,
@@ -227,7 +226,7 @@ def conv2d_gather_kernel(
     last = True
     if SPLITS > 1:
         tile = (phase * tl.num_programs(1) + group) * tl.num_programs(0) + tl.program_id(0)
-        acc, last = add_splits(acc, shared.sums, shared.counters, tile, split, SPLITS)
+        acc, last = add_splits(acc, parts.sums, parts.counters, tile, split, SPLITS)
         # The other splits have nothing to write.
         pixels = tl.where(last, pixels, 0)
     if POOL:
@@ -255,10 +254,10 @@ def conv2d_gather_kernel(
             other = tl.load(other_ptr + place, mask=out_ok, other=0.0).to(tl.float32)
         y, from_mean = inner_gradient(acc, z, other, along_pixels(numbers, 0), negative_slope, ACTIVATION)
     else:
-        y = apply_activation(acc, ACTIVATION, negative_slope)
+        y = before_storing(acc, requantize, ACTIVATION, negative_slope, out.ptr.dtype.element_ty)
     if POOL:
         y = pooled_rows(y)
-    y = as_stored(y, requantize, out.ptr.dtype.element_ty)
+    y = as_stored(y, requantize, out.ptr.dtype.element_ty, ACTIVATION)
     tl.store(out.ptr + place, y, mask=out_ok)
     if statistics is not None:
         channels = sizes.columns * sizes.groups

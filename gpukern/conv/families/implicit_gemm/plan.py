@@ -64,6 +64,9 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
     else:
         tiles = _NARROW_TILES if narrow else _TILES
     rows, cols = power_of_two(M, 16), power_of_two(N, 16)
+    if operands.dtype == "float8_e4m3fn" and device.multiplies_from_shared_memory:
+        # Tiles of fewer rows are no wgmma's, and Triton converts their operands to halves in every step.
+        tiles, rows = tuple(tile for tile in tiles if tile[0] >= 64), max(rows, 64)
     seen: set[tuple[int, int]] = set()
     for block_m, block_n in tiles:
         tile = block_m, min(block_n, cols)
@@ -73,11 +76,12 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
         # Operands of wgmma, which takes 64 rows or more, stay in shared memory; otherwise a long step fills registers.
         half = operands.dtype != "float32" and not flat and device.multiplies_from_shared_memory
         long_step = half and block_m >= 64 and not narrow and _whole_steps(K, shortest, 2 * step)
-        longest = 2 * step if long_step else step
+        longest = 32 if flat else 2 * step if long_step else step
         block_k = 16 if full_fp32 else power_of_two(K * (p.R * p.S if flat else 1), shortest, longest)
         programs = cdiv(M, block_m) * cdiv(N, tile[1]) * p.groups * phases
         steps = p.R * p.S * cdiv(K, block_k)
-        for splits in _sum_splits(programs, steps, device) if not flat and direction is Direction.FORWARD else (1,):
+        splittable = not flat and direction is Direction.FORWARD and _leaves_registers_to_split(tile, operands, device)
+        for splits in _sum_splits(programs, steps, device) if splittable else (1,):
             yield ConvPlan(
                 Variant.FLAT if flat else Variant.TAPS,
                 *tile,
@@ -90,6 +94,14 @@ def _gather(p: ConvProblem, direction: Direction, operands: Operands, device: De
     if not flat and not narrow and operands.dtype != "float32" and block_m <= rows and block_n <= cols:
         block_k = power_of_two(K, shortest, step)
         yield ConvPlan(Variant.TAPS, block_m, block_n, block_k, 2 * MAX_WARPS, stages)
+
+
+def _leaves_registers_to_split(tile: tuple[int, int], operands: Operands, device: DeviceSpec) -> bool:
+    """Whether a tile leaves registers for scales and residual beside the addresses of partial sums.
+
+    Found by compiling for sm_80: with 32 sums a thread some quantized launches spill.
+    """
+    return not operands.quantized or device.multiplies_from_shared_memory or tile[0] * tile[1] <= 64 * 32
 
 
 def _sum_splits(programs: int, steps: int, device: DeviceSpec) -> tuple[int, ...]:

@@ -17,8 +17,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, pooled_columns, store_statistics
 from gpukern.conv.indexing import phase_taps, tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
-from gpukern.conv.requantize import as_stored, scaled, scaled_residual, sum_type
-from gpukern.ops._activation.functions import apply_activation
+from gpukern.conv.requantize import as_stored, before_storing, scaled, scaled_residual, sum_type
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 
 
@@ -241,10 +240,10 @@ def finish(
             kept = load_like_out(other, place, phase, PHASES, PIXELS, BLOCK_N)
         y, from_mean = inner_gradient(acc, values, kept, along_pixels(numbers, 1), negative_slope, ACTIVATION)
     else:
-        y = apply_activation(acc, ACTIVATION, negative_slope)
+        y = before_storing(acc, requantize, ACTIVATION, negative_slope, out.dtype)
     if POOL:
         y = pooled_columns(y, PART_W)
-    y = as_stored(y, requantize, out.dtype)
+    y = as_stored(y, requantize, out.dtype, ACTIVATION)
     if POOL:
         out.store([n0, i0 // 2, j0 // 2, column0], y.T.reshape(PART_N, PART_H // 2, PART_W // 2, BLOCK_N))
     elif PHASES:

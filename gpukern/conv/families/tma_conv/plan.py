@@ -43,6 +43,8 @@ _MOST_STAGES = 6
 # A tile of more pixels is finished in two parts, one after the other (see PART_N in ``kernels.py``), and not split: the
 # addresses of its partial sums would spill.
 _LARGEST_PART = 128
+# Sums that a thread scales and rounds at once: with 128, gelu spills on sm_90.
+_MOST_SCALED_SUMS = 64
 _BOX_SIDE = 256
 # Bytes of barriers besides the buffers.
 _SHARED_MEMORY_BESIDE = 1024
@@ -69,6 +71,8 @@ def candidates(p: ConvProblem, direction: Direction, operands: Operands, device:
         if p.pool and part(box)[1] % 2:
             continue
         plan = ConvPlan(Variant.BOX, block_m, block_n, block_k, warps, stages, box=box)
+        if operands.quantized and part(box) == box and plan.sums_per_thread > _MOST_SCALED_SUMS:
+            continue
         programs = tile_count(p, direction, plan) * len(sums)
         for splits in (1, *_splits(plan, programs, max(sums), device)):
             # There are no more stages than steps.

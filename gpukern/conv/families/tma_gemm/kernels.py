@@ -13,8 +13,7 @@ import triton.language as tl
 from gpukern.conv.epilogue import add_splits, store_statistics
 from gpukern.conv.indexing import tile_order
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers, store_norm_sums
-from gpukern.conv.requantize import as_stored, scaled, scaled_residual, sum_type
-from gpukern.ops._activation.functions import apply_activation
+from gpukern.conv.requantize import as_stored, before_storing, scaled, scaled_residual, sum_type
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums
 from gpukern.ops._reduction.shared_sums import last_to_arrive, leave_part, total_of
 
@@ -155,8 +154,8 @@ def _finish(
             kept = _load_like_out(other, image, pixel, column, BLOCK_M, BLOCK_N, PLANES)
         y, from_mean = inner_gradient(acc, values, kept, along_pixels(numbers, 1), negative_slope, ACTIVATION)
     else:
-        y = apply_activation(acc, ACTIVATION, negative_slope)
-    y = as_stored(y, requantize, out.dtype)
+        y = before_storing(acc, requantize, ACTIVATION, negative_slope, out.dtype)
+    y = as_stored(y, requantize, out.dtype, ACTIVATION)
     if PLANES:
         out.store([image, column, pixel], y.reshape(1, BLOCK_N, BLOCK_M))
     else:
