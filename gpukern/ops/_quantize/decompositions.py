@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,11 +41,11 @@ def linear_quantized(
 
 
 def adaptive_avg_pool2d_quantized(
-    input: torch.Tensor, input_scale: float, output_size: Sequence[int], output_scale: float, dtype: torch.dtype
+    input: torch.Tensor, input_scale: float, output_size: tuple[int, int], output_scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
     x, single = _wide(input), all(size == 1 for size in output_size)
     # torch's own way to a single pixel changes strides in place, which the exporter does not take.
-    y = x.mean((2, 3), keepdim=True) if single else F.adaptive_avg_pool2d(x, tuple(output_size))
+    y = x.mean((2, 3), keepdim=True) if single else F.adaptive_avg_pool2d(x, output_size)
     return _rounded(y * input_scale, output_scale, dtype)
 
 
