@@ -27,7 +27,7 @@ class Found:
     noise: Mapping[str, float]
 
 
-def search(
+def reach_target(
     whole: Trial,
     layers: Sequence[str],
     trials: Trials,
