@@ -61,26 +61,31 @@ def packed(values, BASE: tl.constexpr, START: tl.constexpr, LIMIT: tl.constexpr,
 
     IN_FOURS: a thread has four elements of each tile, or a multiple.
     """
-    nothing = tl.zeros(values[BASE].shape, tl.int8)
-    tiles = ()
-    for b in tl.static_range(4):
-        if START + b >= 0 and START + b < LIMIT:
-            tiles += (values[BASE + START + b],)
-        else:
-            tiles += (nothing,)
+    a = _tile(values, BASE, START, LIMIT)
+    b = _tile(values, BASE, START + 1, LIMIT)
+    c = _tile(values, BASE, START + 2, LIMIT)
+    d = _tile(values, BASE, START + 3, LIMIT)
     if IN_FOURS:
         word = tl.inline_asm_elementwise(
             _TRANSPOSE,
             "=r,=r,=r,=r,r,r,r,r",
-            [tiles[0], tiles[1], tiles[2], tiles[3]],
+            [a, b, c, d],
             dtype=tl.int32,
             is_pure=True,
             pack=4,
         )
     else:
-        word = _byte(tiles[0]) | (_byte(tiles[1]) << 8) | (_byte(tiles[2]) << 16) | (_byte(tiles[3]) << 24)
+        word = _byte(a) | (_byte(b) << 8) | (_byte(c) << 16) | (_byte(d) << 24)
         word = word.to(tl.int32, bitcast=True)
     return word
+
+
+@triton.jit
+def _tile(values, BASE: tl.constexpr, AT: tl.constexpr, LIMIT: tl.constexpr):
+    if AT >= 0 and AT < LIMIT:
+        return values[BASE + AT]
+    else:
+        return tl.zeros(values[BASE].shape, tl.int8)
 
 
 @triton.jit
