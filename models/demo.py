@@ -74,7 +74,7 @@ def main() -> None:
 def _train(device: torch.device, console: Console) -> Trainer:
     trainer = Trainer(CONFIG, data.load(), device)
     console.print(f"Layers run in {describe_mode(device)}.", highlight=False)
-    console.print(gpukern.summary(trainer.model, trainer.model.INPUT_SIZE))
+    console.print(gpukern.summary(trainer.model, trainer.data.image_size))
     console.print(
         f"{len(trainer.train):,} images of {trainer.data.name} to learn, {len(trainer.held_out)} held out.",
         highlight=False,

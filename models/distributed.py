@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gpukern
+
+#: Statistics of synchronized batch norms are the same everywhere. Newer releases of PyTorch have another word for it.
+_KEEP_BUFFERS: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +67,8 @@ class Group:
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             find_unused_parameters=frozen,
+            **_KEEP_BUFFERS,
         )
         gpukern.nn.SyncBatchNorm.convert_sync_batchnorm(wrapped.module)
         return wrapped

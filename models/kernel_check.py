@@ -155,8 +155,11 @@ def _bounds(batch: int, batch_norm: bool) -> tuple[float, float]:
 def check_checkpoint(path: Path, images: int, device: torch.device) -> list[Comparison]:
     """:func:`check` of a checkpoint of ``models.train`` on the first ``images`` held-out images of its data."""
     state = checkpoint.load(path)
-    held_out = data.load(state["directory"] and Path(state["directory"])).held_out
-    return check(network(state).to(device), Samples(held_out.images[:images], held_out.labels[:images]).to(device))
+    model = network(state).to(device)
+    if not isinstance(model, LeNet5):
+        raise ValueError(f"{path}: the bounds are those of LeNet-5, and this is {state['config']['network']}")
+    held_out = data.load(state["directory"]).held_out
+    return check(model, Samples(held_out.images[:images], held_out.labels[:images]).to(device))
 
 
 def main(path: Path, images: int = 4) -> None:

@@ -24,15 +24,10 @@ from models.running import CHECKPOINT, Interrupted, choose_device, describe_mode
 from models.schedules import SCHEDULES
 from models.trainer import Trainer
 
-
-def _names(name: str, values: Any) -> Any:
-    return Enum(name, {value: value for value in values}, type=str)
-
-
-OptimizerName = _names("OptimizerName", OPTIMIZERS)
-ScheduleName = _names("ScheduleName", SCHEDULES)
-PrecisionName = _names("PrecisionName", PRECISIONS)
-DeviceName = _names("DeviceName", ("auto", "cpu", "cuda"))
+OptimizerName = Enum("OptimizerName", {name: name for name in OPTIMIZERS}, type=str)  # type: ignore[misc]
+ScheduleName = Enum("ScheduleName", {name: name for name in SCHEDULES}, type=str)  # type: ignore[misc]
+PrecisionName = Enum("PrecisionName", {name: name for name in PRECISIONS}, type=str)  # type: ignore[misc]
+DeviceName = Enum("DeviceName", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}, type=str)
 
 #: What suits a data set better than the defaults, unless an option says otherwise.
 SUITED: dict[str, dict[str, Any]] = {"mnist5k": {"optimizer": "adam", "schedule": "cosine", "crop": 2}}
@@ -175,6 +170,7 @@ def main(
         print("\n".join(CLASSIFIERS))
         return
     group, console = Group(), make_console()
+    folder = out or Path("runs") / "lenet"
     try:
         group, where = distributed.join(device.value)
         console = make_console(group)
@@ -182,10 +178,10 @@ def main(
         given["batch_size"] = _parse_batch_size(batch_size)
         given["freeze"] = tuple(freeze) if freeze else None
         given["lr_scale"] = tuple(map(_parse_scale, lr_scale)) if lr_scale else None
-        out = out or Path("runs") / (given["network"] or "lenet")
-        train(given, data and str(data), out, where, resume, checkpoint_every, console, compiled, tensorboard, group)
+        folder = out or Path("runs") / (given["network"] or "lenet")
+        train(given, data and str(data), folder, where, resume, checkpoint_every, console, compiled, tensorboard, group)
     except Interrupted as interruption:
-        console.print(f"{interruption}: saved {out / CHECKPOINT}; go on with --resume", highlight=False)
+        console.print(f"{interruption}: saved {folder / CHECKPOINT}; go on with --resume", highlight=False)
         raise typer.Exit(interruption.exit_code) from None
     except (checkpoint.CheckpointError, OSError, ValueError, RuntimeError) as error:
         make_console().print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -80,7 +80,8 @@ def on_features(config: Config, samples: Data, device: torch.device, console: Co
     model = config.make_network(len(samples.class_names), samples.image_size)
     assert config.weights is not None
     console.print(str(pretrained.load(model, config.weights)), highlight=False)
-    model = gpukern.convert(model, inplace=True).to(device, memory_format=torch.channels_last).eval()
+    model = gpukern.convert(model, inplace=True).to(device).eval()
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     inputs = make(config, samples).to(device).eval()
     parts = []
     for part in (samples.train.to(device), samples.held_out.to(device)):

@@ -42,5 +42,6 @@ def counted_traffic() -> Iterator[Traffic]:
 
 
 def _bytes(pointers: Any, mask: Any) -> int:
-    touched = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+    # The interpreter's negation of a mask makes numbers of it, which would be taken for indices.
+    touched = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)]
     return len(np.unique(touched)) * pointers.get_element_ty().primitive_bitwidth // 8

@@ -98,7 +98,8 @@ class Augmentation(Suite[Pipeline]):
         def with_windows(tensors: Tensors) -> Tensors:
             """PyTorch's gather gets its indices before the clock runs."""
             images, index, mean, scale = tensors
-            return images, index, windows(images, index, *_numbers(task), _FLIP, task.problem.cutout), mean, scale
+            seen = windows(images, index, *_numbers(task), _FLIP, task.problem.cutout)
+            return images, index, seen, mean, scale
 
         def indexed(images, index, seen: Windows, mean, scale) -> torch.Tensor:
             return take(images, index, seen, mean, scale, 0.0, dtype)
@@ -107,7 +108,7 @@ class Augmentation(Suite[Pipeline]):
         return [ours, *torch_peers(indexed, "ATen", "", peers, device, with_windows)]
 
 
-def _numbers(task: Task[Pipeline]) -> tuple:
+def _numbers(task: Task[Pipeline]) -> tuple[int, int, bool, list[int], list[int], str]:
     p = task.problem
     random = task.case.computation == TRAINING
     return _SEED, _STEP, random, [p.size] * 2, [p.padding] * 2, "constant"

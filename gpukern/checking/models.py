@@ -24,7 +24,7 @@ from gpukern.runtime.mode import Mode, force_mode
 
 _TORCHS = {ours: torchs for torchs, ours in REPLACEMENTS.items()}
 #: Layers of torchvision and timm that drop whole samples.
-_DROPPING = ("StochasticDepth", "DropPath")
+DROPPING = ("StochasticDepth", "DropPath")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _without_dropout(model: torch.nn.Module) -> list[str]:
     """Put layers that drop at random into evaluation mode; return a note of it."""
     number = 0
     for module in model.modules():
-        if isinstance(module, _DropoutNd) or type(module).__name__ in _DROPPING:
+        if isinstance(module, _DropoutNd) or type(module).__name__ in DROPPING:
             module.eval()
             number += 1
         elif isinstance(getattr(module, "dropout", None), float):  # attention, recurrent layers

@@ -63,23 +63,24 @@ def plot_training(
             raise ValueError(f"expected {epochs} {name}, one for each epoch, got {len(each)}")
     both = bool(len(accuracies) or len(validation_accuracies))
     figure, axes = panels(1, 1 + both, 6.0 + 5.0 * both, 4.0)
-    curves = [np.asarray(each, dtype=np.float64) for each in (losses, validation_losses)]
     if len(losses):
-        _losses(axes[0, 0], *curves, epochs, labels)
+        both_losses = np.asarray(losses, dtype=np.float64), np.asarray(validation_losses, dtype=np.float64)
+        _losses(axes[0, 0], both_losses, epochs, labels)
     axes[0, 0].set(ylabel="loss", xlabel="epoch")
     if both:
-        shares = [100 * np.asarray(each, dtype=np.float64) for each in (accuracies, validation_accuracies)]
-        _pair(axes[0, 1], *shares, labels)
+        first, second = (100 * np.asarray(values, dtype=np.float64) for values in (accuracies, validation_accuracies))
+        _pair(axes[0, 1], first, second, labels)
         axes[0, 1].set(ylabel="accuracy, %", xlabel="epoch")
-        if all(map(len, shares)):
-            gap = shares[0][-1] - shares[1][-1]
+        if len(first) and len(second):
+            gap = first[-1] - second[-1]
             axes[0, 1].set_title(f"gap at the end: {gap:.1f} points", fontsize=10, color=GREY)
     if title:
         figure.suptitle(title, fontsize=12)
     return written(figure, path)
 
 
-def _losses(axes: Axes, losses: np.ndarray, validation: np.ndarray, epochs: int, labels: tuple[str, str]) -> None:
+def _losses(axes: Axes, both: tuple[np.ndarray, np.ndarray], epochs: int, labels: tuple[str, str]) -> None:
+    losses, validation = both
     each = len(losses) // epochs
     if each > 1:
         steps = np.arange(1, len(losses) + 1) / each

@@ -59,6 +59,8 @@ class Watcher:
         self.layers: dict[tuple[str, int], Watched] = {}
         #: The modules whose forward runs: name, whether another one ran inside, functions called by kind.
         self._stack: list[tuple[str, nn.Module, list[bool], Counter[str]]] = []
+        #: What modules of other libraries compute that are an activation and nothing else.
+        self._kinds: dict[str, str] = {}
         self._sequences = {
             module.out_channels for module in model.modules() if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
         }
@@ -92,13 +94,16 @@ class Watcher:
         name, _, has_inner, _ = self._stack.pop()
         made = floating(result)
         if made and not has_inner[0]:
-            kind = kind_of(module)
+            kind = kind_of(module) or self._kinds.get(name, "")
             self._see(self._watched((name, 0), name, type(module).__name__, kind, module), made[0])
 
     def _function(self, kind: str, result: torch.Tensor) -> None:
         name, module, _, calls = self._stack[-1] if self._stack else ("", self.model, [], Counter())
         if kind_of(module) or not result.is_floating_point():
             return  # it is what the layer computes with
+        if self._stack and not any(True for _ in module.parameters()) and not any(True for _ in module.children()):
+            self._kinds[name] = kind
+            return
         calls[kind] += 1
         number = sum(calls.values())
         shown = f"{name}.{kind.lower()}" if name else kind.lower()

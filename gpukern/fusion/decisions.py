@@ -29,6 +29,13 @@ def leaves(outputs: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
 
 
+def _chooses(func: Any, results: list[torch.Tensor]) -> bool:
+    # The indices of a max pool are for a backward pass, and fused pools have none; int8 is how numbers are stored.
+    if "pool" in str(func) or getattr(func, "namespace", "") == "gpukern":
+        return False
+    return not all(leaf.is_floating_point() or leaf.dtype in (torch.int8, torch.uint8) for leaf in results)
+
+
 class _Decisions(TorchDispatchMode):
     """Records the floating-point operands of operators whose results are not floating point: argmax, comparisons."""
 
@@ -41,7 +48,6 @@ class _Decisions(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # The indices of a max pool are for a backward pass, and fused pools have none.
-        if not all(leaf.is_floating_point() for leaf in leaves(result)) and "pool" not in str(func):
+        if _chooses(func, leaves(result)):
             self.operands += [leaf.clone() for leaf in leaves((args, kwargs)) if leaf.is_floating_point()]
         return result

@@ -108,6 +108,15 @@ def test_function_inside_an_activation_layer_has_no_second_row():
     assert len(activation_statistics(nn.Sequential(nn.ReLU(), nn.Tanh()), torch.randn(3, 4)).layers) == 2
 
 
+def test_layer_of_another_library_that_calls_an_activation_is_one():
+    class Rectifier(nn.Module):
+        def forward(self, x):
+            return F.relu(x)
+
+    (layer,) = activation_statistics(nn.Sequential(Rectifier()), torch.tensor([[-1.0, 2], [-2, 1]])).layers
+    assert (layer.name, layer.type, layer.kind, layer.dead) == ("0", "Rectifier", "ReLU", 0.5)
+
+
 @pytest.mark.parametrize("inputs", [{"x": torch.randn(8, 6)}, (torch.randn(8, 6),), [torch.randn(8, 6)]])
 def test_inputs_may_have_any_structure(inputs):
     assert len(activation_statistics(Student(), inputs).layers) == 5

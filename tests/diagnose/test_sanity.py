@@ -406,6 +406,16 @@ def test_what_has_no_capacity_does_not_learn_a_handful():
     assert check.verdict == "wrong" and "not learned" in check.finding
 
 
+def test_layers_that_drop_samples_do_not_keep_a_handful_from_being_learned():
+    class DropPath(nn.Module):
+        def forward(self, x):
+            keep = torch.rand(len(x), 1) > 0.5
+            return x * keep if self.training else x
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), DropPath(), nn.Linear(32, CLASSES))
+    assert judged(model)["a handful learned"].verdict == "ok"
+
+
 def test_label_smoothing_has_a_floor():
     check = judged(network(), loss=nn.CrossEntropyLoss(label_smoothing=0.2), steps=100)["a handful learned"]
     assert check.verdict == "warning" and "label smoothing" in check.advice

@@ -132,7 +132,7 @@ def test_what_a_network_does_not_take_is_told(name, size, options, problem):
 
 
 def test_unknown_names_and_depths():
-    with pytest.raises(ValueError, match="unknown network 'resnet19'.*resnet18"):
+    with pytest.raises(ValueError, match=r"unknown network 'resnet19'.*resnet18"):
         architecture("resnet19")
     with pytest.raises(ValueError, match="6n"):
         cifar_resnet(10)

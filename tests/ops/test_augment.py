@@ -12,8 +12,9 @@ import torch.nn.functional as T
 from gpukern.ops._augment.planner import plan
 from gpukern.ops._augment.problem import centre_side
 from gpukern.ops.augment import augment
-from gpukern.runtime.mode import Mode, force_mode
+from gpukern.runtime.mode import EMULATE, Mode, force_mode
 from tests.ops.test_dropout import philox
+from tests.traffic import counted_traffic
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -212,6 +213,18 @@ def test_every_crop_is_as_likely_as_another():
             p = 1 / (choices * more) if one is not other else 1 / choices
             both = both[both > 0] if one is other else both
             assert len(both) == round(1 / p) and (both - count * p).abs().max() <= 6 * math.sqrt(count * p * (1 - p))
+
+
+@pytest.mark.skipif(not EMULATE, reason="counts what emulated kernels touch")
+def test_bytes_are_read_once_and_only_those_that_are_seen():
+    """Beside them, each program reads the index of its image, and mean and scale of three channels."""
+    images, index = bytes_of(4, 16, 16, 3, device=torch.device("cpu")), torch.arange(4)
+    seen, tables = 16 * 16 * 3, 8 + 2 * 3 * 4
+    for random, options in ((True, {}), (False, {}), (True, {"padding": (8, 8)}), (True, {"cutout": 16})):
+        with counted_traffic() as traffic:
+            y = call(images, index=index, size=(16, 16), random=random, fill=0.0, dtype=torch.float16, **options)
+        assert traffic.written == y.numel() * 2
+        assert traffic.read == 4 * (seen + tables) if not options else traffic.read < 3.5 * (seen + tables)
 
 
 # ---- sizes and errors ----------------------------------------------------------------------------------------------

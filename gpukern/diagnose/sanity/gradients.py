@@ -49,7 +49,9 @@ def check_gradients(subject: Subject) -> tuple[Check, tuple[Entry, ...]]:
             name, "wrong", told, f"look at the backward of what uses {listed}, and at detach() and no_grad()"
         ), entries
     largest = max((entry.error for entry in entries if not entry.kink), default=0.0)
-    return Check(name, "ok", f"{len(entries)} derivatives agree with differences within {largest:.0e}{beside}"), entries
+    return Check(
+        name, "ok", f"{len(entries) - kinks} derivatives agree with differences within {largest:.0e}{beside}"
+    ), entries
 
 
 class _Unchecked(Exception):

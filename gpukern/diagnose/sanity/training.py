@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gpukern.checking.models import DROPPING
 from gpukern.diagnose.calling import call, copied, copied_optimizer, random_state_kept, seed_everything
 from gpukern.diagnose.sanity.layers import layers_of
 from gpukern.diagnose.sanity.subject import Step, Subject, loss_of
@@ -45,28 +46,34 @@ def check_handful(subject: Subject) -> tuple[Check, tuple[float, ...]]:
 
 
 def _train(subject: Subject, batch: tuple[Any, Any], rate: float) -> tuple[tuple[float, ...], float | None]:
-    """The loss of each step, and the share of classes that is right in the end."""
+    """The loss of each step, and the share of classes that is right where it is least."""
     model = subject.fresh()
     _without_dropout(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=rate)
     losses: list[float] = []
+    right: float | None = None
     with random_state_kept(subject.seed):
         for _ in range(subject.steps):
             optimizer.zero_grad()
-            loss = loss_of(subject, model, batch)
+            output = call(model, batch[0])
+            loss = subject.loss(output, batch[1])
             losses.append(float(loss.detach()))
+            if losses[-1] == _least(losses):
+                right = _right(subject, output, batch[1])
             if not math.isfinite(losses[-1]) or (len(losses) > 1 and 0 <= losses[-1] < 1e-3 * abs(losses[0])):
                 break
             loss.backward()
             optimizer.step()
-        with torch.no_grad():
-            output = call(model, batch[0])
-    labels, right = batch[1], None
-    if subject.labels is not None and isinstance(output, torch.Tensor) and output.dim() == labels.dim() + 1:
-        counted = labels >= 0
-        right = float((output.argmax(1) == labels)[counted].double().mean()) if bool(counted.any()) else None
     return tuple(losses), right
+
+
+def _right(subject: Subject, output: Any, labels: Any) -> float | None:
+    """The share of classes that is right; None if the targets are no classes."""
+    if subject.labels is None or not isinstance(output, torch.Tensor) or output.dim() != labels.dim() + 1:
+        return None
+    counted = labels >= 0
+    return float((output.argmax(1) == labels)[counted].double().mean()) if bool(counted.any()) else None
 
 
 def _without_dropout(model: torch.nn.Module) -> None:
@@ -74,6 +81,8 @@ def _without_dropout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        elif type(module).__name__ in DROPPING:
+            module.eval()
         elif isinstance(getattr(module, "dropout", None), float):  # attention, recurrent layers
             module.dropout = 0.0  # type: ignore[assignment]
 
@@ -224,7 +233,7 @@ def check_updates(subject: Subject, step: Check) -> tuple[Check, dict[str, float
     ordered = sorted(ratios.values())
     middle = ordered[len(ordered) // 2]
     words = f"a step changes the weights by {brief(middle)} of themselves, {brief(ordered[0])} to {brief(ordered[-1])}"
-    if not math.isfinite(ordered[-1]):
+    if not all(map(math.isfinite, ordered)):
         return Check(
             name, "wrong", "weights become NaN or infinite within five steps", "take a smaller learning rate"
         ), ratios
@@ -244,7 +253,7 @@ def _ratios(subject: Subject, step: Step | None) -> dict[str, float]:
     model = subject.fresh()
     optimizer = subject.fresh_optimizer(model)
     assert optimizer is not None
-    weights = {name: each for name, each in model.named_parameters() if each.requires_grad and each.dim() > 1}
+    weights = {name: each for name, each in model.named_parameters() if _is_weight(name, each)}
     sums = dict.fromkeys(weights, 0.0)
     step = step or _plain_step(subject)
     with random_state_kept(subject.seed):
@@ -260,6 +269,11 @@ def _ratios(subject: Subject, step: Step | None) -> dict[str, float]:
         for name, total in sums.items()
         if not (math.isnan(total) and _began_at_zero(subject, name))
     }
+
+
+def _is_weight(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a layer multiplies by it: no bias, no embedding of positions, which begin near zero."""
+    return parameter.requires_grad and parameter.dim() > 1 and name.endswith("weight")
 
 
 def _began_at_zero(subject: Subject, name: str) -> bool:

@@ -5,6 +5,8 @@ What is larger is clamped; the smaller the threshold, the finer the steps below 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from gpukern.fusion.quantization.formats import Format, rounded_to, scale_for
@@ -16,6 +18,8 @@ _SHARE = 0.9999
 _TRIED = torch.linspace(0.2, 1.0, 81, dtype=torch.float64)
 #: Bins below which no threshold of "entropy" lies, and how many lie between two of them.
 _FEWEST, _STEP = 128, 16
+#: Of the mass, what a distribution without any in a bin is taken to have there.
+_NOTHING = 1e-12
 
 
 def threshold(histogram: Histogram, estimator: str, format: Format) -> float:
@@ -48,42 +52,49 @@ def _mse(histogram: Histogram, format: Format) -> float:
 
 
 def _entropy(histogram: Histogram, format: Format) -> float:
-    """The threshold whose distribution, in the format's steps, has the least Kullback-Leibler divergence.
+    """The threshold whose distribution, in the format's steps, has the least Kullback-Leibler divergence from the true.
 
-    What is clamped counts in the last bin of the distribution, but not of its image in steps, so that it costs.
+    With c the counts, those beyond the threshold added to the last bin's, of the true distribution, and m̄ the mean
+    count of the bins that share a step with one, where there are any:
+
+        D = Σ c/T · log(c/T) − Σ c/T · log(m̄/M),   T = Σ c,   M = Σ m̄
+
+    What is clamped is in the true distribution alone, so that it costs.
     """
-    best, found = float("inf"), histogram.largest
     counts = histogram.counts.clone()
     counts[0] = 0  # zeros are exact in every scale
-    if not counts.any():
-        return found
+    total = counts.sum().item()
+    if not total:
+        return histogram.largest
+    below, logs = counts.cumsum(0).tolist(), torch.xlogy(counts, counts).cumsum(0).tolist()
+    best, found = math.inf, histogram.largest
     for end in range(_FEWEST, BINS + 1, _STEP):
-        kept = counts[:end]
-        if not kept.any():
+        inside, last = below[end - 1], counts[end - 1].item()
+        if not inside:
             continue
-        true = kept.clone()
-        true[-1] += counts[end:].sum()
-        divergence = _divergence(true, _in_steps(kept, end, format))
+        outside = total - inside
+        own = logs[end - 1] - _x_log_x(last) + _x_log_x(last + outside)
+        mass, bins = _in_steps(counts[:end], end, format)
+        mean = mass / bins.clamp(min=1)
+        there = mean[-1].item() if last else _NOTHING * inside
+        image = torch.xlogy(mass, mean).sum().item() + outside * math.log(there)
+        divergence = own / total - math.log(total) - image / total + math.log(inside)
         if divergence < best:
             best, found = divergence, end * histogram.width
     return found
 
 
-def _in_steps(counts: torch.Tensor, end: int, format: Format) -> torch.Tensor:
-    """``counts`` spread evenly over the bins, among those that have any, which are one number in the format."""
+def _x_log_x(x: float) -> float:
+    return x * math.log(x) if x else 0.0
+
+
+def _in_steps(counts: torch.Tensor, end: int, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each step of the format: the sum of the counts that are rounded to it, and how many of them are not zero."""
     centers = torch.arange(end, dtype=torch.float64) + 0.5
     steps = rounded_to(centers, end / format.largest, format)
     _, group = steps.unique_consecutive(return_inverse=True)
-    used = (counts > 0).double()
-    total = torch.zeros(int(group[-1]) + 1, dtype=torch.float64)
-    mass, bins = total.clone().index_add(0, group, counts), total.index_add(0, group, used)
-    return used * (mass / bins.clamp(min=1))[group]
-
-
-def _divergence(true: torch.Tensor, image: torch.Tensor) -> float:
-    p, q = true / true.sum(), image / image.sum()
-    used = p > 0
-    return (p[used] * (p[used] / q[used].clamp(min=1e-12)).log()).sum().item()
+    empty = torch.zeros(int(group[-1]) + 1, dtype=torch.float64)
+    return empty.index_add(0, group, counts), empty.index_add(0, group, (counts > 0).double())
 
 
 _ESTIMATORS = {"max": _max, "percentile": _percentile, "mse": _mse, "entropy": _entropy}

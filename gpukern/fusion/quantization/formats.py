@@ -84,3 +84,10 @@ def along_channels(scales: torch.Tensor, weight: torch.Tensor, dim: int, groups:
         return scales.view(-1, *[1] * (weight.dim() - 1))
     rows = scales.view(groups, 1, weight.shape[1]).expand(groups, weight.shape[0] // groups, weight.shape[1])
     return rows.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
+
+
+def half_a_step(values: torch.Tensor, scale: torch.Tensor, format: Format) -> torch.Tensor:
+    """By how much ``values`` may differ from what they are stored as."""
+    if format is INT8:
+        return 0.5 * scale.expand_as(values)
+    return torch.maximum(values.abs() * 2.0**-4, scale * 2.0**-10)  # 3 bits of mantissa, steps of 2⁻⁹ below 2⁻⁶

@@ -10,10 +10,10 @@ import torch
 
 
 def decibels(signal: float, noise: float) -> float:
-    """``10 log₁₀(signal / noise)`` of energies; infinite without noise."""
+    """``10 log₁₀(signal / noise)`` of energies: ∞ without noise, −∞ without signal or where the noise is not finite."""
     if not noise:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
+    return 10 * math.log10(signal / noise) if signal and math.isfinite(noise) else -math.inf
 
 
 @dataclass

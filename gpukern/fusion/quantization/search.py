@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from gpukern.fusion.errors import FusionError
 from gpukern.fusion.quantization.data import Leaves, few
@@ -26,8 +27,8 @@ class Found:
     noise: Mapping[str, float]
 
 
-def search(
-    scheme: Scheme,
+def reach_target(
+    whole: Trial,
     layers: Sequence[str],
     trials: Trials,
     observed: Sequence[Leaves],
@@ -36,12 +37,13 @@ def search(
 ) -> Found:
     """Find the fewest of ``layers``, the noisiest first, without which the target holds.
 
-    FusionError if it does not hold in 16 bits either.
+    ``whole``: the trial of all of them. FusionError if it does not hold in 16 bits either.
     """
-    told(f"all {len(layers)} groups in 8 bits")
-    whole = trials.run(scheme, layers)
-    if whole.holds or not layers:
-        return Found(whole, whole, (), {}) if whole.holds else _impossible(whole, whole, [], {})
+    scheme = whole.scheme
+    if whole.holds:
+        return Found(whole, whole, (), {})
+    if not layers:
+        _impossible(whole, whole, [], {})
     told("which groups cost most")
     noise = ranked(scheme, layers, observed, free)
     order = sorted(layers, key=lambda name: -noise[name])
@@ -77,7 +79,7 @@ def ranked(
     return {name: 10 ** (-simulation.score(scheme.with_eight((name,))).snr / 10) for name in layers}
 
 
-def _impossible(whole: Trial, last: Trial, order: Sequence[str], noise: Mapping[str, float]) -> Found:
+def _impossible(whole: Trial, last: Trial, order: Sequence[str], noise: Mapping[str, float]) -> NoReturn:
     """FusionError with the numbers, and the groups that cost most."""
     costly = "; ".join(
         f"{last.scheme.network.layers[name].match.pattern} ({name}) {noise[name]:.2g} of the output"

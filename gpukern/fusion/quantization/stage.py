@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,24 +16,26 @@ from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.module import FusedModule
 from gpukern.fusion.program import Program, operation
 from gpukern.fusion.quantization.accounting import groups, moved
-from gpukern.fusion.quantization.build import Calibration, build
+from gpukern.fusion.quantization.build import Calibration, calibrated
 from gpukern.fusion.quantization.data import Data, few, part, rows_of, take
-from gpukern.fusion.quantization.domains import domains
+from gpukern.fusion.quantization.domains import find_domains
 from gpukern.fusion.quantization.network import network_of
+from gpukern.fusion.quantization.noise import Energies
 from gpukern.fusion.quantization.observe import Observer
-from gpukern.fusion.quantization.progress import Shown, progress
+from gpukern.fusion.quantization.progress import Shown, shown
 from gpukern.fusion.quantization.proof import Proof, true_values
 from gpukern.fusion.quantization.rewriting import OF, quantized
 from gpukern.fusion.quantization.scheme import Scheme
-from gpukern.fusion.quantization.search import Found, search
+from gpukern.fusion.quantization.search import Found, reach_target
 from gpukern.fusion.quantization.settings import Settings
 from gpukern.fusion.quantization.simulation import rows_within
 from gpukern.fusion.quantization.storage import last_layers, why_sixteen
 from gpukern.fusion.quantization.trial import Base, Trial, Trials
 from gpukern.fusion.report import Quantization, Reached
 
-#: Rows on which every operator is proved by itself, and bytes of a part of them in fp32.
-_PROVED, _PART = 32, 2**28
+#: Rows on which the noise of groups is measured, those at least on which every operator is proved by itself, and bytes
+#: in fp32 of what is run at once.
+_PROVED, _CHECKED, _PART = 32, 8, 2**28
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def in_eight_bits(stage: Stage, asked: Settings, wrapped: Any) -> Outcome:
     ValueError or TypeError for batches that are of no use; FusionError if the target cannot be met, or if an operator
     in eight bits is wrong.
     """
-    with progress() as shown:
-        return _Quantizing(stage, asked, wrapped, shown).outcome()
+    with shown() as told:
+        return _Quantizing(stage, asked, wrapped, told).outcome()
 
 
 class _Quantizing:
@@ -78,7 +80,7 @@ class _Quantizing:
         work = stage.work
         self.prepared = stage.module.prepared(stage.inputs)
         self.network = network_of(stage.program, work.matches, work.lowered, self.prepared, stage.precision)
-        self.domains = domains(self.network)
+        self.domains = find_domains(self.network)
         self.base = Base(work.model, work.lowered, stage.module, stage.see or returned, wrapped)
 
     def outcome(self) -> Outcome:
@@ -89,14 +91,18 @@ class _Quantizing:
             raise FusionError(f"the folded model cannot be calibrated in float32: {first_line(problem)}") from problem
         layers, reasons = self._layers()
         free, tell = self.stage.free, self.shown.tell
-        scheme = build(Calibration(self.network, self.domains, observer, self.asked, data, free, layers, tell))
+        scheme = calibrated(Calibration(self.network, self.domains, observer, self.asked, data, free, layers, tell))
         if self.stage.see is None:
             return self._unproved(scheme, data, layers, reasons)
         trials = Trials(self.base, self.asked.target, data.aside)
-        found = search(scheme, layers, trials, data.observed, free, tell)
+        tell(f"all {len(layers)} groups in 8 bits")
+        whole = trials.run(scheme, layers)
+        # Before anything is given back, which would hide an operator that is wrong.
+        noise = self._proved(whole, data)
+        found = reach_target(whole, layers, trials, data.observed, free, tell)
         trial, reasons = self._with_last(found, trials, reasons)
-        tell("proving every operator")
-        noise = self._proved(trial, data)
+        if trial is not whole:
+            noise = self._proved(trial, data)
         self._other_sizes(trial.module)
         return self._reported(trial, found, trials, data, reasons, noise)
 
@@ -125,9 +131,10 @@ class _Quantizing:
 
     # ---- proof ----
 
-    def _proved(self, trial: Trial, data: Data) -> list | None:
+    def _proved(self, trial: Trial, data: Data) -> list[Energies] | None:
         if not trial.scheme.storage.eight:
             return None
+        self.shown.tell("proving every operator")
         work, free = self.stage.work, self.stage.free
         proof = Proof(trial.scheme, trial.lowered, work.lowered, work.matches)
         size = rows_within(self.network, _PROVED, _PART)
@@ -136,8 +143,10 @@ class _Quantizing:
             for leaves in few(data.aside, free, _PROVED)
             for start in range(0, rows_of(leaves, free), size)
         ]
+        rows = 0
         for leaves_of, truth in zip(chosen, true_values(self.stage.program, work.matches, chosen), strict=True):
-            proof.check(trial.module.prepared(self.base.inputs(leaves_of)), truth)
+            proof.run_batch(trial.module.prepared(self.base.inputs(leaves_of)), truth, check=rows < _CHECKED)
+            rows += rows_of(leaves_of, free)
         return proof.noise
 
     def _other_sizes(self, module: FusedModule) -> None:
@@ -162,7 +171,13 @@ class _Quantizing:
         return self._outcome(module, lowered, scheme, data, reasons, None, {}, ())
 
     def _reported(
-        self, trial: Trial, found: Found, trials: Trials, data: Data, reasons: dict[str, str], noise: list | None
+        self,
+        trial: Trial,
+        found: Found,
+        trials: Trials,
+        data: Data,
+        reasons: dict[str, str],
+        noise: list[Energies] | None,
     ) -> Outcome:
         made = self._outcome(
             trial.module, trial.lowered, trial.scheme, data, reasons, noise, found.noise, found.given_back
@@ -180,7 +195,17 @@ class _Quantizing:
     def _bytes(self, lowered: Lowered) -> int:
         return moved(self.stage.program, lowered, self.prepared).total
 
-    def _outcome(self, module, lowered, scheme, data, reasons, noise, costs, given_back) -> Outcome:
+    def _outcome(
+        self,
+        module: FusedModule,
+        lowered: Lowered,
+        scheme: Scheme,
+        data: Data,
+        reasons: Mapping[str, str],
+        noise: list[Energies] | None,
+        costs: Mapping[str, float],
+        given_back: Sequence[str],
+    ) -> Outcome:
         work = self.stage.work
         before, after = (moved(self.stage.program, each, self.prepared) for each in (work.lowered, lowered))
         rows = groups(scheme, work.matches, work.program.leaves, noise, costs, reasons, given_back, before, after)

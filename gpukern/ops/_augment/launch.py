@@ -57,7 +57,7 @@ def augment(
                 "MEAN_IMAGE": mean.dim() == 3,
                 "WHOLE": not random and list(size) == [H, W] and one.is_contiguous(),
                 "BLOCK": chosen.block,
-                "INDEX": index_type(max(reach(one.shape, one.stride()), y[0].numel(), one.numel())),
+                "INDEX": index_type(max(reach(one.shape, one.stride()), one.numel())),
                 "num_warps": chosen.warps,
             },
         )
