@@ -99,7 +99,7 @@ def fuse(
     """
     from gpukern.fusion.given import bare
     from gpukern.fusion.pipeline import run
-    from gpukern.fusion.quantization.settings import asked_settings
+    from gpukern.fusion.quantization.settings import settings_for
 
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"fuse() takes a torch.nn.Module, got {type(model).__name__}")
@@ -108,7 +108,7 @@ def fuse(
     if isinstance(skip, str):
         raise TypeError(f"skip takes a list of patterns, got the word {skip!r}")
     options = {"calibrate": calibrate, "calibration": calibration, "target": target, "precision": precision}
-    eight = asked_settings(dtype, options, verify)
+    eight = settings_for(dtype, options, verify)
     wide = eight.precision if eight is not None else cast("torch.dtype | None", dtype)
     return run(
         bare(model),

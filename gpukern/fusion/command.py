@@ -190,10 +190,10 @@ def _numbers(words: str, option: str) -> tuple[float, ...] | None:
 
 def _check_options(kind: Any, given: dict[str, Any], verify: bool) -> None:
     """Check what belongs to eight bits before minutes of work."""
-    from gpukern.fusion.quantization.settings import asked_settings
+    from gpukern.fusion.quantization.settings import settings_for
 
     try:
-        asked_settings(kind, given, verify)
+        settings_for(kind, given, verify)
     except (TypeError, ValueError) as problem:
         raise typer.BadParameter(str(problem), param_hint="--dtype") from None
 

@@ -40,7 +40,7 @@ class Calibration:
         return list(few(batches, self.free, rows_within(self.network, _ROWS, _BYTES)))
 
 
-def calibrated(given: Calibration) -> Scheme:
+def build_scheme(given: Calibration) -> Scheme:
     """The scheme with all ``layers`` in eight bits."""
     given.told("comparing the estimators of ranges")
     known = given.asked.format, given.asked.calibration, given.some(given.data.observed)

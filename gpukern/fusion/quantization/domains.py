@@ -57,7 +57,7 @@ class Domains:
     of: dict[str, Domain]
 
 
-def find_domains(network: Network) -> Domains:
+def domains_of(network: Network) -> Domains:
     """Find the domains of a network's 16-bit values."""
     root = _joined(network)
     found: dict[str, Domain] = {}

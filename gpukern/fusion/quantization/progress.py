@@ -19,7 +19,7 @@ class Shown(NamedTuple):
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[Shown]:
+def shown_progress() -> Iterator[Shown]:
     """Show progress on standard error while the block runs, if that is a terminal that shows no other already."""
     console = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()

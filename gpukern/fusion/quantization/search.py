@@ -27,7 +27,7 @@ class Found:
     noise: Mapping[str, float]
 
 
-def reach_target(
+def fewest_given_back(
     whole: Trial,
     layers: Sequence[str],
     trials: Trials,

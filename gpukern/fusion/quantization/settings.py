@@ -45,7 +45,7 @@ def is_eight_bits(dtype: Any) -> bool:
     return isinstance(dtype, (str, torch.dtype)) and dtype in BY_NAME
 
 
-def asked_settings(dtype: Any, given: Mapping[str, Any], verify: bool = True) -> Settings | None:
+def settings_for(dtype: Any, given: Mapping[str, Any], verify: bool = True) -> Settings | None:
     """The settings for ``dtype``, None for one that is none of eight bits; ``given``: the options by their names, None
     for those that were left out. TypeError or ValueError for options that do not go together."""
     if not is_eight_bits(dtype):

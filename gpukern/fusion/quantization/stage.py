@@ -16,17 +16,17 @@ from gpukern.fusion.lowering import Lowered
 from gpukern.fusion.module import FusedModule
 from gpukern.fusion.program import Program, operation
 from gpukern.fusion.quantization.accounting import groups, moved
-from gpukern.fusion.quantization.build import Calibration, calibrated
+from gpukern.fusion.quantization.build import Calibration, build_scheme
 from gpukern.fusion.quantization.data import Data, few, part, rows_of, take
-from gpukern.fusion.quantization.domains import find_domains
+from gpukern.fusion.quantization.domains import domains_of
 from gpukern.fusion.quantization.network import network_of
 from gpukern.fusion.quantization.noise import Energies
 from gpukern.fusion.quantization.observe import Observer
-from gpukern.fusion.quantization.progress import Shown, shown
+from gpukern.fusion.quantization.progress import Shown, shown_progress
 from gpukern.fusion.quantization.proof import Proof, true_values
 from gpukern.fusion.quantization.rewriting import OF, quantized
 from gpukern.fusion.quantization.scheme import Scheme
-from gpukern.fusion.quantization.search import Found, reach_target
+from gpukern.fusion.quantization.search import Found, fewest_given_back
 from gpukern.fusion.quantization.settings import Settings
 from gpukern.fusion.quantization.simulation import rows_within
 from gpukern.fusion.quantization.storage import last_layers, why_sixteen
@@ -70,8 +70,8 @@ def in_eight_bits(stage: Stage, asked: Settings, wrapped: Any) -> Outcome:
     ValueError or TypeError for batches that are of no use; FusionError if the target cannot be met, or if an operator
     in eight bits is wrong.
     """
-    with shown() as told:
-        return _Quantizing(stage, asked, wrapped, told).outcome()
+    with shown_progress() as shown:
+        return _Quantizing(stage, asked, wrapped, shown).outcome()
 
 
 class _Quantizing:
@@ -80,7 +80,7 @@ class _Quantizing:
         work = stage.work
         self.prepared = stage.module.prepared(stage.inputs)
         self.network = network_of(stage.program, work.matches, work.lowered, self.prepared, stage.precision)
-        self.domains = find_domains(self.network)
+        self.domains = domains_of(self.network)
         self.base = Base(work.model, work.lowered, stage.module, stage.see or returned, wrapped)
 
     def outcome(self) -> Outcome:
@@ -91,7 +91,7 @@ class _Quantizing:
             raise FusionError(f"the folded model cannot be calibrated in float32: {first_line(problem)}") from problem
         layers, reasons = self._layers()
         free, tell = self.stage.free, self.shown.tell
-        scheme = calibrated(Calibration(self.network, self.domains, observer, self.asked, data, free, layers, tell))
+        scheme = build_scheme(Calibration(self.network, self.domains, observer, self.asked, data, free, layers, tell))
         if self.stage.see is None:
             return self._unproved(scheme, data, layers, reasons)
         trials = Trials(self.base, self.asked.target, data.aside)
@@ -99,7 +99,7 @@ class _Quantizing:
         whole = trials.run(scheme, layers)
         # Before anything is given back, which would hide an operator that is wrong.
         noise = self._proved(whole, data)
-        found = reach_target(whole, layers, trials, data.observed, free, tell)
+        found = fewest_given_back(whole, layers, trials, data.observed, free, tell)
         trial, reasons = self._with_last(found, trials, reasons)
         if trial is not whole:
             noise = self._proved(trial, data)

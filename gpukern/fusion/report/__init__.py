@@ -51,6 +51,8 @@ class FusionReport(ReportValues):
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the whole report as JSON, and write it to ``path`` if given: atomically, or OSError."""
         told = {"format": FORMAT, **plain(self, name_nonfinite=True)}
+        if self.quantization is None:  # as it was before there were eight bits
+            del told["quantization"]
         text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         if path is not None:
             write_text(path, text)

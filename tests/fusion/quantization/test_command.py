@@ -29,7 +29,7 @@ def images(folder, count: int = 5, size: tuple[int, int] = (40, 30)) -> None:
     folder.mkdir()
     for number in range(count):
         pixels = np.full((*size, 3), 50 * number, dtype=np.uint8)
-        pixels[:, :2] = 255  # a margin that the crop leaves out
+        pixels[:2] = 255  # a margin that the crop leaves out
         pil.fromarray(pixels).save(folder / f"{number}.png")
 
 
