@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from gpukern.ops._operators import OPERATORS
+from gpukern.ops._quantize.decompositions import DECOMPOSITIONS
 from gpukern.ops.batch_norm import batch_norm
 from gpukern.ops.layer_norm import layer_norm
 from gpukern.ops.pool2d import adaptive_avg_pool2d
@@ -43,6 +44,7 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
         **{overload: _rounded_once(found[overload]) for overload in single},
         **{norm.overload: _rounded_once(norm.decomposition, torch.float32) for norm in norms},
         adaptive_avg_pool2d.overload: _adaptive_avg_pool2d,
+        **{getattr(torch.ops.gpukern, name).default: function for name, function in DECOMPOSITIONS.items()},
         softmax.overload: softmax.decomposition,  # its result may be wider than its operand
     }
 

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+import gpukern
+from gpukern.runtime.mode import Mode, mode_of
 from models.alexnet import AlexNet
 from models.convnext import ConvNeXtTiny
 from models.efficientnet import EfficientNetB0
@@ -105,6 +108,16 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 #: Those that put an image into a class.
 CLASSIFIERS = tuple(name for name in ARCHITECTURES if name != "unet")
+
+
+def with_kernels(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` itself on gpukern's layers, where its kernels run.
+
+    In reference mode torch's own layers compute the same; the reference of a batch norm, which is made of many
+    operations to be read, would take as long as the convolutions.
+    """
+    reference = mode_of(torch.empty(0, device=device)) is Mode.REFERENCE
+    return model if reference else gpukern.convert(model, inplace=True)
 
 
 def architecture(name: str) -> Architecture:

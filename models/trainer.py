@@ -17,6 +17,7 @@ from models.config import OPTIMIZERS, PRECISIONS, Config
 from models.data import Data, Samples
 from models.distributed import Group
 from models.evaluation import accuracy, evaluate
+from models.registry import with_kernels
 
 __all__ = ["OPTIMIZERS", "Config", "Trainer", "accuracy"]
 
@@ -73,7 +74,7 @@ class Trainer:
         layers = {"layers": torch.nn if compiled else gpukern.nn} if config.network == "lenet" else {}
         model = config.make_network(len(data.class_names), data.image_size, **layers)
         if config.network != "lenet" and not compiled:
-            model = gpukern.convert(model, inplace=True)
+            model = with_kernels(model, self.device)
         if data.as_bytes:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.double() if config.precision == "fp64" else model

@@ -24,7 +24,7 @@ from models.config import Config
 from models.data import Data, Samples
 from models.evaluation import evaluate
 from models.inputs import make
-from models.registry import CLASSIFIERS, architecture
+from models.registry import CLASSIFIERS, architecture, with_kernels
 from models.running import choose_device, describe_mode, make_console
 from models.train import DeviceName
 from models.trainer import Trainer
@@ -80,7 +80,7 @@ def on_features(config: Config, samples: Data, device: torch.device, console: Co
     model = config.make_network(len(samples.class_names), samples.image_size)
     assert config.weights is not None
     console.print(str(pretrained.load(model, config.weights)), highlight=False)
-    model = gpukern.convert(model, inplace=True).to(device).eval()
+    model = with_kernels(model.to(device), device).eval()
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     inputs = make(config, samples).to(device).eval()
     parts = []

@@ -156,6 +156,9 @@ def check(words: list[str]) -> None:
         parse(APPS[program], arguments)
     elif program == "python" and arguments[0] == "-m":
         check_module(arguments[1], arguments[2:])
+    elif program == "torchrun":
+        assert (arguments[0], arguments[2]) == ("--nproc-per-node", "-m"), words
+        check_module(arguments[3], arguments[4:])
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert all(word in targets for word in arguments if "=" not in word), words

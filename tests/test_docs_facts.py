@@ -123,7 +123,8 @@ def test_limits_of_kernels_are_the_codes():
 def test_every_environment_variable_is_documented():
     read = {
         node.value
-        for path in (ROOT / "gpukern").rglob("*.py")
+        for folder in ("gpukern", "models")
+        for path in (ROOT / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and re.fullmatch(r"GPUKERN_\w+", str(node.value))
     }

@@ -163,6 +163,20 @@ def test_a_convolution_with_its_pool_counts_as_two_launches():
     assert "4×8×32×32, window 3×3, stride 2×2, padding 1×1" in found[2].problem
 
 
+class Bytes(nn.Module):
+    """Pools of 8 bits, as they stand in a network for inference in them."""
+
+    def forward(self, x):
+        x = torch.ops.gpukern.max_pool2d(x, [2, 2], [2, 2], [0, 0], [1, 1], False)
+        return torch.ops.gpukern.adaptive_avg_pool2d_quantized(x, 0.1, [1, 1], 1.0, torch.float16)
+
+
+def test_pools_of_8_bits_count_by_their_bytes():
+    largest, mean = fused_parts(Bytes(), torch.empty(4, 8, 6, 6, dtype=torch.int8, device="meta"), HALF)
+    assert (largest.operation, largest.bytes) == ("max_pool2d", 4 * 8 * (36 + 9))
+    assert (mean.operation, mean.bytes) == ("adaptive_avg_pool2d_quantized", 4 * 8 * (9 + 2))
+
+
 class Halved(nn.Module):
     """What is neither gpukern's nor one tensor: a maximum with its places, and one of ATen's pools."""
 

@@ -94,11 +94,43 @@ def test_halves_are_rounded_once(dtype):
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+class InEightBits(torch.nn.Module):
+    """A few layers, in a graph that torch's exporter sees."""
+
+    def __init__(self):
+        super().__init__()
+        for name, *shape in (("first", 8, 3, 3, 3), ("second", 8, 2, 2, 2), ("last", 5, 2)):
+            self.register_buffer(name, torch.randint(-127, 128, shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.rand(8) * 1e-3)
+
+    def forward(self, x):
+        ops, int8, geometry = torch.ops.gpukern, torch.int8, ([1, 1], [1, 0, 1, 0], [1, 1], 1)
+        q = ops.quantize(x, 0.02, int8)
+        q = ops.conv2d_quantized(
+            q, self.first, self.scale, self.scale, None, *geometry, "relu", 0.0, 1.0, 0.05, int8, True
+        )
+        q = ops.avg_pool2d_quantized(q, 0.05, [2, 2], [1, 1], [0, 0], False, True, None, 0.05, int8)
+        up = [2, 2], [0, 0], [0, 0], [1, 1], 1
+        q = ops.conv_transpose2d_quantized(q, self.second, None, None, None, *up, "none", 0.0, 1.0, 40.0, int8)
+        y = ops.adaptive_avg_pool2d_quantized(q, 1.0, [1, 1], 1.0, int8).flatten(1)
+        return ops.dequantize(
+            ops.linear_quantized(y, self.last, None, None, "none", 0.0, 9.0, int8), 9.0, torch.float32
+        )
+
+
+def test_operators_in_8_bits_decompose_into_the_same_numbers():
+    model, x = InEightBits(), image()
+    program = torch.export.export(model, (x,)).run_decompositions(gpukern.onnx.decompositions())
+    assert operators(program) == {"aten"}
+    assert torch.equal(program.module()(x), model(x)) and model(x).abs().max() > 0
+
+
 def test_every_operator_of_a_forward_has_one():
     forward = {
         overload
         for name in dir(torch.ops.gpukern)
-        if not any(word in name for word in ("grad", "backward", "_sum", "gather", "statistics"))
+        # Input pipelines augment, no model's forward does.
+        if not any(word in name for word in ("grad", "backward", "_sum", "gather", "statistics", "augment"))
         for packet in (getattr(torch.ops.gpukern, name),)
         if isinstance(packet, torch._ops.OpOverloadPacket)
         for overload in (packet.default,)

@@ -46,7 +46,10 @@ def count_bytes(
     out: Annotated[Path | None, typer.Option("--json", help="Also write the numbers there.")] = None,
 ) -> None:
     """What a forward pass launches and moves, and the images a second that no implementation can beat."""
-    spec = named_device(device)
+    try:
+        spec = named_device(device)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem), param_hint="--device") from None
     found = {name: counted(name, batch, spec, _format(dtype)) for name in _shown(names)}
     rows = [_row(name, batch, counts) for name, counts in found.items()]
     _print(_COLUMNS, rows, f"{spec.name}, batch {batch}", markdown)
@@ -123,7 +126,9 @@ def _format(name: str) -> str:
 
 
 def _shown(names: list[str]) -> Iterator[str]:
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield from bar.track(names, description="fusing")
 
 

@@ -47,6 +47,7 @@ def measure(case: Case, dtype: str, target: float) -> Accuracy:
     half = gpukern.fuse(case.model, example, dtype=torch.float16)
     eight = gpukern.fuse(case.model, example, dtype=dtype, calibrate=case.calibration, target=target)
     told = eight.report.quantization
+    assert told is not None
     return Accuracy(
         title=case.title,
         dtype=dtype,

@@ -36,13 +36,17 @@ def sum_type(first, second):
 def add_products(a, b, acc, PRECISION: tl.constexpr):
     """Return ``acc + a · b`` of tiles [M, K] and [K, N] of any dtypes that the operators take.
 
-    Sums of float8_e4m3fn leave the tensor cores after each step: on Hopper those add in 14 bits, see
-    ``docs/convolution.md``.
+    Sums of float8_e4m3fn leave the tensor cores after each step: on Ada and Hopper those add in 14 bits, see
+    ``docs/convolution.md``. For mma.sync (PRECISION is "apart") that is an addition of its own, which Triton does not
+    join to the product because of the limit.
     """
     if a.dtype == tl.int8 and b.dtype == tl.int8:
         acc = tl.dot(a, b, acc, out_dtype=tl.int32)
     elif a.dtype.is_fp8() and b.dtype.is_fp8():
-        acc = tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
+        if PRECISION == "apart":
+            acc += tl.dot(a, b, max_num_imprecise_acc=a.shape[1])
+        else:
+            acc = tl.dot(a, b, acc, max_num_imprecise_acc=a.shape[1])
     else:
         if a.dtype != b.dtype:
             a = widened(a, b.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable
@@ -99,8 +100,21 @@ class FusedModule(ForInference):
         self.interface = interface
         self._told: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # pickle writes float8 tensors, and cannot read them: they are kept as bytes.
+        found = {name: each for name, each in self.network.named_buffers() if each.dtype is torch.float8_e4m3fn}
+        state = self.__dict__.copy()
+        if found:
+            network = copy.copy(self.network)
+            network._buffers = self.network._buffers | {name: each.view(torch.uint8) for name, each in found.items()}
+            state["_modules"] = {**self._modules, "network": network}
+        return state | {"_float8": tuple(found)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        names = state.pop("_float8", ())
         super().__setstate__(state)
+        for name in names:
+            self.network._buffers[name] = self.network.get_buffer(name).view(torch.float8_e4m3fn)
         # A graph is traced anew where it is unpickled, and has the registered operators again.
         self.network = call_directly(self.network)
 

@@ -17,6 +17,7 @@ from gpukern.fusion.prediction import question_of
 from gpukern.fusion.program import arguments, is_call, is_view, operation, tensor_of
 from gpukern.ops._pool2d.cost_model import Pooling
 from gpukern.ops._pool2d.problem import AdaptiveProblem, PoolProblem, adaptive_problem, pool_problem
+from gpukern.runtime.eight_bits import in_8_bits
 
 
 def fused_parts(module: torch.nn.Module, image: torch.Tensor, setting: Setting) -> list[Part]:
@@ -51,7 +52,7 @@ def _parts(node: Node, setting: Setting) -> Iterator[Part]:
         yield dataclasses.replace(part, problem=with_epilogue)
     target: Any = node.target
     pooled = _POOLS.get(operation(node)) if target.namespace == "gpukern" else None
-    if pooled is not None:
+    if pooled is not None and not in_8_bits(tensor_of(node).dtype):  # the setting has one dtype for all
         kind, problem_of = pooled
         pooling = Pooling.MAX if kind is Kind.MAX else Pooling.AVG
         yield pool(node.name, 1, Pool(kind, problem_of(node)), pooling, setting)

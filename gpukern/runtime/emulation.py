@@ -8,8 +8,8 @@ The interpreter (Triton 3.6 and 3.7) keeps bfloat16 as the raw bits in ``uint16`
 
 All are fixed here, once, so that kernels carry no code for the interpreter and tests need no extra tolerance. And the
 user function of ``tl.reduce``, which the interpreter calls for every element, is called for whole slices.
-TF32 is in ``emulation_tf32.py``, float8 in ``emulation_float8.py``; ``emulation_speed.py`` makes the interpreter
-several times faster.
+TF32 is in ``emulation_tf32.py``, float8 in ``emulation_float8.py``, words of bytes are in ``emulation_bytes.py``;
+``emulation_speed.py`` makes the interpreter several times faster.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, ReduceOps, TensorHandle
 
-from gpukern.runtime import emulation_float8, emulation_speed, emulation_tf32
+from gpukern.runtime import emulation_bytes, emulation_float8, emulation_speed, emulation_tf32
 
 
 def bf16_bits_to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -82,6 +82,7 @@ def prepare() -> None:
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_inline_asm = create_inline_asm
+    emulation_bytes.prepare()
     emulation_float8.prepare()
     ReduceOps.generic_reduce = _reduce_slices
 

@@ -50,7 +50,7 @@ SPILLS_A_TILE = 0.002
 SPILLS_A_ROW = 4
 IN_8_BITS = {"int8", "float8_e4m3fn"}
 #: Products of such, by mma.sync and by wgmma, and what would turn their operands into others.
-NARROW = ("IMMA", "QMMA", "IGMMA", "QGMMA")
+NARROW = ("IMMA", "QMMA", "IGMMA", "QGMMA", "UTCIMMA", "UTCQMMA")
 WGMMA = ("HGMMA", "IGMMA", "QGMMA")
 CONVERSIONS = ("I2F", "I2FP", "F2I", "F2F", "F2FP")
 #: Of kernels that are not listed.

@@ -147,6 +147,14 @@ def test_watching_several_batches_gathers_all_of_them():
     assert layer.gradient.count == 16 and not model._forward_hooks
 
 
+def test_unit_that_is_alive_in_one_batch_is_not_dead():
+    model = nn.ReLU()
+    with watch_activations(model) as statistics:
+        for row in ([[1.0, -1, -1, -1]], [[-1.0, -1, 1, -1]]):
+            model(torch.tensor(row))
+    assert statistics().layers[0].dead == 2 / 4 and statistics().layers[0].observed == 2
+
+
 @pytest.mark.parametrize(
     ("gain", "said"), [(0.3, "activations shrink"), (30.0, "activations grow"), (1.4, ""), (float("nan"), "NaN")]
 )

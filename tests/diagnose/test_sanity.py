@@ -246,6 +246,18 @@ def test_log_softmax_before_either_loss_is_right():
         assert report["loss function"].verdict == "ok" and "ln 4" in report["loss at chance"].finding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_loss_is_judged_in_other_dtypes(dtype):
+    images, labels = batch()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)).to(dtype)
+    report = judged(model, (images.to(dtype), labels), steps=1)
+    assert report["loss function"].verdict == "ok" and "ln 4" in report["loss at chance"].finding
+    report = judged(nn.Sequential(model, nn.Softmax(1)), (images.to(dtype), labels), steps=1)
+    assert "softmax twice" in report["loss function"].finding
+    report = judged(nn.Sequential(model, nn.LogSoftmax(1)), (images.to(dtype), labels), F.nll_loss, steps=1)
+    assert report["loss function"].verdict == "ok"
+
+
 def test_normalization_inside_of_the_model_counts():
     images, labels = batch()
     model = nn.Sequential(nn.BatchNorm2d(1), *network())
@@ -412,8 +424,9 @@ def test_layers_that_drop_samples_do_not_keep_a_handful_from_being_learned():
             keep = torch.rand(len(x), 1) > 0.5
             return x * keep if self.training else x
 
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), DropPath(), nn.Linear(32, CLASSES))
-    assert judged(model)["a handful learned"].verdict == "ok"
+    for drop in (DropPath(), nn.Dropout(0.95)):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), drop, nn.Linear(32, CLASSES))
+        assert judged(model)["a handful learned"].verdict == "ok"
 
 
 def test_label_smoothing_has_a_floor():

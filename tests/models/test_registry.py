@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import gpukern
-from models.registry import ARCHITECTURES, CLASSIFIERS, architecture
+from gpukern.runtime.mode import Mode, force_mode
+from models.registry import ARCHITECTURES, CLASSIFIERS, architecture, with_kernels
 from models.resnet import cifar_resnet
 from models.vgg import VGG
 
@@ -144,3 +145,11 @@ def test_new_weights_of_alexnet_keep_the_scale_of_the_signal():
     model = ARCHITECTURES["alexnet"].build(10, (3, 32, 32), width=16).eval()
     with torch.no_grad():
         assert 0.05 < model(torch.randn(8, 3, 32, 32)).std() < 5
+
+
+def test_kernels_take_the_place_of_torchs_layers_where_they_run():
+    device = torch.device("cpu")
+    with force_mode(Mode.REFERENCE):
+        assert type(with_kernels(cifar_resnet(8, width=4), device).conv1) is nn.Conv2d
+    with force_mode(Mode.EMULATED):
+        assert type(with_kernels(cifar_resnet(8, width=4), device).conv1) is gpukern.nn.Conv2d

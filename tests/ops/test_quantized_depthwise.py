@@ -13,7 +13,8 @@ import torch
 from gpukern.conv import force_plan, prepare
 from gpukern.conv.families.depthwise import launch as launches
 from gpukern.conv.families.depthwise import plan as depthwise
-from gpukern.conv.families.depthwise.plan import axes
+from gpukern.conv.families.depthwise.plan import Dots, axes
+from gpukern.conv.geometry import Dimension
 from gpukern.conv.plan import ConvPlan, Direction, Operands, Variant
 from gpukern.conv.planner import heuristic_plan
 from gpukern.conv.problem import ConvProblem
@@ -221,6 +222,24 @@ def test_64_bit_offsets(device, monkeypatch):
     prepare.forget()  # launches of other tests, with their own integers
     test_int8_equals_int64(BY_NAME["stride 2"], True, device)
     prepare.forget()
+
+
+@pytest.mark.parametrize("taps, stride, dilation", [*itertools.product((3, 4, 5, 7, 9), (1, 2, 3), (1, 2))])
+def test_words_meet_every_tap_once(taps, stride, dilation):
+    """Four sources a word, as many taps in the other: each output gets every tap of its sources, and nothing else."""
+    axis = depthwise._axis(Dimension(40, 9, taps, stride, dilation, 1), False)
+    for outputs in (1, 2, 3, 4, 8):
+        dots = Dots(axis, outputs, 4)
+        assert len(dots.words) <= outputs * cdiv(taps, 4) * (1 if taps <= 4 else axis.ratio)
+        for output in range(outputs):
+            met = [
+                (start + byte, shift + byte)
+                for start, shift in zip(dots.words, dots.shifts_of(output), strict=True)
+                for byte in range(4)
+                if shift is not None and 0 <= shift + byte < taps
+            ]
+            assert sorted(met) == [(output * axis.ratio + tap, tap) for tap in range(taps)]
+            assert {shift for shift in dots.shifts_of(output) if shift is not None} <= set(dots.shifts)
 
 
 def test_plans_of_mobile_networks_are_depthwise():

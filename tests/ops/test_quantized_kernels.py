@@ -19,7 +19,7 @@ from gpukern.ops.quantized_conv2d import conv2d_quantized
 from gpukern.ops.quantized_conv_transpose2d import conv_transpose2d_quantized
 from gpukern.ops.quantized_linear import linear_quantized
 from gpukern.runtime.current_device import pretend
-from gpukern.runtime.device import A100, H100
+from gpukern.runtime.device import A100, H100, L4
 from gpukern.runtime.mode import Mode, force_mode
 from tests.numerics import FP32_EPS
 from tests.ops.conv_cases import CASES, Case, as_problem
@@ -80,6 +80,14 @@ def test_every_dtype(pair, dtype, device):
     of_residual = 0.01 if residual.dtype in EIGHT else 1.0
     operands = tensors(TINY, pair, device=device)
     check(conv2d_quantized, *operands, residual, *geometry(p), "none", 0.0, of_residual, scale, dtype, False)
+
+
+@pytest.mark.parametrize("dtype", [INT8, E4M3, FP32], ids=str)
+def test_operands_in_fp32(dtype, device, full_fp32):
+    p = as_problem(TINY)
+    operands = tensors(TINY, (FP32, FP32), device=device)
+    scale = 0.02 if dtype in EIGHT else 1.0
+    check(conv2d_quantized, *operands, None, *geometry(p), "relu", 0.0, 1.0, scale, dtype, False)
 
 
 @pytest.mark.parametrize("activation", ["none", *PROPERTIES])
@@ -213,6 +221,14 @@ def test_float8_needs_tensor_cores_that_have_it():
         ):
             with pytest.raises(NotImplementedError, match="float8_e4m3fn needs a GPU of compute capability"):
                 conv2d_quantized(*operands, None, None, residual, *plain, 1.0, dtype, False)
+
+
+def test_float8_with_sums_added_apart(device):
+    """As on Ada, whose tensor cores add in few bits and are given no sum to add to."""
+    p = as_problem(SPLIT)
+    operands = tensors(SPLIT, (E4M3, E4M3), device=device)
+    with pretend(L4):
+        check(conv2d_quantized, *operands, None, *geometry(p), "relu", 0.0, 1.0, 0.02, E4M3, False)
 
 
 def test_ordinary_plans_keep_their_keys():

@@ -124,6 +124,23 @@ def test_splits_of_int8_are_exact(plan, p, device):
 
 @pytest.mark.parametrize(
     "plan, p",
+    [(BOX, problem((1, 1600, 1, 3), 16, (1, 2))), (GEMM, problem((3, 3200, 1, 1), 16, (1, 1)))],
+    ids=["box", "gemm"],
+)
+def test_splits_keep_whole_numbers_that_fp32_cannot(plan, p, device):
+    """The second half of a sum takes off nearly all of the first, more than 2²⁴."""
+    x = torch.randint(125, 128, (p.N, p.C, p.H, p.W), dtype=INT8).contiguous(memory_format=torch.channels_last)
+    w = torch.randint(125, 128, (p.K, p.C, p.R, p.S), dtype=INT8)
+    w.view(p.K, -1)[:, p.C * p.S // 2 :] *= -1
+    if p.S == 2:  # its steps go through the channels of one tap after the other
+        w = torch.stack((w.abs()[..., 0], -w.abs()[..., 1]), -1)
+    tensors = x.to(device), w.contiguous(memory_format=torch.channels_last).to(device), None, None
+    actual, expected = both(p, replace(plan, splits=2), list(tensors), activation="none", dtype=FP32)
+    assert torch.equal(actual, expected) and actual.abs().max() < 2**20 and 125**2 * p.C * p.S // 2 > 2**24
+
+
+@pytest.mark.parametrize(
+    "plan, p",
     [
         (replace(BOX, block_m=256, box=(4, 8, 8)), TINY),
         (replace(GEMM, block_m=64, block_n=64, num_warps=1), PRODUCT),

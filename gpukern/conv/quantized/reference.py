@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from gpukern.conv import reference
 from gpukern.conv.pooled.problem import POOL_WINDOWS
 from gpukern.conv.problem import ConvProblem
-from gpukern.ops._activation.reference import activation as activate
+from gpukern.ops._activation.reference import activation_of_kernels
 from gpukern.runtime.eight_bits import in_8_bits, quantized
 from gpukern.runtime.tensors import laid_out, memory_format_of
 
@@ -115,15 +115,7 @@ def epilogue(
         y = y + bias.to(torch.float32).view(by_channel)
     if residual is not None:
         y = y + residual.to(torch.float32) * residual_scale
-    return _activated(y, activation, negative_slope)
-
-
-def _activated(y: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
-    """``act(y)``: the piecewise linear ones in the kernels' operations, where torch divides instead."""
-    if name not in ("hardsigmoid", "hardswish"):
-        return activate(y, name, negative_slope)
-    inner = torch.where(y <= -3.0, 0.0, torch.where(y >= 3.0, 1.0, (y + 3.0) * (1.0 / 6.0)))
-    return inner if name == "hardsigmoid" else y * inner
+    return activation_of_kernels(y, activation, negative_slope)
 
 
 def rounded(y: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:

@@ -46,7 +46,8 @@ def behaviour(subject: Subject, probe: Probe) -> Behaviour | None:
     classes = subject.labels is not None and output.dim() == targets.dim() + 1
 
     def value(made: torch.Tensor, wanted: torch.Tensor = targets) -> float:
-        return float(subject.loss(made.to(output.dtype), wanted))
+        # Roundings to 16 bits would hide what is looked for.
+        return float(subject.loss(made.double() if output.dtype is torch.float64 else made, wanted))
 
     try:
         with torch.no_grad(), random_state_kept(subject.seed):
@@ -117,7 +118,7 @@ def _misfit(subject: Subject, probe: Probe, behaves: Behaviour) -> Check | None:
             "give the model an output for each class, or take binary_cross_entropy_with_logits",
         )  # fmt: skip
     if subject.labels is not None and output.dim() > 1 and (behaves.softmax or behaves.linear):
-        return _check_classes(name, output.detach().double(), behaves)
+        return _check_classes(name, output.detach(), behaves)
     if behaves.binary and bool(((output >= 0) & (output <= 1)).all()) and output.numel() >= 8:
         return Check(
             name, "wrong", "sigmoid twice: the outputs are probabilities, and the loss applies a sigmoid to them",
@@ -132,9 +133,11 @@ def _misfit(subject: Subject, probe: Probe, behaves: Behaviour) -> Check | None:
 
 
 def _check_classes(name: str, output: torch.Tensor, behaves: Behaviour) -> Check | None:
+    rounding = max(1e-3, 4 * torch.finfo(output.dtype).eps)
+    output = output.double()
     sums, log_sums = output.sum(1), output.logsumexp(1)
-    probabilities = bool((output >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
-    log_probabilities = bool((log_sums.abs() < 1e-3).all())
+    probabilities = bool((output >= 0).all()) and bool(((sums - 1).abs() < rounding).all())
+    log_probabilities = bool((log_sums.abs() < rounding).all())
     if behaves.softmax and probabilities:
         floor = math.log(math.e + output.shape[1] - 1) - 1
         return Check(

@@ -42,6 +42,15 @@ def activation(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tenso
     return torch.where(x > 2.0**64, x, y) if name in _OVERFLOWING else y
 
 
+def activation_of_kernels(x: torch.Tensor, name: str, negative_slope: float) -> torch.Tensor:
+    """Compute :func:`activation` of fp32, piecewise linear ones in the kernels' operations, where torch divides: the
+    same bits."""
+    if name not in ("hardsigmoid", "hardswish"):
+        return activation(x, name, negative_slope)
+    share = torch.where(x <= -3.0, 0.0, torch.where(x >= 3.0, 1.0, (x + 3.0) * (1.0 / 6.0)))
+    return share if name == "hardsigmoid" else x * share
+
+
 def activation_(x: torch.Tensor, name: str, negative_slope: float) -> None:
     """Compute :func:`activation` in place."""
     x.copy_(activation(x, name, negative_slope))

@@ -113,7 +113,8 @@ def _sums_and_divisors(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums [N, C, P, Q] of windows of 8-bit values, exact in fp64; what each is divided by, [P, Q] in fp32."""
     if isinstance(problem, PoolProblem):
-        sums = F.avg_pool2d(input, *_average(problem)[:-1], 1)
+        p = problem
+        sums = F.avg_pool2d(input, p.kernel, p.stride, p.padding, p.ceil_mode, divisor_override=1)
         sizes = (problem.H, problem.W), (problem.P, problem.Q)
         rows, columns = map(
             _counts, *sizes, problem.kernel, problem.stride, problem.padding, (problem.count_include_pad,) * 2

@@ -40,13 +40,13 @@ def narrowed_activation(y, inverse_scale, NAME: tl.constexpr, negative_slope, DT
 
 @triton.jit
 def activated_for(y, NAME: tl.constexpr, negative_slope, DTYPE: tl.constexpr):
-    """Return act(y), fp32, in fewer instructions; but relu before int8 is left to the clamp of :func:`narrowed`.
+    """Return act(y), fp32, in fewer instructions; the zeros of relu before int8 are left to the clamp of ``narrowed``.
 
     Maxima of pixels between the two are the same: relu never falls, nor does the product with a scale.
     """
     if NAME == "relu" or NAME == "relu6":
         # A maximum or minimum is one instruction, a select two.
-        if NAME == "relu6" or not DTYPE.is_int():
+        if not DTYPE.is_int():
             y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
         if NAME == "relu6":
             y = tl.minimum(y, 6.0, propagate_nan=tl.PropagateNan.ALL)

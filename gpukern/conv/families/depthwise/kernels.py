@@ -15,6 +15,18 @@ Rows and columns are walked alike, along an ``Axis`` of ``plan.py``.
 import triton
 import triton.language as tl
 
+from gpukern.conv.families.depthwise.functions import (
+    add_dot,
+    dot,
+    in_fours,
+    is_first,
+    packed,
+    shift_at,
+    shift_count,
+    shift_index,
+    word_count,
+    word_start,
+)
 from gpukern.conv.norm_grad import along_pixels, inner_gradient, norm_numbers
 from gpukern.conv.requantize import activated, scaled_residual
 from gpukern.ops._reduction.functions import merge_statistics, merge_sums, store_part
@@ -176,11 +188,66 @@ def multiply_rows(
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
+def multiply_words(sums, words, weights, AXIS_H: tl.constexpr, COLS: tl.constexpr, DOTS: tl.constexpr):
+    """As multiply_rows of int8, in int32, of row_words and filter_words."""
+    FIRST: tl.constexpr = -AXIS_H.warm_up * AXIS_H.outputs
+    STEP: tl.constexpr = AXIS_H.sources
+    WORDS: tl.constexpr = word_count(DOTS)
+    SHIFTS: tl.constexpr = shift_count(DOTS)
+    for i in tl.static_range(STEP):
+        new = ()
+        for a in tl.static_range(len(sums)):
+            total = sums[a]
+            if tap_of(AXIS_H, FIRST + a // COLS, i) >= 0:
+                for n in tl.static_range(WORDS):
+                    if shift_index(DOTS, a % COLS, n) >= 0:
+                        w = weights[tap_of(AXIS_H, FIRST + a // COLS, i) * SHIFTS + shift_index(DOTS, a % COLS, n)]
+                        if tap_of(AXIS_H, FIRST + a // COLS, i) == 0 and is_first(DOTS, a % COLS, n):
+                            # The sum is zero: the first row of taps comes first.
+                            total = dot(words[i * WORDS + n], w)
+                        else:
+                            total = add_dot(words[i * WORDS + n], w, total)
+            new += (total,)
+        sums = new
+    return sums
+
+
+@triton.jit
+def row_words(values, ROWS: tl.constexpr, LOADS: tl.constexpr, DOTS: tl.constexpr):
+    """Return ``values`` of load_rows as words [row · words + word]; without Dots as they are.
+
+    In words they wait for their turn in a quarter of the registers.
+    """
+    if DOTS is None:
+        return values
+    else:
+        WORDS: tl.constexpr = word_count(DOTS)
+        words = ()
+        for i in tl.static_range(ROWS):
+            for n in tl.static_range(WORDS):
+                words += (packed(values, i * LOADS, word_start(DOTS, n), LOADS, in_fours(DOTS)),)
+        return words
+
+
+@triton.jit
+def filter_words(weights, AXIS_H: tl.constexpr, AXIS_W: tl.constexpr, DOTS: tl.constexpr):
+    """Return int8 tiles of single taps as words [tap along rows · shifts + shift]."""
+    TAPS_H: tl.constexpr = AXIS_H.taps
+    TAPS_W: tl.constexpr = AXIS_W.taps
+    SHIFTS: tl.constexpr = shift_count(DOTS)
+    words = ()
+    for r in tl.static_range(TAPS_H):
+        for n in tl.static_range(SHIFTS):
+            words += (packed(weights, r * TAPS_W, shift_at(DOTS, n), TAPS_W, in_fours(DOTS)),)
+    return words
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr, DTYPE: tl.constexpr = tl.float32):
     """Return a tuple of zero tiles."""
     result = ()
     for _ in tl.static_range(COUNT):
-        result += (tl.zeros(SHAPE, tl.float32),)
+        result += (tl.zeros(SHAPE, DTYPE),)
     return result
 
 
@@ -253,6 +320,7 @@ def conv2d_depthwise_kernel(
     SOURCE_ALIGN: tl.constexpr, OUT_ALIGN: tl.constexpr,  # see walk
     COLS: tl.constexpr,  # output columns of a column group
     BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,  # column groups and channels of a program
+    DOTS: tl.constexpr,  # Dots of int8, or None
     ACTIVATION: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """out[n, k, p, q] = act(Σ_{c, r, s} source[n, c, tap r of p, tap s of q] · filter[k, c, r, s] + bias + residual).
@@ -297,7 +365,10 @@ def conv2d_depthwise_kernel(
         for r in tl.static_range(TAPS_H):
             for s in tl.static_range(TAPS_W):
                 w = tl.load(own_filter + (m * filter.reduction + r * filter.r + s * filter.s), mask=k_ok, other=0.0)
-                weights += (w.to(tl.float32),)
+                weights += (w if DOTS is not None else w.to(tl.float32),)
+    if DOTS is not None:
+        weights = filter_words(weights, AXIS_H, AXIS_W, DOTS)
+    SUMS: tl.constexpr = tl.float32 if DOTS is None else tl.int32
     scale = None
     if requantize is not None:  # noqa: SIM102 - the attribute of None is looked up otherwise
         if requantize.scale is not None:
@@ -333,29 +404,36 @@ def conv2d_depthwise_kernel(
         sum_g = tl.zeros(OUT_SHAPE, tl.float32)
         sum_gx = tl.zeros(OUT_SHAPE, tl.float32)
 
-    sums = zeros(AXIS_H.waiting * COLS, SHAPE)
+    sums = zeros(AXIS_H.waiting * COLS, SHAPE, SUMS)
     # The next rows are always in flight while the current ones are multiplied.
-    ahead = load_rows(
+    loaded = load_rows(
         pointers, column, c_ok, row, sizes.source_h, sizes.source_w, step_h, step_w, step_c,
         STEP, LOADS, REDUCTION, PITCH_H, AXIS_W.source_pitch, SOURCE_PAIRS,
     )  # fmt: skip
+    ahead = row_words(loaded, STEP, LOADS, DOTS)
     for t in range(tl.cdiv(min(rows_per_program, rows), DONE) + WARM_UP):
         values = ahead
         row += STEP * PITCH_H
         pointers += STEP * step_h
-        ahead = load_rows(
+        loaded = load_rows(
             pointers, column, c_ok, row, sizes.source_h, sizes.source_w, step_h, step_w, step_c,
             STEP, LOADS, REDUCTION, PITCH_H, AXIS_W.source_pitch, SOURCE_PAIRS,
         )  # fmt: skip
-        sums = multiply_rows(
-            sums, values, weights, AXIS_H, AXIS_W, REDUCTION, COLS, LOADS, ODD, SOURCE_PAIRS, requantize is not None
-        )
+        ahead = row_words(loaded, STEP, LOADS, DOTS)
+        if DOTS is not None:
+            sums = multiply_words(sums, values, weights, AXIS_H, COLS, DOTS)
+        else:
+            sums = multiply_rows(
+                sums, values, weights, AXIS_H, AXIS_W, REDUCTION, COLS, LOADS, ODD, SOURCE_PAIRS, requantize is not None
+            )
         for a in tl.static_range(DONE):
             row_ok = inside(out_row + a * AXIS_H.out_pitch, sizes.out_h) & (t >= WARM_UP)
             ok = places_inside(out_column, tl.where(row_ok, sizes.out_w, 0), c_ok, STORES, AXIS_W.out_pitch, OUT_PAIRS)
             for j in tl.static_range(STORES):
                 moved = a * out_step_h + j * out_step_w
                 y = tl.join(sums[a * COLS + 2 * j], sums[a * COLS + 2 * j + 1]) if OUT_PAIRS else sums[a * COLS + j]
+                if DOTS is not None:
+                    y = y.to(tl.float32)
                 if scale is not None:
                     y = y * scale
                 if bias_ptr is not None:
@@ -386,7 +464,7 @@ def conv2d_depthwise_kernel(
             z_places += DONE * out_step_h
             if other is not None:
                 other_places += DONE * out_step_h
-        sums = sums[DONE * COLS :] + zeros(DONE * COLS, SHAPE)
+        sums = sums[DONE * COLS :] + zeros(DONE * COLS, SHAPE, SUMS)
     if statistics is not None:
         tiles = tl.num_programs(0) // channel_blocks
         block = tl.program_id(0) % channel_blocks

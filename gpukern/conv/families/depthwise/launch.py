@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from gpukern.conv.families.depthwise import kernels, weight_kernels
-from gpukern.conv.families.depthwise.plan import Axis, axes, cut_of, tile_sums, tiles_per_split
+from gpukern.conv.families.depthwise.plan import Axis, Dots, axes, cut_of, tile_sums, tiles_per_split
 from gpukern.conv.families.filters import filter_strides
 from gpukern.conv.geometry import gemm_mnk
 from gpukern.conv.indexing import Filter, Sizes
@@ -47,6 +49,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         "SOURCE_ALIGN": _alignment(of_source, source, planes, source_pairs) if gemm.N == gemm.K else 1,
         "OUT_ALIGN": _alignment(of_output, output, planes, out_pairs),
         **_tile(plan, plan.block_n),
+        "DOTS": _dots(request, plan, horizontal) if not planes else None,
         "ACTIVATION": request.epilogue.activation,
         "INDEX": index_type(max(map(reach, (of_source, of_output), (source, output)))),
         **request.compile_options,
@@ -113,6 +116,14 @@ def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
         launch(weight_kernels.conv2d_depthwise_weight_grad_kernel, programs, out.device, arguments, constants)
 
     return Launch(run)
+
+
+def _dots(request: Request, plan: ConvPlan, axis: Axis) -> Dots | None:
+    """Products of int8, four at a time: where there are three taps or more, else a word would be mostly zeros."""
+    whole = request.sum_dtype is torch.int32 and request.direction is Direction.FORWARD
+    lanes, _, cols = plan.own_box
+    channels = lanes * plan.block_n // (32 * plan.num_warps)
+    return Dots(axis, cols, channels) if whole and axis.taps >= 3 else None
 
 
 def _in_planes(*images: Strides) -> bool:

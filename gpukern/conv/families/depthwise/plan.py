@@ -94,6 +94,46 @@ class Axis:
         return tap if 0 <= tap < self.taps else -1
 
 
+@dataclass(frozen=True)
+class Dots:
+    """The sums of ``outputs`` neighbours along ``axis`` as products of words of four neighbouring sources, bytes.
+
+    Byte b of a word that starts at source s is multiplied with tap s + b − first of an output whose first source is
+    ``first``: ``s − first`` is the *shift* of the filter's word.
+    """
+
+    axis: Axis
+    outputs: int
+    #: Neighbouring channels of a thread.
+    channels: int
+
+    @property
+    def words(self) -> tuple[int, ...]:
+        """The first sources of the words, as few as each output can have all its taps from one or, beyond four, two."""
+        taps, ratio = self.axis.taps, self.axis.ratio
+        if taps > 4:
+            return tuple(range(0, self.axis.span(self.outputs), 4))
+        starts = [0]
+        for first in range(0, self.outputs * ratio, ratio):
+            if first + taps > starts[-1] + 4:
+                starts.append(first)
+        return tuple(starts)
+
+    def shifts_of(self, output: int) -> tuple[int | None, ...]:
+        """Return the shift of each word for one output; None for words that it does not read."""
+        first = output * self.axis.ratio
+        last = first + self.axis.taps
+        whole = [start for start in self.words if start <= first and last <= start + 4]
+        used = whole[:1] or [start for start in self.words if start < last and start + 4 > first]
+        return tuple(start - first if start in used else None for start in self.words)
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """All shifts that occur."""
+        found = {shift for output in range(self.outputs) for shift in self.shifts_of(output)}
+        return tuple(sorted(shift for shift in found if shift is not None))
+
+
 class Cut(NamedTuple):
     """Numbers of strips, blocks of column groups and blocks of channels that a launch is divided into.
 

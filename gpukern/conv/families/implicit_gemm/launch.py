@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from gpukern.conv.families.filters import filter_alignment, filter_strides, tap_options, window_options
 from gpukern.conv.families.implicit_gemm import kernels, weight_kernels
 from gpukern.conv.families.implicit_gemm.plan import grid
@@ -47,7 +49,7 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
         "SPLITS": plan.splits,
         "ACTIVATION": request.epilogue.activation,
         "POOL": p.pool,
-        "PRECISION": plan.precision,
+        "PRECISION": "apart" if _adds_apart(request) else plan.precision,
         "INDEX": index_type(max(map(reach, request.shapes, (source, weight, output)))),
         **tile_options(plan),
         **request.compile_options,
@@ -84,6 +86,11 @@ def _prepare_gather(request: Request, plan: ConvPlan) -> Launch:
     rows = max(cdiv(gemm.M, plan.block_m) * tiled_pixels(p, request.direction)[1], 1)
     of_statistics = Tiles(rows, tiles // rows) if request.epilogue.leaves_parts else None
     return Launch(run, of_statistics, counters=tiles if workspace else 0)
+
+
+def _adds_apart(request: Request) -> bool:
+    """Whether sums of float8 leave the tensor cores by an instruction of the kernel's own."""
+    return request.dtype is torch.float8_e4m3fn and not request.device.multiplies_from_shared_memory
 
 
 def _prepare_weight_grad(request: Request, plan: ConvPlan) -> Launch:
