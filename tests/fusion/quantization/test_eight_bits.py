@@ -142,3 +142,24 @@ def test_bfloat16_beside_8_bits():
     assert fused(batches(1)[0]).dtype is torch.bfloat16 and fused.report.quantization.precision == "bfloat16"
     with pytest.raises(RuntimeError, match=r"computes in the dtype it was fused for, torch\.bfloat16"):
         fused.half()
+
+
+def test_choices_are_judged_by_the_numbers_behind_them():
+    """One class for every image proves nothing; the numbers that it is chosen by do, in eight bits too."""
+
+    class Classes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                *(layer for _ in range(4) for layer in (nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()))
+            )
+
+        def forward(self, x):
+            return (self.layers(x).mean((2, 3)) + torch.tensor([0.0, 50, 0])).argmax(1)
+
+    torch.manual_seed(0)
+    fused = gpukern.fuse(Classes().eval(), batches(1, 2)[0], dtype="int8", calibrate=batches())
+    told = fused.report.quantization
+    assert any(group.precision == "int8" for group in told.groups) and 20 < told.reached.snr < 150
+    assert any("verified by the numbers they are chosen by" in note for note in fused.report.notes)
+    assert fused(batches(1)[0]).tolist() == [1] * 6
