@@ -74,7 +74,9 @@ class Trainer:
         layers = {"layers": torch.nn if compiled else gpukern.nn} if config.network == "lenet" else {}
         model = config.make_network(len(data.class_names), data.image_size, **layers)
         if config.network != "lenet" and not compiled:
-            model = with_kernels(model, self.device)
+            # In several processes batch norms are gpukern's in any mode, and so are then their neighbours.
+            together = self.group.size > 1
+            model = gpukern.convert(model, inplace=True) if together else with_kernels(model, self.device)
         if data.as_bytes:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.double() if config.precision == "fp64" else model
