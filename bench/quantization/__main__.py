@@ -99,7 +99,11 @@ def accuracy(
     for name in _shown(names):
         if name not in CASES:
             raise typer.BadParameter(f"{name} is none of {', '.join(CASES)}", param_hint="--network")
-        case = CASES[name](runs, Console(stderr=True))
+        try:
+            case = CASES[name](runs, Console(stderr=True))
+        except (OSError, RuntimeError, ValueError) as problem:  # data or packages that are missing, by their names
+            typer.echo(f"bench.quantization: {problem}", err=True)
+            raise typer.Exit(1) from None
         found += [measure(case, _format(dtype), target) for dtype in dtypes]
     _print(_MEASURED, map(_measured, found), f"target {target:g}", markdown)
     for each in found:

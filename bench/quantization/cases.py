@@ -65,8 +65,8 @@ CASES: dict[str, Callable[[Path, Console], Case]] = {
 
 _LENET = Config(epochs=10, optimizer="adam", schedule="cosine", crop=2)
 _RESNET = Config(
-    network="resnet8", width=32, epochs=40, batch_size=64, optimizer="adam", lr=0.003, schedule="one-cycle", crop=4,
-    flip=True, fraction=0.1, held_out_fraction=0.2,
+    network="resnet8", width=32, epochs=40, optimizer="nesterov", lr=0.05, weight_decay=5e-4, schedule="one-cycle",
+    precision="bf16", crop=4, flip=True, fraction=0.1, held_out_fraction=0.2,
 )  # fmt: skip
 
 
