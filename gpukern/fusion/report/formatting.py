@@ -143,10 +143,10 @@ def _columns(report: ReportValues) -> tuple[Column, ...]:
 
 
 def _dtype(group: FusedGroup, report: ReportValues) -> str:
-    """Format a group's dtype where it is not the model's, and the reason."""
+    """Format a group's dtype where it is not the model's or they are mixed by intent, and the reason."""
     if group.note:
         return clean(f"{group.dtype}: {group.note}")
-    return MISSING if group.dtype == report.dtype else clean(group.dtype)
+    return MISSING if group.dtype == report.dtype and report.quantization is None else clean(group.dtype)
 
 
 def columns(report: ReportValues) -> list[Column]:
