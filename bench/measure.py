@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import random
 import time
@@ -174,7 +175,8 @@ class _Contest:
             return
         try:
             operands = [implementation.prepare(tensors) for tensors in sets]
-            self._found[index] = self._judged(candidate, implementation.function, operands[0], reference)
+            judge = functools.partial(self._judged, reference=reference, bound=implementation.bound or self._bound)
+            self._found[index] = judge(candidate, implementation.function, operands[0])
         except Exception as problem:
             self._found[index] = replace(candidate, status="failed", message=reason_of(problem)[:300])
             self._see_whether_lost()
@@ -182,15 +184,15 @@ class _Contest:
         if self._found[index].status == "ok":
             self._calls[index] = [partial(implementation.function, *each) for each in operands]
             if implementation.from_python is not None:
-                self._check_from_python(index, implementation.from_python, operands, reference)
+                self._check_from_python(index, implementation.from_python, operands, judge)
 
     def _check_from_python(
-        self, index: int, function: Callable[..., Any], operands: Sequence[Tensors], reference: torch.Tensor
+        self, index: int, function: Callable[..., Any], operands: Sequence[Tensors], judge: Callable[..., Candidate]
     ) -> None:
         """If this raises, the candidate is not timed from Python; if it is wrong, so is the candidate."""
         self._from_python[index] = None
         try:
-            judged = self._judged(self._found[index], function, operands[0], reference)
+            judged = judge(self._found[index], function, operands[0])
         except Exception as problem:
             self._note(index, f"no eager timing: {reason_of(problem)[:300]}")
             self._see_whether_lost()
@@ -202,7 +204,12 @@ class _Contest:
             del self._calls[index]
 
     def _judged(
-        self, candidate: Candidate, function: Callable[..., Any], operands: Tensors, reference: torch.Tensor
+        self,
+        candidate: Candidate,
+        function: Callable[..., Any],
+        operands: Tensors,
+        reference: torch.Tensor,
+        bound: float,
     ) -> Candidate:
         """``candidate`` with what is to be said of ``function``; it raises what that raises."""
         with _kept(operands) as changed:
@@ -214,10 +221,10 @@ class _Contest:
             torch.cuda.synchronize(self._device)
         if spoiled:
             return replace(candidate, status="wrong", message="changes its operands")
-        if error <= self._bound:
+        if error <= bound:
             return replace(candidate, error=max(error, candidate.error or 0.0))
         if math.isfinite(error):
-            message = f"error {error:.2g}, more than {self._bound:.2g}"
+            message = f"error {error:.2g}, more than {bound:.2g}"
             return replace(candidate, status="wrong", message=message, error=error)
         return replace(candidate, status="wrong", message="not finite, or of another shape")
 

@@ -20,8 +20,10 @@ import torch
 from bench.suite import Implementation, Tensors
 from gpukern.runtime.precision import fp32_products
 
+#: gpukern's networks in 8 bits, beside its own in 16.
+EIGHT_BITS = ("int8", "fp8")
 #: By what they cost: the compiling ones take seconds (max-autotune: up to a minute) a case before anything is timed.
-PEERS = ("library", "compile", "max-autotune", "flaggems")
+PEERS = ("library", "compile", "max-autotune", "flaggems", *EIGHT_BITS)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.peers import torch_at_its_best
+from bench.peers import EIGHT_BITS, torch_at_its_best
 from bench.suite import Suite, Task, suites
 from gpukern.runtime.device import DeviceSpec
 
@@ -27,20 +27,22 @@ def precompile(
     device: DeviceSpec,
     processes: int | None = None,
     on_done: Callable[[float], None] = lambda tasks: None,
+    peers: Sequence[str] = (),
 ) -> int:
     """Compile what gpukern launches for ``tasks`` on ``device``; the number of kernels, each counted in its process.
 
-    ``on_done`` gets how many tasks were finished, or which part of one. What does not compile is left for the run to
-    show.
+    Those of ``peers`` that are gpukern's own, in 8 bits, are compiled too. ``on_done`` gets how many tasks were
+    finished, or which part of one. What does not compile is left for the run to show.
     """
     processes = processes or os.cpu_count() or 1
+    ours = tuple(each for each in EIGHT_BITS if each in peers)
     shares = _shares(suites()[suite_name].many_kernels, tasks, processes)
     # spawn: a fork of a process that has started CUDA cannot use Triton's compiler safely.
     context = multiprocessing.get_context("spawn")
     kernels = 0
     pool = ProcessPoolExecutor(min(processes, len(shares)) or 1, mp_context=context, initializer=_without_gpu)
     try:
-        futures = {pool.submit(_compile, suite_name, share, device): share for share in shares}
+        futures = {pool.submit(_compile, suite_name, share, device, ours): share for share in shares}
         for future in as_completed(futures):
             with contextlib.suppress(Exception):  # a worker that died, above all: it takes the others' work along
                 kernels += future.result()
@@ -82,14 +84,14 @@ def _without_gpu() -> None:
 _compiled: set[tuple] = set()
 
 
-def _compile(suite_name: str, share: _Share, device: DeviceSpec) -> int:
+def _compile(suite_name: str, share: _Share, device: DeviceSpec, peers: Sequence[str] = ()) -> int:
     from gpukern.runtime.compile_only import record_launches
 
     suite, meta = suites()[suite_name], torch.device("meta")
     before = len(_compiled)
     for task in share.tasks:
         with record_launches(device) as launches, torch_at_its_best(task.case.dtype), torch.no_grad():
-            _call(suite, task, meta)
+            _call(suite, task, meta, peers)
         # In the order of the launches, which is the same in every process.
         distinct = list({launch.key: launch for launch in launches}.values())
         for launch in distinct[share.part :: share.parts]:
@@ -100,10 +102,10 @@ def _compile(suite_name: str, share: _Share, device: DeviceSpec) -> int:
     return len(_compiled) - before
 
 
-def _call(suite: Suite, task: Task, device: torch.device) -> None:
+def _call(suite: Suite, task: Task, device: torch.device, peers: Sequence[str]) -> None:
     """Make the call; a failure must not stop the tasks after it."""
     with contextlib.suppress(Exception):
         tensors = suite.tensors(task, device)
-        for implementation in suite.implementations(task, (), device):
+        for implementation in suite.implementations(task, peers, device):
             with contextlib.suppress(Exception):
                 implementation.function(*implementation.prepare(tensors))

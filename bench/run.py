@@ -84,7 +84,7 @@ def run(
         with _terminated_as_interrupted(), attempts.going_on():
             uncompiled = [task for task in waiting if task.case.key not in carried.rows()]
             if _worth_compiling_together(suite, uncompiled, device):
-                precompile(suite.name, uncompiled, device_spec(device), on_done=on_compiled)
+                precompile(suite.name, uncompiled, device_spec(device), on_done=on_compiled, peers=method.peers)
             for task in waiting:
                 if time.monotonic() >= until:
                     stopped = "the time was up"

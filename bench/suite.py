@@ -52,6 +52,8 @@ class Implementation:
     from_python: Callable[..., Any] | None = None
     #: It compiles before its first result, for seconds or minutes: the others are timed before that.
     slow: bool = False
+    #: What it may err by, if it rounds more than the row's dtype.
+    bound: float | None = None
 
 
 def in_mode(setting: str, device: torch.device) -> str:

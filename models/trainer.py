@@ -21,7 +21,7 @@ from models.registry import with_kernels
 
 __all__ = ["OPTIMIZERS", "Config", "Trainer", "accuracy"]
 
-#: How many training images are looked at after every epoch, for the gap to the held-out ones.
+#: How many training images at most are looked at after every epoch, for the gap to the held-out ones.
 _LOOKED_AT = 1000
 
 
@@ -74,7 +74,9 @@ class Trainer:
         layers = {"layers": torch.nn if compiled else gpukern.nn} if config.network == "lenet" else {}
         model = config.make_network(len(data.class_names), data.image_size, **layers)
         if config.network != "lenet" and not compiled:
-            model = with_kernels(model, self.device)
+            # In several processes batch norms are gpukern's in any mode, and so are then their neighbours.
+            together = self.group.size > 1
+            model = gpukern.convert(model, inplace=True) if together else with_kernels(model, self.device)
         if data.as_bytes:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model.double() if config.precision == "fp64" else model
@@ -169,7 +171,9 @@ class Trainer:
             raise ValueError(
                 f"the training diverged in epoch {self.epoch + 1} (a loss is not finite): try a smaller learning rate"
             )
-        looked_at = Samples(self.train.images[:_LOOKED_AT], self.train.labels[:_LOOKED_AT])
+        # From all over the set: many are sorted by class.
+        every = slice(None, None, -(-len(self.train) // _LOOKED_AT))
+        looked_at = Samples(self.train.images[every], self.train.labels[every])
         train, held_out = (self._evaluated(samples) for samples in (looked_at, self.held_out))
         self.accuracies.append(held_out[1])
         self.history.append(

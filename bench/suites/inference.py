@@ -1,10 +1,11 @@
-"""Whole networks prepared for inference: fused by gpukern, folded by hand, or compiled by PyTorch."""
+"""Whole networks ready for inference: fused by gpukern in 16 and in 8 bits, folded by hand, or compiled by PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +15,17 @@ import gpukern
 from bench.accuracy import DTYPES, network_bound
 from bench.layers import layer_calls
 from bench.networks import Networks, WholeNetwork, depth, placed, weights
-from bench.peers import compile_for_these_shapes, to_layout
+from bench.peers import EIGHT_BITS, compile_for_these_shapes, to_layout
 from bench.suite import Implementation, Task, Tensors, in_mode, register
 from gpukern.fusion.model import FusedModel
 from models.zoo import network
 
 #: Images that decide the statistics of batch norms.
 _CALIBRATION = 4
+#: What can be beside 8 bits in one network.
+_SIXTEEN = ("float16", "bfloat16")
+#: The error that networks in 8 bits may have, of random weights: 10 dB, which gpukern.fuse refuses to go below.
+_NOISE = 10**-0.5
 _META = torch.device("meta")
 
 
@@ -53,6 +58,8 @@ class Inference(Networks):
         has_norms = any(isinstance(call.module, nn.BatchNorm2d) for call in layer_calls(task.problem.name, 1))
         folds = (False, True) if has_norms else (False,)
         found = [_gpukern(task, device)]
+        if task.case.dtype in _SIXTEEN:
+            found += [_gpukern(task, device, format) for format in EIGHT_BITS if format in peers]
         for peer in (each for each in _PEERS if each in peers):
             found += [_peer(task, peer, fold, device) for fold in folds]
         return found
@@ -91,29 +98,42 @@ def _norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
 # ---- candidates ----------------------------------------------------------------------------------------------------
 
 
-def _gpukern(task: Task[WholeNetwork], device: torch.device) -> Implementation:
+def _gpukern(task: Task[WholeNetwork], device: torch.device, format: str = "") -> Implementation:
+    """gpukern's network in the task's dtype, or all that can be in the 8 bits of ``format`` and the rest in it."""
     name, dtype = task.problem.name, DTYPES[task.case.dtype]
-    fused = functools.cache(lambda where: _fused(name, dtype, where))
-    setting = in_mode(f"{task.case.layout}, gpukern.fuse", device)
+    fused = functools.cache(lambda where: _fused(name, dtype, format, where))
+    words = f', dtype="{format}"' if format else ""
+    setting = in_mode(f"{task.case.layout}, gpukern.fuse{words}", device)
     function = _running(lambda where: fused(where).module)
+    called, bound = (f"gpukern {format}", _NOISE) if format else ("gpukern", None)
     if device.type != "cuda":
-        return Implementation("gpukern", setting, function)
-    return Implementation("gpukern", f"{setting}; from Python cuda_graph=True", function, from_python=_running(fused))
+        return Implementation(called, setting, function, bound=bound)
+    setting = f"{setting}; from Python cuda_graph=True"
+    return Implementation(called, setting, function, from_python=_running(fused), bound=bound)
 
 
-def _fused(name: str, dtype: torch.dtype, device: torch.device) -> FusedModel:
+def _fused(name: str, dtype: torch.dtype, format: str, device: torch.device) -> FusedModel:
     """Fuse without verification: every candidate timed here was checked before."""
     if device.type == "meta":
-        return _fused_sizes(name, dtype)
+        return _fused_sizes(name, dtype, format)
     model = copy.deepcopy(trained_alike(name)).to(device)
     example = torch.randn(2, *network(name).input_size, device=device)
-    return gpukern.fuse(model, example, dtype=dtype, cuda_graph=device.type == "cuda", verify=False)
+    options = _options(dtype, format, example)
+    return gpukern.fuse(model, example, cuda_graph=device.type == "cuda", verify=False, **options)
+
+
+def _options(dtype: torch.dtype, format: str, images: torch.Tensor) -> dict[str, Any]:
+    """Options of :func:`gpukern.fuse`: in 8 bits, every group that can be, with the largest numbers of ``images``."""
+    if not format:
+        return {"dtype": dtype}
+    return {"dtype": format, "precision": dtype, "calibrate": [images], "calibration": "max"}
 
 
 @functools.lru_cache(maxsize=4)
-def _fused_sizes(name: str, dtype: torch.dtype) -> FusedModel:
+def _fused_sizes(name: str, dtype: torch.dtype, format: str) -> FusedModel:
     """Fuse on the meta device, where only sizes count: statistics are arbitrary, but there are biases to fold."""
-    fused = gpukern.fuse(_with_scales(name), torch.randn(2, *network(name).input_size), dtype=dtype, verify=False)
+    example = torch.randn(2, *network(name).input_size)
+    fused = gpukern.fuse(_with_scales(name), example, verify=False, **_options(dtype, format, example[:1]))
     fused.module.to(_META)
     return fused
 

@@ -154,3 +154,27 @@ def test_max_autotune_has_its_own_graphs_from_python_alone(monkeypatch):
 def test_unless_told_otherwise_it_measures_what_people_ask_for():
     assert set(INFERENCE.networks) <= set(NETWORKS) and INFERENCE.batches == (1, 32, 128)
     assert INFERENCE.dtypes[0] == "float16" and INFERENCE.layouts == ("channels_last",)
+
+
+# ---- in eight bits ---------------------------------------------------------------------------------------------------
+
+
+def test_eight_bits_stand_beside_sixteen_alone():
+    found = INFERENCE.implementations(make("lenet"), ("fp8", "int8"), CUDA)
+    assert [i.name for i in found] == ["gpukern", "gpukern int8", "gpukern fp8"]
+    assert found[0].bound is None and found[1].bound == found[2].bound == pytest.approx(10**-0.5)
+    assert all(
+        i.from_python is not None and f'dtype="{kind}"' in i.setting
+        for i, kind in zip(found[1:], ("int8", "fp8"), strict=True)
+    )
+    assert len(INFERENCE.implementations(make("lenet", dtype="float32"), ("int8", "fp8"), CUDA)) == 1
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bits_are_right_to_their_bound_and_differ(kind):
+    task = make("lenet")
+    (images,) = INFERENCE.tensors(task, CPU)
+    ours, eight = INFERENCE.implementations(task, (kind,), CPU)
+    reference = INFERENCE.reference(task, (images,))
+    assert INFERENCE.bound(task) < relative_error(eight.function(images), reference) < eight.bound
+    assert relative_error(ours.function(images), reference) <= INFERENCE.bound(task)

@@ -125,7 +125,7 @@ class FakePool:
         self._processes = {}
         FakePool.last = self
 
-    def submit(self, function, suite, share, device):
+    def submit(self, function, suite, share, device, peers):
         future = Future()
         if "dies" in share.tasks:
             future.set_exception(BrokenProcessPool("a process was terminated abruptly"))

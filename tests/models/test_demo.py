@@ -75,7 +75,7 @@ def test_exit_status(monkeypatch, tmp_path, accuracy, error, fused, code):
     monkeypatch.setattr(demo, "_train", lambda device, console: Trained)
     monkeypatch.setattr(demo, "_prove", lambda device, console: [demo.Comparison("logits", error, 1e-5)])
     monkeypatch.setattr(demo, "_fuse", lambda trainer, console: fused)
-    monkeypatch.setattr(demo, "save_plots", lambda *arguments: (tmp_path, tmp_path))
+    monkeypatch.setattr(demo, "save_plots", lambda *arguments: (tmp_path,) * 3)
     with pytest.raises(demo.typer.Exit) as exit:
         demo.main()
     assert exit.value.exit_code == code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from gpukern.runtime.mode import Mode, force_mode
 from models import checkpoint, running, train
+from models import trainer as trainer_module
 from models.config import Config
 from models.data import Data, Samples
 from models.metrics import Metrics
@@ -97,6 +99,16 @@ def test_evaluation_sees_images_as_they_are(data):
     plain.model.load_state_dict(trainer.model.state_dict())
     assert trainer._evaluated(data.held_out) == trainer._evaluated(data.held_out) == plain._evaluated(data.held_out)
     assert trainer.model.training and trainer.inputs.training
+
+
+def test_training_images_looked_at_are_of_all_classes(data, monkeypatch):
+    order = torch.argsort(data.train.labels)
+    ordered = replace(data, train=Samples(data.train.images[order], data.train.labels[order]))
+    trainer, seen = Trainer(Config(**SMALL, epochs=1), ordered, CPU), []
+    monkeypatch.setattr(trainer_module, "_LOOKED_AT", 7)
+    monkeypatch.setattr(trainer, "_evaluated", lambda samples: seen.append(samples.labels.tolist()) or (1.0, 0.5))
+    trainer.end_epoch()
+    assert seen[0] == [0, 0, 0, 1, 1, 2, 2] and len(seen[1]) == 12
 
 
 def test_rates_follow_the_schedule_in_every_group(data):
