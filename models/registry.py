@@ -62,7 +62,8 @@ class Architecture:
         if "channels" in self.options:
             given["channels"] = channels
         elif channels != self.input_size[0]:
-            raise ValueError(f"{self.title} takes images of {self.input_size[0]} channel(s), these have {channels}")
+            wanted = f"{self.input_size[0]} channel{'s' * (self.input_size[0] > 1)}"
+            raise ValueError(f"{self.title} takes images of {wanted}, these have {channels}; resnet18 takes any number")
         if self.name == "lenet" and (height, width) != self.input_size[1:]:
             raise ValueError(f"{self.title} takes images of 28 × 28, these are {height} × {width}")
         if "small_images" in self.options and "small_images" not in given:

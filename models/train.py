@@ -20,7 +20,7 @@ from models import data as datasets
 from models.config import OPTIMIZERS, PRECISIONS, Config
 from models.distributed import Group
 from models.registry import CLASSIFIERS, architecture
-from models.running import CHECKPOINT, Interrupted, choose_device, describe_mode, make_console, run, save_plots
+from models.running import BEST, CHECKPOINT, Interrupted, choose_device, describe_mode, make_console, run, save_plots
 from models.schedules import SCHEDULES
 from models.trainer import Trainer
 
@@ -99,11 +99,13 @@ def train(
     run(trainer, path, console, checkpoint_every, tensorboard)
     if group.first:
         loss, filters, curves = save_plots(trainer, out, f"{title} on {samples.name}")
-        console.print(f"checkpoint {path}, loss {loss}, filters {filters}, curves {curves}", highlight=False)
+        best = out / BEST
+        made = f"best weights {best}, " if best.exists() else ""  # none where no epoch was trained
+        console.print(f"checkpoint {path}, {made}loss {loss}, filters {filters}, curves {curves}", highlight=False)
 
 
 def main(
-    network: Annotated[str | None, typer.Option(help="See --list. (default lenet)")] = None,
+    network: Annotated[str | None, typer.Option(help="Its name, of those that --list shows. (default lenet)")] = None,
     data: Annotated[
         str | None,
         typer.Option(help="digits, mnist5k, cifar10, or a path: IDX files, CIFAR-10's batches, a folder or .zip with a "
@@ -120,25 +122,25 @@ def main(
         float | None, typer.Option(min=0, help="For momentum, nesterov, lars. (default 0.9)")
     ] = None,
     weight_decay: Annotated[float | None, typer.Option(min=0, help="(default: the optimizer's)")] = None,
-    schedule: Annotated[ScheduleName | None, typer.Option(help="Of the learning rate. (default constant)")] = None,
+    schedule: Annotated[ScheduleName | None, typer.Option(help="Of learning rates. (default constant)")] = None,
     warmup: Annotated[float | None, typer.Option(min=0, help="Epochs of a linear rise before it. (default 0)")] = None,
     step_epochs: Annotated[int | None, typer.Option(min=1, help="For --schedule step. (default 10)")] = None,
     gamma: Annotated[float | None, typer.Option(min=0, help="For --schedule step. (default 0.1)")] = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, shuffling and augmentation. (default 0)")] = None,
     batch_norm: Annotated[
-        bool | None, typer.Option("--batch-norm/--no-batch-norm", help="In LeNet-5 and VGG. (default none)")
+        bool | None, typer.Option("--batch-norm/--no-batch-norm", help="In LeNet-5 and VGG. (default no)")
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels of the first stage. (default: published)")] = None,
     dropout: Annotated[float | None, typer.Option(min=0, help="Probability. (default the network's)")] = None,
     label_smoothing: Annotated[float | None, typer.Option(min=0, help="(default 0)")] = None,
-    mixup: Annotated[float | None, typer.Option(min=0, help="α of the Beta distribution; 0: none. (default)")] = None,
-    ema: Annotated[float | None, typer.Option(min=0, help="Decay of averaged weights, as 0.999; 0: none.")] = None,
+    mixup: Annotated[float | None, typer.Option(min=0, help="α of the Beta distribution. (default 0: none)")] = None,
+    ema: Annotated[float | None, typer.Option(min=0, help="Decay of averaged weights. (default 0: none)")] = None,
     crop: Annotated[int | None, typer.Option(min=0, help="Random crops of images padded by so many pixels.")] = None,
     flip: Annotated[bool | None, typer.Option("--flip/--no-flip", help="Mirror images at random.")] = None,
     cutout: Annotated[int | None, typer.Option(min=0, help="Side of a random square without content.")] = None,
     precision: Annotated[PrecisionName | None, typer.Option(help="bf16, fp16: mixed precision. (default fp32)")] = None,
     patience: Annotated[
-        int | None, typer.Option(min=0, help="Stop after so many epochs without a better one; 0: never. (default)")
+        int | None, typer.Option(min=0, help="Stop after so many epochs without a better one. (default 0: never)")
     ] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the training images. (default 1)")] = None,
     held_out_fraction: Annotated[float | None, typer.Option(help="Share of held-out images. (default 1)")] = None,
@@ -148,11 +150,12 @@ def main(
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="Pattern of parameters not to train, as layer1 or '!fc' for all others.", metavar="PATTERN"),
+        typer.Option(help="Parameters not to train: layer1, or '!fc' for all but those of fc.", metavar="PATTERN"),
     ] = None,
-    thaw: Annotated[int | None, typer.Option(min=0, help="Train all from this epoch on, counted from 0.")] = None,
+    thaw: Annotated[int | None, typer.Option(min=0, help="Epochs after which what is frozen is trained too.")] = None,
     lr_scale: Annotated[
-        list[str] | None, typer.Option(help="Factor of the learning rate of some.", metavar="PATTERN=FACTOR")
+        list[str] | None,
+        typer.Option(help="fc=10: ten times the learning rate for parameters of fc.", metavar="PATTERN=FACTOR"),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Where checkpoint, metrics and pictures go. (default runs/NETWORK)")

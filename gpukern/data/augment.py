@@ -31,7 +31,7 @@ class Augment(torch.nn.Module):
     padding:
         pixels around an image (above and below, left and right, or an int) that a random crop may reach into.
     flip:
-        True for every other image, or the probability that one is flipped from left to right.
+        the probability that an image is flipped from left to right; True is one half.
     cutout:
         side of the square that is set to 0, the mean. Its middle is any pixel, so that it may lie partly outside.
     mean, std:

@@ -36,8 +36,8 @@ class Loader:
         which process this is of how many; those of ``torch.distributed`` where it is initialized. A batch of all
         processes has the same samples however many share it.
     even:
-        give all processes as many samples, as backward passes in step need: the first ones once more where they do not
-        divide. False for an evaluation that counts each sample once.
+        give all processes the same number of samples, as backward passes in step need: the first ones once more where
+        they do not divide. False for an evaluation that counts each sample once.
     device:
         where batches go if the images are elsewhere, through pinned memory: a data set in the memory of the host, or
         mapped from a file.

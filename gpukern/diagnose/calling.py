@@ -79,6 +79,7 @@ def random_state_kept(seed: int | None = None) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the generators of torch, NumPy and Python."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -124,6 +124,10 @@ def learning_rate_range_test(
         and step.
     smoothing:
         β, from 0 up to 1.
+    seed:
+        of all random numbers, such as dropout's.
+    progress:
+        called with the number of steps that are done and in all.
 
     Returns
     -------

@@ -70,12 +70,16 @@ def search(
         :func:`~gpukern.diagnose.integers` and :func:`~gpukern.diagnose.choice`.
     trials:
         runs in all, the same number in each of the ``rounds``, the first has what is left over.
+    maximize:
+        whether the largest value is the best, as of an accuracy.
     halving:
         h; 0 for no early ends.
     storage:
         a file (SQLite), in which every run is kept when it ends. With the same file and ``name`` a search goes on
         where it was stopped, and draws what it would have drawn; a run that was interrupted begins again. One process
         at a time. A URL of Optuna's is taken as it is; its dashboard reads either.
+    seed:
+        of the settings that are drawn; seeding the training is up to ``train``.
     progress:
         whether a bar is drawn; by default on terminals.
 

@@ -33,10 +33,12 @@ def object_called(name: str) -> Any:
         with working_directory_on_path():
             found: Any = _file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
         for part in attribute.split("."):
+            if not hasattr(found, part):
+                raise SourceError(f"{name} is not there: {where} has no {attribute}")
             found = getattr(found, part)
     except SourceError:
         raise
-    except (ImportError, AttributeError) as problem:
+    except ImportError as problem:
         raise SourceError(f"{name} is not there: {problem}") from problem
     except Exception as problem:  # whatever a user's file raises
         raise SourceError(f"{where} fails: {first_line(problem)}") from problem

@@ -72,7 +72,10 @@ Space = Mapping[str, "Range | Choice"]
 
 
 def log_uniform(low: float, high: float) -> Range:
-    """Numbers whose logarithm is uniform: learning rates, weight decays."""
+    """Numbers from ``low`` to ``high`` whose logarithm is uniform: learning rates, weight decays.
+
+    ValueError where ``low`` is not above 0 and below ``high``.
+    """
     return Range(low, high, log=True)
 
 
@@ -82,7 +85,7 @@ def uniform(low: float, high: float) -> Range:
 
 
 def integers(low: int, high: int, *, log: bool = False) -> Range:
-    """Whole numbers from ``low`` to ``high``, both included: layers, channels."""
+    """Whole numbers from ``low`` to ``high``, both included: layers, channels. ``log``: as :func:`log_uniform`."""
     return Range(low, high, log=log, integer=True)
 
 

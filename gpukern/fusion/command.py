@@ -57,19 +57,22 @@ def fuse(
         typer.Option(metavar="DIR|FILE", help="For int8 and fp8: a folder of images, or batches as .npy, .npz or .pt."),
     ] = None,
     calibration: Annotated[
-        str, typer.Option(metavar="HOW", help="Of ranges: auto, max, percentile, mse or entropy. Default: auto.")
+        str,
+        typer.Option(metavar="HOW", help="How ranges are taken: auto, max, percentile, mse or entropy. Default: auto."),
     ] = "",
     target: Annotated[
         float | None, typer.Option(help="Agreement that int8 and fp8 must reach on batches kept aside. Default: 0.99.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(metavar="KIND", help="Of what is not in 8 bits: fp16 or bf16. Default: fp16.")
+        str, typer.Option(metavar="KIND", help="What all else is in, for int8 and fp8: fp16 or bf16. Default: fp16.")
     ] = "",
     resize: Annotated[
         int | None, typer.Option(help="Shorter side of images before the crop. Default: the crop is 87.5 % of it.")
     ] = None,
-    mean: Annotated[str, typer.Option(metavar="R,G,B", help="Taken off images in 0 … 1. Default: ImageNet's.")] = "",
-    std: Annotated[str, typer.Option(metavar="R,G,B", help="That images are divided by. Default: ImageNet's.")] = "",
+    mean: Annotated[
+        str, typer.Option(metavar="R,G,B", help="Subtracted from images in 0 … 1. Default: ImageNet's.")
+    ] = "",
+    std: Annotated[str, typer.Option(metavar="R,G,B", help="Images are divided by it. Default: ImageNet's.")] = "",
     verify: Annotated[bool, typer.Option(help="Compare with the original in float64.")] = True,
     skip: Annotated[
         list[str], typer.Option(metavar="PATTERN", help='Modules to leave as they are: "head.*". Repeatable.')
@@ -190,12 +193,12 @@ def _numbers(words: str, option: str) -> tuple[float, ...] | None:
 
 def _check_options(kind: Any, given: dict[str, Any], verify: bool) -> None:
     """Check what belongs to eight bits before minutes of work."""
-    from gpukern.fusion.quantization.settings import settings_for
+    from gpukern.fusion.quantization.settings import OptionError, settings_for
 
     try:
         settings_for(kind, given, verify)
-    except (TypeError, ValueError) as problem:
-        raise typer.BadParameter(str(problem), param_hint="--dtype") from None
+    except OptionError as problem:
+        raise typer.BadParameter(str(problem), param_hint=f"--{problem.option}") from None
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def test_data_may_be_a_data_set_a_loader_a_function_or_a_file(project, tmp_path,
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (("{}:absent", "--data", "{}:batch"), 2, "is not there"),
+        (("{}:absent", "--data", "{}:batch"), 2, "has no absent"),
         (("absent.py:build", "--data", "{}:batch"), 2, "there is no file"),
         (("{}:broken", "--data", "{}:batch"), 2, "makes a int"),
         (("{}:build", "--data", "{}:broken"), 2, "is a int, expected"),

@@ -76,6 +76,8 @@ def sanity_check(
         how many are to be learned, in how many steps at most.
     entries:
         how many derivatives are compared.
+    seed:
+        of all random numbers, such as the choice of derivatives.
     progress:
         called with the name of the check that runs, and the number of checks that are done and in all.
 
@@ -86,7 +88,8 @@ def sanity_check(
 
     Raises
     ------
-    TypeError, ValueError for a batch of another form or numbers below 1; DiagnoseError if the model fails for the
+    TypeError, ValueError for a batch of another form, numbers below 1 or a ``training_step`` without an optimizer;
+    DiagnoseError if the model fails for the
     inputs, or model or optimizer cannot be copied.
     """
     model = python_module(model, "sanity_check")

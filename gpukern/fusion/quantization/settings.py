@@ -40,6 +40,17 @@ class Settings:
     target: Target
 
 
+class OptionError(ValueError):
+    """``option`` has a value that makes no sense, or does not go with the others."""
+
+    def __init__(self, option: str, told: str) -> None:
+        super().__init__(told)
+        self.option = option
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.option, str(self))
+
+
 def is_eight_bits(dtype: Any) -> bool:
     """Whether ``dtype`` asks for eight bits."""
     return isinstance(dtype, (str, torch.dtype)) and dtype in BY_NAME
@@ -47,20 +58,22 @@ def is_eight_bits(dtype: Any) -> bool:
 
 def settings_for(dtype: Any, given: Mapping[str, Any], verify: bool = True) -> Settings | None:
     """The settings for ``dtype``, None for one that is none of eight bits; ``given``: the options by their names, None
-    for those that were left out. TypeError or ValueError for options that do not go together."""
+    for those that were left out. TypeError or OptionError for options that do not go together."""
     if not is_eight_bits(dtype):
         _require_none(dtype, given)
         return None
     format, precision = BY_NAME[dtype], given["precision"] or torch.float16
     batches = given["calibrate"]
     if given["target"] is not None and not verify:
-        raise ValueError("target is reached by proof: it cannot go with verify=False")
+        raise OptionError("target", "target is reached by proof: it cannot go with verify=False")
     if precision not in _PRECISIONS:
-        raise ValueError(f"what is not in 8 bits is in torch.float16 or torch.bfloat16, got precision={precision!r}")
+        told = f"what is not in 8 bits is in torch.float16 or torch.bfloat16, got precision={precision!r}"
+        raise OptionError("precision", told)
     if batches is None:
-        raise ValueError(
+        raise OptionError(
+            "calibrate",
             f"dtype={format.name!r} needs calibrate=, an iterable of batches as the model takes them: "
-            "the ranges of activations are measured on them"
+            "the ranges of activations are measured on them",
         )
     if isinstance(batches, (str, bytes, Mapping)) or not hasattr(batches, "__iter__"):
         raise TypeError(f"calibrate takes an iterable of batches, got {type(batches).__name__}")
@@ -68,17 +81,20 @@ def settings_for(dtype: Any, given: Mapping[str, Any], verify: bool = True) -> S
         batches = [batches]  # one batch: iterating over it would give images
     calibration = given["calibration"] or "auto"
     if calibration not in CALIBRATIONS:
-        raise ValueError(f"calibration is one of {', '.join(CALIBRATIONS)}, got {calibration!r}")
+        raise OptionError("calibration", f"calibration is one of {', '.join(CALIBRATIONS)}, got {calibration!r}")
     return Settings(format, precision, batches, calibration, _target(given["target"]))
 
 
 def _require_none(dtype: Any, given: Mapping[str, Any]) -> None:
     if isinstance(dtype, str):
         known = ", ".join(repr(name) for name in BY_NAME if isinstance(name, str))
-        raise ValueError(f"fuse() knows {known} by their names, and torch's dtypes, got {dtype!r}")
+        raise OptionError("dtype", f"fuse() knows {known} by their names, and torch's dtypes, got {dtype!r}")
     extra = [name for name, value in given.items() if value is not None]
     if extra:
-        raise ValueError(f"{', '.join(extra)} are for dtype='int8' or 'fp8', got dtype={dtype!r}")
+        told = (
+            f"{' and '.join(extra)} {'are' if len(extra) > 1 else 'is'} for dtype='int8' or 'fp8', got dtype={dtype!r}"
+        )
+        raise OptionError(extra[0], told)
 
 
 def _target(given: Any) -> Target:
@@ -88,9 +104,9 @@ def _target(given: Any) -> Target:
     if isinstance(given, tuple) and len(given) == 2 and callable(given[0]):
         metric, least = given
     if callable(least):
-        raise ValueError("a metric needs the least value that it may have: target=(metric, 0.93)")
+        raise OptionError("target", "a metric needs the least value that it may have: target=(metric, 0.93)")
     if isinstance(least, bool) or not isinstance(least, (int, float)):
         raise TypeError(f"target takes a number, or a metric and a number, got {given!r}")
     if not math.isfinite(least) or (metric is None and not 0 < least <= 1):
-        raise ValueError(f"target is a share of agreement above 0 and at most 1, got {least!r}")
+        raise OptionError("target", f"target is a share of agreement above 0 and at most 1, got {least!r}")
     return Target(float(least), metric)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gpukern.formatting import MISSING, count, error, micro, milli, number, percent, ratio, size
-from gpukern.fusion.report.values import FusedGroup, Quantization, QuantizedGroup, ReportValues, Verification
+from gpukern.fusion.report.values import FusedGroup, Quantization, QuantizedGroup, Reached, ReportValues, Verification
 
 
 class Line(NamedTuple):
@@ -55,17 +55,17 @@ def comparison(report: ReportValues) -> list[Line]:
     if check := report.verification:
         lines.append(
             Line(
-                f"error against {check.truth}{_where(report)}", error(check.unfused), error(check.error), allowed(check)
+                f"error against {check.truth}{where(report)}", error(check.unfused), error(check.error), allowed(check)
             )
         )
         if check.argmax_agreement is not None:
             lines.append(
-                Line(f"rows with the truth's argmax{_where(report)}", MISSING, agreement(check.argmax_agreement), "")
+                Line(f"rows with the truth's argmax{where(report)}", MISSING, agreement(check.argmax_agreement), "")
             )
     return [*lines[:1], *_kernels(report), *lines[1:], *_timings(report)]
 
 
-def _where(report: ReportValues) -> str:
+def where(report: ReportValues) -> str:
     """What a verification is of, in a report of eight bits."""
     return "" if report.quantization is None else f", in {report.quantization.precision}"
 
@@ -143,10 +143,10 @@ def _columns(report: ReportValues) -> tuple[Column, ...]:
 
 
 def _dtype(group: FusedGroup, report: ReportValues) -> str:
-    """Format a group's dtype where it is not the model's, and the reason."""
+    """Format a group's dtype where it is not the model's or they are mixed by intent, and the reason."""
     if group.note:
         return clean(f"{group.dtype}: {group.note}")
-    return MISSING if group.dtype == report.dtype else clean(group.dtype)
+    return MISSING if group.dtype == report.dtype and report.quantization is None else clean(group.dtype)
 
 
 def columns(report: ReportValues) -> list[Column]:
@@ -168,12 +168,17 @@ def in_eight_bits(told: Quantization) -> list[Line]:
     ]
     steps = (told.sixteen, told.every, told.reached)
     if told.sixteen and told.every and told.reached:
-        share = told.metric == "agreement"
-        values = [agreement(step.value) if share else number(step.value, 4) for step in steps if step]
-        name = "agreement with the original" if share else clean(told.metric)
-        lines.append(Line(f"{name}, target {told.target:g}", *values))
+        told_by = [reached(told, step) for step in steps if step]
+        lines.append(Line(f"{told_by[0][0]}, target {told.target:g}", *(value for _, value in told_by)))
         lines.append(Line("signal-to-noise of the outputs", *(decibels(step.snr) for step in steps if step)))
     return lines
+
+
+def reached(told: Quantization, step: Reached) -> tuple[str, str]:
+    """Return what the target is about, and that value of one of the three models."""
+    if told.metric == "agreement":
+        return "agreement with the original", agreement(step.value)
+    return clean(told.metric), number(step.value, 4)
 
 
 def _kept(told: Quantization) -> int:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from gpukern import formatting as numbers
 from gpukern.fusion.report import formatting as words
 from gpukern.fusion.report.svg import COLOURS, picture
-from gpukern.fusion.report.values import FusedGroup, ReportValues
+from gpukern.fusion.report.values import FusedGroup, Quantization, Reached, ReportValues
 from gpukern.pages import render
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -57,10 +57,18 @@ def _cards(report: ReportValues) -> Iterator[Card]:
     yield Card("activations moved", less, f"less: {moved[0]} → {moved[1]}")
     if told := report.quantization:
         smaller = words.times(told.bytes_before, told.bytes)
-        detail = f"of 16 bits: {numbers.size(told.bytes_before)} → {numbers.size(told.bytes)}"
-        yield Card("bytes in 8 bits", smaller, f"less, {detail}")
+        detail = f"less than in 16 bits: {numbers.size(told.bytes_before)} → {numbers.size(told.bytes)}"
+        yield Card("bytes, with weights", smaller, detail)
+        if told.reached:
+            yield _reached_card(told, told.reached)
     yield _error_card(report)
     yield Card("groups fused", f"{len(report.fused):,}", f"{len(report.not_fused) or 'nothing'} left as it was")
+
+
+def _reached_card(told: Quantization, reached: Reached) -> Card:
+    name, value = words.reached(told, reached)
+    detail = f"in 8 bits; target {told.target:g}; signal-to-noise {words.decibels(reached.snr)}"
+    return Card(name, value, detail, "good" if reached.value >= told.target else "bad")
 
 
 def _error_card(report: ReportValues) -> Card:
@@ -71,7 +79,7 @@ def _error_card(report: ReportValues) -> Card:
     if check.argmax_agreement is not None:
         detail += f", argmax agrees in {words.agreement(check.argmax_agreement)}"
     kind = "good" if check.passed else "bad"
-    return Card(f"error against {check.truth}", numbers.error(check.error), detail, kind)
+    return Card(f"error against {check.truth}{words.where(report)}", numbers.error(check.error), detail, kind)
 
 
 # ---- a bar for each group ------------------------------------------------------------------------------------------

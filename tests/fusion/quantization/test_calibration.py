@@ -100,8 +100,8 @@ def test_batches_that_are_of_no_use_are_refused(given, kind, words, module):
     [
         ({"dtype": "int8"}, ValueError, "dtype='int8' needs calibrate="),
         ({"dtype": "int4"}, ValueError, "knows 'int8', .* got 'int4'"),
-        ({"calibrate": []}, ValueError, "calibrate are for dtype='int8' or 'fp8', got dtype=None"),
-        ({"dtype": torch.float16, "target": 0.9}, ValueError, "target are for dtype='int8'"),
+        ({"calibrate": []}, ValueError, "calibrate is for dtype='int8' or 'fp8', got dtype=None"),
+        ({"dtype": torch.float16, "target": 0.9}, ValueError, "target is for dtype='int8'"),
         ({"dtype": "fp8", "calibrate": "a word"}, TypeError, "an iterable of batches, got str"),
         ({"dtype": "int8", "calibrate": [1], "calibration": "best"}, ValueError, "one of auto, max"),
         ({"dtype": "int8", "calibrate": [1], "target": 1.5}, ValueError, "above 0 and at most 1"),

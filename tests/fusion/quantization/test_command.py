@@ -88,9 +88,10 @@ def test_what_cannot_be_read_is_told(name, words, tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (("--dtype", "int8"), "needs calibrate="),
+        (("--dtype", "int8"), "Invalid value for --calibrate: dtype='int8' needs calibrate="),
+        (("--dtype", "int8", "--precision", "fp32"), "Invalid value for --precision: what is not in 8 bits"),
         (("--dtype", "int4"), "no dtype is called 'int4'; known are fp16, bf16, fp32, int8, fp8"),
-        (("--target", "0.9"), "target are for dtype='int8' or 'fp8'"),
+        (("--target", "0.9"), "Invalid value for --target: target is for dtype='int8' or 'fp8'"),
         (("--dtype", "fp8", "--calibrate", "nowhere"), "there is no nowhere"),
         (("--mean", "0,0,0"), "are for --calibrate"),
         (("--std", "a,b"), "'a,b' is not numbers between commas"),

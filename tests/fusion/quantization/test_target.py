@@ -100,6 +100,8 @@ def test_the_report_has_a_table_a_page_and_a_file(tmp_path):
     report.to_html(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "In 8 bits (int8)" in page and f"on {told.aside} rows kept aside" in page
+    # Beside each other, the figures of eight bits and those of 16.
+    assert "in 8 bits; target 0.5; signal-to-noise" in page and "<span>error against float64, in float16</span>" in page
     assert FusionReport.from_json(report.to_json()) == report
     assert any("kept aside for the proof" in note for note in report.notes)
     assert {group.operator for group in report.fused} == {"gpukern::conv2d_quantized"}
