@@ -47,6 +47,14 @@ def test_saliency_leaves_the_model_as_it_was_and_takes_the_largest_logit():
     assert not images.requires_grad
 
 
+def test_saliency_of_a_model_that_works_on_its_input_in_place():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4, 3))
+    images = torch.randn(5, 2, 2)
+    kept = images.clone()
+    maps = saliency(model, images).maps
+    assert torch.equal(images, kept) and torch.equal(maps != 0, kept > 0)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "error", "said"),
     [

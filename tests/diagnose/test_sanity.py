@@ -84,6 +84,30 @@ def test_model_optimizer_and_random_states_are_left_as_they_were():
     assert (np.random.get_state()[1] == states[2]).all()
 
 
+def test_model_that_works_on_its_input_in_place_is_judged_by_fresh_batches():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return self.inner(x.mul_(0.5))
+
+    given = batch(32)
+    kept = [each.clone() for each in given]
+    model = Centred()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    report = judged(model, given, optimizer=optimizer, training_step=step)
+    assert all(map(torch.equal, given, kept))
+    names = ("gradients", "a handful learned", "training step")
+    assert [report[name].verdict for name in names] == ["ok"] * 3, str(report)
+
+
+def test_loss_that_is_nan_is_told_as_such():
+    report = judged(network(), batch(32), loss=lambda output, labels: output.sum() * torch.nan, steps=3)
+    assert report["gradients"].finding == "the loss is nan"
+
+
 def test_regression_of_a_dict_of_inputs_is_checked():
     class Sum(nn.Module):
         def __init__(self):

@@ -84,6 +84,8 @@ def _entries(subject: Subject) -> Iterator[Entry]:
     gradients = torch.autograd.grad(first, [each for _, each in trained], allow_unused=True)
     with torch.no_grad():
         value = float(first)
+        if not math.isfinite(value):
+            raise _Unchecked(f"the loss is {value}")
         if float(loss()) != value:
             raise _Unchecked("the loss differs from call to call though the random numbers are the same")
         for number, place in _places(gradients, subject.entries, subject.seed):
