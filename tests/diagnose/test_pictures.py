@@ -75,6 +75,14 @@ def test_saliency_needs_logits():
         saliency(nn.Conv2d(1, 1, 1), torch.zeros(2, 1, 3, 3))
 
 
+def test_logits_that_are_nan_are_no_predictions():
+    logits, labels = torch.full((2, 3), torch.nan), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="logits are NaN"):
+        confusion(logits, labels)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        misclassified(torch.rand(2, 1, 4, 4), logits, labels)
+
+
 def test_confusion_counts_every_pair():
     labels, taken = torch.randint(0, 4, (200,)), torch.randint(0, 4, (200,))
     found = confusion(taken, labels, "abcd")

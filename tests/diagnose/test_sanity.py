@@ -402,6 +402,12 @@ def test_wrong_backward_is_found_and_the_layers_before_it_are_named():
     assert report["gradients"].finding.count("derivatives are wrong") == 1
 
 
+def test_spectral_norm_is_differentiated_without_its_iteration():
+    spectral = nn.utils.parametrizations.spectral_norm
+    report = judged(nn.Sequential(nn.Flatten(), spectral(nn.Linear(64, CLASSES))), batch(32), steps=3)
+    assert report["gradients"].verdict == "ok", str(report)
+
+
 def test_kinks_are_left_out():
     """All inputs of the ReLU are 0: the derivative on one side is not that on the other."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, CLASSES))

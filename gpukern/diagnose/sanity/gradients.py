@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from gpukern.checking.models import in_full
 from gpukern.diagnose.calling import call, floating, map_tensors, random_state_kept
@@ -60,6 +61,9 @@ class _Unchecked(Exception):
 
 def _entries(subject: Subject) -> Iterator[Entry]:
     model = subject.fresh().double()
+    for module in model.modules():
+        if isinstance(module, _SpectralNorm):  # in training it iterates, and its derivative leaves that out
+            module.eval()
     batch = subject.some(subject.random_places(_SAMPLES))
     inputs, targets = (
         map_tensors(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, each) for each in batch
