@@ -98,6 +98,8 @@ class Config:
                 raise ValueError(f"unknown {what} {value!r}, expected one of {', '.join(known)}")
 
     def _check_ranges(self) -> None:
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must have 64 bits, got {self.seed}")
         if self.epochs < 0 or self.batch_size < 0:
             raise ValueError(f"epochs and batch size must not be negative, got {self.epochs} and {self.batch_size}")
         for name in ("warmup", "crop", "cutout", "patience", "weight_decay", "mixup", "lr", "gamma", "thaw"):

@@ -54,6 +54,8 @@ class Trainer:
         if compiled:
             self.network = torch.compile(self.network, backend="gpukern")  # type: ignore[assignment]
         self.frozen = freezing.freeze(self.model, config.freeze)
+        if config.thaw != 0 and not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(f"there is nothing to train: {', '.join(config.freeze)} freezes all parameters")
         assert config.lr is not None
         self.optimizer = config.make_optimizer(freezing.groups(self.model, config.lr, config.lr_scale))
         self._rates = [group["lr"] for group in self.optimizer.param_groups]

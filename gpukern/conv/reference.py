@@ -61,7 +61,18 @@ def alike(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Convert all to the dtype of an fp32 bias: one rounding at the end, as in the kernels."""
     dtype = input.dtype if bias is None else torch.promote_types(input.dtype, bias.dtype)
-    return input.to(dtype), weight.to(dtype), None if residual is None else residual.to(dtype)
+    return input.to(dtype), with_usual_strides(weight.to(dtype)), None if residual is None else residual.to(dtype)
+
+
+def with_usual_strides(weight: torch.Tensor) -> torch.Tensor:
+    """A dense weight with the strides that its memory format has for dimensions of one element, too.
+
+    torch's grouped convolutions on a CPU, by oneDNN, step by those from group to group: sums are wrong where the weight
+    is in channels_last (findings/torch_grouped_convolution_steps_by_strides_of_one_element.sh).
+    """
+    if 1 not in weight.shape:
+        return weight
+    return laid_out(weight, memory_format_of(weight))
 
 
 def conv2d_statistics(
@@ -110,6 +121,7 @@ def _pad(problem: ConvProblem, input: torch.Tensor) -> tuple[torch.Tensor, tuple
 
 def _backward(problem, grad, input, weight, mask) -> tuple[Any, Any]:
     padded, padding = _pad(problem, input)
+    weight = with_usual_strides(weight)
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, padded, weight, None, problem.stride, padding, problem.dilation, False, (0, 0), problem.groups, mask
     )

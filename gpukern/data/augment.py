@@ -81,6 +81,8 @@ class Augment(torch.nn.Module):
         self.flip = flip / 2 if isinstance(flip, bool) else as_float("flip", flip)
         self.cutout = as_int("cutout", cutout)
         self.padding_mode, self.fill, self.dtype, self.before = padding_mode, as_float("fill", fill), dtype, before
+        if before is not None and not callable(before):
+            raise TypeError(f"before must be a function of images, got {type(before).__name__}")
         self.seed, self.step = seed, 0
         self._check()
         self.register_buffer("mean", (255 * _numbers("mean", mean)).float())
@@ -143,7 +145,11 @@ class Augment(torch.nn.Module):
         if index is not None:
             images = images.index_select(0, index)
             places = index if places is None else places
-        return self.before(images.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), None, places
+        made = self.before(images.permute(0, 3, 1, 2))
+        if not isinstance(made, torch.Tensor) or made.dim() != 4 or len(made) != len(images):
+            got = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
+            raise RuntimeError(f"Augment: expected {len(images)} images [N, C, H, W] of before=, but got {got}")
+        return made.permute(0, 2, 3, 1), None, places
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seed": self.seed, "step": self.step}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from gpukern.data.augment import Augment
 from gpukern.data.order import permutation, share
 from gpukern.runtime.arguments import as_int, check_tensors
 from gpukern.runtime.integers import cdiv, require
+
+#: What a loader's state has.
+_STATE = ("seed", "epoch", "samples")
 
 
 class Loader:
@@ -76,10 +79,13 @@ class Loader:
         self.batch_size, self.seed = as_int("batch_size", batch_size), as_int("seed", seed)
         self.shuffle, self.drop_last, self.even = shuffle, drop_last, even
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
-        self.world_size = (
-            world_size if world_size is not None else torch.distributed.get_world_size() if distributed else 1
-        )
+        self.rank, self.world_size = 0, 1
+        if distributed:
+            self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if rank is not None:
+            self.rank = as_int("rank", rank)
+        if world_size is not None:
+            self.world_size = as_int("world_size", world_size)
         self.device = images.device if device is None else torch.device(device)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -113,7 +119,9 @@ class Loader:
         return {"seed": self.seed, "epoch": self.epoch, "samples": self._samples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up ``state``. ValueError if it had more samples than there are."""
+        """Take up ``state``. ValueError if it is no such state, or had more samples than there are."""
+        if not isinstance(state, Mapping) or not all(type(state.get(name)) is int for name in _STATE):
+            raise ValueError(f"expected a state with whole numbers as {', '.join(_STATE)}, got {state}")
         if not 0 <= state["samples"] <= len(self.images):
             raise ValueError(f"a state after {state['samples']} samples, but there are {len(self.images)}")
         self.seed, self.epoch, self._samples = state["seed"], state["epoch"], state["samples"]
@@ -130,7 +138,8 @@ class Loader:
         for start in range(self._samples, stop, self._whole):
             index = share(order, start, self._whole, self.rank, self.world_size, self.even)
             batch = self._batch(index, epoch) if len(index) else None
-            self._samples = min(start + self._whole, count)
+            if self.epoch == epoch:  # a later iteration has not begun yet
+                self._samples = min(start + self._whole, count)
             if batch is not None:
                 yield batch
         if self.epoch == epoch:

@@ -18,7 +18,11 @@ from gpukern.fusion.given import check_weights, duplicate
 
 
 def call(model: torch.nn.Module, inputs: Any) -> Any:
-    """Return the output for ``inputs``: positional arguments in a tuple or list, named ones in a dict, or the one."""
+    """Return the output for ``inputs``: positional arguments in a tuple or list, named ones in a dict, or the one.
+
+    The model gets copies of the tensors: a first layer that works in place would leave other inputs to the next call.
+    """
+    inputs = map_tensors(torch.clone, inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):

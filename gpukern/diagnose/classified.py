@@ -104,6 +104,7 @@ def confusion(predictions: torch.Tensor, labels: torch.Tensor, names: Sequence[s
     classes = len(names)
     if predictions.dim() == labels.dim() + 1:
         classes = predictions.shape[1]
+        _refuse_nan(predictions)
         predictions = predictions.argmax(1)
     if predictions.shape != labels.shape or labels.is_floating_point() or predictions.is_floating_point():
         raise ValueError(
@@ -191,6 +192,7 @@ def misclassified(
             f"expected logits [N, C] and labels [N] for {len(images)} images, "
             f"got {list(logits.shape)} and {list(labels.shape)}"
         )
+    _refuse_nan(logits)
     classes = logits.shape[1]
     if names and len(names) != classes:
         raise ValueError(f"there are {classes} classes, and {len(names)} names")
@@ -208,3 +210,9 @@ def misclassified(
         tuple(map(str, names)) or tuple(str(number) for number in range(classes)),
         len(images),
     )
+
+
+def _refuse_nan(logits: torch.Tensor) -> None:
+    """ValueError: the largest of logits that are NaN is the first, which would count as a prediction."""
+    if bool(logits.isnan().any()):
+        raise ValueError("logits are NaN")

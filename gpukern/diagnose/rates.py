@@ -18,6 +18,7 @@ from gpukern.diagnose.calling import (
     copied,
     copied_optimizer,
     device_of,
+    map_tensors,
     moved,
     python_module,
     random_state_kept,
@@ -167,7 +168,7 @@ def _endless(batches: Any, device: torch.device | None) -> Iterator[Any]:
         empty = True
         for batch in batches:
             empty = False
-            yield moved(batch, device)
+            yield map_tensors(torch.clone, moved(batch, device))  # for a step that works in place
         if empty:
             raise ValueError("there are no batches")
 

@@ -68,7 +68,7 @@ def saliency(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor 
     pixels = images.detach().to(device or images.device).clone().requires_grad_()
     with random_state_kept(), buffers_kept(model), torch.enable_grad():
         evaluate(model)
-        logits = model(pixels)
+        logits = model(pixels.clone())  # not the leaf: the first layer may work in place
         if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(images):
             got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise DiagnoseError(f"saliency() needs logits [N, C] of the model, got {got}")

@@ -211,7 +211,10 @@ def _objective(optuna: Any, train: Callable[[dict[str, Any], Reporter], float], 
         settings = {name: _suggest(trial, name, each) for name, each in space.items()}
         curve: list[float] = []
         try:
-            value = float(train(settings, Reporter(trial, curve)))
+            returned = train(settings, Reporter(trial, curve))
+            if returned is None:
+                raise TypeError("train must return the value to minimize or maximize, got None")
+            value = float(returned)
         finally:
             trial.set_user_attr("curve", [each if math.isfinite(each) else None for each in curve])
         if not math.isfinite(value):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from gpukern.fusion.errors import SourceError
+from gpukern.fusion.errors import FusionError, SourceError
 
 
-def check_archive(path: Path, kind: str, error: type[SourceError] = SourceError) -> None:
+def check_archive(path: Path, kind: str, error: type[SourceError] | type[FusionError] = SourceError) -> None:
     """``error`` unless it is there and intact; torch does not compare checksums on loading."""
     if not path.is_file():
         raise error(f"there is no file {path}")

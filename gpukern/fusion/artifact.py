@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from gpukern.fusion.archive import check_archive
 from gpukern.fusion.batch import export_any_batch
 from gpukern.fusion.calls import Signature
 from gpukern.fusion.capture import quiet
@@ -117,6 +118,7 @@ def read(path: str | os.PathLike[str]) -> tuple[FusedModule, FusionReport, tuple
         raise FusionError(f"{path} is no file")
     if not zipfile.is_zipfile(path):  # torch would write its traceback to the log before it raises
         raise FusionError(f"{path} cannot be read as a fused model: it is no .pt2 file, or not the whole of one")
+    check_archive(path, ".pt2 file", FusionError)
     extra = {IN_ARCHIVE: "", _INTERFACE: ""}
     try:
         with quiet():

@@ -242,7 +242,8 @@ def _notes_on(model: torch.nn.Module, *, changed: bool) -> list[str]:
         notes.append(f"In training mode were {named}: fused as in evaluation mode, on a copy")
         warnings.warn(f"gpukern.fuse: {named} in training mode; fused as in evaluation mode", stacklevel=4)
     for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and not buffer.isfinite().all():
+        # torch has no isfinite() of 8 bits.
+        if buffer.is_floating_point() and not (buffer.float() if buffer.itemsize == 1 else buffer).isfinite().all():
             notes.append(f"{name} is not finite in {buffer.dtype}")
             warnings.warn(f"gpukern.fuse: {name} of the model is not finite in {buffer.dtype}", stacklevel=4)
     return notes

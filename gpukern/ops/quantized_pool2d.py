@@ -48,6 +48,11 @@ def _adaptive(
 
 
 def _check_adaptive(input, input_scale, size, output_scale, output_dtype) -> None:
+    require(
+        input.dim() == 4 and len(size) == 2,
+        f"adaptive_avg_pool2d_quantized: expected an input [N, C, H, W] and a size [P, Q], but got {list(input.shape)} "
+        f"and {list(size)}",
+    )
     check_adaptive(input.shape, size)
     values = (input.shape[2] // max(size[0], 1) + 2) * (input.shape[3] // max(size[1], 1) + 2)
     _check("adaptive_avg_pool2d_quantized", input, input_scale, output_scale, output_dtype, values)

@@ -74,8 +74,10 @@ def check_float8(dtype: torch.dtype, device: DeviceSpec) -> None:
         )
 
 
-def check_quantizable(operation: str, scale: float, dtype: torch.dtype, name: str = "scale") -> None:
-    """Raise RuntimeError unless ``scale`` and ``dtype``, of a tensor to be written, fit together.
+def check_quantizable(
+    operation: str, scale: float, dtype: torch.dtype, name: str = "scale", what: str = "an output"
+) -> None:
+    """Raise RuntimeError unless ``scale`` and ``dtype``, of ``what``, fit together.
 
     NotImplementedError, which is one, for a dtype that no operation writes. A scale other than 1 is for 8 bits only.
     """
@@ -84,16 +86,16 @@ def check_quantizable(operation: str, scale: float, dtype: torch.dtype, name: st
         return
     if dtype not in KERNEL_DTYPES:
         raise NotImplementedError(
-            f"{operation}: expected an output in int8, float8_e4m3fn, float16, bfloat16 or float32, but got {dtype}"
+            f"{operation}: expected {what} in int8, float8_e4m3fn, float16, bfloat16 or float32, but got {dtype}"
         )
-    require(scale == 1.0, f"{operation}: expected {name}=1 for an output in {dtype}, but got {scale}")
+    require(scale == 1.0, f"{operation}: expected {name}=1 for {what} in {dtype}, but got {scale}")
 
 
 def check_scale(operation: str, scale: float, name: str = "scale") -> None:
     """Raise RuntimeError unless ``scale`` is a positive number that fp32 and its inverse can hold."""
     require(
         math.isfinite(scale) and _SMALLEST_SCALE <= scale <= _LARGEST_SCALE,
-        f"{operation}: expected {name} to be a positive finite number, but got {scale}",
+        f"{operation}: expected {name} to be a positive finite number, from 2⁻¹²⁶ to 2¹²⁶, but got {scale}",
     )
 
 
@@ -149,7 +151,7 @@ def check_channels(
 def check_residual(operation: str, input: Checked, residual: Checked, scale: float) -> None:
     """Raise RuntimeError unless ``residual`` is in 8 bits, or floating point with a scale of 1."""
     check_device(operation, input, "residual", residual)
-    check_quantizable(operation, scale, residual.dtype, "residual_scale")
+    check_quantizable(operation, scale, residual.dtype, "residual_scale", "a residual")
 
 
 def check_device(operation: str, input: Checked, name: str, tensor: Checked) -> None:

@@ -66,6 +66,8 @@ def _source(path: Path, name: str, files: list[str], read: Callable[[str], bytes
     decode = _Decoder(path, read, image_size)
     if whole:
         labels = np.array([classes.index(p.parts[0]) for p in whole])
+        if alone := [each for each, number in zip(classes, np.bincount(labels), strict=True) if number < 2]:
+            raise ValueError(f"{path}: class {alone[0]!r} has one picture, and needs one to learn and one to hold out")
         train, held_out = ([whole[i] for i in indices] for indices in divide(labels))
     depth = 0 if whole else 1
     of = [

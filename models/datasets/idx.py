@@ -37,7 +37,8 @@ def load(path: Path) -> Source:
     elif not path.is_dir() and is_idx(path):
         folder, prefix = path.parent, f"{path.name}-"
     elif not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory")
+        told = "a file, expected a folder or a .zip of pictures" if path.exists() else "no such directory"
+        raise FileNotFoundError(f"{path}: {told}")
     train, train_labels, _ = _pair(folder, f"{prefix}train")
     held_out, held_out_labels, labels_path = _pair(folder, f"{prefix}{'test' if prefix else 't10k'}")
     if held_out.shape[1:] != train.shape[1:]:

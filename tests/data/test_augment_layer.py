@@ -213,3 +213,11 @@ def test_statistics_are_exact(where):
         for empty in (images[:0], images[0]):
             with pytest.raises(RuntimeError, match="with pixels"):
                 function(empty)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: None, lambda x: x[:1], lambda x: x[0]])
+def test_what_a_function_before_returns_is_checked(images, wrong):
+    with pytest.raises(RuntimeError, match=r"images \[N, C, H, W\] of before=, but got"):
+        Augment(4, before=wrong)(images)
+    with pytest.raises(TypeError, match="before must be a function"):
+        Augment(4, before=3)

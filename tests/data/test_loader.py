@@ -105,6 +105,25 @@ def test_state_goes_on_with_another_number_of_processes():
     assert sorted(flat(first) + flat(labels(alone))) == list(range(COUNT))
 
 
+def test_an_iterator_left_behind_does_not_count():
+    loader = Loader(IMAGES, LABELS, 5)
+    first, second = iter(loader), None
+    next(first)
+    second = iter(loader)
+    next(second), next(first), next(first)
+    assert loader.state_dict() == {"seed": 0, "epoch": 1, "samples": 5}
+
+
+@pytest.mark.parametrize(
+    "state", [{}, None, {"seed": 0, "epoch": "one", "samples": 3}, {"seed": 0, "epoch": 1.5, "samples": 3}]
+)
+def test_what_is_no_state_is_refused_and_changes_nothing(state):
+    loader = Loader(IMAGES, LABELS, 5, seed=3)
+    with pytest.raises(ValueError, match="whole numbers as seed, epoch, samples"):
+        loader.load_state_dict(state)
+    assert loader.state_dict() == {"seed": 3, "epoch": 0, "samples": 0}
+
+
 def test_an_epoch_left_early_is_over():
     loader = Loader(IMAGES, LABELS, 5)
     whole = [labels(loader) for _ in range(2)]

@@ -47,6 +47,14 @@ def test_saliency_leaves_the_model_as_it_was_and_takes_the_largest_logit():
     assert not images.requires_grad
 
 
+def test_saliency_of_a_model_that_works_on_its_input_in_place():
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4, 3))
+    images = torch.randn(5, 2, 2)
+    kept = images.clone()
+    maps = saliency(model, images).maps
+    assert torch.equal(images, kept) and torch.equal(maps != 0, kept > 0)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "error", "said"),
     [
@@ -65,6 +73,14 @@ def test_saliency_of_what_does_not_fit_is_refused(images, labels, error, said):
 def test_saliency_needs_logits():
     with pytest.raises(DiagnoseError, match=r"needs logits \[N, C\] of the model, got \[2, 1, 3, 3\]"):
         saliency(nn.Conv2d(1, 1, 1), torch.zeros(2, 1, 3, 3))
+
+
+def test_logits_that_are_nan_are_no_predictions():
+    logits, labels = torch.full((2, 3), torch.nan), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="logits are NaN"):
+        confusion(logits, labels)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        misclassified(torch.rand(2, 1, 4, 4), logits, labels)
 
 
 def test_confusion_counts_every_pair():

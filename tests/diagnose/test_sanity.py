@@ -84,6 +84,30 @@ def test_model_optimizer_and_random_states_are_left_as_they_were():
     assert (np.random.get_state()[1] == states[2]).all()
 
 
+def test_model_that_works_on_its_input_in_place_is_judged_by_fresh_batches():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return self.inner(x.mul_(0.5))
+
+    given = batch(32)
+    kept = [each.clone() for each in given]
+    model = Centred()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    report = judged(model, given, optimizer=optimizer, training_step=step)
+    assert all(map(torch.equal, given, kept))
+    names = ("gradients", "a handful learned", "training step")
+    assert [report[name].verdict for name in names] == ["ok"] * 3, str(report)
+
+
+def test_loss_that_is_nan_is_told_as_such():
+    report = judged(network(), batch(32), loss=lambda output, labels: output.sum() * torch.nan, steps=3)
+    assert report["gradients"].finding == "the loss is nan"
+
+
 def test_regression_of_a_dict_of_inputs_is_checked():
     class Sum(nn.Module):
         def __init__(self):
@@ -376,6 +400,12 @@ def test_wrong_backward_is_found_and_the_layers_before_it_are_named():
     assert report["gradients"].verdict == "wrong" and "1.weight" in report["gradients"].advice
     assert "3.weight" not in report["gradients"].advice
     assert report["gradients"].finding.count("derivatives are wrong") == 1
+
+
+def test_spectral_norm_is_differentiated_without_its_iteration():
+    spectral = nn.utils.parametrizations.spectral_norm
+    report = judged(nn.Sequential(nn.Flatten(), spectral(nn.Linear(64, CLASSES))), batch(32), steps=3)
+    assert report["gradients"].verdict == "ok", str(report)
 
 
 def test_kinks_are_left_out():

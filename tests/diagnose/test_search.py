@@ -142,6 +142,11 @@ def test_errors_of_the_training_come_through():
         search(lambda settings, report: 1 / 0, SPACE, trials=2, rounds=1)
 
 
+def test_training_that_returns_nothing_is_told():
+    with pytest.raises(TypeError, match="train must return the value to minimize or maximize, got None"):
+        search(lambda settings, report: None, SPACE, trials=2, rounds=1)
+
+
 def test_report_has_a_table_json_and_a_picture(tmp_path):
     def train(settings, report):
         report(valley(settings))

@@ -113,6 +113,23 @@ def test_truncated_files(tmp_path, share):
         gpukern.load(path)
 
 
+def test_changed_bytes_are_an_error_and_no_other_numbers(tmp_path):
+    model, (x,) = one()
+    path = tmp_path / "a.pt2"
+    gpukern.fuse(model, x).save(path)
+    with zipfile.ZipFile(path) as archive:
+        weights = [each for each in archive.infolist() if "/data/weights/" in each.filename and each.file_size > 64]
+    written = path.read_bytes()
+    for entry in weights:
+        name, extra = (int.from_bytes(written[entry.header_offset + at :][:2], "little") for at in (26, 28))
+        changed = bytearray(written)
+        changed[entry.header_offset + 30 + name + extra + entry.file_size // 2] ^= 0xFF
+        path.write_bytes(changed)
+        with pytest.raises(FusionError, match=r"damaged: wrong checksum of .*weights"):
+            gpukern.load(path)
+    assert weights
+
+
 def test_files_of_another_kind(tmp_path):
     text, other, tensors = tmp_path / "a.pt2", tmp_path / "b.pt2", tmp_path / "c.pt2"
     text.write_text("not an archive")

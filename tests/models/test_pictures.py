@@ -126,6 +126,15 @@ def test_sizes_and_damage_of_pictures_are_told(pictures):
         data.load(pictures, image_size=6)
 
 
+def test_class_of_one_picture_is_named(pictures, tmp_path):
+    paint(pictures / "green" / "0.png", (1, 2, 3))
+    with pytest.raises(ValueError, match="class 'green' has one picture"):
+        data.load(pictures)
+    (tmp_path / "data.tar").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"data\.tar: a file, expected a folder or a \.zip"):
+        data.load(tmp_path / "data.tar")
+
+
 @pytest.mark.parametrize("missing", ["one", "train"])
 def test_folders_that_are_no_data_set(tmp_path, missing):
     paint(tmp_path / ("val" if missing == "train" else "x") / "red" / "0.png", (1, 2, 3))

@@ -208,6 +208,7 @@ def test_a_loss_that_overflows_in_fp16_is_scaled(data):
         ({"width": 0}, "width must be positive"),
         ({"schedule": "one-cycle", "warmup": 1}, "takes no other"),
         ({"thaw": 1}, "nothing to thaw"),
+        ({"seed": 2**63}, "seed must have 64 bits"),
     ],
 )
 def test_nonsense_is_refused(options, problem):
@@ -219,6 +220,7 @@ def test_options_that_no_layer_answers_to(data):
     for options, problem in (
         ({"freeze": ("layer9",)}, "no parameter is called 'layer9': there are conv1, bn1, layer1"),
         ({"lr_scale": (("head", 2.0),)}, "no parameter is left for 'head'"),
+        ({"freeze": ("*",), "thaw": 1}, r"nothing to train: \* freezes all"),
     ):
         with pytest.raises(ValueError, match=problem):
             Trainer(Config(**SMALL, **options), data, CPU)

@@ -138,3 +138,21 @@ def test_unbatched_images_and_epilogues(where):
         last.to(where), torch.ones(1, 3, 1, 1, device=where), None, [1, 1], [0] * 4, [1, 1], 1, "none", 0.0
     )
     assert fused.stride() == (9, 1, 3, 1)
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("sizes", ((1, 3), (3, 1), (1, 1)))
+def test_strides_of_one_element_in_a_grouped_filter_mean_nothing(sizes, transposed):
+    x = torch.randn(2, 16, 5, 7).to(memory_format=LAST).requires_grad_()
+    weight = torch.randn(16, 8, *sizes).to(memory_format=LAST)
+    pairs = zip(weight.shape, weight.stride(), strict=True)
+    strides = [weight.numel() if size == 1 else stride for size, stride in pairs]
+    odd = weight.as_strided(weight.shape, strides)
+    results = []
+    for functions, image, filters in ((F, x, odd), (T, x.double(), weight.double())):
+        function = functions.conv_transpose2d if transposed else functions.conv2d
+        y = function(image, filters, groups=2)
+        (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        results.append((y, grad))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact.double(), rtol=1e-4, atol=1e-4)

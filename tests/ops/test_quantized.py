@@ -289,7 +289,9 @@ ENDING = *PLAIN, "none", 0.0
         "residual to have the output's shape": (
             lambda: (X, W, None, None, torch.ones(1, 6, 3, 1), *ENDING, 1.0, 1.0, FP32, False)
         ),
-        "residual_scale=1": (lambda: (X, W, None, None, torch.ones(1, 6, 3, 3), *ENDING, 0.5, 1.0, FP32, False)),
+        "residual_scale=1 for a residual in torch.float32": (
+            lambda: (X, W, None, None, torch.ones(1, 6, 3, 3), *ENDING, 0.5, 1.0, FP32, False)
+        ),
         "residual_scale to be a positive": (
             lambda: (X, W, None, None, torch.ones(1, 6, 3, 3, dtype=INT8), *ENDING, 0.0, 1.0, FP32, False)
         ),

@@ -222,3 +222,9 @@ def test_public_functions_refuse_8_bits_as_torch_does(dtype, where):
     for pool in (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d):
         with pytest.raises(RuntimeError, match=r"not implemented|kernels take"):
             pool(x, 2)
+
+
+@pytest.mark.parametrize("shape, size", [((4, 5, 5), [1, 1]), ((2, 4, 5, 5), [1])])
+def test_an_adaptive_pool_of_another_rank_is_refused(shape, size):
+    with pytest.raises(RuntimeError, match=r"an input \[N, C, H, W\] and a size \[P, Q\], but got"):
+        torch.ops.gpukern.adaptive_avg_pool2d_quantized(torch.ones(shape, dtype=torch.int8), 0.1, size, 0.1, torch.int8)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpukern.conv.reference import alike
+from gpukern.conv.reference import alike, with_usual_strides
 from gpukern.conv.volumes.problem import Triple, VolumeProblem
 from gpukern.ops._activation.reference import activation
 from gpukern.runtime.tensors import as_memory_format, laid_out, memory_format_of
@@ -80,6 +80,7 @@ def _pad(problem: VolumeProblem, input: torch.Tensor) -> tuple[torch.Tensor, Tri
 
 def _backward(problem, grad, input, weight, mask) -> tuple[Any, Any]:
     padded, padding = _pad(problem, input)
+    weight = with_usual_strides(weight)
     grad_input, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, padded, weight, None, problem.stride, padding, problem.dilation, False, (0, 0, 0), problem.groups, mask
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from gpukern.checking.models import in_full
 from gpukern.diagnose.calling import call, floating, map_tensors, random_state_kept
@@ -60,6 +61,9 @@ class _Unchecked(Exception):
 
 def _entries(subject: Subject) -> Iterator[Entry]:
     model = subject.fresh().double()
+    for module in model.modules():
+        if isinstance(module, _SpectralNorm):  # in training it iterates, and its derivative leaves that out
+            module.eval()
     batch = subject.some(subject.random_places(_SAMPLES))
     inputs, targets = (
         map_tensors(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, each) for each in batch
@@ -84,6 +88,8 @@ def _entries(subject: Subject) -> Iterator[Entry]:
     gradients = torch.autograd.grad(first, [each for _, each in trained], allow_unused=True)
     with torch.no_grad():
         value = float(first)
+        if not math.isfinite(value):
+            raise _Unchecked(f"the loss is {value}")
         if float(loss()) != value:
             raise _Unchecked("the loss differs from call to call though the random numbers are the same")
         for number, place in _places(gradients, subject.entries, subject.seed):

@@ -64,6 +64,10 @@ class Subject:
         """A copy of the optimizer, if there is one, for a copy of the model."""
         return None if self.optimizer is None else copied_optimizer(self.optimizer, self.model, model)
 
+    def batch(self) -> tuple[Any, Any]:
+        """Inputs and targets, copied: for functions that may work in place."""
+        return map_tensors(torch.clone, self.inputs), map_tensors(torch.clone, self.targets)
+
     def some(self, places: torch.Tensor) -> tuple[Any, Any]:
         """Inputs and targets of the samples at ``places``."""
         of = self.samples

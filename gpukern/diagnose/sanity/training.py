@@ -131,7 +131,7 @@ class _Watched:
         self.stepped = None
         seed_everything(seed)
         assert self._subject.step is not None
-        self._subject.step(self.model, self.optimizer, (self._subject.inputs, self._subject.targets))
+        self._subject.step(self.model, self.optimizer, self._subject.batch())
         return self.stepped
 
     def twin(self) -> _Watched:
@@ -259,7 +259,7 @@ def _ratios(subject: Subject, step: Step | None) -> dict[str, float]:
     with random_state_kept(subject.seed):
         for _ in range(_UPDATES):
             before = {name: each.detach().clone() for name, each in weights.items()}
-            step(model, optimizer, (subject.inputs, subject.targets))
+            step(model, optimizer, subject.batch())
             for name, each in weights.items():
                 norm = float(before[name].double().norm())
                 sums[name] += float((each.detach() - before[name]).double().norm()) / norm if norm else math.nan

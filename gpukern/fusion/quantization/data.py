@@ -79,7 +79,20 @@ def take(
     if not data.observed_rows:
         told = "only empty batches" if number else "no batch"
         raise ValueError(f"calibrate has {told}: give some as the model takes them")
+    _refuse_one_number([*data.observed, *data.aside])
     return data
+
+
+def _refuse_one_number(batches: Sequence[Leaves]) -> None:
+    """ValueError where all floating-point numbers are the same: zeros as a stand-in, of which any scale would do."""
+    numbers = [leaf for leaves in batches for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.numel()]
+    numbers = [leaf for leaf in numbers if leaf.is_floating_point()]
+    if sum(leaf.numel() for leaf in numbers) < 2:
+        return
+    first = numbers[0].flatten()[0]
+    if all(bool((leaf == first).all()) for leaf in numbers):
+        told = f"calibrate has the same number everywhere, {float(first):g}"
+        raise ValueError(f"{told}: ranges are measured on images like those that will come")
 
 
 def _even(data: Data) -> bool:

@@ -31,7 +31,11 @@ def module():
 
 
 def images(*rows: int) -> list[torch.Tensor]:
-    return [torch.full((count, 3, 4, 4), float(number)) for number, count in enumerate(rows)]
+    """Batches of so many images, that begin with the batch's number."""
+    batches = [torch.randn(count, 3, 4, 4) for count in rows]
+    for number, batch in enumerate(batches):
+        batch[:, 0, 0, 0] = number
+    return batches
 
 
 def taken(module, given) -> tuple[list[float], list[float], data.Data]:
@@ -86,6 +90,7 @@ def test_few_rows_of_many(module):
         ([*images(2), torch.full((1, 3, 4, 4), torch.inf)], ValueError, "batch 2 of calibrate has NaN or infinity"),
         (["image"], TypeError, "batch 1 of calibrate: expected a tensor as input 0, got str"),
         ([torch.ones(2, 3, 4, 4, dtype=torch.uint8)], TypeError, "expected input 0 of torch.float32, got torch.uint8"),
+        ([torch.zeros(2, 3, 4, 4)] * 2, ValueError, "calibrate has the same number everywhere, 0: "),
         ([()], ValueError, "batch 1 of calibrate has 0 of the model's 1 arguments"),
         ([{"other": images(2)[0]}], TypeError, "batch 1 of calibrate: .*other"),
     ],

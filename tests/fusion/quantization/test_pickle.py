@@ -36,3 +36,17 @@ def test_weights_in_eight_bits_come_back(dtype, again):
     assert torch.equal(back(x), fused(x))
     # The original still has its own.
     assert {name: each.dtype for name, each in fused.named_buffers()} == held
+
+
+def test_a_model_that_holds_float8_can_be_fused():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.register_buffer("table", torch.randn(4, 1, 1).to(torch.float8_e4m3fn))
+
+        def forward(self, x):
+            return self.conv(x) + self.table.float()
+
+    model, x = Held().eval(), torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(gpukern.fuse(model, x)(x), model(x))
