@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gpukern
 from gpukern.ops._activation.properties import PROPERTIES
 from tests.ops.batch_norm_calls import DTYPES, LAYOUTS, SHAPES, call, check, make
 
@@ -144,3 +145,14 @@ def test_offsets_beyond_32_bits(device):
             one.mean, one.var = mean, var
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("samples", [0, 2])
+def test_result_of_running_statistics_changes_in_place(samples, where):
+    """Of an empty batch too it is no view of the input, which autograd would not let be changed."""
+    x = torch.randn(samples, 4, 3, 3, device=where, requires_grad=True)
+    ones = torch.ones(4, device=where)
+    y = gpukern.functional.batch_norm(x, 0 * ones, ones, ones, 0 * ones, False, eps=0.0)
+    y.mul_(2)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 2.0))
