@@ -165,7 +165,8 @@ def _leaves(batch: Any, number: int, module: FusedModule) -> Leaves:
         tuple(known.example_of(place) if each is AS_IN_THE_EXAMPLE else each for place, each in enumerate(inputs))
     )
     device = next((held.device for held in module.buffers()), torch.device("cpu"))
-    leaves = [leaf.detach().to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    # Copies: a generator may write the next batch into the same memory.
+    leaves = [leaf.detach().to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not leaf.isfinite().all():
             raise ValueError(f"{where} has NaN or infinity: no range can be measured")

@@ -54,6 +54,13 @@ def test_a_generator_that_can_be_read_once_will_do(module):
     assert (seen, aside) == ([0], [1])
 
 
+def test_a_generator_may_write_every_batch_into_the_same_memory(module):
+    memory = torch.empty(2, 3, 4, 4)
+    seen, aside, found = taken(module, (memory.copy_(batch) for batch in images(2, 2, 2, 2)))
+    assert (seen, aside) == ([0, 2], [1, 3])
+    assert [leaves[0][0, 0, 0, 0].item() for leaves in found.observed] == [0, 2]
+
+
 def test_of_one_batch_half_of_the_rows_are_kept_aside(module):
     _, _, found = taken(module, images(5))
     assert (found.observed_rows, found.aside_rows, found.shared) == (3, 2, False)
