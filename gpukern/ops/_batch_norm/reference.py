@@ -31,7 +31,8 @@ def batch_norm(
     dtype = torch.promote_types(input.dtype, torch.float32)
     x = input.to(dtype)
     means, variances, weights, biases = (None if t is None else t.to(dtype) for t in (mean, variance, weight, bias))
-    z = F.batch_norm(x, means, variances, weights, biases, eps=eps) if x.numel() else x.clone()  # not an alias of the input
+    # Of nothing, a copy: a view of the input could not be changed in place.
+    z = F.batch_norm(x, means, variances, weights, biases, eps=eps) if x.numel() else x.clone()
     return _finish(z if residual is None else z + residual.to(dtype), input, activation, negative_slope)
 
 
