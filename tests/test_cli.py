@@ -250,7 +250,7 @@ def test_explain_takes_a_fully_connected_layer():
         (("conv", "2x16x6x6", "24x3x3", "--dilation", "1x1x1"), "--dilation: '1x1x1' is no size"),
         (("conv", "2x16x6x6", "24x3x3", "--groups", "5"), "do not divide into 5 groups"),
         (("conv", "2x16x6x6", "24x3x3", "--groups", "0"), "groups"),
-        (("conv", "2x16x6x6", "24x3x3", "--dtype", "int8"), "--dtype: no dtype is called 'int8'"),
+        (("conv", "2x16x6x6", "24x3x3", "--dtype", "int4"), "--dtype: no dtype is called 'int4'"),
         (("conv", "2x16x6x6", "24x3x3", "--arch", "sm_75"), "--arch: no device or architecture is called 'sm_75'"),
         (("conv", "2x16x6x6", "24x3x3", "--direction", "up"), "--direction: no direction is called 'up'"),
         (("conv", "2x16x6x6", "24x3x3", "--layout", "HWCN"), "--layout: no layout is called 'HWCN'"),
