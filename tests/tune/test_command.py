@@ -181,7 +181,7 @@ def test_the_command_ends_with_an_error_where_something_cannot_be_measured(devic
         ["--layer", "1x2"],
         ["--layers", "no-such-file.json"],
         ["--layer", LAYERS[0], "--batch", "0"],
-        ["--layer", LAYERS[0], "--dtype", "fp8"],
+        ["--layer", LAYERS[0], "--dtype", "fp4"],
         ["--layer", LAYERS[0], "--direction", "sideways"],
         ["--model", "torch.nn:Identity"],
         ["--input", "1x2x3x4"],

@@ -22,9 +22,9 @@ from tests.tune.tools import LAYERS, Clock, call_of, entries, plans_of, quietly
 def test_the_fastest_plan_is_what_calls_get_from_then_on(folder, device):
     call = call_of()
     heuristic, *_, other = plans_of(call, device)
-    assert prepare_launch(*call, device_spec(device)).plan == heuristic
+    assert prepare_launch(*call[:-1], device_spec(device)).plan == heuristic
     report = quietly([call], device, Clock({other: 4.0}))
-    assert prepare_launch(*call, device_spec(device)).plan == other
+    assert prepare_launch(*call[:-1], device_spec(device)).plan == other
     (result,) = report.results
     assert (result.entry.plan, result.entry.heuristic) == (other, heuristic)
     assert (result.entry.microseconds, result.entry.heuristic_microseconds) == (4.0, 10.0)
@@ -112,7 +112,7 @@ def test_a_wrong_choice_of_the_planner_is_replaced(device, few, breaks):
     entry = report.results[0].entry
     assert (entry.plan, entry.heuristic_microseconds, report.results[0].speedup) == (other, None, None)
     assert "the planner's choice is not right" in str(report.results[0])
-    assert prepare_launch(*call, device_spec(device)).plan == other
+    assert prepare_launch(*call[:-1], device_spec(device)).plan == other
 
 
 def test_unwritten_memory_is_seen_also_where_the_plan_before_wrote_it(device, few, monkeypatch):
@@ -153,7 +153,7 @@ def test_where_every_plan_is_wrong_none_is_kept(folder, device, few, monkeypatch
     assert (entry.plan, entry.microseconds, len(entry.rejected), clock.timed) == (None, None, 3, [])
     assert report.speedup is None and "no plan is right, 3 rejected" in str(report.results[0])
     assert "none is right" in str(report)
-    assert prepare_launch(*call, device_spec(device)).plan == entry.heuristic
+    assert prepare_launch(*call[:-1], device_spec(device)).plan == entry.heuristic
 
 
 def test_a_problem_that_cannot_be_measured_is_no_end(folder, device, few, monkeypatch):

@@ -93,7 +93,7 @@ def test_a_plan_that_takes_the_device_away_is_noted_and_left_out_next_time(folde
         quietly([call, other], device, Clock())
     (entry,) = entries(folder, device).values()
     assert entry.plan is None and [plan for plan, _ in entry.rejected] == [deadly]
-    assert prepare_launch(*call, device_spec(device)).plan == heuristic
+    assert prepare_launch(*call[:-1], device_spec(device)).plan == heuristic
     # The next run does not run it, and is not taken in by its speed.
     clock = Clock({deadly: 1.0})
     quietly([call, other], device, clock)
