@@ -290,7 +290,9 @@ def test_arguments_that_make_no_sense():
         gpukern.fuse(F.relu, x)
     with pytest.raises(TypeError, match="needs an example"):
         gpukern.fuse(model, ())
-    with pytest.raises(ValueError, match=r"got torch.int8"):
+    with pytest.raises(ValueError, match=r"got torch.int16"):
+        gpukern.fuse(model, x, dtype=torch.int16)
+    with pytest.raises(ValueError, match="needs calibrate="):
         gpukern.fuse(model, x, dtype=torch.int8)
     with pytest.raises(RuntimeError, match="CUDA"):
         gpukern.fuse(model, [t.cpu() for t in x], cuda_graph=True)
