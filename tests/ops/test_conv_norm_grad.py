@@ -306,15 +306,15 @@ def exclusions_of_this_test(monkeypatch) -> Iterator[list]:
 
 @pytest.mark.usefixtures("in_one_launch")
 def test_a_kernel_whose_descriptors_are_refused_is_planned_without(device, monkeypatch, exclusions_of_this_test):
-    write, calls = conv_launch._write, []
+    write, calls = conv_launch.launch_into, []
 
-    def refuse_once(*arguments):
+    def refuse_once(*arguments, **options):
         calls.append(arguments[0].plan.variant)
         if len(calls) == 1:
             raise DescriptorRefused("Failed to create tensor map descriptor")
-        return write(*arguments)
+        return write(*arguments, **options)
 
-    monkeypatch.setattr(conv_launch, "_write", refuse_once)
+    monkeypatch.setattr(conv_launch, "launch_into", refuse_once)
     with pytest.warns(UserWarning, match="the driver refused a descriptor"):
         check(make(MAIN, device, torch.float16), apart=False)
     assert len(calls) == 2 and calls[0] is not calls[1]
