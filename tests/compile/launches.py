@@ -31,12 +31,7 @@ from gpukern.ops.conv_max_pool2d import conv2d_max_pool2d
 from gpukern.ops.dropout import dropout, order_of
 from gpukern.ops.norm_pair import Norm, normalize_pair, normalize_pair_backward
 from gpukern.ops.pointwise_norm import convolve_between_norms, convolve_between_norms_backward
-from gpukern.ops.pool2d import max_pool2d
-from gpukern.ops.quantization import dequantize, quantize
-from gpukern.ops.quantized_conv2d import conv2d_quantized
-from gpukern.ops.quantized_pool2d import adaptive_avg_pool2d_quantized, avg_pool2d_quantized
 from gpukern.runtime.compile_only import Launch, record_launches
-from gpukern.runtime.current_device import device_spec
 from gpukern.runtime.device import DeviceSpec
 from gpukern.runtime.precision import conv_precision, fp32_products
 from models.zoo import NETWORKS
@@ -282,40 +277,10 @@ def _odd(dtype: torch.dtype, layouts: tuple[torch.memory_format, ...]) -> Iterat
     for shape, layout in itertools.product(NORMS, layouts):
         yield lambda args=(shape, layout): _run_dropout(dtype, *args)
         yield lambda args=(shape, layout): _run_sync_norm(dtype, *args)
-    if dtype is torch.float16:
-        yield from _passes_of_8_bits()
     for images in IMAGES:
         yield lambda images=images: _run_augment(dtype, *images)
     for name in ACTIVATIONS[1:]:
         yield lambda name=name: _backward_twice(lambda x: activation(x, name, 0.1), _empty((999,), dtype))
-
-
-def _passes_of_8_bits() -> Iterator[Callable[[], None]]:
-    """What networks in 8 bits have beside matrix products: in channels_last."""
-    for dtype in (torch.int8, torch.float8_e4m3fn):
-        if dtype is torch.float8_e4m3fn and device_spec(META).compute_capability < (8, 9):
-            continue
-        half = _empty((32, 64, 56, 56), torch.float16, torch.channels_last)
-        x, last = (_empty(shape, dtype, torch.channels_last) for shape in ((32, 64, 112, 112), (8, 512, 7, 7)))
-        yield lambda x=x: max_pool2d(x, (3, 3), (2, 2), (1, 1), (1, 1), False)
-        yield lambda x=x, dtype=dtype: avg_pool2d_quantized(
-            x, 0.1, (3, 3), (1, 1), (1, 1), False, False, None, 0.2, dtype
-        )
-        yield lambda last=last: adaptive_avg_pool2d_quantized(last, 0.1, (1, 1), 1.0, torch.float16)
-        yield lambda half=half, dtype=dtype: quantize(half, 0.1, dtype)
-        yield lambda last=last: dequantize(last, 0.1, torch.float16)
-        # The first reads and writes 8 bits, the second has weights of 16.
-        yield lambda dtype=dtype: _run_depthwise((32, 144, 56, 56), 3, 1, dtype, dtype)
-        yield lambda dtype=dtype: _run_depthwise((32, 240, 28, 28), 5, 2, dtype, torch.float16)
-
-
-def _run_depthwise(shape: tuple[int, ...], taps: int, stride: int, dtype: torch.dtype, of_weight: torch.dtype) -> None:
-    (_, C, H, W), padding = shape, taps // 2
-    x, weight = _empty(shape, dtype, torch.channels_last), _empty((C, 1, taps, taps), of_weight)
-    scale, bias = (_empty((C,), torch.float32) for _ in range(2))
-    residual = _empty((shape[0], C, -(-H // stride), -(-W // stride)), dtype, torch.channels_last)
-    geometry = (stride,) * 2, (padding,) * 4, (1, 1), C
-    conv2d_quantized(x, weight, scale, bias, residual, *geometry, "relu6", 0.0, 0.1, 0.2, dtype, False)
 
 
 #: Layers that a max pool follows: those of VGG; of networks for small images; odd sizes.

@@ -1,6 +1,6 @@
-"""Convolutions in 8 bits that are compiled: layers of networks for inference, and what those lack.
+"""What networks in 8 bits launch: convolutions of networks for inference, cases those lack, and the passes between.
 
-Each is launched with its chosen plan, and with every plan of :attr:`Selection.candidates`.
+Convolutions are launched with their chosen plan, and with every plan of :attr:`Selection.candidates`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from gpukern.ops.pool2d import max_pool2d
+from gpukern.ops.quantization import dequantize, quantize
 from gpukern.ops.quantized_conv2d import conv2d_quantized
 from gpukern.ops.quantized_conv_transpose2d import conv_transpose2d_quantized
 from gpukern.ops.quantized_linear import linear_quantized
+from gpukern.ops.quantized_pool2d import adaptive_avg_pool2d_quantized, avg_pool2d_quantized
 from tests.ops.conv_cases import Case, as_problem
 
 INT8, E4M3, HALF = torch.int8, torch.float8_e4m3fn, torch.float16
@@ -73,6 +76,30 @@ def calls(kind: str) -> Iterator[Callable[[], None]]:
     yield lambda: _linear(64, 2048, 1000, first, HALF)
     yield lambda: _linear(64, 512, 512, first, second)
     yield lambda: _transposed(first, second, output)
+    yield from passes(first)
+
+
+def passes(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
+    """What networks in 8 bits have beside matrix products: in channels_last."""
+    half = _empty((32, 64, 56, 56), HALF, torch.channels_last)
+    x, last = (_empty(shape, dtype, torch.channels_last) for shape in ((32, 64, 112, 112), (8, 512, 7, 7)))
+    yield lambda: max_pool2d(x, (3, 3), (2, 2), (1, 1), (1, 1), False)
+    yield lambda: avg_pool2d_quantized(x, 0.1, (3, 3), (1, 1), (1, 1), False, False, None, 0.2, dtype)
+    yield lambda: adaptive_avg_pool2d_quantized(last, 0.1, (1, 1), 1.0, HALF)
+    yield lambda: quantize(half, 0.1, dtype)
+    yield lambda: dequantize(last, 0.1, HALF)
+    # The first reads and writes 8 bits, the second has weights of 16.
+    yield lambda: _depthwise((32, 144, 56, 56), 3, 1, dtype, dtype)
+    yield lambda: _depthwise((32, 240, 28, 28), 5, 2, dtype, HALF)
+
+
+def _depthwise(shape: tuple[int, ...], taps: int, stride: int, dtype: torch.dtype, of_weight: torch.dtype) -> None:
+    (_, C, H, W), padding = shape, taps // 2
+    x, weight = _empty(shape, dtype, torch.channels_last), _empty((C, 1, taps, taps), of_weight)
+    scale, bias = (torch.empty(C, device=META) for _ in range(2))
+    residual = _empty((shape[0], C, -(-H // stride), -(-W // stride)), dtype, torch.channels_last)
+    geometry = (stride,) * 2, (padding,) * 4, (1, 1), C
+    conv2d_quantized(x, weight, scale, bias, residual, *geometry, "relu6", 0.0, 0.1, 0.2, dtype, False)
 
 
 def _linear(rows: int, inputs: int, outputs: int, first: torch.dtype, second: torch.dtype) -> None:

@@ -9,14 +9,13 @@ import pytest
 
 CODE = """
 import json
-import torch
 from gpukern.runtime import device, sass
 from gpukern.runtime.compile_only import record_launches
-from tests.compile.launches import _passes_of_8_bits
+from tests.compile.quantized import E4M3, INT8, passes
 
 found = {}
 with record_launches(device.H200) as launches:
-    for run in _passes_of_8_bits():
+    for run in (*passes(INT8), *passes(E4M3)):
         run()
 for launch in launches:
     name = launch.kernel
