@@ -38,6 +38,7 @@ LAYERS = (
         "copies",
         "convert",
         "summary",
+        "densify",
         "info",
     ),
     *("explain", "tune", "fusion", "checking", "diagnose", "compiler", "cli"),
