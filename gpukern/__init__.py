@@ -13,6 +13,7 @@ from gpukern.flops import register_formulas
 from gpukern.fusion import FusionError, fuse, load
 from gpukern.runtime.renamed import keep_old_name
 from gpukern.summary import summary
+from gpukern.tiles import predict_tiles
 from gpukern.version import __version__
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "nn",
     "onnx",
     "optim",
+    "predict_tiles",
     "summary",
     "tune",
 ]
