@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from gpukern import functional as F
 from gpukern.convert import REPLACEMENTS
@@ -126,13 +127,15 @@ def _forward(layer: torch.nn.Module, compute: Callable[[], torch.Tensor]) -> Ite
 
 
 _OURS, _TORCHS = Kernels(), InTorch()
+_LAYERS = {*REPLACEMENTS, *REPLACEMENTS.values()}
 
 
 def kernels_of(network: torch.nn.Module) -> Kernels:
     """Whose functions compute a network: those of its layers, which :func:`gpukern.convert` changes.
 
-    Layers in float64 are torch's on any device, and so are those of a copy that is captured, or compared with.
+    Convolutions and linear layers in float64 are torch's on any device, and so is every layer of a copy that is
+    captured, or compared with.
     """
-    kinds = {type(module) for module in network.modules()}
-    left = any(kind in REPLACEMENTS for kind in kinds)
-    return _TORCHS if left and not any(issubclass(kind, Leaf) for kind in kinds) else _OURS
+    layers = [each for each in network.modules() if parametrize.type_before_parametrizations(each) in _LAYERS]
+    layers = [each for each in layers if isinstance(each, (torch.nn.Conv2d, torch.nn.Linear))] or layers
+    return _TORCHS if layers and not any(isinstance(each, Leaf) for each in layers) else _OURS
