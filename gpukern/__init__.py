@@ -12,6 +12,7 @@ from gpukern.flops import register_formulas
 from gpukern.fusion import FusionError, fuse, load
 from gpukern.runtime.renamed import keep_old_name
 from gpukern.summary import summary
+from gpukern.tiles import predict_tiles
 from gpukern.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "nn",
     "onnx",
     "optim",
+    "predict_tiles",
     "summary",
     "tune",
 ]

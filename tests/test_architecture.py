@@ -35,6 +35,7 @@ LAYERS = (
         "nn",
         "data",
         "optim",
+        "tiles",
         "copies",
         "convert",
         "summary",
