@@ -1,0 +1,236 @@
+"""Reading of a patch classifier: its forward runs once, on a stand-in for a batch of patches that knows its shape.
+
+``torch.fx`` traces it; layers of ``torch.nn`` and ``gpukern.nn`` are read whole, all other modules through their
+forward. Each call becomes steps at once, so that shapes are numbers, and an error is raised where the model makes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
+
+from gpukern import functional
+from gpukern.densify import layers, pointwise, shaping
+from gpukern.densify.errors import DenseError
+from gpukern.densify.functions import RULES
+from gpukern.densify.recorder import Recorder
+from gpukern.densify.steps import Step
+from gpukern.densify.values import BATCH, Pair, Value, told
+from gpukern.runtime.evaluation import evaluate
+
+#: Modules whose rules are registered by importing them.
+_WITH_RULES = pointwise, shaping
+
+
+def read(model: torch.nn.Module, patch: Pair) -> tuple[list[Step], Value]:
+    """The steps of ``model`` on patches, and its result. It must be a copy in which nothing works in place."""
+    errors = []
+    for channels in layers.input_channels(model, patch):
+        try:
+            with _evaluation(model):
+                return _Reader(model, Value(0, channels, patch)).read()
+        except DenseError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+@contextlib.contextmanager
+def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    evaluate(model)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Patch(fx.Proxy):
+    """The stand-in of a tensor. In-place operators of Python are those of a tensor, not assignments."""
+
+    value: Value
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.value.shape)
+
+    @property
+    def ndim(self) -> int:
+        return self.value.rank
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.value.rank
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return BATCH
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.add_(other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self.sub_(other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self.mul_(other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.div_(other)
+
+
+class _Whole(torch.nn.Module):
+    """``model`` with one argument, in front of which the other ones have their defaults."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.result: Any = None
+
+    def forward(self, input):
+        self.result = self.model(input)
+        return input
+
+
+class _Reader(fx.Tracer):
+    def __init__(self, model: torch.nn.Module, input: Value) -> None:
+        super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]  # any number of them
+        self.whole, self.input = _Whole(model), input
+        held = itertools.chain(model.named_parameters(), model.named_buffers(), _plain_tensors(model))
+        names: dict[int, str] = {}
+        for name, tensor in held:
+            if is_lazy(tensor):
+                raise DenseError(f"{name}: its size is not known yet. Call the model once before")
+            names.setdefault(id(tensor), name)
+        self.recorder = Recorder(names, input)
+        self.stale: set[int] = set()
+
+    def read(self) -> tuple[list[Step], Value]:
+        try:
+            self.trace(self.whole)
+        except DenseError:
+            raise
+        except Exception as error:  # whatever a model raises
+            where = self._where() or "the model"
+            raise DenseError(f"{where} cannot be traced: {_first_line(error)}") from error
+        result = self.whole.result
+        if not isinstance(result, Patch):
+            raise DenseError(f"the model returns a {type(result).__name__}, and not one tensor [N, K]")
+        return self.recorder.steps, self._finished(self._value(result))
+
+    def _finished(self, value: Value) -> Value:
+        if value.size != (1, 1) or value.rank == 3:
+            raise DenseError(
+                f"the model gives {told(value.shape)} for a patch of {self.input.size[0]} × {self.input.size[1]}, and "
+                "not [N, K] or [N, K, 1, 1]"
+            )
+        self.recorder.layer = ""
+        return self.recorder.exact(value)
+
+    # ---- what torch.fx calls ----
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val  # parameters stay what they are: rules know them by their names
+
+    def proxy(self, node: fx.Node) -> Patch:
+        return Patch(node, self)
+
+    def create_proxy(self, kind, target, args, kwargs, name=None, type_expr=None, proxy_factory_fn=None):
+        if kind == "placeholder":
+            return self._stand_in(self.input)
+        what = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        layer = kind == "call_module"
+        before, self.recorder.layer = self.recorder.layer, _of_model(what) if layer else self._named(what)
+        try:
+            if layer:
+                return self._call_layer(_of_model(what), self.whole.get_submodule(what), args, kwargs)
+            return self._call(what, args, kwargs)
+        except DenseError as error:
+            raise error.in_layer(self.recorder.layer or "the model") from error.__cause__
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise DenseError(f"{self.recorder.layer or 'the model'}: {_first_line(error)}") from error
+        finally:
+            self.recorder.layer = before
+
+    # ---- calls ----
+
+    def _call_layer(self, name: str, layer: torch.nn.Module, args: tuple, kwargs: dict) -> Any:
+        given = (*args, *kwargs.values())
+        kind = next(each.__name__ for each in type(layer).__mro__ if each.__module__.startswith("torch."))
+        self.recorder.kind = kind
+        if len(given) != 1 or not isinstance(given[0], Patch):
+            raise DenseError(f"{kind} with {len(given)} arguments, of which one must be the patches")
+        return self._stand_in(layers.read(self.recorder, name, layer, self._value(given[0])))
+
+    def _call(self, what: str, args: tuple, kwargs: dict) -> Any:
+        plain = what.strip("_")
+        rule = RULES.get(plain) or RULES.get(plain.removeprefix("i") if plain in _IN_PLACE else plain)
+        if rule is None:
+            raise DenseError(f"{plain} has no dense form")
+        in_place = (what.endswith("_") and not what.endswith("__")) or kwargs.pop("inplace", False)
+        self.recorder.kind = plain
+        given, named = tree_map_only(Patch, self._value, (list(args), kwargs))
+        if "name" in inspect.signature(rule).parameters:
+            named["name"] = plain
+        result = rule(self.recorder, *given, **named)
+        if in_place and isinstance(args[0], Patch):
+            return self._overwritten(args[0], result)
+        return tree_map_only(Value, self._stand_in, result)
+
+    def _overwritten(self, patch: Patch, result: Value) -> Patch:
+        """The same stand-in with another value; what shared its memory may not be read any more."""
+        self.stale.add(patch.value.memory)
+        patch.value = result
+        return patch
+
+    def _value(self, patch: Patch) -> Value:
+        if patch.value.memory in self.stale:
+            raise DenseError("it reads what a function has changed in place through another view")
+        return patch.value
+
+    def _stand_in(self, value: Value) -> Patch:
+        patch = self.proxy(self.graph.create_node("placeholder", f"value_{value.slot}"))
+        patch.value = value
+        return patch
+
+    # ---- names ----
+
+    def _where(self) -> str:
+        """The dotted name of the module whose forward is running."""
+        stack = list(self.module_stack.values())
+        return _of_model(stack[-1][0]) if stack else ""
+
+    def _named(self, function: str) -> str:
+        return ": ".join(filter(None, (self._where(), function.strip("_"))))
+
+
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv")
+
+
+def _plain_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, held in vars(module).items():
+            if isinstance(held, torch.Tensor):
+                yield (f"{prefix}.{name}" if prefix else name), held
+
+
+def _of_model(path: str) -> str:
+    return path.removeprefix("model").removeprefix(".")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,265 @@
+"""What a dense network computes, one operation after the other: small values that hold no tensors.
+
+Parameters are looked up by their names in the network when they are needed, so that they may be replaced in it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gpukern import functional as F
+from gpukern.densify.values import Pair, Value
+from gpukern.ops._activation.reference import in_torch
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that the model has under a dotted name. ``of_rows``: one that was combined with rows."""
+
+    name: str
+    of_rows: bool = False
+
+    def of(self, network: torch.nn.Module) -> torch.Tensor:
+        tensor = find(network, self.name)
+        return tensor[..., None, None] if self.of_rows and tensor.dim() else tensor
+
+
+def find(network: Any, name: str) -> Any:
+    """Return what ``network`` has under a dotted name."""
+    return functools.reduce(getattr, name.split("."), network)
+
+
+# ---- who computes ----------------------------------------------------------------------------------------------------
+
+
+class Activation:
+    """What follows in a convolution's epilogue."""
+
+    def epilogue(self, network: torch.nn.Module) -> dict[str, Any]:
+        """The arguments of :func:`gpukern.functional.conv2d` for it."""
+        raise NotImplementedError
+
+    def in_torch(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FixedActivation(Activation):
+    name: str
+    slope: float = 0.01
+
+    def epilogue(self, network: torch.nn.Module) -> dict[str, Any]:
+        return {"activation": self.name, "negative_slope": self.slope}
+
+    def in_torch(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
+        return in_torch(input, self.name, self.slope)
+
+
+@dataclass(frozen=True)
+class LayerActivation(Activation):
+    """That of a layer, whose arguments may change."""
+
+    layer: str
+
+    def epilogue(self, network: torch.nn.Module) -> dict[str, Any]:
+        return find(network, self.layer)._epilogue
+
+    def in_torch(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
+        return find(network, self.layer)(input)
+
+
+class Kernels:
+    """gpukern's functions, as steps call them."""
+
+    def conv2d(self, network, input, weight, bias, dilation: Pair, groups: int, activation: Activation | None):
+        epilogue = {} if activation is None else activation.epilogue(network)
+        return F.conv2d(input, weight, bias, 1, 0, dilation, groups, **epilogue)
+
+    def layer(self, network, weight: Held, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns, in the name of the layer that has the ``weight``."""
+        return compute()
+
+    def max_pool2d(self, input, window: Pair, dilation: Pair):
+        return F.max_pool2d(input, window, 1, 0, dilation)
+
+    def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+class Operation:
+    """A step's computation."""
+
+    def run(self, network: Any, *values: Any) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Convolve(Operation):
+    """A convolution of stride 1. ``window``: the size of what a linear layer, whose weight this is, had flattened."""
+
+    weight: Held
+    bias: Held | None
+    dilation: Pair
+    groups: int = 1
+    window: Pair | None = None
+    activation: Activation | None = None
+
+    def run(self, network: Any, *values: Any) -> Any:
+        (input,) = values
+        weight = self.weight.of(network)
+        if self.window is not None:
+            weight = weight.unflatten(1, (-1, *self.window))
+        bias = None if self.bias is None else self.bias.of(network)
+        kernels, activation = network.kernels, self.activation
+
+        def compute() -> Any:
+            return kernels.conv2d(network, input, weight, bias, self.dilation, self.groups, activation)
+
+        return kernels.layer(network, self.weight, compute)
+
+
+@dataclass(frozen=True)
+class Average(Operation):
+    """The sum of a dilated window over ``divisor``: a depthwise convolution, because no average pool is dilated."""
+
+    window: Pair
+    divisor: int
+    dilation: Pair
+
+    def run(self, network: Any, *values: Any) -> Any:
+        (input,) = values
+        channels = input.shape[1]
+        shape = channels, 1, *self.window
+        weight = torch.full(shape, 1 / self.divisor, dtype=input.dtype, device=input.device)
+        return network.kernels.conv2d(network, input, weight, None, self.dilation, channels, None)
+
+
+@dataclass(frozen=True)
+class Maximum(Operation):
+    """The maximum of a dilated window, at every pixel."""
+
+    window: Pair
+    dilation: Pair
+
+    def run(self, network: Any, *values: Any) -> Any:
+        return network.kernels.max_pool2d(values[0], self.window, self.dilation)
+
+
+@dataclass(frozen=True)
+class Crop(Operation):
+    """All but some rows (top, bottom) and columns (left, right)."""
+
+    rows: Pair
+    columns: Pair
+
+    def run(self, network: Any, *values: Any) -> Any:
+        (top, bottom), (left, right) = self.rows, self.columns
+        return values[0][:, :, top : -bottom or None, left : -right or None]
+
+
+@dataclass(frozen=True)
+class Channels(Operation):
+    """Channels ``start``, ``start`` + ``step``, … before ``stop``."""
+
+    start: int
+    stop: int
+    step: int
+
+    def run(self, network: Any, *values: Any) -> Any:
+        return values[0][:, self.start : self.stop : self.step]
+
+
+@dataclass(frozen=True)
+class Layer(Operation):
+    """A layer that treats all pixels alike, as it is.
+
+    ``layout``: "images", as which most take them; "sequences" [N, C, P·Q] for those of rows; "channels_last" for those
+    that look along the last dimension.
+    """
+
+    layer: str
+    layout: str = "images"
+
+    def run(self, network: Any, *values: Any) -> Any:
+        (input,), layer = values, find(network, self.layer)
+        if self.layout == "sequences":
+            return layer(input.flatten(2)).unflatten(2, input.shape[2:])
+        if self.layout == "channels_last":
+            return layer(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return layer(input)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Stands for a value among the arguments of a :class:`Call`."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class Call(Operation):
+    """A function of values, :class:`Held` tensors and constants that treats all pixels alike."""
+
+    function: Callable[..., Any]
+    arguments: tuple
+    options: Mapping[str, Any] = field(default_factory=dict)
+    #: The function as an epilogue, where it can be one.
+    activation: Activation | None = None
+
+    def run(self, network: Any, *values: Any) -> Any:
+        function = network.kernels.function(self.function)
+        return function(*(_resolved(each, network, values) for each in self.arguments), **self.options)
+
+
+def _resolved(argument: Any, network: torch.nn.Module, values: tuple) -> Any:
+    if isinstance(argument, Operand):
+        return values[argument.place]
+    return argument.of(network) if isinstance(argument, Held) else argument
+
+
+@dataclass(frozen=True)
+class Concatenate(Operation):
+    """Channels of several values, one after the other."""
+
+    def run(self, network: Any, *values: Any) -> Any:
+        return torch.cat(values, 1)
+
+
+@dataclass(frozen=True)
+class Drop(Operation):
+    """A functional dropout, in training or ``always``."""
+
+    function: Callable[..., Any]
+    p: float
+    always: bool
+
+    def run(self, network: Any, *values: Any) -> Any:
+        return network.kernels.function(self.function)(values[0], self.p, self.always or network.training)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operation on the values in the slots ``inputs``, whose result goes into that of ``value``.
+
+    ``name`` and ``kind`` are those of the layer, for the report; ``multiply_adds``: for each element of a channel, all
+    channels together.
+    """
+
+    name: str
+    kind: str
+    operation: Operation
+    inputs: tuple[int, ...]
+    value: Value
+    kernel: Pair | None = None
+    dilation: Pair | None = None
+    multiply_adds: int = 0
+    #: Slots that nobody reads any more.
+    last: tuple[int, ...] = ()
