@@ -46,8 +46,8 @@ def read(path: str | os.PathLike[str]) -> np.ndarray:
 def open_stack(path: str | os.PathLike[str]) -> np.ndarray:
     """As :func:`read`, but a TIFF is mapped into memory, read-only, where its pages lie in it one after another.
 
-    For volumes larger than memory: a section is read from the disk when it is used. What is compressed is read whole;
-    so is what has colours or white as 0. The byte order of a mapping is the file's.
+    For volumes larger than memory: a section is read from the disk when it is used. What is compressed is read whole,
+    as is what stores white as 0. The byte order of a mapping is the file's.
     """
     path = _existing(path)
     return _stacked(path, _read_tiff(path, mapped=True)) if path.suffix.lower() in _TIFF else read(path)
@@ -129,13 +129,12 @@ def _read_tiff(path: Path, mapped: bool) -> _Loaded:
         kinds = [(each.shape, each.dtype) for each in tiff.series]
         if len(kinds) == 1:
             series, page = tiff.series[0], tiff.pages[0]
-            inverted = int(page.photometric) == 0
-            if mapped and series.dataoffset is not None and not inverted and "S" not in series.axes:
+            if mapped and series.dataoffset is not None:
                 dtype = np.dtype(tiff.byteorder + series.dtype.char)
                 array: np.ndarray = np.memmap(path, dtype, "r", series.dataoffset, series.shape)
             else:
                 array = series.asarray()
-            return _Loaded(array, series.axes, inverted)
+            return _Loaded(array, series.axes, int(page.photometric) == 0)
     listed = ", ".join(f"{'×'.join(map(str, shape))} {dtype}" for shape, dtype in kinds)
     raise ValueError(f"{path}: its pages differ in size or type: {listed}" if kinds else f"{path}: no pages")
 

@@ -134,6 +134,19 @@ def test_evaluation_finds_the_best_thresholds():
     assert found.plain.points[0].pixel_error == pytest.approx(1 - 8 / 21)
 
 
+def test_what_is_at_the_threshold_is_border():
+    truth = TWO > 0
+    found = metrics.evaluate(np.where(truth, 0.75, 0.5), truth, [0.5], thin=False)
+    assert found.best.rand.f == 1 and found.best.pixel_error == 0
+
+
+def test_each_score_has_its_own_best_threshold():
+    low, high = metrics.Score(0.2, 1, 0.1), metrics.Score(0.8, 0.7, 0.9)
+    points = [(0.1, high, low, 0.5), (0.2, low, high, 0.4), (0.3, low, low, 0.3), (0.4, high, high, 0.6)]
+    curve = metrics.Curve(tuple(metrics.AtThreshold(*point) for point in points))
+    assert (curve.rand.threshold, curve.info.threshold, curve.pixel_error.threshold) == (0.1, 0.2, 0.3)
+
+
 def test_an_evaluation_is_told_as_json():
     truth = TWO > 0
     found = metrics.evaluate(truth.astype(np.float32), truth, [0.5], thin=False)
@@ -197,7 +210,10 @@ def test_errors_colour_merged_and_split_cells():
     merged, split = metrics.errors(halves, truth)
     np.testing.assert_array_equal(split, truth == 3)
     assert not merged.any()
-    # A missed cell is in neither, nor are those of a stack's other sections.
+    # A cell that is missed, in whole or in part, is in neither, nor are those of a stack's other sections.
+    part = truth.copy()
+    part[12:17] = 0
+    assert not np.any(metrics.errors(part, truth))
     missed = np.stack([relabelled(truth, _3=0), relabelled(truth, _2=1), truth])
     merged, split = metrics.errors(missed, np.stack([truth] * 3))
     assert [part.any() for part in merged] == [False, True, False] and not split.any()
@@ -216,3 +232,4 @@ def test_small_overlaps_and_small_cells_are_tolerated():
     np.testing.assert_array_equal(merged, truth == 1)
     assert not np.any(metrics.errors(leak, truth, tolerance=0.1))
     assert not np.any(metrics.errors(np.ones_like(truth), truth, smallest=101))
+    assert np.array_equal(metrics.errors(np.ones_like(truth), truth, smallest=100)[0], truth > 0)

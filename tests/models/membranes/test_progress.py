@@ -14,5 +14,6 @@ def test_items_pass_and_the_bar_is_for_terminals(terminal, monkeypatch, capsys):
     assert list(progress.tracked([3, 4], "borders")) == [3, 4]
     assert ("borders" in capsys.readouterr().err) == terminal
     assert list(progress.tracked([3, 4], "borders", shown=False)) == [3, 4]
+    assert not capsys.readouterr().err
     # Two bars at once do not disturb each other.
     assert [list(progress.tracked("ab", "inner")) for _ in progress.tracked([0, 1], "outer")] == [["a", "b"]] * 2

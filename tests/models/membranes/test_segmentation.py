@@ -86,6 +86,13 @@ def test_watershed_keeps_thin_cells_but_no_specks():
     assert watershed(inside.astype(np.float32), smallest=1).max() == 3
 
 
+def test_watershed_takes_cells_cut_off_by_the_edge_as_thick():
+    inside = np.zeros((30, 30), bool)
+    inside[27:, :] = True
+    assert watershed(inside.astype(np.float32), depth=3, smallest=1000).max() == 1
+    assert watershed(inside.astype(np.float32), depth=3.5, smallest=1000).max() == 0
+
+
 def test_watershed_of_borders_alone_has_no_cells():
     assert not watershed(np.zeros((9, 9), np.float32)).any()
 

@@ -26,6 +26,7 @@ def test_a_saved_stack_is_read_again_and_mapped(tmp_path, dtype):
     stacks.save_tiff(file, stack, stacks.Voxel(50, 4, 5))
     mapped = stacks.open_stack(file)
     assert isinstance(mapped, np.memmap) and not mapped.flags.writeable
+    assert not isinstance(stacks.read(file), np.memmap)
     for again in (stacks.read(file), mapped):
         assert again.dtype == dtype
         np.testing.assert_array_equal(again, stack)
@@ -74,6 +75,19 @@ def test_what_imagej_has_not_is_refused_and_the_old_file_left(tmp_path, stack, w
     with pytest.raises(ValueError, match=words):
         stacks.save_tiff(file, stack)
     assert file.read_bytes() == b"old"
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    def fail(path, *arguments, **options):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    file = tmp_path / "a.tif"
+    file.write_bytes(b"old")
+    monkeypatch.setattr(tifffile, "imwrite", fail)
+    with pytest.raises(OSError, match="no space left"):
+        stacks.save_tiff(file, np.zeros((4, 5)))
+    assert [each.name for each in tmp_path.iterdir()] == ["a.tif"] and file.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"bigtiff": True}, {"byteorder": ">"}])

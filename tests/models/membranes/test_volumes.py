@@ -66,6 +66,7 @@ def test_volumes_of_the_challenge_are_read(tmp_path, sections):
 def test_a_folder_without_labels_is_images_alone(tmp_path, sections):
     write(tmp_path, sections[0])
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "._0.png").touch()  # what macOS leaves behind
     volume = volumes.load(tmp_path)
     np.testing.assert_array_equal(volume.images, sections[0])
     assert volume.labels is None
