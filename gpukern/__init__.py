@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gpukern import data, functional, fusion, nn, onnx, optim
 from gpukern.checking import CheckError, check
 from gpukern.convert import convert
+from gpukern.densify import DenseError, dense
 from gpukern.flops import register_formulas
 from gpukern.fusion import FusionError, fuse, load
 from gpukern.runtime.renamed import keep_old_name
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gpukern import diagnose, tune
     from gpukern.checking.report import CheckReport
     from gpukern.compiler.report import CompileReport, compile_report
+    from gpukern.densify import DenseNetwork, DenseReport
     from gpukern.fusion import FusedModel, FusionReport
     from gpukern.tune import TuneError
 
@@ -26,6 +28,9 @@ __all__ = [
     "CheckError",
     "CheckReport",
     "CompileReport",
+    "DenseError",
+    "DenseNetwork",
+    "DenseReport",
     "FusedModel",
     "FusionError",
     "FusionReport",
@@ -35,6 +40,7 @@ __all__ = [
     "compile_report",
     "convert",
     "data",
+    "dense",
     "diagnose",
     "functional",
     "fuse",
@@ -51,6 +57,8 @@ __all__ = [
 _LATER = {
     "CheckReport": "gpukern.checking.report",
     "CompileReport": "gpukern.compiler.report",
+    "DenseNetwork": "gpukern.densify",
+    "DenseReport": "gpukern.densify",
     "FusedModel": "gpukern.fusion",
     "FusionReport": "gpukern.fusion",
     "TuneError": "gpukern.tune",

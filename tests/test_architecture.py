@@ -39,6 +39,7 @@ LAYERS = (
         "copies",
         "convert",
         "summary",
+        "densify",
         "info",
     ),
     *("explain", "tune", "fusion", "checking", "diagnose", "compiler", "cli"),

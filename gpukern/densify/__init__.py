@@ -13,20 +13,34 @@ s-th pixel (dilation).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gpukern.convert import convert
 from gpukern.densify.errors import DenseError
-from gpukern.densify.network import BORDERS, DenseNetwork
-from gpukern.densify.reading import read
-from gpukern.densify.report import DenseLayer, DenseReport, MultiplyAdds
-from gpukern.densify.values import Pair
+
+if TYPE_CHECKING:
+    from gpukern.densify.network import DenseNetwork
+    from gpukern.densify.report import DenseLayer, DenseReport, MultiplyAdds
 
 __all__ = ["DenseError", "DenseLayer", "DenseNetwork", "DenseReport", "MultiplyAdds", "dense"]
+
+#: Imported at the first use: ``import gpukern`` must not wait for them.
+_LATER = {
+    "DenseLayer": "gpukern.densify.report",
+    "DenseNetwork": "gpukern.densify.network",
+    "DenseReport": "gpukern.densify.report",
+    "MultiplyAdds": "gpukern.densify.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)
 
 
 def dense(
@@ -61,34 +75,27 @@ def dense(
     the border or all of a patch; for layers that the patch size does not fit; for a forward that depends on values.
     TypeError for what is no module, ValueError for an unknown border or a patch size below 1.
     """
+    from gpukern.densify.network import BORDERS, DenseNetwork
+    from gpukern.densify.reading import copied, read
+
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"dense() takes a torch.nn.Module, got {type(model).__name__}")
     patch = _patch(patch_size)
     if border not in BORDERS:
         raise ValueError(f"unknown border {border!r}: it is one of {', '.join(BORDERS)}")
-    copied = _copy(model)
-    steps, result = read(copied, patch)
-    return DenseNetwork(copied, steps, result.slot, patch, border)
+    own = copied(model)
+    steps, result = read(own, patch)
+    return DenseNetwork(own, steps, result.slot, patch, border)
 
 
-def _patch(patch_size: int | Sequence[int]) -> Pair:
-    sizes = (patch_size, patch_size) if isinstance(patch_size, Integral) else tuple(patch_size)  # type: ignore[arg-type]
-    if len(sizes) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in sizes):
+def _patch(patch_size: int | Sequence[int]) -> tuple[int, int]:
+    sizes = (patch_size, patch_size) if isinstance(patch_size, Integral) else patch_size
+    if (
+        not isinstance(sizes, Sequence)
+        or len(sizes) != 2
+        or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in sizes)
+    ):
         raise TypeError(f"patch_size must be an int or a pair of ints, got {patch_size!r}")
     if min(sizes) < 1:
         raise ValueError(f"patch_size must be positive, got {patch_size!r}")
     return int(sizes[0]), int(sizes[1])
-
-
-def _copy(model: torch.nn.Module) -> torch.nn.Module:
-    """``model`` on gpukern's layers, with its tensors, and in which nothing is computed in place."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise DenseError("the model is compiled by TorchScript: pass the original")
-    try:
-        copied = convert(model)
-    except RuntimeError as error:
-        raise DenseError(f"the model cannot be copied: {error}") from error
-    for module in copied.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]  # an attribute of activations and dropouts
-    return copied

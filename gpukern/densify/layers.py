@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn.modules import activation, batchnorm, conv, dropout, instancenorm, rnn
 
 import gpukern.nn
-from gpukern.densify import functions, pointwise, shaping
+from gpukern.densify import pointwise, shaping, windows
+from gpukern.densify.epilogues import Held
 from gpukern.densify.errors import DenseError
 from gpukern.densify.recorder import Recorder
-from gpukern.densify.steps import Held
 from gpukern.densify.steps import Layer as LayerOperation
 from gpukern.densify.values import Value, told
 from gpukern.nn.sequential import is_plain
@@ -41,37 +41,41 @@ def read(to: Recorder, name: str, layer: nn.Module, input: Value) -> Value:
     return _as_it_is(to, name, layer, input)
 
 
+def _own(layer: str, name: str) -> Held:
+    return Held(f"{layer}.{name}" if layer else name)
+
+
 def _conv2d(to: Recorder, name: str, layer: Any, input: Value) -> Value:
     if layer.padding_mode != "zeros":
-        functions.unpadded(layer._reversed_padding_repeated_twice[::2])
-    return functions.conv2d(
-        to, input, Held(f"{name}.weight"), Held(f"{name}.bias") if layer.bias is not None else None,
+        windows.unpadded(layer._reversed_padding_repeated_twice[::2])
+    return windows.conv2d(
+        to, input, _own(name, "weight"), _own(name, "bias") if layer.bias is not None else None,
         layer.stride, layer.padding, layer.dilation, layer.groups,
         shape=(layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size),
     )  # fmt: skip
 
 
 def _linear(to: Recorder, name: str, layer: Any, input: Value) -> Value:
-    bias = Held(f"{name}.bias") if layer.bias is not None else None
+    bias = _own(name, "bias") if layer.bias is not None else None
     shape = layer.out_features, layer.in_features
-    return functions.linear(to, input, Held(f"{name}.weight"), bias, shape=shape)
+    return windows.linear(to, input, _own(name, "weight"), bias, shape=shape)
 
 
 def _max_pool2d(to: Recorder, name: str, layer: Any, input: Value) -> Value:
-    return functions.max_pool2d(
+    return windows.max_pool2d(
         to, input, layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, layer.return_indices
     )
 
 
 def _avg_pool2d(to: Recorder, name: str, layer: Any, input: Value) -> Value:
-    return functions.avg_pool2d(
+    return windows.avg_pool2d(
         to, input, layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode, layer.count_include_pad,
         layer.divisor_override,
     )  # fmt: skip
 
 
 def _adaptive_max_pool2d(to: Recorder, name: str, layer: Any, input: Value) -> Value:
-    return functions.adaptive_max_pool2d(to, input, layer.output_size, layer.return_indices)
+    return windows.adaptive_max_pool2d(to, input, layer.output_size, layer.return_indices)
 
 
 def _softmax(to: Recorder, name: str, layer: Any, input: Value) -> Value:
@@ -84,7 +88,7 @@ _RULES: dict[type[nn.Module], Callable[[Recorder, str, Any, Value], Value]] = {
     nn.Linear: _linear,
     nn.MaxPool2d: _max_pool2d,
     nn.AvgPool2d: _avg_pool2d,
-    nn.AdaptiveAvgPool2d: lambda to, _, layer, input: functions.adaptive_avg_pool2d(to, input, layer.output_size),
+    nn.AdaptiveAvgPool2d: lambda to, _, layer, input: windows.adaptive_avg_pool2d(to, input, layer.output_size),
     nn.AdaptiveMaxPool2d: _adaptive_max_pool2d,
     nn.Flatten: lambda to, _, layer, input: shaping.flatten(to, input, layer.start_dim, layer.end_dim),
     nn.Unflatten: lambda to, _, layer, input: shaping.unflatten(to, input, layer.dim, layer.unflattened_size),
@@ -110,7 +114,7 @@ def _as_it_is(to: Recorder, name: str, layer: Any, input: Value) -> Value:
     elif isinstance(layer, nn.PReLU):
         _channels(layer.num_parameters, input, or_one=True)
     elif isinstance(layer, (nn.LocalResponseNorm, nn.Softmax2d, gpukern.nn.LayerNorm2d)):
-        functions.images(input)
+        windows.images(input)
     elif not _is_pointwise(layer):
         raise DenseError("there is no dense form of it")
     if not name:
@@ -144,15 +148,18 @@ def _channels(count: int, input: Value, or_one: bool = False) -> None:
         raise DenseError(f"its channels are those of the flattened {told(input.shape)}")
 
 
+#: Of images, where no layer tells: before the first there may be a concatenation.
+_MOST_CHANNELS = 17
+
+
 def input_channels(model: nn.Module, patch: tuple[int, int]) -> list[int]:
     """Numbers of channels that the model's input may have, the likeliest first: nothing tells which layer is first."""
     found: list[int] = []
     for module in model.modules():
         if isinstance(module, conv._ConvNd):
             found.append(module.in_channels)
-        elif isinstance(module, batchnorm._NormBase):
-            found.append(module.num_features)
         elif isinstance(module, nn.Linear) and module.in_features % (patch[0] * patch[1]) == 0:
             found.append(module.in_features // (patch[0] * patch[1]))
+    found += [module.num_features for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     found += [parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4]
-    return list(dict.fromkeys((*found, 1, 3)))
+    return list(dict.fromkeys((*found, *range(1, _MOST_CHANNELS))))

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import torch
 
+from gpukern.densify.epilogues import Kernels, LayerActivation, find
 from gpukern.densify.errors import DenseError
 from gpukern.densify.report import DenseReport
-from gpukern.densify.steps import Call, Convolve, Kernels, Layer, LayerActivation, Step, find
+from gpukern.densify.steps import Call, Convolve, Layer, Step
 from gpukern.densify.values import Pair
 from gpukern.nn.sequential import ACTIVATIONS, is_plain
 from gpukern.runtime.arguments import check_tensors

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpukern.densify import network
-from gpukern.densify.steps import Activation, Held, Kernels, find
+from gpukern.densify.epilogues import Activation, Held, Kernels, find
 from gpukern.densify.values import Pair
 
 _torch = torch.nn.functional

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from gpukern import functional as F
+from gpukern.densify.epilogues import Activation, FixedActivation
 from gpukern.densify.errors import DenseError
-from gpukern.densify.functions import constant, rule
 from gpukern.densify.recorder import Recorder
-from gpukern.densify.steps import Activation, Call, Concatenate, Drop, FixedActivation, Operand
+from gpukern.densify.steps import Call, Concatenate, Drop, Operand
 from gpukern.densify.values import Value, told
+from gpukern.densify.windows import constant, rule
 
 _TORCH = torch.nn.functional
 #: Functions of one value, by the name they have in torch; gpukern's where it has one.

@@ -19,20 +19,39 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from gpukern import functional
+from gpukern.convert import convert
 from gpukern.densify import layers, pointwise, shaping
 from gpukern.densify.errors import DenseError
-from gpukern.densify.functions import RULES
+from gpukern.densify.patch import Patch
 from gpukern.densify.recorder import Recorder
 from gpukern.densify.steps import Step
-from gpukern.densify.values import BATCH, Pair, Value, told
+from gpukern.densify.values import Pair, Value, told
+from gpukern.densify.windows import RULES
 from gpukern.runtime.evaluation import evaluate
 
 #: Modules whose rules are registered by importing them.
 _WITH_RULES = pointwise, shaping
 
 
+def copied(model: torch.nn.Module) -> torch.nn.Module:
+    """``model`` on gpukern's layers, with its tensors, and in which nothing is computed in place."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise DenseError("the model is compiled by TorchScript: pass the original")
+    try:
+        own = convert(model)
+    except RuntimeError as error:
+        raise DenseError(f"the model cannot be copied: {error}") from error
+    for module in own.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]  # an attribute of activations and dropouts
+    return own
+
+
 def read(model: torch.nn.Module, patch: Pair) -> tuple[list[Step], Value]:
-    """The steps of ``model`` on patches, and its result. It must be a copy in which nothing works in place."""
+    """The steps of ``model`` on patches, and its result. It is one of :func:`copied`."""
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise DenseError(f"{name}: its size is not known yet. Call the model once before")
     errors = []
     for channels in layers.input_channels(model, patch):
         try:
@@ -52,44 +71,6 @@ def _evaluation(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-class Patch(fx.Proxy):
-    """The stand-in of a tensor. In-place operators of Python are those of a tensor, not assignments."""
-
-    value: Value
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self.value.shape)
-
-    @property
-    def ndim(self) -> int:
-        return self.value.rank
-
-    def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
-
-    def dim(self) -> int:
-        return self.value.rank
-
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def __len__(self) -> int:
-        return BATCH
-
-    def __iadd__(self, other: Any) -> Any:
-        return self.add_(other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self.sub_(other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self.mul_(other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self.div_(other)
 
 
 class _Whole(torch.nn.Module):
@@ -112,8 +93,6 @@ class _Reader(fx.Tracer):
         held = itertools.chain(model.named_parameters(), model.named_buffers(), _plain_tensors(model))
         names: dict[int, str] = {}
         for name, tensor in held:
-            if is_lazy(tensor):
-                raise DenseError(f"{name}: its size is not known yet. Call the model once before")
             names.setdefault(id(tensor), name)
         self.recorder = Recorder(names, input)
         self.stale: set[int] = set()
@@ -179,7 +158,7 @@ class _Reader(fx.Tracer):
         plain = what.strip("_")
         rule = RULES.get(plain) or RULES.get(plain.removeprefix("i") if plain in _IN_PLACE else plain)
         if rule is None:
-            raise DenseError(f"{plain} has no dense form")
+            raise DenseError(_WHY_NOT.get(plain, f"{plain} has no dense form"))
         in_place = (what.endswith("_") and not what.endswith("__")) or kwargs.pop("inplace", False)
         self.recorder.kind = plain
         given, named = tree_map_only(Patch, self._value, (list(args), kwargs))
@@ -217,6 +196,19 @@ class _Reader(fx.Tracer):
         return ": ".join(filter(None, (self._where(), function.strip("_"))))
 
 
+_RESOLUTION = "it changes the resolution within the patch"
+_STATISTICS = "its statistics are of the whole patch, other ones for each patch"
+_COMPARED = "a comparison: what the model computes may not depend on values"
+#: Reasons why functions have no dense form.
+_WHY_NOT = {
+    **dict.fromkeys(("interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "grid_sample"), _RESOLUTION),
+    **dict.fromkeys(("conv_transpose2d", "unfold", "fold", "max_unpool2d"), _RESOLUTION),
+    **dict.fromkeys(("group_norm", "instance_norm", "layer_norm", "rms_norm", "var_mean", "std", "var"), _STATISTICS),
+    **dict.fromkeys(("permute", "transpose", "movedim", "swapaxes", "t"), "it exchanges channels and positions"),
+    **dict.fromkeys(("gt", "lt", "ge", "le", "eq", "ne", "bool", "item", "tolist", "where", "nonzero"), _COMPARED),
+    **dict.fromkeys(("flip", "roll", "rot90"), "it moves pixels within the patch"),
+    "detach": "gradients of the patches stop there",
+}
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv")
 
 

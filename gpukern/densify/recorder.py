@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from gpukern.densify.epilogues import Held
 from gpukern.densify.errors import DenseError
-from gpukern.densify.steps import Crop, Held, Operation, Step
+from gpukern.densify.steps import Crop, Operation, Step
 from gpukern.densify.values import Pair, Value, why_not_together
 
 

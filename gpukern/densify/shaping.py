@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from gpukern.densify.errors import DenseError
-from gpukern.densify.functions import rule
 from gpukern.densify.pointwise import along_channels
 from gpukern.densify.recorder import Recorder
 from gpukern.densify.steps import Channels, Crop
 from gpukern.densify.values import BATCH, Value, cropped, told
+from gpukern.densify.windows import rule
 
 
 @rule()

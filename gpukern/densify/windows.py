@@ -1,4 +1,4 @@
-"""Functions on patches as dense networks compute them: windows, linear layers, and what treats all pixels alike.
+"""Functions on patches as dense networks compute them: convolutions, linear layers and pools; the register of all.
 
 A rule has the name and the parameters of the function of ``torch`` or ``torch.nn.functional``; a first parameter more
 takes what it adds its steps to.
@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from gpukern.densify.epilogues import FixedActivation, Held
 from gpukern.densify.errors import DenseError
 from gpukern.densify.recorder import Recorder
-from gpukern.densify.steps import Average, Convolve, FixedActivation, Held, Maximum
+from gpukern.densify.steps import Average, Convolve, Maximum
 from gpukern.densify.values import Pair, Value, Windows, multiplied, told
 from gpukern.ops._pool2d.problem import check_adaptive
 from gpukern.runtime.integers import cdiv
@@ -117,7 +118,7 @@ def _windows(kernel_size, stride, dilation=1) -> Windows:
     return Windows(kernel, kernel if stride in (None, (), []) else pair(stride), pair(dilation))
 
 
-@rule()
+@rule("max_pool2d", "max_pool2d_with_indices")
 def max_pool2d(
     to: Recorder, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
 ) -> Value:
@@ -143,7 +144,7 @@ def adaptive_avg_pool2d(to: Recorder, input, output_size) -> Value:
     return _average(to, input, windows, math.prod(windows.kernel))
 
 
-@rule()
+@rule("adaptive_max_pool2d", "adaptive_max_pool2d_with_indices")
 def adaptive_max_pool2d(to: Recorder, input, output_size, return_indices=False) -> Value:
     if return_indices:
         raise DenseError("its indices are places in the patch")
