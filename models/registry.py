@@ -15,6 +15,7 @@ from torch import nn
 import gpukern
 from gpukern.runtime.mode import Mode, mode_of
 from models.alexnet import AlexNet
+from models.ciresan import DenseCiresanN4
 from models.convnext import ConvNeXtTiny
 from models.efficientnet import EfficientNetB0
 from models.efficientnet_lite import EfficientNetLite0
@@ -105,10 +106,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("efficientnet_lite0", "EfficientNet-Lite0", EfficientNetLite0, pixels=_LITE_PIXELS),
         Architecture("convnext_tiny", "ConvNeXt-T", ConvNeXtTiny),
         Architecture("unet", "U-Net", UNet, (3, 256, 256), None),
+        Architecture("ciresan_dense", "Ciresan's N4, dense", DenseCiresanN4, (1, 606, 606), None),
     )
 }
 #: Those that put an image into a class.
-CLASSIFIERS = tuple(name for name in ARCHITECTURES if name != "unet")
+CLASSIFIERS = tuple(name for name in ARCHITECTURES if name not in ("unet", "ciresan_dense"))
 
 
 def with_kernels(model: nn.Module, device: torch.device) -> nn.Module:

@@ -44,6 +44,7 @@ NETWORKS: dict[str, Network] = {
         # At the published 1e-6 the output would hardly depend on the blocks, and a comparison would not see them.
         _network("convnext_tiny", stochastic_depth=0.0, layer_scale=1.0),
         _network("unet"),
+        _network("ciresan_dense"),
     )
 }
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpukern
 from gpukern.convert import REPLACEMENTS
 from models.blocks import StochasticDepth
+from models.ciresan import DenseCiresanN4
 from models.convnext import ConvNeXtTiny, LayerNorm2d
 from models.efficientnet import EfficientNetB0
 from models.efficientnet_lite import EfficientNetLite0, SamePad, pretrained
@@ -50,6 +51,7 @@ PUBLISHED = {
     "efficientnet_lite0": Published(4_652_008, 49, 0.39, (1000,), None),
     "convnext_tiny": Published(28_589_128, 22, 4.46, (1000,), 0xB8433379),
     "unet": Published(31_037_698, 23, 48.17, (2, 256, 256), None),
+    "ciresan_dense": Published(219_290, 6, 66.99, (2, 512, 512), None),
 }
 
 #: Of each network one that computes in a moment on a small image, where necessary a narrow one.
@@ -63,6 +65,7 @@ SMALL = {
     "efficientnet_lite0": (NETWORKS["efficientnet_lite0"].make, (3, 64, 64)),
     "convnext_tiny": (NETWORKS["convnext_tiny"].make, (3, 64, 64)),
     "unet": (partial(UNet, width=8), (3, 32, 48)),
+    "ciresan_dense": (partial(DenseCiresanN4, width=8), (1, 101, 99)),
 }
 
 
