@@ -175,9 +175,13 @@ def errors(
     part in it. Cells with fewer pixels than ``smallest`` are not looked at. Labels as in :func:`rand_score`; the masks
     are bool of their shape. A cell can be in both, and one that was missed altogether is in neither.
     """
+    from skimage.segmentation import relabel_sequential
+
     _check_labels(proposal, truth)
     merged, split = np.zeros(truth.shape, bool), np.zeros(truth.shape, bool)
     for segments, cells, of_merged, of_split in zip(*map(_sections, (proposal, truth, merged, split)), strict=True):
+        # Numbers that are counted through the stack would make the table large.
+        segments, cells = (relabel_sequential(labels)[0] for labels in (segments, cells))
         table = _contingency(segments, cells).toarray()
         sizes = table.sum(1)
         table[:, 0] = 0  # border

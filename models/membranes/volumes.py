@@ -12,10 +12,12 @@ import numpy as np
 from models.membranes import stacks
 from models.membranes.stacks import Voxel, save_tiff
 
-__all__ = ["VARIABLE", "Volume", "Voxel", "find", "limits", "load", "open_images", "save_tiff", "to_unit"]
+__all__ = ["ISBI_VOXEL", "VARIABLE", "Volume", "Voxel", "find", "limits", "load", "open_images", "save_tiff", "to_unit"]
 
 #: Names a folder; before the usual places.
 VARIABLE = "GPUKERN_ISBI2012"
+#: Of the ISBI 2012 data, whose files do not say it: 50 nm between sections, pixels of 4 nm × 4 nm.
+ISBI_VOXEL = Voxel(50.0, 4.0, 4.0)
 _IMAGES, _LABELS = ("image", "images"), ("label", "labels", "mask", "masks")
 #: The challenge's own files: sections, labels.
 _VOLUME = ("train-volume", "train-labels")
@@ -150,13 +152,14 @@ def load(path: str | os.PathLike[str] | None = None) -> Volume:
 
     FileNotFoundError where there is no such path; ValueError naming the file for what is damaged or does not fit.
     """
+    voxel = ISBI_VOXEL if path is None else None
     path = find() if path is None else Path(path)
     images, labels = _files(path)
     sections = _images(images)
     marks = None if labels is None else _labels(labels, images, [len(part) for part in sections], sections[0].shape[1:])
     whole = path.resolve()
     name = whole.name if path.is_dir() else path.stem
-    return Volume(_joined(sections), marks, name, path, stacks.read_voxel(images[0]))
+    return Volume(_joined(sections), marks, name, path, stacks.read_voxel(images[0]) or voxel)
 
 
 def open_images(path: str | os.PathLike[str]) -> np.ndarray:

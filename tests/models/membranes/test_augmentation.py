@@ -56,6 +56,21 @@ def test_images_are_mirrored_or_not():
         torch.testing.assert_close(one, wanted, rtol=0, atol=1e-12)
 
 
+def test_turns_are_rigid_and_of_any_angle():
+    for rotation, flip in ((180, True), (30, False)):
+        _, matrices, _ = Augmentation(rotation=rotation, flip=flip)._draw(np.random.default_rng(0), 400, (9, 9), (9, 9))
+        np.testing.assert_allclose(matrices @ matrices.transpose(0, 2, 1), np.tile(np.eye(2), (400, 1, 1)), atol=1e-12)
+        mirrored = np.linalg.det(matrices) < 0
+        assert 150 < mirrored.sum() < 250 if flip else not mirrored.any()
+        angles = np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
+        assert 0.97 * rotation < angles.max() <= rotation and -rotation <= angles.min() < -0.97 * rotation
+
+
+def test_an_image_of_one_row_is_moved_too():
+    images = torch.rand(2, 1, 1, 9)
+    assert Augmentation()(images)[0].isfinite().all()
+
+
 def test_beyond_an_image_is_its_mirror_image(monkeypatch):
     images, labels, weights = given(2, 1, 12, 14)
     moves = np.array([-4.0, 5.0])[None, :, None, None]
@@ -111,6 +126,7 @@ def test_labels_and_weights_move_with_the_images():
     )
     assert labels.dtype == torch.bool and 0.3 < labels.float().mean() < 0.6
     assert (labels != cells).float().mean() > 0.1
+    assert found.min() >= 0 and found.max() <= 1
     for other in (found, weights):
         assert ((other > 0.5) == labels).float().mean() > 0.98
     classes = Augmentation()(cells.float(), cells[:, 0].long() * 3)[1]
@@ -130,6 +146,7 @@ def test_intensities_follow_the_formula_and_stay_in_their_range():
     powers = lit[:, 0, 0, 5].log() / math.log(0.5)
     assert math.exp(-0.5) <= powers.min() < 0.63 and 1.6 < powers.max() <= math.exp(0.5)
     assert lit[:, 0, 0, 0].max() < 1e-12 and lit[:, 0, 0, 10].min() > 1 - 1e-12
+    assert Augmentation(**(STILL | {"gamma": 0.5}))(images - 0.1)[0].isfinite().all()
     lit = Augmentation(gain=0.9, bias=3, gamma=2)(images)[0]
     assert lit.min() == 0 and lit.max() == 1
 

@@ -210,6 +210,8 @@ def test_errors_colour_merged_and_split_cells():
     merged, split = metrics.errors(halves, truth)
     np.testing.assert_array_equal(split, truth == 3)
     assert not merged.any()
+    # Numbers mean nothing, however large they are.
+    assert metrics.errors(halves + 3_000_000, relabelled(truth, _3=2_000_000))[1].sum() == 100
     # A cell that is missed, in whole or in part, is in neither, nor are those of a stack's other sections.
     part = truth.copy()
     part[12:17] = 0

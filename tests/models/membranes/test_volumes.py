@@ -221,6 +221,15 @@ def test_missing_and_empty_paths_are_named(tmp_path):
         volumes.load(tmp_path)
 
 
+def test_the_data_of_the_challenge_are_the_default(tmp_path, sections, monkeypatch):
+    write(tmp_path / "train/image", sections[0])
+    write(tmp_path / "train/label", masks(sections[1]))
+    monkeypatch.setenv(volumes.VARIABLE, str(tmp_path))
+    volume = volumes.load()
+    np.testing.assert_array_equal(volume.labels, sections[1])
+    assert volume.voxel == (50, 4, 4) and volumes.load(tmp_path).voxel is None
+
+
 def test_find_looks_at_the_variable_and_says_where(tmp_path, monkeypatch):
     monkeypatch.setenv(volumes.VARIABLE, str(tmp_path))
     assert volumes.find() == tmp_path
