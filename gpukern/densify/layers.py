@@ -108,7 +108,7 @@ _RULES: dict[type[nn.Module], Callable[[Recorder, str, Any, Value], Value]] = {
 def _as_it_is(to: Recorder, name: str, layer: Any, input: Value) -> Value:
     layout = "images"
     if isinstance(layer, batchnorm._NormBase):
-        layout = _batch_norm(layer, input)
+        _batch_norm(layer, input)
     elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not isinstance(layer, gpukern.nn.LayerNorm2d):
         layout = _row_norm(layer, input)
     elif isinstance(layer, nn.PReLU):
@@ -127,11 +127,17 @@ def _is_pointwise(layer: nn.Module) -> bool:
     return bool(of_torch & {activation.__name__, dropout.__name__})
 
 
-def _batch_norm(layer: Any, input: Value) -> str:
+def _batch_norm(layer: Any, input: Value) -> None:
     if input.rank == 3 or not input.is_pixelwise:
         raise DenseError(f"it norms {told(input.shape)}: each position of the patch by statistics of its own")
     _channels(layer.num_features, input)
-    return "sequences" if isinstance(layer, nn.BatchNorm1d) else "images"
+    if input.rank == 2:
+        # Its rows are maps in the dense network, which has a copy of the layer.
+        vars(layer)["_check_input_dim"] = takes_maps
+
+
+def takes_maps(input: Any) -> None:
+    """Refuse nothing, in the place of a check that the input of a batch norm has two dimensions."""
 
 
 def _row_norm(layer: Any, input: Value) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,7 +87,7 @@ class _Whole(torch.nn.Module):
 
 class _Reader(fx.Tracer):
     def __init__(self, model: torch.nn.Module, input: Value) -> None:
-        super().__init__(autowrap_modules=(math, functional))  # type: ignore[arg-type]  # any number of them
+        super().__init__(autowrap_modules=(functional,))
         self.whole, self.input = _Whole(model), input
         held = itertools.chain(model.named_parameters(), model.named_buffers(), _plain_tensors(model))
         names: dict[int, str] = {}

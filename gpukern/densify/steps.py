@@ -112,8 +112,7 @@ class Channels(Operation):
 class Layer(Operation):
     """A layer that treats all pixels alike, as it is.
 
-    ``layout``: "images", as which most take them; "sequences" [N, C, P·Q] for those of rows; "channels_last" for those
-    that look along the last dimension.
+    ``layout``: "images", as which most take them, or "channels_last" for those that look along the last dimension.
     """
 
     layer: str
@@ -121,8 +120,6 @@ class Layer(Operation):
 
     def run(self, network: Any, *values: Any) -> Any:
         (input,), layer = values, find(network, self.layer)
-        if self.layout == "sequences":
-            return layer(input.flatten(2)).unflatten(2, input.shape[2:])
         if self.layout == "channels_last":
             return layer(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return layer(input)
