@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from gpukern import densify
+import gpukern
 from models.ciresan import CiresanN4
 from models.registry import with_kernels
 from models.unet import UNet
@@ -55,7 +55,7 @@ class Network:
             made = made.double() if config.precision == "fp64" else made
             model = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = model
-        self.dense: nn.Module = densify.dense(model, CiresanN4.PATCH) if kind.patches else model
+        self.dense: nn.Module = gpukern.dense(model, CiresanN4.PATCH) if kind.patches else model
         #: Whether the model looks at one patch for each pixel.
         self.patches = kind.patches
         self.context = CiresanN4.MARGIN if kind.patches else _unet(model).margin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +30,17 @@ from models.train import keep_previous
 PROBABILITIES, SCORES, SECTIONS_PLOT, CURVES_PLOT = "held-out.tif", "scores.json", "sections.png", "curves.png"
 
 
+#: Imported where they are used: module → package.
+_PACKAGES = {"skimage": "scikit-image", "scipy": "scipy", "tifffile": "tifffile"}
+
+
+def _require_packages() -> None:
+    """RuntimeError before a training, not after it."""
+    for module, package in _PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            raise RuntimeError(f"{package} is missing, of the extra train: pip install -e '.[train]'")
+
+
 def train(
     options: Mapping[str, Any],
     preset: str | None,
@@ -43,7 +55,8 @@ def train(
     tensorboard: bool = False,
 ) -> None:
     """``options`` are those of :class:`Config`, None where not given. Whatever goes wrong is an error that says so."""
-    path = out / CHECKPOINT
+    _require_packages()
+    path, views = out / CHECKPOINT, Options(average=average)
     state = loading.state_of(path) if resume else None
     if state and preset:
         raise ValueError("a training that goes on keeps its settings: --resume takes no --preset")
@@ -54,16 +67,15 @@ def train(
     volume = loading.labelled(source)
     learned, held_out = volume.split(first)
     place = choose_device(device)
-    with console.status("preparing"):
-        trainer = Trainer(config, learned, place)
+    trainer = Trainer(config, learned, place)
     if state:
         trainer.load_state_dict(state)
     else:
         keep_previous(path, console)
     _describe(trainer, volume, learned, held_out, describe_mode(place), console)
-    more = {"data": str(volume.path), "train_sections": len(learned)}
+    more = {"data": str(volume.path and volume.path.resolve()), "train_sections": len(learned)}
     running.run(trainer, held_out, path, console, checkpoint_every, tensorboard, more)
-    _finish(trainer, held_out, out, average, console)
+    _finish(trainer, held_out, out, views, console)
 
 
 def _describe(trainer: Trainer, volume: Volume, learned: Volume, held_out: Volume, mode: str, console: Console) -> None:
@@ -81,15 +93,15 @@ def _describe(trainer: Trainer, volume: Volume, learned: Volume, held_out: Volum
     console.print(", ".join(f"{name} {value}" for name, value in shown.items()), highlight=False)
 
 
-def _finish(trainer: Trainer, held_out: Volume, out: Path, average: int, console: Console) -> None:
+def _finish(trainer: Trainer, held_out: Volume, out: Path, options: Options, console: Console) -> None:
     """The scores of the held-out sections, beside those of the smoothed images, as a table, JSON and pictures."""
     title = NETWORKS[trainer.config.network].title
     with console.status("segmenting the held-out sections"):
-        found = running.segment(trainer, held_out, Options(average=average))
+        found = running.segment(trainer, held_out, options)
     volumes.save_tiff(out / PROBABILITIES, found, held_out.voxel)
     assert held_out.labels is not None
     evaluations = {title: results.score(found, held_out.labels), results.RAW: results.baseline(held_out)}
-    views = f", the mean of {average} views" if average > 1 else ""
+    views = f", the mean of {options.average} views" if options.average > 1 else ""
     console.print(results.table(f"{held_out.name}: {len(held_out)} held-out sections{views}", evaluations))
     _write_scores(out / SCORES, evaluations)
     heading = f"{title} after {formatting.count(trainer.steps_done, 'step')}"
@@ -122,6 +134,8 @@ def predict(
     console: Console,
 ) -> None:  # fmt: skip
     """Probabilities of ``images`` as a TIFF, and with ``labels`` another one of the cells, by a watershed."""
+    _require_packages()
+    _check_written(images, out, labels)
     trained = loading.trained(checkpoint, choose_device(device))
     stack = loading.images(images, sections)
     of = volumes.limits(stack)
@@ -153,6 +167,13 @@ def predict(
     )
 
 
+def _check_written(images: Path, *written: Path | None) -> None:
+    """ValueError where a result would replace what it is made of, or another result."""
+    places = [path.resolve() for path in written if path]
+    if images.resolve() in places or len(set(places)) < len(places):
+        raise ValueError(f"{images}, --out and --labels must be different files")
+
+
 def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     return np.memmap(path, dtype, "w+", shape=shape)
 
@@ -167,6 +188,7 @@ def evaluate(
     probabilities: Path, data: str | None, labels: Path | None, sections: str, out: Path, console: Console
 ) -> None:
     """The table of scores and the pictures of ``probabilities`` against the labels of ``data``, or those of a file."""
+    _require_packages()
     found = loading.probabilities(probabilities)
     volume = loading.truth(data, labels, sections)
     assert volume.labels is not None

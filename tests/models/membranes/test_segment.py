@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,7 @@ def test_a_new_training_keeps_the_old_checkpoint(data, tmp_path):
     [
         (("--crop", 33), "error: U-Net takes no crops of 33 pixels: the next larger one has 36"),
         (("--sampling", "patches"), "error: U-Net takes no patches: --sampling crops"),
+        (("--average", 3), "error: expected an average over 1 or 8 views, got 3"),
         (("--dropout", 1), "error: dropout must be in [0, 1), got 1.0"),
         (("--train-sections", 5), "error: data: 5 sections cannot be split into 5 and the others"),
         (("--lr", 1e30, "--steps", 9), "the training diverged before step 9"),
@@ -129,6 +131,12 @@ def test_data_that_cannot_be_trained_on_are_one_clear_line(data, tmp_path):
     output = train(tmp_path / "none", tmp_path / "run", code=1)
     assert "error:" in output and "none: no such" in output
     assert "sections without labels" in train(data / "image", tmp_path / "run", code=1)
+
+
+def test_a_package_that_is_missing_is_named_before_the_training(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    output = train(data, tmp_path / "run", code=1)
+    assert "error: scikit-image is missing, of the extra train" in output and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -196,7 +204,8 @@ def test_predictions_that_cannot_be_are_one_clear_line(trained, data, tmp_path):
         ((broken, data), "broken.pt: the checkpoint is corrupt"),
         ((model, damaged), "damaged.tif: truncated"),
         ((model, tmp_path / "none.tif"), "none.tif: no such file"),
-        ((model, data, "--average", 3), "expected an average over 1 or 8 views, got 3"),
+        ((model, out), "must be different files"),
+        ((model, data, "--labels", out), "must be different files"),
     ):
         output = run("predict", *arguments, "--out", out, code=1)
         assert "error:" in output and said in output
