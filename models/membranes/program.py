@@ -112,6 +112,7 @@ def _finish(trainer: Trainer, held_out: Volume, out: Path, options: Options, con
         f"checkpoint {out / CHECKPOINT}, probabilities {out / PROBABILITIES}, scores {out / SCORES}, sections "
         f"{sections}, curves {curves}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -164,6 +165,7 @@ def predict(
         f"{NETWORKS[trained.config.network].title} after {formatting.count(trained.steps, 'step')}: "
         f"{formatting.count(len(stack), 'section')} of {stack.shape[1]} × {stack.shape[2]}, probabilities {written}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -205,7 +207,9 @@ def evaluate(
     _write_scores(out / SCORES, evaluations)
     drawn = _draw(out, volume, found, evaluations, probabilities.stem)
     pictures.plot_curves(out / CURVES_PLOT, (), (), evaluations, f"{probabilities.stem}, {volume.name}")
-    console.print(f"scores {out / SCORES}, sections {drawn}, curves {out / CURVES_PLOT}", highlight=False)
+    console.print(
+        f"scores {out / SCORES}, sections {drawn}, curves {out / CURVES_PLOT}", highlight=False, soft_wrap=True
+    )
 
 
 def _hint(found: np.ndarray, data: str | None, volume: Volume) -> str:
