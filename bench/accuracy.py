@@ -21,6 +21,7 @@ each element.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -45,17 +46,20 @@ def sum_bound(dtype: str, terms: int) -> float:
     return 2 * torch.finfo(DTYPES[dtype]).eps + math.sqrt(max(terms, 1)) * 2.0**-22 + tf32
 
 
-def network_bound(dtype: str, depth: int, training: bool) -> float:
-    """Return the bound for a network of ``depth`` layers of products: logits, or its last gradient if ``training``.
+def network_bound(dtype: str, sums: Sequence[int], training: bool) -> float:
+    """Return the bound for a network whose layers sum ``sums`` products: logits, or its last gradient if ``training``.
 
-    Logits: each layer adds a relative error of about eps and of random sign, together √depth · eps; four times that.
+    Logits: each layer adds a relative error of about eps, and √K · 2⁻²³ by its sums of K products, of random sign: the
+    root of their squares, four times. In 16 bits that is 4 · √depth · eps.
     In training, batch norm divides by the statistics of few pixels, and errors of a network with random weights grow
     with depth rather than its root: of plain PyTorch against itself in float64 up to 8 · depth · eps were seen
     (ResNet-50, 4 images of 64 × 64). That is a coarse check, never coarser than ½: it finds garbage, a wrong loss or a
     layer left out. What each layer's kernels compute is checked by the layer's own suite.
     """
     eps = torch.finfo(DTYPES[dtype]).eps + (TF32_CUT if dtype == "tf32" else 0.0)
-    return min(8 * depth * eps, 0.5) if training else 4 * math.sqrt(depth) * eps
+    if training:
+        return min(8 * len(sums) * eps, 0.5)
+    return 4 * math.hypot(*(eps + math.sqrt(terms) * 2.0**-23 for terms in sums))
 
 
 def relative_error(actual: torch.Tensor, reference: torch.Tensor) -> float:

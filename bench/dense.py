@@ -119,8 +119,8 @@ def show(rows: list[Row], size: int, found: dict[str, float]) -> None:
     table = tables.table("Ciresan's N4", *columns, title=f"{size} × {size} pixels, {torch.get_num_threads()} threads")
     for row in rows:
         median = stats.spread(row.of_a_pixel).median
-        faster = stats.ratio(row.of_a_pixel, best.of_a_pixel).median
-        table.add_row(row.name, number(median * 1e6), number(1 / median), f"{row.work:,.0f}", ratio(faster))
+        gain = stats.ratio(row.of_a_pixel, best.of_a_pixel).median
+        table.add_row(row.name, number(median * 1e6), number(1 / median), f"{row.work:,.0f}", ratio(gain))
     tables.show(table)
     faster = stats.ratio(dense.of_a_pixel, best.of_a_pixel)
     print(f"dense: {number(best.work / dense.work)} × fewer multiply-adds, {number(faster.median)} × faster "

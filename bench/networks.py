@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,9 +67,23 @@ def weights(name: str) -> nn.Module:
         return network(name).make()
 
 
-def depth(name: str) -> int:
-    """Return the network's number of layers of products."""
-    return sum(isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in weights(name).modules())
+def sums(name: str) -> list[int]:
+    """Return how many products each layer of the network adds up."""
+    layers = [layer for layer in weights(name).modules() if isinstance(layer, (*_CONVOLUTIONS, nn.Linear))]
+    return [_terms(layer) for layer in layers]
+
+
+_CONVOLUTIONS = nn.Conv2d, nn.ConvTranspose2d
+
+
+def _terms(layer: nn.Module) -> int:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    assert isinstance(layer, _CONVOLUTIONS)
+    taps = math.prod(layer.kernel_size)
+    if isinstance(layer, nn.ConvTranspose2d):
+        taps = -(-taps // math.prod(layer.stride))  # of all outputs together, each has its share
+    return layer.in_channels // layer.groups * taps
 
 
 def placed(model: nn.Module, device: torch.device, dtype: torch.dtype, layout: str) -> nn.Module:

@@ -90,10 +90,12 @@ def bench(folder: Path) -> list[Step]:
     library, everyone = ("--peers", "library"), ("--peers", "library", "--peers", "compile")
     compilers = *everyone, "--peers", "max-autotune"
     eight = "--peers", "int8", "--peers", "fp8"
+    segmentation = "--suite", "ciresan_dense", "--suite", "unet", "--batch", "1"
     everything, batches = ("--suite", "all"), ("--batch", "128", "--batch", "32", "--batch", "1")
     return [
         step("inference", "resnet50", *library, "--suite", "resnet50", *batches),
         step("inference", "resnet50-8-bits", *library, *eight, "--suite", "resnet50", *batches),
+        step("inference", "segmentation", *library, *segmentation),
         step("conv", "resnet50-32", *library),
         step("epilogue", "resnet50-32", *library),
         step("optimizer", "all"),
@@ -114,6 +116,7 @@ def bench(folder: Path) -> list[Step]:
         step("conv", "resnet50-bf16", *library, "--dtype", "bf16"),
         step("conv", "resnet50-fp32", *library, "--dtype", "fp32"),
         step("inference", "resnet50-compile", *everyone, *eight, "--suite", "resnet50", *batches),
+        step("inference", "segmentation-compile", *everyone, *segmentation),
         step("inference", "all-compile", *everyone),
         step("model", "resnet50-compile", *everyone),
         step("inference", "resnet50-max", *compilers, "--suite", "resnet50", *batches),

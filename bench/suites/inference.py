@@ -14,7 +14,7 @@ from torch.fx.experimental import optimization
 import gpukern
 from bench.accuracy import DTYPES, network_bound
 from bench.layers import layer_calls
-from bench.networks import Networks, WholeNetwork, depth, placed, weights
+from bench.networks import Networks, WholeNetwork, placed, sums, weights
 from bench.peers import EIGHT_BITS, compile_for_these_shapes, to_layout
 from bench.suite import Implementation, Task, Tensors, in_mode, register
 from gpukern.fusion.model import FusedModel
@@ -38,7 +38,7 @@ class Inference(Networks):
     batches = (1, 32, 128)
 
     def bound(self, task: Task[WholeNetwork]) -> float:
-        return network_bound(task.case.dtype, depth(task.problem.name), training=False)
+        return network_bound(task.case.dtype, sums(task.problem.name), training=False)
 
     def tensors(self, task: Task[WholeNetwork], device: torch.device) -> Tensors:
         images = torch.randn(task.problem.batch, *network(task.problem.name).input_size, device=device)

@@ -12,7 +12,7 @@ from torch import nn
 
 import gpukern
 from bench.accuracy import DTYPES, network_bound
-from bench.networks import Networks, WholeNetwork, depth, placed, weights
+from bench.networks import Networks, WholeNetwork, placed, sums, weights
 from bench.peers import both_layouts, compile_for_these_shapes, to_layout
 from bench.suite import Implementation, Task, Tensors, in_mode, register
 from gpukern.compiler import backend
@@ -30,7 +30,7 @@ class Models(Networks):
         return task.case.computation == TRAINING
 
     def bound(self, task: Task[WholeNetwork]) -> float:
-        return network_bound(task.case.dtype, depth(task.problem.name), self.trains(task))
+        return network_bound(task.case.dtype, sums(task.problem.name), self.trains(task))
 
     def tensors(self, task: Task[WholeNetwork], device: torch.device) -> Tensors:
         """Images, and labels: one for each image, or for each pixel where the network has logits for each."""

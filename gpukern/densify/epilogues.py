@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from gpukern import functional as F
+from gpukern.convert import REPLACEMENTS
 from gpukern.densify.values import Pair
+from gpukern.nn.leaf import Leaf
 from gpukern.ops._activation.reference import in_torch
+
+_torch = torch.nn.functional
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,11 @@ def find(network: Any, name: str) -> Any:
 class Activation:
     """What follows in a convolution's epilogue."""
 
-    def epilogue(self, network: torch.nn.Module) -> dict[str, Any]:
-        """The arguments of :func:`gpukern.functional.conv2d` for it."""
+    def epilogue(self, network: torch.nn.Module) -> dict[str, Any] | None:
+        """The arguments of :func:`gpukern.functional.conv2d` for it; None if it has none."""
         raise NotImplementedError
 
-    def in_torch(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
+    def of(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -50,7 +56,7 @@ class FixedActivation(Activation):
     def epilogue(self, network: torch.nn.Module) -> dict[str, Any]:
         return {"activation": self.name, "negative_slope": self.slope}
 
-    def in_torch(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
+    def of(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
         return in_torch(input, self.name, self.slope)
 
 
@@ -60,26 +66,76 @@ class LayerActivation(Activation):
 
     layer: str
 
-    def epilogue(self, network: torch.nn.Module) -> dict[str, Any]:
-        return find(network, self.layer)._epilogue
+    def epilogue(self, network: torch.nn.Module) -> dict[str, Any] | None:
+        return getattr(find(network, self.layer), "_epilogue", None)
 
-    def in_torch(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
+    def of(self, network: torch.nn.Module, input: torch.Tensor) -> torch.Tensor:
         return find(network, self.layer)(input)
+
+
+# ---- who computes ----------------------------------------------------------------------------------------------------
 
 
 class Kernels:
     """gpukern's functions, as steps call them."""
 
-    def conv2d(self, network, input, weight, bias, dilation: Pair, groups: int, activation: Activation | None):
+    def conv2d(self, network, input, held: Held | None, weight, bias, dilation: Pair, groups: int, activation):
+        """The convolution of stride 1 with ``weight``, that of ``held``, and an :class:`Activation` or None."""
         epilogue = {} if activation is None else activation.epilogue(network)
+        if epilogue is None:
+            return activation.of(network, self.conv2d(network, input, held, weight, bias, dilation, groups, None))
         return F.conv2d(input, weight, bias, 1, 0, dilation, groups, **epilogue)
-
-    def layer(self, network, weight: Held, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns, in the name of the layer that has the ``weight``."""
-        return compute()
 
     def max_pool2d(self, input, window: Pair, dilation: Pair):
         return F.max_pool2d(input, window, 1, 0, dilation)
 
     def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function
+
+
+class InTorch(Kernels):
+    """torch's functions in their place, under the names of the layers that have the weights."""
+
+    def conv2d(self, network, input, held: Held | None, weight, bias, dilation: Pair, groups: int, activation):
+        def compute() -> torch.Tensor:
+            return _torch.conv2d(input, weight, bias, 1, 0, dilation, groups)
+
+        layer = None if held is None or "." not in held.name else find(network, held.name.rpartition(".")[0])
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and torch.compiler.is_exporting():
+            with _forward(layer, compute):
+                result = layer()
+        else:
+            result = compute()
+        return result if activation is None else activation.of(network, result)
+
+    def max_pool2d(self, input, window: Pair, dilation: Pair):
+        return _torch.max_pool2d(input, window, 1, 0, dilation)
+
+    def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        ours = function.__module__ is not None and function.__module__.startswith("gpukern.")
+        return getattr(_torch, function.__name__) if ours else function
+
+
+@contextlib.contextmanager
+def _forward(layer: torch.nn.Module, compute: Callable[[], torch.Tensor]) -> Iterator[None]:
+    """Let a call of ``layer`` compute something else: what is exported in it bears its name."""
+    vars(layer)["forward"] = compute
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]
+
+
+_OURS, _TORCHS = Kernels(), InTorch()
+_LAYERS = {*REPLACEMENTS, *REPLACEMENTS.values()}
+
+
+def kernels_of(network: torch.nn.Module) -> Kernels:
+    """Whose functions compute a network: those of its layers, which :func:`gpukern.convert` changes.
+
+    Convolutions and linear layers in float64 are torch's on any device, and so is every layer of a copy that is
+    captured, or compared with.
+    """
+    layers = [each for each in network.modules() if parametrize.type_before_parametrizations(each) in _LAYERS]
+    layers = [each for each in layers if isinstance(each, (torch.nn.Conv2d, torch.nn.Linear))] or layers
+    return _TORCHS if layers and not any(isinstance(each, Leaf) for each in layers) else _OURS

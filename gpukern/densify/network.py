@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 
-from gpukern.densify.epilogues import Kernels, LayerActivation, find
+from gpukern.densify.epilogues import LayerActivation, find, kernels_of
 from gpukern.densify.errors import DenseError
 from gpukern.densify.report import DenseReport
 from gpukern.densify.steps import Call, Convolve, Layer, Step
@@ -42,8 +41,6 @@ class DenseNetwork(torch.nn.Module):
     raises for other channels, dtypes and devices than those of the parameters.
     """
 
-    kernels: ClassVar[Kernels] = Kernels()
-
     def __init__(
         self, model: torch.nn.Module, steps: Sequence[Step], output: int, patch_size: Pair, border: str
     ) -> None:
@@ -73,9 +70,9 @@ class DenseNetwork(torch.nn.Module):
         check_tensors("dense network", input)
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        values = {0: self._with_border(input)}
+        kernels, values = kernels_of(self), {0: self._with_border(input)}
         for step in self._steps:
-            result = step.operation.run(self, *(values[slot] for slot in step.inputs))
+            result = step.operation.run(self, kernels, *(values[slot] for slot in step.inputs))
             for slot in step.last:
                 del values[slot]
             values[step.value.slot] = result

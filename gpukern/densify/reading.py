@@ -143,6 +143,12 @@ class _Reader(fx.Tracer):
         finally:
             self.recorder.layer = before
 
+    def call_module(self, m: torch.nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        if not self.is_leaf_module(m, "") and (m._forward_hooks or m._forward_pre_hooks):
+            name = _of_model(self.path_of_module(m)) or "the model"
+            raise DenseError("it has hooks, which a dense network would not call").in_layer(name)
+        return super().call_module(m, forward, args, kwargs)
+
     # ---- calls ----
 
     def _call_layer(self, name: str, layer: torch.nn.Module, args: tuple, kwargs: dict) -> Any:

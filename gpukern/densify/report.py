@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gpukern import formatting
-from gpukern.densify.steps import Step
+from gpukern.densify.steps import Crop, Step
 from gpukern.densify.values import Pair
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class DenseReport:
 
     @classmethod
     def of(cls, model: str, steps: Sequence[Step], patch_size: Pair, border: str) -> DenseReport:
-        layers = tuple(map(_layer, steps))
+        layers = tuple(_layer(step) for step in steps if not isinstance(step.operation, Crop))
         reach = steps[-1].value.reach if steps else (1, 1)
         return cls(model, patch_size, border, reach, layers)
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from gpukern.densify.epilogues import Activation, Held, find
+from gpukern.densify.epilogues import Activation, Held, Kernels, find
 from gpukern.densify.values import Pair, Value
 
 
 class Operation:
-    """A step's computation."""
+    """A step's computation, by ``kernels``, with the tensors of ``network``."""
 
-    def run(self, network: Any, *values: Any) -> Any:
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         raise NotImplementedError
 
 
@@ -33,18 +33,13 @@ class Convolve(Operation):
     window: Pair | None = None
     activation: Activation | None = None
 
-    def run(self, network: Any, *values: Any) -> Any:
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         (input,) = values
         weight = self.weight.of(network)
         if self.window is not None:
             weight = weight.unflatten(1, (-1, *self.window))
         bias = None if self.bias is None else self.bias.of(network)
-        kernels, activation = network.kernels, self.activation
-
-        def compute() -> Any:
-            return kernels.conv2d(network, input, weight, bias, self.dilation, self.groups, activation)
-
-        return kernels.layer(network, self.weight, compute)
+        return kernels.conv2d(network, input, self.weight, weight, bias, self.dilation, self.groups, self.activation)
 
 
 #: Windows with more elements are summed by rows first, then by columns.
@@ -59,18 +54,17 @@ class Average(Operation):
     divisor: int
     dilation: Pair
 
-    def run(self, network: Any, *values: Any) -> Any:
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         (input,), (rows, columns) = values, self.window
         if rows * columns <= _SUMMED_AT_ONCE or 1 in self.window:
-            return self._weighted(network, input, self.window, 1 / self.divisor)
-        return self._weighted(
-            network, self._weighted(network, input, (rows, 1), 1 / rows), (1, columns), rows / self.divisor
-        )
+            return self._sum(network, kernels, input, self.window, 1 / self.divisor)
+        of_rows = self._sum(network, kernels, input, (rows, 1), 1 / rows)
+        return self._sum(network, kernels, of_rows, (1, columns), rows / self.divisor)
 
-    def _weighted(self, network: Any, input: Any, window: Pair, factor: float) -> Any:
+    def _sum(self, network: torch.nn.Module, kernels: Kernels, input: Any, window: Pair, factor: float) -> Any:
         channels = input.shape[1]
         weight = torch.full((channels, 1, *window), factor, dtype=input.dtype, device=input.device)
-        return network.kernels.conv2d(network, input, weight, None, self.dilation, channels, None)
+        return kernels.conv2d(network, input, None, weight, None, self.dilation, channels, None)
 
 
 @dataclass(frozen=True)
@@ -80,8 +74,8 @@ class Maximum(Operation):
     window: Pair
     dilation: Pair
 
-    def run(self, network: Any, *values: Any) -> Any:
-        return network.kernels.max_pool2d(values[0], self.window, self.dilation)
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
+        return kernels.max_pool2d(values[0], self.window, self.dilation)
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Crop(Operation):
     rows: Pair
     columns: Pair
 
-    def run(self, network: Any, *values: Any) -> Any:
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         (top, bottom), (left, right) = self.rows, self.columns
         return values[0][:, :, top : -bottom or None, left : -right or None]
 
@@ -104,7 +98,7 @@ class Channels(Operation):
     stop: int
     step: int
 
-    def run(self, network: Any, *values: Any) -> Any:
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         return values[0][:, self.start : self.stop : self.step]
 
 
@@ -118,7 +112,7 @@ class Layer(Operation):
     layer: str
     layout: str = "images"
 
-    def run(self, network: Any, *values: Any) -> Any:
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         (input,), layer = values, find(network, self.layer)
         if self.layout == "channels_last":
             return layer(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -142,8 +136,8 @@ class Call(Operation):
     #: The function as an epilogue, where it can be one.
     activation: Activation | None = None
 
-    def run(self, network: Any, *values: Any) -> Any:
-        function = network.kernels.function(self.function)
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
+        function = kernels.function(self.function)
         return function(*(_resolved(each, network, values) for each in self.arguments), **self.options)
 
 
@@ -157,7 +151,7 @@ def _resolved(argument: Any, network: torch.nn.Module, values: tuple) -> Any:
 class Concatenate(Operation):
     """Channels of several values, one after the other."""
 
-    def run(self, network: Any, *values: Any) -> Any:
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         return torch.cat(values, 1)
 
 
@@ -169,8 +163,8 @@ class Drop(Operation):
     p: float
     always: bool
 
-    def run(self, network: Any, *values: Any) -> Any:
-        return network.kernels.function(self.function)(values[0], self.p, self.always or network.training)
+    def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
+        return kernels.function(self.function)(values[0], self.p, self.always or network.training)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from gpukern.densify.errors import DenseError
 
 Pair = tuple[int, int]
 
-#: Stands for the batch size while a model is read: no size of a patch is it, nor divides it.
-BATCH = 1_000_003
+#: Stands for the batch size while a model is read: a prime number, which no product of a patch's sizes is. Not a large
+#: one, because a model may allocate as many rows.
+BATCH = 1009
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from gpukern.convert import REPLACEMENTS
-from gpukern.densify import network, plain
 from gpukern.fusion.batch import Free, choices, export_any_batch, why_fixed
 from gpukern.fusion.calls import Signature
 from gpukern.fusion.decompose import write_out
@@ -27,7 +26,7 @@ from gpukern.fusion.program import InputSpec, Program, arguments, aten
 from gpukern.runtime.evaluation import evaluate
 
 #: gpukern's layers, and the torch layers whose operators fusion supports.
-_PLAIN = {ours: theirs for theirs, ours in REPLACEMENTS.items()} | {network.DenseNetwork: plain.DenseNetwork}
+_PLAIN = {ours: theirs for theirs, ours in REPLACEMENTS.items()}
 
 
 def private_copy(model: torch.nn.Module) -> torch.nn.Module:

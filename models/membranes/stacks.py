@@ -147,7 +147,7 @@ def _stacked(path: Path, loaded: _Loaded) -> np.ndarray:
     if not axes.endswith("YX") or len(axes) > 3 or "C" in axes:
         shape = " × ".join(f"{length} ({letter})" for length, letter in zip(array.shape, axes, strict=True))
         raise ValueError(f"{path}: expected one stack of grey sections, got {shape}: save one channel as a stack")
-    if inverted:
+    if inverted and array.dtype.kind != "f":  # of floats nobody knows what white is
         array = np.logical_not(array) if array.dtype == bool else np.iinfo(array.dtype).max - array
     return array if array.ndim == 3 else array[None]
 

@@ -27,7 +27,7 @@ _TAILS, _SAMPLED = (0.1, 99.9), 16
 _MASK_SHARE = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Volume:
     """``images`` [sections, H, W], uint8, uint16, or float32 from 0 to 1; ``labels`` of the same shape, or None.
 

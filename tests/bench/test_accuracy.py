@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as T
 
 from bench.accuracy import DTYPES, network_bound, relative_error, sum_bound
+from bench.networks import sums
 
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES)
 N, C, K, H, W = 2, 16, 24, 10, 10
@@ -87,8 +88,16 @@ def test_the_bound_follows_its_derivation():
     assert sum_bound("float32", 10_000) == 2 * 2.0**-23 + 100 * 2.0**-22
     assert sum_bound("tf32", 100) == sum_bound("float32", 100) + 2.0**-9
     assert sum_bound("float32", 0) == sum_bound("float32", 1)
-    assert network_bound("float32", 100, training=False) == 40 * 2.0**-23
-    assert network_bound("bfloat16", 53, training=True) == 0.5  # never coarser
+    # Each layer errs by 1 + √9 units of 2⁻²³, 25 of them by √25 times that.
+    assert network_bound("float32", [9] * 25, training=False) == pytest.approx(4 * 5 * 4 * 2.0**-23)
+    assert network_bound("float16", [576] * 100, training=False) == pytest.approx(40 * 2.0**-10, rel=0.01)
+    assert network_bound("bfloat16", [9] * 53, training=True) == 0.5  # never coarser
+
+
+def test_sums_are_those_of_the_layers():
+    assert sums("ciresan_dense") == [16, 1200, 768, 768, 432, 200]
+    unet = sums("unet")
+    assert len(unet) == 23 and unet.count(1) == 0 and sorted(unet)[:2] == [27, 64]
 
 
 def test_errors_that_are_no_numbers():

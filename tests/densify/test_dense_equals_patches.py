@@ -16,12 +16,3 @@ def test_random_networks_give_what_they_give_for_every_patch(seed, reference_mod
     image = torch.randn(2, model.channels, model.patch[0] + seed % 4, model.patch[1] + 5, dtype=torch.float64)
     network = dense(model.double(), model.patch)
     assert_equals_patches(network, model, image, torch.float64)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("seed", [3, 8, 17])
-def test_random_networks_on_the_kernels_too(seed, layout, device, full_fp32):
-    model = RandomClassifier(seed).eval()
-    image = torch.randn(1, model.channels, model.patch[0] + 2, model.patch[1] + 1)
-    network = dense(model, model.patch).to(device)
-    assert_equals_patches(network, model, image.to(device, memory_format=layout), torch.float32)

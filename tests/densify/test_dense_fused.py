@@ -71,4 +71,3 @@ def test_files_of_fused_networks_give_the_same(dtype, border, tmp_path):
 def test_the_network_is_left_as_it_was_by_fusing(network, fused):
     assert type(network) is gpukern.DenseNetwork
     assert type(network.get_submodule("2")) is gpukern.nn.ReLU
-    assert network.kernels is gpukern.DenseNetwork.kernels

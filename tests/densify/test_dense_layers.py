@@ -154,8 +154,8 @@ def test_large_averages_are_summed_by_rows_first():
     assert isinstance(average, Average)
     image = torch.randn(1, 1, 9, 10, dtype=torch.float64)
     seen = []
-    network.kernels = type("Seen", (), {"conv2d": lambda self, n, x, weight, *_: seen.append(weight.shape) or x})()
-    average.run(network, image)
+    kernels = type("Seen", (), {"conv2d": lambda self, n, x, h, weight, *_: seen.append(weight.shape) or x})()
+    average.run(network, kernels, image)
     assert seen == [(1, 1, 8, 1), (1, 1, 1, 8)]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import gpukern
 from gpukern.densify import dense
+from gpukern.densify.epilogues import InTorch, Kernels, kernels_of
 from tests.densify.patches import assert_equals_patches, by_patches, patches_of
 
 pytestmark = pytest.mark.usefixtures("reference_mode")
@@ -242,6 +243,15 @@ def test_compiled_networks_give_the_same():
     network, image = dense(classifier(dtype=torch.float32), PATCH), torch.randn(1, 2, 14, 15)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     assert torch.equal(compiled(image), network(image))
+
+
+def test_functions_are_those_of_the_layers():
+    """float64 has no kernels: there gpukern.convert leaves layers to torch, whose functions then compute all else."""
+    network = dense(classifier(dtype=torch.float32), PATCH)
+    doubled = dense(classifier(), PATCH)
+    assert type(kernels_of(network)) is Kernels
+    assert type(kernels_of(doubled)) is InTorch
+    assert type(kernels_of(gpukern.convert(doubled.float()))) is Kernels
 
 
 def test_converted_networks_and_gpukerns_models_are_taken():

@@ -44,9 +44,9 @@ class TwoInputs(nn.Module):
         return x + y
 
 
-def hooked() -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(1, 2, 5))
-    model[0].register_forward_hook(lambda *_: None)
+def hooked(name: str) -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(1, 2, 5), nn.Sequential(nn.ReLU()))
+    model.get_submodule(name).register_forward_hook(lambda *_: None)
     return model
 
 
@@ -95,7 +95,7 @@ REFUSED = {
     ),
     "a reshape of the batch": (
         Calling(lambda f, x: f[0](x.reshape(len(x) * 5, 5)), nn.Linear(5, 2)),
-        r"^reshape: it reshapes \[N, 1, 5, 5\] to \[5000015, 5\]",
+        r"^reshape: it reshapes \[N, 1, 5, 5\] to \[5045, 5\]",
     ),
     "a permutation": (Calling(lambda f, x: f[0](x.transpose(2, 3)), C(1, 2, 5)), "^transpose: it exchanges"),
     "a transposed convolution": (nn.Sequential(nn.ConvTranspose2d(1, 2, 3), C(2, 2, 7)), "^0: a transposed"),
@@ -132,7 +132,9 @@ REFUSED = {
     ),
     "a patch that is too small": (nn.Sequential(C(1, 2, 7)), r"^0: its window of 7 is larger than its input"),
     "other channels": (nn.Sequential(C(1, 2, 3), C(3, 2, 3)), r"^1: it takes 3 channels, and gets \[N, 2, 3, 3\]"),
-    "hooks": (hooked(), "^0: it has hooks"),
+    "hooks": (hooked("0"), "^0: it has hooks"),
+    "hooks of a container": (hooked("1"), "^1: it has hooks"),
+    "hooks of the model": (hooked(""), "^the model: it has hooks"),
     "values at two strides": (
         Calling(lambda f, x: f[0](F.max_pool2d(x, 2) + x[:, :, :2, :2]), C(1, 2, 2)),
         "^add: it combines values at strides of 2 and 1 pixels",

@@ -81,6 +81,7 @@ def test_receptive_fields_grow_to_the_part_of_the_patch_that_is_read():
     assert [layer.dilation[0] for layer in report.layers if layer.dilation] == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16]
     unread = dense(nn.Sequential(nn.Conv2d(1, 2, 2, stride=3), nn.Conv2d(2, 2, (5, 6))), (16, 17)).report
     assert unread.receptive_field == (14, 17)
+    assert [layer.kind for layer in unread.layers] == ["Conv2d", "Conv2d"]
 
 
 def test_the_table_has_every_layer_and_the_sums():

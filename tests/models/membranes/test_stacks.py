@@ -105,6 +105,8 @@ def test_white_stored_as_zero_is_turned_round(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", stack, photometric="miniswhite")
     for again in (stacks.read(tmp_path / "a.tif"), stacks.open_stack(tmp_path / "a.tif")):
         np.testing.assert_array_equal(again, 255 - stack)
+    tifffile.imwrite(tmp_path / "b.tif", stack.astype(np.float32), photometric="miniswhite")
+    np.testing.assert_array_equal(stacks.read(tmp_path / "b.tif"), stack)
 
 
 @pytest.mark.parametrize("share", [0.97, 0.8, 0.5, 0.01, 0])
