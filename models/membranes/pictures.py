@@ -43,9 +43,10 @@ def plot_sections(
         segments = thinned(found > threshold)
         _show(row, section, truth, found, segments)
         row[0].set_ylabel(f"{index + 1} of {len(volume)}", fontsize=9, color=GREY)
-        score = rand_score(segments, components(truth))
-        row[3].set_xlabel(f"V-Rand {score.f:.3f}", fontsize=9, color=GREY)
-        row[4].set_xlabel(f"merges {score.precision:.3f}, splits {score.recall:.3f}", fontsize=9, color=GREY)
+        if truth.any():  # otherwise there is nothing to find
+            score = rand_score(segments, components(truth))
+            row[3].set_xlabel(f"V-Rand {score.f:.3f}", fontsize=9, color=GREY)
+            row[4].set_xlabel(f"merges {score.precision:.3f}, splits {score.recall:.3f}", fontsize=9, color=GREY)
     for cell, heading in zip(axes[0], _HEADINGS, strict=True):
         cell.set_title(heading, fontsize=10)
     figure.suptitle(title, fontsize=11)
@@ -120,7 +121,7 @@ def _losses(axes: Axes, losses: Sequence[float]) -> None:
     axes.plot(steps, losses, color=FAINT, linewidth=0.7, label="every step")
     mean = trailing_mean(np.asarray(losses), np.ones(len(losses)), _WINDOW)
     axes.plot(steps, mean, color=BLUE, linewidth=1.6, label=f"last {_WINDOW}")
-    axes.set(xlabel="step", ylabel="weighted cross entropy", title="Loss", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="cross entropy", title="Loss", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpukern import formatting
 from gpukern.runtime import files
@@ -28,8 +27,6 @@ from models.running import CHECKPOINT, choose_device, describe_mode
 from models.train import keep_previous
 
 PROBABILITIES, SCORES, SECTIONS_PLOT, CURVES_PLOT = "held-out.tif", "scores.json", "sections.png", "curves.png"
-
-
 #: Imported where they are used: module → package.
 _PACKAGES = {"skimage": "scikit-image", "scipy": "scipy", "tifffile": "tifffile"}
 
@@ -143,7 +140,7 @@ def predict(
     for path in (out, labels):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".segment.") as folder, _bar(console) as progress:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".segment.") as folder, running.bar(console) as progress:
         task = progress.add_task("tiles", total=None)
         predictor = Predictor(
             trained.network, trained.normalization, stack.shape[1:], options, lambda: progress.advance(task)
@@ -215,17 +212,7 @@ def evaluate(
 def _hint(found: np.ndarray, data: str | None, volume: Volume) -> str:
     """Which part of the data has as many sections."""
     whole = loading.labelled(data) if volume.path else volume
+    if len(whole) < 2 or found.shape[1:] != whole.images.shape[1:]:
+        return ""
     fitting = [name for name in loading.PARTS if len(loading.part(whole, name)) == len(found)]
-    return f": try --sections {fitting[0]}" if fitting and found.shape[1:] == volume.images.shape[1:] else ""
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    return f": try --sections {fitting[0]}" if fitting else ""

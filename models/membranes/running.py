@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from gpukern import formatting
 from models import checkpoint
@@ -23,8 +23,8 @@ from models.running import Interrupted, collected_signals
 
 #: While a network learns; at the end there are more.
 _FEW = tuple(step / 10 for step in range(2, 10))
-#: Steps whose mean loss is shown.
-_SHOWN = 50
+#: Steps whose mean loss is shown, and how.
+_SHOWN, _SAID = 50, "loss {task.fields[loss]:.4f}   {task.fields[speed]:.2f} steps/s"
 
 
 def run(
@@ -47,7 +47,7 @@ def run(
 
     config = trainer.config
     metrics = Metrics(path.parent, trainer.steps_done, tensorboard, by="step")
-    with collected_signals(Group()) as received, _bar(console) as progress:
+    with collected_signals(Group()) as received, bar(console, TextColumn(_SAID)) as progress:
         task = progress.add_task(
             "training", total=config.steps, completed=trainer.steps_done, loss=float("nan"), speed=0
         )
@@ -117,12 +117,13 @@ def _truth(volume: Volume) -> np.ndarray:
     return volume.labels
 
 
-def _bar(console: Console) -> Progress:
+def bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """A progress bar on a terminal, nothing elsewhere."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}   {task.fields[speed]:.2f} steps/s"),
+        *columns,
         TimeRemainingColumn(),
         console=console,
         transient=True,

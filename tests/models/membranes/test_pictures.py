@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,12 @@ def test_merged_and_split_cells_are_drawn_in_their_colours(volume):
     merged[0] = 1  # no membrane: one segment
     reds = panel(pictures.plot_sections(None, volume, merged, 0.5, "", rows=1), 0, 4)[cells == largest]
     assert (reds[:, 0] > reds[:, 2] + 0.2).all(), "a merged cell is red"
+
+
+def test_a_section_without_cells_is_drawn(volume):
+    empty = dataclasses.replace(volume, labels=np.zeros_like(volume.labels))
+    figure = pictures.plot_sections(None, empty, volume.labels.astype(np.float32), 0.5, "", rows=1)
+    assert figure.axes[3].get_xlabel() == ""
 
 
 def test_curves_show_every_evaluation_and_threshold(volume, tmp_path):

@@ -237,11 +237,16 @@ def test_evaluating_the_truth_against_itself_is_perfect(tmp_path):
 def test_evaluations_that_cannot_be_are_one_clear_line(trained, data, tmp_path):
     found, wrong = trained / "held-out.tif", tmp_path / "wrong.tif"
     volumes.save_tiff(wrong, synthetic.volume().images)
+    volumes.save_tiff(tmp_path / "other.tif", synthetic.volume().labels[:1, 1:])
     for arguments, said in (
         ((found, "--data", data), "1 × 96 × 112 probabilities for 5 × 96 × 112 labels of data: try --sections held"),
         ((wrong, "--data", data), "wrong.tif: expected probabilities, floats from 0 to 1, got uint8"),
         ((found, "--data", data / "image"), "sections without labels"),
         ((found, "--data", data, "--labels", found), "--data and --labels are two truths"),
+        (
+            (found, "--labels", tmp_path / "other.tif"),
+            "1 × 96 × 112 probabilities for 1 × 95 × 112 labels of other.tif",
+        ),
         ((found, "--labels", data / "label/0.png", "--out", data / "label/0.png/x"), "Not a directory"),
         ((tmp_path / "none.tif", "--data", data), "none.tif: no such file"),
     ):
