@@ -127,7 +127,7 @@ def _losses(axes: Axes, losses: Sequence[float]) -> None:
 
 def _learning(axes: Axes, history: Sequence[Mapping[str, float]]) -> None:
     steps = [measured["step"] for measured in history]
-    for name, colour, words in (("v_rand", BLUE, "thinned"), ("v_rand_unthinned", ORANGE, "as it is")):
+    for name, colour, words in (("v_rand", BLUE, "thinned"), ("v_rand_unthinned", ORANGE, "as found")):
         axes.plot(steps, [measured[name] for measured in history], color=colour, marker="o", markersize=4, label=words)
     axes.set(xlabel="step", ylabel="V-Rand", title="Held-out sections")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
@@ -135,7 +135,7 @@ def _learning(axes: Axes, history: Sequence[Mapping[str, float]]) -> None:
 
 def _thresholds(axes: Axes, evaluations: Mapping[str, Evaluation]) -> None:
     for (name, scores), line in zip(evaluations.items(), ("-", "--", ":", "-."), strict=False):
-        curves = ((scores.thinned, BLUE, "thinned"), (scores.plain, ORANGE, "as it is"))
+        curves = ((scores.thinned, BLUE, "thinned"), (scores.plain, ORANGE, "as found"))
         for curve, colour, words in curves:
             if curve:
                 thresholds = [point.threshold for point in curve.points]

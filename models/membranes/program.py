@@ -99,15 +99,16 @@ def _finish(trainer: Trainer, held_out: Volume, out: Path, options: Options, con
     assert held_out.labels is not None
     evaluations = {title: results.score(found, held_out.labels), results.RAW: results.baseline(held_out)}
     views = f", the mean of {options.average} views" if options.average > 1 else ""
-    console.print(results.table(f"{held_out.name}: {len(held_out)} held-out sections{views}", evaluations))
+    sections = formatting.count(len(held_out), "held-out section")
+    console.print(results.table(f"{held_out.name}: {sections}{views}", evaluations))
     _write_scores(out / SCORES, evaluations)
     heading = f"{title} after {formatting.count(trainer.steps_done, 'step')}"
-    sections = _draw(out, held_out, found, evaluations, heading)
+    drawn = _draw(out, held_out, found, evaluations, heading)
     curves = out / CURVES_PLOT
     pictures.plot_curves(curves, trainer.losses, trainer.history, evaluations, heading)
     console.print(
         f"checkpoint {out / CHECKPOINT}, probabilities {out / PROBABILITIES}, scores {out / SCORES}, sections "
-        f"{sections}, curves {curves}",
+        f"{drawn}, curves {curves}",
         highlight=False,
         soft_wrap=True,
     )

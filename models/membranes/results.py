@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from gpukern import tables
-from models.membranes.metrics import Evaluation, evaluate
+from models.membranes.metrics import Curve, Evaluation, evaluate
 from models.membranes.volumes import Volume
 
 #: Standard deviation of the Gaussian, in pixels, that smooths the images of :func:`baseline`.
@@ -34,25 +34,25 @@ def baseline(volume: Volume) -> Evaluation:
 
 
 def table(title: str, evaluations: Mapping[str, Evaluation]) -> Table:
-    """Rows of scores of what the keys name, each score at the threshold that suits it best.
+    """Scores of what the keys name, with thin borders and as they are, each score at the threshold that suits it best.
 
-    The thresholds that are shown are those of V-Rand. "merges" is its precision, which merged cells lower, "splits" its
-    recall, which split ones lower.
+    "above" is V-Rand's threshold. "merges" is its precision, which merged cells lower, "splits" its recall,
+    which split ones lower.
     """
-    columns = ("V-Rand, thinned", "merges", "splits", "threshold", "V-Info, thinned")
-    made = tables.table("", *tables.numbers(*columns, "V-Rand", "V-Info", "threshold", "pixel error"), title=title)
+    columns = ("V-Rand", "merges", "splits", "above", "V-Info", "pixel error")
+    made = tables.table("", "borders", *tables.numbers(*columns), title=title)
     for name, scores in evaluations.items():
-        thinned, plain = scores.thinned or scores.plain, scores.plain
-        rand, best = thinned.rand.rand, plain.rand
-        made.add_row(
-            name,
-            *map(_number, (rand.f, rand.precision, rand.recall)),
-            f"{thinned.rand.threshold:.2f}",
-            *map(_number, (thinned.info.info.f, best.rand.f, plain.info.info.f)),
-            f"{best.threshold:.2f}",
-            _number(plain.pixel_error.pixel_error),
-        )
+        if scores.thinned:
+            made.add_row(name, "thinned", *_scores(scores.thinned), "")
+        wrong = _number(scores.plain.pixel_error.pixel_error)
+        made.add_row("" if scores.thinned else name, "as found", *_scores(scores.plain), wrong)
     return made
+
+
+def _scores(curve: Curve) -> list[str]:
+    best = curve.rand
+    parts = map(_number, (best.rand.f, best.rand.precision, best.rand.recall))
+    return [*parts, f"{best.threshold:.2f}", _number(curve.info.info.f)]
 
 
 def _number(value: float) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from gpukern import formatting
 from models import checkpoint
 from models.distributed import Group
 from models.membranes.loading import FORMAT
@@ -98,8 +97,8 @@ def _measure(trainer: Trainer, held_out: Volume, metrics: Metrics, console: Cons
     metrics.write(measured)
     console.print(
         f"step {trainer.steps_done:,}/{trainer.config.steps:,}   loss {measured['loss']:.4f}   held out: V-Rand "
-        f"{measured['v_rand']:.4f} thinned, {measured['v_rand_unthinned']:.4f} as it is, pixel error "
-        f"{measured['pixel_error']:.4f}   {formatting.seconds(seconds)} a step",
+        f"{measured['v_rand']:.4f} thinned, {measured['v_rand_unthinned']:.4f} as found, pixel error "
+        f"{measured['pixel_error']:.4f}",
         highlight=False,
     )
 

@@ -62,7 +62,7 @@ def trained(data, tmp_path_factory) -> Path:
 def test_a_training_ends_with_scores_beside_the_smoothed_images(network, sampling, data, tmp_path):
     output = train(data, tmp_path, network, "--sampling", sampling)
     assert "4 sections of 96 × 112 to learn, the next 1 held out" in output
-    assert "step 5/5 loss" in output and "V-Rand, thinned" in output and "smoothed image" in output
+    assert "step 5/5 loss" in output and "as found" in output and "smoothed image" in output
 
 
 def test_a_training_leaves_checkpoint_metrics_scores_and_pictures(trained):
