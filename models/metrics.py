@@ -15,14 +15,15 @@ class Metrics:
     """Writes to ``metrics.jsonl`` in ``out``, a line for an epoch, and with ``tensorboard`` to a folder of that name.
 
     What is there of epochs after ``epoch`` was written by a training that went on and was stopped: it is dropped.
+    ``by`` is what lines are counted by: "epoch", or "step" where a training has no epochs.
     RuntimeError where TensorBoard is wanted and not installed.
     """
 
-    def __init__(self, out: Path, epoch: int, tensorboard: bool) -> None:
+    def __init__(self, out: Path, epoch: int, tensorboard: bool, by: str = "epoch") -> None:
         self.path = out / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if epoch and self.path.exists() else []
-        kept = [line for line in lines if _epoch_of(line) <= epoch]
+        kept = [line for line in lines if _number(line, by) <= epoch]
         self.path.write_text("".join(f"{line}\n" for line in kept))
         self._board: Any = _board(out / FOLDER, kept) if tensorboard else None
 
@@ -42,10 +43,10 @@ class Metrics:
             self._board.close()
 
 
-def _epoch_of(line: str) -> float:
+def _number(line: str, by: str) -> float:
     """Infinity for half a line."""
     try:
-        return json.loads(line)["epoch"]
+        return json.loads(line)[by]
     except (ValueError, KeyError, TypeError):
         return math.inf
 

@@ -61,7 +61,7 @@ def run(trainer: Trainer, path: Path, console: Console, checkpoint_every: int = 
     Beside it go ``metrics.jsonl`` and ``best.pt``, the weights of the epoch with the highest held-out accuracy.
     Interrupted, after saving once more, if SIGINT or SIGTERM arrives.
     """
-    with _signals(trainer.group) as received, progress_bar(console) as progress:
+    with collected_signals(trainer.group) as received, progress_bar(console) as progress:
         metrics = Metrics(path.parent, trainer.epoch, tensorboard) if trainer.group.first else None
         save(trainer, path)
         while not trainer.finished:
@@ -159,7 +159,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 @contextlib.contextmanager
-def _signals(group: Group) -> Iterator[list[int]]:
+def collected_signals(group: Group) -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying in the middle of a step; a second one acts as always.
 
     In one of several processes it does not: ``torchrun`` answers Ctrl-C, which all of them get, with a SIGTERM to each.

@@ -44,7 +44,7 @@ def _merged(options: dict[str, Any], stored: dict[str, Any]) -> Config:
     return Config(**config)
 
 
-def _keep_previous(path: Path, console: Console) -> None:
+def keep_previous(path: Path, console: Console) -> None:
     """A new training must not cost an old one."""
     if path.exists():
         kept = path.with_suffix(".previous.pt")
@@ -86,7 +86,7 @@ def train(
     if state:
         trainer.load_state_dict(state)
     elif group.first:
-        _keep_previous(path, console)
+        keep_previous(path, console)
     title = config.architecture.title
     together = f" in {group.size} processes" if group.size > 1 else ""
     console.print(f"{title}, {describe_mode(place)}{together}; {len(trainer.train):,} training and "
