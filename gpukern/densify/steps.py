@@ -92,11 +92,11 @@ class Crop(Operation):
 
 @dataclass(frozen=True)
 class Channels(Operation):
-    """Channels ``start``, ``start`` + ``step``, … before ``stop``."""
+    """Channels ``start``, ``start`` + ``step``, … before ``stop``, as in a slice."""
 
-    start: int
-    stop: int
-    step: int
+    start: int | None
+    stop: int | None
+    step: int | None
 
     def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         return values[0][:, self.start : self.stop : self.step]
