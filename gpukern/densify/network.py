@@ -24,7 +24,8 @@ class DenseNetwork(torch.nn.Module):
 
     ``y[n, k, i, j] = model(x[n, :, i:i+h, j:j+w])[k]``: [N, C, H, W], or one image [C, H, W], gives [N, K, H−h+1,
     W−w+1], or [N, K, H, W] with a ``border``. Parameters and buffers are the model's own tensors under the model's own
-    names, and so are the names of the layers, which are copies with a training mode of their own.
+    names, and so are the names of the layers, which are copies with a training mode of their own. ``to()`` and its kind
+    change the parameters of both, and the buffers of the network alone: do that to the model before.
 
     Attributes
     ----------

@@ -71,6 +71,15 @@ def with_outputs(layers, x):
     return layers[1](layers[0](x).mean(2).mean(-1))
 
 
+def overwritten(layers, x):
+    y = layers[0](x)
+    same = y
+    y.relu_()
+    y += 1
+    F.elu(y.sub_(1.5), inplace=True)
+    return same * 2
+
+
 CASES = {
     "average pool": (nn.Sequential(C(2, 3, 2), nn.AvgPool2d(3, 2), nn.ReLU(), C(3, 2, 2)), (7, 7)),
     "average pool with a divisor": (nn.Sequential(nn.AvgPool2d(2, 1, divisor_override=3), C(2, 2, 6)), (7, 7)),
@@ -109,6 +118,11 @@ CASES = {
     "not flattened": (nn.Sequential(nn.Flatten(), nn.Unflatten(1, (2, 4, 3)), C(2, 2, (4, 3))), (4, 3)),
     "a gate of one channel": (Calling(lambda f, x: f[1](x * torch.sigmoid(f[0](x))), C(2, 1, 1), C(2, 2, 3)), (3, 3)),
     "rows that end early": (nn.Sequential(C(2, 3, 2, stride=3), nn.MaxPool2d(2, 2), C(3, 2, (2, 3))), (16, 17)),
+    "branches that end at other rows": (
+        Calling(lambda f, x: f[0](F.max_pool2d(x[:, :, :7, :7], 2) + F.avg_pool2d(x[:, :, 1:7, 2:], 2)), C(2, 2, 3)),
+        (8, 8),
+    ),
+    "results that nobody takes": (Calling(overwritten, C(2, 2, 3)), (3, 3)),
     "a classifier of pixels": (nn.Sequential(C(2, 4, 1), nn.ReLU(), C(4, 2, 1)), (1, 1)),
 }  # fmt: skip
 

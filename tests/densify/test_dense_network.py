@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -126,6 +127,14 @@ def test_parameters_and_buffers_are_the_models_own():
     assert_equals_patches(network, model, image, torch.float64)
 
 
+def test_buffers_that_are_not_saved_are_not_saved_by_the_network_either():
+    model = classifier()
+    model.register_buffer("counts", torch.zeros(3), persistent=False)
+    network = dense(model, PATCH)
+    assert list(network.state_dict()) == list(model.state_dict())
+    assert network.counts is model.counts
+
+
 def test_training_the_network_trains_the_model():
     model = classifier()
     network = dense(model, PATCH)
@@ -190,6 +199,18 @@ def test_one_image_is_not_read_again_patch_by_patch():
     network(images(1, 2, 24, 26))
     assert seen == [(1, 4, 22, 24)]
     assert len(patches_of(images(1, 2, 24, 26), PATCH)) == 225
+
+
+def test_values_that_nobody_reads_any_more_are_let_go():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 2), nn.BatchNorm2d(3)).double().eval()
+    network = dense(model, 3)
+    made: list[weakref.ref] = []
+    alive: list[bool] = []
+    network.get_submodule("1").register_forward_hook(lambda layer, given, result: made.append(weakref.ref(result)))
+    network.get_submodule("3").register_forward_hook(lambda *_: alive.append(made[0]() is not None))
+    with torch.no_grad():
+        network(images(1, 2, 6, 6))
+    assert alive == [False]
 
 
 # ---- copies, dtypes, exports -----------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ def test_receptive_fields_grow_to_the_part_of_the_patch_that_is_read():
     assert fields == [4, 5, 13, 15, 27, 31, 55, 63, 95, 95]
     assert report.receptive_field == report.patch_size == (95, 95)
     assert [layer.dilation[0] for layer in report.layers if layer.dilation] == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16]
+    spread = dense(nn.Sequential(nn.Conv2d(1, 2, 2, stride=2), nn.Conv2d(2, 2, 3, dilation=2)), 10).report
+    assert [layer.receptive_field for layer in spread.layers] == [(2, 2), (10, 10)]
     unread = dense(nn.Sequential(nn.Conv2d(1, 2, 2, stride=3), nn.Conv2d(2, 2, (5, 6))), (16, 17)).report
     assert unread.receptive_field == (14, 17)
     assert [layer.kind for layer in unread.layers] == ["Conv2d", "Conv2d"]
