@@ -221,6 +221,18 @@ def test_errors_colour_merged_and_split_cells():
     assert [part.any() for part in merged] == [False, True, False] and not split.any()
 
 
+@pytest.mark.parametrize("dtype, factor", [(np.uint32, 10**9), (np.int64, 2**60), (np.uint64, 2**61)])
+def test_numbers_of_labels_mean_nothing_however_large(dtype, factor):
+    rng = np.random.default_rng(0)
+    pair = [rng.integers(low, 4, (2, 12, 13)).astype(dtype) for low in (0, 1)]
+    large = [labels * dtype(factor) for labels in pair]
+    assert metrics.rand_score(*large) == metrics.rand_score(*pair)
+    assert metrics.information_score(*large[::-1]) == metrics.information_score(*pair[::-1])
+    for some, others in zip(metrics.errors(*large, smallest=1), metrics.errors(*pair, smallest=1), strict=True):
+        np.testing.assert_array_equal(some, others)
+        assert some.any()
+
+
 def test_small_overlaps_and_small_cells_are_tolerated():
     truth = np.zeros((12, 24), int)
     truth[1:11, 1:11], truth[1:11, 12:22] = 1, 2
