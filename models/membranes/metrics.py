@@ -171,9 +171,11 @@ def errors(
     """(merged, split): masks of the truth's cells that the proposal merges with others, and of those that it splits.
 
     A segment has a part in a cell where it covers more than ``tolerance`` of the cell's pixels. A cell is merged where
-    the segment with the largest part in it has a part in another cell too; it is split where several segments have a
-    part in it. Cells with fewer pixels than ``smallest`` are not looked at. Labels as in :func:`rand_score`; the masks
-    are bool of their shape. A cell can be in both, and one that was missed altogether is in neither.
+    the segment with the largest part in it has parts in others too, which make up more than ``tolerance`` of the
+    segment: of a large cell and a speck that became one, the speck alone is lost. A cell is split where several
+    segments have a part in it. Cells with fewer pixels than ``smallest`` are not looked at. Labels as in
+    :func:`rand_score`; the masks are bool of their shape. A cell can be in both, and one that was missed altogether is
+    in neither.
     """
     _check_labels(proposal, truth)
     merged, split = np.zeros(truth.shape, bool), np.zeros(truth.shape, bool)
@@ -184,9 +186,15 @@ def errors(
         table[:, 0] = 0  # border
         parts = (table > tolerance * sizes[:, None]) & (sizes >= max(1, smallest))[:, None]
         largest = table.argmax(1)
-        covers_two = parts.sum(0) > 1
+        # Of the segment with the largest part in a cell: pixels there, in all cells, and in those it has a part in.
+        own, whole, in_parts = (
+            table[np.arange(len(table)), largest],
+            table.sum(0)[largest],
+            (table * parts).sum(0)[largest],
+        )
+        has_part = parts[np.arange(len(parts)), largest]
         # In place: these are views of a section of the masks.
-        of_merged[...] = (parts.any(1) & covers_two[largest] & parts[np.arange(len(parts)), largest])[cells]
+        of_merged[...] = (has_part & (in_parts - own > tolerance * whole))[cells]
         of_split[...] = (parts.sum(1) > 1)[cells]
     return merged, split
 

@@ -245,5 +245,12 @@ def test_small_overlaps_and_small_cells_are_tolerated():
     # Cell 2 is not merged: its own segment covers it alone.
     np.testing.assert_array_equal(merged, truth == 1)
     assert not np.any(metrics.errors(leak, truth, tolerance=0.1))
+    # A cell of 30 pixels in the segment of one of 100: both are lost, as it makes up a quarter of the segment;
+    # in a segment of 1,000 it is a speck, and lost alone.
+    for side, lost in ((10, True), (33, False)):
+        cells = np.zeros((36, 45), int)
+        cells[1 : side + 1, 1 : side + 1], cells[1:7, 36:41] = 1, 2
+        merged, _ = metrics.errors((cells > 0).astype(int), cells)
+        assert merged[cells == 2].all() and (merged[cells == 1] == lost).all()
     assert not np.any(metrics.errors(np.ones_like(truth), truth, smallest=101))
     assert np.array_equal(metrics.errors(np.ones_like(truth), truth, smallest=100)[0], truth > 0)
