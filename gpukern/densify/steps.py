@@ -157,14 +157,15 @@ class Concatenate(Operation):
 
 @dataclass(frozen=True)
 class Drop(Operation):
-    """A functional dropout, in training or ``always``."""
+    """A functional dropout, in training, ``always`` or ``never``."""
 
     function: Callable[..., Any]
     p: float
     always: bool
+    never: bool = False
 
     def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
-        return kernels.function(self.function)(values[0], self.p, self.always or network.training)
+        return kernels.function(self.function)(values[0], self.p, self.always or (network.training and not self.never))
 
 
 @dataclass(frozen=True)

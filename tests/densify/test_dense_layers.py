@@ -195,7 +195,9 @@ def test_large_averages_are_summed_by_rows_first():
 def test_functional_dropout_follows_the_mode_of_the_network_and_a_constant_one_does_not():
     follows = dense(Calling(lambda f, x: F.dropout(x, 0.5, f.training), nn.Identity()), 1)
     always = dense(Calling(lambda f, x: F.dropout(x, 0.5)), 1)
+    never = dense(Calling(lambda f, x: F.dropout(x, 0.5, False)), 1)
     ones = torch.ones(1, 1, 30, 30)
+    assert torch.equal(never.train()(ones), ones)
     assert (follows.train()(ones) == 0).any()
     assert torch.equal(follows.eval()(ones), ones)
     assert (always.eval()(ones) == 0).any()
