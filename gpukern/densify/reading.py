@@ -206,7 +206,7 @@ class _Reader(fx.Tracer):
     def _overwritten(self, patch: Patch, result: Value) -> Patch:
         """The same stand-in with another value; what shared its memory may not be read any more."""
         self.stale.add(patch.value.memory)
-        patch.value = result
+        patch.value = replace(result, memory=result.slot)
         return patch
 
     def _value(self, patch: Patch) -> Value:
