@@ -145,12 +145,20 @@ class _Layout:
         if output.dim() != 4 or size not in (self._tile, whole):
             raise RuntimeError(
                 f"the network made {list(output.shape)} of tiles with margins of {whole[0]} × {whole[1]}: expected "
-                f"[n, K, {self._tile[0]}, {self._tile[1]}] or the size of its input"
+                f"[n, K, {self._tile[0]}, {self._tile[1]}] or the size of its input{_lost(whole, size)}"
             )
         if size == self._tile:
             return output
         (top, _), (left, _) = self._margins
         return output[:, :, top : top + self._tile[0], left : left + self._tile[1]]
+
+
+def _lost(whole: tuple[int, ...], size: tuple[int, ...]) -> str:
+    """Which margins fit a network that makes images of ``size`` of ``whole``, in words; nothing where none do."""
+    lost = [before - after for before, after in zip(whole, size, strict=False)]
+    if len(size) != 2 or min(lost) < 0:
+        return ""
+    return f"; a network that always gives {lost[0]} rows and {lost[1]} columns less needs margins of as many in all"
 
 
 def _shape_of(image: Any) -> tuple[int, int, int]:
