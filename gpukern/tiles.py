@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,10 +62,11 @@ def predict_tiles(
     device, dtype:
         of what the network is given; by default of its first floating-point parameter (otherwise the CPU, float32).
     before, after:
-        called with a batch of tiles before, and with the output after the network: to normalize, for probabilities.
+        called with a batch of tiles before the network, in its dtype, and with the output, of the tile's size, after
+        it: to normalize, for probabilities.
     out:
-        where the result goes: [K, H, W], anything that slices can be assigned to. By default a new tensor on the CPU,
-        or an array if ``image`` is no tensor.
+        where the result goes: [K, H, W], anything that slices can be assigned to, but for the image's memory. By
+        default a new tensor on the CPU, or an array if ``image`` is no tensor. After an error it has the tiles before.
     progress:
         show a progress bar.
 
@@ -76,7 +77,9 @@ def predict_tiles(
     Raises
     ------
     TypeError and ValueError for arguments that fit neither each other nor the image, before the network runs;
-    RuntimeError where the network's output has neither size.
+    RuntimeError where the output of the network or ``after`` has another size, TypeError where it is no tensor, or
+    ``out`` is of integers that do not hold it; ValueError where margins before a tile are no multiples of ``multiple``
+    and the network pads: its output would be shifted.
 
     Source: Ronneberger et al., "U-Net", MICCAI 2015, section 2.
     """
@@ -86,8 +89,7 @@ def predict_tiles(
         raise ValueError(f"border must be one of {', '.join(BORDERS)}, got {border!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if out is not None and (len(out.shape) != 3 or tuple(out.shape[1:]) != image_shape[1:]):
-        raise ValueError(f"out must be [K, {image_shape[1]}, {image_shape[2]}], got {list(out.shape)}")
+    _check_out(out, image, image_shape)
     device, dtype = _place(network, device, dtype)
     places = layout.places()
     with torch.no_grad(), _bar(progress, len(places)) as advance:
@@ -95,12 +97,11 @@ def predict_tiles(
             batch = places[first : first + batch_size]
             tiles = torch.stack([_read(image, layout.rows(place), border) for place in batch])
             tiles = tiles.to(device, dtype)
-            tiles = layout.cut(network(before(tiles) if before else tiles))
-            tiles = (after(tiles) if after else tiles).cpu()
+            tiles = layout.cut(network(before(tiles) if before else tiles), len(batch))
+            tiles = layout.checked(after(tiles), len(batch)).cpu() if after else tiles.cpu()
             if out is None:
                 out = _new(image, tiles, image_shape)
-            elif out.shape[0] != tiles.shape[1]:
-                raise ValueError(f"out has {out.shape[0]} channels, the network's output {tiles.shape[1]}")
+            _check_fits(out, tiles)
             for (top, left), values in zip(batch, tiles, strict=True):
                 _write(out, values, top, left)
             advance(len(batch))
@@ -120,7 +121,7 @@ class _Layout:
             raise ValueError(f"a tile of {tile} holds no multiple of {multiple}: tiles begin at such")
         if min(itertools.chain(*margins)) < 0:
             raise ValueError(f"margin must not be negative, got {margins}")
-        self._size, self._tile, self._margins = size, tile, margins
+        self._size, self._tile, self._margins, self._multiple = size, tile, margins, multiple
         self._step = tuple(side - side % of for side, of in zip(tile, multiple, strict=True))
 
     def places(self) -> Places:
@@ -138,27 +139,46 @@ class _Layout:
             for start, tile, (before, behind) in zip(place, self._tile, self._margins, strict=True)
         ]
 
-    def cut(self, output: torch.Tensor) -> torch.Tensor:
-        """``output`` without margins. RuntimeError for one that is no image of a tile's size, with or without them."""
+    def cut(self, output: torch.Tensor, count: int) -> torch.Tensor:
+        """``output`` of ``count`` tiles without margins.
+
+        TypeError for what is no tensor, RuntimeError for one that is no image of a tile's size, with or without
+        margins, ValueError for margins that would shift what a network halves that pads.
+        """
+        _check_tensor("network", output)
         whole = tuple(tile + sum(margin) for tile, margin in zip(self._tile, self._margins, strict=True))
-        size = tuple(output.shape[2:])
-        if output.dim() != 4 or size not in (self._tile, whole):
+        if output.dim() != 4 or len(output) != count or tuple(output.shape[2:]) not in (self._tile, whole):
             raise RuntimeError(
-                f"the network made {list(output.shape)} of tiles with margins of {whole[0]} × {whole[1]}: expected "
-                f"[n, K, {self._tile[0]}, {self._tile[1]}] or the size of its input{_lost(whole, size)}"
+                f"the network made {list(output.shape)} of {count} × {whole[0]} × {whole[1]} pixels of tiles with "
+                f"margins: expected [{count}, K, {self._tile[0]}, {self._tile[1]}] or the size of its input"
+                + (_lost(whole, output.shape[2:]) if output.dim() == 4 and len(output) == count else "")
             )
-        if size == self._tile:
+        if tuple(output.shape[2:]) == self._tile:
             return output
         (top, _), (left, _) = self._margins
+        if top % self._multiple[0] or left % self._multiple[1]:
+            raise ValueError(
+                f"margins of {self._margins} begin at no multiple of {self._multiple}, and the network's output has "
+                "the size of its input: it would be shifted against that of the whole image"
+            )
         return output[:, :, top : top + self._tile[0], left : left + self._tile[1]]
 
+    def checked(self, tiles: torch.Tensor, count: int) -> torch.Tensor:
+        """What ``after`` made of them. TypeError for no tensor, RuntimeError for another size."""
+        _check_tensor("after", tiles)
+        if tiles.dim() != 4 or len(tiles) != count or tuple(tiles.shape[2:]) != self._tile:
+            raise RuntimeError(
+                f"after made {list(tiles.shape)} of tiles: expected [{count}, K, {self._tile[0]}, {self._tile[1]}]"
+            )
+        return tiles
 
-def _lost(whole: tuple[int, ...], size: tuple[int, ...]) -> str:
-    """Which margins fit a network that makes images of ``size`` of ``whole``, in words; nothing where none do."""
-    lost = [before - after for before, after in zip(whole, size, strict=False)]
-    if len(size) != 2 or min(lost) < 0:
+
+def _lost(whole: Sequence[int], size: Sequence[int]) -> str:
+    """Which margins fit a network that makes images of ``size`` of ``whole``, in words; nothing for larger ones."""
+    rows, columns = (before - after for before, after in zip(whole, size, strict=True))
+    if rows < 0 or columns < 0:
         return ""
-    return f"; a network that always gives {lost[0]} rows and {lost[1]} columns less needs margins of as many in all"
+    return f"; a network that always gives {rows} rows and {columns} columns less needs margins of as many in all"
 
 
 def _shape_of(image: Any) -> tuple[int, int, int]:
@@ -170,8 +190,53 @@ def _shape_of(image: Any) -> tuple[int, int, int]:
     return shape  # type: ignore[return-value]
 
 
+def _check_out(out: Any, image: Any, image_shape: tuple[int, int, int]) -> None:
+    if out is None:
+        return
+    shape = tuple(getattr(out, "shape", ()))
+    if len(shape) != 3 or shape[1:] != image_shape[1:]:
+        got = list(shape) or type(out).__name__
+        raise ValueError(f"out must be [K, {image_shape[1]}, {image_shape[2]}], got {got}")
+    if out is image or np.may_share_memory(_in_memory(out), _in_memory(image)):
+        raise ValueError("out has the memory of image, whose pixels are needed for later tiles")
+
+
+#: By the size of an element: numpy does not have all of torch's.
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _in_memory(array: Any) -> np.ndarray:
+    """What of the host's memory it takes."""
+    if isinstance(array, np.ndarray):
+        return array
+    if isinstance(array, torch.Tensor) and array.device.type == "cpu" and array.element_size() in _SAME_SIZE:
+        return array.detach().view(_SAME_SIZE[array.element_size()]).numpy()
+    return np.empty(0)
+
+
+def _check_tensor(of: str, given: Any) -> None:
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(f"{of} must give a tensor, got {type(given).__name__}")
+
+
+def _check_fits(out: Any, tiles: torch.Tensor) -> None:
+    """ValueError for other channels, TypeError where ``out`` is of integers that would not be the output's values."""
+    if out.shape[0] != tiles.shape[1]:
+        raise ValueError(f"out has {out.shape[0]} channels, the network's output {tiles.shape[1]}")
+    dtype = getattr(out, "dtype", None)
+    name = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    fits = True
+    if tiles.is_floating_point():
+        fits = name != "bool" and "int" not in name
+    elif "int" in name:
+        values, limits = tiles.numpy(), np.iinfo(name)
+        fits = int(values.min()) >= limits.min and int(values.max()) <= limits.max
+    if not fits:
+        raise TypeError(f"out of {name} does not hold the network's output, {tiles.dtype}: convert it with after")
+
+
 def _margins(margin: int | tuple[int, int] | Margin) -> Margin:
-    vertical, horizontal = margin if isinstance(margin, (tuple, list)) else (margin, margin)
+    vertical, horizontal = margin if isinstance(margin, (tuple, list)) and len(margin) == 2 else (margin, margin)
     return as_pair("margin", vertical), as_pair("margin", horizontal)
 
 
@@ -194,8 +259,11 @@ def _read(image: Any, wanted: list[np.ndarray], border: str) -> torch.Tensor:
         block = np.asarray(block)
         # Files of another byte order can be mapped, but torch takes this machine's only.
         block = torch.from_numpy(np.array(block, block.dtype.newbyteorder("=")))
+    if block.is_complex():
+        raise TypeError(f"image must be of real numbers, got {block.dtype}")
     if not block.is_floating_point():
-        block = block.float()  # some integers can be stored and not indexed
+        # Some integers can be stored and not indexed; those of more bits than 24 are no float32.
+        block = block.double() if block.element_size() > 2 else block.float()
     for dimension, places in ((1, rows), (2, columns)):
         if len(places) != block.shape[dimension] or (np.diff(places) != 1).any():
             block = block.index_select(dimension, torch.from_numpy(places).to(block.device))

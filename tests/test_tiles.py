@@ -119,6 +119,14 @@ def test_predict_tiles_converts_and_calls_before_and_after():
         (torch.zeros(1, 4, 4), {"border": "mirror"}, ValueError, "border must be one of reflect"),
         (torch.zeros(1, 4, 4), {"batch_size": 0}, ValueError, "batch_size"),
         (torch.zeros(1, 4, 4), {"out": torch.zeros(1, 4, 5)}, ValueError, r"out must be \[K, 4, 4\]"),
+        (torch.zeros(1, 4, 4), {"out": [1]}, ValueError, r"out must be \[K, 4, 4\], got list"),
+        (
+            torch.zeros(1, 4, 4),
+            {"margin": (1, 2, 3)},
+            RuntimeError,
+            "margin to be a single integer value or a list of 2",
+        ),
+        (torch.zeros(1, 4, 4, dtype=torch.complex64), {}, TypeError, "image must be of real numbers"),
     ],
 )
 def test_predict_tiles_bad_arguments_are_refused_before_the_network_runs(image, options, error, words):
@@ -130,12 +138,54 @@ def test_predict_tiles_bad_arguments_are_refused_before_the_network_runs(image, 
 
 
 def test_predict_tiles_outputs_of_another_size_are_refused():
-    words = r"made \[1, 1, 3, 2\] of tiles with margins of 6 × 6.*gives 3 rows and 4 columns less"
+    words = r"made \[1, 1, 3, 2\] of 1 × 6 × 6 pixels of tiles with margins.* gives 3 rows and 4 columns less"
     with pytest.raises(RuntimeError, match=words):
         gpukern.predict_tiles(lambda x: x[:, :, :3, :2], torch.zeros(1, 8, 8), tile=4, margin=1)
-    with pytest.raises(RuntimeError, match=r"or the size of its input$"):
-        gpukern.predict_tiles(lambda x: x.mean((2, 3)), torch.zeros(1, 8, 8), tile=4)
-    with pytest.raises(RuntimeError, match=r"or the size of its input$"):
-        gpukern.predict_tiles(lambda x: x.repeat(1, 1, 2, 2), torch.zeros(1, 8, 8), tile=4)
+    for network in (lambda x: x.mean((2, 3)), lambda x: x.repeat(1, 1, 2, 2), lambda x: x.repeat(2, 1, 1, 1)):
+        with pytest.raises(RuntimeError, match=r"or the size of its input$"):
+            gpukern.predict_tiles(network, torch.zeros(1, 8, 8), tile=4)
     with pytest.raises(ValueError, match="out has 2 channels, the network's output 1"):
         gpukern.predict_tiles(same, torch.zeros(1, 8, 8), tile=4, out=torch.zeros(2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "network, options, error, words",
+    [
+        (lambda x: (x,), {}, TypeError, "network must give a tensor, got tuple"),
+        (lambda x: x[:1], {"batch_size": 3}, RuntimeError, r"made \[1, 1, 4, 4\] of 3 × 4 × 4 pixels"),
+        (same, {"after": lambda y: None}, TypeError, "after must give a tensor, got NoneType"),
+        (same, {"after": lambda y: y[:, :, :2]}, RuntimeError, r"after made \[1, 1, 2, 4\] of tiles"),
+        (same, {"after": lambda y: y[:, 0]}, RuntimeError, r"after made \[1, 4, 4\] of tiles"),
+        (same, {"out": np.zeros((1, 8, 8), np.uint8)}, TypeError, "out of uint8 does not hold .* torch.float32"),
+        (same, {"out": torch.zeros(1, 8, 8, dtype=torch.bool)}, TypeError, "out of bool does not hold"),
+        (same, {"after": lambda y: y.long() + 256, "out": np.zeros((1, 8, 8), ">u1")}, TypeError, "out of uint8"),
+        (
+            same,
+            {"after": lambda y: y.long() - 1, "out": torch.zeros(1, 8, 8).int().to(torch.uint16)},
+            TypeError,
+            "uint16",
+        ),
+        (same, {"margin": 6, "multiple": 4}, ValueError, "begin at no multiple of .* would be shifted"),
+    ],
+)
+def test_predict_tiles_outputs_that_would_be_lost_or_shifted_are_refused(network, options, error, words):
+    with pytest.raises(error, match=words):
+        gpukern.predict_tiles(network, torch.zeros(1, 8, 8), **{"tile": 4} | options)
+
+
+def test_predict_tiles_integers_that_fit_are_written():
+    image = np.random.default_rng(0).integers(0, 256, (1, 9, 9))
+    for out in (np.zeros((1, 9, 9), np.uint8), torch.zeros(1, 9, 9, dtype=torch.int16)):
+        assert gpukern.predict_tiles(same, image, tile=4, after=lambda y: y.long(), out=out) is out
+        np.testing.assert_array_equal(out, image)
+    large = np.full((1, 3, 3), 2**24 + 1)
+    assert gpukern.predict_tiles(same, large, tile=3, dtype=torch.float64)[0, 0, 0] == 2**24 + 1
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy, lambda x: torch.from_numpy(x).bfloat16()])
+def test_predict_tiles_does_not_overwrite_the_image(convert):
+    pair = convert(np.zeros((2, 8, 8), np.float32))
+    with pytest.raises(ValueError, match="out has the memory of image"):
+        gpukern.predict_tiles(same, pair[:1], tile=4, out=pair[:1])
+    assert gpukern.predict_tiles(lambda x: x + 1, pair[:1], tile=4, out=pair[1:]) is not None
+    assert (pair[1] == 1).all() and (pair[0] == 0).all()

@@ -112,7 +112,7 @@ class InTorch(Kernels):
         return _torch.max_pool2d(input, window, 1, 0, dilation)
 
     def function(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        ours = function.__module__ is not None and function.__module__.startswith("gpukern.")
+        ours = (getattr(function, "__module__", None) or "").startswith("gpukern.")  # methods of tensors have none
         return getattr(_torch, function.__name__) if ours else function
 
 

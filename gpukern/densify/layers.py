@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import activation, batchnorm, conv, dropout, instancenorm, rnn
+from torch.nn.utils import parametrize
 
 import gpukern.nn
 from gpukern.densify import pointwise, shaping, windows
@@ -24,7 +25,9 @@ _REFUSED: tuple[tuple[Any, str], ...] = (
     ((instancenorm._InstanceNorm, nn.GroupNorm), "its statistics are of the whole patch, other ones for each patch"),
     ((nn.MultiheadAttention, nn.TransformerEncoderLayer), "attention looks at all positions of the patch"),
     ((nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle), "it changes the resolution within the patch"),
+    (nn.Dropout1d, pointwise.ONE_DIMENSION),
 )
+_ALONE = "a model of one layer alone: put it into a torch.nn.Sequential"
 _ALONG = {nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax", nn.Softmin: "softmin"}
 
 
@@ -35,6 +38,8 @@ def read(to: Recorder, name: str, layer: nn.Module, input: Value) -> Value:
             raise DenseError(why)
     for kind, rule in _RULES.items():
         if isinstance(layer, kind):
+            if not name and parametrize.is_parametrized(layer):
+                raise DenseError(_ALONE)
             if not is_plain(layer):
                 raise DenseError("it has hooks, or a forward of its own, which a dense network would not call")
             return rule(to, name, layer, input)
@@ -118,8 +123,14 @@ def _as_it_is(to: Recorder, name: str, layer: Any, input: Value) -> Value:
     elif not _is_pointwise(layer):
         raise DenseError("there is no dense form of it")
     if not name:
-        raise DenseError("a model of one layer alone: put it into a torch.nn.Sequential")
-    return to.add(LayerOperation(name, layout), (input,), input)
+        raise DenseError(_ALONE)
+    operation = LayerOperation(name, layout)
+    # In evaluation mode a dropout gives the same tensor.
+    return (
+        to.view(operation, input, input)
+        if isinstance(layer, dropout._DropoutNd)
+        else to.add(operation, (input,), input)
+    )
 
 
 def _is_pointwise(layer: nn.Module) -> bool:
@@ -128,6 +139,10 @@ def _is_pointwise(layer: nn.Module) -> bool:
 
 
 def _batch_norm(layer: Any, input: Value) -> None:
+    if layer.running_mean is None:
+        raise DenseError(
+            "it has no running statistics: in evaluation mode too it norms a patch by the others of its batch"
+        )
     if input.rank == 3 or not input.is_pixelwise:
         raise DenseError(f"it norms {told(input.shape)}: each position of the patch by statistics of its own")
     _channels(layer.num_features, input)

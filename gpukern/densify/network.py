@@ -17,6 +17,8 @@ from gpukern.runtime.arguments import check_tensors
 
 #: Ways to have a result for the pixels at the border too, whose patches are not all in the image.
 BORDERS = ("valid", "reflect", "replicate", "constant")
+#: Attributes that a network gets after the model's.
+_OWN = ("_output", "_steps")
 
 
 class DenseNetwork(torch.nn.Module):
@@ -58,17 +60,18 @@ class DenseNetwork(torch.nn.Module):
 
     def _adopt(self, model: torch.nn.Module) -> None:
         """Have everything that ``model``, a copy for this network alone, has under a name."""
-        for name, child in model.named_children():
-            if hasattr(self, name):
+        tensors = [name for name, held in vars(model).items() if isinstance(held, torch.Tensor)]
+        for name in (*model._modules, *model._parameters, *model._buffers, *tensors):
+            if hasattr(self, name) or name in _OWN:
                 raise DenseError(f"{name}: a dense network has another attribute of this name")
+        for name, child in model.named_children():
             self.add_module(name, child)
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, buffer in model.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=name not in model._non_persistent_buffers_set)
-        for name, held in vars(model).items():
-            if isinstance(held, torch.Tensor):
-                setattr(self, name, held)
+        for name in tensors:
+            setattr(self, name, vars(model)[name])
 
     @property
     def margin(self) -> tuple[Pair, Pair]:

@@ -18,6 +18,8 @@ from gpukern.densify.values import Value, told
 from gpukern.densify.windows import constant, rule
 
 _TORCH = torch.nn.functional
+#: What gives the same tensor where it has the dtype already.
+_CONVERSIONS = ("float", "double", "half", "bfloat16", "to", "type_as")
 #: Functions of one value, by the name they have in torch; gpukern's where it has one.
 _UNARY: dict[str, Callable[..., Any]] = {
     **{name: getattr(F, name) for name in ("relu", "relu6", "sigmoid", "hardsigmoid", "tanh", "silu", "hardswish")},
@@ -27,7 +29,7 @@ _UNARY: dict[str, Callable[..., Any]] = {
     **{name: getattr(torch, name) for name in ("abs", "neg", "exp", "log", "sqrt", "rsqrt", "square", "clamp", "erf")},
     **{name: getattr(torch, name) for name in ("clamp_min", "clamp_max", "log1p", "expm1", "sign", "reciprocal")},
     "clip": torch.clamp,
-    **{name: getattr(torch.Tensor, name) for name in ("float", "double", "half", "bfloat16", "to", "type_as")},
+    **{name: getattr(torch.Tensor, name) for name in _CONVERSIONS},
 }
 #: Those of them that a convolution computes in its epilogue.
 _EPILOGUES = frozenset(("relu", "relu6", "sigmoid", "hardsigmoid", "tanh", "silu", "hardswish", "leaky_relu", "gelu"))
@@ -43,7 +45,7 @@ def _unary(to: Recorder, input, *arguments, name: str, inplace=False, **options)
     if any(isinstance(each, (Value, torch.Tensor)) for each in (*arguments, *options.values())):
         raise DenseError(f"{name} with a tensor as its second argument")
     operation = Call(_UNARY[name], (Operand(0), *arguments), options, _epilogue(name, arguments, options))
-    return to.add(operation, (input,), input)
+    return to.view(operation, input, input) if name in _CONVERSIONS else to.add(operation, (input,), input)
 
 
 def _epilogue(name: str, arguments: tuple, options: dict[str, Any]) -> Activation | None:
@@ -95,7 +97,11 @@ def along_channels(input: Value, dim: int | None, what: str) -> None:
 
 @rule("softmax", "log_softmax", "softmin")
 def softmax(to: Recorder, input, dim=None, _stacklevel=3, dtype=None, *, name: str) -> Value:
+    if dim is None and input.rank == 3:
+        raise DenseError(f"{name} of {told(input.shape)} along no dimension in particular, which is the batch")
     along_channels(input, dim, name)
+    if isinstance(_stacklevel, torch.dtype):  # third in torch.softmax
+        dtype = _stacklevel
     function = getattr(F, name, None) or getattr(_TORCH, name)
     return to.add(Call(function, (Operand(0),), {"dim": 1, "dtype": dtype}), (input,), input)
 
@@ -129,9 +135,13 @@ def _cat(to: Recorder, tensors, dim=0) -> Value:
 
 # ---- dropout ---------------------------------------------------------------------------------------------------------
 
+ONE_DIMENSION = "it drops channels of one dimension, and takes no images, as which a dense network has all values"
+
 
 @rule("dropout", "dropout1d", "dropout2d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 def _dropout(to: Recorder, input, p=0.5, training=True, inplace=False, *, name: str) -> Value:
-    """Models are read in evaluation mode: what drops there drops always."""
+    """Models are read in evaluation mode: what drops there drops always. What drops nothing gives the same tensor."""
+    if name == "dropout1d":
+        raise DenseError(ONE_DIMENSION)
     function = getattr(F, name, None) or getattr(_TORCH, name)
-    return to.add(Drop(function, p, bool(training)), (input,), input)
+    return to.view(Drop(function, p, bool(training)), input, input)

@@ -33,21 +33,17 @@ _WITH_RULES = pointwise, shaping
 
 
 def copied(model: torch.nn.Module) -> torch.nn.Module:
-    """``model`` on gpukern's layers, with its tensors, and in which nothing is computed in place."""
+    """``model`` on gpukern's layers, with its tensors."""
     if isinstance(model, torch.jit.ScriptModule):
         raise DenseError("the model is compiled by TorchScript: pass the original")
     try:
-        own = convert(model)
+        return convert(model)
     except RuntimeError as error:
         raise DenseError(f"the model cannot be copied: {error}") from error
-    for module in own.modules():
-        if getattr(module, "inplace", False) is True:
-            module.inplace = False  # type: ignore[assignment]  # an attribute of activations and dropouts
-    return own
 
 
 def read(model: torch.nn.Module, patch: Pair) -> tuple[list[Step], Value]:
-    """The steps of ``model`` on patches, and its result. It is one of :func:`copied`."""
+    """The steps of ``model``, one of :func:`copied`, and its result. Its layers then overwrite nothing."""
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise DenseError(f"{name}: its size is not known yet. Call the model once before")
@@ -55,10 +51,20 @@ def read(model: torch.nn.Module, patch: Pair) -> tuple[list[Step], Value]:
     for channels in layers.input_channels(model, patch):
         try:
             with _evaluation(model):
-                return _Reader(model, Value(0, channels, patch)).read()
+                found = _Reader(model, Value(0, channels, patch)).read()
         except DenseError as error:
             errors.append(error)
+        else:
+            _compute_out_of_place(model)
+            return found
     raise errors[0]
+
+
+def _compute_out_of_place(model: torch.nn.Module) -> None:
+    """Once it is known who reads what was overwritten: the steps read the values from before and after apart."""
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]  # an attribute of activations and dropouts
 
 
 @contextlib.contextmanager
@@ -133,6 +139,8 @@ class _Reader(fx.Tracer):
         layer = kind == "call_module"
         before, self.recorder.layer = self.recorder.layer, _of_model(what) if layer else self._named(what)
         try:
+            if kind == "call_function" and (getattr(target, "__module__", None) or "torch").split(".")[0] not in _KNOWN:
+                raise DenseError("a function of your own that torch.fx.wrap hides")
             if layer:
                 return self._call_layer(_of_model(what), self.whole.get_submodule(what), args, kwargs)
             return self._call(what, args, kwargs)
@@ -157,7 +165,8 @@ class _Reader(fx.Tracer):
         self.recorder.kind = kind
         if len(given) != 1 or not isinstance(given[0], Patch):
             raise DenseError(f"{kind} with {len(given)} arguments, of which one must be the patches")
-        return self._stand_in(layers.read(self.recorder, name, layer, self._value(given[0])))
+        result = layers.read(self.recorder, name, layer, self._value(given[0]))
+        return self._overwritten(given[0], result) if getattr(layer, "inplace", False) else self._stand_in(result)
 
     def _call(self, what: str, args: tuple, kwargs: dict) -> Any:
         plain = what.strip("_")
@@ -214,6 +223,8 @@ _WHY_NOT = {
     **dict.fromkeys(("flip", "roll", "rot90"), "it moves pixels within the patch"),
     "detach": "gradients of the patches stop there",
 }
+#: Packages whose functions are known by their names.
+_KNOWN = frozenset(("torch", "gpukern", "builtins", "math", "operator", "_operator"))
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv")
 
 

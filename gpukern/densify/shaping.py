@@ -101,7 +101,8 @@ def getitem(to: Recorder, input, index) -> Value:
     while given and given[-1] is None:
         added += 1
         given.pop()
-    if not all(isinstance(each, (int, slice)) for each in given) or len(given) > input.rank:
+    ahead = added > 0 and len(given) < input.rank  # [:, None] of rows is no column behind
+    if not all(isinstance(each, (int, slice)) for each in given) or ahead or len(given) > input.rank:
         raise DenseError(f"it takes {index!r} of {told(input.shape)}")
     given += [slice(None)] * (input.rank - len(given))
     if given[0] != slice(None):

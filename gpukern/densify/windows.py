@@ -164,7 +164,7 @@ def _shares(size: int, parts: int) -> Pair:
     starts = [i * size // parts for i in range(parts)]
     sizes = {cdiv((i + 1) * size, parts) - start for i, start in enumerate(starts)}
     steps = {after - before for before, after in itertools.pairwise(starts)}
-    if len(sizes) != 1 or len(steps) > 1:
+    if len(sizes) != 1 or len(steps) > 1 or 0 in steps:
         raise DenseError(f"it pools {size} positions to {parts}, by windows that are not all alike")
     return sizes.pop(), steps.pop() if steps else 1
 

@@ -26,7 +26,7 @@ def find() -> Path:
 
     FileNotFoundError that says where it was looked for.
     """
-    if VARIABLE in os.environ:
+    if os.environ.get(VARIABLE):  # an empty one names no folder
         return Path(os.environ[VARIABLE])
     checkout = Path(__file__).resolve().parents[2]
     places = [Path("data/cifar10"), *(folder / "shared/data/cifar10" for folder in (Path(".."), *checkout.parents[:2]))]

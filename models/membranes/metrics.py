@@ -171,25 +171,30 @@ def errors(
     """(merged, split): masks of the truth's cells that the proposal merges with others, and of those that it splits.
 
     A segment has a part in a cell where it covers more than ``tolerance`` of the cell's pixels. A cell is merged where
-    the segment with the largest part in it has a part in another cell too; it is split where several segments have a
-    part in it. Cells with fewer pixels than ``smallest`` are not looked at. Labels as in :func:`rand_score`; the masks
-    are bool of their shape. A cell can be in both, and one that was missed altogether is in neither.
+    the segment with the largest part in it has parts in others too, which make up more than ``tolerance`` of the
+    segment: of a large cell and a speck that became one, the speck alone is lost. A cell is split where several
+    segments have a part in it. Cells with fewer pixels than ``smallest`` are not looked at. Labels as in
+    :func:`rand_score`; the masks are bool of their shape. A cell can be in both, and one that was missed altogether is
+    in neither.
     """
-    from skimage.segmentation import relabel_sequential
-
     _check_labels(proposal, truth)
     merged, split = np.zeros(truth.shape, bool), np.zeros(truth.shape, bool)
     for segments, cells, of_merged, of_split in zip(*map(_sections, (proposal, truth, merged, split)), strict=True):
-        # Numbers that are counted through the stack would make the table large.
-        segments, cells = (relabel_sequential(labels)[0] for labels in (segments, cells))
+        segments, cells = _renumbered(segments), _renumbered(cells)
         table = _contingency(segments, cells).toarray()
         sizes = table.sum(1)
         table[:, 0] = 0  # border
         parts = (table > tolerance * sizes[:, None]) & (sizes >= max(1, smallest))[:, None]
         largest = table.argmax(1)
-        covers_two = parts.sum(0) > 1
+        # Of the segment with the largest part in a cell: pixels there, in all cells, and in those it has a part in.
+        own, whole, in_parts = (
+            table[np.arange(len(table)), largest],
+            table.sum(0)[largest],
+            (table * parts).sum(0)[largest],
+        )
+        has_part = parts[np.arange(len(parts)), largest]
         # In place: these are views of a section of the masks.
-        of_merged[...] = (parts.any(1) & covers_two[largest] & parts[np.arange(len(parts)), largest])[cells]
+        of_merged[...] = (has_part & (in_parts - own > tolerance * whole))[cells]
         of_split[...] = (parts.sum(1) > 1)[cells]
     return merged, split
 
@@ -213,6 +218,12 @@ def _sections(labels: np.ndarray) -> np.ndarray:
     return labels if labels.ndim == 3 else labels[None]
 
 
+def _renumbered(labels: np.ndarray) -> np.ndarray:
+    """The labels of a section with numbers of its own, 0 for border: a table has a row for each up to the highest."""
+    values, places = np.unique(labels, return_inverse=True)
+    return places.reshape(labels.shape) + int(labels.size > 0 and values[0] > 0)
+
+
 def _contingency(segments: np.ndarray, cells: np.ndarray) -> Any:
     """Sparse [cells, segments]: how many pixels are in both; those that the truth calls border left out."""
     from skimage.metrics import contingency_table
@@ -227,6 +238,8 @@ def _tables(proposal: np.ndarray, truth: np.ndarray) -> list[tuple[np.ndarray, n
     for segments, cells in zip(_sections(proposal), _sections(truth), strict=True):
         if not cells.any():
             continue
+        if max(segments.max(), cells.max()) > cells.size:  # it takes time, and those of components() are few
+            segments, cells = _renumbered(segments), _renumbered(cells)
         table = _contingency(segments, cells).tocsc()
         alone = np.ones(int(table[:, 0].sum()))  # pixels of the proposal's border, a segment each
         named = table[:, 1:]

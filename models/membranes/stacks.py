@@ -72,6 +72,8 @@ def _read_png(path: Path) -> np.ndarray:
         with Image.open(path) as picture:
             if picture.mode == "RGB" and any("16" in str(tile.args) for tile in picture.tile):
                 raise ValueError(f"{path}: 16-bit colour, which would be read as 8 bits: save it as grey")
+            if getattr(picture, "n_frames", 1) > 1:
+                raise ValueError(f"{path}: an animation of {picture.n_frames} pictures: save them as TIFF")
             return np.asarray(picture.convert("RGBA") if picture.mode == "P" else picture)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path}: {error}: save it as TIFF") from error
@@ -135,8 +137,18 @@ def _read_tiff(path: Path, mapped: bool) -> _Loaded:
             else:
                 array = series.asarray()
             return _Loaded(array, series.axes, int(page.photometric) == 0)
+        if _are_pages(tiff):
+            pages = np.stack([each.asarray() for each in tiff.series])
+            return _Loaded(pages, "ZYX", int(tiff.pages[0].photometric) == 0)
     listed = ", ".join(f"{'×'.join(map(str, shape))} {dtype}" for shape, dtype in kinds)
-    raise ValueError(f"{path}: its pages differ in size or type: {listed}" if kinds else f"{path}: no pages")
+    differ = "it holds several stacks" if len(set(kinds)) == 1 else "its pages differ in size or type"
+    raise ValueError(f"{path}: {differ}: {listed}" if kinds else f"{path}: no pages")
+
+
+def _are_pages(tiff: Any) -> bool:
+    """Whether all series are grey pictures alike: tifffile makes a series of each page that it wrote by a call."""
+    kinds = {(each.shape, each.dtype, each.axes, int(each.pages[0].photometric)) for each in tiff.series}
+    return len(kinds) == 1 and next(iter(kinds))[2] == "YX" and not tiff.is_ome
 
 
 def _stacked(path: Path, loaded: _Loaded) -> np.ndarray:

@@ -126,7 +126,7 @@ def find() -> Path:
 
     FileNotFoundError that says where they were looked for.
     """
-    if VARIABLE in os.environ:
+    if os.environ.get(VARIABLE):  # an empty one names no folder
         return Path(os.environ[VARIABLE])
     checkout = Path(__file__).resolve().parents[2]
     places = [
@@ -219,7 +219,7 @@ def _pictures(folder: Path, more: str = "") -> list[Path]:
 
 def _order(path: Path) -> tuple[list[tuple[bool, int, str]], str]:
     parts = re.split(r"(\d+)", path.stem)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts], path.name
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts], path.name
 
 
 def _pairs(images: Path, labels: Path) -> tuple[list[Path], list[Path]]:

@@ -80,6 +80,12 @@ def overwritten(layers, x):
     return same * 2
 
 
+def overwritten_by_a_layer(layers, x):
+    y = layers[0](x)
+    z = layers[1](y)
+    return layers[2](z + y)
+
+
 CASES = {
     "average pool": (nn.Sequential(C(2, 3, 2), nn.AvgPool2d(3, 2), nn.ReLU(), C(3, 2, 2)), (7, 7)),
     "average pool with a divisor": (nn.Sequential(nn.AvgPool2d(2, 1, divisor_override=3), C(2, 2, 6)), (7, 7)),
@@ -123,6 +129,12 @@ CASES = {
         (8, 8),
     ),
     "results that nobody takes": (Calling(overwritten, C(2, 2, 3)), (3, 3)),
+    "results that a layer overwrites": (
+        Calling(overwritten_by_a_layer, C(2, 3, 3), nn.ReLU(inplace=True), C(3, 2, 3)),
+        (5, 5),
+    ),
+    "conversions": (Calling(lambda f, x: f[0](x).double(), C(2, 3, 3)), (3, 3)),
+    "a column of nothing": (Calling(lambda f, x: f[0](x).flatten(1)[:, :, None, None], C(2, 3, 3)), (3, 3)),
     "a classifier of pixels": (nn.Sequential(C(2, 4, 1), nn.ReLU(), C(4, 2, 1)), (1, 1)),
 }  # fmt: skip
 
@@ -180,6 +192,11 @@ def test_functional_dropout_follows_the_mode_of_the_network_and_a_constant_one_d
     assert (follows.train()(ones) == 0).any()
     assert torch.equal(follows.eval()(ones), ones)
     assert (always.eval()(ones) == 0).any()
+
+
+def test_the_dtype_of_a_softmax_is_kept_wherever_it_stands():
+    network = dense(Calling(lambda f, x: torch.softmax(f[0](x), 1, torch.float64), C(1, 2, 3)), 3)
+    assert network(torch.randn(1, 1, 5, 5)).dtype is torch.float64
 
 
 def test_layers_that_work_in_place_leave_the_image_alone():

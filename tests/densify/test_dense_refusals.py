@@ -61,6 +61,29 @@ def changed_in_place(layers, x):
     return layers[1](F.relu_(rows)) + layers[1](y.flatten(1))
 
 
+def changed_by_a_layer(layers, x):
+    y = layers[0](x)
+    layers[1](y[:, :, 1:-1])
+    return layers[2](y)
+
+
+def changed_behind(same):
+    """Reads a value after the change of what ``same`` makes of it, the same tensor in evaluation mode."""
+
+    def forward(layers, x):
+        y = layers[0](x)
+        same(layers, y).add_(1)
+        return layers[1](y)
+
+    return Calling(forward, C(1, 2, 3), C(2, 2, 3), nn.Dropout())
+
+
+@torch.fx.wrap
+def normalize(x):
+    """Not torch's."""
+    return 2 * x
+
+
 def C(inputs: int, outputs: int, kernel, **options) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, **options)
 
@@ -148,6 +171,43 @@ REFUSED = {
         Calling(changed_in_place, C(1, 2, 3), nn.Linear(18, 2)),
         "^flatten: it reads what a function has changed in place through another view",
     ),
+    "a view changed in place by a layer": (
+        Calling(changed_by_a_layer, C(1, 2, 3), nn.ReLU(inplace=True), C(2, 2, 3)),
+        "^layers.2: it reads what a function has changed in place",
+    ),
+    "a dropout's input": (changed_behind(lambda f, y: f[2](y)), "^layers.1: it reads what a function has changed"),
+    "a functional dropout's input": (changed_behind(lambda f, y: F.dropout(y, 0.5, False)), "^layers.1: it reads"),
+    "a conversion's input": (changed_behind(lambda f, y: y.float()), "^layers.1: it reads what a function has changed"),
+    "a new dimension before the channels": (
+        Calling(lambda f, x: f[0](x).flatten(1)[:, None].softmax(1).flatten(1), C(1, 3, 5)),
+        r"^getitem: it takes \(slice\(None, None, None\), None\) of \[N, 3\]",
+    ),
+    "a new dimension before the batch": (Calling(lambda f, x: f[0](x).flatten(1)[None], C(1, 3, 5)), "^getitem: it ta"),
+    "an adaptive pool that repeats": (
+        nn.Sequential(C(1, 2, 5), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(8, 2)),
+        "^1: it pools 1 positions to 2",
+    ),
+    "a softmax of no dimension": (
+        Calling(lambda f, x: f[0](F.softmax(x.flatten(2)).mean(2)), nn.Linear(1, 2)),
+        r"^softmax: softmax of \[N, 1, 25\] along no dimension in particular",
+    ),
+    "a batch norm without statistics": (
+        nn.Sequential(C(1, 2, 5), nn.BatchNorm2d(2, track_running_stats=False)),
+        "^1: it has no running statistics",
+    ),
+    "dropout of sequences": (
+        Calling(lambda f, x: f[1](f[0](x.flatten(2)).mean(2)), nn.Dropout1d(), nn.Linear(1, 2)),
+        "^layers.0: it drops channels of one dimension",
+    ),
+    "functional dropout of sequences": (
+        Calling(lambda f, x: f[0](F.dropout1d(x.flatten(2), training=False).mean(2)), nn.Linear(1, 2)),
+        "^dropout1d: it drops channels of one dimension",
+    ),
+    "a function that fx.wrap hides": (Calling(lambda f, x: f[0](normalize(x)), C(1, 2, 5)), "^normalize: a func"),
+    "a parametrized layer alone": (
+        torch.nn.utils.parametrizations.weight_norm(C(1, 2, 5)),
+        "^the model: a model of one layer alone",
+    ),
     "a name of the network's": (Named("report"), "^report: a dense network has another attribute of this name"),
     "detach": (Calling(lambda f, x: f[0](x.detach()), C(1, 2, 5)), "^detach: gradients"),
     "a layer inside a module": (nn.Sequential(nn.Sequential(C(1, 2, 3), C(2, 2, 3, padding=1))), r"^0\.1: padding"),
@@ -196,6 +256,15 @@ def test_what_is_no_model_or_border_is_refused():
         dense(5, 5)
     with pytest.raises(ValueError, match="unknown border 'mirror': it is one of valid, reflect, replicate, constant"):
         dense(nn.Sequential(C(1, 2, 5)), 5, border="mirror")
+
+
+@pytest.mark.parametrize("name", ["border", "_steps", "_output"])
+@pytest.mark.parametrize("kind", [nn.Parameter, torch.Tensor, nn.Identity])
+def test_names_of_the_networks_own_are_refused_of_all_kinds(name, kind):
+    model = Named("conv")
+    setattr(model, name, nn.Identity() if kind is nn.Identity else kind(torch.randn(3)))
+    with pytest.raises(DenseError, match=f"^{name}: a dense network has another attribute of this name"):
+        dense(model, 5)
 
 
 def test_a_refusal_leaves_the_model_as_it_was():

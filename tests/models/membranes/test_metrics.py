@@ -221,6 +221,18 @@ def test_errors_colour_merged_and_split_cells():
     assert [part.any() for part in merged] == [False, True, False] and not split.any()
 
 
+@pytest.mark.parametrize("dtype, factor", [(np.uint32, 10**9), (np.int64, 2**60), (np.uint64, 2**61)])
+def test_numbers_of_labels_mean_nothing_however_large(dtype, factor):
+    rng = np.random.default_rng(0)
+    pair = [rng.integers(low, 4, (2, 12, 13)).astype(dtype) for low in (0, 1)]
+    large = [labels * dtype(factor) for labels in pair]
+    assert metrics.rand_score(*large) == metrics.rand_score(*pair)
+    assert metrics.information_score(*large[::-1]) == metrics.information_score(*pair[::-1])
+    for some, others in zip(metrics.errors(*large, smallest=1), metrics.errors(*pair, smallest=1), strict=True):
+        np.testing.assert_array_equal(some, others)
+        assert some.any()
+
+
 def test_small_overlaps_and_small_cells_are_tolerated():
     truth = np.zeros((12, 24), int)
     truth[1:11, 1:11], truth[1:11, 12:22] = 1, 2
@@ -233,5 +245,12 @@ def test_small_overlaps_and_small_cells_are_tolerated():
     # Cell 2 is not merged: its own segment covers it alone.
     np.testing.assert_array_equal(merged, truth == 1)
     assert not np.any(metrics.errors(leak, truth, tolerance=0.1))
+    # A cell of 30 pixels in the segment of one of 100: both are lost, as it makes up a quarter of the segment;
+    # in a segment of 1,000 it is a speck, and lost alone.
+    for side, lost in ((10, True), (33, False)):
+        cells = np.zeros((36, 45), int)
+        cells[1 : side + 1, 1 : side + 1], cells[1:7, 36:41] = 1, 2
+        merged, _ = metrics.errors((cells > 0).astype(int), cells)
+        assert merged[cells == 2].all() and (merged[cells == 1] == lost).all()
     assert not np.any(metrics.errors(np.ones_like(truth), truth, smallest=101))
     assert np.array_equal(metrics.errors(np.ones_like(truth), truth, smallest=100)[0], truth > 0)

@@ -159,6 +159,37 @@ def test_pages_that_differ_are_refused(tmp_path):
             stacks.read(file)
 
 
+def test_pages_that_were_written_one_by_one_are_a_stack(tmp_path):
+    pages, file = noise(4, 8, 9), tmp_path / "pages.tif"
+    with tifffile.TiffWriter(file) as tiff:
+        for page in pages:
+            tiff.write(page)
+    assert len(tifffile.TiffFile(file).series) == 4
+    for read in (stacks.read, stacks.open_stack):
+        np.testing.assert_array_equal(read(file), pages)
+
+
+@pytest.mark.parametrize("ome", [False, True])
+def test_several_stacks_in_a_file_are_refused(tmp_path, ome):
+    with tifffile.TiffWriter(tmp_path / "two.tif", ome=ome) as tiff:
+        for _ in range(2):
+            tiff.write(noise(5, 8, 9), photometric="minisblack", metadata={"axes": "ZYX"})
+    with pytest.raises(ValueError, match=r"two\.tif: it holds several stacks: 5×8×9 uint8, 5×8×9 uint8"):
+        stacks.read(tmp_path / "two.tif")
+    with tifffile.TiffWriter(tmp_path / "white.tif") as tiff:
+        for photometric in ("minisblack", "miniswhite"):
+            tiff.write(noise(8, 9), photometric=photometric)
+    with pytest.raises(ValueError, match=r"white\.tif: it holds several stacks"):
+        stacks.read(tmp_path / "white.tif")
+
+
+def test_animations_are_refused(tmp_path):
+    first, *others = (Image.fromarray(picture) for picture in noise(3, 8, 9))
+    first.save(tmp_path / "a.png", save_all=True, append_images=others)
+    with pytest.raises(ValueError, match=r"a\.png: an animation of 3 pictures"):
+        stacks.read(tmp_path / "a.png")
+
+
 def test_channels_and_two_dimensions_of_stacks_are_refused(tmp_path):
     for axes, shape in (("ZCYX", (2, 3, 8, 9)), ("CYX", (3, 8, 9)), ("TZYX", (2, 3, 8, 9))):
         tifffile.imwrite(tmp_path / "a.tif", noise(*shape), imagej=True, metadata={"axes": axes})

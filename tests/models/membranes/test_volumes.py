@@ -236,9 +236,11 @@ def test_the_data_of_the_challenge_are_the_default(tmp_path, sections, monkeypat
 def test_find_looks_at_the_variable_and_says_where(tmp_path, monkeypatch):
     monkeypatch.setenv(volumes.VARIABLE, str(tmp_path))
     assert volumes.find() == tmp_path
-    monkeypatch.delenv(volumes.VARIABLE)
+    monkeypatch.setenv(volumes.VARIABLE, "")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data/isbi2012").mkdir(parents=True)
+    assert volumes.find() == volumes.Path("data/isbi2012")
+    monkeypatch.delenv(volumes.VARIABLE)
     assert volumes.find() == volumes.Path("data/isbi2012")
     (tmp_path / "data/isbi2012").rmdir()
     monkeypatch.setattr(volumes, "__file__", str(tmp_path / "models/membranes/volumes.py"))
