@@ -26,7 +26,7 @@ from bench import stats
 from bench.environment import environment
 from bench.results import write_text
 from gpukern import tables
-from gpukern.formatting import number, ratio
+from gpukern.formatting import count, number, ratio
 from gpukern.runtime.records import plain
 from models.ciresan import CiresanN4, DenseCiresanN4
 
@@ -115,8 +115,9 @@ def show(rows: list[Row], size: int, found: dict[str, float]) -> None:
         (row for row in rows if row.name.startswith("patches")), key=lambda row: stats.spread(row.of_a_pixel).median
     )
     dense = next(row for row in rows if row.name == "gpukern.dense")
+    threads = count(torch.get_num_threads(), "thread")
     columns = tables.numbers("µs a pixel", "pixels/s", "multiply-adds a pixel", "times faster")
-    table = tables.table("Ciresan's N4", *columns, title=f"{size} × {size} pixels, {torch.get_num_threads()} threads")
+    table = tables.table("Ciresan's N4", *columns, title=f"{size} × {size} pixels, {threads}")
     for row in rows:
         median = stats.spread(row.of_a_pixel).median
         gain = stats.ratio(row.of_a_pixel, best.of_a_pixel).median
@@ -136,7 +137,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured.")] = 7,
     out: Annotated[Path | None, typer.Option("--json", help="Also write the numbers there.")] = None,
 ) -> None:
-    """Measure on this machine's CPU, print a table and compare the results."""
+    """Measure Ciresan's N4 patch by patch and as a dense network, on this machine's CPU, and compare the results."""
     torch.manual_seed(1)
     image = torch.randn(1, 1, size, size)
     with torch.inference_mode():

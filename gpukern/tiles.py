@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,7 @@ class _Layout:
             raise RuntimeError(
                 f"the network made {list(output.shape)} of {count} × {whole[0]} × {whole[1]} pixels of tiles with "
                 f"margins: expected [{count}, K, {self._tile[0]}, {self._tile[1]}] or the size of its input"
+                + (_lost(whole, output.shape[2:]) if output.dim() == 4 and len(output) == count else "")
             )
         if tuple(output.shape[2:]) == self._tile:
             return output
@@ -170,6 +171,14 @@ class _Layout:
                 f"after made {list(tiles.shape)} of tiles: expected [{count}, K, {self._tile[0]}, {self._tile[1]}]"
             )
         return tiles
+
+
+def _lost(whole: Sequence[int], size: Sequence[int]) -> str:
+    """Which margins fit a network that makes images of ``size`` of ``whole``, in words; nothing for larger ones."""
+    rows, columns = (before - after for before, after in zip(whole, size, strict=True))
+    if rows < 0 or columns < 0:
+        return ""
+    return f"; a network that always gives {rows} rows and {columns} columns less needs margins of as many in all"
 
 
 def _shape_of(image: Any) -> tuple[int, int, int]:

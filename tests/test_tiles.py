@@ -138,8 +138,12 @@ def test_predict_tiles_bad_arguments_are_refused_before_the_network_runs(image, 
 
 
 def test_predict_tiles_outputs_of_another_size_are_refused():
-    with pytest.raises(RuntimeError, match=r"made \[1, 1, 3, 3\] of 1 × 6 × 6 pixels of tiles with margins"):
-        gpukern.predict_tiles(lambda x: x[:, :, :3, :3], torch.zeros(1, 8, 8), tile=4, margin=1)
+    words = r"made \[1, 1, 3, 2\] of 1 × 6 × 6 pixels of tiles with margins.* gives 3 rows and 4 columns less"
+    with pytest.raises(RuntimeError, match=words):
+        gpukern.predict_tiles(lambda x: x[:, :, :3, :2], torch.zeros(1, 8, 8), tile=4, margin=1)
+    for network in (lambda x: x.mean((2, 3)), lambda x: x.repeat(1, 1, 2, 2), lambda x: x.repeat(2, 1, 1, 1)):
+        with pytest.raises(RuntimeError, match=r"or the size of its input$"):
+            gpukern.predict_tiles(network, torch.zeros(1, 8, 8), tile=4)
     with pytest.raises(ValueError, match="out has 2 channels, the network's output 1"):
         gpukern.predict_tiles(same, torch.zeros(1, 8, 8), tile=4, out=torch.zeros(2, 8, 8))
 

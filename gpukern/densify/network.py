@@ -35,6 +35,9 @@ class DenseNetwork(torch.nn.Module):
         (h, w).
     border:
         "valid", "reflect", "replicate" or "constant".
+    margin:
+        ((top, bottom), (left, right)): how far a patch reaches around its pixel, as :func:`gpukern.predict_tiles`
+        takes it.
     report:
         a :class:`DenseReport`: what was done with each layer, and the multiply-adds that it saves.
 
@@ -70,6 +73,11 @@ class DenseNetwork(torch.nn.Module):
         for name in tensors:
             setattr(self, name, vars(model)[name])
 
+    @property
+    def margin(self) -> tuple[Pair, Pair]:
+        height, width = self.patch_size
+        return (height // 2, height - 1 - height // 2), (width // 2, width - 1 - width // 2)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         check_tensors("dense network", input)
         if input.dim() == 3:
@@ -92,8 +100,8 @@ class DenseNetwork(torch.nn.Module):
             if rows < height or columns < width:
                 raise RuntimeError(f"an image of {rows} × {columns} has no patch of {height} × {width}")
             return input
-        sides = [(width // 2, width - 1 - width // 2), (height // 2, height - 1 - height // 2)]
-        least = max(sides[1]) + 1, max(sides[0]) + 1
+        vertical, horizontal = self.margin
+        least = max(vertical) + 1, max(horizontal) + 1
         if self.border == "reflect" and (rows < least[0] or columns < least[1]):
             raise RuntimeError(
                 f"an image of {rows} × {columns} is too small to be reflected for patches of {height} × {width}: "
@@ -101,7 +109,7 @@ class DenseNetwork(torch.nn.Module):
             )
         if rows == 0 or columns == 0:
             raise RuntimeError(f"an image of {rows} × {columns} has no pixels")
-        return torch.nn.functional.pad(input, [*sides[0], *sides[1]], self.border)
+        return torch.nn.functional.pad(input, [*horizontal, *vertical], self.border)
 
     def extra_repr(self) -> str:
         height, width = self.patch_size

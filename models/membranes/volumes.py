@@ -88,7 +88,8 @@ class Volume:
 
     def _sections(self, start: int, stop: int) -> Volume:
         labels = None if self.labels is None else self.labels[start:stop]
-        name = f"{self.name}, sections {start + 1} to {stop}"
+        numbers = f"section {stop}" if stop == start + 1 else f"sections {start + 1} to {stop}"
+        name = f"{self.name}, {numbers}"
         return replace(self, images=self.images[start:stop], labels=labels, name=name)
 
 
@@ -125,7 +126,10 @@ def to_unit(images: np.ndarray, of: tuple[float, float] | None = None) -> np.nda
 def _checked(images: np.ndarray, what: object) -> np.ndarray:
     """Floats as float32. ValueError where they are not from 0 to 1."""
     if images.size and not (images.min() >= 0 and images.max() <= 1):  # NaN is in no range
-        raise ValueError(f"{what}: floats must be from 0 to 1, got {images.min():g} to {images.max():g}")
+        raise ValueError(
+            f"{what}: floats must be from 0 to 1, got {images.min():g} to {images.max():g}: "
+            "divide them, or save 8 or 16 bits"
+        )
     return images.astype(np.float32, copy=False)
 
 
@@ -210,7 +214,7 @@ def _files(path: Path) -> tuple[list[Path], list[Path] | None]:
     volume, labels = (_volume(path, stem) for stem in _VOLUME)
     if volume:
         return [volume], [labels] if labels else None
-    return _pictures(path), None
+    return _pictures(path, f", no folders {_IMAGES[1]} and {_LABELS[1]} of them, and no {_VOLUME[0]}.tif"), None
 
 
 def _folder(path: Path, names: tuple[str, ...]) -> Path | None:
@@ -223,11 +227,11 @@ def _volume(path: Path, stem: str) -> Path | None:
     )
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _pictures(folder: Path, more: str = "") -> list[Path]:
     """In the order of the numbers in their names. ValueError where there are none."""
     found = [each for each in folder.iterdir() if each.suffix.lower() in stacks.ENDINGS and each.name[0] != "."]
     if not found:
-        raise ValueError(f"{folder}: no pictures ({', '.join(stacks.ENDINGS)}) in it")
+        raise ValueError(f"{folder}: no pictures ({', '.join(stacks.ENDINGS)}) in it{more}")
     return sorted(found, key=_order)
 
 

@@ -98,6 +98,16 @@ def test_borders_are_those_of_numpy(border, mode, patch):
     assert torch.allclose(network(image), by_patches(model, padded, patch), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("border", ["valid", "reflect"])
+def test_tiles_with_its_margin_give_the_whole_image(border):
+    model, image = classifier(), images(1, 2, 25, 31)
+    network = dense(model, PATCH, border=border)
+    assert network.margin == ((5, 4), (6, 5))
+    tiled = gpukern.predict_tiles(network, image[0], tile=9, margin=network.margin)
+    whole = dense(model, PATCH, border="reflect")(image)[0]
+    assert torch.allclose(tiled, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_an_image_too_small_to_be_reflected_is_refused():
     network = dense(classifier(), PATCH, border="reflect")
     assert network(images(1, 2, 6, 7)).shape == (1, 3, 6, 7)

@@ -194,7 +194,10 @@ def break_damaged(folder, images, labels):
         (break_images_size, "images/3.png: 5 × 9 uint8, but 0.png is 8 × 9 uint8"),
         (break_images_dtype, "images/3.png: 8 × 9 uint16, but 0.png is 8 × 9 uint8"),
         (break_images_depth, "images/3.tif: expected images of 8 or 16 bits, or floats from 0 to 1, got int32"),
-        (break_images_range, "images/3.tif: floats must be from 0 to 1, got 2 to 251"),
+        (
+            break_images_range,
+            "images/3.tif: floats must be from 0 to 1, got 2 to 251: divide them, or save 8 or 16 bits",
+        ),
         (break_label_missing, "images/3.png: no label of this name in "),
         (break_image_missing, "labels/3.png: no image of this name in "),
         (break_twice, "images/3.tif: 3.png beside it has the same name"),
@@ -217,7 +220,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, sections, break_it, word
 def test_missing_and_empty_paths_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing: no such file or folder"):
         volumes.load(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match=r"no pictures .*, no folders images and labels of them, and no train-volume"):
         volumes.load(tmp_path)
 
 
@@ -253,7 +256,7 @@ def test_split_keeps_the_order_and_holds_out_the_end():
         assert [part.labels.sum() // 16 for part in parts] == [20, 6]
         assert [part.name for part in parts] == ["tissue, sections 1 to 24", "tissue, sections 25 to 30"]
     assert [len(part) for part in Volume(images[:10], None, "ten").split()] == [8, 2]
-    assert [len(part) for part in Volume(images[:2], None, "two").split()] == [1, 1]
+    assert [part.name for part in Volume(images[:2], None, "two").split()] == ["two, section 1", "two, section 2"]
     for few, train in ((1, None), (10, 10), (10, 0), (10, 24)):
         with pytest.raises(ValueError, match="cannot be split"):
             Volume(images[:few], None, "few").split(train)
