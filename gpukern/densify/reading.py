@@ -86,14 +86,24 @@ def _compute_out_of_place(model: torch.nn.Module) -> None:
 
 
 def _read_in(model: torch.nn.Module, input: Value, training: bool) -> tuple[list[Step], Value]:
-    """The steps of ``model`` in a mode, which it has only meanwhile."""
+    """The steps of ``model`` in a mode, which it has only meanwhile. DenseError where its forward changes a buffer."""
     modes = [(module, module.training) for module in model.modules()]
+    kept = [
+        (name, each, each._version, each.clone()) for name, each in model.named_buffers() if not each.is_inference()
+    ]
     evaluate(model)
     try:
         for module, _ in modes if training else ():
             module.training = True
-        return _Reader(model, input).read()
+        found = _Reader(model, input).read()
+        for name, buffer, version, _ in kept:
+            if buffer._version != version:
+                raise DenseError(f"{name}: the forward changes it, which a dense network would not")
+        return found
     finally:
+        for _, buffer, version, before in kept:
+            if buffer._version != version:
+                buffer.copy_(before)
         for module, training in modes:
             module.training = training
 
@@ -206,7 +216,7 @@ class _Reader(fx.Tracer):
     def _overwritten(self, patch: Patch, result: Value) -> Patch:
         """The same stand-in with another value; what shared its memory may not be read any more."""
         self.stale.add(patch.value.memory)
-        patch.value = result
+        patch.value = replace(result, memory=result.slot)
         return patch
 
     def _value(self, patch: Patch) -> Value:

@@ -133,6 +133,13 @@ CASES = {
         Calling(overwritten_by_a_layer, C(2, 3, 3), nn.ReLU(inplace=True), C(3, 2, 3)),
         (5, 5),
     ),
+    "dropout in place": (
+        Calling(
+            lambda f, x: f[2](F.dropout(f[1](f[0](x)), 0.5, False, inplace=True)),
+            *(C(2, 3, 3), nn.Dropout(0.5, inplace=True), C(3, 2, 3)),
+        ),
+        (5, 5),
+    ),
     "conversions": (Calling(lambda f, x: f[0](x).double(), C(2, 3, 3)), (3, 3)),
     "a column of nothing": (Calling(lambda f, x: f[0](x).flatten(1)[:, :, None, None], C(2, 3, 3)), (3, 3)),
     "a classifier of pixels": (nn.Sequential(C(2, 4, 1), nn.ReLU(), C(4, 2, 1)), (1, 1)),

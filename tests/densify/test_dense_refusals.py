@@ -267,6 +267,13 @@ def test_names_of_the_networks_own_are_refused_of_all_kinds(name, kind):
         dense(model, 5)
 
 
+def test_a_forward_that_changes_a_buffer_is_refused_and_the_buffer_kept():
+    model = Calling(lambda f, x: f[0](x * f[1].running_mean.add_(1).sum().item()), C(1, 2, 5), nn.BatchNorm2d(1))
+    with pytest.raises(DenseError, match=r"^layers\.1\.running_mean: the forward changes it"):
+        dense(model, 5)
+    assert model.layers[1].running_mean.item() == 0
+
+
 def test_a_refusal_leaves_the_model_as_it_was():
     model = REFUSED["padding"][0].train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
