@@ -6,10 +6,10 @@ forward. Each call becomes steps at once, so that shapes are numbers, and an err
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from gpukern.densify import layers, pointwise, shaping
 from gpukern.densify.errors import DenseError
 from gpukern.densify.patch import Patch
 from gpukern.densify.recorder import Recorder
-from gpukern.densify.steps import Step
+from gpukern.densify.steps import Drop, Step
 from gpukern.densify.values import Pair, Value, told
 from gpukern.densify.windows import RULES
 from gpukern.runtime.evaluation import evaluate
@@ -50,14 +50,32 @@ def read(model: torch.nn.Module, patch: Pair) -> tuple[list[Step], Value]:
     errors = []
     for channels in layers.input_channels(model, patch):
         try:
-            with _evaluation(model):
-                found = _Reader(model, Value(0, channels, patch)).read()
+            steps, result = _read_in(model, Value(0, channels, patch), training=False)
         except DenseError as error:
             errors.append(error)
         else:
+            steps = _without_idle(steps, model, Value(0, channels, patch))
             _compute_out_of_place(model)
-            return found
+            return steps, result
     raise errors[0]
+
+
+def _without_idle(steps: list[Step], model: torch.nn.Module, input: Value) -> list[Step]:
+    """``steps`` with functional dropouts that drop in training neither marked as such: a second reading tells them."""
+    if not any(isinstance(step.operation, Drop) and not step.operation.always for step in steps):
+        return steps
+    try:
+        others = [step.operation for step in _read_in(model, input, training=True)[0]]
+    except DenseError:
+        return steps
+    if [type(step.operation) for step in steps] != [type(other) for other in others]:
+        return steps  # what a model does in training alone is left out
+    return [
+        replace(step, operation=replace(step.operation, never=not other.always))
+        if isinstance(step.operation, Drop) and isinstance(other, Drop)
+        else step
+        for step, other in zip(steps, others, strict=True)
+    ]
 
 
 def _compute_out_of_place(model: torch.nn.Module) -> None:
@@ -67,12 +85,14 @@ def _compute_out_of_place(model: torch.nn.Module) -> None:
             module.inplace = False  # type: ignore[assignment]  # an attribute of activations and dropouts
 
 
-@contextlib.contextmanager
-def _evaluation(model: torch.nn.Module) -> Iterator[None]:
+def _read_in(model: torch.nn.Module, input: Value, training: bool) -> tuple[list[Step], Value]:
+    """The steps of ``model`` in a mode, which it has only meanwhile."""
     modes = [(module, module.training) for module in model.modules()]
     evaluate(model)
     try:
-        yield
+        for module, _ in modes if training else ():
+            module.training = True
+        return _Reader(model, input).read()
     finally:
         for module, training in modes:
             module.training = training

@@ -126,11 +126,13 @@ def _part(to: Recorder, value: Value, axis: int, index: int | slice) -> Value:
     start, stop, step = index.indices(size)
     if step < 1 or stop <= start:
         raise DenseError(f"it takes {index} of {told(value.shape)}")
+    if axis == 1 and index != slice(None):
+        # As it is written, though it be all that is read here: an image may have more channels than the first layer.
+        along_channels(value, 1, "a slice")
+        part = Channels(index.start, index.stop, index.step)
+        return to.view(part, value, replace(value, channels=-(-(stop - start) // step)))
     if (start, stop, step) == (0, size, 1):
         return value
-    if axis == 1:
-        along_channels(value, 1, "a slice")
-        return to.view(Channels(start, stop, step), value, replace(value, channels=-(-(stop - start) // step)))
     if value.rank != 4:
         raise DenseError(f"it takes a part of the positions of {told(value.shape)}")
     after, before, behind = cropped(value, axis - 2, start, stop, step)

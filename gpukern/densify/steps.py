@@ -92,11 +92,11 @@ class Crop(Operation):
 
 @dataclass(frozen=True)
 class Channels(Operation):
-    """Channels ``start``, ``start`` + ``step``, … before ``stop``."""
+    """Channels ``start``, ``start`` + ``step``, … before ``stop``, as in a slice."""
 
-    start: int
-    stop: int
-    step: int
+    start: int | None
+    stop: int | None
+    step: int | None
 
     def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
         return values[0][:, self.start : self.stop : self.step]
@@ -157,14 +157,15 @@ class Concatenate(Operation):
 
 @dataclass(frozen=True)
 class Drop(Operation):
-    """A functional dropout, in training or ``always``."""
+    """A functional dropout, in training, ``always`` or ``never``."""
 
     function: Callable[..., Any]
     p: float
     always: bool
+    never: bool = False
 
     def run(self, network: torch.nn.Module, kernels: Kernels, *values: Any) -> Any:
-        return kernels.function(self.function)(values[0], self.p, self.always or network.training)
+        return kernels.function(self.function)(values[0], self.p, self.always or (network.training and not self.never))
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,8 @@ def _sampled(each: torch.Tensor | None, places: torch.Tensor, mode: str) -> torc
     """``each`` [N, H, W] or [N, 1, H, W] at the ``places``, mirrored at its edges; of its own dtype."""
     if each is None:
         return None
+    if not each.is_floating_point() and each.element_size() > 2:
+        places = places.double()  # float32 holds no numbers of cells above 2^24
     source = (each if each.dim() == 4 else each[:, None]).to(places.dtype)
     lengths = torch.tensor(source.shape[2:], dtype=places.dtype, device=places.device)
     # grid_sample's coordinates: from −1 to 1 between the middles of the outer pixels, across before down.

@@ -77,7 +77,7 @@ _ON_A_GPU: dict[str, Any] = {"steps": 6000, "batch_size": 16, "precision": "bf16
 #: What differs from the defaults: (network, preset) → settings. Those for a CPU take a quarter of an hour on two cores.
 _SUITED: dict[tuple[str, str], dict[str, Any]] = {
     ("unet", "cpu"): {},
-    ("unet-valid", "cpu"): {"crop": 132, "steps": 800},
+    ("unet-valid", "cpu"): {"crop": 132, "steps": 1200},
     ("ciresan", "cpu"): {"width": 48, "batch_size": 2, "crop": 96, "pixels": 8192, "lr": 0.001, "steps": 1500},
     ("unet", "gpu"): {**_ON_A_GPU, "width": 32, "crop": 256, "dropout": 0.2},
     ("unet-valid", "gpu"): {**_ON_A_GPU, "width": 32, "crop": 260, "dropout": 0.2},

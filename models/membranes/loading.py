@@ -67,7 +67,7 @@ def truth(data: str | None, labels: Path | None, sections: str) -> Volume:
     if labels is None:
         return part(labelled(data), sections)
     inside = volumes.inside(volumes.stacks.read(labels), labels)
-    return Volume(inside.astype(np.float32), inside, labels.name)
+    return part(Volume(inside.astype(np.float32), inside, labels.name), sections)
 
 
 def images(path: Path, sections: str) -> np.ndarray:
@@ -75,6 +75,8 @@ def images(path: Path, sections: str) -> np.ndarray:
     stack = volumes.open_images(path)
     if sections == "all":
         return stack
+    if len(stack) < 2:
+        raise ValueError(f"{path}: one section has no parts: --sections all")
     first = max(1, len(stack) * 4 // 5)
     return stack[:first] if sections == "train" else stack[first:]
 
@@ -88,5 +90,9 @@ def probabilities(path: Path) -> np.ndarray:
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """To go on from."""
-    return checkpoint.load(path, FORMAT)
+    """To go on from. CheckpointError, naming the file, where something is missing."""
+    state = checkpoint.load(path, FORMAT)
+    for name in ("config", "data", "train_sections", "fingerprint"):
+        if name not in state:
+            raise CheckpointError(f"{path}: the checkpoint has no {name}")
+    return state

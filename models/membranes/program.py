@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,8 @@ def train(
     first = train_sections or (state["train_sections"] if state else None)
     volume = loading.labelled(source)
     learned, held_out = volume.split(first)
+    if held_out.labels is not None and not held_out.labels.any():
+        raise ValueError(f"{held_out.name}, held out: no pixel inside a cell, so that nothing can be scored")
     place = choose_device(device)
     trainer = Trainer(config, learned, place)
     if state:
@@ -134,7 +136,7 @@ def predict(
 ) -> None:  # fmt: skip
     """Probabilities of ``images`` as a TIFF, and with ``labels`` another one of the cells, by a watershed."""
     _require_packages()
-    _check_written(images, out, labels)
+    _check_written((checkpoint, images, *(volumes.sources(images) if images.is_dir() else ())), out, labels)
     trained = loading.trained(checkpoint, choose_device(device))
     stack = loading.images(images, sections)
     of = volumes.limits(stack)
@@ -167,11 +169,17 @@ def predict(
     )
 
 
-def _check_written(images: Path, *written: Path | None) -> None:
-    """ValueError where a result would replace what it is made of, or another result."""
-    places = [path.resolve() for path in written if path]
-    if images.resolve() in places or len(set(places)) < len(places):
-        raise ValueError(f"{images}, --out and --labels must be different files")
+def _check_written(made_of: Iterable[Path], *written: Path | None) -> None:
+    """ValueError where a result would replace what it is made of, or another result, or is named like no TIFF."""
+    results = [path for path in written if path]
+    places = {path.resolve() for path in results}
+    replaced = [path for path in made_of if path.resolve() in places]
+    if replaced or len(places) < len(results):
+        which = f"{replaced[0]}, " if replaced else ""
+        raise ValueError(f"{which}--out and --labels must be different files")
+    for path in results:
+        if path.suffix.lower() not in volumes.stacks.TIFF:
+            raise ValueError(f"{path}: a result is a TIFF, .tif or .tiff")
 
 
 def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -13,8 +13,8 @@ import numpy as np
 
 from gpukern.runtime.files import replacing
 
-_TIFF, _PNG = (".tif", ".tiff"), (".png",)
-ENDINGS = (*_TIFF, *_PNG)
+TIFF, _PNG = (".tif", ".tiff"), (".png",)
+ENDINGS = (*TIFF, *_PNG)
 #: What ImageJ calls units of length, in nanometres.
 _UNITS = {"nm": 1.0, "micron": 1e3, "microns": 1e3, "um": 1e3, "µm": 1e3, "μm": 1e3, r"\u00B5m": 1e3, "mm": 1e6}
 
@@ -50,7 +50,7 @@ def open_stack(path: str | os.PathLike[str]) -> np.ndarray:
     as is what stores white as 0. The byte order of a mapping is the file's.
     """
     path = _existing(path)
-    return _stacked(path, _read_tiff(path, mapped=True)) if path.suffix.lower() in _TIFF else read(path)
+    return _stacked(path, _read_tiff(path, mapped=True)) if path.suffix.lower() in TIFF else read(path)
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:
@@ -180,7 +180,7 @@ def _grey(path: Path, array: np.ndarray) -> np.ndarray:
 def read_voxel(path: str | os.PathLike[str]) -> Voxel | None:
     """The size of a voxel where a TIFF says it in the words of ImageJ; None elsewhere."""
     path = _existing(path)
-    if path.suffix.lower() not in _TIFF:
+    if path.suffix.lower() not in TIFF:
         return None
     with _opened(path) as tiff:
         said, tags = tiff.imagej_metadata or {}, tiff.pages[0].tags

@@ -12,7 +12,19 @@ import numpy as np
 from models.membranes import stacks
 from models.membranes.stacks import Voxel, save_tiff
 
-__all__ = ["ISBI_VOXEL", "VARIABLE", "Volume", "Voxel", "find", "limits", "load", "open_images", "save_tiff", "to_unit"]
+__all__ = [
+    "ISBI_VOXEL",
+    "VARIABLE",
+    "Volume",
+    "Voxel",
+    "find",
+    "limits",
+    "load",
+    "open_images",
+    "save_tiff",
+    "sources",
+    "to_unit",
+]
 
 #: Names a folder; before the usual places.
 VARIABLE = "GPUKERN_ISBI2012"
@@ -178,6 +190,12 @@ def open_images(path: str | os.PathLike[str]) -> np.ndarray:
     images = stacks.open_stack(files[0])
     _check_dtype(files[0], images)
     return images
+
+
+def sources(path: str | os.PathLike[str]) -> list[Path]:
+    """The files that :func:`load` reads."""
+    images, labels = _files(Path(path))
+    return [*images, *(labels or ())]
 
 
 def _files(path: Path) -> tuple[list[Path], list[Path] | None]:

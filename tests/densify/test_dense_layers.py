@@ -151,6 +151,13 @@ def operations(network) -> list:
     return [step.operation for step in network._steps]
 
 
+@pytest.mark.parametrize("part", [slice(3), slice(-3, None), slice(None, None, 2)])
+def test_an_image_may_have_channels_that_no_layer_takes(part):
+    model = Calling(lambda f, x: f[0](x[:, part]), C(3, 2, 3)).double()
+    image = torch.randn(1, 5, 5, 6, dtype=torch.float64)
+    assert_equals_patches(dense(model, 3), model, image, torch.float64)
+
+
 def test_strides_become_dilations_of_what_follows():
     pool, last = nn.MaxPool2d((2, 1), (2, 3)), C(2, 2, (2, 4), dilation=(4, 1))
     network = dense(nn.Sequential(C(1, 2, 3, stride=2), pool, last), 23)
@@ -188,7 +195,9 @@ def test_large_averages_are_summed_by_rows_first():
 def test_functional_dropout_follows_the_mode_of_the_network_and_a_constant_one_does_not():
     follows = dense(Calling(lambda f, x: F.dropout(x, 0.5, f.training), nn.Identity()), 1)
     always = dense(Calling(lambda f, x: F.dropout(x, 0.5)), 1)
+    never = dense(Calling(lambda f, x: F.dropout(x, 0.5, False)), 1)
     ones = torch.ones(1, 1, 30, 30)
+    assert torch.equal(never.train()(ones), ones)
     assert (follows.train()(ones) == 0).any()
     assert torch.equal(follows.eval()(ones), ones)
     assert (always.eval()(ones) == 0).any()

@@ -133,6 +133,13 @@ def test_labels_and_weights_move_with_the_images():
     assert classes.dtype == torch.int64 and set(classes.unique().tolist()) == {0, 3}
 
 
+def test_large_numbers_of_cells_are_kept():
+    cells = torch.tensor([0, 2**24 + 1])[(torch.rand(2, 30, 40) > 0.5).long()]
+    moved = Augmentation(16)(torch.rand(2, 1, 30, 40), cells.int())[1]
+    assert moved is not None and moved.dtype is torch.int32
+    assert moved.unique().tolist() == [0, 2**24 + 1]
+
+
 def test_intensities_follow_the_formula_and_stay_in_their_range():
     images = torch.linspace(0, 1, 11, dtype=torch.float64).expand(500, 1, 2, 11)
     lit, labels, _ = Augmentation(**(STILL | {"gain": 0.2}))(images, images[:, 0] > 0.5)

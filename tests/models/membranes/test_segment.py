@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from models import checkpoint, segment
 from models.membranes import volumes
 from models.membranes.loading import FORMAT
+from models.membranes.segmentation import watershed
 from models.membranes.training import Trainer
 from tests.models.membranes import synthetic
 
@@ -133,6 +134,20 @@ def test_data_that_cannot_be_trained_on_are_one_clear_line(data, tmp_path):
     assert "sections without labels" in train(data / "image", tmp_path / "run", code=1)
 
 
+def test_held_out_sections_without_cells_are_refused_before_the_training(tmp_path):
+    volume = synthetic.volume()
+    assert volume.labels is not None
+    volume.labels[-1] = False
+    data = synthetic.write(volume, tmp_path / "data")
+    assert "held out: no pixel inside a cell" in train(data, tmp_path / "run", code=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hollow_checkpoint_is_one_clear_line(tmp_path):
+    checkpoint.save(tmp_path / "checkpoint.pt", {"model": {}}, FORMAT)
+    assert "checkpoint.pt: the checkpoint has no config" in train(None, tmp_path, "unet", "--resume", code=1)
+
+
 def test_a_package_that_is_missing_is_named_before_the_training(data, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage", None)
     output = train(data, tmp_path / "run", code=1)
@@ -166,7 +181,7 @@ def test_predictions_are_tiffs_for_fiji_and_the_same_for_all_tiles(trained, data
     # fp32 in other tiles: sums in another order.
     np.testing.assert_allclose(again, found, atol=1e-5)
     cells = tifffile.imread(labels)
-    assert cells.dtype == np.uint16 and cells.shape == found.shape
+    assert cells.dtype == np.uint16 and np.array_equal(cells, watershed(found))
     with tifffile.TiffFile(whole) as tiff:
         assert tiff.is_imagej and tiff.series[0].axes == "ZYX"
     np.testing.assert_allclose(found[4], tifffile.imread(trained / "held-out.tif"), atol=1e-6)
@@ -212,6 +227,25 @@ def test_predictions_that_cannot_be_are_one_clear_line(trained, data, tmp_path):
         assert not out.exists()
 
 
+def test_predictions_replace_nothing_that_they_are_made_of(trained, data, tmp_path):
+    model, one = tmp_path / "checkpoint.tif", tmp_path / "one.tif"
+    model.write_bytes((trained / "checkpoint.pt").read_bytes())
+    volumes.save_tiff(one, synthetic.volume().images[:1])
+    (tmp_path / "folder").mkdir()
+    picture = tmp_path / "folder/0.tif"
+    picture.write_bytes(one.read_bytes())
+    before = [path.read_bytes() for path in (model, picture)]
+    for arguments, said in (
+        ((data, "--out", model), "checkpoint.tif, --out and --labels must be different files"),
+        ((tmp_path / "folder", "--out", picture), "0.tif, --out and --labels must be different files"),
+        ((data, "--out", tmp_path / "out.tif", "--labels", picture.parent / "../checkpoint.tif"), "different files"),
+        ((data, "--out", tmp_path / "out.png"), "out.png: a result is a TIFF"),
+        ((one, "--out", tmp_path / "out.tif", "--sections", "held-out"), "one.tif: one section has no parts"),
+    ):
+        assert said in run("predict", model, *arguments, code=1)
+    assert [path.read_bytes() for path in (model, picture)] == before
+
+
 # ---- evaluate ------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +266,9 @@ def test_evaluating_the_truth_against_itself_is_perfect(tmp_path):
     best = json.loads((tmp_path / "out/scores.json").read_text())["probabilities"]["plain"]["best"]
     assert best["rand"]["rand"] == best["info"]["info"] == {"f": 1, "precision": 1, "recall": 1}
     assert best["pixel_error"]["pixel_error"] == 0
+    volumes.save_tiff(tmp_path / "probabilities.tif", labels[4:].astype(np.float32))
+    files = tmp_path / "probabilities.tif", "--labels", tmp_path / "labels.tif"
+    run("evaluate", *files, "--sections", "held-out", "--out", tmp_path / "out")
 
 
 def test_evaluations_that_cannot_be_are_one_clear_line(trained, data, tmp_path):
