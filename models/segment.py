@@ -66,7 +66,7 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where all goes. (default runs/segment-NETWORK)")] = None,
     steps: Annotated[int | None, typer.Option(min=0, help="Updates of the weights. (default: the preset's)")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Crops a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="How many crops a step sees.")] = None,
     crop: Annotated[int | None, typer.Option(min=1, help="Side of a crop, in pixels that are learned.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Channels at full size; maps of the N4.")] = None,
     depth: Annotated[int | None, typer.Option(min=1, help="How often a U-Net halves its image.")] = None,
@@ -112,7 +112,8 @@ def predict(
     labels: Annotated[Path | None, typer.Option(help="TIFF of cells, numbered, by a watershed.")] = None,
     sections: Annotated[PartName, typer.Option(help=_PART)] = PartName.all,
     tile: Annotated[
-        int | None, typer.Option(min=1, help="Side of a tile, which bounds the memory. (default 512 or less)")
+        int | None,
+        typer.Option(min=1, help="Side of a tile: smaller ones take less memory and more time. (default 512 or less)"),
     ] = None,
     average: Annotated[int, typer.Option(help="Views to average over, mirrored and turned: 8 or 1.")] = 1,
     fuse: Annotated[bool, typer.Option("--fuse", help="Fold and fuse the layers first (gpukern.fuse).")] = False,
@@ -121,9 +122,13 @@ def predict(
 ) -> None:
     """Write the probability of every pixel to lie inside a cell, as a TIFF that Fiji opens."""
     console = make_console()
-    with _told(console):
-        options = Options(tile, average, fuse, dtype.value)
-        program.predict(checkpoint, images, out, labels, sections.value, device.value, options, console)
+    try:
+        with _told(console):
+            options = Options(tile, average, fuse, dtype.value)
+            program.predict(checkpoint, images, out, labels, sections.value, device.value, options, console)
+    except KeyboardInterrupt:
+        console.print("interrupted: nothing was written", highlight=False)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -131,6 +136,7 @@ def evaluate(
     probabilities: Annotated[Path, typer.Argument(help="A TIFF that predict wrote.")],
     data: Annotated[str | None, typer.Option(help=_DATA, metavar="PATH")] = None,
     labels: Annotated[Path | None, typer.Option(help="In place of --data: a file of labels.")] = None,
+    images: Annotated[Path | None, typer.Option(help="With --labels: the sections, to be drawn too.")] = None,
     sections: Annotated[PartName, typer.Option(help=_PART)] = PartName.all,
     out: Annotated[Path, typer.Option(help="Where scores and pictures go.")] = Path("runs/segment-evaluation"),
 ) -> None:
@@ -139,7 +145,9 @@ def evaluate(
     with _told(console):
         if data and labels:
             raise ValueError("--data and --labels are two truths: give one")
-        program.evaluate(probabilities, data, labels, sections.value, out, console)
+        if images and not labels:
+            raise ValueError("--images goes with --labels: --data has its own")
+        program.evaluate(probabilities, data, labels, images, sections.value, out, console)
 
 
 def _plain(value: Any) -> Any:

@@ -62,12 +62,13 @@ def part(volume: Volume, name: str, train: int | None = None) -> Volume:
     return volume.split(train)[name == "held-out"]
 
 
-def truth(data: str | None, labels: Path | None, sections: str) -> Volume:
-    """Sections with the labels to score against; of ``labels``, a file, these stand for the sections too."""
+def truth(data: str | None, labels: Path | None, images: Path | None, sections: str) -> Volume:
+    """Sections with the labels to score against: ``data``, or two files; of ``labels`` alone these stand for both."""
     if labels is None:
         return part(labelled(data), sections)
     inside = volumes.inside(volumes.stacks.read(labels), labels)
-    return part(Volume(inside.astype(np.float32), inside, labels.name), sections)
+    shown = inside.astype(np.float32) if images is None else np.asarray(volumes.open_images(images))
+    return part(Volume(shown, inside, labels.name), sections)
 
 
 def images(path: Path, sections: str) -> np.ndarray:

@@ -19,25 +19,34 @@ from models.membranes.volumes import Volume
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MERGED, _SPLIT = (0.84, 0.24, 0.16), (0.16, 0.44, 0.86)
+_MERGED, _SPLIT, _FOUND = (0.84, 0.24, 0.16), (0.16, 0.44, 0.86), (0.9, 0.9, 0.9)
 _HEADINGS = ("section", "truth", "probability of a cell", "segmentation", "errors")
+#: The grey of sections that are not there.
+_PLAIN = 0.75
 #: Sections in a picture, and steps over which a curve of losses is averaged.
 _ROWS, _WINDOW = 3, 50
 
 
 def plot_sections(
-    path: Path | None, volume: Volume, probabilities: np.ndarray, threshold: float, title: str, rows: int = _ROWS
+    path: Path | None,
+    volume: Volume,
+    probabilities: np.ndarray,
+    threshold: float,
+    title: str,
+    rows: int = _ROWS,
+    with_images: bool = True,
 ) -> Any:
     """Draw ``rows`` sections of ``volume``, far apart: truth, ``probabilities``, and what is above ``threshold``.
 
     Segments, thinned, lie over the section in colours that differ from their neighbours'. Of the truth's cells, those
-    that the segmentation merges are red, those that it splits blue, both violet.
+    that the segmentation merges are red, those that it splits blue, both violet. Not ``with_images``: of labels alone.
     """
     assert volume.labels is not None
     chosen = np.unique(np.linspace(0, len(volume) - 1, min(rows, len(volume))).round().astype(int))
-    sections = volume.normalized()
+    sections = volume.normalized() if with_images else np.full(volume.images.shape, _PLAIN, np.float32)
+    headings = _HEADINGS if with_images else _HEADINGS[1:]
     height = 2.35 * sections.shape[1] / sections.shape[2]
-    figure, axes = panels(len(chosen), len(_HEADINGS), 12, height * len(chosen) + 0.9)
+    figure, axes = panels(len(chosen), len(headings), 12, height * len(chosen) + 1.0)
     for row, index in zip(axes, chosen, strict=True):
         section, truth, found = sections[index], volume.labels[index], probabilities[index]
         segments = thinned(found > threshold)
@@ -45,11 +54,11 @@ def plot_sections(
         row[0].set_ylabel(f"{index + 1} of {len(volume)}", fontsize=9, color=GREY)
         if truth.any():  # otherwise there is nothing to find
             score = rand_score(segments, components(truth))
-            row[3].set_xlabel(f"V-Rand {score.f:.3f}", fontsize=9, color=GREY)
-            row[4].set_xlabel(f"merges {score.precision:.3f}, splits {score.recall:.3f}", fontsize=9, color=GREY)
-    for cell, heading in zip(axes[0], _HEADINGS, strict=True):
+            row[-2].set_xlabel(f"V-Rand {score.f:.3f}", fontsize=9, color=GREY)
+            row[-1].set_xlabel(f"precision {score.precision:.3f}, recall {score.recall:.3f}", fontsize=9, color=GREY)
+    for cell, heading in zip(axes[0], headings, strict=True):
         cell.set_title(heading, fontsize=10)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"{title}\n", fontsize=11)
     _legend(figure)
     return written(figure, path)
 
@@ -64,7 +73,7 @@ def _show(row: Sequence[Axes], section: np.ndarray, truth: np.ndarray, found: np
         _overlaid(grey, coloured(segments), segments > 0, 0.45),
         _wrong(grey, truth, merged, split),
     )
-    for cell, picture in zip(row, pictures, strict=True):
+    for cell, picture in zip(row, pictures[-len(row) :], strict=True):
         cell.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="antialiased")
         cell.set(xticks=[], yticks=[])
         cell.spines[:].set_visible(False)
@@ -89,9 +98,10 @@ def _both() -> tuple[float, ...]:
 
 def _legend(figure: Any) -> None:
     patch = needed("matplotlib.patches", "a picture").Patch
-    shown = ((_MERGED, "merged with another cell"), (_SPLIT, "split"), (_both(), "both"))
+    wrong = ((_MERGED, "merged with another cell: lowers precision"), (_SPLIT, "split: lowers recall"))
+    shown = ((_FOUND, "a cell, found as it is"), *wrong, (_both(), "both"))
     handles = [patch(color=colour, alpha=0.75, label=words) for colour, words in shown]
-    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower right", ncols=4, frameon=False, fontsize=9)
 
 
 def plot_curves(

@@ -82,8 +82,9 @@ def _describe(trainer: Trainer, volume: Volume, learned: Volume, held_out: Volum
     height, width = volume.images.shape[1:]
     parameters = sum(parameter.numel() for parameter in trainer.network.model.parameters())
     console.print(
-        f"{NETWORKS[config.network].title} of {parameters:,} parameters, {mode}; {len(learned)} sections of {height} × "
-        f"{width} to learn, the next {len(held_out)} held out, from {volume.name}",
+        f"{NETWORKS[config.network].title} of {parameters:,} parameters, {mode}; "
+        f"{formatting.count(len(learned), 'section')} of {height} × {width} to learn, the next {len(held_out)} held "
+        f"out, from {volume.name}",
         highlight=False,
     )
     usual = {field.name: field.default for field in fields(Config)}
@@ -108,12 +109,14 @@ def _finish(trainer: Trainer, held_out: Volume, out: Path, options: Options, con
     drawn = _draw(out, held_out, found, evaluations, heading)
     curves = out / CURVES_PLOT
     pictures.plot_curves(curves, trainer.losses, trainer.history, evaluations, heading)
-    console.print(
-        f"checkpoint {out / CHECKPOINT}, probabilities {out / PROBABILITIES}, scores {out / SCORES}, sections "
-        f"{drawn}, curves {curves}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    written = {"checkpoint": out / CHECKPOINT, "probabilities": out / PROBABILITIES, "scores": out / SCORES}
+    _tell(console, written | {"sections": drawn, "curves": curves})
+
+
+def _tell(console: Console, written: Mapping[str, Path]) -> None:
+    """What was written, a file a line."""
+    for what, path in written.items():
+        console.print(f"{what:13} {path}", highlight=False, soft_wrap=True)
 
 
 def _write_scores(path: Path, evaluations: Mapping[str, Evaluation]) -> None:
@@ -121,12 +124,15 @@ def _write_scores(path: Path, evaluations: Mapping[str, Evaluation]) -> None:
     files.write_text(path, json.dumps(told, indent=1) + "\n")
 
 
-def _draw(out: Path, volume: Volume, found: np.ndarray, evaluations: Mapping[str, Evaluation], heading: str) -> Path:
+def _draw(
+    out: Path, volume: Volume, found: np.ndarray, evaluations: Mapping[str, Evaluation], heading: str,
+    with_images: bool = True,
+) -> Path:  # fmt: skip
     """The picture of the sections at the first evaluation's best threshold."""
     best = next(iter(evaluations.values())).best
     sections = formatting.count(len(volume), "section")
     title = f"{heading}: V-Rand {best.rand.f:.3f} of {sections}, thinned, above a probability of {best.threshold:.2f}"
-    pictures.plot_sections(out / SECTIONS_PLOT, volume, found, best.threshold, title)
+    pictures.plot_sections(out / SECTIONS_PLOT, volume, found, best.threshold, title, with_images=with_images)
     return out / SECTIONS_PLOT
 
 
@@ -153,7 +159,7 @@ def predict(
         found = _mapped(Path(folder) / "probabilities", np.float32, stack.shape)
         cells = _mapped(Path(folder) / "labels", np.uint16, stack.shape) if labels else None
         for index, section in enumerate(stack):
-            found[index] = predictor(volumes.to_unit(section, of))
+            found[index] = predictor(volumes.to_unit(section, of, images))
             if cells is not None:
                 cells[index] = _numbered(watershed(found[index]), index)
         voxel = volumes.stacks.read_voxel(images) if images.is_file() else None
@@ -193,12 +199,13 @@ def _numbered(labels: np.ndarray, index: int) -> np.ndarray:
 
 
 def evaluate(
-    probabilities: Path, data: str | None, labels: Path | None, sections: str, out: Path, console: Console
-) -> None:
+    probabilities: Path, data: str | None, labels: Path | None, images: Path | None, sections: str, out: Path,
+    console: Console,
+) -> None:  # fmt: skip
     """The table of scores and the pictures of ``probabilities`` against the labels of ``data``, or those of a file."""
     _require_packages()
     found = loading.probabilities(probabilities)
-    volume = loading.truth(data, labels, sections)
+    volume = loading.truth(data, labels, images, sections)
     assert volume.labels is not None
     if found.shape != volume.images.shape:
         got, wanted = (" × ".join(map(str, array.shape)) for array in (found, volume.images))
@@ -206,16 +213,15 @@ def evaluate(
             f"{probabilities}: {got} probabilities for {wanted} labels of {volume.name}{_hint(found, data, volume)}"
         )
     evaluations = {probabilities.stem: results.score(found, volume.labels)}
-    if labels is None:
+    with_images = labels is None or images is not None
+    if with_images:
         evaluations[results.RAW] = results.baseline(volume)
     console.print(results.table(f"{volume.name}: {formatting.count(len(volume), 'section')}", evaluations))
     out.mkdir(parents=True, exist_ok=True)
     _write_scores(out / SCORES, evaluations)
-    drawn = _draw(out, volume, found, evaluations, probabilities.stem)
+    drawn = _draw(out, volume, found, evaluations, probabilities.stem, with_images)
     pictures.plot_curves(out / CURVES_PLOT, (), (), evaluations, f"{probabilities.stem}, {volume.name}")
-    console.print(
-        f"scores {out / SCORES}, sections {drawn}, curves {out / CURVES_PLOT}", highlight=False, soft_wrap=True
-    )
+    _tell(console, {"scores": out / SCORES, "sections": drawn, "curves": out / CURVES_PLOT})
 
 
 def _hint(found: np.ndarray, data: str | None, volume: Volume) -> str:

@@ -36,10 +36,9 @@ def baseline(volume: Volume) -> Evaluation:
 def table(title: str, evaluations: Mapping[str, Evaluation]) -> Table:
     """Scores of what the keys name, with thin borders and as they are, each score at the threshold that suits it best.
 
-    "above" is V-Rand's threshold. "merges" is its precision, which merged cells lower, "splits" its recall,
-    which split ones lower.
+    "above" is V-Rand's threshold. Merged cells lower its precision, split ones its recall.
     """
-    columns = ("V-Rand", "merges", "splits", "above", "V-Info", "pixel error")
+    columns = ("V-Rand", "precision", "recall", "above", "V-Info", "pixel error")
     made = tables.table("", "borders", *tables.numbers(*columns), title=title)
     for name, scores in evaluations.items():
         if scores.thinned:

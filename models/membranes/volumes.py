@@ -108,14 +108,14 @@ def limits(images: np.ndarray) -> tuple[float, float]:
     return float(low), float(max(high, low + 1))
 
 
-def to_unit(images: np.ndarray, of: tuple[float, float] | None = None) -> np.ndarray:
+def to_unit(images: np.ndarray, of: tuple[float, float] | None = None, name: object = "images") -> np.ndarray:
     """clip((images − low) / (high − low), 0, 1) in float32, ``of`` being low and high: by default :func:`limits`.
 
-    Sections one at a time want the limits of the whole volume. ValueError for floats that are not from 0 to 1,
-    TypeError for other dtypes than uint8, uint16 and floats.
+    Sections one at a time want the limits of the whole volume. ValueError, which calls them ``name``, for floats that
+    are not from 0 to 1, TypeError for other dtypes than uint8, uint16 and floats.
     """
     if images.dtype.kind == "f":
-        return _checked(images, "images")
+        return _checked(images, name)
     if images.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise TypeError(f"expected images of uint8, uint16 or float, got {images.dtype}")
     low, high = limits(images) if of is None else of
@@ -139,7 +139,10 @@ def find() -> Path:
     FileNotFoundError that says where they were looked for.
     """
     if os.environ.get(VARIABLE):  # an empty one names no folder
-        return Path(os.environ[VARIABLE])
+        named = Path(os.environ[VARIABLE])
+        if not named.exists():
+            raise FileNotFoundError(f"{named}, which the variable {VARIABLE} names: no such folder or file")
+        return named
     checkout = Path(__file__).resolve().parents[2]
     places = [
         Path("data/isbi2012"),

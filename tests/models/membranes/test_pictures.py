@@ -56,7 +56,7 @@ def test_merged_and_split_cells_are_drawn_in_their_colours(volume):
     rows, columns = np.nonzero(cells == largest)
     found[0, int(np.median(rows)), columns.min() - 4 : columns.max() + 5] = 0  # a membrane through the largest cell
     figure = pictures.plot_sections(None, volume, found, 0.5, "a title", rows=2)
-    assert len(figure.axes) == 10 and figure.get_suptitle() == "a title"
+    assert len(figure.axes) == 10 and figure.get_suptitle().strip() == "a title"
     right, wrong = panel(figure, 1, 4), panel(figure, 0, 4)
     assert np.ptp(right, axis=2).max() < 1e-6, "a section without errors is grey"
     inside = wrong[cells == largest]
@@ -66,6 +66,14 @@ def test_merged_and_split_cells_are_drawn_in_their_colours(volume):
     merged[0] = 1  # no membrane: one segment
     reds = panel(pictures.plot_sections(None, volume, merged, 0.5, "", rows=1), 0, 4)[cells == largest]
     assert (reds[:, 0] > reds[:, 2] + 0.2).all(), "a merged cell is red"
+
+
+def test_labels_alone_are_drawn_without_sections(volume):
+    found = volume.labels.astype(np.float32)
+    figure = pictures.plot_sections(None, volume, found, 0.5, "", rows=1, with_images=False)
+    assert [axes.get_title() for axes in figure.axes] == ["truth", "probability of a cell", "segmentation", "errors"]
+    np.testing.assert_array_equal(figure.axes[0].get_images()[0].get_array(), volume.labels[0])
+    assert figure.axes[3].get_xlabel() == "precision 1.000, recall 1.000"
 
 
 def test_a_section_without_cells_is_drawn(volume):

@@ -269,6 +269,11 @@ def test_evaluating_the_truth_against_itself_is_perfect(tmp_path):
     volumes.save_tiff(tmp_path / "probabilities.tif", labels[4:].astype(np.float32))
     files = tmp_path / "probabilities.tif", "--labels", tmp_path / "labels.tif"
     run("evaluate", *files, "--sections", "held-out", "--out", tmp_path / "out")
+    # With the sections themselves there is something to compare with.
+    volumes.save_tiff(tmp_path / "images.tif", synthetic.volume().images)
+    parts = "--images", tmp_path / "images.tif", "--sections", "held-out"
+    run("evaluate", *files, *parts, "--out", tmp_path / "out")
+    assert set(json.loads((tmp_path / "out/scores.json").read_text())) == {"probabilities", "smoothed image"}
 
 
 def test_evaluations_that_cannot_be_are_one_clear_line(trained, data, tmp_path):
@@ -280,6 +285,7 @@ def test_evaluations_that_cannot_be_are_one_clear_line(trained, data, tmp_path):
         ((wrong, "--data", data), "wrong.tif: expected probabilities, floats from 0 to 1, got uint8"),
         ((found, "--data", data / "image"), "sections without labels"),
         ((found, "--data", data, "--labels", found), "--data and --labels are two truths"),
+        ((found, "--images", found), "--images goes with --labels"),
         (
             (found, "--labels", tmp_path / "other.tif"),
             "1 × 96 × 112 probabilities for 1 × 95 × 112 labels of other.tif",
