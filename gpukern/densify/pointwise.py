@@ -16,14 +16,16 @@ from gpukern.densify.recorder import Recorder
 from gpukern.densify.steps import Call, Concatenate, Drop, Operand
 from gpukern.densify.values import Value, told
 from gpukern.densify.windows import constant, rule
+from gpukern.ops.activation import ACTIVATIONS
 
 _TORCH = torch.nn.functional
 #: What gives the same tensor where it has the dtype already.
 _CONVERSIONS = ("float", "double", "half", "bfloat16", "to", "type_as")
+#: gpukern's activations, under the names that they have in torch: what a convolution computes in its epilogue.
+_EPILOGUES = frozenset(name for name in ACTIVATIONS if hasattr(F, name))
 #: Functions of one value, by the name they have in torch; gpukern's where it has one.
 _UNARY: dict[str, Callable[..., Any]] = {
-    **{name: getattr(F, name) for name in ("relu", "relu6", "sigmoid", "hardsigmoid", "tanh", "silu", "hardswish")},
-    **{name: getattr(F, name) for name in ("leaky_relu", "gelu")},
+    **{name: getattr(F, name) for name in sorted(_EPILOGUES)},
     **{name: getattr(_TORCH, name) for name in ("elu", "celu", "selu", "mish", "softplus", "softsign", "logsigmoid")},
     **{name: getattr(_TORCH, name) for name in ("hardtanh", "softshrink", "hardshrink", "tanhshrink", "threshold")},
     **{name: getattr(torch, name) for name in ("abs", "neg", "exp", "log", "sqrt", "rsqrt", "square", "clamp", "erf")},
@@ -31,8 +33,6 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "clip": torch.clamp,
     **{name: getattr(torch.Tensor, name) for name in _CONVERSIONS},
 }
-#: Those of them that a convolution computes in its epilogue.
-_EPILOGUES = frozenset(("relu", "relu6", "sigmoid", "hardsigmoid", "tanh", "silu", "hardswish", "leaky_relu", "gelu"))
 _BINARY: dict[str, Callable[..., Any]] = {
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "truediv", "pow")},
     "subtract": operator.sub, "multiply": operator.mul, "div": operator.truediv, "divide": operator.truediv,
