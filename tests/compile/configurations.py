@@ -32,6 +32,8 @@ ALL_ARCHITECTURES: dict[str, tuple[DeviceSpec, ...]] = {
 
 _LAST = LAYOUTS[:1]  # channels_last
 _FEW = Selection(("resnet50",), (32,), _LAST, odd_layouts=())
+#: For sm_80: all the kernels of sm_90, in half as many sizes.
+_FEWER_SIZES = Selection(batches=(1, 32), layouts=_LAST, odd_layouts=_LAST)
 #: For products of fp32, whose plans are those of 16 bits but for their steps: networks that have every kernel.
 _VARIED = Selection(("lenet", "vgg16", "resnet50", "mobilenet_v2", "convnext_tiny"), (1, 32), _LAST, odd_layouts=())
 
@@ -74,7 +76,9 @@ def _selection(architecture: str, kind: str) -> Selection:
     if architecture in ("sm_100", "sm_120") or kind == "bfloat16":
         return _FEW  # the plans are those of sm_90, and of float16
     # Plans look at the layout before they look at the dtype, and what is odd differs in the products alone.
-    return Selection(odd_layouts=_LAST) if kind == "float16" else _VARIED
+    if kind != "float16":
+        return _VARIED
+    return Selection(odd_layouts=_LAST) if architecture == "sm_90" else _FEWER_SIZES
 
 
 def _recorded(devices: tuple[DeviceSpec, ...], kind: str, what: Selection) -> Iterator[tuple[Launch, DeviceSpec]]:
