@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from models.datasets import folders
+from models.datasets import folders, places
 from models.datasets.source import Part, Source
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -26,17 +25,7 @@ def find() -> Path:
 
     FileNotFoundError that says where it was looked for.
     """
-    if os.environ.get(VARIABLE):  # an empty one names no folder
-        return Path(os.environ[VARIABLE])
-    checkout = Path(__file__).resolve().parents[2]
-    places = [Path("data/cifar10"), *(folder / "shared/data/cifar10" for folder in (Path(".."), *checkout.parents[:2]))]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise FileNotFoundError(
-        f"CIFAR-10 is in none of {', '.join(map(str, dict.fromkeys(places)))}: name its folder or archive by --data "
-        f"or the variable {VARIABLE}"
-    )
+    return places.find("cifar10", VARIABLE, "CIFAR-10 is", "its folder or archive")
 
 
 def is_cifar10(path: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from models.datasets import places
 from models.membranes import stacks
 from models.membranes.stacks import Voxel, save_tiff
 
@@ -138,23 +139,7 @@ def find() -> Path:
 
     FileNotFoundError that says where they were looked for.
     """
-    if os.environ.get(VARIABLE):  # an empty one names no folder
-        named = Path(os.environ[VARIABLE])
-        if not named.exists():
-            raise FileNotFoundError(f"{named}, which the variable {VARIABLE} names: no such folder or file")
-        return named
-    checkout = Path(__file__).resolve().parents[2]
-    places = [
-        Path("data/isbi2012"),
-        *(folder / "shared/data/isbi2012" for folder in (Path(".."), *checkout.parents[:2])),
-    ]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise FileNotFoundError(
-        f"the ISBI 2012 data are in none of {', '.join(map(str, dict.fromkeys(places)))}: name their folder by --data "
-        f"or the variable {VARIABLE}"
-    )
+    return places.find("isbi2012", VARIABLE, "the ISBI 2012 data are", "their folder")
 
 
 def load(path: str | os.PathLike[str] | None = None) -> Volume:

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from models.datasets import places
 from models.membranes import volumes
 from models.membranes.volumes import Volume
 
@@ -243,8 +244,11 @@ def test_find_looks_at_the_variable_and_says_where(tmp_path, monkeypatch):
     monkeypatch.delenv(volumes.VARIABLE)
     assert volumes.find() == volumes.Path("data/isbi2012")
     (tmp_path / "data/isbi2012").rmdir()
-    monkeypatch.setattr(volumes, "__file__", str(tmp_path / "models/membranes/volumes.py"))
+    monkeypatch.setattr(places, "__file__", str(tmp_path / "models/datasets/places.py"))
     with pytest.raises(FileNotFoundError, match=rf"data/isbi2012.*{volumes.VARIABLE}"):
+        volumes.find()
+    monkeypatch.setenv(volumes.VARIABLE, str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match=rf"none, which the variable {volumes.VARIABLE} names: no such folder"):
         volumes.find()
 
 
