@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from models import data as datasets
 from models.optimizer_plots import LOOKS, plot_losses, plot_paths
-from models.running import choose_device, describe_mode, make_console, progress_bar, steps
+from models.running import choose_device, describe_mode, make_console, steps, training_bar
 from models.train import DeviceName
 from models.trainer import Config, Trainer
 
@@ -39,7 +39,7 @@ def compare(epochs: int, samples: datasets.Data, device: torch.device, console: 
 
 def _trained(trainer: Trainer, console: Console) -> Trainer:
     title = LOOKS[trainer.config.optimizer][0]
-    with progress_bar(console) as progress:
+    with training_bar(console) as progress:
         total = trainer.config.epochs * trainer.steps_per_epoch
         task = progress.add_task(title, total=total, loss=float("nan"), speed=0.0)
         while not trainer.finished:

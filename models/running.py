@@ -11,12 +11,13 @@ from types import FrameType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID, TextColumn
 
 from gpukern.runtime.mode import mode_of
 from models import checkpoint, plots
 from models.distributed import Group
 from models.metrics import Metrics
+from models.progress import progress_bar
 from models.trainer import Trainer
 
 CHECKPOINT, BEST = "checkpoint.pt", "best.pt"
@@ -61,7 +62,7 @@ def run(trainer: Trainer, path: Path, console: Console, checkpoint_every: int = 
     Beside it go ``metrics.jsonl`` and ``best.pt``, the weights of the epoch with the highest held-out accuracy.
     Interrupted, after saving once more, if SIGINT or SIGTERM arrives.
     """
-    with collected_signals(trainer.group) as received, progress_bar(console) as progress:
+    with collected_signals(trainer.group) as received, training_bar(console) as progress:
         metrics = Metrics(path.parent, trainer.epoch, tensorboard) if trainer.group.first else None
         save(trainer, path)
         while not trainer.finished:
@@ -144,18 +145,9 @@ def _running_loss(trainer: Trainer) -> float:
     return sum(last) / len(last)
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar on a terminal, nothing elsewhere."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}   {task.fields[speed]:,.0f} images/s"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal or console.quiet,
-    )
+def training_bar(console: Console) -> Progress:
+    """A bar that also shows the fields ``loss`` and ``speed``."""
+    return progress_bar(console, TextColumn("loss {task.fields[loss]:.4f}   {task.fields[speed]:,.0f} images/s"))
 
 
 @contextlib.contextmanager

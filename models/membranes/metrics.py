@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from models.membranes.progress import tracked
 from models.membranes.segmentation import checked_probabilities, components, thinned
+from models.progress import tracked
 
 #: As the challenge: 0, 0.1, …, 1.
 THRESHOLDS = tuple(step / 10 for step in range(11))

@@ -23,6 +23,7 @@ from models.membranes.prediction import Options, Predictor
 from models.membranes.segmentation import watershed
 from models.membranes.training import Trainer
 from models.membranes.volumes import Volume
+from models.progress import progress_bar
 from models.running import CHECKPOINT, choose_device, describe_mode
 from models.train import keep_previous
 
@@ -149,7 +150,7 @@ def predict(
     for path in (out, labels):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".segment.") as folder, running.bar(console) as progress:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".segment.") as folder, progress_bar(console) as progress:
         task = progress.add_task("tiles", total=None)
         predictor = Predictor(
             trained.network, trained.normalization, stack.shape[1:], options, lambda: progress.advance(task)

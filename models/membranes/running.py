@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from models import checkpoint
 from models.distributed import Group
@@ -18,6 +18,7 @@ from models.membranes.prediction import Options, Predictor
 from models.membranes.training import Trainer
 from models.membranes.volumes import Volume
 from models.metrics import Metrics
+from models.progress import progress_bar
 from models.running import Interrupted, collected_signals
 
 #: While a network learns; at the end there are more.
@@ -46,7 +47,7 @@ def run(
 
     config = trainer.config
     metrics = Metrics(path.parent, trainer.steps_done, tensorboard, by="step")
-    with collected_signals(Group()) as received, bar(console, TextColumn(_SAID)) as progress:
+    with collected_signals(Group()) as received, progress_bar(console, TextColumn(_SAID)) as progress:
         task = progress.add_task(
             "training", total=config.steps, completed=trainer.steps_done, loss=float("nan"), speed=0
         )
@@ -114,17 +115,3 @@ def segment(trainer: Trainer, volume: Volume, options: Options) -> np.ndarray:
 def _truth(volume: Volume) -> np.ndarray:
     assert volume.labels is not None
     return volume.labels
-
-
-def bar(console: Console, *columns: ProgressColumn) -> Progress:
-    """A progress bar on a terminal, nothing elsewhere."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

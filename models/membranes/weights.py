@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from models.membranes.progress import tracked
 from models.membranes.segmentation import components
+from models.progress import tracked
 
 #: In units of sigma: a cell farther away than this is not there; its share of a weight would be below w0·exp(−8).
 _REACH = 4.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from models.membranes import progress
+from models import progress
 
 
 @pytest.mark.parametrize("terminal", [True, False])
